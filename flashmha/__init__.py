@@ -1,0 +1,53 @@
+"""flashmha: ``torch.nn.MultiheadAttention`` on the fastest attention this machine has."""
+
+from .backends import (
+    Backend,
+    Explanation,
+    Limits,
+    record,
+    register,
+    use_backend,
+)
+from .convert import SwapReport, replace_mha, restore_mha, swap_report
+from .encoder import FlashTransformerEncoder, FlashTransformerEncoderLayer
+from .errors import NoBackendError
+from .explain import explain
+from .functional import attention
+from .masks import Dense, Documents, KeyLengths, KeyPadding, Mask, Rule, Window, causal
+from .module import FlashMultiHeadAttention
+from .scores import ALiBi, Bias, RelativeBias, TensorBias
+from .spec import AttentionSpec
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "ALiBi",
+    "AttentionSpec",
+    "Backend",
+    "Bias",
+    "Dense",
+    "Documents",
+    "Explanation",
+    "FlashMultiHeadAttention",
+    "FlashTransformerEncoder",
+    "FlashTransformerEncoderLayer",
+    "KeyLengths",
+    "KeyPadding",
+    "Limits",
+    "Mask",
+    "NoBackendError",
+    "RelativeBias",
+    "Rule",
+    "SwapReport",
+    "TensorBias",
+    "Window",
+    "attention",
+    "causal",
+    "explain",
+    "record",
+    "register",
+    "replace_mha",
+    "restore_mha",
+    "swap_report",
+    "use_backend",
+]

@@ -1,0 +1,150 @@
+"""Backend and Limits: what one implementation of attention can do, as data, and the call.
+
+A backend is one self-contained file with one class. It imports neither another backend nor the registry.
+"""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from ..spec import AttentionSpec
+
+FEATURES = (
+    "backward",
+    "causal",
+    "window",
+    "key_lengths",
+    "key_padding",
+    "documents",
+    "dense_mask",
+    "rule",
+    "bias",
+    "bias_grad",
+    "alibi",
+    "softcap",
+    "sinks",
+    "dropout",
+    "gqa",
+    "head_dim_v",
+    "lse",
+    "lse_grad",
+    "deterministic",
+)
+"""Everything a problem may need, in the order tables show it."""
+
+HALF = (torch.float16, torch.bfloat16)
+
+
+@dataclasses.dataclass(frozen=True)
+class Limits:
+    """What a backend can do, as data: reasons, the README's table and the tests all come from here.
+
+    Attributes:
+        devices: device types.
+        dtypes: dtypes of q, k and v.
+        features: the names out of ``FEATURES`` it serves.
+        not_on: device type -> features it serves elsewhere and not there.
+        head_dim: the largest head_dim, ``None`` without a limit.
+        head_dim_min, head_dim_step: the smallest head_dim, and what it must be a multiple of.
+        seqlen_min: the fewest queries and keys.
+        batch_min: the fewest batch items.
+        capability: the CUDA compute capabilities (major versions) it has kernels for.
+        aten: made of PyTorch operators alone, as export, torch.func and tensor subclasses want it.
+    """
+
+    devices: tuple[str, ...]
+    dtypes: tuple[torch.dtype, ...]
+    features: frozenset[str]
+    not_on: dict[str, frozenset[str]] = dataclasses.field(default_factory=dict)
+    head_dim: int | None = None
+    head_dim_min: int = 1
+    head_dim_step: int = 1
+    seqlen_min: int = 0
+    batch_min: int = 0
+    capability: tuple[int, ...] | None = None
+    aten: bool = False
+
+
+class Backend(abc.ABC):
+    """One implementation of attention.
+
+    Subclass it, fill ``name`` and ``limits``, and write ``__call__``. A reason is a short phrase that carries the
+    value and the limit, such as ``head_dim=320 (at most 256)``.
+    """
+
+    name: ClassVar[str]
+    limits: Limits
+    install: ClassVar[str | None] = None
+    """How to get it, said when it is not there."""
+    tolerance: ClassVar[tuple[float, float]] = (2.0, 3.0)
+    """How much worse than a plain computation in the same dtype it may be: the output, and gradients."""
+
+    def unavailable(self, device: torch.device) -> str | None:
+        """Why this machine cannot run it on this device; ``None`` where it can."""
+        if self.limits.devices and device.type not in self.limits.devices:
+            return f"device {device.type} (only {', '.join(self.limits.devices)})"
+        return None
+
+    def unbuilt(self, spec: AttentionSpec) -> str | None:
+        """Why the installed build cannot serve a problem the package can; asked only where it is available."""
+        return None
+
+    def unsupported(self, spec: AttentionSpec) -> str | None:
+        """Why it cannot serve this problem, out of ``limits``; ``None`` where it can. Pure: it looks at no machine."""
+        reasons = self.refusals(spec)
+        return "; ".join(reasons) if reasons else None
+
+    def refusals(self, spec: AttentionSpec) -> list[str]:
+        """One phrase for each limit the problem passes; extend it for the odd rule."""
+        limits = self.limits
+        reasons: list[str] = []
+        if limits.devices and spec.device.type not in limits.devices:
+            reasons.append(f"device {spec.device.type} (only {', '.join(limits.devices)})")
+        if spec.dtype not in limits.dtypes:
+            reasons.append(f"dtype {short(spec.dtype)} (only {', '.join(map(short, limits.dtypes))})")
+        served = limits.features
+        if spec.device.type in limits.not_on:
+            served = served - limits.not_on[spec.device.type]
+        if not spec.features <= served:
+            missing = [name for name in FEATURES if name in spec.features and name not in served]
+            missing += sorted(spec.features - served - frozenset(missing))
+            where = f" on {spec.device.type}" if spec.device.type in limits.not_on else ""
+            reasons.append(f"no {', no '.join(missing)}{where}")
+        largest = max(spec.head_dim, spec.head_dim_v)
+        if limits.head_dim is not None and largest > limits.head_dim:
+            reasons.append(f"head_dim={largest} (at most {limits.head_dim})")
+        if min(spec.head_dim, spec.head_dim_v) < limits.head_dim_min:
+            reasons.append(f"head_dim={min(spec.head_dim, spec.head_dim_v)} (at least {limits.head_dim_min})")
+        if limits.head_dim_step > 1:
+            for name, size in (("head_dim", spec.head_dim), ("head_dim_v", spec.head_dim_v)):
+                if size % limits.head_dim_step:
+                    reasons.append(f"{name}={size} (a multiple of {limits.head_dim_step})")
+                    break
+        if min(spec.seqlen_q, spec.seqlen_k) < limits.seqlen_min:
+            shortest = min(spec.seqlen_q, spec.seqlen_k)
+            reasons.append(f"seqlen={shortest} (at least {limits.seqlen_min})")
+        if spec.batch < limits.batch_min:
+            reasons.append(f"batch={spec.batch} (at least {limits.batch_min})")
+        if spec.aten_only and not limits.aten:
+            reasons.append("not made of PyTorch operators alone (export, torch.func or a tensor subclass wants that)")
+        return reasons
+
+    @abc.abstractmethod
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> Tensor | tuple[Tensor, Tensor]:
+        """Attention: (batch, seqlen, heads, head_dim) in, (batch, seqlen_q, heads, head_dim_v) out.
+
+        With ``spec.need_lse`` the pair (out, lse), lse (batch, heads, seqlen_q) in float32 (float64 for float64),
+        ``-inf`` for a row that may look at nothing.
+        """
+
+    def __repr__(self) -> str:
+        return f"<backend {self.name}>"
+
+
+def short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,186 @@
+"""What the flash-attn packages have in common: finding them, trying them out, and how they are told a mask.
+
+Not a backend. ``flash2``, ``flash3`` and ``flash4`` each wrap one package version and share the class below.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable
+from importlib import metadata
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from ..masks import Documents, KeyLengths, find
+from ..spec import AttentionSpec
+from .base import Backend
+
+
+class FlashAttn(Backend):
+    """A flash-attn package, found and tried out on first use.
+
+    Subclasses say how to import the package (``load``), which keywords its functions must take (``keywords``) and
+    how to call it (``__call__``).
+    """
+
+    distribution: ClassVar[str]
+    keywords: ClassVar[tuple[str, ...]]
+
+    def __init__(self) -> None:
+        self.probed: dict[int, str | None] = {}
+        self.functions: tuple[Callable[..., Any], Callable[..., Any]] | None = None
+
+    def load(self) -> tuple[Callable[..., Any], Callable[..., Any]]:
+        """Import the package: its dense and its packed ("varlen") function."""
+        raise NotImplementedError
+
+    def unavailable(self, device: torch.device) -> str | None:
+        reason = super().unavailable(device)
+        if reason is not None:
+            return reason
+        return probe(self, device.index)
+
+    def refusals(self, spec: AttentionSpec) -> list[str]:
+        reasons = super().refusals(spec)
+        window = spec.window
+        if window is not None:
+            if window.align != "bottom_right":
+                reasons.append("a top-left window inside Documents with other offsets for keys (bottom-right only)")
+            elif window.left is not None and window.left < 0:
+                reasons.append(f"window left={window.left} (at least 0)")
+            elif window.right is not None and window.right < 0:
+                if find(spec.mask, Documents) is not None:
+                    reasons.append(f"window right={window.right} inside Documents (at least 0)")
+                elif window.right <= -spec.seqlen_k or (window.left is not None and window.left + window.right < 0):
+                    reasons.append(f"a window that hides every key: {window!r} over {spec.seqlen_k} keys")
+        if find(spec.mask, KeyLengths) is not None and spec.mask is not None and len(spec.mask.parts) > 1:
+            reasons.append("key_lengths beside another rule (the package counts positions from each row's last key)")
+        return reasons
+
+
+def probe(backend: FlashAttn, index: int | None) -> str | None:
+    """Why a package does not work on a CUDA device; asked once a device, and only a clean answer is kept."""
+    if not torch.cuda.is_available():
+        return "no CUDA device (torch.cuda.is_available() is False)"
+    index = torch.cuda.current_device() if index is None else index
+    if index in backend.probed:
+        return backend.probed[index]
+    if torch.cuda.is_current_stream_capturing():
+        return "not tried out yet, and a CUDA graph is being captured: run one call before"
+    backend.probed[index] = reason = trial(backend, torch.device("cuda", index))
+    return reason
+
+
+probe._dynamo_marked_constant = True  # type: ignore[attr-defined]  # torch.compiler.assume_constant_result, unimported
+
+
+def trial(backend: FlashAttn, device: torch.device) -> str | None:
+    """Find, import and run a package on a device: the reason it does not work, with the exception's own text."""
+    capability = torch.cuda.get_device_capability(device)
+    majors = backend.limits.capability
+    if majors is not None and capability[0] not in majors:
+        return f"compute capability {capability[0]}.{capability[1]} (only {', '.join(f'{m}.x' for m in majors)})"
+    try:
+        functions = backend.functions or backend.load()
+        for function in functions:
+            missing = [name for name in backend.keywords if name not in inspect.signature(function).parameters]
+            if missing:
+                return f"{backend.distribution} {installed(backend)} has no argument {', '.join(missing)}"
+        backend.functions = functions
+        return smoke(backend, device)
+    except Exception as error:  # a broken binary fails in many ways, and each is a reason rather than a crash
+        first = (str(error) or repr(error)).strip().splitlines()[0]
+        hint = f"; install: {backend.install}" if isinstance(error, ModuleNotFoundError) and backend.install else ""
+        return f"{type(error).__name__}: {first}{hint}"
+
+
+def smoke(backend: FlashAttn, device: torch.device) -> str | None:
+    """Run one small forward in a clean state (no modes, no autocast, no random numbers) and compare it."""
+    from torch.utils._python_dispatch import _disable_current_modes
+
+    with (
+        _disable_current_modes(),
+        torch.inference_mode(False),
+        torch.no_grad(),
+        torch.autocast("cuda", enabled=False),
+        torch.cuda.device(device),
+    ):
+        wave = torch.arange(16 * 2 * 64, device=device, dtype=torch.float32).view(1, 16, 2, 64)
+        q, k, v = (torch.sin(wave * step).bfloat16() for step in (0.37, 0.73, 1.1))
+        out = backend(q, k, v, AttentionSpec.of(q, k, v))
+        assert isinstance(out, Tensor)
+        score = torch.einsum("bqhd,bkhd->bhqk", q.double(), k.double()) / math.sqrt(64)
+        exact = torch.einsum("bhqk,bkhd->bqhd", score.softmax(-1), v.double())
+        error = (out.double() - exact).abs().max().item()
+    if not error < 0.02:
+        return f"a trial run disagreed with the definition by {error:.3g} (at most 0.02)"
+    return None
+
+
+def installed(backend: FlashAttn) -> str:
+    """The package's version, out of its metadata."""
+    try:
+        return metadata.version(backend.distribution)
+    except metadata.PackageNotFoundError:
+        return "(no metadata)"
+
+
+def trimmed(k: Tensor, v: Tensor, spec: AttentionSpec) -> tuple[Tensor, Tensor, int | None, int | None]:
+    """Keys, values and the window (left, right) with ``right`` at least 0, ``None`` where unbounded.
+
+    Keys that lie after everybody's window are cut off, which moves the alignment to the keys that are left.
+    """
+    window = spec.window
+    if window is None:
+        return k, v, None, None
+    left, right = window.left, window.right
+    if right is not None and right < 0:
+        k, v = k[:, :right], v[:, :right]
+        left = None if left is None else left + right
+        right = 0
+    if find(spec.mask, Documents) is None:
+        if left is not None and left >= k.shape[1] - 1:
+            left = None
+        if right is not None and right >= spec.seqlen_q - 1 and right > 0:
+            right = None
+    return k, v, left, right
+
+
+def packed(q: Tensor, k: Tensor, v: Tensor, documents: Documents) -> tuple[Tensor, Tensor, Tensor, dict[str, Any]]:
+    """Batch 1 with ``Documents`` as the packed tensors (total, heads, head_dim) and offsets a kernel wants.
+
+    Kernels never write rows that belong to no document, nor their gradients (flash-attention#2324): such rows are
+    zeros here, and ``torch.where`` keeps what arrives in their gradient out.
+    """
+    q, k, v = q[0], k[0], v[0]
+    q = torch.where(owned(q, documents.cu_seqlens), q, 0.0)
+    k, v = (torch.where(owned(x, documents.cu_seqlens_k), x, 0.0) for x in (k, v))
+    offsets = {
+        "cu_seqlens_q": documents.cu_seqlens.int(),
+        "cu_seqlens_k": documents.cu_seqlens_k.int(),
+        "max_seqlen_q": longest(documents.max_seqlen, documents.cu_seqlens),
+        "max_seqlen_k": longest(documents.max_seqlen_k, documents.cu_seqlens_k),
+    }
+    return q, k, v, offsets
+
+
+def unpacked(out: Tensor, documents: Documents) -> Tensor:
+    """A packed output as batch 1, zeros where no document is."""
+    return torch.where(owned(out, documents.cu_seqlens), out, 0.0).unsqueeze(0)
+
+
+def owned(packed_rows: Tensor, offsets: Tensor) -> Tensor:
+    """Which rows belong to a document, (total, 1, 1)."""
+    return (torch.arange(packed_rows.shape[0], device=packed_rows.device) < offsets[-1])[:, None, None]
+
+
+def longest(known: int | None, offsets: Tensor) -> int:
+    return int(offsets.diff().max()) if known is None else known
+
+
+def normal_lse(lse: Tensor) -> Tensor:
+    """``-inf`` for a row that saw nothing, where flash-attn 2 says ``+inf``."""
+    return lse.masked_fill(lse == float("inf"), float("-inf"))

@@ -1,0 +1,104 @@
+"""flash2: the package flash-attn 2 (``import flash_attn``)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+from ..masks import Documents, find
+from ..scores import ALiBi
+from ..spec import AttentionSpec
+from .base import HALF, Limits
+from .flash import FlashAttn, normal_lse, packed, trimmed, unpacked
+
+
+class Flash2(FlashAttn):
+    """flash-attn 2: half precision on Ampere and newer, with dropout and ALiBi; no mask tensors.
+
+    Source: Dao, "FlashAttention-2" (2023); signatures of flash-attn 2.8.3.
+    """
+
+    name = "flash2"
+    distribution = "flash-attn"
+    install = "pip install flash-attn --no-build-isolation"
+    keywords = ("dropout_p", "softmax_scale", "causal", "window_size", "softcap", "alibi_slopes", "deterministic")
+    limits = Limits(
+        devices=("cuda",),
+        dtypes=HALF,
+        features=frozenset(
+            (
+                "backward",
+                "causal",
+                "window",
+                "documents",
+                "alibi",
+                "softcap",
+                "dropout",
+                "gqa",
+                "lse",
+                "deterministic",
+            )
+        ),
+        head_dim=256,
+        seqlen_min=1,
+        batch_min=1,
+        capability=(8, 9, 10, 12),
+    )
+
+    def load(self) -> tuple[Callable[..., Any], Callable[..., Any]]:
+        import flash_attn_2_cuda  # noqa: F401  the extension: a bare `import flash_attn` proves nothing
+        from flash_attn import flash_attn_func, flash_attn_varlen_func
+
+        return flash_attn_func, flash_attn_varlen_func
+
+    def refusals(self, spec: AttentionSpec) -> list[str]:
+        reasons = super().refusals(spec)
+        window = spec.window
+        if window is not None and spec.seqlen_q > spec.seqlen_k:
+            # a right bound of seqlen_k or more turns unbounded inside the kernel, and unbounded into seqlen_k
+            # (flash-attention#895)
+            if window.right is None:
+                reasons.append("window right=None with seqlen_q > seqlen_k (flash-attention#895)")
+            elif window.right >= spec.seqlen_k:
+                reasons.append(
+                    f"window right={window.right} with seqlen_q > seqlen_k={spec.seqlen_k} (flash-attention#895)"
+                )
+        if spec.softcap is not None and spec.dropout_p > 0.0:
+            reasons.append("softcap together with dropout")
+        if spec.bias is not None:
+            if len(spec.bias.parts) > 1:
+                reasons.append("more than one bias (one ALiBi)")
+            elif "bias_grad" in spec.features:
+                reasons.append("no gradient for slopes")
+        documents = find(spec.mask, Documents)
+        if documents is not None and documents.max_seqlen == 1 and spec.heads != spec.heads_kv:
+            reasons.append("documents of one query with grouped heads (flash-attention#1537)")
+        return reasons
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> Tensor | tuple[Tensor, Tensor]:
+        dense, varlen = self.functions or self.load()
+        k, v, left, right = trimmed(k, v, spec)
+        options: dict[str, Any] = {
+            "dropout_p": spec.dropout_p,
+            "softmax_scale": spec.scale,
+            "causal": left is None and right == 0,
+            "window_size": (-1 if left is None else left, -1 if right is None else right),
+            "softcap": spec.softcap or 0.0,
+            "deterministic": spec.deterministic,
+            "return_attn_probs": spec.need_lse,
+        }
+        if options["causal"]:
+            options["window_size"] = (-1, -1)
+        if isinstance(spec.bias, ALiBi):
+            options["alibi_slopes"] = spec.bias.slopes.float()
+        documents = find(spec.mask, Documents)
+        if documents is None:
+            result = dense(q, k, v, **options)
+            return (result[0], normal_lse(result[1])) if spec.need_lse else result
+        q, k, v, offsets = packed(q, k, v, documents)
+        result = varlen(q, k, v, **offsets, **options)
+        if not spec.need_lse:
+            return unpacked(result, documents)
+        return unpacked(result[0], documents), normal_lse(result[1]).unsqueeze(0)

@@ -1,0 +1,75 @@
+"""naive: the definition of attention; every other backend is right when it agrees with this file."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..spec import AttentionSpec
+from .base import FEATURES, Backend, Limits
+
+
+def scores(q: Tensor, k: Tensor, spec: AttentionSpec) -> tuple[Tensor, Tensor | None]:
+    """What the softmax sees, and which rows may look at nothing.
+
+    Returns the scores (batch, heads, seqlen_q, seqlen_k, one column more with sinks), ``-inf`` where a query may
+    not look, and a bool tensor (batch, heads, seqlen_q, 1) of blind rows, whose scores are 0 so that no NaN
+    arises; ``None`` where no row can be blind.
+    """
+    k = k.repeat_interleave(spec.heads // spec.heads_kv, dim=2) if spec.heads != spec.heads_kv else k
+    score = torch.einsum("bqhd,bkhd->bhqk", q * spec.scale, k)
+    if spec.softcap is not None:
+        score = spec.softcap * torch.tanh(score / spec.softcap)
+    bias = spec.added()
+    if bias is not None:
+        score = score + bias.to(score.dtype)
+    allowed = spec.allowed()
+    if allowed is not None:
+        score = score.masked_fill(~allowed, float("-inf"))
+    if spec.sinks is not None:
+        sink = spec.sinks.to(score.dtype).view(1, -1, 1, 1).expand(*score.shape[:3], 1)
+        return torch.cat((score, sink), dim=-1), None
+    if spec.mask is None and spec.bias is None and spec.seqlen_k > 0:
+        return score, None
+    blind = (score == float("-inf")).all(dim=-1, keepdim=True)
+    return score.masked_fill(blind, 0.0), blind
+
+
+def probabilities(score: Tensor, blind: Tensor | None, spec: AttentionSpec) -> Tensor:
+    """Attention weights before dropout (batch, heads, seqlen_q, seqlen_k), 0 in blind rows."""
+    weights = score.softmax(dim=-1)
+    if blind is not None:
+        weights = weights.masked_fill(blind, 0.0)
+    return weights if spec.sinks is None else weights[..., : spec.seqlen_k]
+
+
+def log_sum_exp(score: Tensor, blind: Tensor | None) -> Tensor:
+    """The log-sum-exp of every row (batch, heads, seqlen_q), at least float32, ``-inf`` in blind rows."""
+    lse = score.to(torch.promote_types(score.dtype, torch.float32)).logsumexp(dim=-1)
+    return lse if blind is None else lse.masked_fill(blind.squeeze(-1), float("-inf"))
+
+
+def weigh(weights: Tensor, v: Tensor, spec: AttentionSpec) -> Tensor:
+    """Dropout on the weights, and their sum over the values: (batch, seqlen_q, heads, head_dim_v)."""
+    v = v.repeat_interleave(spec.heads // spec.heads_kv, dim=2) if spec.heads != spec.heads_kv else v
+    if spec.dropout_p > 0.0:
+        weights = F.dropout(weights, spec.dropout_p)
+    return torch.einsum("bhqk,bkhd->bqhd", weights, v)
+
+
+class Naive(Backend):
+    """The definition, in plain PyTorch: every feature, every dtype, every device; memory seqlen_q * seqlen_k."""
+
+    name = "naive"
+    limits = Limits(
+        devices=(),
+        dtypes=(torch.float64, torch.float32, torch.bfloat16, torch.float16),
+        features=frozenset(FEATURES),
+        aten=True,
+    )
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> Tensor | tuple[Tensor, Tensor]:
+        score, blind = scores(q, k, spec)
+        out = weigh(probabilities(score, blind, spec), v, spec)
+        return (out, log_sum_exp(score, blind)) if spec.need_lse else out

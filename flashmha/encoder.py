@@ -1,0 +1,67 @@
+"""nn.TransformerEncoder and its layer, calling ``self_attn`` in eval too.
+
+In eval the stock layer hands its weights to one fused operator and never calls ``self_attn``; the stock encoder turns
+a bool padding mask into a float one and padded batches into nested tensors. These subclasses keep masks as they are,
+never nest and always call the layer. They add no state: a stock instance becomes one by its class, and back. No
+annotation here may be postponed: TorchScript reads them.
+"""
+
+from typing import Optional
+
+import torch
+from torch import Tensor, nn
+
+
+class FlashTransformerEncoderLayer(nn.TransformerEncoderLayer):
+    """``nn.TransformerEncoderLayer`` whose attention always runs in ``self_attn``."""
+
+    def forward(
+        self,
+        src: Tensor,
+        src_mask: Optional[Tensor] = None,
+        src_key_padding_mask: Optional[Tensor] = None,
+        is_causal: bool = False,
+    ) -> Tensor:
+        """(batch, seqlen, embed_dim) with ``batch_first``; masks as in ``nn.TransformerEncoderLayer``."""
+        x = src
+        if self.norm_first:
+            x = x + self._sa_block(self.norm1(x), src_mask, src_key_padding_mask, is_causal=is_causal)
+            return x + self._ff_block(self.norm2(x))
+        x = self.norm1(x + self._sa_block(x, src_mask, src_key_padding_mask, is_causal=is_causal))
+        return self.norm2(x + self._ff_block(x))
+
+
+class FlashTransformerEncoder(nn.TransformerEncoder):
+    """``nn.TransformerEncoder`` over such layers: no nested tensors, masks handed on as they came."""
+
+    def forward(
+        self,
+        src: Tensor,
+        mask: Optional[Tensor] = None,
+        src_key_padding_mask: Optional[Tensor] = None,
+        is_causal: Optional[bool] = None,
+    ) -> Tensor:
+        """Masks as in ``nn.TransformerEncoder``; ``is_causal=None`` looks whether ``mask`` is the causal mask."""
+        causal = found_causal(mask, src_key_padding_mask) if is_causal is None else is_causal
+        output = src
+        for layer in self.layers:
+            output = layer(output, src_mask=mask, is_causal=causal, src_key_padding_mask=src_key_padding_mask)
+        if self.norm is not None:
+            output = self.norm(output)
+        return output
+
+
+def found_causal(mask: Optional[Tensor], key_padding_mask: Optional[Tensor]) -> bool:
+    """The mask hides exactly the future, so that a layer need not read it.
+
+    Not asked beside a padding mask, which makes every layer read both, nor where the answer would break a graph.
+    """
+    if mask is None or key_padding_mask is not None or torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return False
+    if mask.dim() != 2 or mask.shape[0] != mask.shape[1] or mask.is_meta:
+        return False
+    future = torch.ones(mask.shape[0], mask.shape[1], dtype=torch.bool, device=mask.device).triu(1)
+    if mask.dtype == torch.bool:
+        return torch.equal(mask, future)
+    causal = torch.zeros_like(mask).masked_fill(future, float("-inf"))
+    return torch.equal(mask, causal)

@@ -1,0 +1,33 @@
+"""NoBackendError: a problem nobody serves, with one reason a backend."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from .spec import AttentionSpec
+
+
+def lines(rows: Mapping[str, str]) -> str:
+    """``name  text`` for every row, aligned."""
+    width = max(map(len, rows), default=0)
+    return "\n".join(f"  {name:<{width}}  {text}" for name, text in rows.items())
+
+
+class NoBackendError(RuntimeError):
+    """No backend can serve a problem, or the one that was named cannot.
+
+    Attributes:
+        spec: the problem.
+        reasons: backend name -> why it cannot serve the problem.
+    """
+
+    def __init__(self, spec: AttentionSpec, reasons: Mapping[str, str], wanted: str | None = None) -> None:
+        self.spec = spec
+        self.reasons = dict(reasons)
+        self.wanted = wanted
+        asked = "No backend can serve" if wanted is None else f"backend={wanted} cannot serve"
+        fix = "" if wanted is None else "\nName another backend, or leave the choice to flashmha with backend=None."
+        super().__init__(f"{asked} this problem:\n  {spec}\n{lines(self.reasons)}{fix}")
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return type(self), (self.spec, self.reasons, self.wanted)

@@ -1,0 +1,60 @@
+"""explain: which backend would serve, and why not the others."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from . import backends
+from .backends import Explanation, Wanted
+from .functional import autocast
+from .masks import Dense
+from .module import FlashMultiHeadAttention, prepare
+from .scores import TensorBias
+from .spec import AttentionSpec
+
+
+def explain(subject: AttentionSpec | FlashMultiHeadAttention | Tensor, *args: Any, **kwargs: Any) -> Explanation:
+    """Which backend would serve a problem, and why not the others: one line a backend. Nothing is computed.
+
+    ``explain(spec, backend=None)`` for an ``AttentionSpec``; ``explain(q, k, v, mask=..., ...)`` for a call of
+    ``attention``; ``explain(layer, query, key, value, ...)`` for a call of a layer, which projects its inputs to
+    see the problem. A layer asked for weights and not told a backend computes both by the definition, ``naive``.
+    """
+    if isinstance(subject, AttentionSpec):
+        return backends.explain(subject, *args, **kwargs)
+    if isinstance(subject, FlashMultiHeadAttention):
+        return explain_layer(subject, *args, **kwargs)
+    if isinstance(subject, Tensor):
+        return explain_call(subject, *args, **kwargs)
+    raise TypeError(
+        f"subject must be an AttentionSpec, a FlashMultiHeadAttention or the tensor q, got {type(subject).__name__}."
+    )
+
+
+def explain_call(q: Tensor, k: Tensor, v: Tensor, *, backend: Wanted = None, **options: Any) -> Explanation:
+    for name, kind in (("mask", Dense), ("bias", TensorBias)):
+        if isinstance(options.get(name), Tensor):
+            options[name] = kind(options[name])
+    options["need_lse"] = options.pop("return_lse", False)
+    return backends.explain(AttentionSpec.of(*autocast(q, k, v), **options), backend)
+
+
+def explain_layer(
+    layer: FlashMultiHeadAttention,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_padding_mask: Tensor | None = None,
+    need_weights: bool = True,
+    attn_mask: Tensor | None = None,
+    average_attn_weights: bool = True,
+    is_causal: bool = False,
+    backend: Wanted = None,
+) -> Explanation:
+    problem = prepare(layer, query, key, value, key_padding_mask, need_weights, attn_mask, is_causal)
+    wanted = layer.backend if backend is None else backend
+    if need_weights and backends.preference(wanted) is None:
+        wanted = "naive"
+    return backends.explain(problem.spec, wanted)

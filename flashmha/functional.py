@@ -1,0 +1,99 @@
+"""attention: the pure function, usable without a layer."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, overload
+
+import torch
+from torch import Tensor
+
+from .backends import Wanted, choose, note
+from .masks import Dense, Mask
+from .scores import Bias, TensorBias
+from .spec import AttentionSpec
+
+
+@overload
+def attention(q: Tensor, k: Tensor, v: Tensor, *, return_lse: Literal[False] = False, **options: Any) -> Tensor: ...
+@overload
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, *, return_lse: Literal[True], **options: Any
+) -> tuple[Tensor, Tensor]: ...
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    mask: Mask | Tensor | None = None,
+    bias: Bias | Tensor | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    softmax_scale: float | None = None,
+    dropout_p: float = 0.0,
+    deterministic: bool | None = None,
+    return_lse: bool = False,
+    backend: Wanted = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Scaled dot product attention on the fastest backend that can serve the call.
+
+    In plain PyTorch, for as many heads_kv as heads::
+
+        score = softmax_scale * torch.einsum("bqhd,bkhd->bhqk", q, k) + bias
+        weights = score.masked_fill(~mask, -inf).softmax(-1)          # rows that may look at nothing: zeros
+        out = torch.einsum("bhqk,bkhd->bqhd", dropout(weights, dropout_p), v)
+
+    Args:
+        q: (batch, seqlen_q, heads, head_dim).
+        k: (batch, seqlen_k, heads_kv, head_dim); consecutive query heads share a key head.
+        v: (batch, seqlen_k, heads_kv, head_dim_v).
+        mask: a ``Mask``, or a bool tensor that broadcasts to (batch, heads, seqlen_q, seqlen_k), ``True`` = may
+            attend.
+        bias: a ``Bias``, or a floating point tensor that broadcasts to the same shape; it may want a gradient.
+        softcap: ``cap * tanh(score / cap)`` before the bias.
+        sinks: (heads,), one more score per head that takes its share of the softmax and gives nothing.
+        softmax_scale: default ``head_dim ** -0.5``.
+        dropout_p: probability of dropping a weight; always applied, so pass 0 in eval.
+        deterministic: default ``torch.are_deterministic_algorithms_enabled()``.
+        return_lse: also return the log-sum-exp of the scores, (batch, heads, seqlen_q), ``-inf`` in blind rows.
+        backend: a name, a family (``"flash_attn"``) or a list in order; default automatic.
+
+    Returns:
+        out (batch, seqlen_q, heads, head_dim_v), or (out, lse).
+
+    Raises:
+        ValueError: shapes, dtypes or numbers that make no problem.
+        NoBackendError: no backend can serve, or the named one cannot; with every reason.
+    """
+    q, k, v = autocast(q, k, v)
+    spec = AttentionSpec.of(
+        q,
+        k,
+        v,
+        mask=Dense(mask) if isinstance(mask, Tensor) else mask,
+        bias=TensorBias(bias) if isinstance(bias, Tensor) else bias,
+        softcap=softcap,
+        sinks=sinks,
+        softmax_scale=softmax_scale,
+        dropout_p=dropout_p,
+        need_lse=return_lse,
+        deterministic=deterministic,
+    )
+    return run(q, k, v, spec, backend)
+
+
+def run(
+    q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, wanted: Wanted = None, layer: Any = None
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Choose a backend for a problem, tell ``record``, and call it."""
+    backend = choose(spec, wanted)
+    note(layer, spec, backend)
+    return backend(q, k, v, spec)
+
+
+def autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k and v in the autocast dtype where autocast is on: kernels outside torch do not do it themselves."""
+    device = q.device.type
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+        return q, k, v
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(x.to(dtype) if x.dtype != torch.float64 else x for x in (q, k, v))  # type: ignore[return-value]

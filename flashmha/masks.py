@@ -1,0 +1,489 @@
+"""Masks: which query may look at which key, as rules that combine with ``&``.
+
+A mask is a rule over positions, ``allowed(batch, head, q_pos, k_pos) -> bool``, and ``True`` means *may attend*
+(the convention of flex_attention, flash-attn and ``scaled_dot_product_attention``; ``nn.MultiheadAttention`` says
+the opposite, and the translation happens at the module's door and nowhere else).
+
+Positions. Key ``j`` sits at position ``j``. Query ``i`` sits at ``i + seqlen_k - seqlen_q``: the last query meets
+the last key, flash-attn's *bottom-right* alignment and the one a cache needs. PyTorch's ``is_causal`` is *top-left*
+(query ``i`` at position ``i``); ``Window(..., align="top_left")`` says so, and the two differ whenever
+``seqlen_q != seqlen_k``. Key padding and key lengths hide slots and move nobody. Inside ``Documents`` positions
+start again in every document.
+
+    causal() & KeyLengths(lengths)              decoder with right padding
+    Window(256, 0)                              256 keys back, and the query's own
+    Documents(cu_seqlens) & causal()            many documents packed into one row ("varlen")
+"""
+
+from __future__ import annotations
+
+import abc
+import functools
+import operator
+from collections.abc import Callable
+from typing import Any, ClassVar, TypeVar
+
+import torch
+from torch import Tensor
+
+M = TypeVar("M", bound="Mask")
+MaskMod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+ALIGNMENTS = ("bottom_right", "top_left")
+
+
+class Mask(abc.ABC):
+    """A rule that says which query may look at which key; ``True`` = may attend.
+
+    Combine rules with ``&``: windows merge into one window, equal kinds merge where they can. A query that may
+    look at no key gives a row of zeros, and zero gradients, on every backend.
+    """
+
+    feature: ClassVar[str]
+
+    @abc.abstractmethod
+    def mask_mod(self, seqlen_q: int, seqlen_k: int, documents: Documents | None = None) -> MaskMod:
+        """The rule over *indices*, flex_attention's ``mask_mod(batch, head, q_idx, k_idx)``, for these lengths."""
+
+    def check(self, batch: int, heads: int, seqlen_q: int, seqlen_k: int) -> None:
+        """Raise ``ValueError`` where the mask's own tensors do not fit the problem."""
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        """The tensors the mask holds."""
+        return ()
+
+    @property
+    def parts(self) -> tuple[Mask, ...]:
+        """The rules that all have to hold."""
+        return (self,)
+
+    @property
+    def features(self) -> frozenset[str]:
+        """What a backend must be able to do to serve this mask."""
+        return frozenset(part.feature for part in self.parts)
+
+    def __and__(self, other: Mask) -> Mask:
+        if not isinstance(other, Mask):
+            return NotImplemented
+        return combine((*self.parts, *other.parts))
+
+    def materialize(
+        self, batch: int, heads: int, seqlen_q: int, seqlen_k: int, device: torch.device | str | None = None
+    ) -> Tensor:
+        """The mask as a bool tensor that broadcasts to (batch, heads, seqlen_q, seqlen_k).
+
+        Axes on which no rule depends have size 1.
+        """
+        documents = find(self, Documents)
+        tables = [part.dense(batch, heads, seqlen_q, seqlen_k, device, documents) for part in self.parts]
+        return functools.reduce(operator.and_, tables)
+
+    def dense(
+        self,
+        batch: int,
+        heads: int,
+        seqlen_q: int,
+        seqlen_k: int,
+        device: torch.device | str | None,
+        documents: Documents | None,
+    ) -> Tensor:
+        """One rule evaluated on the whole index grid."""
+        return self.mask_mod(seqlen_q, seqlen_k, documents)(
+            torch.arange(batch, device=device).view(-1, 1, 1, 1),
+            torch.arange(heads, device=device).view(1, -1, 1, 1),
+            torch.arange(seqlen_q, device=device).view(1, 1, -1, 1),
+            torch.arange(seqlen_k, device=device).view(1, 1, 1, -1),
+        )
+
+    def picture(self, seqlen_q: int = 8, seqlen_k: int = 8, *, batch: int = 0, head: int = 0) -> str:
+        """A small drawing for one batch item and head: one line a query, ``■`` may attend, ``·`` may not."""
+        device = next((tensor.device for tensor in self.tensors()), None)
+        seen = self.materialize(batch + 1, head + 1, seqlen_q, seqlen_k, device)
+        rows = seen.expand(batch + 1, head + 1, seqlen_q, seqlen_k)[batch, head].tolist()
+        return "\n".join(" ".join("■" if allowed else "·" for allowed in row) for row in rows)
+
+
+class Window(Mask):
+    """Keys at most ``left`` positions before the query and ``right`` after it, both inclusive.
+
+    ``None`` is unbounded, so ``Window(None, 0)`` is causal and ``Window(4, 0)`` sees the query's own key and four
+    before it (flash-attn's convention; some libraries count the query itself among the window's size).
+    """
+
+    __slots__ = ("align", "left", "right")
+
+    def __init__(self, left: int | None, right: int | None, *, align: str = "bottom_right") -> None:
+        if align not in ALIGNMENTS:
+            raise ValueError(f"align must be one of {ALIGNMENTS}, got {align!r}.")
+        self.left, self.right, self.align = left, right, align
+
+    @property
+    def feature(self) -> str:  # type: ignore[override]
+        return "causal" if self.left is None and self.right == 0 else "window"
+
+    def allowed(self, batch: Tensor, head: Tensor, q_pos: Tensor, k_pos: Tensor) -> Tensor:
+        distance = k_pos - q_pos
+        if self.left is None and self.right is None:
+            return distance == distance
+        if self.left is None:
+            return distance <= self.right
+        if self.right is None:
+            return distance >= -self.left
+        return (distance >= -self.left) & (distance <= self.right)
+
+    def mask_mod(self, seqlen_q: int, seqlen_k: int, documents: Documents | None = None) -> MaskMod:
+        return positional(self.allowed, seqlen_q, seqlen_k, documents, self.align)
+
+    def to_bottom_right(self, seqlen_q: int, seqlen_k: int) -> Window:
+        """The same rule written for bottom-right positions; its bounds may become negative."""
+        if self.align == "bottom_right":
+            return self
+        shift = seqlen_k - seqlen_q
+        return Window(
+            None if self.left is None else self.left + shift, None if self.right is None else self.right - shift
+        )
+
+    def __repr__(self) -> str:
+        align = "" if self.align == "bottom_right" else f", align={self.align!r}"
+        if self.left is None and self.right == 0:
+            return f"causal({align[2:]})"
+        return f"Window({self.left}, {self.right}{align})"
+
+
+def causal(*, align: str = "bottom_right") -> Window:
+    """The window that hides the future: ``Window(None, 0)``."""
+    return Window(None, 0, align=align)
+
+
+class KeyPadding(Mask):
+    """Keys that are real: ``valid`` is a bool tensor (batch, seqlen_k), ``True`` = may be attended to."""
+
+    __slots__ = ("valid",)
+    feature = "key_padding"
+
+    def __init__(self, valid: Tensor) -> None:
+        if valid.dtype != torch.bool or valid.dim() != 2:
+            raise ValueError(
+                "valid must be a bool tensor of shape (batch, seqlen_k), True = may attend, "
+                f"got {valid.dtype} of shape {tuple(valid.shape)}."
+            )
+        self.valid = valid
+
+    def check(self, batch: int, heads: int, seqlen_q: int, seqlen_k: int) -> None:
+        if self.valid.shape != (batch, seqlen_k):
+            raise ValueError(
+                f"valid must have shape (batch, seqlen_k) = ({batch}, {seqlen_k}), got {tuple(self.valid.shape)}."
+            )
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        return (self.valid,)
+
+    def mask_mod(self, seqlen_q: int, seqlen_k: int, documents: Documents | None = None) -> MaskMod:
+        valid = self.valid
+        return lambda batch, head, q_idx, k_idx: valid[batch, k_idx]
+
+    def dense(self, *grid: Any) -> Tensor:
+        return self.valid[:, None, None, :]
+
+    def __repr__(self) -> str:
+        return f"KeyPadding({tuple(self.valid.shape)})"
+
+
+class KeyLengths(Mask):
+    """The first ``lengths[b]`` keys of each batch item are real: an integer tensor (batch,)."""
+
+    __slots__ = ("lengths",)
+    feature = "key_lengths"
+
+    def __init__(self, lengths: Tensor) -> None:
+        if lengths.dtype not in (torch.int32, torch.int64) or lengths.dim() != 1:
+            raise ValueError(
+                "lengths must be an int32 or int64 tensor of shape (batch,), "
+                f"got {lengths.dtype} of shape {tuple(lengths.shape)}."
+            )
+        self.lengths = lengths
+
+    def check(self, batch: int, heads: int, seqlen_q: int, seqlen_k: int) -> None:
+        if self.lengths.shape != (batch,):
+            raise ValueError(f"lengths must have shape (batch,) = ({batch},), got {tuple(self.lengths.shape)}.")
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        return (self.lengths,)
+
+    def mask_mod(self, seqlen_q: int, seqlen_k: int, documents: Documents | None = None) -> MaskMod:
+        lengths = self.lengths
+        return lambda batch, head, q_idx, k_idx: k_idx < lengths[batch]
+
+    def __repr__(self) -> str:
+        return f"KeyLengths({tuple(self.lengths.shape)})"
+
+
+class Documents(Mask):
+    """Documents packed end to end into one row (batch 1): nobody looks outside the own document ("varlen").
+
+    ``cu_seqlens`` (documents + 1,) holds where each document starts, and the total at the end; ``cu_seqlens_k``
+    does so for the keys where they differ. Tokens past the last offset belong to no document and see nothing.
+    ``max_seqlen`` (``max_seqlen_k``) is the longest document as a host integer; kernels need it, and without it
+    they have to ask the device.
+    """
+
+    __slots__ = ("cu_seqlens", "cu_seqlens_k", "max_seqlen", "max_seqlen_k")
+    feature = "documents"
+
+    def __init__(
+        self,
+        cu_seqlens: Tensor,
+        cu_seqlens_k: Tensor | None = None,
+        *,
+        max_seqlen: int | None = None,
+        max_seqlen_k: int | None = None,
+    ) -> None:
+        for name, offsets in (("cu_seqlens", cu_seqlens), ("cu_seqlens_k", cu_seqlens_k)):
+            if offsets is not None and (
+                offsets.dtype not in (torch.int32, torch.int64) or offsets.dim() != 1 or offsets.shape[0] < 2
+            ):
+                raise ValueError(
+                    f"{name} must be an int32 or int64 tensor of shape (documents + 1,), at least (2,), "
+                    f"got {offsets.dtype} of shape {tuple(offsets.shape)}."
+                )
+        if cu_seqlens_k is not None and cu_seqlens_k.shape != cu_seqlens.shape:
+            raise ValueError(
+                f"cu_seqlens_k must name as many documents as cu_seqlens, {tuple(cu_seqlens.shape)}, "
+                f"got {tuple(cu_seqlens_k.shape)}."
+            )
+        self.cu_seqlens = cu_seqlens
+        self.cu_seqlens_k = cu_seqlens if cu_seqlens_k is None else cu_seqlens_k
+        self.max_seqlen = max_seqlen
+        self.max_seqlen_k = max_seqlen if cu_seqlens_k is None else max_seqlen_k
+
+    def check(self, batch: int, heads: int, seqlen_q: int, seqlen_k: int) -> None:
+        if batch != 1:
+            raise ValueError(f"batch must be 1 with Documents (pack the documents end to end), got {batch}.")
+        if torch.compiler.is_compiling() or self.cu_seqlens.device.type != "cpu":
+            return  # reading the offsets would wait for the device
+        for name, offsets, total in (
+            ("cu_seqlens", self.cu_seqlens, seqlen_q),
+            ("cu_seqlens_k", self.cu_seqlens_k, seqlen_k),
+        ):
+            steps = offsets.tolist()
+            if steps[0] != 0 or steps != sorted(steps) or steps[-1] > total:
+                raise ValueError(f"{name} must rise from 0 to at most {total}, got {steps}.")
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        return (self.cu_seqlens, self.cu_seqlens_k)
+
+    @property
+    def aligned(self) -> bool:
+        """Queries and keys have the same offsets, so that both alignments are one."""
+        return self.cu_seqlens is self.cu_seqlens_k
+
+    def membership(self, seqlen_q: int, seqlen_k: int) -> tuple[Tensor, Tensor]:
+        """The document of every query and of every key; the number of documents where a token is in none."""
+        device = self.cu_seqlens.device
+        q_doc = torch.bucketize(torch.arange(seqlen_q, device=device), self.cu_seqlens[1:], right=True)
+        k_doc = torch.bucketize(torch.arange(seqlen_k, device=device), self.cu_seqlens_k[1:], right=True)
+        return q_doc, k_doc
+
+    def positions(self, seqlen_q: int, seqlen_k: int, align: str) -> tuple[Tensor, Tensor]:
+        """The position of every query and of every key inside the own document."""
+        q_doc, k_doc = self.membership(seqlen_q, seqlen_k)
+        last = self.cu_seqlens.shape[0] - 2  # tokens in no document see nothing: their position does not matter
+        q_doc, k_doc = q_doc.clamp(max=last), k_doc.clamp(max=last)
+        q_pos = torch.arange(seqlen_q, device=q_doc.device) - self.cu_seqlens[q_doc]
+        k_pos = torch.arange(seqlen_k, device=k_doc.device) - self.cu_seqlens_k[k_doc]
+        if align == "bottom_right" and not self.aligned:
+            q_pos = q_pos + (self.cu_seqlens_k.diff() - self.cu_seqlens.diff())[q_doc]
+        return q_pos, k_pos
+
+    def mask_mod(self, seqlen_q: int, seqlen_k: int, documents: Documents | None = None) -> MaskMod:
+        last = self.cu_seqlens.shape[0] - 1
+        q_doc, k_doc = self.membership(seqlen_q, seqlen_k)
+
+        def same_document(batch: Tensor, head: Tensor, q_idx: Tensor, k_idx: Tensor) -> Tensor:
+            return (q_doc[q_idx] == k_doc[k_idx]) & (q_doc[q_idx] < last)
+
+        return same_document
+
+    def __repr__(self) -> str:
+        return f"Documents({self.cu_seqlens.shape[0] - 1})"
+
+
+class Dense(Mask):
+    """Any pattern: a bool tensor that broadcasts to (batch, heads, seqlen_q, seqlen_k), ``True`` = may attend.
+
+    Two axes are (seqlen_q, seqlen_k), three (heads, seqlen_q, seqlen_k).
+    """
+
+    __slots__ = ("allowed",)
+    feature = "dense_mask"
+
+    def __init__(self, allowed: Tensor) -> None:
+        if allowed.dtype != torch.bool or not 2 <= allowed.dim() <= 4:
+            raise ValueError(
+                "allowed must be a bool tensor that broadcasts to (batch, heads, seqlen_q, seqlen_k), "
+                f"True = may attend, got {allowed.dtype} of shape {tuple(allowed.shape)}."
+            )
+        self.allowed = allowed[(None,) * (4 - allowed.dim())]
+
+    def check(self, batch: int, heads: int, seqlen_q: int, seqlen_k: int) -> None:
+        want = (batch, heads, seqlen_q, seqlen_k)
+        for size, target in zip(self.allowed.shape, want):
+            if size != target and size != 1:
+                raise ValueError(
+                    f"allowed must broadcast to (batch, heads, seqlen_q, seqlen_k) = {want}, "
+                    f"got {tuple(self.allowed.shape)}."
+                )
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        return (self.allowed,)
+
+    def mask_mod(self, seqlen_q: int, seqlen_k: int, documents: Documents | None = None) -> MaskMod:
+        table = self.allowed
+        return lambda batch, head, q_idx, k_idx: table[broadcast_index(table, (batch, head, q_idx, k_idx))]
+
+    def dense(self, *grid: Any) -> Tensor:
+        return self.allowed
+
+    def __repr__(self) -> str:
+        return f"Dense({tuple(self.allowed.shape)})"
+
+
+class Rule(Mask):
+    """Your own rule: ``fn(batch, head, q_pos, k_pos) -> bool``, on integer tensors that broadcast.
+
+    Written with tensor operators (``&``, ``|``, ``~``, comparisons), as flex_attention wants it.
+    """
+
+    __slots__ = ("align", "fn")
+    feature = "rule"
+
+    def __init__(self, fn: MaskMod, *, align: str = "bottom_right") -> None:
+        if align not in ALIGNMENTS:
+            raise ValueError(f"align must be one of {ALIGNMENTS}, got {align!r}.")
+        self.fn, self.align = fn, align
+
+    def mask_mod(self, seqlen_q: int, seqlen_k: int, documents: Documents | None = None) -> MaskMod:
+        return positional(self.fn, seqlen_q, seqlen_k, documents, self.align)
+
+    def __repr__(self) -> str:
+        return f"Rule({getattr(self.fn, '__name__', 'fn')})"
+
+
+class Intersection(Mask):
+    """Several rules that all have to hold; made by ``&``."""
+
+    __slots__ = ("_parts",)
+
+    def __init__(self, parts: tuple[Mask, ...]) -> None:
+        self._parts = parts
+
+    @property
+    def parts(self) -> tuple[Mask, ...]:
+        return self._parts
+
+    def check(self, batch: int, heads: int, seqlen_q: int, seqlen_k: int) -> None:
+        for part in self._parts:
+            part.check(batch, heads, seqlen_q, seqlen_k)
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        return tuple(tensor for part in self._parts for tensor in part.tensors())
+
+    def mask_mod(self, seqlen_q: int, seqlen_k: int, documents: Documents | None = None) -> MaskMod:
+        documents = find(self, Documents)
+        mods = [part.mask_mod(seqlen_q, seqlen_k, documents) for part in self._parts]
+
+        def every(batch: Tensor, head: Tensor, q_idx: Tensor, k_idx: Tensor) -> Tensor:
+            allowed = mods[0](batch, head, q_idx, k_idx)
+            for mod in mods[1:]:
+                allowed = allowed & mod(batch, head, q_idx, k_idx)
+            return allowed
+
+        return every
+
+    def __repr__(self) -> str:
+        return " & ".join(map(repr, self._parts))
+
+
+def find(mask: Mask | None, kind: type[M]) -> M | None:
+    """The first rule of a kind in a mask."""
+    if mask is not None:
+        for part in mask.parts:
+            if isinstance(part, kind):
+                return part
+    return None
+
+
+def combine(parts: tuple[Mask, ...]) -> Mask:
+    """The rules of ``&``, with equal kinds merged where one rule can say both."""
+    merged: list[Mask] = []
+    for part in parts:
+        for place, earlier in enumerate(merged):
+            both = merge(earlier, part)
+            if both is not None:
+                merged[place] = both
+                break
+        else:
+            merged.append(part)
+    return merged[0] if len(merged) == 1 else Intersection(tuple(merged))
+
+
+def merge(one: Mask, two: Mask) -> Mask | None:
+    """One rule that says what two say, where there is one."""
+    if isinstance(one, Window) and isinstance(two, Window) and one.align == two.align:
+        return Window(narrower(one.left, two.left), narrower(one.right, two.right), align=one.align)
+    if isinstance(one, KeyPadding) and isinstance(two, KeyPadding) and one.valid.shape == two.valid.shape:
+        return KeyPadding(one.valid & two.valid)
+    if isinstance(one, KeyLengths) and isinstance(two, KeyLengths) and one.lengths.shape == two.lengths.shape:
+        return KeyLengths(torch.minimum(one.lengths, two.lengths))
+    if isinstance(one, Dense) and isinstance(two, Dense):
+        return Dense(one.allowed & two.allowed)
+    if isinstance(one, Documents) and isinstance(two, Documents):
+        raise ValueError(f"a mask must hold at most one Documents, got {one!r} & {two!r}.")
+    return None
+
+
+def narrower(one: int | None, two: int | None) -> int | None:
+    if one is None or two is None:
+        return two if one is None else one
+    return min(one, two)
+
+
+def normalize(mask: Mask | None, seqlen_q: int, seqlen_k: int) -> Mask | None:
+    """The mask for these lengths: windows bottom-right and merged, rules that hide nothing left out."""
+    if mask is None:
+        return None
+    documents = find(mask, Documents)
+    if documents is None:
+        mask = combine(
+            tuple(
+                part.to_bottom_right(seqlen_q, seqlen_k) if isinstance(part, Window) else part for part in mask.parts
+            )
+        )
+    elif documents.aligned:
+        mask = combine(tuple(Window(p.left, p.right) if isinstance(p, Window) else p for p in mask.parts))
+    kept = tuple(part for part in mask.parts if not hides_nothing(part, seqlen_q, seqlen_k, documents))
+    return combine(kept) if kept else None
+
+
+def hides_nothing(part: Mask, seqlen_q: int, seqlen_k: int, documents: Documents | None) -> bool:
+    """A window wider than the problem."""
+    if not isinstance(part, Window):
+        return False
+    if documents is not None:
+        return part.left is None and part.right is None
+    if part.left is not None and part.left < seqlen_k - 1:
+        return False
+    return part.right is None or part.right >= seqlen_q - 1
+
+
+def positional(fn: MaskMod, seqlen_q: int, seqlen_k: int, documents: Documents | None, align: str) -> MaskMod:
+    """A rule over positions as a rule over indices."""
+    if documents is None:
+        shift = seqlen_k - seqlen_q if align == "bottom_right" else 0
+        return lambda batch, head, q_idx, k_idx: fn(batch, head, q_idx + shift, k_idx)
+    q_pos, k_pos = documents.positions(seqlen_q, seqlen_k, align)
+    return lambda batch, head, q_idx, k_idx: fn(batch, head, q_pos[q_idx], k_pos[k_idx])
+
+
+def broadcast_index(tensor: Tensor, index: tuple[Tensor, ...]) -> tuple[Tensor | int, ...]:
+    """An index into a tensor that may have size 1 where the grid is larger."""
+    return tuple(0 if size == 1 else i for size, i in zip(tensor.shape, index))

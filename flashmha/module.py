@@ -1,0 +1,725 @@
+"""FlashMultiHeadAttention: ``torch.nn.MultiheadAttention`` on the fastest backend that can serve the call.
+
+The class below only projects, calls and projects. What the arguments of ``nn.MultiheadAttention`` mean (and that
+``True`` hides) is read in one place, ``read_call``, and ends there. No annotation here may be postponed: TorchScript
+reads them.
+"""
+
+import warnings
+from collections.abc import Sequence
+from typing import Any, NamedTuple, Optional, Union
+
+import torch
+import torch.fx
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from . import nested
+from .backends import expand
+from .functional import autocast, run
+from .masks import Dense, KeyPadding, Mask, Window, causal
+from .scores import TensorBias
+from .spec import AttentionSpec
+from .stock import stock_forward
+from .weights import attention_with_weights
+
+FEATURES = ("num_kv_heads", "window", "backend", "call_out_proj")
+"""What a layer has beyond ``nn.MultiheadAttention``; the class's values mean *absent*."""
+
+HOOKS = ("project", "process_heads", "merge")
+"""What a subclass overrides."""
+
+
+class FlashMultiHeadAttention(nn.MultiheadAttention):
+    """``torch.nn.MultiheadAttention``: same constructor, forward, parameters and numbers, on a chosen backend.
+
+    Differences, all on purpose: a query that may look at nothing gets zeros (``out_proj.bias`` after the output
+    projection) and zero gradients where the stock class has NaN; train and eval run the same code; ``attn_mask``
+    may be (batch, 1, seqlen_q, seqlen_k) or (batch, heads, seqlen_q, seqlen_k); jagged nested tensors are
+    accepted; returned weights are those before dropout.
+
+    For custom heads override ``project``, ``process_heads`` or ``merge``, never ``forward``.
+
+    Args:
+        embed_dim, num_heads, dropout, bias, add_bias_kv, add_zero_attn, kdim, vdim, batch_first, device, dtype:
+            as in ``nn.MultiheadAttention``.
+        num_kv_heads: heads of keys and values, a divisor of ``num_heads`` (grouped-query attention); consecutive
+            query heads share one. The projections of keys and values shrink with it. Default ``num_heads``.
+        window: ``Window(left, right)`` or the pair (left, right), inclusive, ``None`` unbounded: every call sees
+            no further, whatever its masks say. The last query sits at the last key.
+        backend: a name, a family (``"flash_attn"``) or a list in order; raises ``NoBackendError`` where it cannot
+            serve. Default automatic.
+        call_out_proj: call ``out_proj`` as a module, so that hooks and adapters on it run. ``nn.MultiheadAttention``
+            reads its weight and bias instead, and so does the default.
+
+    Shapes: query (batch, seqlen_q, embed_dim) with ``batch_first``, else (seqlen_q, batch, embed_dim), or
+    (seqlen_q, embed_dim) unbatched; key and value likewise with kdim and vdim.
+    """
+
+    __constants__ = ["batch_first"]
+    __jit_ignored_attributes__ = list(FEATURES)
+    bias_k: Optional[Tensor]
+    bias_v: Optional[Tensor]
+
+    # the state of a stock module has none of these
+    num_kv_heads: Optional[int] = None
+    window: Optional[Window] = None
+    backend: Union[str, Sequence[str], None] = None
+    call_out_proj: bool = False
+    featured: torch.jit.Final[bool] = False
+
+    def __init__(
+        self,
+        embed_dim: int,
+        num_heads: int,
+        dropout: float = 0.0,
+        bias: bool = True,
+        add_bias_kv: bool = False,
+        add_zero_attn: bool = False,
+        kdim: Optional[int] = None,
+        vdim: Optional[int] = None,
+        batch_first: bool = False,
+        device: Any = None,
+        dtype: Optional[torch.dtype] = None,
+        *,
+        num_kv_heads: Optional[int] = None,
+        window: Union[Window, tuple[Optional[int], Optional[int]], None] = None,
+        backend: Union[str, Sequence[str], None] = None,
+        call_out_proj: bool = False,
+    ) -> None:
+        check_kv_heads(num_heads, num_kv_heads)
+        check_features({"window": window, "backend": backend})
+        super().__init__(
+            embed_dim, num_heads, dropout, bias, add_bias_kv, add_zero_attn, kdim, vdim, batch_first, device, dtype
+        )
+        if num_kv_heads is not None and num_kv_heads != num_heads:
+            self.num_kv_heads = num_kv_heads
+            shrink_kv(self)
+            self._reset_parameters()
+        if window is not None:
+            self.window = as_window(window)
+        if backend is not None:
+            self.backend = backend
+        if call_out_proj:
+            self.call_out_proj = True
+        mark(self)
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_padding_mask: Optional[Tensor] = None,
+        need_weights: bool = True,
+        attn_mask: Optional[Tensor] = None,
+        average_attn_weights: bool = True,
+        is_causal: bool = False,
+        backend: Optional[str] = None,
+    ) -> tuple[Tensor, Optional[Tensor]]:
+        """Attention of every query over the keys and values.
+
+        Args:
+            query, key, value: see the class.
+            key_padding_mask: (batch, seqlen_k), or (seqlen_k) unbatched; bool with ``True`` = *hidden*, or float,
+                added to the scores.
+            need_weights: also return the attention weights.
+            attn_mask: (seqlen_q, seqlen_k), (batch * heads, seqlen_q, seqlen_k), (batch, 1, seqlen_q, seqlen_k) or
+                (batch, heads, seqlen_q, seqlen_k); bool with ``True`` = *hidden*, or float, added to the scores.
+            average_attn_weights: return their mean over the heads.
+            is_causal: a promise that ``attn_mask`` is the causal mask, which therefore need not be read; aligned
+                to the first key.
+            backend: for this call, as in the class.
+
+        Returns:
+            The output, shaped like the query, and the weights before dropout: (batch, seqlen_q, seqlen_k), with
+            ``average_attn_weights=False`` (batch, heads, seqlen_q, seqlen_k), without batch where unbatched,
+            ``None`` without ``need_weights``.
+
+        Raises:
+            AssertionError, RuntimeError: what ``nn.MultiheadAttention`` raises for the same input.
+            NoBackendError: the named backend cannot serve; with every reason.
+        """
+        if torch.jit.is_scripting():
+            assert not self.featured and backend is None, (
+                "a FlashMultiHeadAttention with features of its own (grouped heads, window, overrides, a named backend)"
+                " cannot run in TorchScript; use torch.compile or torch.export"
+            )
+            return stock_forward(
+                query,
+                key,
+                value,
+                self.embed_dim,
+                self.num_heads,
+                self.in_proj_weight,
+                self.in_proj_bias,
+                self.bias_k,
+                self.bias_v,
+                self.add_zero_attn,
+                self.dropout,
+                self.out_proj.weight,
+                self.out_proj.bias,
+                self.training,
+                key_padding_mask,
+                need_weights,
+                attn_mask,
+                self.q_proj_weight,
+                self.k_proj_weight,
+                self.v_proj_weight,
+                average_attn_weights,
+                is_causal,
+                self.batch_first,
+            )
+        return attend(
+            self,
+            query,
+            key,
+            value,
+            key_padding_mask,
+            need_weights,
+            attn_mask,
+            average_attn_weights,
+            is_causal,
+            backend,
+        )
+
+    @torch.jit.unused
+    def project(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values of every head. Override for another projection.
+
+        (batch, seqlen, features) in; q (batch, seqlen_q, heads, head_dim), k and v (batch, seqlen_k, heads_kv,
+        head_dim) out. The inputs are one object where the caller passed one.
+        """
+        heads, heads_kv = self.num_heads, self.num_kv_heads or self.num_heads
+        head_dim = self.embed_dim // heads
+        sizes = [heads, heads_kv, heads_kv]
+        if not self._qkv_same_embed_dim:
+            weights = (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
+        elif query is key and key is value:
+            qkv = F.linear(query, self.in_proj_weight, self.in_proj_bias)
+            q, k, v = rearrange(qkv, "b s (h d) -> b s h d", d=head_dim).split(sizes, dim=2)
+            return q, k, v
+        else:
+            weights = self.in_proj_weight.split([size * head_dim for size in sizes])
+        biases = (None,) * 3
+        if self.in_proj_bias is not None:
+            biases = self.in_proj_bias.split([size * head_dim for size in sizes])
+        if key is value and self._qkv_same_embed_dim:
+            bias_kv = None if biases[1] is None else self.in_proj_bias[heads * head_dim :]
+            kv = F.linear(key, self.in_proj_weight[heads * head_dim :], bias_kv)
+            q = F.linear(query, weights[0], biases[0]).unflatten(-1, (heads, head_dim))
+            k, v = rearrange(kv, "b s (h d) -> b s h d", d=head_dim).split(sizes[1:], dim=2)
+            return q, k, v
+        inputs = (query, key, value)
+        q, k, v = (
+            F.linear(x, weight, bias).unflatten(-1, (size, head_dim))
+            for x, weight, bias, size in zip(inputs, weights, biases, sizes)
+        )
+        return q, k, v
+
+    @torch.jit.unused
+    def process_heads(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """What happens to the heads between projection and attention: nothing. Override for rotary, norms, ...
+
+        Shapes as ``project`` returns them; batch and seqlen must stay.
+        """
+        return q, k, v
+
+    @torch.jit.unused
+    def merge(self, out: Tensor) -> Tensor:
+        """The output projection. Override for another one.
+
+        out (batch, seqlen_q, heads, head_dim) in; (batch, seqlen_q, embed_dim) out.
+        """
+        out = rearrange(out, "b s h d -> b s (h d)")
+        if self.call_out_proj:
+            return self.out_proj(out)
+        return F.linear(out, self.out_proj.weight, self.out_proj.bias)
+
+    @torch.jit.unused
+    def to_torch(self) -> nn.MultiheadAttention:
+        """The stock module with the same parameter objects, hooks and attributes.
+
+        Raises:
+            ValueError: the layer has features the stock class lacks.
+        """
+        lacking = [name for name in changed(self) if name not in ("backend", "call_out_proj")]
+        if lacking:
+            raise ValueError(
+                f"to_torch must not lose anything: nn.MultiheadAttention has no {', no '.join(lacking)}, "
+                f"which this {type(self).__name__} uses."
+            )
+        return alike(self, nn.MultiheadAttention)
+
+    @classmethod
+    def from_torch(cls, module: nn.MultiheadAttention) -> "FlashMultiHeadAttention":
+        """The layer of a stock module, with the same parameter objects, hooks and attributes.
+
+        Raises:
+            TypeError: the module is a subclass, whose own code would be lost.
+        """
+        if type(module) is not nn.MultiheadAttention:
+            raise TypeError(f"module must be exactly an nn.MultiheadAttention, got {type(module).__name__}.")
+        return alike(module, cls)
+
+    @torch.jit.unused
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "window":
+            value = None if value is None else as_window(value)
+        if name in ("window", "backend"):
+            check_features({name: value})
+        super().__setattr__(name, value)
+        if name in FEATURES:
+            mark(self)
+
+    @torch.jit.unused
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        mark(self)
+
+
+class Problem(NamedTuple):
+    """What one call of a layer asks of attention."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    spec: AttentionSpec
+    batched: bool
+
+
+def attend(
+    layer: FlashMultiHeadAttention,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_padding_mask: Optional[Tensor],
+    need_weights: bool,
+    attn_mask: Optional[Tensor],
+    average_attn_weights: bool,
+    is_causal: bool,
+    backend: Union[str, Sequence[str], None],
+) -> tuple[Tensor, Optional[Tensor]]:
+    """One forward of a layer; a function so that FX sees one call (``torch.fx.wrap``)."""
+    if query.is_nested or key.is_nested or value.is_nested:
+        return attend_nested(layer, query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights)
+    if torch.jit.is_tracing() or wants_torch_function(layer, query, key, value):
+        if layer.featured or backend is not None:
+            raise RuntimeError(
+                "torch.jit.trace and tensors with __torch_function__ go to F.multi_head_attention_forward, which has "
+                f"no {', no '.join(changed(layer)) or f'backend={backend!r}'}; use torch.compile or torch.export."
+            )
+        return as_stock(
+            layer, query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
+        )
+    problem = prepare(layer, query, key, value, key_padding_mask, need_weights, attn_mask, is_causal)
+    wanted = layer.backend if backend is None else backend
+    weights: Optional[Tensor] = None
+    if need_weights:
+        out, weights = attention_with_weights(*problem[:4], wanted, layer)
+        weights = weights.mean(dim=1) if average_attn_weights else weights
+    else:
+        result = run(*problem[:4], wanted, layer)
+        assert isinstance(result, Tensor)
+        out = result
+    output = layer.merge(out)
+    if not problem.batched:
+        return output.squeeze(0), None if weights is None else weights.squeeze(0)
+    if not layer.batch_first:
+        output = output.transpose(0, 1).contiguous()
+    return output, weights
+
+
+torch.fx.wrap("attend")
+
+
+def prepare(
+    layer: FlashMultiHeadAttention,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_padding_mask: Optional[Tensor] = None,
+    need_weights: bool = True,
+    attn_mask: Optional[Tensor] = None,
+    is_causal: bool = False,
+) -> Problem:
+    """Hops 1 to 3: the call read and checked, the heads projected and processed."""
+    check_inputs(layer, query, key, value)
+    columns = extra_columns(layer)
+    batched = query.dim() == 3
+    check_masks(layer, query, key, key_padding_mask, attn_mask, columns)
+    if is_causal and attn_mask is None:
+        raise RuntimeError(
+            "Need attn_mask if specifying the is_causal hint. You may use the Transformer module method "
+            "`generate_square_subsequent_mask` to create this mask."
+        )
+    hint_alone = is_causal and not need_weights and key_padding_mask is None
+    if not hint_alone:
+        check_attn_mask_shape(layer, query, key, attn_mask)
+    same_q, same_kv = query is key, key is value
+    if not batched:
+        query, key, value = query.unsqueeze(0), key.unsqueeze(0), value.unsqueeze(0)
+    elif not layer.batch_first:
+        query, key, value = query.transpose(0, 1), key.transpose(0, 1), value.transpose(0, 1)
+    if same_kv:  # one object in, one object on: one matrix product serves both
+        value = key
+    if same_q:
+        query = key
+    batch, seqlen_q, seqlen_k = query.shape[0], query.shape[1], key.shape[1]
+    q, k, v = layer.process_heads(*layer.project(query, key, value))
+    q, k, v = autocast(q, k, v)
+
+    mask: Optional[Mask] = causal(align="top_left") if hint_alone else None
+    bias: Optional[Tensor] = None
+    for given, name in ((key_padding_mask, "key_padding_mask"), (None if hint_alone else attn_mask, "attn_mask")):
+        if given is None:
+            continue
+        if given.is_floating_point():
+            check_float_mask(given, name, q, need_weights)
+            added = four_axes(given, name, batch)
+            bias = added if bias is None else bias + added
+        elif name == "key_padding_mask":
+            mask = KeyPadding(~given if given.dim() == 2 else ~given[None])
+        else:
+            hidden = Dense(~four_axes(given, name, batch))
+            mask = hidden if mask is None else mask & hidden
+    if layer.window is not None:
+        mask = layer.window if mask is None else mask & layer.window
+    if columns:
+        k, v = append_columns(layer, k, v)
+        if mask is not None:
+            seen = mask.materialize(batch, layer.num_heads, seqlen_q, seqlen_k, q.device)
+            mask = Dense(F.pad(seen, (0, columns), value=True))
+        if bias is not None:
+            bias = F.pad(bias.expand(*bias.shape[:3], seqlen_k), (0, columns))
+    spec = AttentionSpec.of(
+        q,
+        k,
+        v,
+        mask=mask,
+        bias=None if bias is None else TensorBias(bias),
+        dropout_p=layer.dropout if layer.training else 0.0,
+    )
+    return Problem(q, k, v, spec, batched)
+
+
+def check_inputs(layer: FlashMultiHeadAttention, query: Tensor, key: Tensor, value: Tensor) -> None:
+    """The errors of ``nn.MultiheadAttention`` for query, key and value."""
+    if query.dim() not in (2, 3):
+        raise AssertionError(
+            f"query should be unbatched 2D or batched 3D tensor but received {query.dim()}-D query tensor"
+        )
+    if key.dim() != query.dim() or value.dim() != query.dim():
+        kind = "For batched (3-D) `query`" if query.dim() == 3 else "For unbatched (2-D) `query`"
+        raise AssertionError(
+            f"{kind}, expected `key` and `value` to be {query.dim()}-D"
+            f" but found {key.dim()}-D and {value.dim()}-D tensors respectively"
+        )
+    embed_dim = layer.embed_dim
+    if query.shape[-1] != embed_dim:
+        raise AssertionError(f"was expecting embedding dimension of {embed_dim}, but got {query.shape[-1]}")
+    if embed_dim % layer.num_heads:
+        raise AssertionError(f"embed_dim {embed_dim} not divisible by num_heads {layer.num_heads}")
+    if layer._qkv_same_embed_dim:
+        if key.shape != value.shape:
+            raise AssertionError(f"key shape {key.shape} does not match value shape {value.shape}")
+        if key.shape[-1] != embed_dim:
+            raise RuntimeError(
+                f"key and value must have embedding dimension {embed_dim}, got {key.shape[-1]}; "
+                "pass kdim= and vdim= to the constructor where they differ."
+            )
+    else:
+        if key.shape[:-1] != value.shape[:-1]:
+            raise AssertionError(
+                f"key's sequence and batch dims {key.shape[:-1]} do not match value's {value.shape[:-1]}"
+            )
+        for name, x, weight in (("key", key, layer.k_proj_weight), ("value", value, layer.v_proj_weight)):
+            if weight.shape[1] != x.shape[-1]:
+                want = (weight.shape[0], x.shape[-1])
+                raise AssertionError(f"expecting {name} weights shape of {want}, but got {weight.shape}")
+    batch_axis = 0 if layer.batch_first else 1
+    if query.dim() == 3 and query.shape[batch_axis] != key.shape[batch_axis]:
+        raise RuntimeError(
+            f"query and key must have one batch size, got {query.shape[batch_axis]} and {key.shape[batch_axis]} "
+            f"(axis {batch_axis}, batch_first={layer.batch_first})."
+        )
+    if (layer.bias_k is None) != (layer.bias_v is None):
+        given, absent = ("bias_k", "bias_v") if layer.bias_v is None else ("bias_v", "bias_k")
+        raise AssertionError(f"{given} is set but {absent} is None")
+
+
+def check_masks(
+    layer: FlashMultiHeadAttention,
+    query: Tensor,
+    key: Tensor,
+    key_padding_mask: Optional[Tensor],
+    attn_mask: Optional[Tensor],
+    columns: int,
+) -> None:
+    """The errors of ``nn.MultiheadAttention`` for dtypes and axes of the masks, and its one warning."""
+    batched = query.dim() == 3
+    kind = "For batched (3-D) `query`" if batched else "For unbatched (2-D) `query`"
+    for mask, name in ((key_padding_mask, "key_padding_mask"), (attn_mask, "attn_mask")):
+        if mask is not None and mask.dtype != torch.bool and not mask.is_floating_point():
+            raise AssertionError(f"only bool and floating types of {name} are supported")
+    if key_padding_mask is not None:
+        axes = 2 if batched else 1
+        if key_padding_mask.dim() != axes:
+            raise AssertionError(
+                f"{kind}, expected `key_padding_mask` to be `None` or {axes}-D"
+                f" but found {key_padding_mask.dim()}-D tensor instead"
+            )
+        seqlen_k = key.shape[1 if batched and layer.batch_first else 0] + columns
+        if batched:
+            batch = key.shape[0 if layer.batch_first else 1]
+            if key_padding_mask.shape[0] != batch:
+                raise AssertionError(
+                    f"Expected key_padded_mask.shape[0] to be {batch}, but got {key_padding_mask.shape[0]}"
+                )
+        if key_padding_mask.shape[-1] + columns != seqlen_k:
+            raise AssertionError(
+                f"Expected key_padded_mask.shape[1] to be {seqlen_k}, but got {key_padding_mask.shape[-1] + columns}"
+            )
+    if attn_mask is not None:
+        if attn_mask.dim() not in ((2, 3, 4) if batched else (2, 3)):
+            raise AssertionError(
+                f"{kind}, expected `attn_mask` to be `None`, 2-D or 3-D but found {attn_mask.dim()}-D tensor instead"
+            )
+        if not batched and attn_mask.dim() == 3:
+            want = (layer.num_heads, query.shape[0], key.shape[0])
+            if attn_mask.shape != want:
+                raise AssertionError(f"Expected `attn_mask` shape to be {want} but got {attn_mask.shape}")
+    if key_padding_mask is not None and attn_mask is not None and key_padding_mask.dtype != attn_mask.dtype:
+        warnings.warn(
+            "Support for mismatched key_padding_mask and attn_mask is deprecated. Use same type for both instead.",
+            stacklevel=3,
+        )
+
+
+def check_attn_mask_shape(
+    layer: FlashMultiHeadAttention, query: Tensor, key: Tensor, attn_mask: Optional[Tensor]
+) -> None:
+    """The errors of ``nn.MultiheadAttention`` for the sizes of ``attn_mask``."""
+    if attn_mask is None:
+        return
+    if query.dim() == 2:
+        batch, seqlen_q, seqlen_k = 1, query.shape[0], key.shape[0]
+    elif layer.batch_first:
+        batch, seqlen_q, seqlen_k = query.shape[0], query.shape[1], key.shape[1]
+    else:
+        batch, seqlen_q, seqlen_k = query.shape[1], query.shape[0], key.shape[0]
+    axes = attn_mask.dim()
+    if axes == 4:
+        if attn_mask.shape[0] != batch or attn_mask.shape[1] not in (1, layer.num_heads):
+            fits = False
+        else:
+            fits = attn_mask.shape[2:] == (seqlen_q, seqlen_k)
+        want = f"({batch}, 1 or {layer.num_heads}, {seqlen_q}, {seqlen_k})"
+    else:
+        sizes = (seqlen_q, seqlen_k) if axes == 2 else (batch * layer.num_heads, seqlen_q, seqlen_k)
+        fits, want = attn_mask.shape == sizes, str(sizes)
+    if not fits:
+        raise RuntimeError(f"The shape of the {axes}D attn_mask is {attn_mask.shape}, but should be {want}.")
+
+
+def check_float_mask(mask: Tensor, name: str, q: Tensor, need_weights: bool) -> None:
+    """A float mask has the dtype of the heads; float32 will do where stock lets it."""
+    if mask.dtype == q.dtype:
+        return
+    if mask.dtype == torch.float32 and (not need_weights or torch.is_autocast_enabled(q.device.type)):
+        return
+    raise RuntimeError(
+        f"Expected {name} dtype to be bool or to match query dtype, "
+        f"but got {name}.dtype: {mask.dtype} and query.dtype: {q.dtype} instead."
+    )
+
+
+def four_axes(mask: Tensor, name: str, batch: int) -> Tensor:
+    """A mask as (batch or 1, heads or 1, seqlen_q or 1, seqlen_k)."""
+    if name == "key_padding_mask":
+        return mask[:, None, None, :] if mask.dim() == 2 else mask[None, None, None, :]
+    if mask.dim() == 3:
+        return mask.unflatten(0, (batch, -1)) if batch else mask[None].expand(0, 1, -1, -1)
+    return mask[None, None] if mask.dim() == 2 else mask
+
+
+def extra_columns(layer: FlashMultiHeadAttention) -> int:
+    """How many keys ``add_bias_kv`` and ``add_zero_attn`` append."""
+    return int(layer.bias_k is not None) + int(bool(layer.add_zero_attn))
+
+
+def append_columns(layer: FlashMultiHeadAttention, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys and values with the learned column of ``add_bias_kv`` and the zero column of ``add_zero_attn``."""
+    batch, _, heads, _ = k.shape
+    ks, vs = [k], [v]
+    if layer.bias_k is not None and layer.bias_v is not None:
+        ks.append(layer.bias_k.unflatten(-1, (heads, -1)).expand(batch, -1, -1, -1).to(k.dtype))
+        vs.append(layer.bias_v.unflatten(-1, (heads, -1)).expand(batch, -1, -1, -1).to(v.dtype))
+    if layer.add_zero_attn:
+        ks.append(k.new_zeros(batch, 1, heads, k.shape[-1]))
+        vs.append(v.new_zeros(batch, 1, heads, v.shape[-1]))
+    return torch.cat(ks, dim=1), torch.cat(vs, dim=1)
+
+
+def attend_nested(
+    layer: FlashMultiHeadAttention,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_padding_mask: Optional[Tensor],
+    need_weights: bool,
+    attn_mask: Optional[Tensor],
+    average_attn_weights: bool,
+) -> tuple[Tensor, Optional[Tensor]]:
+    """Nested tensors: padded for the layer, and nested again."""
+    nested.check(layer, query, key, value, key_padding_mask, attn_mask)
+    same_q, same_kv = query is key, key is value
+    dense_k, valid_k = nested.padded(key)
+    dense_v = dense_k if same_kv else nested.padded(value)[0]
+    dense_q, valid_q = (dense_k, valid_k) if same_q else nested.padded(query)
+    out, weights = attend(
+        layer, dense_q, dense_k, dense_v, ~valid_k, need_weights, None, average_attn_weights, False, None
+    )
+    if weights is not None:
+        rows = valid_q[:, :, None] if average_attn_weights else valid_q[:, None, :, None]
+        weights = weights.masked_fill(~rows, 0.0)
+    return nested.like(out, query, valid_q), weights
+
+
+def wants_torch_function(layer: FlashMultiHeadAttention, *inputs: Tensor) -> bool:
+    """Some input or weight is a tensor subclass that wants to see the call (a mode alone does not count)."""
+    weights = (layer.in_proj_weight, layer.in_proj_bias, layer.out_proj.weight, layer.out_proj.bias)
+    for tensor in (*inputs, *weights):
+        kind = type(tensor)
+        if kind is Tensor or kind is nn.Parameter or tensor is None:
+            continue
+        method = getattr(kind, "__torch_function__", None)
+        if method is not None and method is not torch._C._disabled_torch_function_impl:
+            if getattr(method, "__func__", method) is not Tensor.__torch_function__.__func__:  # type: ignore[attr-defined]
+                return True
+    return False
+
+
+def as_stock(
+    layer: FlashMultiHeadAttention,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_padding_mask: Optional[Tensor],
+    need_weights: bool,
+    attn_mask: Optional[Tensor],
+    average_attn_weights: bool,
+    is_causal: bool,
+) -> tuple[Tensor, Optional[Tensor]]:
+    """The call as ``F.multi_head_attention_forward``."""
+    return stock_forward(
+        query,
+        key,
+        value,
+        layer.embed_dim,
+        layer.num_heads,
+        layer.in_proj_weight,
+        layer.in_proj_bias,
+        layer.bias_k,
+        layer.bias_v,
+        layer.add_zero_attn,
+        layer.dropout,
+        layer.out_proj.weight,
+        layer.out_proj.bias,
+        layer.training,
+        key_padding_mask,
+        need_weights,
+        attn_mask,
+        layer.q_proj_weight,
+        layer.k_proj_weight,
+        layer.v_proj_weight,
+        average_attn_weights,
+        is_causal,
+        layer.batch_first,
+    )
+
+
+def changed(layer: FlashMultiHeadAttention) -> list[str]:
+    """What a layer has that ``nn.MultiheadAttention`` has not: features set, hooks overridden."""
+    features = [name for name in FEATURES if getattr(layer, name) != getattr(FlashMultiHeadAttention, name)]
+    hooks = [name for name in HOOKS if getattr(type(layer), name) is not getattr(FlashMultiHeadAttention, name)]
+    return features + hooks
+
+
+def mark(layer: FlashMultiHeadAttention) -> None:
+    """Keep ``nn.TransformerEncoderLayer`` from computing a layer's attention behind its back.
+
+    In eval the encoder layer hands the weights of ``self_attn`` to one fused operator and never calls it, unless a
+    module inside has a forward hook. So a layer with something to lose carries one that does nothing.
+    """
+    featured = bool(changed(layer))
+    if featured != layer.featured:
+        nn.Module.__setattr__(layer, "featured", featured)
+    hooks = layer._forward_pre_hooks
+    if featured:
+        hooks[MARK] = keep_forward  # type: ignore[index]
+    else:
+        hooks.pop(MARK, None)  # type: ignore[call-overload]
+
+
+MARK = "flashmha"
+
+
+def keep_forward(layer: nn.Module, arguments: Any) -> None:
+    """A forward pre-hook that does nothing; see ``mark``."""
+
+
+def alike(module: nn.MultiheadAttention, kind: type[Any]) -> Any:
+    """A module of another class with the same parameters, hooks and attributes; dicts are copied, tensors not."""
+    twin = kind.__new__(kind)
+    twin.__dict__.update({name: copied(value) for name, value in vars(module).items()})
+    for name in (*FEATURES, "featured"):
+        if kind is nn.MultiheadAttention:
+            twin.__dict__.pop(name, None)
+    if kind is nn.MultiheadAttention:
+        twin._forward_pre_hooks.pop(MARK, None)
+    else:
+        mark(twin)
+    return twin
+
+
+def copied(value: Any) -> Any:
+    return value.copy() if isinstance(value, (dict, set)) else value
+
+
+def check_kv_heads(num_heads: int, num_kv_heads: Optional[int]) -> None:
+    if num_kv_heads is not None and (num_kv_heads < 1 or num_heads % num_kv_heads):
+        raise ValueError(
+            f"num_kv_heads must be a divisor of num_heads, got num_heads={num_heads} and num_kv_heads={num_kv_heads}."
+        )
+
+
+def check_features(features: dict[str, Any]) -> None:
+    """Raise where a feature's value means nothing, before anything is changed."""
+    if features.get("backend") is not None:
+        expand(features["backend"])
+    if features.get("window") is not None:
+        as_window(features["window"])
+
+
+def as_window(window: Union[Window, tuple[Optional[int], Optional[int]]]) -> Window:
+    if isinstance(window, Window):
+        return window
+    if not isinstance(window, tuple) or len(window) != 2:
+        raise ValueError(f"window must be a Window or a pair (left, right), got {window!r}.")
+    return Window(*window)
+
+
+def shrink_kv(layer: FlashMultiHeadAttention) -> None:
+    """Give a new layer the smaller projections of grouped heads; the values are drawn afterwards."""
+    width = layer.embed_dim // layer.num_heads * (layer.num_kv_heads or layer.num_heads)
+
+    def rows(parameter: Optional[Tensor], size: int) -> Optional[nn.Parameter]:
+        return None if parameter is None else nn.Parameter(parameter.new_empty(size, *parameter.shape[1:]))
+
+    layer.in_proj_weight = rows(layer.in_proj_weight, layer.embed_dim + 2 * width)  # type: ignore[assignment]
+    layer.in_proj_bias = rows(layer.in_proj_bias, layer.embed_dim + 2 * width)  # type: ignore[assignment]
+    layer.k_proj_weight = rows(layer.k_proj_weight, width)  # type: ignore[assignment]
+    layer.v_proj_weight = rows(layer.v_proj_weight, width)  # type: ignore[assignment]
+    if layer.bias_k is not None and layer.bias_v is not None:
+        layer.bias_k, layer.bias_v = (nn.Parameter(x.new_empty(1, 1, width)) for x in (layer.bias_k, layer.bias_v))

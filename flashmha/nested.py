@@ -1,0 +1,57 @@
+"""Nested tensors at a layer's door: padded on the way in, nested on the way out."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+def check(
+    layer: nn.MultiheadAttention,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_padding_mask: Tensor | None,
+    attn_mask: Tensor | None,
+) -> None:
+    """Raise ``nn.MultiheadAttention``'s error for what a nested call cannot be."""
+    if query.dim() != 3:
+        raise AssertionError(
+            f"query should be unbatched 2D or batched 3D tensor but received {query.dim()}-D query tensor"
+        )
+    why = None
+    if not (query.is_nested and key.is_nested and value.is_nested):
+        why = "query, key and value are not all nested"
+    elif key_padding_mask is not None or attn_mask is not None:
+        why = "supplying both src_key_padding_mask and src_mask at the same time is not supported with NestedTensor input"
+    elif not layer.batch_first:
+        why = "batch_first was not True"
+    elif query.layout == torch.strided and torch.is_grad_enabled() and wants_grad(layer, query, key, value):
+        why = (
+            "grad is enabled and at least one of query or the input/output projection weights or biases requires_grad "
+            "(nested tensors with layout=torch.jagged can be differentiated)"
+        )
+    if why is not None:
+        raise AssertionError(
+            "MultiheadAttention does not support NestedTensor outside of its fast path. "
+            f"The fast path was not hit because {why}"
+        )
+
+
+def wants_grad(layer: nn.MultiheadAttention, *inputs: Tensor) -> bool:
+    return any(tensor.requires_grad for tensor in (*inputs, *layer.parameters()))
+
+
+def padded(tensor: Tensor) -> tuple[Tensor, Tensor]:
+    """(batch, longest, features) with zeros behind each item, and which positions are real (batch, longest)."""
+    dense = torch.nested.to_padded_tensor(tensor, 0.0)
+    lengths = tensor._nested_tensor_size()[:, 0] if tensor.layout == torch.strided else tensor.offsets().diff()  # type: ignore[attr-defined]
+    places = torch.arange(dense.shape[1], device=dense.device)
+    return dense, places < lengths.to(dense.device)[:, None]
+
+
+def like(dense: Tensor, tensor: Tensor, valid: Tensor) -> Tensor:
+    """A padded tensor nested as another one is; jagged ones share their offsets, so that they can be added."""
+    if tensor.layout == torch.strided:
+        return torch._nested_tensor_from_mask(dense, valid, mask_check=False)
+    return torch.nested.nested_tensor_from_jagged(dense[valid], offsets=tensor.offsets())  # type: ignore[attr-defined]

@@ -1,0 +1,232 @@
+"""AttentionSpec: one attention problem without its tensors.
+
+The same object is judged by the registry, drawn by the property tests and printed by an error. It holds the
+mask's and the scores' own tensors (lengths, slopes, sinks) but never q, k or v, so that every limit of a GPU
+kernel can be tested on a laptop.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import torch
+from torch import Tensor
+
+from .masks import Documents, Mask, Window, find, normalize
+from .scores import Bias
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class AttentionSpec:
+    """One attention problem: sizes, dtype, device, mask, scores, and what is asked of the answer.
+
+    ``mask`` is normalised (see ``masks.normalize``); ``softmax_scale`` is always a number. ``aten_only`` is set
+    where PyTorch needs its own operators: while exporting, under torch.func, for tensor subclasses.
+    """
+
+    batch: int
+    seqlen_q: int
+    seqlen_k: int
+    heads: int
+    heads_kv: int
+    head_dim: int
+    head_dim_v: int
+    dtype: torch.dtype = torch.float32
+    device: torch.device = torch.device("cpu")
+    mask: Mask | None = None
+    bias: Bias | None = None
+    softcap: float | None = None
+    sinks: Tensor | None = None
+    softmax_scale: float | None = None
+    dropout_p: float = 0.0
+    needs_grad: bool = False
+    need_lse: bool = False
+    deterministic: bool = False
+    aten_only: bool = False
+    features: frozenset[str] = dataclasses.field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        self.check()
+        fill = object.__setattr__
+        if self.softmax_scale is None:
+            fill(self, "softmax_scale", 1.0 / math.sqrt(max(self.head_dim, 1)))
+        if self.mask is not None:
+            self.mask.check(self.batch, self.heads, self.seqlen_q, self.seqlen_k)
+            fill(self, "mask", normalize(self.mask, self.seqlen_q, self.seqlen_k))
+        if self.bias is not None:
+            self.bias.check(self.batch, self.heads, self.seqlen_q, self.seqlen_k)
+        fill(self, "features", self.needed())
+
+    def check(self) -> None:
+        """Raise ``ValueError`` where the numbers do not make one problem."""
+        if self.heads_kv < 1 or self.heads % self.heads_kv:
+            raise ValueError(
+                f"heads must be a multiple of heads_kv, got heads={self.heads} and heads_kv={self.heads_kv}."
+            )
+        if not 0.0 <= self.dropout_p <= 1.0:
+            raise ValueError(f"dropout_p must be between 0 and 1, got {self.dropout_p}.")
+        if self.softcap is not None and not self.softcap > 0.0:
+            raise ValueError(f"softcap must be greater than 0 (None for no cap), got {self.softcap}.")
+        if self.sinks is not None and self.sinks.shape != (self.heads,):
+            raise ValueError(f"sinks must have shape (heads,) = ({self.heads},), got {tuple(self.sinks.shape)}.")
+
+    def needed(self) -> frozenset[str]:
+        """What a backend must be able to do."""
+        names: set[str] = set()
+        if self.mask is not None:
+            names |= self.mask.features
+        if self.bias is not None:
+            names |= self.bias.features
+        if self.softcap is not None:
+            names.add("softcap")
+        if self.sinks is not None:
+            names.add("sinks")
+        if self.dropout_p > 0.0:
+            names.add("dropout")
+        if self.heads != self.heads_kv:
+            names.add("gqa")
+        if self.head_dim != self.head_dim_v:
+            names.add("head_dim_v")
+        if self.needs_grad:
+            names.add("backward")
+        if self.need_lse:
+            names.add("lse")
+            if self.needs_grad:
+                names.add("lse_grad")
+        if self.deterministic and self.needs_grad:
+            names.add("deterministic")
+        return frozenset(names)
+
+    @classmethod
+    def of(
+        cls,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        mask: Mask | None = None,
+        bias: Bias | None = None,
+        softcap: float | None = None,
+        sinks: Tensor | None = None,
+        softmax_scale: float | None = None,
+        dropout_p: float = 0.0,
+        need_lse: bool = False,
+        deterministic: bool | None = None,
+    ) -> AttentionSpec:
+        """The problem of these tensors; all validation happens here, once.
+
+        Shapes: q (batch, seqlen_q, heads, head_dim), k (batch, seqlen_k, heads_kv, head_dim),
+        v (batch, seqlen_k, heads_kv, head_dim_v). ``deterministic=None`` follows
+        ``torch.use_deterministic_algorithms``.
+        """
+        for name, tensor in (("q", q), ("k", k), ("v", v)):
+            if tensor.dim() != 4:
+                raise ValueError(
+                    f"{name} must be 4-D (batch, seqlen, heads, head_dim), got shape {tuple(tensor.shape)}."
+                )
+            if tensor.dtype != q.dtype or tensor.device != q.device:
+                raise ValueError(
+                    "q, k and v must have one dtype and device, "
+                    f"got {q.dtype} on {q.device} for q and {tensor.dtype} on {tensor.device} for {name}."
+                )
+        if not q.is_floating_point():
+            raise ValueError(f"q, k and v must be floating point, got {q.dtype}.")
+        batch, seqlen_q, heads, head_dim = q.shape
+        if k.shape[0] != batch or k.shape[3] != head_dim or k.shape[:3] != v.shape[:3]:
+            raise ValueError(
+                "q, k and v must agree in batch, q and k in head_dim, k and v in seqlen and heads, "
+                f"got {tuple(q.shape)}, {tuple(k.shape)} and {tuple(v.shape)}."
+            )
+        for name, holder in (("mask", mask), ("bias", bias)):
+            if holder is not None and any(tensor.device != q.device for tensor in holder.tensors()):
+                raise ValueError(
+                    f"{name} must be on the device of q, {q.device}, got {holder.tensors()[0].device}: {holder!r}."
+                )
+        needs_grad = torch.is_grad_enabled() and (
+            q.requires_grad
+            or k.requires_grad
+            or v.requires_grad
+            or (bias is not None and any(tensor.requires_grad for tensor in bias.tensors()))
+            or (sinks is not None and sinks.requires_grad)
+        )
+        if deterministic is None:
+            deterministic = torch.are_deterministic_algorithms_enabled()
+        return cls(
+            batch=batch,
+            seqlen_q=seqlen_q,
+            seqlen_k=k.shape[1],
+            heads=heads,
+            heads_kv=k.shape[2],
+            head_dim=head_dim,
+            head_dim_v=v.shape[3],
+            dtype=q.dtype,
+            device=q.device,
+            mask=mask,
+            bias=bias,
+            softcap=softcap,
+            sinks=sinks,
+            softmax_scale=softmax_scale,
+            dropout_p=dropout_p,
+            needs_grad=needs_grad,
+            need_lse=need_lse,
+            deterministic=deterministic,
+            aten_only=needs_aten(q, k, v),
+        )
+
+    @property
+    def scale(self) -> float:
+        """``softmax_scale`` as the number it always is."""
+        assert self.softmax_scale is not None
+        return self.softmax_scale
+
+    @property
+    def window(self) -> Window | None:
+        """The mask's window in bottom-right positions."""
+        return find(self.mask, Window)
+
+    def allowed(self) -> Tensor | None:
+        """The mask as a bool tensor that broadcasts to (batch, heads, seqlen_q, seqlen_k), ``True`` = may attend."""
+        if self.mask is None:
+            return None
+        return self.mask.materialize(self.batch, self.heads, self.seqlen_q, self.seqlen_k, self.device)
+
+    def added(self) -> Tensor | None:
+        """The bias as a tensor that broadcasts to (batch, heads, seqlen_q, seqlen_k)."""
+        if self.bias is None:
+            return None
+        documents = find(self.mask, Documents)
+        return self.bias.materialize(
+            self.batch, self.heads, self.seqlen_q, self.seqlen_k, self.device, documents
+        )
+
+    def __str__(self) -> str:
+        shape = (
+            f"batch={self.batch} seqlen_q={self.seqlen_q} seqlen_k={self.seqlen_k} "
+            f"heads={self.heads} heads_kv={self.heads_kv} head_dim={self.head_dim}"
+        )
+        if self.head_dim_v != self.head_dim:
+            shape += f" head_dim_v={self.head_dim_v}"
+        shape += f" {str(self.dtype).removeprefix('torch.')} on {self.device}"
+        if self.mask is not None:
+            shape += f", mask {self.mask!r}"
+        if self.bias is not None:
+            shape += f", bias {self.bias!r}"
+        rest = sorted(self.features - (self.mask.features if self.mask else frozenset()))
+        return shape + (f", needs {' '.join(rest)}" if rest else "")
+
+
+PLAIN_TENSORS = ("Tensor", "Parameter", "FakeTensor", "FunctionalTensor")
+
+
+def needs_aten(*tensors: Tensor) -> bool:
+    """PyTorch needs its own operators here: exporting, torch.func transforms, tensor subclasses."""
+    if torch.compiler.is_compiling():
+        return torch.compiler.is_exporting()
+    for tensor in tensors:
+        kind = type(tensor)
+        if kind is not Tensor and kind.__name__ not in PLAIN_TENSORS:
+            return True
+        if torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+            return True
+    return False

@@ -1,0 +1,142 @@
+"""The forward as PyTorch's own function, for callers that need PyTorch's own graph.
+
+TorchScript, ``torch.jit.trace`` and tensors with ``__torch_function__`` want to see
+``F.multi_head_attention_forward``. It answers NaN for a row that may look at nothing; so such rows are found first,
+opened, and their share of the output and their weights are zeroed. No annotation here may be postponed: TorchScript
+reads them.
+"""
+
+from typing import Optional
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def stock_forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    embed_dim: int,
+    num_heads: int,
+    in_proj_weight: Optional[Tensor],
+    in_proj_bias: Optional[Tensor],
+    bias_k: Optional[Tensor],
+    bias_v: Optional[Tensor],
+    add_zero_attn: bool,
+    dropout_p: float,
+    out_proj_weight: Tensor,
+    out_proj_bias: Optional[Tensor],
+    training: bool,
+    key_padding_mask: Optional[Tensor],
+    need_weights: bool,
+    attn_mask: Optional[Tensor],
+    q_proj_weight: Optional[Tensor],
+    k_proj_weight: Optional[Tensor],
+    v_proj_weight: Optional[Tensor],
+    average_attn_weights: bool,
+    is_causal: bool,
+    batch_first: bool,
+) -> tuple[Tensor, Optional[Tensor]]:
+    """``nn.MultiheadAttention.forward`` without its fast path, with zeros for rows that may look at nothing."""
+    batched = query.dim() == 3
+    if batch_first and batched:
+        if key is value:
+            if query is key:
+                query = key = value = query.transpose(0, 1)
+            else:
+                query, key = query.transpose(0, 1), key.transpose(0, 1)
+                value = key
+        else:
+            query, key, value = query.transpose(0, 1), key.transpose(0, 1), value.transpose(0, 1)
+    if attn_mask is not None and attn_mask.dim() == 4:
+        attn_mask = attn_mask.expand(-1, num_heads, -1, -1).flatten(0, 1)
+
+    blind: Optional[Tensor] = None
+    hint_alone = is_causal and key_padding_mask is None and not need_weights  # the mask will not be read
+    extra_columns = add_zero_attn or bias_k is not None  # somebody to look at, always
+    if (attn_mask is not None or key_padding_mask is not None) and not extra_columns and not hint_alone:
+        attn_mask = float_mask(attn_mask, query)
+        key_padding_mask = float_mask(key_padding_mask, query)
+        blind = blind_rows(attn_mask, key_padding_mask, num_heads, query, key)
+        attn_mask = open_rows(attn_mask, blind, query, key)
+        if key_padding_mask is not None:
+            # a row is opened in the attention mask, which has to carry the padding for that
+            attn_mask = attn_mask + padding_columns(key_padding_mask, num_heads).expand_as(attn_mask)
+            attn_mask = attn_mask.masked_fill(blind, 0.0)
+            key_padding_mask = None
+            is_causal = False
+
+    # the output projection waits where rows have to be zeroed in between
+    weight = out_proj_weight if blind is None else torch.eye(embed_dim, dtype=query.dtype, device=query.device)
+    out, weights = F.multi_head_attention_forward(
+        query,
+        key,
+        value,
+        embed_dim,
+        num_heads,
+        in_proj_weight,
+        in_proj_bias,
+        bias_k,
+        bias_v,
+        add_zero_attn,
+        dropout_p,
+        weight,
+        out_proj_bias if blind is None else None,
+        training=training,
+        key_padding_mask=key_padding_mask,
+        need_weights=need_weights,
+        attn_mask=attn_mask,
+        use_separate_proj_weight=in_proj_weight is None,
+        q_proj_weight=q_proj_weight,
+        k_proj_weight=k_proj_weight,
+        v_proj_weight=v_proj_weight,
+        average_attn_weights=False,
+        is_causal=is_causal,
+    )
+    if blind is not None:
+        dead = blind.view(-1, num_heads, out.shape[0], 1)  # (batch, heads, seqlen_q, 1)
+        heads = out.unflatten(-1, [num_heads, -1])
+        rows = dead.permute(2, 0, 1, 3) if batched else dead[0].transpose(0, 1)
+        out = F.linear(heads.masked_fill(rows, 0.0).flatten(-2), out_proj_weight, out_proj_bias)
+        if weights is not None:
+            weights = weights.masked_fill(dead if batched else dead[0], 0.0)
+    if weights is not None and average_attn_weights:
+        weights = weights.mean(dim=-3)
+    if batch_first and batched:
+        out = out.transpose(0, 1).contiguous()
+    return out, weights
+
+
+def float_mask(mask: Optional[Tensor], query: Tensor) -> Optional[Tensor]:
+    """A mask as what is added to the scores."""
+    if mask is None or mask.dtype != torch.bool:
+        return mask
+    return torch.zeros_like(mask, dtype=query.dtype).masked_fill(mask, float("-inf"))
+
+
+def padding_columns(key_padding_mask: Tensor, num_heads: int) -> Tensor:
+    """(batch, seqlen_k) as (batch * heads, 1, seqlen_k)."""
+    padding = key_padding_mask if key_padding_mask.dim() == 2 else key_padding_mask.unsqueeze(0)
+    return padding[:, None, None, :].expand(-1, num_heads, -1, -1).flatten(0, 1)
+
+
+def blind_rows(
+    attn_mask: Optional[Tensor], key_padding_mask: Optional[Tensor], num_heads: int, query: Tensor, key: Tensor
+) -> Tensor:
+    """Which (batch * heads, seqlen_q, 1) may look at nothing."""
+    seqlen_q, seqlen_k = query.shape[0], key.shape[0]
+    batch = query.shape[1] if query.dim() == 3 else 1
+    total = torch.zeros(batch * num_heads, seqlen_q, seqlen_k, dtype=query.dtype, device=query.device)
+    if attn_mask is not None:
+        total = total + attn_mask
+    if key_padding_mask is not None:
+        total = total + padding_columns(key_padding_mask, num_heads)
+    return (total == float("-inf")).all(dim=-1, keepdim=True)
+
+
+def open_rows(attn_mask: Optional[Tensor], blind: Tensor, query: Tensor, key: Tensor) -> Tensor:
+    """The attention mask (batch * heads, seqlen_q, seqlen_k) with every blind row open."""
+    if attn_mask is None:
+        attn_mask = torch.zeros(query.shape[0], key.shape[0], dtype=query.dtype, device=query.device)
+    return attn_mask.expand(blind.shape[0], -1, -1).masked_fill(blind, 0.0)
