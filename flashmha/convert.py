@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import sys
 from collections.abc import Iterator
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from torch import nn
 
@@ -49,7 +49,7 @@ def replace_mha(model: M, **options: Any) -> M:
         if type(module) is nn.MultiheadAttention and refusal(module, fsdp) is None:
             remember(module)
             module.__class__ = FlashMultiHeadAttention
-            mark(module)
+            mark(cast(FlashMultiHeadAttention, module))
         if type(module) is FlashMultiHeadAttention and UNDO in vars(module):
             for name, value in options.items():
                 remember(module, name)

@@ -44,7 +44,7 @@ class Mask(abc.ABC):
     def mask_mod(self, seqlen_q: int, seqlen_k: int, documents: Documents | None = None) -> MaskMod:
         """The rule over *indices*, flex_attention's ``mask_mod(batch, head, q_idx, k_idx)``, for these lengths."""
 
-    def check(self, batch: int, heads: int, seqlen_q: int, seqlen_k: int) -> None:
+    def check(self, batch: int, heads: int, seqlen_q: int, seqlen_k: int) -> None:  # noqa: B027
         """Raise ``ValueError`` where the mask's own tensors do not fit the problem."""
 
     def tensors(self) -> tuple[Tensor, ...]:
@@ -122,13 +122,10 @@ class Window(Mask):
 
     def allowed(self, batch: Tensor, head: Tensor, q_pos: Tensor, k_pos: Tensor) -> Tensor:
         distance = k_pos - q_pos
-        if self.left is None and self.right is None:
-            return distance == distance
-        if self.left is None:
-            return distance <= self.right
         if self.right is None:
-            return distance >= -self.left
-        return (distance >= -self.left) & (distance <= self.right)
+            return distance >= (distance if self.left is None else -self.left)
+        seen = distance <= self.right
+        return seen if self.left is None else seen & (distance >= -self.left)
 
     def mask_mod(self, seqlen_q: int, seqlen_k: int, documents: Documents | None = None) -> MaskMod:
         return positional(self.allowed, seqlen_q, seqlen_k, documents, self.align)
@@ -454,9 +451,7 @@ def normalize(mask: Mask | None, seqlen_q: int, seqlen_k: int) -> Mask | None:
     documents = find(mask, Documents)
     if documents is None:
         mask = combine(
-            tuple(
-                part.to_bottom_right(seqlen_q, seqlen_k) if isinstance(part, Window) else part for part in mask.parts
-            )
+            tuple(part.to_bottom_right(seqlen_q, seqlen_k) if isinstance(part, Window) else part for part in mask.parts)
         )
     elif documents.aligned:
         mask = combine(tuple(Window(p.left, p.right) if isinstance(p, Window) else p for p in mask.parts))

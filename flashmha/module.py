@@ -1,11 +1,10 @@
 """FlashMultiHeadAttention: ``torch.nn.MultiheadAttention`` on the fastest backend that can serve the call.
 
 The class below only projects, calls and projects. What the arguments of ``nn.MultiheadAttention`` mean (and that
-``True`` hides) is read in one place, ``read_call``, and ends there. No annotation here may be postponed: TorchScript
+``True`` hides) is read in one place, ``call``, and ends there. No annotation here may be postponed: TorchScript
 reads them.
 """
 
-import warnings
 from collections.abc import Sequence
 from typing import Any, NamedTuple, Optional, Union
 
@@ -17,8 +16,9 @@ from torch import Tensor, nn
 
 from . import nested
 from .backends import expand
+from .call import extra_columns, read_call
 from .functional import autocast, run
-from .masks import Dense, KeyPadding, Mask, Window, causal
+from .masks import Dense, Window
 from .scores import TensorBias
 from .spec import AttentionSpec
 from .stock import stock_forward
@@ -196,7 +196,7 @@ class FlashMultiHeadAttention(nn.MultiheadAttention):
         if not self._qkv_same_embed_dim:
             weights = (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
         elif query is key and key is value:
-            qkv = F.linear(query, self.in_proj_weight, self.in_proj_bias)
+            qkv = linear(query, self.in_proj_weight, self.in_proj_bias)
             q, k, v = rearrange(qkv, "b s (h d) -> b s h d", d=head_dim).split(sizes, dim=2)
             return q, k, v
         else:
@@ -206,13 +206,13 @@ class FlashMultiHeadAttention(nn.MultiheadAttention):
             biases = self.in_proj_bias.split([size * head_dim for size in sizes])
         if key is value and self._qkv_same_embed_dim:
             bias_kv = None if biases[1] is None else self.in_proj_bias[heads * head_dim :]
-            kv = F.linear(key, self.in_proj_weight[heads * head_dim :], bias_kv)
-            q = F.linear(query, weights[0], biases[0]).unflatten(-1, (heads, head_dim))
+            kv = linear(key, self.in_proj_weight[heads * head_dim :], bias_kv)
+            q = linear(query, weights[0], biases[0]).unflatten(-1, (heads, head_dim))
             k, v = rearrange(kv, "b s (h d) -> b s h d", d=head_dim).split(sizes[1:], dim=2)
             return q, k, v
         inputs = (query, key, value)
         q, k, v = (
-            F.linear(x, weight, bias).unflatten(-1, (size, head_dim))
+            linear(x, weight, bias).unflatten(-1, (size, head_dim))
             for x, weight, bias, size in zip(inputs, weights, biases, sizes)
         )
         return q, k, v
@@ -233,8 +233,9 @@ class FlashMultiHeadAttention(nn.MultiheadAttention):
         """
         out = rearrange(out, "b s h d -> b s (h d)")
         if self.call_out_proj:
-            return self.out_proj(out)
-        return F.linear(out, self.out_proj.weight, self.out_proj.bias)
+            projected: Tensor = self.out_proj(out)
+            return projected
+        return linear(out, self.out_proj.weight, self.out_proj.bias)
 
     @torch.jit.unused
     def to_torch(self) -> nn.MultiheadAttention:
@@ -249,7 +250,8 @@ class FlashMultiHeadAttention(nn.MultiheadAttention):
                 f"to_torch must not lose anything: nn.MultiheadAttention has no {', no '.join(lacking)}, "
                 f"which this {type(self).__name__} uses."
             )
-        return alike(self, nn.MultiheadAttention)
+        twin: nn.MultiheadAttention = alike(self, nn.MultiheadAttention)
+        return twin
 
     @classmethod
     def from_torch(cls, module: nn.MultiheadAttention) -> "FlashMultiHeadAttention":
@@ -260,7 +262,8 @@ class FlashMultiHeadAttention(nn.MultiheadAttention):
         """
         if type(module) is not nn.MultiheadAttention:
             raise TypeError(f"module must be exactly an nn.MultiheadAttention, got {type(module).__name__}.")
-        return alike(module, cls)
+        twin: FlashMultiHeadAttention = alike(module, cls)
+        return twin
 
     @torch.jit.unused
     def __setattr__(self, name: str, value: Any) -> None:
@@ -274,7 +277,7 @@ class FlashMultiHeadAttention(nn.MultiheadAttention):
 
     @torch.jit.unused
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
         mark(self)
 
 
@@ -344,54 +347,19 @@ def prepare(
     is_causal: bool = False,
 ) -> Problem:
     """Hops 1 to 3: the call read and checked, the heads projected and processed."""
-    check_inputs(layer, query, key, value)
-    columns = extra_columns(layer)
-    batched = query.dim() == 3
-    check_masks(layer, query, key, key_padding_mask, attn_mask, columns)
-    if is_causal and attn_mask is None:
-        raise RuntimeError(
-            "Need attn_mask if specifying the is_causal hint. You may use the Transformer module method "
-            "`generate_square_subsequent_mask` to create this mask."
-        )
-    hint_alone = is_causal and not need_weights and key_padding_mask is None
-    if not hint_alone:
-        check_attn_mask_shape(layer, query, key, attn_mask)
-    same_q, same_kv = query is key, key is value
-    if not batched:
-        query, key, value = query.unsqueeze(0), key.unsqueeze(0), value.unsqueeze(0)
-    elif not layer.batch_first:
-        query, key, value = query.transpose(0, 1), key.transpose(0, 1), value.transpose(0, 1)
-    if same_kv:  # one object in, one object on: one matrix product serves both
-        value = key
-    if same_q:
-        query = key
-    batch, seqlen_q, seqlen_k = query.shape[0], query.shape[1], key.shape[1]
-    q, k, v = layer.process_heads(*layer.project(query, key, value))
+    call = read_call(layer, query, key, value, key_padding_mask, need_weights, attn_mask, is_causal)
+    q, k, v = layer.process_heads(*layer.project(call.query, call.key, call.value))
     q, k, v = autocast(q, k, v)
-
-    mask: Optional[Mask] = causal(align="top_left") if hint_alone else None
-    bias: Optional[Tensor] = None
-    for given, name in ((key_padding_mask, "key_padding_mask"), (None if hint_alone else attn_mask, "attn_mask")):
-        if given is None:
-            continue
-        if given.is_floating_point():
-            check_float_mask(given, name, q, need_weights)
-            added = four_axes(given, name, batch)
-            bias = added if bias is None else bias + added
-        elif name == "key_padding_mask":
-            mask = KeyPadding(~given if given.dim() == 2 else ~given[None])
-        else:
-            hidden = Dense(~four_axes(given, name, batch))
-            mask = hidden if mask is None else mask & hidden
+    mask, bias, columns = call.mask, call.bias, extra_columns(layer)
     if layer.window is not None:
         mask = layer.window if mask is None else mask & layer.window
-    if columns:
-        k, v = append_columns(layer, k, v)
+    if columns:  # always visible, and outside position space
         if mask is not None:
-            seen = mask.materialize(batch, layer.num_heads, seqlen_q, seqlen_k, q.device)
+            seen = mask.materialize(q.shape[0], q.shape[2], q.shape[1], k.shape[1], q.device)
             mask = Dense(F.pad(seen, (0, columns), value=True))
         if bias is not None:
-            bias = F.pad(bias.expand(*bias.shape[:3], seqlen_k), (0, columns))
+            bias = F.pad(bias, (0, columns))
+        k, v = append_columns(layer, k, v)
     spec = AttentionSpec.of(
         q,
         k,
@@ -400,152 +368,7 @@ def prepare(
         bias=None if bias is None else TensorBias(bias),
         dropout_p=layer.dropout if layer.training else 0.0,
     )
-    return Problem(q, k, v, spec, batched)
-
-
-def check_inputs(layer: FlashMultiHeadAttention, query: Tensor, key: Tensor, value: Tensor) -> None:
-    """The errors of ``nn.MultiheadAttention`` for query, key and value."""
-    if query.dim() not in (2, 3):
-        raise AssertionError(
-            f"query should be unbatched 2D or batched 3D tensor but received {query.dim()}-D query tensor"
-        )
-    if key.dim() != query.dim() or value.dim() != query.dim():
-        kind = "For batched (3-D) `query`" if query.dim() == 3 else "For unbatched (2-D) `query`"
-        raise AssertionError(
-            f"{kind}, expected `key` and `value` to be {query.dim()}-D"
-            f" but found {key.dim()}-D and {value.dim()}-D tensors respectively"
-        )
-    embed_dim = layer.embed_dim
-    if query.shape[-1] != embed_dim:
-        raise AssertionError(f"was expecting embedding dimension of {embed_dim}, but got {query.shape[-1]}")
-    if embed_dim % layer.num_heads:
-        raise AssertionError(f"embed_dim {embed_dim} not divisible by num_heads {layer.num_heads}")
-    if layer._qkv_same_embed_dim:
-        if key.shape != value.shape:
-            raise AssertionError(f"key shape {key.shape} does not match value shape {value.shape}")
-        if key.shape[-1] != embed_dim:
-            raise RuntimeError(
-                f"key and value must have embedding dimension {embed_dim}, got {key.shape[-1]}; "
-                "pass kdim= and vdim= to the constructor where they differ."
-            )
-    else:
-        if key.shape[:-1] != value.shape[:-1]:
-            raise AssertionError(
-                f"key's sequence and batch dims {key.shape[:-1]} do not match value's {value.shape[:-1]}"
-            )
-        for name, x, weight in (("key", key, layer.k_proj_weight), ("value", value, layer.v_proj_weight)):
-            if weight.shape[1] != x.shape[-1]:
-                want = (weight.shape[0], x.shape[-1])
-                raise AssertionError(f"expecting {name} weights shape of {want}, but got {weight.shape}")
-    batch_axis = 0 if layer.batch_first else 1
-    if query.dim() == 3 and query.shape[batch_axis] != key.shape[batch_axis]:
-        raise RuntimeError(
-            f"query and key must have one batch size, got {query.shape[batch_axis]} and {key.shape[batch_axis]} "
-            f"(axis {batch_axis}, batch_first={layer.batch_first})."
-        )
-    if (layer.bias_k is None) != (layer.bias_v is None):
-        given, absent = ("bias_k", "bias_v") if layer.bias_v is None else ("bias_v", "bias_k")
-        raise AssertionError(f"{given} is set but {absent} is None")
-
-
-def check_masks(
-    layer: FlashMultiHeadAttention,
-    query: Tensor,
-    key: Tensor,
-    key_padding_mask: Optional[Tensor],
-    attn_mask: Optional[Tensor],
-    columns: int,
-) -> None:
-    """The errors of ``nn.MultiheadAttention`` for dtypes and axes of the masks, and its one warning."""
-    batched = query.dim() == 3
-    kind = "For batched (3-D) `query`" if batched else "For unbatched (2-D) `query`"
-    for mask, name in ((key_padding_mask, "key_padding_mask"), (attn_mask, "attn_mask")):
-        if mask is not None and mask.dtype != torch.bool and not mask.is_floating_point():
-            raise AssertionError(f"only bool and floating types of {name} are supported")
-    if key_padding_mask is not None:
-        axes = 2 if batched else 1
-        if key_padding_mask.dim() != axes:
-            raise AssertionError(
-                f"{kind}, expected `key_padding_mask` to be `None` or {axes}-D"
-                f" but found {key_padding_mask.dim()}-D tensor instead"
-            )
-        seqlen_k = key.shape[1 if batched and layer.batch_first else 0] + columns
-        if batched:
-            batch = key.shape[0 if layer.batch_first else 1]
-            if key_padding_mask.shape[0] != batch:
-                raise AssertionError(
-                    f"Expected key_padded_mask.shape[0] to be {batch}, but got {key_padding_mask.shape[0]}"
-                )
-        if key_padding_mask.shape[-1] + columns != seqlen_k:
-            raise AssertionError(
-                f"Expected key_padded_mask.shape[1] to be {seqlen_k}, but got {key_padding_mask.shape[-1] + columns}"
-            )
-    if attn_mask is not None:
-        if attn_mask.dim() not in ((2, 3, 4) if batched else (2, 3)):
-            raise AssertionError(
-                f"{kind}, expected `attn_mask` to be `None`, 2-D or 3-D but found {attn_mask.dim()}-D tensor instead"
-            )
-        if not batched and attn_mask.dim() == 3:
-            want = (layer.num_heads, query.shape[0], key.shape[0])
-            if attn_mask.shape != want:
-                raise AssertionError(f"Expected `attn_mask` shape to be {want} but got {attn_mask.shape}")
-    if key_padding_mask is not None and attn_mask is not None and key_padding_mask.dtype != attn_mask.dtype:
-        warnings.warn(
-            "Support for mismatched key_padding_mask and attn_mask is deprecated. Use same type for both instead.",
-            stacklevel=3,
-        )
-
-
-def check_attn_mask_shape(
-    layer: FlashMultiHeadAttention, query: Tensor, key: Tensor, attn_mask: Optional[Tensor]
-) -> None:
-    """The errors of ``nn.MultiheadAttention`` for the sizes of ``attn_mask``."""
-    if attn_mask is None:
-        return
-    if query.dim() == 2:
-        batch, seqlen_q, seqlen_k = 1, query.shape[0], key.shape[0]
-    elif layer.batch_first:
-        batch, seqlen_q, seqlen_k = query.shape[0], query.shape[1], key.shape[1]
-    else:
-        batch, seqlen_q, seqlen_k = query.shape[1], query.shape[0], key.shape[0]
-    axes = attn_mask.dim()
-    if axes == 4:
-        if attn_mask.shape[0] != batch or attn_mask.shape[1] not in (1, layer.num_heads):
-            fits = False
-        else:
-            fits = attn_mask.shape[2:] == (seqlen_q, seqlen_k)
-        want = f"({batch}, 1 or {layer.num_heads}, {seqlen_q}, {seqlen_k})"
-    else:
-        sizes = (seqlen_q, seqlen_k) if axes == 2 else (batch * layer.num_heads, seqlen_q, seqlen_k)
-        fits, want = attn_mask.shape == sizes, str(sizes)
-    if not fits:
-        raise RuntimeError(f"The shape of the {axes}D attn_mask is {attn_mask.shape}, but should be {want}.")
-
-
-def check_float_mask(mask: Tensor, name: str, q: Tensor, need_weights: bool) -> None:
-    """A float mask has the dtype of the heads; float32 will do where stock lets it."""
-    if mask.dtype == q.dtype:
-        return
-    if mask.dtype == torch.float32 and (not need_weights or torch.is_autocast_enabled(q.device.type)):
-        return
-    raise RuntimeError(
-        f"Expected {name} dtype to be bool or to match query dtype, "
-        f"but got {name}.dtype: {mask.dtype} and query.dtype: {q.dtype} instead."
-    )
-
-
-def four_axes(mask: Tensor, name: str, batch: int) -> Tensor:
-    """A mask as (batch or 1, heads or 1, seqlen_q or 1, seqlen_k)."""
-    if name == "key_padding_mask":
-        return mask[:, None, None, :] if mask.dim() == 2 else mask[None, None, None, :]
-    if mask.dim() == 3:
-        return mask.unflatten(0, (batch, -1)) if batch else mask[None].expand(0, 1, -1, -1)
-    return mask[None, None] if mask.dim() == 2 else mask
-
-
-def extra_columns(layer: FlashMultiHeadAttention) -> int:
-    """How many keys ``add_bias_kv`` and ``add_zero_attn`` append."""
-    return int(layer.bias_k is not None) + int(bool(layer.add_zero_attn))
+    return Problem(q, k, v, spec, call.batched)
 
 
 def append_columns(layer: FlashMultiHeadAttention, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -594,9 +417,8 @@ def wants_torch_function(layer: FlashMultiHeadAttention, *inputs: Tensor) -> boo
         if kind is Tensor or kind is nn.Parameter or tensor is None:
             continue
         method = getattr(kind, "__torch_function__", None)
-        if method is not None and method is not torch._C._disabled_torch_function_impl:
-            if getattr(method, "__func__", method) is not Tensor.__torch_function__.__func__:  # type: ignore[attr-defined]
-                return True
+        if method not in (None, torch._C._disabled_torch_function_impl, Tensor.__torch_function__):
+            return True
     return False
 
 
@@ -639,6 +461,11 @@ def as_stock(
     )
 
 
+def linear(x: Tensor, weight: Tensor, bias: Optional[Tensor]) -> Tensor:
+    """``F.linear``; a bias of another dtype joins in the weight's, as it does in the stock module."""
+    return F.linear(x, weight, bias if bias is None or bias.dtype == weight.dtype else bias.to(weight.dtype))
+
+
 def changed(layer: FlashMultiHeadAttention) -> list[str]:
     """What a layer has that ``nn.MultiheadAttention`` has not: features set, hooks overridden."""
     features = [name for name in FEATURES if getattr(layer, name) != getattr(FlashMultiHeadAttention, name)]
@@ -654,7 +481,7 @@ def mark(layer: FlashMultiHeadAttention) -> None:
     """
     featured = bool(changed(layer))
     if featured != layer.featured:
-        nn.Module.__setattr__(layer, "featured", featured)
+        object.__setattr__(layer, "featured", featured)
     hooks = layer._forward_pre_hooks
     if featured:
         hooks[MARK] = keep_forward  # type: ignore[index]
@@ -671,7 +498,7 @@ def keep_forward(layer: nn.Module, arguments: Any) -> None:
 
 def alike(module: nn.MultiheadAttention, kind: type[Any]) -> Any:
     """A module of another class with the same parameters, hooks and attributes; dicts are copied, tensors not."""
-    twin = kind.__new__(kind)
+    twin: Any = object.__new__(kind)
     twin.__dict__.update({name: copied(value) for name, value in vars(module).items()})
     for name in (*FEATURES, "featured"):
         if kind is nn.MultiheadAttention:

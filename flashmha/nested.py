@@ -23,7 +23,7 @@ def check(
     if not (query.is_nested and key.is_nested and value.is_nested):
         why = "query, key and value are not all nested"
     elif key_padding_mask is not None or attn_mask is not None:
-        why = "supplying both src_key_padding_mask and src_mask at the same time is not supported with NestedTensor input"
+        why = "a mask beside NestedTensor input is not supported: the lengths of the items are the mask"
     elif not layer.batch_first:
         why = "batch_first was not True"
     elif query.layout == torch.strided and torch.is_grad_enabled() and wants_grad(layer, query, key, value):

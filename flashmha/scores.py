@@ -34,7 +34,7 @@ class Bias(abc.ABC):
     def bias_mod(self, seqlen_q: int, seqlen_k: int, documents: Documents | None = None) -> ScoreMod:
         """What is added, as a function of the indices (batch, head, q_idx, k_idx)."""
 
-    def check(self, batch: int, heads: int, seqlen_q: int, seqlen_k: int) -> None:
+    def check(self, batch: int, heads: int, seqlen_q: int, seqlen_k: int) -> None:  # noqa: B027
         """Raise ``ValueError`` where the bias's own tensors do not fit the problem."""
 
     def tensors(self) -> tuple[Tensor, ...]:
@@ -60,7 +60,12 @@ class Bias(abc.ABC):
         return Sum((*self.parts, *other.parts))
 
     def materialize(
-        self, batch: int, heads: int, seqlen_q: int, seqlen_k: int, device: torch.device | str | None = None,
+        self,
+        batch: int,
+        heads: int,
+        seqlen_q: int,
+        seqlen_k: int,
+        device: torch.device | str | None = None,
         documents: Documents | None = None,
     ) -> Tensor:
         """The bias as a tensor that broadcasts to (batch, heads, seqlen_q, seqlen_k)."""
@@ -106,7 +111,12 @@ class TensorBias(Bias):
         return lambda batch, head, q_idx, k_idx: table[broadcast_index(table, (batch, head, q_idx, k_idx))]
 
     def materialize(
-        self, batch: int, heads: int, seqlen_q: int, seqlen_k: int, device: torch.device | str | None = None,
+        self,
+        batch: int,
+        heads: int,
+        seqlen_q: int,
+        seqlen_k: int,
+        device: torch.device | str | None = None,
         documents: Documents | None = None,
     ) -> Tensor:
         return self.tensor

@@ -16,6 +16,8 @@ from torch import Tensor
 from .masks import Documents, Mask, Window, find, normalize
 from .scores import Bias
 
+CPU = torch.device("cpu")
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class AttentionSpec:
@@ -33,7 +35,7 @@ class AttentionSpec:
     head_dim: int
     head_dim_v: int
     dtype: torch.dtype = torch.float32
-    device: torch.device = torch.device("cpu")
+    device: torch.device = CPU
     mask: Mask | None = None
     bias: Bias | None = None
     softcap: float | None = None
@@ -196,9 +198,7 @@ class AttentionSpec:
         if self.bias is None:
             return None
         documents = find(self.mask, Documents)
-        return self.bias.materialize(
-            self.batch, self.heads, self.seqlen_q, self.seqlen_k, self.device, documents
-        )
+        return self.bias.materialize(self.batch, self.heads, self.seqlen_q, self.seqlen_k, self.device, documents)
 
     def __str__(self) -> str:
         shape = (

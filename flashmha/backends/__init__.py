@@ -217,7 +217,8 @@ class Call:
 def record() -> Iterator[list[Call]]:
     """List every attention of this thread inside the ``with``: layer, spec, backend. Compiled code is not listed."""
     before = state.calls
-    state.calls = calls = []
+    calls: list[Call] = []
+    state.calls = calls
     try:
         yield calls
     finally:

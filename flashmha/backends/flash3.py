@@ -35,9 +35,7 @@ class Flash3(FlashAttn):
     limits = Limits(
         devices=("cuda",),
         dtypes=HALF,
-        features=frozenset(
-            ("backward", "causal", "window", "documents", "softcap", "gqa", "lse", "deterministic")
-        ),
+        features=frozenset(("backward", "causal", "window", "documents", "softcap", "gqa", "lse", "deterministic")),
         head_dim=256,
         head_dim_step=8,
         seqlen_min=1,
@@ -100,6 +98,8 @@ class Flash3(FlashAttn):
         else:
             q, k, v, offsets = packed(q, k, v, documents)
             result = varlen(q, k, v, **offsets, **options)
+        out: Tensor
+        lse: Tensor | None
         # older builds always return (out, lse)
         out, lse = (result[0], result[1]) if isinstance(result, tuple) else (result, None)
         if documents is not None:

@@ -39,6 +39,8 @@ class Flex(Backend):
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> Tensor | tuple[Tensor, Tensor]:
         need_lse = spec.need_lse or spec.sinks is not None
+        out: Tensor
+        lse: Tensor | None
         result = kernel(spec.device.type)(
             q.transpose(1, 2),
             k.transpose(1, 2),
@@ -49,15 +51,14 @@ class Flex(Backend):
             enable_gqa=spec.heads != spec.heads_kv,
             return_lse=need_lse,
         )
-        if not need_lse:
-            return result.transpose(1, 2)
-        out, lse = result[0].transpose(1, 2), result[1]
-        if spec.sinks is not None:
+        out, lse = result if need_lse else (result, None)
+        out = out.transpose(1, 2)
+        if spec.sinks is not None and lse is not None:
             # a sink is one more column: it takes its share of every row and gives nothing back
             sink = spec.sinks.to(lse.dtype)[:, None]
             out = out * torch.sigmoid(lse - sink).transpose(1, 2).unsqueeze(-1).to(out.dtype)
             lse = torch.logaddexp(lse, sink)
-        return (out, lse) if spec.need_lse else out
+        return out if not spec.need_lse or lse is None else (out, lse)
 
 
 def score_mod(spec: AttentionSpec) -> Callable[..., Tensor] | None:

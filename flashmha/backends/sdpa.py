@@ -68,7 +68,8 @@ class Sdpa(Backend):
         bias = spec.added()
         if bias is not None:
             mask = bias if mask is None else torch.where(mask, bias, float("-inf"))
-            mask = mask.to(q.dtype)
+            if mask.dtype != torch.float32 or spec.device.type == "cuda":
+                mask = mask.to(q.dtype)  # a float32 mask beside half q is exact on a CPU, and misread on a GPU
         if spec.device.type != "cuda":
             return attend(q, k, v, mask, spec)
         if spec.heads != spec.heads_kv:
@@ -79,7 +80,10 @@ class Sdpa(Backend):
             return attend(q, k, v, mask, spec)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, spec: AttentionSpec, is_causal: bool = False) -> Tensor:
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, spec: AttentionSpec, is_causal: bool = False
+) -> Tensor:
+    """SDPA in our layout."""
     out = F.scaled_dot_product_attention(
         q.transpose(1, 2),
         k.transpose(1, 2),

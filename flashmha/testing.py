@@ -1,0 +1,241 @@
+"""Property tests for backends: Hypothesis strategies that draw problems, and an assertion that judges them.
+
+Every backend is right when it agrees with ``naive`` in float64. How much it may differ follows from what a plain
+computation in its own dtype does to the same inputs::
+
+    error(backend) <= m * error(naive in the same dtype) + 2 * eps * max|reference| + floor
+
+with m and the floor as flash-attention's own tests use them (``Backend.tolerance``). Shapes, dtypes and the places
+of non-finite values are compared first.
+
+    @given(flashmha.testing.specs(), flashmha.testing.seeds())
+    def test_my_backend(spec, seed):
+        flashmha.testing.assert_agrees(MyBackend(), spec, seed)
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .backends import get
+from .backends.base import Backend
+from .masks import Dense, Documents, KeyLengths, KeyPadding, Mask, MaskMod, Rule, Window
+from .scores import ALiBi, Bias, RelativeBias, TensorBias
+from .spec import AttentionSpec
+
+try:
+    from hypothesis import assume, event
+    from hypothesis import strategies as st
+except ModuleNotFoundError as error:
+    raise ModuleNotFoundError("flashmha.testing draws with hypothesis: pip install 'flashmha[test]'") from error
+
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+LAYOUTS = ("contiguous", "heads first", "packed", "expanded")
+"""How the memory of q, k and v may lie: as named, as SDPA's transposed, as slices of one tensor, with a stride of 0."""
+
+
+def seeds() -> st.SearchStrategy[int]:
+    """Seeds of the tensors of one problem."""
+    return st.integers(0, 2**16)
+
+
+@st.composite
+def masks(draw: st.DrawFn, *, batch: int, heads: int, seqlen_q: int, seqlen_k: int) -> Mask | None:
+    """Masks of every kind for a problem of these sizes, and their combinations."""
+    reach = st.none() | st.integers(0, max(seqlen_q, seqlen_k))
+    align = st.sampled_from(("bottom_right", "top_left"))
+    generator = torch.Generator().manual_seed(draw(seeds()))
+
+    def coin(*shape: int) -> Tensor:
+        return torch.rand(shape, generator=generator) < draw(st.sampled_from((0.2, 0.5, 0.9)))
+
+    window = st.builds(Window, reach, st.just(0) | reach, align=align)
+    kinds = draw(
+        st.sets(st.sampled_from(("window", "padding", "lengths", "dense", "rule", "documents")), max_size=2).map(sorted)
+    )
+    parts: list[Mask] = []
+    for kind in kinds:
+        if kind == "window":
+            parts.append(draw(window))
+        elif kind == "padding":
+            parts.append(KeyPadding(coin(batch, seqlen_k)))
+        elif kind == "lengths":
+            parts.append(KeyLengths(torch.randint(0, seqlen_k + 1, (batch,), generator=generator)))
+        elif kind == "dense":
+            shape = (draw(st.sampled_from((1, batch))), draw(st.sampled_from((1, heads))), seqlen_q, seqlen_k)
+            parts.append(Dense(coin(*shape)))
+        elif kind == "rule":
+            step = draw(st.integers(1, 3))
+            parts.append(Rule(every(step), align=draw(align)))
+        elif batch == 1:
+            documents = draw(st.integers(1, 4))
+            parts.append(Documents(offsets(documents, seqlen_q, generator), offsets(documents, seqlen_k, generator)))
+    mask: Mask | None = None
+    for part in parts:
+        mask = part if mask is None else mask & part
+    return mask
+
+
+def every(step: int) -> MaskMod:
+    """A rule: every ``step``-th diagonal, another one for each batch item and head."""
+    return lambda batch, head, q_pos, k_pos: (q_pos + k_pos + batch + head) % step == 0
+
+
+def offsets(documents: int, total: int, generator: torch.Generator) -> Tensor:
+    """Where documents start, with empty ones among them and at times a rest that belongs to none."""
+    ends = torch.randint(0, total + 1, (documents,), generator=generator).sort().values
+    return torch.cat((torch.zeros(1, dtype=ends.dtype), ends)).to(torch.int32)
+
+
+@st.composite
+def biases(
+    draw: st.DrawFn, *, batch: int, heads: int, seqlen_q: int, seqlen_k: int, dtype: torch.dtype, needs_grad: bool
+) -> Bias | None:
+    """Biases of every kind for a problem of these sizes; tensors may hold ``-inf`` and want a gradient."""
+    kind = draw(st.sampled_from(("none", "none", "tensor", "alibi", "relative")))
+    generator = torch.Generator().manual_seed(draw(seeds()))
+    if kind == "tensor":
+        shape = (draw(st.sampled_from((1, batch))), draw(st.sampled_from((1, heads))), seqlen_q, seqlen_k)
+        tensor = torch.randn(shape, generator=generator).to(dtype)
+        if draw(st.booleans()):
+            tensor = tensor.masked_fill(torch.rand(shape, generator=generator) < 0.3, float("-inf"))
+        return TensorBias(tensor.requires_grad_(needs_grad and draw(st.booleans())))
+    if kind == "alibi":
+        return ALiBi(torch.rand(heads, generator=generator))
+    if kind == "relative":
+        return RelativeBias(torch.randn(heads, 2 * draw(st.integers(0, 4)) + 1, generator=generator))
+    return None
+
+
+@st.composite
+def specs(
+    draw: st.DrawFn,
+    *,
+    dtypes: Sequence[torch.dtype] = DTYPES,
+    head_dims: Sequence[int] = (1, 3, 8, 16, 40, 64),
+    longest: int = 33,
+) -> AttentionSpec:
+    """Problems: sizes (0 and 1 among them), dtypes, grouped heads, masks, biases, softcap, sinks, gradients."""
+    batch, heads_kv, group = draw(st.integers(0, 3)), draw(st.integers(1, 3)), draw(st.integers(1, 3))
+    seqlens = st.integers(1, longest) | st.sampled_from((0, 1, longest))
+    seqlen_q, seqlen_k = draw(seqlens), draw(seqlens)
+    heads, dtype, needs_grad = heads_kv * group, draw(st.sampled_from(list(dtypes))), draw(st.booleans())
+    sizes: dict[str, Any] = {"batch": batch, "heads": heads, "seqlen_q": seqlen_q, "seqlen_k": seqlen_k}
+    head_dim = draw(st.sampled_from(list(head_dims)))
+    sinks = torch.randn(heads, generator=torch.Generator().manual_seed(draw(seeds())))
+    return AttentionSpec(
+        **sizes,
+        heads_kv=heads_kv,
+        head_dim=head_dim,
+        head_dim_v=draw(st.just(head_dim) | st.sampled_from(list(head_dims))),
+        dtype=dtype,
+        mask=draw(masks(**sizes)),
+        bias=draw(biases(**sizes, dtype=dtype, needs_grad=needs_grad)),
+        softcap=draw(st.none() | st.sampled_from((1.0, 20.0))),
+        sinks=draw(st.none() | st.just(sinks)),
+        softmax_scale=draw(st.none() | st.sampled_from((0.05, 1.0))),
+        needs_grad=needs_grad,
+        need_lse=draw(st.booleans()),
+    )
+
+
+def tensors(spec: AttentionSpec, seed: int) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k and v of a problem, out of a seed that also says how their memory lies."""
+    generator = torch.Generator().manual_seed(seed)
+    layout = LAYOUTS[seed % len(LAYOUTS)]
+    shapes = (
+        (spec.batch, spec.seqlen_q, spec.heads, spec.head_dim),
+        (spec.batch, spec.seqlen_k, spec.heads_kv, spec.head_dim),
+        (spec.batch, spec.seqlen_k, spec.heads_kv, spec.head_dim_v),
+    )
+    made = []
+    for batch, seqlen, heads, head_dim in shapes:
+        if layout == "heads first":
+            x = torch.randn(batch, heads, seqlen, head_dim, generator=generator).transpose(1, 2)
+        elif layout == "packed":
+            x = torch.randn(batch, seqlen, heads + 1, head_dim, generator=generator)[:, :, 1:]
+        elif layout == "expanded":
+            x = torch.randn(1, seqlen, heads, head_dim, generator=generator).expand(batch, -1, -1, -1)
+        else:
+            x = torch.randn(batch, seqlen, heads, head_dim, generator=generator)
+        made.append(x.to(device=spec.device, dtype=spec.dtype))
+    return made[0], made[1], made[2]
+
+
+@dataclasses.dataclass
+class Answer:
+    """What a backend makes of a problem: out, lse where asked for, and the gradients of everything that wants one."""
+
+    named: dict[str, Tensor]
+
+
+def answer(backend: Backend, spec: AttentionSpec, seed: int, dtype: torch.dtype | None = None) -> Answer:
+    """Run a problem, in another dtype if one is given; one cotangent a seed, so that answers can be compared."""
+    q, k, v = tensors(spec, seed)
+    learned = [x for x in (*(spec.bias.tensors() if spec.bias else ()), spec.sinks) if x is not None]
+    learned = [x for x in learned if x.requires_grad]
+    if dtype is not None:
+        q, k, v = (x.to(dtype) for x in (q, k, v))
+        spec = dataclasses.replace(spec, dtype=dtype)
+    names = ["q", "k", "v", *(f"learned {place}" for place in range(len(learned)))]
+    leaves = [x.detach().requires_grad_(spec.needs_grad) for x in (q, k, v)]
+    with torch.set_grad_enabled(spec.needs_grad):
+        result = backend(leaves[0], leaves[1], leaves[2], spec)
+    out, lse = result if isinstance(result, tuple) else (result, None)
+    named = {"out": out.detach()}
+    if lse is not None:
+        named["lse"] = lse.detach()
+    if spec.needs_grad:
+        cotangent = torch.randn(out.shape, generator=torch.Generator().manual_seed(seed + 1)).to(out)
+        grads = torch.autograd.grad(out, [*leaves, *learned], cotangent, allow_unused=True)
+        for name, leaf, grad in zip(names, [*leaves, *learned], grads):
+            named[f"gradient of {name}"] = torch.zeros_like(leaf) if grad is None else grad
+    return Answer(named)
+
+
+def assert_agrees(backend: Backend, spec: AttentionSpec, seed: int) -> None:
+    """A backend gives the definition's answer to a problem: out, lse and every gradient, within its tolerance.
+
+    A problem it refuses is set aside with ``hypothesis.assume``, so a backend that refuses everything fails
+    Hypothesis's health check rather than passing.
+    """
+    refusal = backend.unsupported(spec)
+    event(f"{backend.name} {'refuses' if refusal else 'serves'}")
+    assume(refusal is None)
+    naive = get("naive")
+    actual = answer(backend, spec, seed).named
+    plain = answer(naive, spec, seed).named
+    exact = answer(naive, spec, seed, torch.float64).named
+    assert actual.keys() == exact.keys(), f"must return {list(exact)}, got {list(actual)}"
+    for name in exact:
+        multiple = backend.tolerance[1] if name.startswith("gradient") else backend.tolerance[0]
+        assert_close(name, actual[name], plain[name], exact[name], multiple)
+
+
+def assert_close(name: str, actual: Tensor, plain: Tensor, exact: Tensor, multiple: float) -> None:
+    """``actual`` errs at most ``multiple`` times as much as ``plain``, against ``exact`` in float64; and a floor."""
+    assert actual.shape == exact.shape, f"{name} must have shape {tuple(exact.shape)}, got {tuple(actual.shape)}"
+    assert actual.dtype == plain.dtype, f"{name} must be {plain.dtype}, got {actual.dtype}"
+    if not exact.numel():
+        return
+    dtype = actual.dtype
+    reference = exact.to(dtype).double()
+    finite = reference.isfinite()
+    strange = actual.double().where(finite, 0.0).isfinite() & (actual.isfinite() == finite)
+    assert strange.all(), f"{name} is not finite in {int((~strange).sum())} places where it should be, or the reverse"
+    assert torch.equal(actual.double()[~finite], reference[~finite]), f"{name} differs where it is infinite"
+    if not finite.any():
+        return
+    reference, actual, plain = reference[finite], actual.double()[finite], plain.double()[finite]
+    floor = 1e-11 if dtype == torch.float64 else 2e-4 if name.startswith("gradient") else 1e-5
+    error, allowed = (actual - reference).abs().max().item(), (plain - reference).abs().nan_to_num(0.0).max().item()
+    bound = multiple * allowed + 2 * torch.finfo(dtype).eps * reference.abs().max().item() + floor
+    assert error <= bound, (
+        f"{name} is off by {error:.3g}, at most {bound:.3g} allowed "
+        f"({multiple:g} times the {allowed:.3g} of a plain {dtype} computation, plus rounding)"
+    )
