@@ -28,8 +28,8 @@ class FlashTransformerEncoderLayer(nn.TransformerEncoderLayer):
             x = x + self._sa_block(self.norm1(x), src_mask, src_key_padding_mask, is_causal=is_causal)
             return x + self._ff_block(self.norm2(x))
         x = self.norm1(x + self._sa_block(x, src_mask, src_key_padding_mask, is_causal=is_causal))
-        x = self.norm2(x + self._ff_block(x))
-        return x
+        out: Tensor = self.norm2(x + self._ff_block(x))
+        return out
 
 
 class FlashTransformerEncoder(nn.TransformerEncoder):
