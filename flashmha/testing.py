@@ -8,7 +8,7 @@ computation in its own dtype does to the same inputs::
 with m and the floor as flash-attention's own tests use them (``Backend.tolerance``). Shapes, dtypes and the places
 of non-finite values are compared first.
 
-    @given(flashmha.testing.specs(), flashmha.testing.seeds())
+    @given(flashmha.testing.specs(limits=MyBackend.limits), flashmha.testing.seeds())
     def test_my_backend(spec, seed):
         flashmha.testing.assert_agrees(MyBackend(), spec, seed)
 """
@@ -23,8 +23,8 @@ import torch
 from torch import Tensor
 
 from .backends import get
-from .backends.base import Backend
-from .masks import Dense, Documents, KeyLengths, KeyPadding, Mask, MaskMod, Rule, Window
+from .backends.base import FEATURES, Backend, Limits
+from .masks import Dense, Documents, KeyLengths, KeyPadding, Mask, MaskMod, Rule, Window, causal
 from .scores import ALiBi, Bias, RelativeBias, TensorBias
 from .spec import AttentionSpec
 
@@ -34,7 +34,7 @@ try:
 except ModuleNotFoundError as error:
     raise ModuleNotFoundError("flashmha.testing draws with hypothesis: pip install 'flashmha[test]'") from error
 
-DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+MASKS = ("causal", "window", "key_padding", "key_lengths", "dense_mask", "rule", "documents")
 LAYOUTS = ("contiguous", "heads first", "packed", "expanded")
 """How the memory of q, k and v may lie: as named, as SDPA's transposed, as slices of one tensor, with a stride of 0."""
 
@@ -45,8 +45,16 @@ def seeds() -> st.SearchStrategy[int]:
 
 
 @st.composite
-def masks(draw: st.DrawFn, *, batch: int, heads: int, seqlen_q: int, seqlen_k: int) -> Mask | None:
-    """Masks of every kind for a problem of these sizes, and their combinations."""
+def masks(
+    draw: st.DrawFn,
+    *,
+    batch: int,
+    heads: int,
+    seqlen_q: int,
+    seqlen_k: int,
+    features: frozenset[str] = frozenset(FEATURES),
+) -> Mask | None:
+    """Masks of every kind out of ``features`` for a problem of these sizes, and their combinations."""
     reach = st.none() | st.integers(0, max(seqlen_q, seqlen_k))
     align = st.sampled_from(("bottom_right", "top_left"))
     generator = torch.Generator().manual_seed(draw(seeds()))
@@ -54,27 +62,27 @@ def masks(draw: st.DrawFn, *, batch: int, heads: int, seqlen_q: int, seqlen_k: i
     def coin(*shape: int) -> Tensor:
         return torch.rand(shape, generator=generator) < draw(st.sampled_from((0.2, 0.5, 0.9)))
 
-    window = st.builds(Window, reach, st.just(0) | reach, align=align)
-    kinds = draw(
-        st.sets(st.sampled_from(("window", "padding", "lengths", "dense", "rule", "documents")), max_size=2).map(sorted)
-    )
+    kinds = draw(st.lists(st.sampled_from(MASKS), max_size=2, unique=True))
     parts: list[Mask] = []
     for kind in kinds:
-        if kind == "window":
-            parts.append(draw(window))
-        elif kind == "padding":
+        if kind not in features:
+            continue
+        if kind == "causal":
+            parts.append(causal(align=draw(align) if "window" in features else "bottom_right"))
+        elif kind == "window":
+            parts.append(Window(draw(reach), draw(st.just(0) | reach), align=draw(align)))
+        elif kind == "key_padding":
             parts.append(KeyPadding(coin(batch, seqlen_k)))
-        elif kind == "lengths":
+        elif kind == "key_lengths":
             parts.append(KeyLengths(torch.randint(0, seqlen_k + 1, (batch,), generator=generator)))
-        elif kind == "dense":
+        elif kind == "dense_mask":
             shape = (draw(st.sampled_from((1, batch))), draw(st.sampled_from((1, heads))), seqlen_q, seqlen_k)
             parts.append(Dense(coin(*shape)))
         elif kind == "rule":
-            step = draw(st.integers(1, 3))
-            parts.append(Rule(every(step), align=draw(align)))
+            parts.append(Rule(every(draw(st.integers(1, 3))), align=draw(align)))
         elif batch == 1:
-            documents = draw(st.integers(1, 4))
-            parts.append(Documents(offsets(documents, seqlen_q, generator), offsets(documents, seqlen_k, generator)))
+            number = draw(st.integers(1, 4))
+            parts.append(Documents(offsets(number, seqlen_q, generator), offsets(number, seqlen_k, generator)))
     mask: Mask | None = None
     for part in parts:
         mask = part if mask is None else mask & part
@@ -94,21 +102,31 @@ def offsets(documents: int, total: int, generator: torch.Generator) -> Tensor:
 
 @st.composite
 def biases(
-    draw: st.DrawFn, *, batch: int, heads: int, seqlen_q: int, seqlen_k: int, dtype: torch.dtype, needs_grad: bool
+    draw: st.DrawFn,
+    *,
+    batch: int,
+    heads: int,
+    seqlen_q: int,
+    seqlen_k: int,
+    dtype: torch.dtype,
+    needs_grad: bool,
+    features: frozenset[str] = frozenset(FEATURES),
 ) -> Bias | None:
-    """Biases of every kind for a problem of these sizes; tensors may hold ``-inf`` and want a gradient."""
+    """Biases of every kind out of ``features``; tensors may hold ``-inf`` and want a gradient."""
     kind = draw(st.sampled_from(("none", "none", "tensor", "alibi", "relative")))
     generator = torch.Generator().manual_seed(draw(seeds()))
-    if kind == "tensor":
+    learned = needs_grad and "bias_grad" in features and draw(st.booleans())
+    if kind == "tensor" and "bias" in features:
         shape = (draw(st.sampled_from((1, batch))), draw(st.sampled_from((1, heads))), seqlen_q, seqlen_k)
         tensor = torch.randn(shape, generator=generator).to(dtype)
         if draw(st.booleans()):
             tensor = tensor.masked_fill(torch.rand(shape, generator=generator) < 0.3, float("-inf"))
-        return TensorBias(tensor.requires_grad_(needs_grad and draw(st.booleans())))
-    if kind == "alibi":
+        return TensorBias(tensor.requires_grad_(learned))
+    if kind == "relative" and "bias" in features:
+        table = torch.randn(heads, 2 * draw(st.integers(0, 4)) + 1, generator=generator)
+        return RelativeBias(table.requires_grad_(learned))
+    if kind == "alibi" and "alibi" in features:
         return ALiBi(torch.rand(heads, generator=generator))
-    if kind == "relative":
-        return RelativeBias(torch.randn(heads, 2 * draw(st.integers(0, 4)) + 1, generator=generator))
     return None
 
 
@@ -116,31 +134,47 @@ def biases(
 def specs(
     draw: st.DrawFn,
     *,
-    dtypes: Sequence[torch.dtype] = DTYPES,
+    limits: Limits | None = None,
+    device: torch.device | str = "cpu",
     head_dims: Sequence[int] = (1, 3, 8, 16, 40, 64),
     longest: int = 33,
 ) -> AttentionSpec:
-    """Problems: sizes (0 and 1 among them), dtypes, grouped heads, masks, biases, softcap, sinks, gradients."""
-    batch, heads_kv, group = draw(st.integers(0, 3)), draw(st.integers(1, 3)), draw(st.integers(1, 3))
-    seqlens = st.integers(1, longest) | st.sampled_from((0, 1, longest))
-    seqlen_q, seqlen_k = draw(seqlens), draw(seqlens)
-    heads, dtype, needs_grad = heads_kv * group, draw(st.sampled_from(list(dtypes))), draw(st.booleans())
-    sizes: dict[str, Any] = {"batch": batch, "heads": heads, "seqlen_q": seqlen_q, "seqlen_k": seqlen_k}
-    head_dim = draw(st.sampled_from(list(head_dims)))
+    """Problems: sizes (0 and 1 among them), dtypes, grouped heads, masks, biases, softcap, sinks, gradients.
+
+    ``limits`` (a backend's) keeps the draw to what that backend serves; without it every problem may come.
+    """
+    limits = get("naive").limits if limits is None else limits
+    device = torch.device(device)
+    features = limits.features - limits.not_on.get(device.type, frozenset())
+    largest = max(head_dims) if limits.head_dim is None else limits.head_dim
+    sizes_d = [d for d in head_dims if limits.head_dim_min <= d <= largest and d % limits.head_dim_step == 0]
+    heads_kv, group = draw(st.integers(1, 3)), draw(st.integers(1, 3)) if "gqa" in features else 1
+    seqlens = st.integers(max(1, limits.seqlen_min), longest) | st.sampled_from((limits.seqlen_min, 1, longest))
+    heads, dtype = heads_kv * group, draw(st.sampled_from(limits.dtypes))
+    needs_grad = "backward" in features and draw(st.booleans())
+    sizes: dict[str, Any] = {
+        "batch": draw(st.integers(limits.batch_min, 3)),
+        "heads": heads,
+        "seqlen_q": draw(seqlens),
+        "seqlen_k": draw(seqlens),
+    }
+    head_dim = draw(st.sampled_from(sizes_d))
     sinks = torch.randn(heads, generator=torch.Generator().manual_seed(draw(seeds())))
+    need_lse = "lse" in features and draw(st.booleans())
     return AttentionSpec(
         **sizes,
         heads_kv=heads_kv,
         head_dim=head_dim,
-        head_dim_v=draw(st.just(head_dim) | st.sampled_from(list(head_dims))),
+        head_dim_v=draw(st.just(head_dim) | st.sampled_from(sizes_d)) if "head_dim_v" in features else head_dim,
         dtype=dtype,
-        mask=draw(masks(**sizes)),
-        bias=draw(biases(**sizes, dtype=dtype, needs_grad=needs_grad)),
-        softcap=draw(st.none() | st.sampled_from((1.0, 20.0))),
-        sinks=draw(st.none() | st.just(sinks)),
+        device=device,
+        mask=draw(masks(**sizes, features=features)),
+        bias=draw(biases(**sizes, dtype=dtype, needs_grad=needs_grad, features=features)),
+        softcap=draw(st.none() | st.sampled_from((1.0, 20.0))) if "softcap" in features else None,
+        sinks=draw(st.none() | st.just(sinks)) if "sinks" in features else None,
         softmax_scale=draw(st.none() | st.sampled_from((0.05, 1.0))),
         needs_grad=needs_grad,
-        need_lse=draw(st.booleans()),
+        need_lse=need_lse and not (needs_grad and "lse_grad" not in features),
     )
 
 

@@ -310,9 +310,10 @@ def calls(
 def problems(
     draw: st.DrawFn, *, layers: st.SearchStrategy[Blueprint] | None = None, **options: Any
 ) -> tuple[Blueprint, Call]:
-    """A layer and a call that it accepts; ``options`` are those of ``calls``."""
+    """A layer and a call that both classes answer; ``options`` are those of ``calls``."""
     blueprint = draw(blueprints() if layers is None else layers)
-    return blueprint, draw(calls(blueprint=blueprint, **options))
+    call = draw(calls(blueprint=blueprint, **options))
+    return blueprint, dataclasses.replace(call, need_weights=call.need_weights or call.stock_fails)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,0 +1,128 @@
+"""The package as a whole: public names, import order, import cost, the README, the command line."""
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import flashmha
+from flashmha import table
+from flashmha.__main__ import main
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "flashmha"
+ORDER = """
+    masks scores spec errors backends.base backends.flash backends.naive backends.sdpa backends.flex backends.flash2
+    backends.flash3 backends.flash4 backends functional weights stock nested call module encoder convert explain
+    table testing __main__ __init__
+""".split()  # noqa: SIM905
+LEAVES = {"table", "testing", "__main__"}
+"""Nothing but the command line imports these."""
+
+
+def name_of(path: Path) -> str:
+    parts = path.relative_to(PACKAGE).with_suffix("").parts
+    return ".".join(parts[:-1]) if parts[-1] == "__init__" and len(parts) > 1 else ".".join(parts)
+
+
+FILES = {name_of(path): path for path in PACKAGE.rglob("*.py")}
+
+
+def imports(path: Path) -> set[str]:
+    """The files of this package that a file imports."""
+    folder = list(path.relative_to(PACKAGE).parts[:-1])
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            base = folder[: len(folder) - node.level + 1] + (node.module or "").split(".")
+            module = ".".join(part for part in base if part)
+            for alias in node.names:
+                inner = f"{module}.{alias.name}" if module else alias.name
+                found.add(inner if inner in FILES else module or "__init__")
+    return found
+
+
+def test_every_file_has_its_place() -> None:
+    assert sorted(FILES) == sorted(ORDER)
+
+
+@pytest.mark.parametrize("name", ORDER)
+def test_imports_point_one_way(name: str) -> None:
+    for other in imports(FILES[name]):
+        if other == "__init__" and name == "__main__":
+            continue  # the version
+        assert ORDER.index(other) < ORDER.index(name), f"{name} imports {other}, which comes later"
+        assert other not in LEAVES or name == "__main__", f"{name} imports {other}, a leaf"
+        if name.startswith("backends."):
+            assert other in ORDER[: ORDER.index("backends.naive")], f"{name} imports {other}"
+
+
+def test_public_names_are_sorted_complete_and_documented() -> None:
+    assert flashmha.__all__ == sorted(flashmha.__all__)
+    tree = ast.parse((PACKAGE / "__init__.py").read_text(encoding="utf-8"))
+    imported = {alias.name for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) for alias in node.names}
+    assert set(flashmha.__all__) == imported
+    for name in flashmha.__all__:
+        thing = getattr(flashmha, name)
+        assert thing.__doc__ and not thing.__doc__.startswith(f"{name}("), f"{name} has no docstring of its own"
+
+
+def test_importing_the_package_imports_no_kernels_and_no_extras() -> None:
+    code = (
+        "import sys, torch; before = set(sys.modules); import flashmha; "
+        "new = {name.split('.')[0] for name in set(sys.modules) - before}; "
+        "print(sorted(new - set(sys.stdlib_module_names))); print('torch._dynamo' in sys.modules)"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    found, compiler = result.stdout.splitlines()
+    assert set(ast.literal_eval(found)) <= {"flashmha", "einops", "torch"}, found
+    assert compiler == "False"
+
+
+def test_the_readme_shows_the_table_of_the_code(tmp_path: Path) -> None:
+    copy = tmp_path / "README.md"
+    copy.write_text((ROOT / "README.md").read_text(encoding="utf-8"), encoding="utf-8")
+    assert main(["table", "--write", str(copy)]) == 0
+    assert copy.read_text(encoding="utf-8") == (ROOT / "README.md").read_text(encoding="utf-8"), (
+        "run: python -m flashmha table --write README.md"
+    )
+
+
+def test_a_file_without_marks_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "bare.md").write_text("nothing here")
+    with pytest.raises(ValueError, match="must hold the lines"):
+        table.write(tmp_path / "bare.md")
+    assert (tmp_path / "bare.md").read_text() == "nothing here"
+
+
+SNIPPETS = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+
+
+@pytest.mark.parametrize("number", range(len(SNIPPETS)))
+def test_a_readme_snippet_runs(number: int) -> None:
+    names: dict[str, object] = {}
+    exec(compile(SNIPPETS[number], f"README snippet {number}", "exec"), names)
+    for name, thing in names.items():
+        if name.startswith("test_") and callable(thing):
+            thing()
+
+
+@pytest.mark.parametrize("command", ("info", "table"))
+def test_a_command_names_every_backend(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([command]) == 0
+    printed = capsys.readouterr().out
+    for name in flashmha.backends.names():
+        assert name in printed
+    assert torch.__version__ in printed or command == "table"
+
+
+def test_the_console_script_and_the_module_are_one() -> None:
+    result = subprocess.run(
+        [sys.executable, "-m", "flashmha", "--version"], capture_output=True, text=True, check=True, cwd=ROOT
+    )
+    assert result.stdout.strip() == f"flashmha {flashmha.__version__}"
+    assert 'flashmha = "flashmha.__main__:main"' in (ROOT / "pyproject.toml").read_text(encoding="utf-8")

@@ -1,0 +1,333 @@
+"""AttentionSpec, the limits of every backend, and the choice among them: a GPU kernel's traps, judged on a laptop."""
+
+import dataclasses
+import pickle
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import flashmha
+from flashmha import (
+    ALiBi,
+    AttentionSpec,
+    Backend,
+    Dense,
+    Documents,
+    KeyLengths,
+    KeyPadding,
+    Limits,
+    NoBackendError,
+    TensorBias,
+    Window,
+    attention,
+    backends,
+    causal,
+    explain,
+    record,
+    use_backend,
+)
+from flashmha.backends import choose, get, names, order, register
+from flashmha.backends.base import FEATURES
+from flashmha.testing import seeds, specs, tensors
+
+FLASH = ("flash2", "flash3", "flash4")
+
+
+def problem(**changes: Any) -> AttentionSpec:
+    """A problem every flash-attn serves, with changes."""
+    usual: dict[str, Any] = {
+        "batch": 2,
+        "seqlen_q": 128,
+        "seqlen_k": 128,
+        "heads": 8,
+        "heads_kv": 8,
+        "head_dim": 64,
+        "head_dim_v": 64,
+        "dtype": torch.bfloat16,
+        "device": torch.device("cuda"),
+    }
+    return AttentionSpec(**(usual | changes))
+
+
+@pytest.mark.parametrize("name", FLASH)
+def test_flash_attn_serves_the_usual_problem(name: str) -> None:
+    assert get(name).unsupported(problem()) is None
+    assert get(name).unsupported(problem(mask=causal(), heads_kv=2, needs_grad=True)) is None
+    assert get(name).unsupported(problem(mask=Window(16, 0), softcap=20.0)) is None
+
+
+refused: dict[str, tuple[tuple[str, ...], dict[str, Any], str]] = {
+    "float32": (FLASH, {"dtype": torch.float32}, "dtype float32 (only float16, bfloat16)"),
+    "a CPU": (FLASH, {"device": torch.device("cpu")}, "device cpu (only cuda)"),
+    "a large head": (FLASH, {"head_dim": 320, "head_dim_v": 320}, "head_dim=320 (at most 256)"),
+    "an odd head": (FLASH[1:], {"head_dim": 36, "head_dim_v": 36}, "head_dim=36 (a multiple of 8)"),
+    "another value dim": (FLASH, {"head_dim_v": 32}, "no head_dim_v"),
+    "a dense mask": (FLASH, {"mask": Dense(torch.ones(128, 128, dtype=torch.bool))}, "no dense_mask"),
+    "a padding mask": (FLASH, {"mask": KeyPadding(torch.ones(2, 128, dtype=torch.bool))}, "no key_padding"),
+    "a bias": (FLASH, {"bias": TensorBias(torch.zeros(128, 128))}, "no bias"),
+    "sinks": (FLASH, {"sinks": torch.zeros(8)}, "no sinks"),
+    "dropout": (FLASH[1:], {"dropout_p": 0.1}, "no dropout"),
+    "ALiBi": (FLASH[1:], {"bias": ALiBi(torch.ones(8))}, "no alibi"),
+    "no queries": (FLASH, {"seqlen_q": 0}, "seqlen=0 (at least 1)"),
+    "an empty batch": (FLASH, {"batch": 0}, "batch=0 (at least 1)"),
+    "export": (FLASH, {"aten_only": True}, "not made of PyTorch operators alone"),
+    "a gradient through lse": (FLASH[:2], {"need_lse": True, "needs_grad": True}, "no lse_grad"),
+    # trap 2: a right bound of seqlen_k or more turns unbounded inside flash-attn 2 (flash-attention#895)
+    "a wide window over few keys": (
+        ("flash2",),
+        {"seqlen_q": 200, "seqlen_k": 100, "mask": Window(10, 100)},
+        "flash-attention#895",
+    ),
+    "a left window over few keys": (
+        ("flash2",),
+        {"seqlen_q": 200, "seqlen_k": 100, "mask": Window(10, None)},
+        "flash-attention#895",
+    ),
+    "top-left causality over few keys": (
+        ("flash2",),
+        {"seqlen_q": 200, "seqlen_k": 100, "mask": causal(align="top_left")},
+        "flash-attention#895",
+    ),
+    # trap 17
+    "softcap with dropout": (("flash2",), {"softcap": 5.0, "dropout_p": 0.1}, "softcap together with dropout"),
+    # flash-attention#1537
+    "documents of one query with grouped heads": (
+        ("flash2",),
+        {"batch": 1, "heads_kv": 2, "mask": Documents(torch.arange(129), max_seqlen=1)},
+        "flash-attention#1537",
+    ),
+    "a deterministic backward of large heads": (
+        ("flash3",),
+        {"head_dim": 256, "head_dim_v": 256, "needs_grad": True, "deterministic": True},
+        "a deterministic backward at head_dim=256 (at most 192)",
+    ),
+    "the backward of a window over few keys": (
+        ("flash4",),
+        {"seqlen_k": 64, "mask": causal(), "needs_grad": True},
+        "seqlen_k=64 < seqlen_q=128",
+    ),
+    # with lengths the package aligns each row to its own last key, we to the last slot
+    "lengths beside causality": (
+        ("flash4",),
+        {"mask": causal() & KeyLengths(torch.tensor([3, 5]))},
+        "key_lengths beside another rule",
+    ),
+    "a window of the future": (FLASH, {"mask": Window(-3, 9)}, "window left=-3 (at least 0)"),
+    "a window past every key": (FLASH, {"mask": Window(None, -128)}, "hides every key"),
+    "an empty window": (FLASH, {"mask": Window(1, -2)}, "hides every key"),
+    "a top-left window inside documents": (
+        FLASH,
+        {"batch": 1, "mask": Documents(torch.tensor([0, 9]), torch.tensor([0, 5])) & causal(align="top_left")},
+        "top-left",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", refused)
+def test_flash_attn_refuses_with_the_value_and_the_limit(name: str) -> None:
+    who, changes, reason = refused[name]
+    for backend in who:
+        said = get(backend).unsupported(problem(**changes))
+        assert said is not None and reason in said, f"{backend} said {said!r}"
+
+
+def test_flash2_takes_what_the_others_lack() -> None:
+    assert (
+        get("flash2").unsupported(problem(dropout_p=0.1, bias=ALiBi(torch.ones(8)), head_dim=36, head_dim_v=36)) is None
+    )
+    assert get("flash4").unsupported(problem(mask=KeyLengths(torch.tensor([3, 5])))) is None
+
+
+def test_flex_names_its_limits_on_each_device() -> None:
+    flex, cpu = get("flex"), torch.device("cpu")
+    assert flex.unsupported(problem(dtype=torch.float32, needs_grad=True)) is None
+    assert flex.unsupported(problem(device=cpu, needs_grad=True)) == "no backward on cpu"
+    assert flex.unsupported(problem(head_dim=8, head_dim_v=8)) == "head_dim=8 (at least 16 on cuda)"
+    assert flex.unsupported(problem(device=cpu, head_dim=8, head_dim_v=8)) is None
+    assert flex.unsupported(problem(dropout_p=0.5)) == "no dropout"
+
+
+@pytest.mark.parametrize("name", names())
+@given(data=st.data())
+def test_limits_and_reasons_say_the_same(name: str, data: st.DataObject) -> None:
+    """A problem drawn inside a backend's limits is refused at most for an odd rule, never for a missing feature."""
+    limits = get(name).limits
+    device = (limits.devices or ("cpu",))[0]
+    spec = data.draw(specs(limits=limits, device=device, head_dims=(8, 16, 64)))
+    said = get(name).unsupported(spec) or ""
+    assert not any(f"no {feature}" in said for feature in FEATURES), said
+    assert "dtype" not in said and "device" not in said and "batch" not in said
+
+
+@given(spec=specs())
+def test_a_reason_appears_for_every_feature_taken_away(spec: AttentionSpec) -> None:
+    for feature in spec.features:
+        lacking = type(
+            "Lacking",
+            (type(get("naive")),),
+            {"limits": dataclasses.replace(get("naive").limits, features=frozenset(FEATURES) - {feature})},
+        )()
+        assert lacking.unsupported(spec) == f"no {feature}"
+
+
+def test_no_gpu_is_a_reason_and_not_a_crash() -> None:
+    if torch.cuda.is_available():
+        return
+    for name in FLASH:
+        assert get(name).unavailable(torch.device("cuda")) == "no CUDA device (torch.cuda.is_available() is False)"
+
+
+@given(seed=seeds())
+def test_the_error_prints_the_problem_and_every_reason(seed: int) -> None:
+    q, k, v = tensors(AttentionSpec(2, 3, 3, 4, 2, 8, 8), seed)
+    with pytest.raises(NoBackendError) as caught:
+        attention(q, k, v, backend="flash_attn")
+    error = caught.value
+    assert set(error.reasons) == set(FLASH)
+    for name, reason in error.reasons.items():
+        assert f"{name}  {reason}" in str(error)
+    assert "seqlen_q=3" in str(error) and "heads_kv=2" in str(error) and "'flash_attn'" in str(error)
+    again = pickle.loads(pickle.dumps(error))
+    assert str(again) == str(error) and again.reasons == error.reasons
+
+
+def test_choice_goes_call_context_environment_automatic(monkeypatch: pytest.MonkeyPatch) -> None:
+    q = torch.randn(1, 4, 2, 8)
+
+    def ran(**options: Any) -> str:
+        with record() as calls:
+            attention(q, q, q, **options)
+        return calls[0].backend
+
+    assert ran() == "sdpa"
+    monkeypatch.setenv("FLASHMHA_BACKEND", "flash_attn, flex")
+    assert ran() == "flex"
+    with use_backend("naive"):
+        assert ran() == "naive"
+        with use_backend(["flash4", "sdpa"]):
+            assert ran() == "sdpa"
+        assert ran(backend="flex") == "flex"
+    assert ran() == "flex"
+    monkeypatch.setenv("FLASHMHA_BACKEND", "flash_attn")
+    with pytest.raises(NoBackendError):
+        ran()
+
+
+@pytest.mark.parametrize(
+    "call", (lambda: get("falsh4"), lambda: choose(problem(), "falsh4"), lambda: use_backend("falsh4").__enter__())
+)
+def test_an_unknown_name_is_told_the_names(call: Any) -> None:
+    with pytest.raises(ValueError, match=r"must be one of sdpa.*flash_attn, got 'falsh4'"):
+        call()
+
+
+@given(spec=specs())
+def test_explain_says_what_choose_does(spec: AttentionSpec) -> None:
+    said = explain(spec)
+    assert said.chosen == choose(spec).name
+    assert set(said.rows) == set(names())
+    assert said.rows[said.chosen] == "chosen"
+    for name, row in said.rows.items():
+        assert (row in ("chosen", "could serve")) == (backends.reason(get(name), spec) is None)
+        assert name in str(said)
+
+
+def test_explain_takes_a_call_a_spec_and_a_layer() -> None:
+    layer = flashmha.FlashMultiHeadAttention(8, 2, batch_first=True, window=(1, 0))
+    x = torch.randn(1, 4, 8)
+    q = torch.randn(1, 4, 2, 4)
+    assert explain(layer, x, x, x, need_weights=False).chosen == "sdpa"
+    assert explain(layer, x, x, x).chosen == "naive"
+    assert "Window(1, 0)" in str(explain(layer, x, x, x))
+    assert explain(q, q, q, mask=torch.ones(4, 4, dtype=torch.bool), backend="flash_attn").chosen is None
+    assert explain(q, q, q, return_lse=True).chosen == "naive"
+    with pytest.raises(TypeError, match="subject must be"):
+        explain(3)  # type: ignore[arg-type]
+
+
+def test_a_third_party_backend_registers_is_chosen_and_leaves() -> None:
+    class Half(Backend):
+        """Half of the definition's answer, to tell them apart."""
+
+        name = "half"
+        limits = Limits(devices=("cpu",), dtypes=(torch.float32,), features=frozenset(FEATURES))
+
+        def __call__(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spec: AttentionSpec) -> torch.Tensor:
+            out = get("naive")(q, k, v, spec)
+            assert isinstance(out, torch.Tensor)
+            return out / 2
+
+    before = names()
+    register(Half, before="sdpa")
+    try:
+        assert names() == ("half", *before)
+        q = torch.randn(1, 3, 1, 4)
+        torch.testing.assert_close(attention(q, q, q, backend="half") * 2, attention(q, q, q, backend="naive"))
+        with pytest.raises(ValueError, match="must not be taken"):
+            register(Half)
+        assert "half" in order(AttentionSpec(1, 3, 3, 1, 1, 4, 4))
+    finally:
+        backends.unregister("half")
+    assert names() == before
+
+
+def test_record_lists_layer_spec_and_backend_and_nests() -> None:
+    layer = flashmha.FlashMultiHeadAttention(8, 2, batch_first=True)
+    x = torch.randn(2, 3, 8)
+    with record() as outer:
+        layer(x, x, x, need_weights=False)
+        with record() as inner:
+            layer(x, x, x)
+    assert [(call.layer, call.backend) for call in outer] == [(layer, "sdpa")]
+    assert [(call.layer, call.backend) for call in inner] == [(layer, "naive")]
+    assert outer[0].spec.batch == 2 and "FlashMultiHeadAttention: sdpa" in str(outer[0])
+
+
+wrong: dict[str, tuple[dict[str, Any], str]] = {
+    "three axes": ({"q": torch.zeros(2, 3, 8)}, "q must be 4-D"),
+    "two dtypes": ({"k": torch.zeros(1, 3, 2, 8, dtype=torch.float64)}, "one dtype and device"),
+    "integers": ({name: torch.zeros(1, 3, 2, 8, dtype=torch.int64) for name in "qkv"}, "floating point"),
+    "head dims that differ": ({"q": torch.zeros(1, 3, 2, 4)}, "must agree"),
+    "batches that differ": ({"q": torch.zeros(2, 3, 2, 8)}, "must agree"),
+    "keys without values": ({"v": torch.zeros(1, 4, 2, 8)}, "must agree"),
+    "heads that do not divide": ({"q": torch.zeros(1, 3, 3, 8)}, "multiple of heads_kv"),
+    "a negative softcap": ({"softcap": -1.0}, "softcap must be greater than 0"),
+    "a probability above 1": ({"dropout_p": 1.5}, "dropout_p must be between 0 and 1, got 1.5"),
+    "sinks of another size": ({"sinks": torch.zeros(3)}, "sinks must have shape"),
+    "a mask of another size": ({"mask": torch.ones(5, 3, dtype=torch.bool)}, "must broadcast"),
+    "a bias of another size": ({"bias": torch.ones(5, 3)}, "must broadcast"),
+    "padding of another size": ({"mask": KeyPadding(torch.ones(1, 5, dtype=torch.bool))}, "valid must have shape"),
+    "lengths of another batch": ({"mask": KeyLengths(torch.ones(2, dtype=torch.int64))}, "lengths must have shape"),
+    "slopes of other heads": ({"bias": ALiBi(torch.ones(3))}, "slopes must have shape"),
+    "offsets past the end": ({"mask": Documents(torch.tensor([0, 9]))}, "must rise from 0 to at most 3"),
+    "offsets that fall": ({"mask": Documents(torch.tensor([0, 3, 1]))}, "must rise"),
+    "packed batches": (
+        {**{name: torch.zeros(2, 3, 2, 8) for name in "qkv"}, "mask": Documents(torch.tensor([0, 3]))},
+        "batch must be 1 with Documents",
+    ),
+    "a mask on another device": (
+        {"mask": KeyPadding(torch.ones(1, 3, dtype=torch.bool, device="meta"))},
+        "mask must be on the device of q",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", wrong)
+def test_a_bad_call_is_told_what_was_wrong(name: str) -> None:
+    changes, message = wrong[name]
+    call = {**{name: torch.zeros(1, 3, 2, 8) for name in "qkv"}, **changes}
+    state = torch.get_rng_state()
+    with pytest.raises(ValueError, match=message):
+        attention(call.pop("q"), call.pop("k"), call.pop("v"), **call)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@given(spec=specs())
+def test_a_spec_prints_what_it_needs(spec: AttentionSpec) -> None:
+    text = str(spec)
+    assert f"head_dim={spec.head_dim}" in text
+    for feature in spec.features - (spec.mask.features if spec.mask else frozenset()):
+        assert feature in text
