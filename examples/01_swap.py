@@ -14,7 +14,6 @@ the outputs, the optimizer and the accuracy, and every attention layer ran on fl
 import copy
 import dataclasses
 from collections import Counter
-from functools import partial
 from statistics import median
 
 import torch

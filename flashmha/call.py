@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from .functional import AUTOCAST
 from .masks import Dense, KeyPadding, Mask, causal
 
 
@@ -201,7 +202,7 @@ def check_float_mask(mask: Tensor, name: str, query: Tensor, need_weights: bool)
     if mask.dtype == query.dtype or (mask.dtype == torch.float32 and not need_weights):
         return
     device = query.device.type
-    casting = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    casting = device in AUTOCAST and torch.is_autocast_enabled(device)
     if casting and mask.dtype in (torch.float32, torch.get_autocast_dtype(device)):
         return
     raise RuntimeError(

@@ -84,10 +84,14 @@ def run(
     return backend(q, k, v, spec)
 
 
+AUTOCAST = tuple(kind for kind in ("cpu", "cuda", "xpu", "mps", "hpu") if torch.amp.is_autocast_available(kind))
+"""Device types that autocast; asked here, because Dynamo cannot trace the question before torch 2.13."""
+
+
 def autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """q, k and v in the autocast dtype where autocast is on: kernels outside torch do not do it themselves."""
     device = q.device.type
-    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+    if device not in AUTOCAST or not torch.is_autocast_enabled(device):
         return q, k, v
     dtype = torch.get_autocast_dtype(device)
     return tuple(x.to(dtype) if x.dtype != torch.float64 else x for x in (q, k, v))  # type: ignore[return-value]

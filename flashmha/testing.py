@@ -53,6 +53,7 @@ def masks(
     seqlen_q: int,
     seqlen_k: int,
     features: frozenset[str] = frozenset(FEATURES),
+    device: torch.device | str = "cpu",
 ) -> Mask | None:
     """Masks of every kind out of ``features`` for a problem of these sizes, and their combinations."""
     reach = st.none() | st.integers(0, max(seqlen_q, seqlen_k))
@@ -60,7 +61,7 @@ def masks(
     generator = torch.Generator().manual_seed(draw(seeds()))
 
     def coin(*shape: int) -> Tensor:
-        return torch.rand(shape, generator=generator) < draw(st.sampled_from((0.2, 0.5, 0.9)))
+        return (torch.rand(shape, generator=generator) < draw(st.sampled_from((0.2, 0.5, 0.9)))).to(device)
 
     kinds = draw(st.lists(st.sampled_from(MASKS), max_size=2, unique=True))
     parts: list[Mask] = []
@@ -74,7 +75,7 @@ def masks(
         elif kind == "key_padding":
             parts.append(KeyPadding(coin(batch, seqlen_k)))
         elif kind == "key_lengths":
-            parts.append(KeyLengths(torch.randint(0, seqlen_k + 1, (batch,), generator=generator)))
+            parts.append(KeyLengths(torch.randint(0, seqlen_k + 1, (batch,), generator=generator).to(device)))
         elif kind == "dense_mask":
             shape = (draw(st.sampled_from((1, batch))), draw(st.sampled_from((1, heads))), seqlen_q, seqlen_k)
             parts.append(Dense(coin(*shape)))
@@ -82,7 +83,8 @@ def masks(
             parts.append(Rule(every(draw(st.integers(1, 3))), align=draw(align)))
         elif batch == 1:
             number = draw(st.integers(1, 4))
-            parts.append(Documents(offsets(number, seqlen_q, generator), offsets(number, seqlen_k, generator)))
+            ends = [offsets(number, total, generator).to(device) for total in (seqlen_q, seqlen_k)]
+            parts.append(Documents(*ends))
     mask: Mask | None = None
     for part in parts:
         mask = part if mask is None else mask & part
@@ -111,6 +113,7 @@ def biases(
     dtype: torch.dtype,
     needs_grad: bool,
     features: frozenset[str] = frozenset(FEATURES),
+    device: torch.device | str = "cpu",
 ) -> Bias | None:
     """Biases of every kind out of ``features``; tensors may hold ``-inf`` and want a gradient."""
     kind = draw(st.sampled_from(("none", "none", "tensor", "alibi", "relative")))
@@ -121,12 +124,12 @@ def biases(
         tensor = torch.randn(shape, generator=generator).to(dtype)
         if draw(st.booleans()):
             tensor = tensor.masked_fill(torch.rand(shape, generator=generator) < 0.3, float("-inf"))
-        return TensorBias(tensor.requires_grad_(learned))
+        return TensorBias(tensor.to(device).requires_grad_(learned))
     if kind == "relative" and "bias" in features:
         table = torch.randn(heads, 2 * draw(st.integers(0, 4)) + 1, generator=generator)
-        return RelativeBias(table.requires_grad_(learned))
+        return RelativeBias(table.to(device).requires_grad_(learned))
     if kind == "alibi" and "alibi" in features:
-        return ALiBi(torch.rand(heads, generator=generator))
+        return ALiBi(torch.rand(heads, generator=generator).to(device))
     return None
 
 
@@ -159,7 +162,7 @@ def specs(
         "seqlen_k": draw(seqlens),
     }
     head_dim = draw(st.sampled_from(sizes_d))
-    sinks = torch.randn(heads, generator=torch.Generator().manual_seed(draw(seeds())))
+    sinks = torch.randn(heads, generator=torch.Generator().manual_seed(draw(seeds()))).to(device)
     need_lse = "lse" in features and draw(st.booleans())
     return AttentionSpec(
         **sizes,
@@ -168,8 +171,8 @@ def specs(
         head_dim_v=draw(st.just(head_dim) | st.sampled_from(sizes_d)) if "head_dim_v" in features else head_dim,
         dtype=dtype,
         device=device,
-        mask=draw(masks(**sizes, features=features)),
-        bias=draw(biases(**sizes, dtype=dtype, needs_grad=needs_grad, features=features)),
+        mask=draw(masks(**sizes, features=features, device=device)),
+        bias=draw(biases(**sizes, dtype=dtype, needs_grad=needs_grad, features=features, device=device)),
         softcap=draw(st.none() | st.sampled_from((1.0, 20.0))) if "softcap" in features else None,
         sinks=draw(st.none() | st.just(sinks)) if "sinks" in features else None,
         softmax_scale=draw(st.none() | st.sampled_from((0.05, 1.0))),

@@ -93,12 +93,6 @@ refused: dict[str, tuple[tuple[str, ...], dict[str, Any], str]] = {
     ),
     # trap 17
     "softcap with dropout": (("flash2",), {"softcap": 5.0, "dropout_p": 0.1}, "softcap together with dropout"),
-    # flash-attention#1537
-    "documents of one query with grouped heads": (
-        ("flash2",),
-        {"batch": 1, "heads_kv": 2, "mask": Documents(torch.arange(129), max_seqlen=1)},
-        "flash-attention#1537",
-    ),
     "a deterministic backward of large heads": (
         ("flash3",),
         {"head_dim": 256, "head_dim_v": 256, "needs_grad": True, "deterministic": True},

@@ -91,6 +91,9 @@ class Flash4(FlashAttn):
                 lse = None if lse is None else lse.unsqueeze(0)
             elif lengths is not None:
                 used = lengths.lengths.clamp(0, spec.seqlen_k).int()
+                # gradients of keys past their length are never written (flash-attention#2167): where keeps them out
+                real = (torch.arange(spec.seqlen_k, device=q.device) < used[:, None])[:, :, None, None]
+                k, v = (torch.where(real, x, 0.0) for x in (k, v))
                 out, lse = varlen(q, k, v, seqused_k=used, **options)[:2]
             else:
                 out, lse = dense(q, k, v, **options)[:2]

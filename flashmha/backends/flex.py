@@ -121,4 +121,5 @@ def unfused(*args: Any, **kwargs: Any) -> Any:
 def compiled() -> Callable[..., Any]:
     from torch.nn.attention.flex_attention import flex_attention
 
-    return torch.compile(flex_attention)
+    # dynamic shapes would make head_dim a symbol, which the kernel's templates refuse
+    return torch.compile(flex_attention, dynamic=False)

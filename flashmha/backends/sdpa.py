@@ -102,18 +102,35 @@ def needs_tensor(spec: AttentionSpec) -> bool:
     return spec.bias is not None or (spec.mask is not None and not top_left_causal(spec))
 
 
-def kernels_for_masks() -> list[SDPBackend]:
-    """The kernels the process-wide switches leave for a call with a mask."""
-    switches = (
-        (SDPBackend.EFFICIENT_ATTENTION, torch.backends.cuda.mem_efficient_sdp_enabled()),
-        (SDPBackend.MATH, torch.backends.cuda.math_sdp_enabled()),
-        (SDPBackend.FLASH_ATTENTION, torch.backends.cuda.flash_sdp_enabled()),
+KERNELS = (
+    SDPBackend.EFFICIENT_ATTENTION,
+    SDPBackend.MATH,
+    SDPBackend.FLASH_ATTENTION,
+    SDPBackend.CUDNN_ATTENTION,
+)
+
+
+def switches() -> tuple[bool, ...]:
+    """Which of ``KERNELS`` the process-wide switches allow; a constant to Dynamo, which cannot trace the question."""
+    cuda = torch.backends.cuda
+    return (
+        cuda.mem_efficient_sdp_enabled(),
+        cuda.math_sdp_enabled(),
+        cuda.flash_sdp_enabled(),
+        cuda.cudnn_sdp_enabled(),
     )
-    return [kernel for kernel, enabled in switches if enabled]
+
+
+switches._dynamo_marked_constant = True  # type: ignore[attr-defined]  # torch.compiler.assume_constant_result, unimported
+
+
+def kernels_for_masks() -> list[SDPBackend]:
+    """The kernels the switches leave for a call with a mask: all but cuDNN."""
+    return [kernel for kernel, allowed in zip(KERNELS[:3], switches()) if allowed]
 
 
 def without_cudnn() -> contextlib.AbstractContextManager[None]:
     """SDPA's switches as they are, cuDNN off."""
-    if not torch.backends.cuda.cudnn_sdp_enabled():
+    if not switches()[3]:
         return contextlib.nullcontext()
     return sdpa_kernel(kernels_for_masks())
