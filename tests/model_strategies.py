@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from hypothesis import settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
@@ -321,7 +322,7 @@ PADDING_KINDS = ("none", "bool", "float", "holes", "whole items")
 class Masks:
     """An attention mask and a padding mask for self-attention, by kind; ``hint`` adds ``is_causal=True``.
 
-    Every query sees its own key unless that is padded; ``"whole items"`` pads the first item completely.
+    An attention mask alone lets every query see its own key; ``"whole items"`` pads the first item completely.
     """
 
     batch: int | None = 2
@@ -383,8 +384,9 @@ class Masks:
 
     @property
     def blind(self) -> bool:
-        """Some query may look at nothing."""
-        return self.padding == "whole items" or (self.padding == "holes" and self.attention != "none")
+        """Some query, be it a padded one, may look at nothing; stock's NaN then spreads to the next layer."""
+        crossed = self.padding != "none" and self.attention in ("bool", "bool 3-D")
+        return crossed or self.padding == "whole items" or (self.padding == "holes" and self.attention != "none")
 
     @property
     def miscast(self) -> bool:
@@ -447,9 +449,26 @@ def assert_same(actual: Any, expected: Any, tolerance: float = 1e-9) -> None:
         for name, value in expected.items():
             assert_same(actual[name], value, tolerance)
         return
+    actual, expected = actual.detach(), expected.detach()
+    assert bool(expected.isfinite().all()), "the reference must be finite for a comparison"
     scale = 1.0 + float(expected.abs().max()) if expected.numel() else 1.0
     torch.testing.assert_close(actual, expected, rtol=0.0, atol=tolerance * scale)
-    assert bool(actual.isfinite().all())
+
+
+def fewer(divisor: int) -> settings:
+    """The profile's number of examples divided, for laws whose examples are slow."""
+    return settings(max_examples=max(1, settings().max_examples // divisor))
+
+
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """Tensors this small wait for a second thread longer than they compute."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 @contextlib.contextmanager

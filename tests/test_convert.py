@@ -15,20 +15,23 @@ import torch
 import torch.distributed as dist
 import torch.nn.utils.parametrize as parametrize
 import torch.nn.utils.prune as prune
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from model_strategies import (
     WIDTH,
     Architecture,
     Block,
+    Group,
     Leaf,
     Tree,
     anatomy,
     architectures,
     assert_same,
+    fewer,
     fused_architectures,
     gradients,
     noise,
+    one_thread,
     options,
     quiet,
     randomized,
@@ -41,6 +44,12 @@ from flashmha import FlashMultiHeadAttention, Window, replace_mha, restore_mha, 
 from flashmha.testing import seeds
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def small_tensors() -> Iterator[None]:
+    with one_thread():
+        yield
 
 
 def attentions(model: nn.Module) -> list[nn.MultiheadAttention]:
@@ -203,9 +212,9 @@ def test_a_layer_held_outside_the_tree_is_the_same_layer(tree: Tree) -> None:
 def test_layers_that_were_built_as_flashmha_s_stay_through_swap_and_restore() -> None:
     built = FlashMultiHeadAttention(WIDTH, 2, window=(1, 0))
     model = nn.ModuleDict({"built": built, "stock": attention()})
-    before = anatomy(model)
+    before, inside = anatomy(model), anatomy(built)
     replace_mha(model, backend="naive", window=(2, 2))
-    assert anatomy(built) == {"": before["built"]}
+    assert anatomy(built) == inside
     restore_mha(model)
     assert anatomy(model) == before
 
@@ -231,12 +240,13 @@ def build_all(leaves: tuple[Leaf, ...]) -> list[Block]:
 
 OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
     "SGD": lambda parameters: torch.optim.SGD(parameters, lr=0.01, momentum=0.9),
-    "AdamW": lambda parameters: torch.optim.AdamW(parameters, lr=0.01),
-    "RMSprop": lambda parameters: torch.optim.RMSprop(parameters, lr=0.001),
+    "AdamW": lambda parameters: torch.optim.AdamW(parameters, lr=0.01, eps=1e-3),
+    "RMSprop": lambda parameters: torch.optim.RMSprop(parameters, lr=0.001, eps=1e-3),
 }
+"""With an eps that rounding cannot fill: the bias of keys has no gradient but rounding."""
 
 
-@settings(max_examples=25)
+@fewer(2)
 @given(tree=trees(), optimizer=st.sampled_from(sorted(OPTIMIZERS)), at=st.integers(0, 3), back=st.booleans())
 def test_an_optimizer_goes_on_through_a_swap_in_the_middle_of_training(
     tree: Tree, optimizer: str, at: int, back: bool
@@ -251,7 +261,7 @@ def test_an_optimizer_goes_on_through_a_swap_in_the_middle_of_training(
             if swapped and back and step == at + 1:
                 restore_mha(model)
             steps.zero_grad()
-            (model(tree.inputs()) - 1).square().mean().backward()
+            torch.tanh(model(tree.inputs())).square().mean().backward()
             steps.step()
         runs.append({name: parameter.detach() for name, parameter in model.named_parameters()})
     assert_same(runs[1], runs[0], 1e-7)
@@ -329,34 +339,32 @@ def test_a_bad_option_raises_and_leaves_the_model_untouched(bad: dict[str, Any])
 # What people hang on layers
 
 
-@settings(max_examples=25)
+@fewer(2)
 @given(
     kinds=st.sets(st.sampled_from(("pre", "pre kwargs", "post", "post kwargs", "always", "backward", "backward pre"))),
     training=st.booleans(),
     when=st.sampled_from(("before", "after")),
 )
 def test_hooks_fire_as_often_and_do_the_same_after_a_swap(kinds: set[str], training: bool, when: str) -> None:
-    logs: list[list[str]] = []
-    outs: list[Tensor] = []
-    for swapped in (False, True):
-        layer, log = attention().train(training), []
-        if swapped and when == "after":
-            replace_mha(layer)
-        hook(layer, kinds, log)
-        if swapped and when == "before":
-            replace_mha(layer)
+    def run(layer: nn.Module) -> Tensor:
         x = inputs().requires_grad_()
         out = self_attend(layer, x)
         out.sum().backward()
-        logs.append(log)
-        outs.append(torch.stack([out.detach(), x.grad]))
-        restore_mha(layer)
+        return torch.stack([out.detach(), x.grad])
+
+    stock, stock_log = attention().train(training), []
+    hook(stock, kinds, stock_log)
+    expected = run(stock)
+    assert sorted(stock_log) == sorted(kinds)
+
+    model, log = attention().train(training), []
+    if when == "after":
+        replace_mha(model)
+    hook(model, kinds, log)
+    for change in (replace_mha, restore_mha):
         log.clear()
-        self_attend(layer, inputs())
-        assert len(log) == len([kind for kind in kinds if not kind.startswith("backward")])
-        logs[-1] = sorted(kinds) if not log else sorted([*log, *(kind for kind in kinds if kind.startswith("backward"))])
-    assert logs[0] == logs[1]
-    assert_same(outs[1], outs[0])
+        assert_same(run(change(model)), expected)
+        assert log == stock_log
 
 
 def hook(layer: nn.Module, kinds: set[str], log: list[str]) -> None:
@@ -413,8 +421,20 @@ def a_function(*arguments: Any) -> str:
     return "the user's own"
 
 
-@pytest.mark.parametrize("value", [5, "mine", a_function, nn.Identity()], ids=["number", "text", "function", "module"])
-@pytest.mark.parametrize("name", ["window", "backend", "num_kv_heads", "featured", "project", "process_heads", "merge"])
+OUR_NAMES = {
+    "window": 5,
+    "backend": "mine",
+    "num_kv_heads": 1,
+    "call_out_proj": "never",
+    "featured": "a film",
+    "project": a_function,
+    "process_heads": a_function,
+    "merge": nn.Linear(WIDTH, WIDTH),
+    "to_torch": nn.Linear(WIDTH, WIDTH),
+}
+
+
+@pytest.mark.parametrize(("name", "value"), OUR_NAMES.items(), ids=OUR_NAMES.keys())
 def test_a_user_attribute_that_bears_one_of_our_names_survives_and_changes_nothing(name: str, value: Any) -> None:
     layer, x = attention(), inputs()
     setattr(layer, name, value)
@@ -701,7 +721,7 @@ COPIES = (copy.deepcopy, pickled, saved)
 
 
 @pytest.mark.parametrize("duplicate", COPIES, ids=["deepcopy", "pickle", "torch.save"])
-@settings(max_examples=20)
+@fewer(3)
 @given(tree=trees(), options=options())
 def test_copies_of_swapped_models_compute_the_same_and_can_be_restored(
     duplicate: Callable[[nn.Module], nn.Module], tree: Tree, options: dict[str, Any]
@@ -761,17 +781,16 @@ class Transparent(nn.Module):
         return self.inner(*args, **kwargs)
 
 
-@settings(max_examples=8)
-@given(tree=trees())
-def test_a_compiled_wrapper_is_swapped_through_before_and_after_its_first_call(tree: Tree) -> None:
+def test_a_compiled_model_is_swapped_through_its_wrapper_after_its_first_call_too() -> None:
     torch._dynamo.reset()
+    tree = Tree(Group("sequential", (Leaf(mask="causal"), Leaf(num_heads=4, need_weights=True))))
     stock, model, x = tree.build(), tree.build(), tree.inputs()
     wrapper = compiled(model)
     for change in (lambda module: module, replace_mha, restore_mha):
         assert change(wrapper) is wrapper
         assert_same(wrapper(x), stock(x))
     replace_mha(wrapper, window=(0, 0))
-    assert all(layer.window is not None for layer in attentions(model))
+    assert float((model(x) - stock(x)).abs().max().detach()) > 1e-3
     assert_same(wrapper(x), model(x))
 
 
@@ -791,41 +810,35 @@ def test_a_compiled_or_wrapped_layer_can_be_the_root(wrap: Callable[[nn.Module],
 
 @pytest.mark.parametrize("wrap", [compiled, Transparent])
 @pytest.mark.parametrize("what", ["the attention", "the layers", "the encoder"])
-def test_no_wrapper_inside_an_encoder_makes_eval_bypass_the_swapped_attention(what: str, wrap: Callable) -> None:
-    torch._dynamo.reset()
+def test_no_wrapper_keeps_an_encoder_from_calling_its_swapped_attention_in_eval(what: str, wrap: Callable) -> None:
     encoder: Any = Architecture().encoder()
     if what == "the attention":
         for layer in encoder.layers:
             layer.self_attn = wrap(layer.self_attn)
     elif what == "the layers":
         for i, layer in enumerate(list(encoder.layers)):
-            encoder.layers[i] = Transparent(layer) if wrap is Transparent else wrap(layer)
+            encoder.layers[i] = wrap(layer)
     model = wrap(encoder) if what == "the encoder" else encoder
-    expected = model.train()(inputs()).detach()
-    replace_mha(model, window=(0, 0))  # an option that shows whether our forward ran
-    windowed = model.train()(inputs()).detach()
-    assert float((windowed - expected).abs().max()) > 1e-3
-    assert_same(in_eval(model, inputs()), windowed)
-    restore_mha(model)
-    assert_same(in_eval(model, inputs()), expected)
+    with torch.compiler.set_stance("force_eager"):  # compiled code is not recorded
+        expected = in_eval(model, inputs())
+        replace_mha(model)
+        with flashmha.record() as calls:
+            assert_same(in_eval(model, inputs()), expected)
+        assert [call.layer for call in calls] == attentions(model)
+        restore_mha(model)
+        assert_same(in_eval(model, inputs()), expected)
 
 
 @pytest.mark.parametrize("wrap", [compiled, Transparent])
 def test_an_encoder_over_wrapped_layers_keeps_its_padding_mask_boolean(wrap: Callable) -> None:
-    torch._dynamo.reset()
     encoder = Architecture(nested=False).encoder()
-    layers = list(encoder.layers)
-    for i, layer in enumerate(layers):
+    for i, layer in enumerate(list(encoder.layers)):
         encoder.layers[i] = wrap(layer)
     replace_mha(encoder)
-    kinds: list[torch.dtype] = []
-    for layer in layers:
-        layer.self_attn.register_forward_pre_hook(
-            lambda module, args, kwargs: kinds.append(kwargs["key_padding_mask"].dtype), with_kwargs=True
-        )
     padding = torch.tensor([[False, False, False, True]] * 2)
-    encoder.eval()(inputs(), src_key_padding_mask=padding)
-    assert kinds == [torch.bool] * 2
+    with torch.compiler.set_stance("force_eager"), flashmha.record() as calls:
+        encoder.eval()(inputs(), src_key_padding_mask=padding)
+    assert ["key_padding" in call.spec.features for call in calls] == [True, True]
 
 
 # PEFT
@@ -868,7 +881,7 @@ def adapt(encoder: Any) -> Any:
     return encoder
 
 
-@settings(max_examples=15)
+@fewer(4)
 @given(seed=seeds())
 def test_an_adapter_that_swaps_its_merged_weight_in_works_on_a_swapped_layer(seed: int) -> None:
     stock, model, x = LowRank(attention(seed), seed), LowRank(replace_mha(attention(seed)), seed), inputs(seed)
@@ -884,7 +897,7 @@ def test_an_adapter_that_swaps_its_merged_weight_in_works_on_a_swapped_layer(see
     assert dict(model.named_parameters()).keys() == dict(stock.named_parameters()).keys()
 
 
-@settings(max_examples=15)
+@fewer(4)
 @given(architecture=fused_architectures(), order=st.sampled_from(("swap, adapt", "adapt, swap")))
 def test_adapters_in_an_encoder_count_in_eval_whichever_comes_first(architecture: Architecture, order: str) -> None:
     stock, x = adapt(architecture.encoder()), architecture.inputs(2, 4)
@@ -897,7 +910,7 @@ def test_adapters_in_an_encoder_count_in_eval_whichever_comes_first(architecture
     assert len(calls) == architecture.num_layers
 
 
-@settings(max_examples=15)
+@fewer(4)
 @given(architecture=fused_architectures())
 def test_adapters_on_a_featured_layer_in_a_stock_encoder_count_in_eval(architecture: Architecture) -> None:
     encoder, x = architecture.encoder(), architecture.inputs(2, 4)

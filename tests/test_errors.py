@@ -111,7 +111,6 @@ LITERAL: tuple[Spoiler, ...] = (
     query_of_another_rank,
     key_or_value_of_another_rank,
     query_of_another_width,
-    key_longer_than_value,
     integer_masks,
     padding_of_another_rank,
     padding_of_another_size,
@@ -143,6 +142,7 @@ def float_mask_of_another_dtype(blueprint: Blueprint, call: Call, good: Argument
 
 
 TYPE_ONLY: tuple[Spoiler, ...] = (
+    key_longer_than_value,  # stock prints the shapes of its own transposed copies
     key_and_value_of_another_width,
     key_of_another_batch,
     inputs_of_another_dtype,
@@ -256,7 +256,7 @@ BAD_WINDOWS = (3, "ab", [1, 2], (1,), (1, 2, 3), ("a", 1), (1.5, None))
 def test_a_window_is_a_pair_or_a_window(window: Any, later: bool) -> None:
     layer = FlashMultiHeadAttention(4, 2, window=(1, 1))
     before = torch.get_rng_state()
-    with pytest.raises((ValueError, TypeError), match="window|left|right"):
+    with pytest.raises((ValueError, TypeError), match=r"window|left|right"):
         if later:
             layer.window = window
         else:
@@ -295,6 +295,7 @@ def test_arguments_nobody_knows_are_refused() -> None:
 # Nested tensors
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors is in prototype stage")
 @given(
     lengths=st.lists(st.integers(1, 4), min_size=1, max_size=3),
     why=one(("mask", "padding", "batch_first", "mixed", "grad")),

@@ -620,6 +620,7 @@ def test_masks_with_four_axes_mean_what_three_axes_mean(problem: tuple[Blueprint
 lengths = st.lists(st.integers(1, 5), min_size=1, max_size=4)
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors is in prototype stage")
 @pytest.mark.parametrize("layout", [torch.jagged, torch.strided])
 @given(
     blueprint=blueprints(dtypes=EXACT, packed=(True,), batch_first=(True,)),

@@ -21,19 +21,33 @@ def scores(q: Tensor, k: Tensor, spec: AttentionSpec) -> tuple[Tensor, Tensor | 
     score = torch.einsum("bqhd,bkhd->bhqk", q * spec.scale, k)
     if spec.softcap is not None:
         score = spec.softcap * torch.tanh(score / spec.softcap)
-    bias = spec.added()
+    bias, allowed = spec.added(), spec.allowed()
     if bias is not None:
         score = score + bias.to(score.dtype)
-    allowed = spec.allowed()
     if allowed is not None:
         score = score.masked_fill(~allowed, float("-inf"))
     if spec.sinks is not None:
         sink = spec.sinks.to(score.dtype).view(1, -1, 1, 1).expand(*score.shape[:3], 1)
         return torch.cat((score, sink), dim=-1), None
-    if spec.mask is None and spec.bias is None and spec.seqlen_k > 0:
-        return score, None
-    blind = (score == float("-inf")).all(dim=-1, keepdim=True)
-    return score.masked_fill(blind, 0.0), blind
+    blind = blind_rows(allowed, bias)
+    return (score if blind is None else score.masked_fill(blind, 0.0)), blind
+
+
+def blind_rows(allowed: Tensor | None, bias: Tensor | None) -> Tensor | None:
+    """Rows that may look at nothing, as a bool tensor that broadcasts; ``None`` where there are none.
+
+    Read off the mask and the bias, which are small where they broadcast, rather than off the scores.
+    """
+    if bias is not None:
+        open_keys = bias.detach() != float("-inf")
+        allowed = open_keys if allowed is None else allowed & open_keys
+    if allowed is None:
+        return None
+    blind = ~allowed.any(dim=-1, keepdim=True)
+    # looking costs nothing on a CPU and spares two passes over the scores; elsewhere it would wait or break a graph
+    if type(blind) is Tensor and blind.device.type == "cpu" and not torch.compiler.is_compiling() and not blind.any():
+        return None
+    return blind
 
 
 def probabilities(score: Tensor, blind: Tensor | None, spec: AttentionSpec) -> Tensor:
