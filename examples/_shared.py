@@ -93,6 +93,11 @@ def peak_memory(work: Callable[[], object]) -> str:
     return f"{peak / 2**20:.1f} MiB"
 
 
+def off(difference: float) -> str:
+    """A largest difference in words."""
+    return f"at most {difference:.1e} off" if difference else "the very same"
+
+
 def side_by_side(title: str, rows: list[tuple[str, str, str]]) -> None:
     """Print rows of (what, stock, flashmha)."""
     caption = (

@@ -71,12 +71,12 @@ def read_call(
             continue
         if given.is_floating_point():
             check_float_mask(given, name, query, need_weights)
-            added = four_axes(given, name, query.shape[0])
+            added = four_axes(given, name, query.shape[0], layer.num_heads)
             bias = added if bias is None else bias + added
         elif name == "key_padding_mask":
             mask = KeyPadding(~given if given.dim() == 2 else ~given[None])
         else:
-            seen = Dense(~four_axes(given, name, query.shape[0]))
+            seen = Dense(~four_axes(given, name, query.shape[0], layer.num_heads))
             mask = seen if mask is None else mask & seen
     return Reading(query, key, value, mask, bias, batched)
 
@@ -211,12 +211,12 @@ def check_float_mask(mask: Tensor, name: str, query: Tensor, need_weights: bool)
     )
 
 
-def four_axes(mask: Tensor, name: str, batch: int) -> Tensor:
+def four_axes(mask: Tensor, name: str, batch: int, heads: int) -> Tensor:
     """A mask as (batch or 1, heads or 1, seqlen_q or 1, seqlen_k)."""
     if name == "key_padding_mask":
         return mask[:, None, None, :] if mask.dim() == 2 else mask[None, None, None, :]
     if mask.dim() == 3:
-        return mask.unflatten(0, (batch, -1)) if batch else mask[None].expand(0, 1, -1, -1)
+        return mask.reshape(batch, heads, *mask.shape[1:])
     return mask[None, None] if mask.dim() == 2 else mask
 
 

@@ -15,7 +15,7 @@ from typing import Any, TypeVar, cast
 from torch import nn
 
 from .encoder import FlashTransformerEncoder, FlashTransformerEncoderLayer
-from .module import MARK, FlashMultiHeadAttention, changed, check_features, mark
+from .module import FEATURES, HOOKS, MARK, FlashMultiHeadAttention, changed, check_features, mark
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -50,24 +50,24 @@ def replace_mha(model: M, **options: Any) -> M:
             remember(module)
             module.__class__ = FlashMultiHeadAttention
             mark(cast(FlashMultiHeadAttention, module))
-        if type(module) is FlashMultiHeadAttention and UNDO in vars(module):
+        if isinstance(module, FlashMultiHeadAttention) and UNDO in vars(module):
             for name, value in options.items():
                 remember(module, name)
                 setattr(module, name, value)
     for _, module, _ in walk(model):
-        if isinstance(module, nn.TransformerEncoderLayer) and isinstance(
+        if isinstance(module, nn.TransformerEncoderLayer) and holds(
             getattr(module, "self_attn", None), FlashMultiHeadAttention
         ):
             if type(module) is nn.TransformerEncoderLayer:
                 remember(module)
                 module.__class__ = FlashTransformerEncoderLayer
-            elif type(module) is not FlashTransformerEncoderLayer and module.activation_relu_or_gelu:
+            elif type(module) is not FlashTransformerEncoderLayer and getattr(module, "activation_relu_or_gelu", 0):
                 remember(module, "activation_relu_or_gelu")
                 module.activation_relu_or_gelu = 0
     for _, module, _ in walk(model):
-        if isinstance(module, nn.TransformerEncoder) and has_flash(module):
+        if isinstance(module, nn.TransformerEncoder) and holds(module, FlashMultiHeadAttention):
             if type(module) is nn.TransformerEncoder and all(
-                type(layer) is FlashTransformerEncoderLayer for layer in module.layers
+                holds(layer, FlashTransformerEncoderLayer) for layer in module.layers
             ):
                 remember(module)
                 module.__class__ = FlashTransformerEncoder
@@ -78,11 +78,14 @@ def replace_mha(model: M, **options: Any) -> M:
 
 
 def restore_mha(model: M) -> M:
-    """Undo ``replace_mha``, in place; returns the model. Layers that were built as flashmha's stay."""
+    """Undo ``replace_mha``, in place; returns the model. Layers that were built as flashmha's stay.
+
+    A layer that was parametrized or sharded after the swap waits until that is undone (``swap_report`` says so).
+    """
     for _, module, _ in walk(model):
-        before = vars(module).pop(UNDO, None)
-        if before is None:
+        if UNDO not in vars(module) or (isinstance(module, OURS) and type(module) not in STOCK):
             continue
+        before = vars(module).pop(UNDO)
         for name, (had, value) in before.items():
             if had:
                 setattr(module, name, value)
@@ -101,6 +104,9 @@ STOCK: dict[type[nn.Module], type[nn.Module]] = {
     FlashTransformerEncoderLayer: nn.TransformerEncoderLayer,
     FlashTransformerEncoder: nn.TransformerEncoder,
 }
+
+
+OURS = tuple(STOCK)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,9 +135,14 @@ def swap_report(model: nn.Module) -> SwapReport:
     for name, module, fsdp in walk(model):
         kind = type(module).__name__
         if isinstance(module, FlashMultiHeadAttention):
-            by = "by replace_mha" if UNDO in vars(module) else "built as one"
-            extra = f", with {', '.join(changed(module))}" if changed(module) else ""
-            rows.append(SwapRow(name, kind, True, by + extra))
+            why = "by replace_mha" if UNDO in vars(module) else "built as one"
+            if changed(module):
+                why += f", with {', '.join(changed(module))}"
+            if UNDO in vars(module) and type(module) not in STOCK:
+                why += "; changed class since, which has to be undone before restore_mha can"
+            if "forward" in vars(module):
+                why += "; the instance has a forward of its own, which runs in place of ours"
+            rows.append(SwapRow(name, kind, True, why))
         elif isinstance(module, nn.MultiheadAttention):
             why = refusal(module, fsdp) or "replace_mha would swap it"
             rows.append(SwapRow(name, kind, False, why))
@@ -145,28 +156,31 @@ def refusal(module: nn.MultiheadAttention, fsdp: bool) -> str | None:
     """Why a stock layer must stay as it is."""
     if hasattr(module, "parametrizations"):
         return "parametrized: swap first, parametrize then"
-    if fsdp or type(module).__name__.startswith("FSDP"):
+    if fsdp:
         return "wrapped by FSDP: swap first, wrap then"
     if type(module) is not nn.MultiheadAttention:
         return "a subclass of nn.MultiheadAttention, whose own code a swap would lose"
+    taken = [name for name in (*FEATURES, *HOOKS, "featured", "to_torch", "from_torch") if hasattr(module, name)]
+    if taken:
+        return f"has an attribute {', '.join(taken)} of its own, which would mean something else after a swap"
     return None
 
 
 def walk(model: nn.Module) -> Iterator[tuple[str, nn.Module, bool]]:
-    """Every module once: its name, itself, and whether a FullyShardedDataParallel holds it."""
-    fsdp = sys.modules.get("torch.distributed.fsdp")
-    wrapper = getattr(fsdp, "FullyShardedDataParallel", None)
+    """Every module once: its name, itself, and whether FSDP (either version) wraps it or something around it."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")  # nobody has wrapped anything where it was not imported
+    kinds = tuple(getattr(fsdp, name) for name in ("FullyShardedDataParallel", "FSDPModule") if hasattr(fsdp, name))
     wrapped: set[str] = set()
     for name, module in model.named_modules():
-        parent = name.rpartition(".")[0]
-        inside = bool(name) and parent in wrapped
-        if inside or (wrapper is not None and isinstance(module, wrapper)):
+        inside = (bool(name) and name.rpartition(".")[0] in wrapped) or isinstance(module, kinds)
+        if inside:
             wrapped.add(name)
         yield name, module, inside
 
 
-def has_flash(module: nn.Module) -> bool:
-    return any(isinstance(inner, FlashMultiHeadAttention) for inner in module.modules())
+def holds(module: nn.Module | None, kind: type[nn.Module]) -> bool:
+    """The module is one of a kind or wraps one, as ``torch.compile`` and adapters do."""
+    return module is not None and any(isinstance(inner, kind) for inner in module.modules())
 
 
 def remember(module: nn.Module, *names: str) -> None:

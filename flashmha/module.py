@@ -272,7 +272,7 @@ class FlashMultiHeadAttention(nn.MultiheadAttention):
         if name in ("window", "backend"):
             check_features({name: value})
         super().__setattr__(name, value)
-        if name in FEATURES:
+        if name in FEATURES or name in HOOKS:
             mark(self)
 
     @torch.jit.unused
@@ -469,7 +469,11 @@ def linear(x: Tensor, weight: Tensor, bias: Optional[Tensor]) -> Tensor:
 def changed(layer: FlashMultiHeadAttention) -> list[str]:
     """What a layer has that ``nn.MultiheadAttention`` has not: features set, hooks overridden."""
     features = [name for name in FEATURES if getattr(layer, name) != getattr(FlashMultiHeadAttention, name)]
-    hooks = [name for name in HOOKS if getattr(type(layer), name) is not getattr(FlashMultiHeadAttention, name)]
+    hooks = [
+        name
+        for name in HOOKS
+        if name in vars(layer) or getattr(type(layer), name) is not getattr(FlashMultiHeadAttention, name)
+    ]
     return features + hooks
 
 
@@ -523,8 +527,8 @@ def check_kv_heads(num_heads: int, num_kv_heads: Optional[int]) -> None:
 
 def check_features(features: dict[str, Any]) -> None:
     """Raise where a feature's value means nothing, before anything is changed."""
-    if features.get("backend") is not None:
-        expand(features["backend"])
+    if features.get("backend") is not None and not expand(features["backend"]):
+        raise ValueError(f"backend must name at least one backend, got {features['backend']!r}.")
     if features.get("window") is not None:
         as_window(features["window"])
 
@@ -532,7 +536,7 @@ def check_features(features: dict[str, Any]) -> None:
 def as_window(window: Union[Window, tuple[Optional[int], Optional[int]]]) -> Window:
     if isinstance(window, Window):
         return window
-    if not isinstance(window, tuple) or len(window) != 2:
+    if not isinstance(window, tuple) or len(window) != 2 or any(not isinstance(x, (int, type(None))) for x in window):
         raise ValueError(f"window must be a Window or a pair (left, right), got {window!r}.")
     return Window(*window)
 

@@ -435,14 +435,14 @@ OUR_NAMES = {
 
 
 @pytest.mark.parametrize(("name", "value"), OUR_NAMES.items(), ids=OUR_NAMES.keys())
-def test_a_user_attribute_that_bears_one_of_our_names_survives_and_changes_nothing(name: str, value: Any) -> None:
+def test_a_layer_with_an_attribute_that_bears_one_of_our_names_is_left_and_reported(name: str, value: Any) -> None:
     layer, x = attention(), inputs()
     setattr(layer, name, value)
     expected, before = self_attend(layer, x), anatomy(layer)
     replace_mha(layer)
-    assert getattr(layer, name) is value
+    (row,) = swap_report(layer)
+    assert not row.swapped and name in row.why
     assert_same(self_attend(layer, x), expected)
-    restore_mha(layer)
     assert anatomy(layer) == before
 
 
@@ -926,7 +926,7 @@ def test_adapters_on_a_featured_layer_in_a_stock_encoder_count_in_eval(architect
 
 
 class Adaptable(nn.Module):
-    """An encoder that peft can find its way in: stock peft does not like nested tensors."""
+    """A model with an encoder inside, as peft wants to be given one."""
 
     def __init__(self) -> None:
         super().__init__()

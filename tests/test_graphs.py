@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter, CompileCounterWithBackend
 from torch._subclasses import FakeTensorMode
 from torch.func import functional_call, grad, jvp, vmap
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
@@ -27,6 +28,14 @@ from flashmha import FlashMultiHeadAttention
 
 EXACT = (torch.float64,)
 SIZED = {"batches": (2, 1, 3), "seqlens": (3, 1, 2, 5)}
+MASKS_OF_ONE_TYPE = (
+    ("none", "none"),
+    ("bool", "none"),
+    ("none", "bool 2-D"),
+    ("none", "float 3-D"),
+    ("bool", "bool causal"),
+    ("float", "float 2-D"),
+)
 HIDING = ("none", "bool 2-D", "float 2-D", "bool 3-D", "bool causal")
 
 exact_problems = problems(layers=blueprints(dtypes=EXACT), batches=(2, None, 1), seqlens=(3, 1, 2, 5))
@@ -80,15 +89,15 @@ def test_a_compiled_layer_is_one_graph_with_the_numbers_of_the_eager_one(
     problem: tuple[Blueprint, Call], features: dict[str, Any]
 ) -> None:
     blueprint, call = problem
+    assume(not call.mixed)  # the warning breaks a graph, in stock too
     torch._dynamo.reset()
     layer = blueprint.build(FlashMultiHeadAttention, **features).train(call.training)
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(layer, fullgraph=True, backend=counter)
-    with quiet(call):
-        eager = layer(**arguments(blueprint, call))
-        wanted = gradients(layer, eager)
-        for _ in range(3):
-            found = compiled(**arguments(blueprint, call))
+    eager = layer(**arguments(blueprint, call))
+    wanted = gradients(layer, eager)
+    for _ in range(3):
+        found = compiled(**arguments(blueprint, call))
     assert counter.frame_count == 1
     assert_outputs_agree(found, eager)
     for name, gradient in gradients(layer, found).items():
@@ -97,23 +106,18 @@ def test_a_compiled_layer_is_one_graph_with_the_numbers_of_the_eager_one(
 
 @pytest.mark.parametrize("need_weights", [False, True])
 @pytest.mark.parametrize("training", [False, True])
-@given(
-    padding=one(("none", "bool", "float")), attn_mask=one(("none", "bool 2-D", "bool causal")), seed=st.integers(0, 9)
-)
+@given(masks=one(MASKS_OF_ONE_TYPE), seed=st.integers(0, 9))
 @settings(max_examples=3)
-def test_one_frame_serves_every_size(
-    need_weights: bool, training: bool, padding: str, attn_mask: str, seed: int
-) -> None:
+def test_one_frame_serves_every_size(need_weights: bool, training: bool, masks: tuple[str, str], seed: int) -> None:
     torch._dynamo.reset()
     blueprint = Blueprint(seed=seed)
     layer = blueprint.build(FlashMultiHeadAttention).train(training)
     counter = CompileCounter()
     compiled = torch.compile(layer, fullgraph=True, backend=counter, dynamic=True)
     for batch, seqlen in ((2, 5), (3, 7), (4, 6), (5, 11)):
-        call = Call(batch, seqlen, seqlen, "aaa", padding=padding, attn_mask=attn_mask, need_weights=need_weights)
-        with quiet(call):
-            found = compiled(**arguments(blueprint, call))
-            assert_outputs_agree(found, layer(**arguments(blueprint, call)))
+        call = Call(batch, seqlen, seqlen, "aaa", "contiguous", *masks, need_weights=need_weights, seed=seed)
+        found = compiled(**arguments(blueprint, call))
+        assert_outputs_agree(found, layer(**arguments(blueprint, call)))
     assert counter.frame_count == 1
 
 
@@ -187,7 +191,7 @@ class Exported(nn.Module):
 
 # TorchScript
 
-scripting = pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
+scripting = pytest.mark.filterwarnings(r"ignore:.*torch\.jit:DeprecationWarning")
 
 
 @scripting
@@ -627,8 +631,6 @@ def test_the_switch_of_the_stock_fast_path_changes_nothing(problem: tuple[Bluepr
 @given(problem=exact_problems)
 @settings(max_examples=20)
 def test_make_fx_records_a_graph_that_answers_alike(problem: tuple[Blueprint, Call]) -> None:
-    from torch.fx.experimental.proxy_tensor import make_fx
-
     blueprint, call = problem
     layer = blueprint.build(FlashMultiHeadAttention).train(call.training)
     good = arguments(blueprint, call)
