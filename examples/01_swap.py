@@ -66,7 +66,7 @@ def outputs(run: Run, x: Tensor, training: bool) -> Tensor:
 
 def steps(run: Run) -> int:
     """How many steps the optimizer remembers for the parameters that the model has now."""
-    return int(min(run.optimizer.state[parameter]["step"].item() for parameter in run.model.parameters()))
+    return int(min(run.optimizer.state[parameter].get("step", 0) for parameter in run.model.parameters()))
 
 
 def forward_and_backward(run: Run, x: Tensor, y: Tensor) -> None:

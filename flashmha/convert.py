@@ -61,7 +61,7 @@ def replace_mha(model: M, **options: Any) -> M:
             if type(module) is nn.TransformerEncoderLayer:
                 remember(module)
                 module.__class__ = FlashTransformerEncoderLayer
-            elif type(module) is not FlashTransformerEncoderLayer and getattr(module, "activation_relu_or_gelu", 0):
+            elif type(module) is not FlashTransformerEncoderLayer and getattr(module, "activation_relu_or_gelu", False):
                 remember(module, "activation_relu_or_gelu")
                 module.activation_relu_or_gelu = 0
     for _, module, _ in walk(model):

@@ -87,7 +87,8 @@ def test_a_swap_keeps_outputs_in_train_and_eval_and_all_gradients(tree: Tree, ch
         stock.train(training), model.train(training)
         out, expected = model(x), stock(x)
         assert_same(out, expected, tree.tolerance)
-        assert_same(gradients(model, out), gradients(stock, expected), 10 * tree.tolerance)
+        if tree.dtype == torch.float64:  # half precision has its own law, against float64: see test_module
+            assert_same(gradients(model, out), gradients(stock, expected), 10 * tree.tolerance)
     assert_same(in_eval(model, x), in_eval(stock, x), tree.tolerance)
 
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.fx
 import torch.nn.functional as F
-from hypothesis import assume, given, settings
+from hypothesis import Phase, assume, given, settings
 from hypothesis import strategies as st
 from strategies import Blueprint, Call, ask, assert_close, blueprints, one, problems
 from torch import Tensor, nn
@@ -38,6 +38,7 @@ MASKS_OF_ONE_TYPE = (
 )
 HIDING = ("none", "bool 2-D", "float 2-D", "bool 3-D", "bool causal")
 
+slow = settings(max_examples=3, phases=(Phase.explicit, Phase.generate))  # to shrink would compile for minutes
 exact_problems = problems(layers=blueprints(dtypes=EXACT), batches=(2, None, 1), seqlens=(3, 1, 2, 5))
 
 
@@ -84,7 +85,7 @@ def fresh_dynamo() -> Iterator[None]:
     problem=problems(layers=blueprints(dtypes=(torch.float32,)), **SIZED, blind=True),
     features=one(({}, {"window": (1, 1)}, {"backend": "sdpa"}, {"call_out_proj": True})),
 )
-@settings(max_examples=8)
+@settings(slow, max_examples=5)
 def test_a_compiled_layer_is_one_graph_with_the_numbers_of_the_eager_one(
     problem: tuple[Blueprint, Call], features: dict[str, Any]
 ) -> None:
@@ -107,7 +108,7 @@ def test_a_compiled_layer_is_one_graph_with_the_numbers_of_the_eager_one(
 @pytest.mark.parametrize("need_weights", [False, True])
 @pytest.mark.parametrize("training", [False, True])
 @given(masks=one(MASKS_OF_ONE_TYPE), seed=st.integers(0, 9))
-@settings(max_examples=3)
+@slow
 def test_one_frame_serves_every_size(need_weights: bool, training: bool, masks: tuple[str, str], seed: int) -> None:
     torch._dynamo.reset()
     blueprint = Blueprint(seed=seed)
@@ -130,11 +131,9 @@ def test_inductor_gives_the_numbers_of_the_eager_layer(training: bool) -> None:
     assert_outputs_agree(found, eager)
 
 
-@given(seed=st.integers(0, 9), training=st.booleans())
-@settings(max_examples=3)
-def test_a_compiled_model_reads_attributes_set_between_calls(seed: int, training: bool) -> None:
-    torch._dynamo.reset()
-    blueprint, call = Blueprint(seed=seed, embed_dim=12), Call(seed=seed)
+@pytest.mark.parametrize("training", [False, True])
+def test_a_compiled_layer_reads_attributes_set_between_calls(training: bool) -> None:
+    blueprint, call = Blueprint(embed_dim=12), Call()
     layer = blueprint.build(FlashMultiHeadAttention).train(training)
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
     for num_heads, window in ((2, None), (3, None), (3, (0, 0)), (2, None)):
@@ -153,7 +152,7 @@ def test_a_compiled_model_reads_attributes_set_between_calls(seed: int, training
     features=one(({}, {"window": (2, 1)}, {"num_kv_heads": 1})),
     seed=st.integers(0, 9),
 )
-@settings(max_examples=4)
+@slow
 def test_an_exported_layer_holds_aten_alone_and_takes_other_sizes(
     strict: bool, need_weights: bool, training: bool, padding: str, features: dict[str, Any], seed: int
 ) -> None:
@@ -191,7 +190,7 @@ class Exported(nn.Module):
 
 # TorchScript
 
-scripting = pytest.mark.filterwarnings(r"ignore:.*torch\.jit:DeprecationWarning")
+scripting = pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
 
 
 @scripting
@@ -308,14 +307,7 @@ def test_fx_traces_a_model_that_holds_the_layer(problem: tuple[Blueprint, Call],
         given_tensors = (*tensors.inputs, tensors.key_padding_mask, tensors.attn_mask)
         with quiet(call):
             assert_outputs_agree(traced(*given_tensors), model(*given_tensors))
-    assert sum(node.op in ("call_function", "call_module") and "arange" not in node.name for node in traced.graph.nodes)
-    assert_same_parameters(traced, model)
-
-
-def assert_same_parameters(traced: nn.Module, model: nn.Module) -> None:
-    """A trace shares the parameters it uses."""
-    known = {id(parameter) for parameter in model.parameters()}
-    assert all(id(parameter) in known for parameter in traced.parameters())
+    assert {id(parameter) for parameter in traced.parameters()} == {id(parameter) for parameter in model.parameters()}
 
 
 class Masked(nn.Module):
@@ -350,6 +342,7 @@ vmap_problems = problems(
 )
 
 
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
 @given(problem=vmap_problems, count=one((2, 1, 3)), tracked=st.booleans())
 @settings(max_examples=30)
 def test_vmap_over_inputs_is_a_loop(problem: tuple[Blueprint, Call], count: int, tracked: bool) -> None:
@@ -370,6 +363,7 @@ def test_vmap_over_inputs_is_a_loop(problem: tuple[Blueprint, Call], count: int,
     assert_close(found.detach(), wanted.detach(), "output")
 
 
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
 @given(problem=vmap_problems)
 @settings(max_examples=20)
 def test_per_sample_gradients_are_gradients_of_samples(problem: tuple[Blueprint, Call]) -> None:
@@ -430,7 +424,7 @@ def test_forward_derivatives_are_the_backward_ones(problem: tuple[Blueprint, Cal
         blind=True,
     )
 )
-@settings(max_examples=10)
+@settings(max_examples=6)
 def test_a_layer_with_weights_can_be_differentiated_twice(problem: tuple[Blueprint, Call]) -> None:
     blueprint, call = problem
     layer = blueprint.build(FlashMultiHeadAttention).train(call.training)
@@ -629,7 +623,7 @@ def test_the_switch_of_the_stock_fast_path_changes_nothing(problem: tuple[Bluepr
 
 
 @given(problem=exact_problems)
-@settings(max_examples=20)
+@settings(slow, max_examples=10)
 def test_make_fx_records_a_graph_that_answers_alike(problem: tuple[Blueprint, Call]) -> None:
     blueprint, call = problem
     layer = blueprint.build(FlashMultiHeadAttention).train(call.training)
