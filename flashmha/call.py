@@ -185,16 +185,12 @@ def check_attn_mask_shape(layer: nn.MultiheadAttention, query: Tensor, key: Tens
         batch, seqlen_q, seqlen_k = query.shape[1], query.shape[0], key.shape[0]
     axes = attn_mask.dim()
     if axes == 4:
-        if attn_mask.shape[0] != batch or attn_mask.shape[1] not in (1, layer.num_heads):
-            fits = False
-        else:
-            fits = attn_mask.shape[2:] == (seqlen_q, seqlen_k)
-        want = f"({batch}, 1 or {layer.num_heads}, {seqlen_q}, {seqlen_k})"
+        heads = layer.num_heads if attn_mask.shape[1] != 1 else 1
+        sizes: tuple[int, ...] = (batch, heads, seqlen_q, seqlen_k)
     else:
         sizes = (seqlen_q, seqlen_k) if axes == 2 else (batch * layer.num_heads, seqlen_q, seqlen_k)
-        fits, want = attn_mask.shape == sizes, str(sizes)
-    if not fits:
-        raise RuntimeError(f"The shape of the {axes}D attn_mask is {attn_mask.shape}, but should be {want}.")
+    if attn_mask.shape != sizes:
+        raise RuntimeError(f"The shape of the {axes}D attn_mask is {attn_mask.shape}, but should be {sizes}.")
 
 
 def check_float_mask(mask: Tensor, name: str, query: Tensor, need_weights: bool) -> None:

@@ -255,8 +255,8 @@ class Documents(Mask):
     def check(self, batch: int, heads: int, seqlen_q: int, seqlen_k: int) -> None:
         if batch != 1:
             raise ValueError(f"batch must be 1 with Documents (pack the documents end to end), got {batch}.")
-        if torch.compiler.is_compiling() or self.cu_seqlens.device.type != "cpu":
-            return  # reading the offsets would wait for the device
+        if not readable(self.cu_seqlens):
+            return
         for name, offsets, total in (
             ("cu_seqlens", self.cu_seqlens, seqlen_q),
             ("cu_seqlens_k", self.cu_seqlens_k, seqlen_k),
@@ -400,6 +400,18 @@ class Intersection(Mask):
         return " & ".join(map(repr, self._parts))
 
 
+def readable(tensor: Tensor) -> bool:
+    """Looking at a tensor's values waits for no device, breaks no graph and is not itself recorded."""
+    return (
+        type(tensor) is Tensor
+        and tensor.device.type == "cpu"
+        and not torch.compiler.is_compiling()
+        and not torch.jit.is_tracing()
+        and torch._C._len_torch_dispatch_stack() == 0
+        and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+    )
+
+
 def find(mask: Mask | None, kind: type[M]) -> M | None:
     """The first rule of a kind in a mask."""
     if mask is not None:
@@ -463,7 +475,7 @@ def hides_nothing(part: Mask, seqlen_q: int, seqlen_k: int, documents: Documents
     """A window wider than the problem."""
     if not isinstance(part, Window):
         return False
-    if documents is not None:
+    if documents is not None or torch.compiler.is_compiling():  # comparing lengths would bind a graph to them
         return part.left is None and part.right is None
     if part.left is not None and part.left < seqlen_k - 1:
         return False

@@ -58,7 +58,7 @@ class FlashMultiHeadAttention(nn.MultiheadAttention):
     """
 
     __constants__ = ["batch_first"]
-    __jit_ignored_attributes__ = list(FEATURES)
+    __jit_ignored_attributes__ = [*FEATURES, "featured"]
     bias_k: Optional[Tensor]
     bias_v: Optional[Tensor]
 
@@ -67,7 +67,7 @@ class FlashMultiHeadAttention(nn.MultiheadAttention):
     window: Optional[Window] = None
     backend: Union[str, Sequence[str], None] = None
     call_out_proj: bool = False
-    featured: torch.jit.Final[bool] = False
+    featured: bool = False
 
     def __init__(
         self,
@@ -141,10 +141,7 @@ class FlashMultiHeadAttention(nn.MultiheadAttention):
             NoBackendError: the named backend cannot serve; with every reason.
         """
         if torch.jit.is_scripting():
-            assert not self.featured and backend is None, (
-                "a FlashMultiHeadAttention with features of its own (grouped heads, window, overrides, a named backend)"
-                " cannot run in TorchScript; use torch.compile or torch.export"
-            )
+            assert backend is None, "TorchScript runs PyTorch's own attention: backend must be None"
             return stock_forward(
                 query,
                 key,
@@ -238,6 +235,12 @@ class FlashMultiHeadAttention(nn.MultiheadAttention):
         return linear(out, self.out_proj.weight, self.out_proj.bias)
 
     @torch.jit.unused
+    def __prepare_scriptable__(self) -> "FlashMultiHeadAttention":
+        """What ``torch.jit.script`` asks before it compiles a module."""
+        refuse_torchscript(self, None)
+        return self
+
+    @torch.jit.unused
     def to_torch(self) -> nn.MultiheadAttention:
         """The stock module with the same parameter objects, hooks and attributes.
 
@@ -307,11 +310,7 @@ def attend(
     if query.is_nested or key.is_nested or value.is_nested:
         return attend_nested(layer, query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights)
     if torch.jit.is_tracing() or wants_torch_function(layer, query, key, value):
-        if layer.featured or backend is not None:
-            raise RuntimeError(
-                "torch.jit.trace and tensors with __torch_function__ go to F.multi_head_attention_forward, which has "
-                f"no {', no '.join(changed(layer)) or f'backend={backend!r}'}; use torch.compile or torch.export."
-            )
+        refuse_torchscript(layer, backend)
         return as_stock(
             layer, query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
         )
@@ -409,9 +408,21 @@ def attend_nested(
     return nested.like(out, query, valid_q), weights
 
 
+def refuse_torchscript(layer: FlashMultiHeadAttention, backend: Union[str, Sequence[str], None]) -> None:
+    """Raise where PyTorch's own function would lose what a layer or a call asks for."""
+    lost = changed(layer) + ([] if backend is None else [f"backend={backend!r}"])
+    if lost:
+        raise RuntimeError(
+            "TorchScript and tensors with __torch_function__ run F.multi_head_attention_forward, which has no "
+            f"{', no '.join(lost)}, and this {type(layer).__name__} uses that; use torch.compile or torch.export."
+        )
+
+
 def wants_torch_function(layer: FlashMultiHeadAttention, *inputs: Tensor) -> bool:
     """Some input or weight is a tensor subclass that wants to see the call (a mode alone does not count)."""
-    weights = (layer.in_proj_weight, layer.in_proj_bias, layer.out_proj.weight, layer.out_proj.bias)
+    out_proj = layer.out_proj
+    outer = (getattr(out_proj, "weight", None), getattr(out_proj, "bias", None))  # an adapter may stand there
+    weights = (layer.in_proj_weight, layer.in_proj_bias, *outer)
     for tensor in (*inputs, *weights):
         kind = type(tensor)
         if kind is Tensor or kind is nn.Parameter or tensor is None:

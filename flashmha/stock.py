@@ -55,6 +55,10 @@ def stock_forward(
     blind: Optional[Tensor] = None
     hint_alone = is_causal and key_padding_mask is None and not need_weights  # the mask will not be read
     extra_columns = add_zero_attn or bias_k is not None  # somebody to look at, always
+    if hint_alone and extra_columns and attn_mask is not None:
+        # the hint alone would hide the extra columns from early queries
+        attn_mask = torch.ones(query.shape[0], key.shape[0], dtype=torch.bool, device=query.device).triu(1)
+        is_causal = False
     if (attn_mask is not None or key_padding_mask is not None) and not extra_columns and not hint_alone:
         attn_mask = float_mask(attn_mask, query)
         key_padding_mask = float_mask(key_padding_mask, query)

@@ -137,8 +137,8 @@ class Call:
     def stock_fails(self) -> bool:
         """``nn.MultiheadAttention`` cannot reshape some empty masks (an accident: empty calls must work)."""
         masked = self.padding != "none" or (self.attn_mask != "none" and not self.hint_alone)
-        sdpa = masked and not self.need_weights and 0 in (self.batch, self.seqlen_q, self.seqlen_k)
-        return sdpa or (self.batch == 0 and "3-D" in self.attn_mask and not self.training)
+        fast_path = "3-D" in self.attn_mask and not self.training
+        return 0 in (self.batch, self.seqlen_q, self.seqlen_k) and (fast_path or (masked and not self.need_weights))
 
     def flags(self) -> dict[str, bool]:
         return {name: getattr(self, name) for name in ("need_weights", "average_attn_weights", "is_causal")}

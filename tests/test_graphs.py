@@ -26,6 +26,8 @@ from torch.utils.checkpoint import checkpoint
 
 from flashmha import FlashMultiHeadAttention
 
+pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.*is deprecated:DeprecationWarning")
+
 EXACT = (torch.float64,)
 SIZED = {"batches": (2, 1, 3), "seqlens": (3, 1, 2, 5)}
 MASKS_OF_ONE_TYPE = (
@@ -190,10 +192,7 @@ class Exported(nn.Module):
 
 # TorchScript
 
-scripting = pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
 
-
-@scripting
 @given(
     problem=problems(layers=blueprints(dtypes=EXACT, bias=(True,)), **SIZED, attn_masks=HIDING, blind=True),
     saved=st.booleans(),
@@ -218,7 +217,6 @@ def test_a_scripted_layer_answers_like_the_eager_one(problem: tuple[Blueprint, C
             assert_close(gradient, other[name], name)
 
 
-@scripting
 @given(problem=problems(layers=blueprints(dtypes=EXACT, bias=(True,)), **SIZED), training=st.booleans())
 @settings(max_examples=8)
 def test_one_scripted_layer_goes_between_train_and_eval(problem: tuple[Blueprint, Call], training: bool) -> None:
@@ -234,7 +232,6 @@ def test_one_scripted_layer_goes_between_train_and_eval(problem: tuple[Blueprint
         )
 
 
-@scripting
 @given(problem=problems(layers=blueprints(dtypes=EXACT), **SIZED, sharings=("aaa", "abc"), blind=True))
 @settings(max_examples=15)
 def test_a_traced_layer_answers_like_the_eager_one(problem: tuple[Blueprint, Call]) -> None:
@@ -274,7 +271,6 @@ class Closed(nn.Module):
         return tuple(x for x in self.layer(query, key, value, **masks, **self.flags) if x is not None)
 
 
-@scripting
 @given(
     features=one(({"window": (1, 0)}, {"num_kv_heads": 1}, {"backend": "naive"}, {"call_out_proj": True})),
     way=one(("script", "trace")),
@@ -550,9 +546,10 @@ def test_a_tensor_subclass_sees_multi_head_attention_forward(problem: tuple[Blue
         for name in ("query", "key", "value") if call.sharing == "aaa" else ("query",):
             good[name] = watched
     else:
-        weight = layer.out_proj.weight.detach()
-        del layer.out_proj.weight
-        layer.out_proj.weight = weight.as_subclass(Watching)
+        assume(layer.in_proj_weight is not None)
+        weight = layer.in_proj_weight.detach()
+        del layer.in_proj_weight
+        layer.in_proj_weight = weight.as_subclass(Watching)
     Watching.seen.clear()
     found = layer(**good)
     assert "multi_head_attention_forward" in Watching.seen

@@ -279,7 +279,7 @@ def test_a_pruned_layer_trains_for_many_steps(seed: int, steps: int, where: str)
     blueprint = Blueprint(seed=seed)
     layer = blueprint.build(FlashMultiHeadAttention, call_out_proj=True)
     pruned(layer, where)
-    optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
+    optimizer = torch.optim.SGD(layer.parameters(), lr=1e-3)
     for _ in range(steps):
         x = Call(seed=seed).tensors(blueprint).query
         layer(x, x, x)[0].square().sum().backward()

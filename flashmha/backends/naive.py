@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..masks import readable
 from ..spec import AttentionSpec
 from .base import FEATURES, Backend, Limits
 
@@ -45,7 +46,7 @@ def blind_rows(allowed: Tensor | None, bias: Tensor | None) -> Tensor | None:
         return None
     blind = ~allowed.any(dim=-1, keepdim=True)
     # looking costs nothing on a CPU and spares two passes over the scores; elsewhere it would wait or break a graph
-    if type(blind) is Tensor and blind.device.type == "cpu" and not torch.compiler.is_compiling() and not blind.any():
+    if readable(blind) and not blind.any():
         return None
     return blind
 
