@@ -9,7 +9,7 @@ from .spec import AttentionSpec
 
 def lines(rows: Mapping[str, str]) -> str:
     """``name  text`` for every row, aligned."""
-    width = max(map(len, rows), default=0)
+    width = max([0, *[len(name) for name in rows]])
     return "\n".join(f"  {name:<{width}}  {text}" for name, text in rows.items())
 
 

@@ -222,7 +222,7 @@ PLAIN_TENSORS = ("Tensor", "Parameter", "FakeTensor", "FunctionalTensor")
 def needs_aten(*tensors: Tensor) -> bool:
     """PyTorch needs its own operators here: exporting, torch.func transforms, tensor subclasses."""
     if torch.compiler.is_compiling():
-        return torch.compiler.is_exporting()
+        return bool(torch.compiler._is_exporting_flag)  # is_exporting() is always True to Dynamo before torch 2.13
     for tensor in tensors:
         kind = type(tensor)
         if kind is not Tensor and kind.__name__ not in PLAIN_TENSORS:

@@ -19,6 +19,10 @@ from ..spec import AttentionSpec
 from .base import Backend
 
 
+packages: dict[str, FlashAttn] = {}
+"""The packages by name, so that a probe takes nothing but constants, as Dynamo wants it."""
+
+
 class FlashAttn(Backend):
     """A flash-attn package, found and tried out on first use.
 
@@ -32,6 +36,7 @@ class FlashAttn(Backend):
     def __init__(self) -> None:
         self.probed: dict[int, str | None] = {}
         self.functions: tuple[Callable[..., Any], Callable[..., Any]] | None = None
+        packages[self.name] = self
 
     def load(self) -> tuple[Callable[..., Any], Callable[..., Any]]:
         """Import the package: its dense and its packed ("varlen") function."""
@@ -41,7 +46,7 @@ class FlashAttn(Backend):
         reason = super().unavailable(device)
         if reason is not None:
             return reason
-        return probe(self, device.index)
+        return probe(self.name, device.index)
 
     def refusals(self, spec: AttentionSpec) -> list[str]:
         reasons = super().refusals(spec)
@@ -61,8 +66,9 @@ class FlashAttn(Backend):
         return reasons
 
 
-def probe(backend: FlashAttn, index: int | None) -> str | None:
+def probe(name: str, index: int | None) -> str | None:
     """Why a package does not work on a CUDA device; asked once a device, and only a clean answer is kept."""
+    backend = packages[name]
     if not torch.cuda.is_available():
         return "no CUDA device (torch.cuda.is_available() is False)"
     index = torch.cuda.current_device() if index is None else index
@@ -170,6 +176,12 @@ def packed(q: Tensor, k: Tensor, v: Tensor, documents: Documents) -> tuple[Tenso
 def unpacked(out: Tensor, documents: Documents) -> Tensor:
     """A packed output as batch 1, zeros where no document is."""
     return torch.where(owned(out, documents.cu_seqlens), out, 0.0).unsqueeze(0)
+
+
+def unpacked_lse(lse: Tensor, documents: Documents) -> Tensor:
+    """A packed log-sum-exp (heads, total) as batch 1, ``-inf`` where no document is."""
+    real = owned(lse.transpose(0, 1), documents.cu_seqlens)[:, 0, 0]
+    return lse.masked_fill(~real, float("-inf")).unsqueeze(0)
 
 
 def owned(packed_rows: Tensor, offsets: Tensor) -> Tensor:

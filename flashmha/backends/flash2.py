@@ -11,7 +11,7 @@ from ..masks import Documents, find
 from ..scores import ALiBi
 from ..spec import AttentionSpec
 from .base import HALF, Limits
-from .flash import FlashAttn, normal_lse, packed, trimmed, unpacked
+from .flash import FlashAttn, normal_lse, packed, trimmed, unpacked, unpacked_lse
 
 
 class Flash2(FlashAttn):
@@ -101,4 +101,4 @@ class Flash2(FlashAttn):
         result = varlen(q, k, v, **offsets, **options)
         if not spec.need_lse:
             return unpacked(result, documents)
-        return unpacked(result[0], documents), normal_lse(result[1]).unsqueeze(0)
+        return unpacked(result[0], documents), normal_lse(unpacked_lse(result[1], documents))

@@ -12,7 +12,7 @@ from torch import Tensor
 from ..masks import Documents, find
 from ..spec import AttentionSpec
 from .base import HALF, Limits
-from .flash import FlashAttn, normal_lse, packed, trimmed, unpacked
+from .flash import FlashAttn, normal_lse, packed, trimmed, unpacked, unpacked_lse
 
 BUILDS = (
     ("flash_attn_interface", "flash_attn_config"),
@@ -104,7 +104,7 @@ class Flash3(FlashAttn):
         out, lse = (result[0], result[1]) if isinstance(result, tuple) else (result, None)
         if documents is not None:
             out = unpacked(out, documents)
-            lse = None if lse is None else lse.unsqueeze(0)
+            lse = None if lse is None else unpacked_lse(lse, documents)
         if not spec.need_lse:
             return out
         assert lse is not None

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..masks import Documents, KeyLengths, find
 from ..spec import AttentionSpec
 from .base import HALF, Limits
-from .flash import FlashAttn, normal_lse, packed, trimmed, unpacked
+from .flash import FlashAttn, normal_lse, packed, trimmed, unpacked, unpacked_lse
 
 
 class Flash4(FlashAttn):
@@ -88,7 +88,7 @@ class Flash4(FlashAttn):
                 q, k, v, offsets = packed(q, k, v, documents)
                 out, lse = varlen(q, k, v, **offsets, **options)[:2]
                 out = unpacked(out, documents)
-                lse = None if lse is None else lse.unsqueeze(0)
+                lse = None if lse is None else unpacked_lse(lse, documents)
             elif lengths is not None:
                 used = lengths.lengths.clamp(0, spec.seqlen_k).int()
                 # gradients of keys past their length are never written (flash-attention#2167): where keeps them out
