@@ -18,7 +18,6 @@ from ..masks import Documents, KeyLengths, find
 from ..spec import AttentionSpec
 from .base import Backend
 
-
 packages: dict[str, FlashAttn] = {}
 """The packages by name, so that a probe takes nothing but constants, as Dynamo wants it."""
 
