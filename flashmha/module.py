@@ -308,7 +308,13 @@ def attend(
 ) -> tuple[Tensor, Optional[Tensor]]:
     """One forward of a layer; a function so that FX sees one call (``torch.fx.wrap``)."""
     if query.is_nested or key.is_nested or value.is_nested:
-        return attend_nested(layer, query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights)
+        nested.check(layer, query, key, value, key_padding_mask, attn_mask)
+        if layer.window is not None and query is not key:
+            raise AssertionError(
+                "window beside nested query and key of their own lengths is not supported: the last query of each item "
+                "would have to sit at its own last key; call the layer item by item."
+            )
+        return attend_nested(layer, query, key, value, need_weights, average_attn_weights, is_causal, backend)
     if torch.jit.is_tracing() or wants_torch_function(layer, query, key, value):
         refuse_torchscript(layer, backend)
         return as_stock(
@@ -388,19 +394,18 @@ def attend_nested(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    key_padding_mask: Optional[Tensor],
     need_weights: bool,
-    attn_mask: Optional[Tensor],
     average_attn_weights: bool,
+    is_causal: bool,
+    backend: Union[str, Sequence[str], None],
 ) -> tuple[Tensor, Optional[Tensor]]:
     """Nested tensors: padded for the layer, and nested again."""
-    nested.check(layer, query, key, value, key_padding_mask, attn_mask)
     same_q, same_kv = query is key, key is value
     dense_k, valid_k = nested.padded(key)
     dense_v = dense_k if same_kv else nested.padded(value)[0]
     dense_q, valid_q = (dense_k, valid_k) if same_q else nested.padded(query)
     out, weights = attend(
-        layer, dense_q, dense_k, dense_v, ~valid_k, need_weights, None, average_attn_weights, False, None
+        layer, dense_q, dense_k, dense_v, ~valid_k, need_weights, None, average_attn_weights, is_causal, backend
     )
     if weights is not None:
         rows = valid_q[:, :, None] if average_attn_weights else valid_q[:, None, :, None]

@@ -671,6 +671,26 @@ def test_nested_tensors_answer_like_their_items(
         assert_gradients_agree(layer, rows, [wanted for wanted, _ in alone], letters, nested)
 
 
+@pytest.mark.parametrize("layout", [torch.strided, torch.jagged])
+@torch.no_grad()
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors is in prototype stage")
+def test_a_nested_call_loses_no_argument(layout: torch.layout) -> None:
+    layer = FlashMultiHeadAttention(8, 2, batch_first=True).eval()
+    short, long = ([torch.randn(length, 8) for length in lengths] for lengths in ((2, 4), (3, 6)))
+    x, y = (torch.nested.nested_tensor(rows, layout=layout) for rows in (short, long))
+    with record() as calls:
+        layer(x, y, y, backend="naive", need_weights=False)
+    assert [call.backend for call in calls] == ["naive"]
+    with pytest.raises(RuntimeError, match="Need attn_mask"):
+        layer(x, x, x, is_causal=True)
+    layer.window = (1, 0)
+    seen = layer(x, x, x)[0]
+    for rows, found in zip(short, seen.unbind()):
+        assert_close(found, layer(rows, rows, rows)[0], "an item under a window")
+    with pytest.raises(AssertionError, match="window beside nested query and key"):
+        layer(x, y, y)
+
+
 def nested_items(blueprint: Blueprint, lengths: list[int], sharing: str) -> dict[str, list[Tensor]]:
     """Items for every letter; where queries are no keys, their lengths are other ones."""
     generator = torch.Generator().manual_seed(blueprint.seed)
