@@ -189,7 +189,8 @@ def owned(packed_rows: Tensor, offsets: Tensor) -> Tensor:
 
 
 def longest(known: int | None, offsets: Tensor) -> int:
-    return int(offsets.diff().max()) if known is None else known
+    """The longest document, at least 1: a bound of 0 launches an empty grid, which is an error."""
+    return max(1, int(offsets.diff().max()) if known is None else known)
 
 
 def normal_lse(lse: Tensor) -> Tensor:

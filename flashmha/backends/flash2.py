@@ -95,8 +95,8 @@ class Flash2(FlashAttn):
             result = dense(q, k, v, **options)
             return (result[0], normal_lse(result[1])) if spec.need_lse else result
         q, k, v, offsets = packed(q, k, v, documents)
-        # a longest document of one query takes a decoding path with wrong shapes (flash-attention#1537); none at all
-        # launches an empty grid. The number is only a bound.
+        # a longest document of one query takes a decoding path with wrong shapes (flash-attention#1537); the number is
+        # only a bound
         offsets["max_seqlen_q"] = max(2, offsets["max_seqlen_q"])
         result = varlen(q, k, v, **offsets, **options)
         if not spec.need_lse:
