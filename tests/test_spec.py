@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import flashmha
 from flashmha import (
@@ -31,6 +32,7 @@ from flashmha import (
 )
 from flashmha.backends import choose, get, names, order, register
 from flashmha.backends.base import FEATURES
+from flashmha.backends.sdpa import kernels_for_masks, without_cudnn
 from flashmha.testing import seeds, specs, tensors
 
 FLASH = ("flash2", "flash3", "flash4")
@@ -90,6 +92,11 @@ refused: dict[str, tuple[tuple[str, ...], dict[str, Any], str]] = {
         ("flash2",),
         {"seqlen_q": 200, "seqlen_k": 100, "mask": causal(align="top_left")},
         "flash-attention#895",
+    ),
+    "ALiBi beside a window that ends before the query": (
+        ("flash2",),
+        {"mask": Window(None, -3), "bias": ALiBi(torch.ones(8))},
+        "ALiBi beside a window with right=-3 (at least 0)",
     ),
     # trap 17
     "softcap with dropout": (("flash2",), {"softcap": 5.0, "dropout_p": 0.1}, "softcap together with dropout"),
@@ -327,3 +334,19 @@ def test_a_spec_prints_what_it_needs(spec: AttentionSpec) -> None:
     assert f"head_dim={spec.head_dim}" in text
     for feature in spec.features - (spec.mask.features if spec.mask else frozenset()):
         assert feature in text
+
+
+def test_cudnn_never_sees_a_mask() -> None:
+    """Traps 10 and 11: with nothing but cuDNN allowed, SDPA refuses a mask rather than let it through."""
+    sdpa = get("sdpa")
+    padded = problem(mask=KeyPadding(torch.ones(2, 128, dtype=torch.bool)))
+    assert sdpa.unsupported(padded) is None
+    with sdpa_kernel([SDPBackend.CUDNN_ATTENTION]):
+        assert sdpa.unsupported(padded) == "only cuDNN is enabled, which must not see a mask (pytorch#196678)"
+        assert sdpa.unsupported(problem(mask=causal())) is None
+        assert kernels_for_masks() == []
+    with sdpa_kernel([SDPBackend.CUDNN_ATTENTION, SDPBackend.MATH]):
+        assert kernels_for_masks() == [SDPBackend.MATH]
+        with without_cudnn():
+            assert not torch.backends.cuda.cudnn_sdp_enabled() and torch.backends.cuda.math_sdp_enabled()
+        assert torch.backends.cuda.cudnn_sdp_enabled()

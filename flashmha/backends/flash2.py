@@ -65,6 +65,9 @@ class Flash2(FlashAttn):
                 reasons.append(
                     f"window right={window.right} with seqlen_q > seqlen_k={spec.seqlen_k} (flash-attention#895)"
                 )
+        if spec.bias is not None and window is not None and window.right is not None and window.right < 0:
+            # keys past the window are cut off, and the package would count distances from those that are left
+            reasons.append(f"ALiBi beside a window with right={window.right} (at least 0)")
         if spec.softcap is not None and spec.dropout_p > 0.0:
             reasons.append("softcap together with dropout")
         if spec.bias is not None:
