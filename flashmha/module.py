@@ -428,6 +428,8 @@ def wants_torch_function(layer: FlashMultiHeadAttention, *inputs: Tensor) -> boo
     out_proj = layer.out_proj
     outer = (getattr(out_proj, "weight", None), getattr(out_proj, "bias", None))  # an adapter may stand there
     weights = (layer.in_proj_weight, layer.in_proj_bias, *outer)
+    if not torch.overrides.has_torch_function((*inputs, *weights)):
+        return False
     for tensor in (*inputs, *weights):
         kind = type(tensor)
         if kind is Tensor or kind is nn.Parameter or tensor is None:

@@ -48,7 +48,7 @@ VARIABLE = "FLASHMHA_BACKEND"
 FAMILIES: dict[str, tuple[str, ...]] = {"flash_attn": ("flash4", "flash3", "flash2")}
 """One name for several backends, in the order they are tried."""
 
-registry: dict[str, Backend] = {}
+entries: dict[str, Backend] = {}
 
 
 def register(backend: B, *, before: str | None = None) -> B:
@@ -57,36 +57,36 @@ def register(backend: B, *, before: str | None = None) -> B:
     A name that is taken raises ``ValueError``.
     """
     made = backend()
-    if made.name in registry or made.name in FAMILIES:
-        raise ValueError(f"name must not be taken, got {made.name!r} beside {', '.join((*registry, *FAMILIES))}.")
+    if made.name in entries or made.name in FAMILIES:
+        raise ValueError(f"name must not be taken, got {made.name!r} beside {', '.join((*entries, *FAMILIES))}.")
     if before is not None:
         get(before)
-    earlier = dict(registry)
-    registry.clear()
+    earlier = dict(entries)
+    entries.clear()
     for name, other in earlier.items():
         if name == before:
-            registry[made.name] = made
-        registry[name] = other
-    registry[made.name] = made
+            entries[made.name] = made
+        entries[name] = other
+    entries[made.name] = made
     return backend
 
 
 def unregister(name: str) -> None:
     """Take a backend off the list."""
     get(name)
-    del registry[name]
+    del entries[name]
 
 
 def names() -> tuple[str, ...]:
     """The registered backends, in order."""
-    return tuple(registry)
+    return tuple(entries)
 
 
 def get(name: str) -> Backend:
     """The backend of a name; ``ValueError`` with the names there are."""
-    if name not in registry:
-        raise ValueError(f"backend must be one of {', '.join((*registry, *FAMILIES))}, got {name!r}.")
-    return registry[name]
+    if name not in entries:
+        raise ValueError(f"backend must be one of {', '.join((*entries, *FAMILIES))}, got {name!r}.")
+    return entries[name]
 
 
 def expand(wanted: str | Sequence[str]) -> tuple[str, ...]:
@@ -109,8 +109,8 @@ def order(spec: AttentionSpec) -> tuple[str, ...]:
         first = ("sdpa", "naive")
     elif spec.features & {"window", "documents", "softcap"}:
         first = ("flash4", "flash3", "flash2", "flex", "sdpa")
-    first = tuple(name for name in first if name in registry)
-    return (*first, *(name for name in registry if name not in first))
+    first = tuple(name for name in first if name in entries)
+    return (*first, *(name for name in entries if name not in first))
 
 
 class State(threading.local):
@@ -160,9 +160,9 @@ def choose(spec: AttentionSpec, wanted: Wanted = None) -> Backend:
     candidates = order(spec) if asked is None else expand(asked)
     reasons: dict[str, str] = {}
     for name in candidates:
-        why = reason(registry[name], spec)
+        why = reason(entries[name], spec)
         if why is None:
-            return registry[name]
+            return entries[name]
         reasons[name] = why
     raise NoBackendError(spec, reasons, None if asked is None else repr(asked))
 
@@ -192,8 +192,8 @@ def explain(spec: AttentionSpec, wanted: Wanted = None) -> Explanation:
     rows: dict[str, str] = {}
     chosen: str | None = None
     for name in (*candidates, *(name for name in order(spec) if name not in candidates)):
-        why = registry[name].unavailable(spec.device)
-        why = (f"not available: {why}" if why else None) or reason(registry[name], spec)
+        why = entries[name].unavailable(spec.device)
+        why = (f"not available: {why}" if why else None) or reason(entries[name], spec)
         if why is None and chosen is None and name in candidates:
             chosen, why = name, "chosen"
         rows[name] = why or ("could serve" if name in candidates else "could serve, not asked for")

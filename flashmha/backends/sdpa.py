@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..spec import AttentionSpec
-from .base import Backend, Limits
+from .base import FEATURES, Backend, Limits
 
 
 def top_left_causal(spec: AttentionSpec) -> bool:
@@ -31,25 +31,7 @@ class Sdpa(Backend):
     limits = Limits(
         devices=(),
         dtypes=(torch.float64, torch.float32, torch.bfloat16, torch.float16),
-        features=frozenset(
-            (
-                "backward",
-                "causal",
-                "window",
-                "key_lengths",
-                "key_padding",
-                "documents",
-                "dense_mask",
-                "rule",
-                "bias",
-                "bias_grad",
-                "alibi",
-                "dropout",
-                "gqa",
-                "head_dim_v",
-                "deterministic",
-            )
-        ),
+        features=frozenset(FEATURES) - {"softcap", "sinks", "lse", "lse_grad"},
         aten=True,
     )
 
