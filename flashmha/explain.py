@@ -8,10 +8,8 @@ from torch import Tensor
 
 from . import backends
 from .backends import Explanation, Wanted
-from .functional import autocast
-from .masks import Dense
+from .functional import as_bias, as_mask, autocast
 from .module import FlashMultiHeadAttention, prepare
-from .scores import TensorBias
 from .spec import AttentionSpec
 
 
@@ -34,9 +32,7 @@ def explain(subject: AttentionSpec | FlashMultiHeadAttention | Tensor, *args: An
 
 
 def explain_call(q: Tensor, k: Tensor, v: Tensor, *, backend: Wanted = None, **options: Any) -> Explanation:
-    for name, kind in (("mask", Dense), ("bias", TensorBias)):
-        if isinstance(options.get(name), Tensor):
-            options[name] = kind(options[name])
+    options["mask"], options["bias"] = as_mask(options.get("mask")), as_bias(options.get("bias"))
     options["need_lse"] = options.pop("return_lse", False)
     return backends.explain(AttentionSpec.of(*autocast(q, k, v), **options), backend)
 

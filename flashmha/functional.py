@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .backends import Wanted, choose, note
-from .masks import Dense, Mask
+from .masks import Dense, Mask, told
 from .scores import Bias, TensorBias
 from .spec import AttentionSpec
 
@@ -63,8 +63,8 @@ def attention(
         q,
         k,
         v,
-        mask=Dense(mask) if isinstance(mask, Tensor) else mask,
-        bias=TensorBias(bias) if isinstance(bias, Tensor) else bias,
+        mask=as_mask(mask),
+        bias=as_bias(bias),
         softcap=softcap,
         sinks=sinks,
         softmax_scale=softmax_scale,
@@ -73,6 +73,24 @@ def attention(
         deterministic=deterministic,
     )
     return run(q, k, v, spec, backend)
+
+
+def as_mask(mask: Mask | Tensor | None) -> Mask | None:
+    """A bool tensor as a mask."""
+    if mask is None or isinstance(mask, Mask):
+        return mask
+    if isinstance(mask, Tensor):
+        return Dense(mask)
+    raise TypeError(f"mask must be a Mask, such as causal(), or a bool tensor, got {told(mask)}.")
+
+
+def as_bias(bias: Bias | Tensor | None) -> Bias | None:
+    """A floating point tensor as a bias."""
+    if bias is None or isinstance(bias, Bias):
+        return bias
+    if isinstance(bias, Tensor):
+        return TensorBias(bias)
+    raise TypeError(f"bias must be a Bias, such as ALiBi(slopes), or a floating point tensor, got {told(bias)}.")
 
 
 def run(

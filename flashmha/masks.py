@@ -61,10 +61,14 @@ class Mask(abc.ABC):
         """What a backend must be able to do to serve this mask."""
         return frozenset(part.feature for part in self.parts)
 
-    def __and__(self, other: Mask) -> Mask:
+    def __and__(self, other: Mask | Tensor) -> Mask:
+        if isinstance(other, Tensor):
+            other = Dense(other)
         if not isinstance(other, Mask):
             return NotImplemented
         return combine((*self.parts, *other.parts))
+
+    __rand__ = __and__
 
     def materialize(
         self, batch: int, heads: int, seqlen_q: int, seqlen_k: int, device: torch.device | str | None = None
@@ -114,6 +118,9 @@ class Window(Mask):
     def __init__(self, left: int | None, right: int | None, *, align: str = "bottom_right") -> None:
         if align not in ALIGNMENTS:
             raise ValueError(f"align must be one of {ALIGNMENTS}, got {align!r}.")
+        for name, bound in (("left", left), ("right", right)):
+            if bound is not None and (not isinstance(bound, (int, torch.SymInt)) or bound < 0):
+                raise ValueError(f"{name} must be an integer of at least 0, or None for unbounded, got {bound!r}.")
         self.left, self.right, self.align = left, right, align
 
     @property
@@ -135,9 +142,10 @@ class Window(Mask):
         if self.align == "bottom_right":
             return self
         shift = seqlen_k - seqlen_q
-        return Window(
-            None if self.left is None else self.left + shift, None if self.right is None else self.right - shift
-        )
+        moved = Window(None, None)
+        moved.left = None if self.left is None else self.left + shift
+        moved.right = None if self.right is None else self.right - shift
+        return moved
 
     def __repr__(self) -> str:
         align = "" if self.align == "bottom_right" else f", align={self.align!r}"
@@ -158,10 +166,9 @@ class KeyPadding(Mask):
     feature = "key_padding"
 
     def __init__(self, valid: Tensor) -> None:
-        if valid.dtype != torch.bool or valid.dim() != 2:
+        if not isinstance(valid, Tensor) or valid.dtype != torch.bool or valid.dim() != 2:
             raise ValueError(
-                "valid must be a bool tensor of shape (batch, seqlen_k), True = may attend, "
-                f"got {valid.dtype} of shape {tuple(valid.shape)}."
+                f"valid must be a bool tensor of shape (batch, seqlen_k), True = may attend, got {told(valid)}."
             )
         self.valid = valid
 
@@ -192,16 +199,15 @@ class KeyLengths(Mask):
     feature = "key_lengths"
 
     def __init__(self, lengths: Tensor) -> None:
-        if lengths.dtype not in (torch.int32, torch.int64) or lengths.dim() != 1:
-            raise ValueError(
-                "lengths must be an int32 or int64 tensor of shape (batch,), "
-                f"got {lengths.dtype} of shape {tuple(lengths.shape)}."
-            )
+        if not is_vector_of_integers(lengths):
+            raise ValueError(f"lengths must be an int32 or int64 tensor of shape (batch,), got {told(lengths)}.")
         self.lengths = lengths
 
     def check(self, batch: int, heads: int, seqlen_q: int, seqlen_k: int) -> None:
         if self.lengths.shape != (batch,):
             raise ValueError(f"lengths must have shape (batch,) = ({batch},), got {tuple(self.lengths.shape)}.")
+        if readable(self.lengths) and batch and not 0 <= int(self.lengths.min()) <= int(self.lengths.max()) <= seqlen_k:
+            raise ValueError(f"lengths must lie between 0 and seqlen_k={seqlen_k}, got {self.lengths.tolist()}.")
 
     def tensors(self) -> tuple[Tensor, ...]:
         return (self.lengths,)
@@ -235,12 +241,10 @@ class Documents(Mask):
         max_seqlen_k: int | None = None,
     ) -> None:
         for name, offsets in (("cu_seqlens", cu_seqlens), ("cu_seqlens_k", cu_seqlens_k)):
-            if offsets is not None and (
-                offsets.dtype not in (torch.int32, torch.int64) or offsets.dim() != 1 or offsets.shape[0] < 2
-            ):
+            if offsets is not None and (not is_vector_of_integers(offsets) or offsets.shape[0] < 2):
                 raise ValueError(
                     f"{name} must be an int32 or int64 tensor of shape (documents + 1,), at least (2,), "
-                    f"got {offsets.dtype} of shape {tuple(offsets.shape)}."
+                    f"got {told(offsets)}."
                 )
         if cu_seqlens_k is not None and cu_seqlens_k.shape != cu_seqlens.shape:
             raise ValueError(
@@ -314,10 +318,10 @@ class Dense(Mask):
     feature = "dense_mask"
 
     def __init__(self, allowed: Tensor) -> None:
-        if allowed.dtype != torch.bool or not 2 <= allowed.dim() <= 4:
+        if not isinstance(allowed, Tensor) or allowed.dtype != torch.bool or not 2 <= allowed.dim() <= 4:
             raise ValueError(
-                "allowed must be a bool tensor that broadcasts to (batch, heads, seqlen_q, seqlen_k), "
-                f"True = may attend, got {allowed.dtype} of shape {tuple(allowed.shape)}."
+                "a dense mask must be a bool tensor that broadcasts to (batch, heads, seqlen_q, seqlen_k), "
+                f"True = may attend (what is added to the scores goes to bias=), got {told(allowed)}."
             )
         self.allowed = allowed[(None,) * (4 - allowed.dim())]
 
@@ -326,8 +330,8 @@ class Dense(Mask):
         for size, target in zip(self.allowed.shape, want):
             if size != target and size != 1:
                 raise ValueError(
-                    f"allowed must broadcast to (batch, heads, seqlen_q, seqlen_k) = {want}, "
-                    f"got {tuple(self.allowed.shape)}."
+                    f"a dense mask must broadcast to (batch, heads, seqlen_q, seqlen_k) = {want}, "
+                    f"got {tuple(self.allowed.shape)}; a padding mask (batch, seqlen_k) is KeyPadding(tensor)."
                 )
 
     def tensors(self) -> tuple[Tensor, ...]:
@@ -400,6 +404,17 @@ class Intersection(Mask):
         return " & ".join(map(repr, self._parts))
 
 
+def told(thing: object) -> str:
+    """What somebody passed, in a few words."""
+    if isinstance(thing, Tensor):
+        return f"{str(thing.dtype).removeprefix('torch.')} of shape {tuple(thing.shape)}"
+    return f"{type(thing).__name__} {thing!r}"
+
+
+def is_vector_of_integers(thing: object) -> bool:
+    return isinstance(thing, Tensor) and thing.dtype in (torch.int32, torch.int64) and thing.dim() == 1
+
+
 def readable(tensor: Tensor) -> bool:
     """Looking at a tensor's values waits for no device, breaks no graph and is not itself recorded."""
     return (
@@ -438,7 +453,9 @@ def combine(parts: tuple[Mask, ...]) -> Mask:
 def merge(one: Mask, two: Mask) -> Mask | None:
     """One rule that says what two say, where there is one."""
     if isinstance(one, Window) and isinstance(two, Window) and one.align == two.align:
-        return Window(narrower(one.left, two.left), narrower(one.right, two.right), align=one.align)
+        both = Window(None, None, align=one.align)
+        both.left, both.right = narrower(one.left, two.left), narrower(one.right, two.right)
+        return both
     if isinstance(one, KeyPadding) and isinstance(two, KeyPadding) and one.valid.shape == two.valid.shape:
         return KeyPadding(one.valid & two.valid)
     if isinstance(one, KeyLengths) and isinstance(two, KeyLengths) and one.lengths.shape == two.lengths.shape:
@@ -466,7 +483,7 @@ def normalize(mask: Mask | None, seqlen_q: int, seqlen_k: int) -> Mask | None:
             tuple(part.to_bottom_right(seqlen_q, seqlen_k) if isinstance(part, Window) else part for part in mask.parts)
         )
     elif documents.aligned:
-        mask = combine(tuple(Window(p.left, p.right) if isinstance(p, Window) else p for p in mask.parts))
+        mask = combine(tuple(p.to_bottom_right(0, 0) if isinstance(p, Window) else p for p in mask.parts))
     kept = tuple(part for part in mask.parts if not hides_nothing(part, seqlen_q, seqlen_k, documents))
     return combine(kept) if kept else None
 

@@ -218,7 +218,8 @@ class FlashMultiHeadAttention(nn.MultiheadAttention):
     def process_heads(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """What happens to the heads between projection and attention: nothing. Override for rotary, norms, ...
 
-        Shapes as ``project`` returns them; batch and seqlen must stay.
+        q (batch, seqlen_q, heads, head_dim), k and v (batch, seqlen_k, heads_kv, head_dim), whatever
+        ``batch_first`` says; batch and seqlen_q must stay.
         """
         return q, k, v
 
@@ -354,6 +355,11 @@ def prepare(
     """Hops 1 to 3: the call read and checked, the heads projected and processed."""
     call = read_call(layer, query, key, value, key_padding_mask, need_weights, attn_mask, is_causal)
     q, k, v = layer.process_heads(*layer.project(call.query, call.key, call.value))
+    if q.shape[:2] != call.query.shape[:2] or v.shape[0] != k.shape[0]:
+        raise ValueError(
+            f"project and process_heads must return (batch, seqlen, heads, head_dim), q with batch and seqlen_q = "
+            f"{tuple(call.query.shape[:2])}, got {tuple(q.shape)}, {tuple(k.shape)} and {tuple(v.shape)}."
+        )
     q, k, v = autocast(q, k, v)
     mask, bias, columns = call.mask, call.bias, extra_columns(layer)
     if layer.window is not None:
@@ -554,7 +560,7 @@ def check_features(features: dict[str, Any]) -> None:
 def as_window(window: Union[Window, tuple[Optional[int], Optional[int]]]) -> Window:
     if isinstance(window, Window):
         return window
-    if not isinstance(window, tuple) or len(window) != 2 or any(not isinstance(x, (int, type(None))) for x in window):
+    if not isinstance(window, tuple) or len(window) != 2:
         raise ValueError(f"window must be a Window or a pair (left, right), got {window!r}.")
     return Window(*window)
 

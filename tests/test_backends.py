@@ -118,3 +118,10 @@ def test_a_backend_that_refuses_everything_does_not_pass() -> None:
 
     with pytest.raises(Exception, match=r"[Uu]nable to satisfy|filter"):
         parity()
+
+
+def test_a_problem_can_be_replayed_by_hand() -> None:
+    spec = AttentionSpec(1, 3, 4, 2, 1, 8, 8, needs_grad=True)
+    assert_agrees(get("sdpa"), spec, 0)
+    with pytest.raises(ValueError, match="refusing refuses this problem: device cpu"):
+        assert_agrees(Refusing(), spec, 0)

@@ -76,6 +76,12 @@ def test_mask_mod_and_picture_say_what_materialize_says(case: tuple[dict[str, in
     assert [[cell == "■" for cell in row.split()] for row in rows] == table[-1, -1].tolist()
 
 
+def test_a_bool_tensor_joins_as_a_dense_mask() -> None:
+    lower = torch.ones(3, 3, dtype=torch.bool).tril()
+    for both in (Window(1, 1) & lower, lower & Window(1, 1)):
+        assert torch.equal(both.materialize(1, 1, 3, 3)[0, 0], Window(1, 0).materialize(1, 1, 3, 3)[0, 0])
+
+
 @given(sizes, st.none() | st.integers(0, 9), st.none() | st.integers(0, 9), st.booleans())
 def test_a_window_is_its_definition(shape: dict[str, int], left: int | None, right: int | None, first: bool) -> None:
     window = Window(left, right, align="top_left" if first else "bottom_right")
@@ -154,6 +160,10 @@ bad = {
     "two packings": lambda: Documents(torch.tensor([0, 3])) & Documents(torch.tensor([0, 3])),
     "an unknown alignment": lambda: Window(1, 1, align="middle"),
     "an unknown alignment of a rule": lambda: Rule(lambda b, h, q, k: q == k, align="middle"),
+    "a list of lengths": lambda: KeyLengths([3, 5]),  # type: ignore[arg-type]
+    "a list of offsets": lambda: Documents([0, 3]),  # type: ignore[arg-type]
+    "flash-attn's unbounded": lambda: Window(-1, 0),
+    "half a key": lambda: Window(2.5, 0),  # type: ignore[arg-type]
     "slopes of three axes": lambda: ALiBi(torch.ones(1, 1, 1)),
     "an even table": lambda: RelativeBias(torch.ones(2, 4)),
 }

@@ -95,8 +95,8 @@ refused: dict[str, tuple[tuple[str, ...], dict[str, Any], str]] = {
     ),
     "ALiBi beside a window that ends before the query": (
         ("flash2",),
-        {"mask": Window(None, -3), "bias": ALiBi(torch.ones(8))},
-        "ALiBi beside a window with right=-3 (at least 0)",
+        {"seqlen_q": 100, "mask": causal(align="top_left"), "bias": ALiBi(torch.ones(8))},
+        "ALiBi beside a window with right=-28 (at least 0)",
     ),
     # trap 17
     "softcap with dropout": (("flash2",), {"softcap": 5.0, "dropout_p": 0.1}, "softcap together with dropout"),
@@ -116,9 +116,11 @@ refused: dict[str, tuple[tuple[str, ...], dict[str, Any], str]] = {
         {"mask": causal() & KeyLengths(torch.tensor([3, 5]))},
         "key_lengths beside another rule",
     ),
-    "a window of the future": (FLASH, {"mask": Window(-3, 9)}, "window left=-3 (at least 0)"),
-    "a window past every key": (FLASH, {"mask": Window(None, -128)}, "hides every key"),
-    "an empty window": (FLASH, {"mask": Window(1, -2)}, "hides every key"),
+    "a window that starts after the query": (
+        FLASH,
+        {"seqlen_k": 100, "mask": Window(0, None, align="top_left")},
+        "window left=-28 (at least 0)",
+    ),
     "a top-left window inside documents": (
         FLASH,
         {"batch": 1, "mask": Documents(torch.tensor([0, 9]), torch.tensor([0, 5])) & causal(align="top_left")},
@@ -269,8 +271,10 @@ def test_a_third_party_backend_registers_is_chosen_and_leaves() -> None:
         assert names() == ("half", *before)
         q = torch.randn(1, 3, 1, 4)
         torch.testing.assert_close(attention(q, q, q, backend="half") * 2, attention(q, q, q, backend="naive"))
-        with pytest.raises(ValueError, match="must not be taken"):
+        with pytest.raises(ValueError, match="must not be taken, got 'half'; unregister"):
             register(Half)
+        with pytest.raises(TypeError, match="takes a Backend class"):
+            register(Half())  # type: ignore[arg-type]
         assert "half" in order(AttentionSpec(1, 3, 3, 1, 1, 4, 4))
     finally:
         backends.unregister("half")
@@ -302,6 +306,10 @@ wrong: dict[str, tuple[dict[str, Any], str]] = {
     "sinks of another size": ({"sinks": torch.zeros(3)}, "sinks must have shape"),
     "a mask of another size": ({"mask": torch.ones(5, 3, dtype=torch.bool)}, "must broadcast"),
     "a bias of another size": ({"bias": torch.ones(5, 3)}, "must broadcast"),
+    "lengths past the end": ({"mask": KeyLengths(torch.tensor([4]))}, "between 0 and seqlen_k=3, got"),
+    "negative lengths": ({"mask": KeyLengths(torch.tensor([-1]))}, "between 0 and seqlen_k=3, got"),
+    "a float mask": ({"mask": torch.zeros(3, 3)}, "bias="),
+    "padding as a dense mask": ({"mask": torch.ones(2, 3, dtype=torch.bool)}, "KeyPadding"),
     "padding of another size": ({"mask": KeyPadding(torch.ones(1, 5, dtype=torch.bool))}, "valid must have shape"),
     "lengths of another batch": ({"mask": KeyLengths(torch.ones(2, dtype=torch.int64))}, "lengths must have shape"),
     "slopes of other heads": ({"bias": ALiBi(torch.ones(3))}, "slopes must have shape"),
@@ -350,3 +358,24 @@ def test_cudnn_never_sees_a_mask() -> None:
         with without_cudnn():
             assert not torch.backends.cuda.cudnn_sdp_enabled() and torch.backends.cuda.math_sdp_enabled()
         assert torch.backends.cuda.cudnn_sdp_enabled()
+
+
+@pytest.mark.parametrize("mask", (causal, (4, 0), "causal"))
+def test_a_mask_that_is_none_is_told_what_one_is(mask: Any) -> None:
+    q = torch.zeros(1, 3, 2, 8)
+    with pytest.raises(TypeError, match=r"mask must be a Mask, such as causal\(\), or a bool tensor, got"):
+        attention(q, q, q, mask=mask)
+    with pytest.raises(TypeError, match="bias must be a Bias"):
+        attention(q, q, q, bias=mask)
+
+
+@pytest.mark.parametrize("backend", (3, get("naive")))
+def test_a_backend_that_is_no_name_is_told_so(backend: Any) -> None:
+    q = torch.zeros(1, 3, 2, 8)
+    with pytest.raises(TypeError, match="backend must be a name, a family or a list of them, got"):
+        attention(q, q, q, backend=backend)
+
+
+def test_limits_know_their_features() -> None:
+    with pytest.raises(ValueError, match=r"features must be among .* got casual"):
+        Limits(devices=(), dtypes=(torch.float32,), features=frozenset({"casual"}))

@@ -39,6 +39,7 @@ __all__ = [
     "order",
     "record",
     "register",
+    "unregister",
     "use_backend",
 ]
 
@@ -56,9 +57,11 @@ def register(backend: B, *, before: str | None = None) -> B:
 
     A name that is taken raises ``ValueError``.
     """
+    if not isinstance(backend, type):
+        raise TypeError(f"register takes a Backend class, got {backend!r}.")
     made = backend()
     if made.name in entries or made.name in FAMILIES:
-        raise ValueError(f"name must not be taken, got {made.name!r} beside {', '.join((*entries, *FAMILIES))}.")
+        raise ValueError(f"name must not be taken, got {made.name!r}; unregister({made.name!r}) first to replace it.")
     if before is not None:
         get(before)
     earlier = dict(entries)
@@ -92,6 +95,8 @@ def get(name: str) -> Backend:
 def expand(wanted: str | Sequence[str]) -> tuple[str, ...]:
     """Backend names out of one name, a family, or a list of both."""
     if not isinstance(wanted, str):
+        if not isinstance(wanted, (list, tuple)):
+            raise TypeError(f"backend must be a name, a family or a list of them, got {wanted!r}.")
         return tuple(name for one in wanted for name in expand(one))
     if wanted in FAMILIES:
         return FAMILIES[wanted]

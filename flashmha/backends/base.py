@@ -69,6 +69,11 @@ class Limits:
     capability: tuple[int, ...] | None = None
     aten: bool = False
 
+    def __post_init__(self) -> None:
+        unknown = sorted(self.features.union(*self.not_on.values()) - frozenset(FEATURES))
+        if unknown:
+            raise ValueError(f"features must be among {', '.join(FEATURES)}, got {', '.join(unknown)}.")
+
 
 class Backend(abc.ABC):
     """One implementation of attention.

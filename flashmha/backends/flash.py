@@ -55,11 +55,8 @@ class FlashAttn(Backend):
                 reasons.append("a top-left window inside Documents with other offsets for keys (bottom-right only)")
             elif window.left is not None and window.left < 0:
                 reasons.append(f"window left={window.left} (at least 0)")
-            elif window.right is not None and window.right < 0:
-                if find(spec.mask, Documents) is not None:
-                    reasons.append(f"window right={window.right} inside Documents (at least 0)")
-                elif window.right <= -spec.seqlen_k or (window.left is not None and window.left + window.right < 0):
-                    reasons.append(f"a window that hides every key: {window!r} over {spec.seqlen_k} keys")
+            elif window.right is not None and window.right < 0 and find(spec.mask, Documents) is not None:
+                reasons.append(f"window right={window.right} inside Documents (at least 0)")
         if find(spec.mask, KeyLengths) is not None and spec.mask is not None and len(spec.mask.parts) > 1:
             reasons.append("key_lengths beside another rule (the package counts positions from each row's last key)")
         return reasons
