@@ -98,6 +98,7 @@ refused: dict[str, tuple[tuple[str, ...], dict[str, Any], str]] = {
         {"seqlen_q": 100, "mask": causal(align="top_left"), "bias": ALiBi(torch.ones(8))},
         "ALiBi beside a window with right=-28 (at least 0)",
     ),
+    "the log-sum-exp of ALiBi": (("flash2",), {"need_lse": True, "bias": ALiBi(torch.ones(8))}, "lse beside ALiBi"),
     # trap 17
     "softcap with dropout": (("flash2",), {"softcap": 5.0, "dropout_p": 0.1}, "softcap together with dropout"),
     "a deterministic backward of large heads": (

@@ -68,6 +68,9 @@ class Flash2(FlashAttn):
         if spec.bias is not None and window is not None and window.right is not None and window.right < 0:
             # keys past the window are cut off, and the package would count distances from those that are left
             reasons.append(f"ALiBi beside a window with right={window.right} (at least 0)")
+        if spec.bias is not None and spec.need_lse:
+            # under causality the kernel adds slope * key alone, which moves every row's log-sum-exp
+            reasons.append("lse beside ALiBi")
         if spec.softcap is not None and spec.dropout_p > 0.0:
             reasons.append("softcap together with dropout")
         if spec.bias is not None:
