@@ -99,7 +99,7 @@ def stock_forward(
         is_causal=is_causal,
     )
     if blind is not None:
-        dead = blind.view(-1, num_heads, out.shape[0], 1)  # (batch, heads, seqlen_q, 1)
+        dead = blind.unflatten(0, [-1, num_heads])  # (batch, heads, seqlen_q, 1)
         heads = out.unflatten(-1, [num_heads, -1])
         rows = dead.permute(2, 0, 1, 3) if batched else dead[0].transpose(0, 1)
         out = F.linear(heads.masked_fill(rows, 0.0).flatten(-2), out_proj_weight, out_proj_bias)
