@@ -1,4 +1,4 @@
-"""The registry: an ordered list of backends that users can read and change, and the choice among them.
+"""The registry, an ordered list of backends that users can read and change, and the choice among them.
 
 Strongest first, a problem goes to the backend named in the call or on the layer, by ``with use_backend(...)``, or in
 the environment variable ``FLASHMHA_BACKEND``; else to the first in ``order(spec)`` without a reason against it. A
