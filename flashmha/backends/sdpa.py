@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..spec import AttentionSpec
-from .base import FEATURES, Backend, Limits
+from .base import FEATURES, HALF, Backend, Limits
 
 
 def top_left_causal(spec: AttentionSpec) -> bool:
@@ -53,8 +53,8 @@ class Sdpa(Backend):
         bias = spec.added()
         if bias is not None:
             mask = bias if mask is None else torch.where(mask, bias, float("-inf"))
-            if mask.dtype != torch.float32 or spec.device.type == "cuda":
-                mask = mask.to(q.dtype)  # a float32 mask beside half q is exact on a CPU, and misread on a GPU
+            finer = mask.dtype == torch.float32 and q.dtype in HALF and spec.device.type == "cpu"
+            mask = mask if finer else mask.to(q.dtype)  # a finer mask is used as it is on a CPU, and misread on a GPU
         if spec.device.type != "cuda":
             return attend(q, k, v, mask, spec)
         if spec.heads != spec.heads_kv:
