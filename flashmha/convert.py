@@ -93,7 +93,6 @@ def restore_mha(model: M) -> M:
                 vars(module).pop(name, None)
         if type(module) in STOCK:
             if isinstance(module, FlashMultiHeadAttention):
-                vars(module).pop("featured", None)
                 module._forward_pre_hooks.pop(MARK, None)  # type: ignore[call-overload]
             module.__class__ = STOCK[type(module)]
     return model
@@ -160,7 +159,7 @@ def refusal(module: nn.MultiheadAttention, fsdp: bool) -> str | None:
         return "wrapped by FSDP: swap first, wrap then"
     if type(module) is not nn.MultiheadAttention:
         return "a subclass of nn.MultiheadAttention, whose own code a swap would lose"
-    taken = [name for name in (*FEATURES, *HOOKS, "featured", "to_torch", "from_torch") if hasattr(module, name)]
+    taken = [name for name in (*FEATURES, *HOOKS, "to_torch", "from_torch") if hasattr(module, name)]
     if taken:
         return f"has an attribute {', '.join(taken)} of its own, which would mean something else after a swap"
     return None

@@ -91,12 +91,7 @@ class Mask(abc.ABC):
         documents: Documents | None,
     ) -> Tensor:
         """One rule evaluated on the whole index grid."""
-        return self.mask_mod(seqlen_q, seqlen_k, documents)(
-            torch.arange(batch, device=device).view(-1, 1, 1, 1),
-            torch.arange(heads, device=device).view(1, -1, 1, 1),
-            torch.arange(seqlen_q, device=device).view(1, 1, -1, 1),
-            torch.arange(seqlen_k, device=device).view(1, 1, 1, -1),
-        )
+        return self.mask_mod(seqlen_q, seqlen_k, documents)(*index_grid(batch, heads, seqlen_q, seqlen_k, device))
 
     def picture(self, seqlen_q: int = 8, seqlen_k: int = 8, *, batch: int = 0, head: int = 0) -> str:
         """A small drawing for one batch item and head: one line a query, ``■`` may attend, ``·`` may not."""
@@ -326,13 +321,8 @@ class Dense(Mask):
         self.allowed = allowed[(None,) * (4 - allowed.dim())]
 
     def check(self, batch: int, heads: int, seqlen_q: int, seqlen_k: int) -> None:
-        want = (batch, heads, seqlen_q, seqlen_k)
-        for size, target in zip(self.allowed.shape, want):
-            if size != target and size != 1:
-                raise ValueError(
-                    f"a dense mask must broadcast to (batch, heads, seqlen_q, seqlen_k) = {want}, "
-                    f"got {tuple(self.allowed.shape)}; a padding mask (batch, seqlen_k) is KeyPadding(tensor)."
-                )
+        hint = "; a padding mask (batch, seqlen_k) is KeyPadding(tensor)"
+        check_broadcast("a dense mask", self.allowed, (batch, heads, seqlen_q, seqlen_k), hint)
 
     def tensors(self) -> tuple[Tensor, ...]:
         return (self.allowed,)
@@ -407,8 +397,34 @@ class Intersection(Mask):
 def told(thing: object) -> str:
     """What somebody passed, in a few words."""
     if isinstance(thing, Tensor):
-        return f"{str(thing.dtype).removeprefix('torch.')} of shape {tuple(thing.shape)}"
+        return f"{short(thing.dtype)} of shape {tuple(thing.shape)}"
     return f"{type(thing).__name__} {thing!r}"
+
+
+def short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def check_broadcast(name: str, tensor: Tensor, want: tuple[int, ...], hint: str = "") -> None:
+    """Raise ``ValueError`` where four axes do not broadcast to (batch, heads, seqlen_q, seqlen_k)."""
+    for size, target in zip(tensor.shape, want):
+        if size != target and size != 1:
+            raise ValueError(
+                f"{name} must broadcast to (batch, heads, seqlen_q, seqlen_k) = {want}, "
+                f"got {tuple(tensor.shape)}{hint}."
+            )
+
+
+def index_grid(
+    batch: int, heads: int, seqlen_q: int, seqlen_k: int, device: torch.device | str | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The indices of every axis, each along its own of four axes, so that they broadcast to the whole problem."""
+    return (
+        torch.arange(batch, device=device).view(-1, 1, 1, 1),
+        torch.arange(heads, device=device).view(1, -1, 1, 1),
+        torch.arange(seqlen_q, device=device).view(1, 1, -1, 1),
+        torch.arange(seqlen_k, device=device).view(1, 1, 1, -1),
+    )
 
 
 def is_vector_of_integers(thing: object) -> bool:

@@ -58,7 +58,7 @@ class FlashMultiHeadAttention(nn.MultiheadAttention):
     """
 
     __constants__ = ["batch_first"]
-    __jit_ignored_attributes__ = [*FEATURES, "featured"]
+    __jit_ignored_attributes__ = list(FEATURES)
     bias_k: Optional[Tensor]
     bias_v: Optional[Tensor]
 
@@ -67,7 +67,6 @@ class FlashMultiHeadAttention(nn.MultiheadAttention):
     window: Optional[Window] = None
     backend: Union[str, Sequence[str], None] = None
     call_out_proj: bool = False
-    featured: bool = False
 
     def __init__(
         self,
@@ -438,10 +437,9 @@ def wants_torch_function(layer: FlashMultiHeadAttention, *inputs: Tensor) -> boo
         return False
     for tensor in (*inputs, *weights):
         kind = type(tensor)
-        if kind is Tensor or kind is nn.Parameter or tensor is None:
+        if kind is Tensor or kind is nn.Parameter:
             continue
-        method = getattr(kind, "__torch_function__", None)
-        if method not in (None, torch._C._disabled_torch_function_impl, Tensor.__torch_function__):
+        if getattr(kind, "__torch_function__", None) not in (None, torch._C._disabled_torch_function_impl):
             return True
     return False
 
@@ -507,11 +505,8 @@ def mark(layer: FlashMultiHeadAttention) -> None:
     In eval the encoder layer hands the weights of ``self_attn`` to one fused operator and never calls it, unless a
     module inside has a forward hook. So a layer with something to lose carries one that does nothing.
     """
-    featured = bool(changed(layer))
-    if featured != layer.featured:
-        object.__setattr__(layer, "featured", featured)
     hooks = layer._forward_pre_hooks
-    if featured:
+    if changed(layer):
         hooks[MARK] = keep_forward  # type: ignore[index]
     else:
         hooks.pop(MARK, None)  # type: ignore[call-overload]
@@ -528,10 +523,9 @@ def alike(module: nn.MultiheadAttention, kind: type[Any]) -> Any:
     """A module of another class with the same parameters, hooks and attributes; dicts are copied, tensors not."""
     twin: Any = object.__new__(kind)
     twin.__dict__.update({name: copied(value) for name, value in vars(module).items()})
-    for name in (*FEATURES, "featured"):
-        if kind is nn.MultiheadAttention:
-            twin.__dict__.pop(name, None)
     if kind is nn.MultiheadAttention:
+        for name in FEATURES:
+            vars(twin).pop(name, None)
         twin._forward_pre_hooks.pop(MARK, None)
     else:
         mark(twin)

@@ -20,7 +20,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from .masks import Documents, broadcast_index, positional
+from .masks import Documents, broadcast_index, check_broadcast, index_grid, positional
 
 ScoreMod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
@@ -69,12 +69,7 @@ class Bias(abc.ABC):
         documents: Documents | None = None,
     ) -> Tensor:
         """The bias as a tensor that broadcasts to (batch, heads, seqlen_q, seqlen_k)."""
-        return self.bias_mod(seqlen_q, seqlen_k, documents)(
-            torch.arange(batch, device=device).view(-1, 1, 1, 1),
-            torch.arange(heads, device=device).view(1, -1, 1, 1),
-            torch.arange(seqlen_q, device=device).view(1, 1, -1, 1),
-            torch.arange(seqlen_k, device=device).view(1, 1, 1, -1),
-        )
+        return self.bias_mod(seqlen_q, seqlen_k, documents)(*index_grid(batch, heads, seqlen_q, seqlen_k, device))
 
 
 class TensorBias(Bias):
@@ -95,13 +90,7 @@ class TensorBias(Bias):
         self.tensor = tensor[(None,) * (4 - tensor.dim())]
 
     def check(self, batch: int, heads: int, seqlen_q: int, seqlen_k: int) -> None:
-        want = (batch, heads, seqlen_q, seqlen_k)
-        for size, target in zip(self.tensor.shape, want):
-            if size != target and size != 1:
-                raise ValueError(
-                    f"bias must broadcast to (batch, heads, seqlen_q, seqlen_k) = {want}, "
-                    f"got {tuple(self.tensor.shape)}."
-                )
+        check_broadcast("bias", self.tensor, (batch, heads, seqlen_q, seqlen_k))
 
     def tensors(self) -> tuple[Tensor, ...]:
         return (self.tensor,)

@@ -13,7 +13,7 @@ import math
 import torch
 from torch import Tensor
 
-from .masks import Documents, Mask, Window, find, normalize
+from .masks import Documents, Mask, Window, find, normalize, short
 from .scores import Bias
 
 CPU = torch.device("cpu")
@@ -207,7 +207,7 @@ class AttentionSpec:
         )
         if self.head_dim_v != self.head_dim:
             shape += f" head_dim_v={self.head_dim_v}"
-        shape += f" {str(self.dtype).removeprefix('torch.')} on {self.device}"
+        shape += f" {short(self.dtype)} on {self.device}"
         if self.mask is not None:
             shape += f", mask {self.mask!r}"
         if self.bias is not None:

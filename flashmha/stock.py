@@ -60,16 +60,9 @@ def stock_forward(
         attn_mask = torch.ones(query.shape[0], key.shape[0], dtype=torch.bool, device=query.device).triu(1)
         is_causal = False
     if (attn_mask is not None or key_padding_mask is not None) and not extra_columns and not hint_alone:
-        attn_mask = float_mask(attn_mask, query)
-        key_padding_mask = float_mask(key_padding_mask, query)
-        blind = blind_rows(attn_mask, key_padding_mask, num_heads, query, key)
-        attn_mask = open_rows(attn_mask, blind, query, key)
-        if key_padding_mask is not None:
-            # a row is opened in the attention mask, which has to carry the padding for that
-            attn_mask = attn_mask + padding_columns(key_padding_mask, num_heads).expand_as(attn_mask)
-            attn_mask = attn_mask.masked_fill(blind, 0.0)
-            key_padding_mask = None
-            is_causal = False
+        total = summed_masks(attn_mask, key_padding_mask, num_heads, query, key)
+        blind = (total == float("-inf")).all(dim=-1, keepdim=True)  # (batch * heads, seqlen_q, 1)
+        attn_mask, key_padding_mask, is_causal = total.masked_fill(blind, 0.0), None, False
 
     # the output projection waits where rows have to be zeroed in between
     weight = out_proj_weight if blind is None else torch.eye(embed_dim, dtype=query.dtype, device=query.device)
@@ -112,35 +105,24 @@ def stock_forward(
     return out, weights
 
 
-def float_mask(mask: Optional[Tensor], query: Tensor) -> Optional[Tensor]:
-    """A mask as what is added to the scores."""
-    if mask is None or mask.dtype != torch.bool:
-        return mask
-    return torch.zeros_like(mask, dtype=query.dtype).masked_fill(mask, float("-inf"))
-
-
-def padding_columns(key_padding_mask: Tensor, num_heads: int) -> Tensor:
-    """(batch, seqlen_k) as (batch * heads, 1, seqlen_k)."""
-    padding = key_padding_mask if key_padding_mask.dim() == 2 else key_padding_mask.unsqueeze(0)
-    return padding[:, None, None, :].expand(-1, num_heads, -1, -1).flatten(0, 1)
-
-
-def blind_rows(
+def summed_masks(
     attn_mask: Optional[Tensor], key_padding_mask: Optional[Tensor], num_heads: int, query: Tensor, key: Tensor
 ) -> Tensor:
-    """Which (batch * heads, seqlen_q, 1) may look at nothing."""
-    seqlen_q, seqlen_k = query.shape[0], key.shape[0]
+    """Both masks as what is added to the scores, (batch * heads, seqlen_q, seqlen_k)."""
     batch = query.shape[1] if query.dim() == 3 else 1
-    total = torch.zeros(batch * num_heads, seqlen_q, seqlen_k, dtype=query.dtype, device=query.device)
-    if attn_mask is not None:
-        total = total + attn_mask
-    if key_padding_mask is not None:
-        total = total + padding_columns(key_padding_mask, num_heads)
-    return (total == float("-inf")).all(dim=-1, keepdim=True)
-
-
-def open_rows(attn_mask: Optional[Tensor], blind: Tensor, query: Tensor, key: Tensor) -> Tensor:
-    """The attention mask (batch * heads, seqlen_q, seqlen_k) with every blind row open."""
     if attn_mask is None:
         attn_mask = torch.zeros(query.shape[0], key.shape[0], dtype=query.dtype, device=query.device)
-    return attn_mask.expand(blind.shape[0], -1, -1).masked_fill(blind, 0.0)
+    total = float_mask(attn_mask, query).expand(batch * num_heads, -1, -1)
+    if key_padding_mask is not None:
+        padding = float_mask(key_padding_mask, query)
+        padding = padding if padding.dim() == 2 else padding.unsqueeze(0)
+        columns = padding[:, None, None, :].expand(-1, num_heads, -1, -1).flatten(0, 1)
+        total = total + columns.expand_as(total)
+    return total
+
+
+def float_mask(mask: Tensor, query: Tensor) -> Tensor:
+    """A mask as what is added to the scores."""
+    if mask.dtype != torch.bool:
+        return mask
+    return torch.zeros_like(mask, dtype=query.dtype).masked_fill(mask, float("-inf"))

@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from .backends import get, names
-from .backends.base import FEATURES, Backend, short
+from .backends.base import FEATURES, Backend
+from .masks import short
 
 BEGIN, END = "<!-- backends: made by `python -m flashmha table --write README.md` -->", "<!-- /backends -->"
 

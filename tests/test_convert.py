@@ -403,7 +403,7 @@ def test_hooks_on_state_dicts_survive() -> None:
     assert log == ["state_dict", "load before", "load after"]
 
 
-@given(names=st.sets(st.sampled_from(("note", "tag", "cache", "scale_factor", "owner")), min_size=1), seed=seeds())
+@given(names=st.sets(st.sampled_from(("note", "tag", "cache", "scale_factor", "owner", "featured")), min_size=1), seed=seeds())
 def test_user_attributes_survive_a_swap_and_a_restore(names: set[str], seed: int) -> None:
     layer = attention(seed)
     things = {name: object() for name in names}
@@ -427,7 +427,6 @@ OUR_NAMES = {
     "backend": "mine",
     "num_kv_heads": 1,
     "call_out_proj": "never",
-    "featured": "a film",
     "project": a_function,
     "process_heads": a_function,
     "merge": nn.Linear(WIDTH, WIDTH),

@@ -380,3 +380,28 @@ def test_a_backend_that_is_no_name_is_told_so(backend: Any) -> None:
 def test_limits_know_their_features() -> None:
     with pytest.raises(ValueError, match=r"features must be among .* got casual"):
         Limits(devices=(), dtypes=(torch.float32,), features=frozenset({"casual"}))
+
+
+told_windows: dict[Any, tuple[bool, tuple[int, int]]] = {
+    None: (False, (-1, -1)),
+    causal(): (True, (-1, -1)),
+    Window(3, 0): (False, (3, 0)),
+    Window(None, 2): (False, (-1, 2)),
+    Window(2, None): (False, (2, -1)),
+    Window(20, 0): (True, (-1, -1)),  # wider than the problem
+}
+
+
+@pytest.mark.parametrize("name", ("flash2", "flash3"))
+@pytest.mark.parametrize("mask", told_windows, ids=repr)
+def test_flash_attn_is_told_a_window_as_it_counts_it(name: str, mask: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: dict[str, Any] = {}
+
+    def kernel(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options: Any) -> torch.Tensor:
+        seen.update(options)
+        return q
+
+    monkeypatch.setattr(get(name), "functions", (kernel, kernel))
+    q = torch.zeros(1, 9, 2, 8)
+    get(name)(q, q, q, AttentionSpec.of(q, q, q, mask=mask))
+    assert (seen["causal"], seen["window_size"]) == told_windows[mask]

@@ -12,6 +12,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from ..masks import short
 from ..spec import AttentionSpec
 
 FEATURES = (
@@ -149,7 +150,3 @@ class Backend(abc.ABC):
 
     def __repr__(self) -> str:
         return f"<backend {self.name}>"
-
-
-def short(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

@@ -151,6 +151,13 @@ def trimmed(k: Tensor, v: Tensor, spec: AttentionSpec) -> tuple[Tensor, Tensor, 
     return k, v, left, right
 
 
+def window_options(left: int | None, right: int | None) -> dict[str, Any]:
+    """A window as flash-attn 2 and 3 are told it: ``-1`` is unbounded, and causality is a flag of its own."""
+    if left is None and right == 0:
+        return {"causal": True, "window_size": (-1, -1)}
+    return {"causal": False, "window_size": (-1 if left is None else left, -1 if right is None else right)}
+
+
 def packed(q: Tensor, k: Tensor, v: Tensor, documents: Documents) -> tuple[Tensor, Tensor, Tensor, dict[str, Any]]:
     """Batch 1 with ``Documents`` as the packed tensors (total, heads, head_dim) and offsets a kernel wants.
 

@@ -11,7 +11,7 @@ from ..masks import Documents, find
 from ..scores import ALiBi
 from ..spec import AttentionSpec
 from .base import HALF, Limits
-from .flash import FlashAttn, normal_lse, packed, trimmed, unpacked, unpacked_lse
+from .flash import FlashAttn, normal_lse, packed, trimmed, unpacked, unpacked_lse, window_options
 
 
 class Flash2(FlashAttn):
@@ -65,15 +65,15 @@ class Flash2(FlashAttn):
                 reasons.append(
                     f"window right={window.right} with seqlen_q > seqlen_k={spec.seqlen_k} (flash-attention#895)"
                 )
-        if spec.bias is not None and window is not None and window.right is not None and window.right < 0:
-            # keys past the window are cut off, and the package would count distances from those that are left
-            reasons.append(f"ALiBi beside a window with right={window.right} (at least 0)")
-        if spec.bias is not None and spec.need_lse:
-            # under causality the kernel adds slope * key alone, which moves every row's log-sum-exp
-            reasons.append("lse beside ALiBi")
         if spec.softcap is not None and spec.dropout_p > 0.0:
             reasons.append("softcap together with dropout")
         if spec.bias is not None:
+            if window is not None and window.right is not None and window.right < 0:
+                # keys past the window are cut off, and the package would count distances from those that are left
+                reasons.append(f"ALiBi beside a window with right={window.right} (at least 0)")
+            if spec.need_lse:
+                # under causality the kernel adds slope * key alone, which moves every row's log-sum-exp
+                reasons.append("lse beside ALiBi")
             if len(spec.bias.parts) > 1:
                 reasons.append("more than one bias (one ALiBi)")
             elif "bias_grad" in spec.features:
@@ -86,14 +86,11 @@ class Flash2(FlashAttn):
         options: dict[str, Any] = {
             "dropout_p": spec.dropout_p,
             "softmax_scale": spec.scale,
-            "causal": left is None and right == 0,
-            "window_size": (-1 if left is None else left, -1 if right is None else right),
+            **window_options(left, right),
             "softcap": spec.softcap or 0.0,
             "deterministic": spec.deterministic,
             "return_attn_probs": spec.need_lse,
         }
-        if options["causal"]:
-            options["window_size"] = (-1, -1)
         if isinstance(spec.bias, ALiBi):
             options["alibi_slopes"] = spec.bias.slopes.float()
         documents = find(spec.mask, Documents)

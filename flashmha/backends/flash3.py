@@ -12,7 +12,7 @@ from torch import Tensor
 from ..masks import Documents, find
 from ..spec import AttentionSpec
 from .base import HALF, Limits
-from .flash import FlashAttn, normal_lse, packed, trimmed, unpacked, unpacked_lse
+from .flash import FlashAttn, normal_lse, packed, trimmed, unpacked, unpacked_lse, window_options
 
 BUILDS = (
     ("flash_attn_interface", "flash_attn_config"),
@@ -83,13 +83,10 @@ class Flash3(FlashAttn):
         k, v, left, right = trimmed(k, v, spec)
         options: dict[str, Any] = {
             "softmax_scale": spec.scale,
-            "causal": left is None and right == 0,
-            "window_size": (-1 if left is None else left, -1 if right is None else right),
+            **window_options(left, right),
             "softcap": spec.softcap or 0.0,
             "return_attn_probs": spec.need_lse,
         }
-        if options["causal"]:
-            options["window_size"] = (-1, -1)
         if spec.needs_grad:
             options["deterministic"] = spec.deterministic
         documents = find(spec.mask, Documents)
