@@ -403,7 +403,10 @@ def test_hooks_on_state_dicts_survive() -> None:
     assert log == ["state_dict", "load before", "load after"]
 
 
-@given(names=st.sets(st.sampled_from(("note", "tag", "cache", "scale_factor", "owner", "featured")), min_size=1), seed=seeds())
+@given(
+    names=st.sets(st.sampled_from(("note", "tag", "cache", "scale_factor", "owner", "featured")), min_size=1),
+    seed=seeds(),
+)
 def test_user_attributes_survive_a_swap_and_a_restore(names: set[str], seed: int) -> None:
     layer = attention(seed)
     things = {name: object() for name in names}
