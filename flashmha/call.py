@@ -7,20 +7,21 @@ the stock module's own, text included, since programs match on them.
 from __future__ import annotations
 
 import warnings
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
 
 from .functional import AUTOCAST
-from .masks import Dense, KeyPadding, Mask, causal
+from .masks import Dense, KeyPadding, Mask, causal, readable
 
 
 class Reading(NamedTuple):
     """One call: inputs (batch, seqlen, features), one object where the caller passed one; who may look at whom.
 
-    ``bias`` broadcasts to (batch, heads, seqlen_q, seqlen_k). ``mask`` and ``bias`` know nothing of the columns that
-    ``add_bias_kv`` and ``add_zero_attn`` append.
+    ``bias`` broadcasts to (batch, heads, seqlen_q, seqlen_k). ``mask`` and ``bias`` know nothing of the ``columns``
+    that ``add_bias_kv`` and ``add_zero_attn`` append. ``valid`` (batch, seqlen_k) is the padding in ``mask``.
     """
 
     query: Tensor
@@ -29,10 +30,12 @@ class Reading(NamedTuple):
     mask: Mask | None
     bias: Tensor | None
     batched: bool
+    columns: int
+    valid: Tensor | None
 
 
 def read_call(
-    layer: nn.MultiheadAttention,
+    layer: Any,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -46,15 +49,18 @@ def read_call(
     Raises:
         AssertionError, RuntimeError: what the stock module raises for the same input.
     """
+    columns = extra_columns(layer)
     check_inputs(layer, query, key, value)
-    check_masks(layer, query, key, key_padding_mask, attn_mask)
+    if key_padding_mask is not None or attn_mask is not None:
+        check_masks(layer, query, key, key_padding_mask, attn_mask, columns)
     if is_causal and attn_mask is None:
         raise RuntimeError(
             "Need attn_mask if specifying the is_causal hint. You may use the Transformer module method "
             "`generate_square_subsequent_mask` to create this mask."
         )
-    hint_alone = is_causal and not need_weights and key_padding_mask is None  # the mask is not read at all
-    if hint_alone:
+    # stock reads no mask beside the hint, unless it has another reason to
+    hinted = is_causal and (layer.trust_is_causal or (not need_weights and key_padding_mask is None))
+    if hinted:
         attn_mask = None
     check_attn_mask_shape(layer, query, key, attn_mask)
     batched, same_q, same_kv = query.dim() == 3, query is key, key is value
@@ -64,8 +70,18 @@ def read_call(
         query, key, value = query.transpose(0, 1), key.transpose(0, 1), value.transpose(0, 1)
     value = key if same_kv else value
     query = key if same_q else query
-    mask: Mask | None = causal(align="top_left") if hint_alone else None
+    mask: Mask | None = causal(align="top_left") if hinted else None
     bias: Tensor | None = None
+    if key_padding_mask is None and attn_mask is None:
+        return Reading(query, key, value, mask, bias, batched, columns, None)
+    if key_padding_mask is not None and hides_or_nothing(key_padding_mask):
+        check_float_mask(key_padding_mask, "key_padding_mask", query, need_weights)
+        key_padding_mask = key_padding_mask != 0
+    if attn_mask is not None and is_causal_mask(attn_mask):
+        if attn_mask.is_floating_point():
+            check_float_mask(attn_mask, "attn_mask", query, need_weights)
+        attn_mask, mask = None, causal(align="top_left")
+    valid: Tensor | None = None
     for given, name in ((key_padding_mask, "key_padding_mask"), (attn_mask, "attn_mask")):
         if given is None:
             continue
@@ -74,14 +90,49 @@ def read_call(
             added = four_axes(given, name, query.shape[0], layer.num_heads)
             bias = added if bias is None else bias + added
         elif name == "key_padding_mask":
-            mask = KeyPadding(~given if given.dim() == 2 else ~given[None])
+            valid = ~given if given.dim() == 2 else ~given[None]
+            mask = KeyPadding(valid) if mask is None else mask & KeyPadding(valid)
         else:
             seen = Dense(~four_axes(given, name, query.shape[0], layer.num_heads))
             mask = seen if mask is None else mask & seen
-    return Reading(query, key, value, mask, bias, batched)
+    return Reading(query, key, value, mask, bias, batched, columns, valid)
 
 
-def check_inputs(layer: nn.MultiheadAttention, query: Tensor, key: Tensor, value: Tensor) -> None:
+def hides_or_nothing(mask: Tensor) -> bool:
+    """A float mask that only hides: 0 and ``-inf``, and no gradient. Looked at on a CPU alone."""
+    if not mask.is_floating_point() or not readable(mask) or mask.requires_grad:
+        return False
+    return bool(((mask == 0.0) | (mask == float("-inf"))).all())
+
+
+seen: WeakIdKeyDictionary = WeakIdKeyDictionary()
+"""Masks that were looked at: tensor -> (its version, whether it is the causal mask)."""
+
+
+def is_causal_mask(mask: Tensor) -> bool:
+    """A mask (seqlen_q, seqlen_k) that hides exactly the future, aligned to the first key.
+
+    Looked at where that waits for nothing, on a CPU, once per tensor and version.
+    """
+    if mask.dim() != 2 or not readable(mask) or mask.requires_grad:
+        return False
+    if mask.is_inference():
+        return hides_the_future(mask)
+    version, answer = seen.get(mask, (None, False))
+    if version != mask._version:
+        answer = hides_the_future(mask)
+        seen[mask] = (mask._version, answer)
+    return answer
+
+
+def hides_the_future(mask: Tensor) -> bool:
+    future = torch.ones(mask.shape, dtype=torch.bool).triu_(1)
+    if mask.dtype != torch.bool:
+        future = torch.zeros_like(mask).masked_fill_(future, float("-inf"))
+    return torch.equal(mask, future)
+
+
+def check_inputs(layer: Any, query: Tensor, key: Tensor, value: Tensor) -> None:
     """The errors of ``nn.MultiheadAttention`` for query, key and value."""
     if query.dim() not in (2, 3):
         raise AssertionError(
@@ -127,14 +178,15 @@ def check_inputs(layer: nn.MultiheadAttention, query: Tensor, key: Tensor, value
 
 
 def check_masks(
-    layer: nn.MultiheadAttention,
+    layer: Any,
     query: Tensor,
     key: Tensor,
     key_padding_mask: Tensor | None,
     attn_mask: Tensor | None,
+    columns: int,
 ) -> None:
     """The errors of ``nn.MultiheadAttention`` for dtypes and axes of the masks, and its one warning."""
-    batched, columns = query.dim() == 3, extra_columns(layer)
+    batched = query.dim() == 3
     kind = "For batched (3-D) `query`" if batched else "For unbatched (2-D) `query`"
     for mask, name in ((key_padding_mask, "key_padding_mask"), (attn_mask, "attn_mask")):
         if mask is not None and mask.dtype != torch.bool and not mask.is_floating_point():
@@ -173,7 +225,7 @@ def check_masks(
         )
 
 
-def check_attn_mask_shape(layer: nn.MultiheadAttention, query: Tensor, key: Tensor, attn_mask: Tensor | None) -> None:
+def check_attn_mask_shape(layer: Any, query: Tensor, key: Tensor, attn_mask: Tensor | None) -> None:
     """The errors of ``nn.MultiheadAttention`` for the sizes of ``attn_mask``."""
     if attn_mask is None:
         return
@@ -216,6 +268,6 @@ def four_axes(mask: Tensor, name: str, batch: int, heads: int) -> Tensor:
     return mask[None, None] if mask.dim() == 2 else mask
 
 
-def extra_columns(layer: nn.MultiheadAttention) -> int:
+def extra_columns(layer: Any) -> int:
     """How many keys ``add_bias_kv`` and ``add_zero_attn`` append."""
     return int(layer.bias_k is not None) + int(bool(layer.add_zero_attn))

@@ -15,11 +15,12 @@ from typing import Any, TypeVar, cast
 from torch import nn
 
 from .encoder import FlashTransformerEncoder, FlashTransformerEncoderLayer
-from .module import FEATURES, HOOKS, MARK, FlashMultiHeadAttention, changed, check_features, mark
+from .features import ABSENT, HOPS, MARK, changed, check_features, mark
+from .module import FlashMultiHeadAttention
 
 M = TypeVar("M", bound=nn.Module)
 
-OPTIONS = ("backend", "call_out_proj", "window")
+OPTIONS = tuple(sorted(set(ABSENT) - {"num_kv_heads"}))
 """What ``replace_mha`` can set on every layer; grouped heads would need other parameters."""
 
 UNDO = "_flashmha_undo"
@@ -159,7 +160,7 @@ def refusal(module: nn.MultiheadAttention, fsdp: bool) -> str | None:
         return "wrapped by FSDP: swap first, wrap then"
     if type(module) is not nn.MultiheadAttention:
         return "a subclass of nn.MultiheadAttention, whose own code a swap would lose"
-    taken = [name for name in (*FEATURES, *HOOKS, "to_torch", "from_torch") if hasattr(module, name)]
+    taken = [name for name in (*ABSENT, *HOPS, "to_torch", "from_torch") if hasattr(module, name)]
     if taken:
         return f"has an attribute {', '.join(taken)} of its own, which would mean something else after a swap"
     return None

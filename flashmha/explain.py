@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 from torch import Tensor
 
-from . import backends
+from . import backends, padding
 from .backends import Explanation, Wanted
+from .call import read_call
+from .forward import prepare
 from .functional import as_bias, as_mask, autocast
-from .module import FlashMultiHeadAttention, prepare
+from .masks import short
+from .module import FlashMultiHeadAttention
 from .spec import AttentionSpec
 
 
@@ -18,7 +22,7 @@ def explain(subject: AttentionSpec | FlashMultiHeadAttention | Tensor, *args: An
 
     ``explain(spec, backend=None)`` for an ``AttentionSpec``; ``explain(q, k, v, mask=..., ...)`` for a call of
     ``attention``; ``explain(layer, query, key, value, ...)`` for a call of a layer, which projects its inputs to
-    see the problem. A layer asked for weights and not told a backend computes both by the definition, ``naive``.
+    see the problem, and says in ``notes`` what it does about padding and precision.
     """
     if isinstance(subject, AttentionSpec):
         return backends.explain(subject, *args, **kwargs)
@@ -49,8 +53,19 @@ def explain_layer(
     is_causal: bool = False,
     backend: Wanted = None,
 ) -> Explanation:
-    problem = prepare(layer, query, key, value, key_padding_mask, need_weights, attn_mask, is_causal)
     wanted = layer.backend if backend is None else backend
-    if need_weights and backends.preference(wanted) is None:
-        wanted = "naive"
-    return backends.explain(problem.spec, wanted)
+    need_weights = need_weights and layer.need_weights
+    call = read_call(layer, query, key, value, key_padding_mask, need_weights, attn_mask, is_causal)
+    problem = prepare(layer, call, wanted, layer.skip_padding)
+    notes = []
+    if problem.padded is not None:
+        real, total = problem.q.shape[1], problem.padded.rows.numel()
+        notes.append(
+            f"skip_padding: {total - real} of {total} positions are left out; while compiling or capturing a CUDA graph "
+            "every row is computed"
+        )
+    elif layer.skip_padding and key_padding_mask is not None:
+        notes.append(f"skip_padding: every row is computed ({padding.refusal(layer, call)})")
+    if problem.dtype is not None:
+        notes.append(f"computed in {short(problem.dtype)}: this CPU is slower in {short(call.query.dtype)}")
+    return dataclasses.replace(backends.explain(problem.spec, wanted), notes=tuple(notes))

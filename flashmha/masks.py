@@ -433,14 +433,32 @@ def is_vector_of_integers(thing: object) -> bool:
 
 def readable(tensor: Tensor) -> bool:
     """Looking at a tensor's values waits for no device, breaks no graph and is not itself recorded."""
+    return tensor.device.type == "cpu" and eager(tensor)
+
+
+def eager(tensor: Tensor) -> bool:
+    """Operators on a tensor run when they are called, and nobody records them."""
     return (
-        type(tensor) is Tensor
-        and tensor.device.type == "cpu"
+        type(tensor) in (Tensor, torch.nn.Parameter)
         and not torch.compiler.is_compiling()
         and not torch.jit.is_tracing()
-        and torch._C._len_torch_dispatch_stack() == 0
+        and not traced()
         and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
     )
+
+
+TRACERS = (
+    torch._C._TorchDispatchModeKey.FAKE,
+    torch._C._TorchDispatchModeKey.PROXY,
+    torch._C._TorchDispatchModeKey.FUNCTIONAL,
+)
+
+
+def traced() -> bool:
+    """Operators are being recorded rather than run (make_fx, fake tensors); a mode that only watches does not count."""
+    if not torch._C._len_torch_dispatch_stack():
+        return False
+    return any(torch._C._get_dispatch_mode(key) is not None for key in TRACERS)
 
 
 def find(mask: Mask | None, kind: type[M]) -> M | None:

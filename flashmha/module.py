@@ -6,29 +6,16 @@ reads them.
 """
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple, Optional, Union
+from typing import Any, Optional, Union
 
 import torch
-import torch.fx
-import torch.nn.functional as F
-from einops import rearrange
 from torch import Tensor, nn
 
-from . import nested
-from .backends import expand
-from .call import extra_columns, read_call
-from .functional import autocast, run
-from .masks import Dense, Window
-from .scores import TensorBias
-from .spec import AttentionSpec
+from . import projection
+from .features import ABSENT, HOPS, MARK, as_window, changed, check_features, check_kv_heads, hop, mark
+from .forward import attend, refuse_torchscript
+from .masks import Window
 from .stock import stock_forward
-from .weights import attention_with_weights
-
-FEATURES = ("num_kv_heads", "window", "backend", "call_out_proj")
-"""What a layer has beyond ``nn.MultiheadAttention``; the class's values mean *absent*."""
-
-HOOKS = ("project", "process_heads", "merge")
-"""What a subclass overrides."""
 
 
 class FlashMultiHeadAttention(nn.MultiheadAttention):
@@ -52,13 +39,22 @@ class FlashMultiHeadAttention(nn.MultiheadAttention):
             serve. Default automatic.
         call_out_proj: call ``out_proj`` as a module, so that hooks and adapters on it run. ``nn.MultiheadAttention``
             reads its weight and bias instead, and so does the default.
+        need_weights: ``False`` returns ``None`` for the weights of every call, whatever the call asks for.
+        trust_is_causal: believe ``is_causal=True`` in every call, so that ``attn_mask`` is never read; else it is
+            read beside a ``key_padding_mask`` and for weights, as in the stock class.
+        skip_padding: leave padding out of self-attention altogether (``query is key is value`` and a
+            ``key_padding_mask`` that only hides): no projection, no attention, and **zeros** in the output rows and
+            weights of padded positions, where the default, like the stock class, computes something that nobody should
+            use. Every row is computed after all under ``torch.compile``, export and CUDA graph capture, beside an
+            ``attn_mask`` that is not causal, ``add_bias_kv``, ``add_zero_attn`` or overridden methods;
+            ``flashmha.explain`` says so.
 
     Shapes: query (batch, seqlen_q, embed_dim) with ``batch_first``, else (seqlen_q, batch, embed_dim), or
     (seqlen_q, embed_dim) unbatched; key and value likewise with kdim and vdim.
     """
 
     __constants__ = ["batch_first"]
-    __jit_ignored_attributes__ = list(FEATURES)
+    __jit_ignored_attributes__ = list(ABSENT)
     bias_k: Optional[Tensor]
     bias_v: Optional[Tensor]
 
@@ -67,6 +63,9 @@ class FlashMultiHeadAttention(nn.MultiheadAttention):
     window: Optional[Window] = None
     backend: Union[str, Sequence[str], None] = None
     call_out_proj: bool = False
+    need_weights: bool = True
+    trust_is_causal: bool = False
+    skip_padding: bool = False
 
     def __init__(
         self,
@@ -86,9 +85,18 @@ class FlashMultiHeadAttention(nn.MultiheadAttention):
         window: Union[Window, tuple[Optional[int], Optional[int]], None] = None,
         backend: Union[str, Sequence[str], None] = None,
         call_out_proj: bool = False,
+        need_weights: bool = True,
+        trust_is_causal: bool = False,
+        skip_padding: bool = False,
     ) -> None:
         check_kv_heads(num_heads, num_kv_heads)
-        check_features({"window": window, "backend": backend})
+        switches = {
+            "call_out_proj": call_out_proj,
+            "need_weights": need_weights,
+            "trust_is_causal": trust_is_causal,
+            "skip_padding": skip_padding,
+        }
+        check_features({"window": window, "backend": backend, **switches})
         super().__init__(
             embed_dim, num_heads, dropout, bias, add_bias_kv, add_zero_attn, kdim, vdim, batch_first, device, dtype
         )
@@ -96,12 +104,9 @@ class FlashMultiHeadAttention(nn.MultiheadAttention):
             self.num_kv_heads = num_kv_heads
             shrink_kv(self)
             self._reset_parameters()
-        if window is not None:
-            self.window = as_window(window)
-        if backend is not None:
-            self.backend = backend
-        if call_out_proj:
-            self.call_out_proj = True
+        for name, value in {"window": window, "backend": backend, **switches}.items():
+            if value != ABSENT[name]:
+                setattr(self, name, value)
         mark(self)
 
     def forward(
@@ -122,7 +127,7 @@ class FlashMultiHeadAttention(nn.MultiheadAttention):
             query, key, value: see the class.
             key_padding_mask: (batch, seqlen_k), or (seqlen_k) unbatched; bool with ``True`` = *hidden*, or float,
                 added to the scores.
-            need_weights: also return the attention weights.
+            need_weights: also return the attention weights. They cost nothing until somebody looks at them.
             attn_mask: (seqlen_q, seqlen_k), (batch * heads, seqlen_q, seqlen_k), (batch, 1, seqlen_q, seqlen_k) or
                 (batch, heads, seqlen_q, seqlen_k); bool with ``True`` = *hidden*, or float, added to the scores.
             average_attn_weights: return their mean over the heads.
@@ -179,41 +184,16 @@ class FlashMultiHeadAttention(nn.MultiheadAttention):
             backend,
         )
 
-    @torch.jit.unused
+    @hop
     def project(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values of every head. Override for another projection.
 
         (batch, seqlen, features) in; q (batch, seqlen_q, heads, head_dim), k and v (batch, seqlen_k, heads_kv,
         head_dim) out. The inputs are one object where the caller passed one.
         """
-        heads, heads_kv = self.num_heads, self.num_kv_heads or self.num_heads
-        head_dim = self.embed_dim // heads
-        sizes = [heads, heads_kv, heads_kv]
-        if not self._qkv_same_embed_dim:
-            weights = (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
-        elif query is key and key is value:
-            qkv = linear(query, self.in_proj_weight, self.in_proj_bias)
-            q, k, v = rearrange(qkv, "b s (h d) -> b s h d", d=head_dim).split(sizes, dim=2)
-            return q, k, v
-        else:
-            weights = self.in_proj_weight.split([size * head_dim for size in sizes])
-        biases = (None,) * 3
-        if self.in_proj_bias is not None:
-            biases = self.in_proj_bias.split([size * head_dim for size in sizes])
-        if key is value and self._qkv_same_embed_dim:
-            bias_kv = None if biases[1] is None else self.in_proj_bias[heads * head_dim :]
-            kv = linear(key, self.in_proj_weight[heads * head_dim :], bias_kv)
-            q = linear(query, weights[0], biases[0]).unflatten(-1, (heads, head_dim))
-            k, v = rearrange(kv, "b s (h d) -> b s h d", d=head_dim).split(sizes[1:], dim=2)
-            return q, k, v
-        inputs = (query, key, value)
-        q, k, v = (
-            linear(x, weight, bias).unflatten(-1, (size, head_dim))
-            for x, weight, bias, size in zip(inputs, weights, biases, sizes)
-        )
-        return q, k, v
+        return projection.project(self, query, key, value)
 
-    @torch.jit.unused
+    @hop
     def process_heads(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """What happens to the heads between projection and attention: nothing. Override for rotary, norms, ...
 
@@ -222,17 +202,13 @@ class FlashMultiHeadAttention(nn.MultiheadAttention):
         """
         return q, k, v
 
-    @torch.jit.unused
+    @hop
     def merge(self, out: Tensor) -> Tensor:
         """The output projection. Override for another one.
 
         out (batch, seqlen_q, heads, head_dim) in; (batch, seqlen_q, embed_dim) out.
         """
-        out = rearrange(out, "b s h d -> b s (h d)")
-        if self.call_out_proj:
-            projected: Tensor = self.out_proj(out)
-            return projected
-        return linear(out, self.out_proj.weight, self.out_proj.bias)
+        return projection.merge(self, out)
 
     @torch.jit.unused
     def __prepare_scriptable__(self) -> "FlashMultiHeadAttention":
@@ -247,7 +223,7 @@ class FlashMultiHeadAttention(nn.MultiheadAttention):
         Raises:
             ValueError: the layer has features the stock class lacks.
         """
-        lacking = [name for name in changed(self) if name not in ("backend", "call_out_proj")]
+        lacking = [name for name in changed(self) if name not in ("backend", "call_out_proj", "trust_is_causal")]
         if lacking:
             raise ValueError(
                 f"to_torch must not lose anything: nn.MultiheadAttention has no {', no '.join(lacking)}, "
@@ -272,10 +248,10 @@ class FlashMultiHeadAttention(nn.MultiheadAttention):
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "window":
             value = None if value is None else as_window(value)
-        if name in ("window", "backend"):
+        if name in ABSENT:
             check_features({name: value})
         super().__setattr__(name, value)
-        if name in FEATURES or name in HOOKS:
+        if name in ABSENT or name in HOPS:
             mark(self)
 
     @torch.jit.unused
@@ -284,247 +260,12 @@ class FlashMultiHeadAttention(nn.MultiheadAttention):
         mark(self)
 
 
-class Problem(NamedTuple):
-    """What one call of a layer asks of attention."""
-
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    spec: AttentionSpec
-    batched: bool
-
-
-def attend(
-    layer: FlashMultiHeadAttention,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    key_padding_mask: Optional[Tensor],
-    need_weights: bool,
-    attn_mask: Optional[Tensor],
-    average_attn_weights: bool,
-    is_causal: bool,
-    backend: Union[str, Sequence[str], None],
-) -> tuple[Tensor, Optional[Tensor]]:
-    """One forward of a layer; a function so that FX sees one call (``torch.fx.wrap``)."""
-    if query.is_nested or key.is_nested or value.is_nested:
-        nested.check(layer, query, key, value, key_padding_mask, attn_mask)
-        if layer.window is not None and query is not key:
-            raise AssertionError(
-                "window beside nested query and key of their own lengths is not supported: the last query of each item "
-                "would have to sit at its own last key; call the layer item by item."
-            )
-        return attend_nested(layer, query, key, value, need_weights, average_attn_weights, is_causal, backend)
-    if torch.jit.is_tracing() or wants_torch_function(layer, query, key, value):
-        refuse_torchscript(layer, backend)
-        return as_stock(
-            layer, query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
-        )
-    problem = prepare(layer, query, key, value, key_padding_mask, need_weights, attn_mask, is_causal)
-    wanted = layer.backend if backend is None else backend
-    weights: Optional[Tensor] = None
-    if need_weights:
-        out, weights = attention_with_weights(*problem[:4], wanted, layer)
-        weights = weights.mean(dim=1) if average_attn_weights else weights
-    else:
-        result = run(*problem[:4], wanted, layer)
-        assert isinstance(result, Tensor)
-        out = result
-    output = layer.merge(out)
-    if not problem.batched:
-        return output.squeeze(0), None if weights is None else weights.squeeze(0)
-    if not layer.batch_first:
-        output = output.transpose(0, 1).contiguous()
-    return output, weights
-
-
-torch.fx.wrap("attend")
-
-
-def prepare(
-    layer: FlashMultiHeadAttention,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    key_padding_mask: Optional[Tensor] = None,
-    need_weights: bool = True,
-    attn_mask: Optional[Tensor] = None,
-    is_causal: bool = False,
-) -> Problem:
-    """Hops 1 to 3: the call read and checked, the heads projected and processed."""
-    call = read_call(layer, query, key, value, key_padding_mask, need_weights, attn_mask, is_causal)
-    q, k, v = layer.process_heads(*layer.project(call.query, call.key, call.value))
-    if q.shape[:2] != call.query.shape[:2] or v.shape[0] != k.shape[0]:
-        raise ValueError(
-            f"project and process_heads must return (batch, seqlen, heads, head_dim), q with batch and seqlen_q = "
-            f"{tuple(call.query.shape[:2])}, got {tuple(q.shape)}, {tuple(k.shape)} and {tuple(v.shape)}."
-        )
-    q, k, v = autocast(q, k, v)
-    mask, bias, columns = call.mask, call.bias, extra_columns(layer)
-    if layer.window is not None:
-        mask = layer.window if mask is None else mask & layer.window
-    if columns:  # always visible, and outside position space
-        if mask is not None:
-            seen = mask.materialize(q.shape[0], q.shape[2], q.shape[1], k.shape[1], q.device)
-            mask = Dense(F.pad(seen, (0, columns), value=True))
-        if bias is not None:
-            bias = F.pad(bias, (0, columns))
-        k, v = append_columns(layer, k, v)
-    spec = AttentionSpec.of(
-        q,
-        k,
-        v,
-        mask=mask,
-        bias=None if bias is None else TensorBias(bias),
-        dropout_p=layer.dropout if layer.training else 0.0,
-    )
-    return Problem(q, k, v, spec, call.batched)
-
-
-def append_columns(layer: FlashMultiHeadAttention, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """Keys and values with the learned column of ``add_bias_kv`` and the zero column of ``add_zero_attn``."""
-    batch, _, heads, _ = k.shape
-    ks, vs = [k], [v]
-    if layer.bias_k is not None and layer.bias_v is not None:
-        ks.append(layer.bias_k.unflatten(-1, (heads, -1)).expand(batch, -1, -1, -1).to(k.dtype))
-        vs.append(layer.bias_v.unflatten(-1, (heads, -1)).expand(batch, -1, -1, -1).to(v.dtype))
-    if layer.add_zero_attn:
-        ks.append(k.new_zeros(batch, 1, heads, k.shape[-1]))
-        vs.append(v.new_zeros(batch, 1, heads, v.shape[-1]))
-    return torch.cat(ks, dim=1), torch.cat(vs, dim=1)
-
-
-def attend_nested(
-    layer: FlashMultiHeadAttention,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    need_weights: bool,
-    average_attn_weights: bool,
-    is_causal: bool,
-    backend: Union[str, Sequence[str], None],
-) -> tuple[Tensor, Optional[Tensor]]:
-    """Nested tensors: padded for the layer, and nested again."""
-    same_q, same_kv = query is key, key is value
-    dense_k, valid_k = nested.padded(key)
-    dense_v = dense_k if same_kv else nested.padded(value)[0]
-    dense_q, valid_q = (dense_k, valid_k) if same_q else nested.padded(query)
-    out, weights = attend(
-        layer, dense_q, dense_k, dense_v, ~valid_k, need_weights, None, average_attn_weights, is_causal, backend
-    )
-    if weights is not None:
-        rows = valid_q[:, :, None] if average_attn_weights else valid_q[:, None, :, None]
-        weights = weights.masked_fill(~rows, 0.0)
-    return nested.like(out, query, valid_q), weights
-
-
-def refuse_torchscript(layer: FlashMultiHeadAttention, backend: Union[str, Sequence[str], None]) -> None:
-    """Raise where PyTorch's own function would lose what a layer or a call asks for."""
-    lost = changed(layer) + ([] if backend is None else [f"backend={backend!r}"])
-    if lost:
-        raise RuntimeError(
-            "TorchScript and tensors with __torch_function__ run F.multi_head_attention_forward, which has no "
-            f"{', no '.join(lost)}, and this {type(layer).__name__} uses that; use torch.compile or torch.export."
-        )
-
-
-def wants_torch_function(layer: FlashMultiHeadAttention, *inputs: Tensor) -> bool:
-    """Some input or weight is a tensor subclass that wants to see the call (a mode alone does not count)."""
-    out_proj = layer.out_proj
-    outer = (getattr(out_proj, "weight", None), getattr(out_proj, "bias", None))  # an adapter may stand there
-    weights = (layer.in_proj_weight, layer.in_proj_bias, *outer)
-    if not torch.overrides.has_torch_function((*inputs, *weights)):
-        return False
-    for tensor in (*inputs, *weights):
-        kind = type(tensor)
-        if kind is Tensor or kind is nn.Parameter:
-            continue
-        if getattr(kind, "__torch_function__", None) not in (None, torch._C._disabled_torch_function_impl):
-            return True
-    return False
-
-
-def as_stock(
-    layer: FlashMultiHeadAttention,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    key_padding_mask: Optional[Tensor],
-    need_weights: bool,
-    attn_mask: Optional[Tensor],
-    average_attn_weights: bool,
-    is_causal: bool,
-) -> tuple[Tensor, Optional[Tensor]]:
-    """The call as ``F.multi_head_attention_forward``."""
-    return stock_forward(
-        query,
-        key,
-        value,
-        layer.embed_dim,
-        layer.num_heads,
-        layer.in_proj_weight,
-        layer.in_proj_bias,
-        layer.bias_k,
-        layer.bias_v,
-        layer.add_zero_attn,
-        layer.dropout,
-        layer.out_proj.weight,
-        layer.out_proj.bias,
-        layer.training,
-        key_padding_mask,
-        need_weights,
-        attn_mask,
-        layer.q_proj_weight,
-        layer.k_proj_weight,
-        layer.v_proj_weight,
-        average_attn_weights,
-        is_causal,
-        layer.batch_first,
-    )
-
-
-def linear(x: Tensor, weight: Tensor, bias: Optional[Tensor]) -> Tensor:
-    """``F.linear``; a bias of another dtype joins in the weight's, as it does in the stock module."""
-    return F.linear(x, weight, bias if bias is None or bias.dtype == weight.dtype else bias.to(weight.dtype))
-
-
-def changed(layer: FlashMultiHeadAttention) -> list[str]:
-    """What a layer has that ``nn.MultiheadAttention`` has not: features set, hooks overridden."""
-    features = [name for name in FEATURES if getattr(layer, name) != getattr(FlashMultiHeadAttention, name)]
-    hooks = [
-        name
-        for name in HOOKS
-        if name in vars(layer) or getattr(type(layer), name) is not getattr(FlashMultiHeadAttention, name)
-    ]
-    return features + hooks
-
-
-def mark(layer: FlashMultiHeadAttention) -> None:
-    """Keep ``nn.TransformerEncoderLayer`` from computing a layer's attention behind its back.
-
-    In eval the encoder layer hands the weights of ``self_attn`` to one fused operator and never calls it, unless a
-    module inside has a forward hook. So a layer with something to lose carries one that does nothing.
-    """
-    hooks = layer._forward_pre_hooks
-    if changed(layer):
-        hooks[MARK] = keep_forward  # type: ignore[index]
-    else:
-        hooks.pop(MARK, None)  # type: ignore[call-overload]
-
-
-MARK = "flashmha"
-
-
-def keep_forward(layer: nn.Module, arguments: Any) -> None:
-    """A forward pre-hook that does nothing; see ``mark``."""
-
-
 def alike(module: nn.MultiheadAttention, kind: type[Any]) -> Any:
     """A module of another class with the same parameters, hooks and attributes; dicts are copied, tensors not."""
     twin: Any = object.__new__(kind)
     twin.__dict__.update({name: copied(value) for name, value in vars(module).items()})
     if kind is nn.MultiheadAttention:
-        for name in FEATURES:
+        for name in ABSENT:
             vars(twin).pop(name, None)
         twin._forward_pre_hooks.pop(MARK, None)
     else:
@@ -534,29 +275,6 @@ def alike(module: nn.MultiheadAttention, kind: type[Any]) -> Any:
 
 def copied(value: Any) -> Any:
     return value.copy() if isinstance(value, (dict, set)) else value
-
-
-def check_kv_heads(num_heads: int, num_kv_heads: Optional[int]) -> None:
-    if num_kv_heads is not None and (num_kv_heads < 1 or num_heads % num_kv_heads):
-        raise ValueError(
-            f"num_kv_heads must be a divisor of num_heads, got num_heads={num_heads} and num_kv_heads={num_kv_heads}."
-        )
-
-
-def check_features(features: dict[str, Any]) -> None:
-    """Raise where a feature's value means nothing, before anything is changed."""
-    if features.get("backend") is not None and not expand(features["backend"]):
-        raise ValueError(f"backend must name at least one backend, got {features['backend']!r}.")
-    if features.get("window") is not None:
-        as_window(features["window"])
-
-
-def as_window(window: Union[Window, tuple[Optional[int], Optional[int]]]) -> Window:
-    if isinstance(window, Window):
-        return window
-    if not isinstance(window, tuple) or len(window) != 2:
-        raise ValueError(f"window must be a Window or a pair (left, right), got {window!r}.")
-    return Window(*window)
 
 
 def shrink_kv(layer: FlashMultiHeadAttention) -> None:

@@ -8,7 +8,7 @@ kernel can be tested on a laptop.
 from __future__ import annotations
 
 import dataclasses
-import math
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -52,7 +52,7 @@ class AttentionSpec:
         self.check()
         fill = object.__setattr__
         if self.softmax_scale is None:
-            fill(self, "softmax_scale", 1.0 / math.sqrt(max(self.head_dim, 1)))
+            fill(self, "softmax_scale", max(self.head_dim, 1) ** -0.5)
         if self.mask is not None:
             self.mask.check(self.batch, self.heads, self.seqlen_q, self.seqlen_k)
             fill(self, "mask", normalize(self.mask, self.seqlen_q, self.seqlen_k))
@@ -122,28 +122,25 @@ class AttentionSpec:
         v (batch, seqlen_k, heads_kv, head_dim_v). ``deterministic=None`` follows
         ``torch.use_deterministic_algorithms``.
         """
-        for name, tensor in (("q", q), ("k", k), ("v", v)):
-            if tensor.dim() != 4:
-                raise ValueError(
-                    f"{name} must be 4-D (batch, seqlen, heads, head_dim), got shape {tuple(tensor.shape)}."
-                )
-            if tensor.dtype != q.dtype or tensor.device != q.device:
-                raise ValueError(
-                    "q, k and v must have one dtype and device, "
-                    f"got {q.dtype} on {q.device} for q and {tensor.dtype} on {tensor.device} for {name}."
-                )
-        if not q.is_floating_point():
-            raise ValueError(f"q, k and v must be floating point, got {q.dtype}.")
+        dtype, device = q.dtype, q.device
+        if not (q.dim() == k.dim() == v.dim() == 4 and dtype == k.dtype == v.dtype and device == k.device == v.device):
+            refuse_tensors(q, k, v)
+        if not dtype.is_floating_point:
+            raise ValueError(f"q, k and v must be floating point, got {dtype}.")
         batch, seqlen_q, heads, head_dim = q.shape
-        if k.shape[0] != batch or k.shape[3] != head_dim or k.shape[:3] != v.shape[:3]:
+        batch_k, seqlen_k, heads_kv, head_dim_k = k.shape
+        batch_v, seqlen_v, heads_v, head_dim_v = v.shape
+        if not (
+            batch == batch_k == batch_v and head_dim == head_dim_k and seqlen_k == seqlen_v and heads_kv == heads_v
+        ):
             raise ValueError(
                 "q, k and v must agree in batch, q and k in head_dim, k and v in seqlen and heads, "
                 f"got {tuple(q.shape)}, {tuple(k.shape)} and {tuple(v.shape)}."
             )
-        for name, holder in (("mask", mask), ("bias", bias)):
-            if holder is not None and any(tensor.device != q.device for tensor in holder.tensors()):
+        for name, holder in () if mask is None and bias is None else (("mask", mask), ("bias", bias)):
+            if holder is not None and any(tensor.device != device for tensor in holder.tensors()):
                 raise ValueError(
-                    f"{name} must be on the device of q, {q.device}, got {holder.tensors()[0].device}: {holder!r}."
+                    f"{name} must be on the device of q, {device}, got {holder.tensors()[0].device}: {holder!r}."
                 )
         needs_grad = torch.is_grad_enabled() and (
             q.requires_grad
@@ -157,13 +154,13 @@ class AttentionSpec:
         return cls(
             batch=batch,
             seqlen_q=seqlen_q,
-            seqlen_k=k.shape[1],
+            seqlen_k=seqlen_k,
             heads=heads,
-            heads_kv=k.shape[2],
+            heads_kv=heads_kv,
             head_dim=head_dim,
-            head_dim_v=v.shape[3],
-            dtype=q.dtype,
-            device=q.device,
+            head_dim_v=head_dim_v,
+            dtype=dtype,
+            device=device,
             mask=mask,
             bias=bias,
             softcap=softcap,
@@ -175,6 +172,16 @@ class AttentionSpec:
             deterministic=deterministic,
             aten_only=needs_aten(q, k, v),
         )
+
+    def changed(self, **fields: Any) -> AttentionSpec:
+        """The same problem with other values in some fields, not checked again."""
+        twin: AttentionSpec = object.__new__(AttentionSpec)
+        twin.__dict__.update(self.__dict__, **fields)
+        return twin
+
+    def with_lse(self) -> AttentionSpec:
+        """The same problem, asking for the log-sum-exp too, as numbers that nobody differentiates."""
+        return self.changed(need_lse=True, features=self.features | {"lse"})
 
     @property
     def scale(self) -> float:
@@ -216,6 +223,18 @@ class AttentionSpec:
         return shape + (f", needs {' '.join(rest)}" if rest else "")
 
 
+def refuse_tensors(q: Tensor, k: Tensor, v: Tensor) -> NoReturn:
+    """Say which of q, k and v is not like the others."""
+    for name, tensor in (("q", q), ("k", k), ("v", v)):
+        if tensor.dim() != 4:
+            raise ValueError(f"{name} must be 4-D (batch, seqlen, heads, head_dim), got shape {tuple(tensor.shape)}.")
+    name, other = ("k", k) if (k.dtype, k.device) != (q.dtype, q.device) else ("v", v)
+    raise ValueError(
+        "q, k and v must have one dtype and device, "
+        f"got {q.dtype} on {q.device} for q and {other.dtype} on {other.device} for {name}."
+    )
+
+
 PLAIN_TENSORS = ("Tensor", "Parameter", "FakeTensor", "FunctionalTensor")
 
 
@@ -223,10 +242,9 @@ def needs_aten(*tensors: Tensor) -> bool:
     """PyTorch needs its own operators here: exporting, torch.func transforms, tensor subclasses."""
     if torch.compiler.is_compiling():
         return bool(torch.compiler._is_exporting_flag)  # is_exporting() is always True to Dynamo before torch 2.13
+    wrapped = torch._C._functorch.is_functorch_wrapped_tensor
     for tensor in tensors:
         kind = type(tensor)
-        if kind is not Tensor and kind.__name__ not in PLAIN_TENSORS:
-            return True
-        if torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        if (kind is not Tensor and kind.__name__ not in PLAIN_TENSORS) or wrapped(tensor):
             return True
     return False

@@ -1,31 +1,351 @@
-"""Attention weights beside an output."""
+"""Attention weights beside a fused output, computed when somebody looks at them.
+
+The output comes from a backend. The weights are made of q, k and the log-sum-exp, a block of rows of one head at a
+time, so that a mean over heads never holds (batch, heads, seqlen_q, seqlen_k)::
+
+    weights[b, h, i, j] = exp(softmax_scale * q[b, i, h] @ k[b, j, h] + bias[b, h, i, j] - lse[b, h, i])
+"""
 
 from __future__ import annotations
 
-from typing import Any
+import contextlib
+import dataclasses
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
+import torch
+import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 
-from .backends import Wanted, get, note, preference
+from .backends import Backend, Wanted, choose, get, note, preference
 from .backends.naive import probabilities, scores, weigh
-from .functional import run
+from .deferred import Cell, Deferred
+from .functional import AUTOCAST, run
+from .masks import Mask, normalize, traced
+from .scores import TensorBias
 from .spec import AttentionSpec
+
+BLOCK = 2**19
+"""Scores computed at a time: about what a core's cache holds."""
+
+
+@dataclasses.dataclass
+class Recipe:
+    """What the weights of one call are made of, later.
+
+    Attributes:
+        q, k: (batch, seqlen, heads, head_dim), outside autograd.
+        spec: the problem; a bias is a ``TensorBias``, and there are neither softcap nor sinks, as in a layer.
+        lse: (batch, heads, seqlen_q), ``None`` where the backend gave none.
+        average: their mean over heads, (batch, seqlen_q, seqlen_k), instead of (batch, heads, seqlen_q, seqlen_k).
+        batched: without it the batch axis, of size 1, is left out.
+        dtype: of the weights.
+        rows: queries (batch, seqlen_q) whose weights count; the others' are 0. ``None`` for all.
+        places: where q and k lie in (batch * seqlen) if only the real tokens are there; ``None`` for everywhere.
+    """
+
+    q: Tensor
+    k: Tensor
+    spec: AttentionSpec
+    lse: Tensor | None
+    average: bool
+    batched: bool
+    dtype: torch.dtype
+    rows: Tensor | None = None
+    places: Tensor | None = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        spec = self.spec
+        heads = () if self.average else (spec.heads,)
+        return ((spec.batch,) if self.batched else ()) + (*heads, spec.seqlen_q, spec.seqlen_k)
+
+    def make(self) -> Tensor:
+        """The weights, whatever autocast is on where somebody looks."""
+        with without_autocast(self.spec.device):
+            return self.compute()
+
+    def compute(self) -> Tensor:
+        spec = self.spec
+        shape = (spec.batch, spec.seqlen_q) if self.average else (spec.batch, spec.heads, spec.seqlen_q)
+        made = torch.empty(*shape, spec.seqlen_k, dtype=self.dtype, device=spec.device)
+        for rows, blocks in self.walk(*self.spread(self.q, self.k)):
+            if self.average:
+                mean = torch.zeros_like(made[:, rows], dtype=finer(self.dtype))
+                for _, block in blocks:
+                    mean += block
+                made[:, rows] = mean.div_(spec.heads)
+            else:
+                for head, block in blocks:
+                    made[:, head, rows] = block
+        if self.rows is not None:
+            made.masked_fill_(~spread(self.rows, self.average), 0.0)
+        return made if self.batched else made[0]
+
+    def walk(self, q: Tensor, k: Tensor) -> Iterator[tuple[slice, Iterator[tuple[int, Tensor]]]]:
+        """Blocks of rows, and for each the heads with their weights (batch, rows, seqlen_k)."""
+        score = Score(q, k, self.lse, self.spec)
+        step = max(16, BLOCK // max(1, self.spec.batch * self.spec.seqlen_k))
+        for start in range(0, self.spec.seqlen_q, step):
+            rows = slice(start, start + step)
+            yield rows, ((head, score.weights(head, rows)) for head in range(self.spec.heads))
+
+    def gradients(self, grad: Tensor, wanted: tuple[bool, bool, bool]) -> tuple[Tensor | None, ...]:
+        """Gradients of q, k and the bias for a gradient of the weights::
+
+        d_score = weights * (grad - (grad * weights).sum(-1))
+        """
+        spec = self.spec
+        grad = grad if self.batched else grad[None]
+        if self.rows is not None:
+            grad = grad.masked_fill(~spread(self.rows, self.average), 0.0)
+        q, k = (x.to(finer(x.dtype)) for x in self.spread(self.q, self.k))
+        dq, dk = torch.zeros_like(q), torch.zeros_like(k)
+        bias = spec.bias.tensors()[0] if spec.bias is not None and wanted[2] else None
+        d_bias = None if bias is None else torch.zeros_like(bias, dtype=finer(bias.dtype))
+        group = spec.heads // spec.heads_kv
+        for rows, blocks in self.walk(q, k):
+            for head, block in blocks:
+                share = grad[:, rows] / spec.heads if self.average else grad[:, head, rows]
+                d_score = block * (share - (share * block).sum(dim=-1, keepdim=True))
+                dq[:, rows, head] = spec.scale * (d_score @ k[:, :, head // group])
+                dk[:, :, head // group] += spec.scale * (d_score.mT @ q[:, rows, head])
+                if d_bias is not None:
+                    part = d_bias[:, head : head + 1] if d_bias.shape[1] > 1 else d_bias
+                    part = part[:, :, rows] if part.shape[2] > 1 else part
+                    part += d_score[:, None].sum_to_size(part.shape)
+        if self.places is not None:
+            dq, dk = (x.flatten(0, 1)[self.places][None] for x in (dq, dk))
+        return (
+            dq.to(self.q.dtype) if wanted[0] else None,
+            dk.to(self.k.dtype) if wanted[1] else None,
+            None if d_bias is None or bias is None else d_bias.to(bias.dtype),
+        )
+
+    def define(self, q: Tensor, k: Tensor, bias: Tensor | None) -> Tensor:
+        """The weights by the definition, in the autograd graph."""
+        weights = probabilities(*scores(*self.spread(q, k), with_bias(self.spec, bias)), self.spec)
+        weights = weights.mean(dim=1) if self.average else weights
+        if self.rows is not None:
+            weights = weights.masked_fill(~spread(self.rows, self.average), 0.0)
+        return (weights if self.batched else weights[0]).to(self.dtype)
+
+    def spread(self, *packed: Tensor) -> tuple[Tensor, ...]:
+        """q and k with every token in its place."""
+        if self.places is None:
+            return packed
+        sizes = (self.spec.batch, self.spec.seqlen_q)
+        blank = (x.new_zeros(sizes[0] * sizes[1], *x.shape[2:]) for x in packed)
+        return tuple(zeros.index_copy(0, self.places, x[0]).unflatten(0, sizes) for zeros, x in zip(blank, packed))
+
+
+class Score:
+    """The scores of one problem, a block of rows of one head at a time."""
+
+    def __init__(self, q: Tensor, k: Tensor, lse: Tensor | None, spec: AttentionSpec) -> None:
+        dtype = finer(q.dtype)
+        self.q, self.k = (x.transpose(1, 2).to(dtype, memory_format=torch.contiguous_format) for x in (q, k))
+        self.group, self.scale = spec.heads // spec.heads_kv, spec.scale
+        allowed, added = spec.allowed(), spec.added()
+        self.hidden = None if allowed is None else ~allowed
+        self.bias = None if added is None else added.detach().to(dtype)
+        # a blind row has no weights: exp(anything - inf) is 0
+        self.lse = None if lse is None else lse.to(dtype).masked_fill(lse == float("-inf"), float("inf"))
+
+    def weights(self, head: int, rows: slice) -> Tensor:
+        """(batch, rows, seqlen_k)."""
+        q, k = self.q[:, head, rows], self.k[:, head // self.group]
+        hidden, bias = block(self.hidden, head, rows), block(self.bias, head, rows)
+        if self.lse is not None:
+            score = torch.baddbmm(self.lse[:, head, rows, None], q, k.mT, beta=-1, alpha=self.scale)
+            score = (score if bias is None else score.add_(bias)).exp_()
+            return score if hidden is None else score.masked_fill_(hidden, 0.0)
+        score = torch.bmm(q, k.mT).mul_(self.scale)
+        score = score if bias is None else score.add_(bias)
+        score = (score if hidden is None else score.masked_fill_(hidden, float("-inf"))).softmax(dim=-1)
+        return score if hidden is None and bias is None else score.nan_to_num_(nan=0.0)
+
+
+def block(table: Tensor | None, head: int, rows: slice) -> Tensor | None:
+    """One head's rows of a tensor that broadcasts to (batch, heads, seqlen_q, seqlen_k): (batch, rows, seqlen_k)."""
+    if table is None:
+        return None
+    table = table[:, head if table.shape[1] > 1 else 0]
+    return table[:, rows] if table.shape[1] > 1 else table
+
+
+class Weights(torch.autograd.Function):
+    """The weights of a recipe as a function of q, k and the bias."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, bias: Tensor | None, recipe: Recipe) -> Tensor:
+        ctx.recipe = recipe
+        ctx.save_for_backward(q, k, bias)
+        return defer(recipe)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        q, k, bias = ctx.saved_tensors
+        if torch.is_grad_enabled() or is_batched(grads[0]):
+            wanted = [x for x, needed in zip((q, k, bias), ctx.needs_input_grad) if needed]
+            with torch.enable_grad():
+                made = iter(torch.autograd.grad(ctx.recipe.define(q, k, bias), wanted, grads, create_graph=True))
+            return (*(next(made) if needed else None for needed in ctx.needs_input_grad[:3]), None)
+        return (*ctx.recipe.gradients(grads[0], ctx.needs_input_grad[:3]), None)
+
+
+class Fused(torch.autograd.Function):
+    """A backend's output, and its log-sum-exp outside autograd, that can be differentiated twice.
+
+    The stock layer can with ``need_weights=True``, and no fused kernel. The first derivative is the backend's own;
+    with ``create_graph`` it is that of the definition.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, backend: Backend, spec: AttentionSpec
+    ) -> tuple[Tensor, Tensor | None]:
+        inputs = (q, k, v, bias)
+        leaves = [None if x is None else x.detach().requires_grad_(x.requires_grad) for x in inputs]
+        with torch.enable_grad():
+            result = backend(leaves[0], leaves[1], leaves[2], with_bias(spec, leaves[3]))  # type: ignore[arg-type]
+        out, lse = result if isinstance(result, tuple) else (result, None)
+        ctx.inner, ctx.spec = (out, leaves), spec
+        ctx.save_for_backward(*inputs)
+        ctx.set_materialize_grads(False)
+        if lse is not None:
+            lse = lse.detach()
+            ctx.mark_non_differentiable(lse)
+        return out.detach(), lse
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        inputs, grad, needed = ctx.saved_tensors, grads[0], ctx.needs_input_grad[:4]
+        nothing = (None,) * 6
+        if grad is None:
+            return nothing
+        again = torch.is_grad_enabled() or is_batched(grad)
+        if again:
+            q, k, v, bias = inputs
+            with torch.enable_grad():
+                spec = with_bias(ctx.spec, bias)
+                out, sources = weigh(probabilities(*scores(q, k, spec), spec), v, spec), inputs
+        else:
+            out, sources = ctx.inner
+        wanted = [x for x, one in zip(sources, needed) if one]
+        keep = again or torch._C._autograd._get_current_graph_task_keep_graph()  # type: ignore[attr-defined]
+        made = iter(torch.autograd.grad(out, wanted, grad, retain_graph=keep, create_graph=again, allow_unused=True))
+        if not keep:
+            ctx.inner = None
+        return (*(next(made) if one else None for one in needed), None, None)
+
+
+class Padded(NamedTuple):
+    """Where packed tokens came from: the mask before packing, their places in (batch * seqlen), the real positions."""
+
+    mask: Mask | None
+    places: Tensor
+    rows: Tensor
 
 
 def attention_with_weights(
-    q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, wanted: Wanted = None, layer: Any = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    spec: AttentionSpec,
+    wanted: Wanted = None,
+    layer: Any = None,
+    *,
+    average: bool = True,
+    batched: bool = True,
+    dtype: torch.dtype | None = None,
+    at_once: bool = False,
+    rows: Tensor | None = None,
+    padded: Padded | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The output and the attention weights (batch, heads, seqlen_q, seqlen_k), before dropout, 0 in blind rows.
+    """The output, and the attention weights before dropout, 0 in blind rows, which cost nothing until somebody looks.
 
-    Where no backend is named both come out of one pass of the definition, which can be differentiated twice and
-    forward, and draws the dropout ``nn.MultiheadAttention`` draws. A named backend makes the output it was named
-    for, and the weights are computed beside it.
+    The weights are (batch, heads, seqlen_q, seqlen_k), or their mean over heads with ``average``, without the batch
+    axis unless ``batched``, in ``dtype``, and 0 outside ``rows`` (batch, seqlen_q). ``padded`` for q, k and v that hold
+    the real tokens alone. ``at_once`` for a q or k that somebody else may change. Where PyTorch
+    records what runs (compile, export, torch.func, forward AD) both are plain tensors, and a compiler drops what
+    nobody reads; the definition makes both in one pass, unless a backend is named.
     """
+    dtype = q.dtype if dtype is None else dtype
+    recipe = Recipe(q.detach(), k.detach(), spec, None, average, batched, dtype, rows)
+    if recorded(spec):
+        return by_definition(q, k, v, spec, wanted, layer, recipe)
+    backend = choose(spec, wanted)
+    note(layer, spec, backend)
+    asking = spec.with_lse()
+    if backend.unsupported(asking) is not None or backend.unbuilt(asking) is not None:
+        asking = spec
+    bias = spec.bias.tensors()[0] if spec.bias is not None else None
+    if not spec.needs_grad or spec.dropout_p > 0.0 or backend.name == "naive":
+        result = backend(q, k, v, asking)
+        out, lse = result if isinstance(result, tuple) else (result, None)
+    else:
+        out, lse = Fused.apply(q, k, v, bias, backend, asking)  # type: ignore[no-untyped-call]
+    if padded is not None:
+        batch, seqlen = padded.rows.shape
+        sizes = {"batch": batch, "seqlen_q": seqlen, "seqlen_k": seqlen}
+        recipe.spec = spec.changed(**sizes, mask=normalize(padded.mask, seqlen, seqlen))
+        recipe.places, recipe.rows = padded.places, padded.rows
+    elif lse is not None:
+        recipe.lse = lse.detach()
+    if bias is not None:  # the caller's own tensor, who may change it before anybody looks
+        recipe.spec = with_bias(spec, bias.detach().clone())
+    weights = Weights.apply(q, k, bias, recipe) if spec.needs_grad else defer(recipe)  # type: ignore[no-untyped-call]
+    if at_once or (spec.device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
+        weights.cell.values()
+    return out, weights
+
+
+def by_definition(
+    q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, wanted: Wanted, layer: Any, recipe: Recipe
+) -> tuple[Tensor, Tensor]:
+    """Output and weights as ordinary tensors."""
     score, blind = scores(q, k, spec)
     weights = probabilities(score, blind, spec)
-    if preference(wanted) is not None:
+    if preference(wanted) is not None or torch.compiler.is_compiling():
         out = run(q, k, v, spec, wanted, layer)
         assert isinstance(out, Tensor)
-        return out, weights
-    note(layer, spec, get("naive"))
-    return weigh(weights, v, spec), weights
+    else:
+        note(layer, spec, get("naive"))
+        out = weigh(weights, v, spec)
+    weights = weights.mean(dim=1) if recipe.average else weights
+    if recipe.rows is not None:
+        weights = weights.masked_fill(~spread(recipe.rows, recipe.average), 0.0)
+    return out, (weights if recipe.batched else weights[0]).to(recipe.dtype)
+
+
+def recorded(spec: AttentionSpec) -> bool:
+    """Somebody records operators, or differentiates forward."""
+    return torch.compiler.is_compiling() or spec.aten_only or traced() or forward_ad._current_level >= 0
+
+
+def defer(recipe: Recipe) -> Deferred:
+    return Deferred(Cell(recipe.make), recipe.shape, recipe.dtype, recipe.spec.device)
+
+
+def with_bias(spec: AttentionSpec, bias: Tensor | None) -> AttentionSpec:
+    """The same problem over another bias tensor."""
+    return spec if bias is None else spec.changed(bias=TensorBias(bias))
+
+
+def finer(dtype: torch.dtype) -> torch.dtype:
+    """At least float32."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def without_autocast(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    return torch.autocast(device.type, enabled=False) if device.type in AUTOCAST else contextlib.nullcontext()
+
+
+def spread(rows: Tensor, average: bool) -> Tensor:
+    """(batch, seqlen_q) against the axes of the weights."""
+    return rows[:, :, None] if average else rows[:, None, :, None]
+
+
+def is_batched(tensor: Tensor) -> bool:
+    return torch._C._functorch.is_functorch_wrapped_tensor(tensor)

@@ -11,6 +11,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..spec import AttentionSpec
 from .base import FEATURES, HALF, Backend, Limits
+from .blocks import Item, cut, keep_all, slices
 
 
 def top_left_causal(spec: AttentionSpec) -> bool:
@@ -25,23 +26,29 @@ def top_left_causal(spec: AttentionSpec) -> bool:
 
 
 class Sdpa(Backend):
-    """``F.scaled_dot_product_attention``; masks and biases become one dense tensor, top-left causality none."""
+    """``F.scaled_dot_product_attention``; masks and biases become one dense tensor, top-left causality none.
+
+    On a CPU padding is cut off and documents run one by one; and its kernel there returns the log-sum-exp.
+    """
 
     name = "sdpa"
     limits = Limits(
         devices=(),
         dtypes=(torch.float64, torch.float32, torch.bfloat16, torch.float16),
-        features=frozenset(FEATURES) - {"softcap", "sinks", "lse", "lse_grad"},
+        features=frozenset(FEATURES) - {"softcap", "sinks", "lse_grad"},
+        not_on=dict.fromkeys(("cuda", "mps", "xpu"), frozenset({"lse"})),
         aten=True,
     )
 
     def refusals(self, spec: AttentionSpec) -> list[str]:
         reasons = super().refusals(spec)
+        if spec.need_lse:
+            reasons += refusals_of_lse(spec)
         if spec.device.type == "cuda" and needs_tensor(spec) and not kernels_for_masks():
             reasons.append("only cuDNN is enabled, which must not see a mask (pytorch#196678)")
         return reasons
 
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> Tensor:
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> Tensor | tuple[Tensor, Tensor]:
         if spec.batch == 0 and spec.device.type == "cuda":
             with sdpa_kernel(SDPBackend.MATH):  # the fused kernels give nothing at all for an empty batch
                 return attend(q, k, v, None, spec)
@@ -49,6 +56,9 @@ class Sdpa(Backend):
             return attend(q, k, v, None, spec)
         if spec.bias is None and top_left_causal(spec):
             return attend(q, k, v, None, spec, is_causal=True)
+        items = cut(spec)
+        if items is not None:
+            return attend(q, k, v, None, spec) if keep_all(items, spec) else attend_items(q, k, v, items, spec)
         mask = spec.allowed()
         bias = spec.added()
         if bias is not None:
@@ -67,8 +77,10 @@ class Sdpa(Backend):
 
 def attend(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, spec: AttentionSpec, is_causal: bool = False
-) -> Tensor:
+) -> Tensor | tuple[Tensor, Tensor]:
     """SDPA in our layout."""
+    if spec.need_lse:
+        return attend_with_lse(q, k, v, mask, spec, is_causal)
     out = F.scaled_dot_product_attention(
         q.transpose(1, 2),
         k.transpose(1, 2),
@@ -76,10 +88,67 @@ def attend(
         mask,
         spec.dropout_p,
         is_causal,
-        scale=spec.scale,
-        enable_gqa=q.shape[2] != k.shape[2],
+        scale=spec.softmax_scale,
+        enable_gqa=spec.heads != spec.heads_kv,
     )
     return out.transpose(1, 2)
+
+
+def attend_with_lse(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, spec: AttentionSpec, is_causal: bool
+) -> tuple[Tensor, Tensor]:
+    """The CPU kernel behind SDPA, called for the log-sum-exp that SDPA throws away."""
+    if spec.heads != spec.heads_kv:
+        k, v = (x.repeat_interleave(spec.heads // spec.heads_kv, dim=2) for x in (k, v))
+    if mask is not None and mask.dtype == torch.bool:
+        mask = torch.zeros_like(mask, dtype=q.dtype).masked_fill_(~mask, float("-inf"))
+    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), 0.0, is_causal, attn_mask=mask, scale=spec.scale
+    )
+    if mask is not None:  # the kernel gives blind rows zeros, and a log-sum-exp of 0
+        lse = lse.masked_fill((mask == float("-inf")).all(dim=-1), float("-inf"))
+    return out.transpose(1, 2), lse
+
+
+def refusals_of_lse(spec: AttentionSpec) -> list[str]:
+    """What the CPU kernel cannot do where SDPA would take another one."""
+    reasons = []
+    if spec.dropout_p > 0.0:
+        reasons.append("lse beside dropout")
+    if spec.head_dim != spec.head_dim_v:
+        reasons.append(f"lse with head_dim_v={spec.head_dim_v} (the {spec.head_dim} of head_dim)")
+    if "bias_grad" in spec.features:
+        reasons.append("lse beside a bias that wants a gradient")
+    if 0 in (spec.batch, spec.seqlen_q, spec.seqlen_k):
+        reasons.append("lse of an empty problem")
+    if spec.aten_only:
+        reasons.append("lse under export, torch.func or a tensor subclass")
+    return reasons
+
+
+def attend_items(
+    q: Tensor, k: Tensor, v: Tensor, items: list[Item], spec: AttentionSpec
+) -> Tensor | tuple[Tensor, Tensor]:
+    """SDPA of every item's pieces, none of which needs a mask."""
+    outs, lses = [], []
+    for item, qs, ks, vs in zip(items, slices(q, items, False), slices(k, items, True), slices(v, items, True)):
+        done = [attend_piece(piece, ks, vs, where, causal, spec) for piece, (_, where, causal) in zip(qs, item.pieces)]
+        outs.append(done[0][0] if len(done) == 1 else torch.cat([out for out, _ in done], dim=1))
+        if spec.need_lse:
+            lses.append(torch.cat([lse for _, lse in done], dim=2))
+    out = outs[0] if len(outs) == 1 else torch.cat(outs)
+    return (out, torch.cat(lses)) if spec.need_lse else out
+
+
+def attend_piece(
+    q: Tensor, ks: tuple[Tensor, ...], vs: tuple[Tensor, ...], where: int | None, causal: bool, spec: AttentionSpec
+) -> tuple[Tensor, Tensor]:
+    """One piece: out and lse, which is empty where nobody asked."""
+    if where is None:
+        blank = q.new_zeros(*q.shape[:3], spec.head_dim_v)
+        return blank, blank.new_full((1, spec.heads, q.shape[1]), float("-inf"))
+    result = attend(q, ks[where], vs[where], None, spec, is_causal=causal)
+    return result if isinstance(result, tuple) else (result, result.new_empty(0))
 
 
 def needs_tensor(spec: AttentionSpec) -> bool:

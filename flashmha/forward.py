@@ -1,0 +1,262 @@
+"""One forward of a layer, from the call to the output. No annotation here may be postponed: FX reads them."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple, Union
+
+import torch
+import torch.fx
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import nested, padding, projection
+from .backends import preference
+from .backends.base import HALF
+from .call import Reading, read_call
+from .features import changed, overridden
+from .functional import autocast, run
+from .masks import Dense
+from .scores import TensorBias
+from .spec import AttentionSpec, needs_aten
+from .stock import stock_forward
+from .weights import Padded, attention_with_weights
+
+Wanted = Union[str, Sequence[str], None]
+
+
+class Problem(NamedTuple):
+    """What one call of a layer asks of attention.
+
+    ``dtype`` is what it is computed in where that is not the layer's own; ``padded`` says where the tokens lie if
+    padding was left out.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    spec: AttentionSpec
+    dtype: torch.dtype | None = None
+    padded: Padded | None = None
+
+
+def attend(
+    layer: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_padding_mask: Tensor | None,
+    need_weights: bool,
+    attn_mask: Tensor | None,
+    average_attn_weights: bool,
+    is_causal: bool,
+    backend: Wanted,
+) -> tuple[Tensor, Tensor | None]:
+    """One forward of a layer; a function so that FX sees one call (``torch.fx.wrap``)."""
+    if query.is_nested or key.is_nested or value.is_nested:
+        nested.check(layer, query, key, value, key_padding_mask, attn_mask)
+        return attend_nested(layer, query, key, value, need_weights, average_attn_weights, is_causal, backend)
+    if torch.jit.is_tracing() or wants_torch_function(layer, query, key, value):
+        refuse_torchscript(layer, backend)
+        return as_stock(
+            layer, query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
+        )
+    need_weights = need_weights and layer.need_weights
+    call = read_call(layer, query, key, value, key_padding_mask, need_weights, attn_mask, is_causal)
+    return attend_call(layer, call, need_weights, average_attn_weights, backend, layer.skip_padding)
+
+
+torch.fx.wrap("attend")
+
+
+def attend_call(
+    layer: Any,
+    call: Reading,
+    need_weights: bool,
+    average_attn_weights: bool,
+    backend: Wanted,
+    skip_padding: bool,
+    rows: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """A call that was read: hops 2 to 5. Weights count for ``rows`` (batch, seqlen_q) alone."""
+    wanted = layer.backend if backend is None else backend
+    q, k, v, spec, dtype, padded = prepare(layer, call, wanted, skip_padding)
+    weights: Tensor | None = None
+    if need_weights:
+        out, weights = attention_with_weights(
+            q,
+            k,
+            v,
+            spec,
+            wanted,
+            layer,
+            average=average_attn_weights,
+            batched=call.batched,
+            dtype=q.dtype if dtype is None else call.query.dtype,
+            at_once=may_change(layer, q, k),
+            rows=rows,
+            padded=padded,
+        )
+    else:
+        out = run(q, k, v, spec, wanted, layer)  # type: ignore[assignment]
+    output = layer.merge(out) if dtype is None else projection.merge(layer, out, dtype).to(call.query.dtype)
+    if padded is not None:
+        output = padding.unpack(output, padded.places, call.query.shape)
+    if not call.batched:
+        return output.squeeze(0), weights
+    if not layer.batch_first:
+        output = output.transpose(0, 1).contiguous()
+    return output, weights
+
+
+def prepare(layer: Any, call: Reading, wanted: Wanted, skip_padding: bool) -> Problem:
+    """Hops 2 and 3: the heads projected and processed, and the problem they make."""
+    query, key, value, mask, padded = call.query, call.key, call.value, call.mask, None
+    dtype = computing_dtype(layer, call, wanted) if query.dtype in HALF else None
+    if layer.window is not None:
+        mask = layer.window if mask is None else mask & layer.window
+    if skip_padding and padding.refusal(layer, call) is None:
+        padded = Padded(mask, padding.places(call.valid), call.valid)
+        query = key = value = query.flatten(0, 1).index_select(0, padded.places)[None]
+        mask = padding.packed(mask, call.valid)
+    if dtype is None:
+        q, k, v = layer.process_heads(*layer.project(query, key, value))
+        if q.shape[:2] != query.shape[:2] or v.shape[0] != k.shape[0]:
+            raise ValueError(
+                f"project and process_heads must return (batch, seqlen, heads, head_dim), q with batch and seqlen_q = "
+                f"{tuple(query.shape[:2])}, got {tuple(q.shape)}, {tuple(k.shape)} and {tuple(v.shape)}."
+            )
+        q, k, v = autocast(q, k, v)
+    else:
+        q, k, v = projection.project(layer, query, key, value, dtype)
+    bias = call.bias
+    if call.columns:  # always visible, and outside position space
+        if mask is not None:
+            seen = mask.materialize(q.shape[0], q.shape[2], q.shape[1], k.shape[1], q.device)
+            mask = Dense(F.pad(seen, (0, call.columns), value=True))
+        if bias is not None:
+            bias = F.pad(bias, (0, call.columns))
+        k, v = projection.append_columns(layer, k, v)
+    spec = AttentionSpec.of(
+        q,
+        k,
+        v,
+        mask=mask,
+        bias=None if bias is None else TensorBias(bias),
+        dropout_p=layer.dropout if layer.training else 0.0,
+    )
+    return Problem(q, k, v, spec, dtype, padded)
+
+
+def computing_dtype(layer: Any, call: Reading, wanted: Wanted) -> torch.dtype | None:
+    """float32 where this CPU is slower in the half precision the layer is kept in; ``None`` for the layer's own.
+
+    Not for a layer that was told a backend or has hops of its own, which were written for the layer's dtype.
+    """
+    query = call.query
+    if query.device.type != "cpu" or not projection.emulated(query.dtype):
+        return None
+    if (
+        query.dtype != getattr(layer.out_proj, "weight", query).dtype
+        or torch.is_autocast_enabled("cpu")
+        or layer.call_out_proj
+    ):
+        return None
+    if preference(wanted) is not None or overridden(layer) or needs_aten(query):
+        return None
+    return torch.float32
+
+
+def may_change(layer: Any, q: Tensor, k: Tensor) -> bool:
+    """Somebody else may hold q or k, as a cache does, and write into them before the weights are looked at."""
+    if not overridden(layer):
+        return False
+    return any(x.is_inference() or x._version > 0 for x in (q, k))
+
+
+def attend_nested(
+    layer: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    need_weights: bool,
+    average_attn_weights: bool,
+    is_causal: bool,
+    backend: Wanted,
+) -> tuple[Tensor, Tensor | None]:
+    """Nested tensors: padded for the layer, and nested again; what the padding would hold is not computed."""
+    if layer.window is not None and query is not key:
+        raise AssertionError(
+            "window beside nested query and key of their own lengths is not supported: the last query of each item "
+            "would have to sit at its own last key; call the layer item by item."
+        )
+    same_q, same_kv = query is key, key is value
+    dense_k, valid_k = nested.padded(key)
+    dense_v = dense_k if same_kv else nested.padded(value)[0]
+    dense_q, valid_q = (dense_k, valid_k) if same_q else nested.padded(query)
+    need_weights = need_weights and layer.need_weights
+    call = read_call(layer, dense_q, dense_k, dense_v, ~valid_k, need_weights, None, is_causal)
+    out, weights = attend_call(layer, call, need_weights, average_attn_weights, backend, True, rows=valid_q)
+    return nested.like(out, query, valid_q), weights
+
+
+def refuse_torchscript(layer: Any, backend: Wanted) -> None:
+    """Raise where PyTorch's own function would lose what a layer or a call asks for."""
+    lost = changed(layer) + ([] if backend is None else [f"backend={backend!r}"])
+    if lost:
+        raise RuntimeError(
+            "TorchScript and tensors with __torch_function__ run F.multi_head_attention_forward, which has no "
+            f"{', no '.join(lost)}, and this {type(layer).__name__} uses that; use torch.compile or torch.export."
+        )
+
+
+def wants_torch_function(layer: Any, *inputs: Tensor) -> bool:
+    """Some input or weight is a tensor subclass that wants to see the call (a mode alone does not count)."""
+    out_proj = layer._modules["out_proj"]  # an adapter may stand there
+    tensors = (*inputs, *layer._parameters.values(), *out_proj._parameters.values())
+    if not torch.overrides.has_torch_function(tensors):
+        return False
+    for tensor in tensors:
+        kind = type(tensor)
+        if kind is Tensor or kind is torch.nn.Parameter:
+            continue
+        if getattr(kind, "__torch_function__", None) not in (None, torch._C._disabled_torch_function_impl):
+            return True
+    return False
+
+
+def as_stock(
+    layer: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_padding_mask: Tensor | None,
+    need_weights: bool,
+    attn_mask: Tensor | None,
+    average_attn_weights: bool,
+    is_causal: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """The call as ``F.multi_head_attention_forward``."""
+    return stock_forward(
+        query,
+        key,
+        value,
+        layer.embed_dim,
+        layer.num_heads,
+        layer.in_proj_weight,
+        layer.in_proj_bias,
+        layer.bias_k,
+        layer.bias_v,
+        layer.add_zero_attn,
+        layer.dropout,
+        layer.out_proj.weight,
+        layer.out_proj.bias,
+        layer.training,
+        key_padding_mask,
+        need_weights,
+        attn_mask,
+        layer.q_proj_weight,
+        layer.k_proj_weight,
+        layer.v_proj_weight,
+        average_attn_weights,
+        is_causal,
+        layer.batch_first,
+    )

@@ -1,0 +1,65 @@
+"""Padding left out of a self-attention call: the real tokens end to end, and every token back in its place."""
+
+from __future__ import annotations
+
+import functools
+import operator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .call import Reading
+from .features import overridden
+from .masks import Documents, KeyPadding, Mask, Window, eager
+
+
+def refusal(layer: Any, call: Reading) -> str | None:
+    """Why padding cannot be left out of a call, so that every row is computed; ``None`` where it can."""
+    if call.valid is None:
+        return "no bool key_padding_mask"
+    if not (call.query is call.key and call.key is call.value):
+        return "query, key and value are not one tensor"
+    if not eager(call.query) or (call.query.is_cuda and torch.cuda.is_current_stream_capturing()):
+        return "PyTorch records the call (compile, export, torch.func, a CUDA graph)"
+    if call.columns:
+        return "add_bias_kv or add_zero_attn"
+    hops = overridden(layer)
+    if hops:
+        return f"{', '.join(hops)} overridden, which may count positions"
+    if call.bias is not None or any(type(part) not in (KeyPadding, Window) for part in parts(call.mask)):
+        return "an attn_mask beside causality"
+    if layer.window is not None and has_holes(call.valid):
+        return "a window over padding with holes"
+    return None
+
+
+def places(valid: Tensor) -> Tensor:
+    """Where the real tokens lie in (batch * seqlen)."""
+    return valid.flatten().nonzero().squeeze(1)
+
+
+def packed(mask: Mask | None, valid: Tensor) -> Mask:
+    """The mask among the real tokens end to end: one document a batch item, and the windows."""
+    lengths = valid.sum(dim=1)
+    offsets = F.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)
+    documents: Mask = Documents(offsets, max_seqlen=int(lengths.max()) if len(lengths) else 0)
+    return functools.reduce(operator.and_, (part for part in parts(mask) if type(part) is Window), documents)
+
+
+def unpack(tokens: Tensor, places: Tensor, shape: torch.Size) -> Tensor:
+    """(1, tokens, features) as (batch, seqlen, features), 0 where there was padding."""
+    batch, seqlen = shape[0], shape[1]
+    blank = tokens.new_zeros(batch * seqlen, tokens.shape[-1])
+    return blank.index_copy(0, places, tokens[0]).unflatten(0, (batch, seqlen))
+
+
+def has_holes(valid: Tensor) -> bool:
+    """Padding between real tokens, where positions would move."""
+    starts = (valid[:, 1:] & ~valid[:, :-1]).sum(dim=1) + valid[:, 0]
+    return bool((starts > 1).any())
+
+
+def parts(mask: Mask | None) -> tuple[Mask, ...]:
+    return () if mask is None else mask.parts

@@ -1,0 +1,89 @@
+"""Between features and heads: the projections of queries, keys and values, and the one behind attention."""
+
+from __future__ import annotations
+
+import platform
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from .module import FlashMultiHeadAttention
+
+
+def project(
+    layer: FlashMultiHeadAttention, query: Tensor, key: Tensor, value: Tensor, dtype: torch.dtype | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k and v (batch, seqlen, heads, head_dim) of (batch, seqlen, features), computed in ``dtype``."""
+    heads = layer.num_heads
+    heads_kv = layer.num_kv_heads or heads
+    head_dim = layer.embed_dim // heads
+    weight, bias = layer.in_proj_weight, layer.in_proj_bias
+    if weight is not None and query is key and key is value:
+        packed = linear(query, weight, bias, dtype)
+        if heads_kv == heads:  # what ``split`` says below, in a third of the time, which a tiny layer feels
+            return packed.unflatten(-1, (3, heads, head_dim)).unbind(2)  # type: ignore[return-value]
+        return split(packed, head_dim, [heads, heads_kv, heads_kv])  # type: ignore[return-value]
+    sizes = [heads, heads_kv, heads_kv]
+    rows = [size * head_dim for size in sizes]
+    biases = (None, None, None) if bias is None else bias.split(rows)
+    if weight is not None and key is value:
+        q = linear(query, weight[: rows[0]], biases[0], dtype)
+        kv = linear(key, weight[rows[0] :], None if bias is None else bias[rows[0] :], dtype)
+        return (*split(q, head_dim, sizes[:1]), *split(kv, head_dim, sizes[1:]))  # type: ignore[return-value]
+    weights = (layer.q_proj_weight, layer.k_proj_weight, layer.v_proj_weight) if weight is None else weight.split(rows)
+    projected = [linear(*each, dtype) for each in zip((query, key, value), weights, biases)]
+    return tuple(x.unflatten(-1, (-1, head_dim)) for x in projected)  # type: ignore[return-value]
+
+
+def split(packed: Tensor, head_dim: int, sizes: list[int]) -> tuple[Tensor, ...]:
+    """Heads that were projected by one matrix, as views."""
+    return rearrange(packed, "b s (h d) -> b s h d", d=head_dim).split_with_sizes(sizes, 2)
+
+
+def merge(layer: FlashMultiHeadAttention, out: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """(batch, seqlen_q, embed_dim) of out (batch, seqlen_q, heads, head_dim)."""
+    out = rearrange(out, "b s h d -> b s (h d)")
+    out_proj = layer.out_proj
+    if layer.call_out_proj:
+        projected: Tensor = out_proj(out)
+        return projected
+    return linear(out, out_proj.weight, out_proj.bias, dtype)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype | None = None) -> Tensor:
+    """``F.linear``; a bias of another dtype joins in the weight's, as it does in the stock module."""
+    if dtype is not None:
+        x, weight = x.to(dtype), weight.to(dtype)
+    return F.linear(x, weight, bias if bias is None or bias.dtype == weight.dtype else bias.to(weight.dtype))
+
+
+def append_columns(layer: FlashMultiHeadAttention, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys and values with the learned column of ``add_bias_kv`` and the zero column of ``add_zero_attn``."""
+    batch, _, heads, _ = k.shape
+    ks, vs = [k], [v]
+    if layer.bias_k is not None and layer.bias_v is not None:
+        ks.append(layer.bias_k.unflatten(-1, (heads, -1)).expand(batch, -1, -1, -1).to(k.dtype))
+        vs.append(layer.bias_v.unflatten(-1, (heads, -1)).expand(batch, -1, -1, -1).to(v.dtype))
+    if layer.add_zero_attn:
+        ks.append(k.new_zeros(batch, 1, heads, k.shape[-1]))
+        vs.append(v.new_zeros(batch, 1, heads, v.shape[-1]))
+    return torch.cat(ks, dim=1), torch.cat(vs, dim=1)
+
+
+def emulated(dtype: torch.dtype) -> bool:
+    """This CPU computes in a half precision dtype more slowly than in float32: an x86 without matrix units for it.
+
+    Measured on x86 alone, so other CPUs are left as they are.
+    """
+    if platform.machine().lower() not in ("x86_64", "amd64"):
+        return False
+    if dtype == torch.bfloat16:
+        return not torch.cpu._is_amx_tile_supported()
+    return dtype == torch.float16 and not torch.cpu._is_amx_fp16_supported()
+
+
+emulated._dynamo_marked_constant = True  # type: ignore[attr-defined]

@@ -1,0 +1,226 @@
+"""Padding: exact on every row by default, left out altogether where somebody asks for it."""
+
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+import flashmha
+from flashmha import FlashMultiHeadAttention, KeyLengths, KeyPadding, backends, causal, explain
+from flashmha.backends import blocks
+from flashmha.testing import assert_agrees, seeds, specs
+
+
+@dataclasses.dataclass(frozen=True)
+class Batch:
+    """A padded batch for a self-attention layer; every sequence has a real first token."""
+
+    batch: int = 3
+    seqlen: int = 6
+    heads: int = 2
+    batch_first: bool = True
+    is_causal: bool = False
+    window: int | None = None
+    pattern: str = "right"
+    floating: bool = False
+    seed: int = 0
+
+    @property
+    def hidden(self) -> Tensor:
+        generator = torch.Generator().manual_seed(self.seed)
+        if self.pattern == "holes":
+            hidden = torch.rand(self.batch, self.seqlen, generator=generator) < 0.5
+            hidden[:, 0] = False
+            return hidden
+        lengths = torch.randint(1, self.seqlen + 1, (self.batch, 1), generator=generator)
+        places = torch.arange(self.seqlen)
+        return (places >= lengths) if self.pattern == "right" else (places < self.seqlen - lengths)
+
+    def layer(self, **features: Any) -> FlashMultiHeadAttention:
+        torch.manual_seed(self.seed)
+        layer = FlashMultiHeadAttention(
+            4 * self.heads, self.heads, batch_first=self.batch_first, dtype=torch.float64, **features
+        )
+        nn.init.normal_(layer.in_proj_bias)
+        nn.init.normal_(layer.out_proj.bias)
+        if self.window is not None:
+            layer.window = (self.window, self.window)
+        return layer
+
+    def call(self) -> dict[str, Any]:
+        shape = (self.batch, self.seqlen) if self.batch_first else (self.seqlen, self.batch)
+        generator = torch.Generator().manual_seed(self.seed)
+        x = torch.randn(*shape, 4 * self.heads, generator=generator, dtype=torch.float64).requires_grad_()
+        mask = self.hidden
+        if self.floating:
+            mask = torch.zeros(mask.shape, dtype=torch.float64).masked_fill(mask, float("-inf"))
+        call: dict[str, Any] = {"query": x, "key": x, "value": x, "key_padding_mask": mask}
+        if self.is_causal:
+            call["attn_mask"] = torch.ones(self.seqlen, self.seqlen, dtype=torch.bool).triu(1)
+            if self.floating:
+                future = call["attn_mask"]
+                call["attn_mask"] = torch.zeros(future.shape, dtype=torch.float64).masked_fill(future, float("-inf"))
+        return call
+
+    def real(self, out: Tensor) -> Tensor:
+        """Output rows of real tokens, (tokens, features)."""
+        return (out if self.batch_first else out.transpose(0, 1))[~self.hidden]
+
+
+@st.composite
+def batches(draw: st.DrawFn, **fixed: Any) -> Batch:
+    drawn = {
+        "batch": draw(st.integers(1, 4)),
+        "seqlen": draw(st.integers(1, 12)),
+        "heads": draw(st.integers(1, 3)),
+        "batch_first": draw(st.booleans()),
+        "is_causal": draw(st.booleans()),
+        "window": draw(st.none() | st.integers(0, 3)),
+        "pattern": draw(st.sampled_from(("right", "left", "holes"))),
+        "floating": draw(st.booleans()),
+        "seed": draw(seeds()),
+    }
+    return Batch(**{**drawn, **fixed})
+
+
+@pytest.mark.parametrize("worth", (0, blocks.WORTH))
+@given(spec=specs(limits=backends.get("sdpa").limits), seed=seeds())
+def test_padding_that_is_cut_off_gives_the_same_numbers(worth: int, spec: flashmha.AttentionSpec, seed: int) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(blocks, "WORTH", worth)
+        assert_agrees(backends.get("sdpa"), spec, seed)
+
+
+@given(batch=batches(window=None), need_weights=st.booleans())
+def test_real_rows_are_exact_and_padded_rows_are_zero(batch: Batch, need_weights: bool) -> None:
+    answers = []
+    for layer in (batch.layer(), batch.layer(skip_padding=True)):
+        call = batch.call()
+        out, seen = layer(**call, need_weights=need_weights)
+        total = batch.real(out).square().sum()
+        if seen is not None:
+            total = total + seen[~batch.hidden].square().sum()
+        grads = torch.autograd.grad(total, [call["query"], *layer.parameters()])
+        answers.append((batch.real(out), *grads, *(() if seen is None else (seen[~batch.hidden],))))
+    for exact, skipped in zip(*answers):
+        torch.testing.assert_close(skipped, exact, atol=1e-9, rtol=1e-9)
+    padded = (out if batch.batch_first else out.transpose(0, 1))[batch.hidden]
+    assert not padded.any()
+    if seen is not None:
+        assert not seen[batch.hidden].any() and not seen.transpose(1, 2)[batch.hidden].any()
+
+
+@given(batch=batches(window=2))
+def test_a_window_counts_slots_with_and_without_padding(batch: Batch) -> None:
+    outs = [layer(**batch.call())[0] for layer in (batch.layer(), batch.layer(skip_padding=True))]
+    torch.testing.assert_close(batch.real(outs[0]), batch.real(outs[1]), atol=1e-9, rtol=1e-9)
+
+
+@given(batch=batches(pattern="right"), backend=st.sampled_from(("naive", "sdpa")))
+def test_a_named_backend_serves_the_packed_tokens(batch: Batch, backend: str) -> None:
+    with backends.record() as calls:
+        batch.layer(skip_padding=True, backend=backend)(**batch.call())
+    assert [call.backend for call in calls] == [backend]
+    assert calls[0].spec.seqlen_q == int((~batch.hidden).sum()) and "documents" in calls[0].spec.features
+
+
+def test_an_empty_batch_of_tokens_gives_zeros() -> None:
+    batch = Batch()
+    call = {**batch.call(), "key_padding_mask": torch.ones(3, 6, dtype=torch.bool)}
+    out, seen = batch.layer(skip_padding=True)(**call)
+    assert not out.any() and not seen.clone().any()
+    out.sum().backward()
+    assert not call["query"].grad.any()
+
+
+def test_every_row_is_computed_under_compile_and_explain_says_so() -> None:
+    batch = Batch()
+    layer = batch.layer(skip_padding=True).eval()
+    with torch.no_grad():
+        compiled = torch.compile(layer, backend="eager", fullgraph=True)(**batch.call(), need_weights=False)[0]
+        torch.testing.assert_close(compiled, batch.layer().eval()(**batch.call(), need_weights=False)[0])
+        assert batch.hidden.any() and compiled[batch.hidden].any()
+    said = str(explain(layer, **batch.call()))
+    assert f"{int(batch.hidden.sum())} of {batch.hidden.numel()} positions" in said and "compiling" in said
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    (
+        ({"key": torch.zeros(3, 6, 8, dtype=torch.float64), "value": torch.zeros(3, 6, 8, dtype=torch.float64)}, "one"),
+        ({"attn_mask": torch.eye(6, dtype=torch.bool)}, "attn_mask"),
+    ),
+)
+def test_where_padding_cannot_be_left_out_explain_says_why(change: dict[str, Any], why: str) -> None:
+    batch = Batch()
+    call = {**batch.call(), **change}
+    torch.testing.assert_close(batch.layer(skip_padding=True)(**call)[0], batch.layer()(**call)[0])
+    assert why in explain(batch.layer(skip_padding=True), **call).notes[0]
+
+
+def test_layers_with_hops_of_their_own_keep_their_positions() -> None:
+    class Shifted(FlashMultiHeadAttention):
+        def process_heads(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            places = torch.arange(k.shape[1], dtype=k.dtype)[:, None, None]
+            return q, k * places, v
+
+    batch = Batch(pattern="left")
+    plain, skipping = (Shifted(8, 2, batch_first=True, dtype=torch.float64, skip_padding=s) for s in (False, True))
+    skipping.load_state_dict(plain.state_dict())
+    torch.testing.assert_close(skipping(**batch.call())[0], plain(**batch.call())[0])
+
+
+def test_replace_mha_switches_every_layer_and_back() -> None:
+    model = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), 2).eval()
+    flashmha.replace_mha(model, skip_padding=True, trust_is_causal=True)
+    layers = [m for m in model.modules() if isinstance(m, FlashMultiHeadAttention)]
+    assert len(layers) == 2 and all(layer.skip_padding and layer.trust_is_causal for layer in layers)
+    flashmha.restore_mha(model)
+    assert all(not hasattr(m, "skip_padding") for m in model.modules())
+
+
+@given(batch=batches(window=None, is_causal=True, floating=False))
+def test_a_trusted_hint_is_not_checked_against_the_mask(batch: Batch) -> None:
+    """The mask is never read: another one gives the same numbers."""
+    layer = batch.layer(trust_is_causal=True)
+    call = batch.call()
+    honest = layer(**call, is_causal=True)
+    other = layer(**{**call, "attn_mask": torch.zeros_like(call["attn_mask"])}, is_causal=True)
+    expected = batch.layer()(**call)
+    for found in (honest, other):
+        torch.testing.assert_close(found[0], expected[0], atol=1e-9, rtol=1e-9)
+        torch.testing.assert_close(+found[1], +expected[1], atol=1e-9, rtol=1e-9)
+
+
+@given(seqlen_q=st.integers(1, 9), seqlen_k=st.integers(1, 9), floating=st.booleans(), flip=st.none() | seeds())
+def test_the_causal_mask_is_recognised_once_a_version(
+    seqlen_q: int, seqlen_k: int, floating: bool, flip: int | None
+) -> None:
+    layer = FlashMultiHeadAttention(8, 2, batch_first=True)
+    query, key = torch.randn(1, seqlen_q, 8), torch.randn(1, seqlen_k, 8)
+    future = torch.ones(seqlen_q, seqlen_k, dtype=torch.bool).triu(1)
+    mask = torch.zeros(future.shape).masked_fill(future, float("-inf")) if floating else future
+    with backends.record() as calls:
+        layer(query, key, key, attn_mask=mask, need_weights=False)
+        if flip is not None:
+            place = (flip % seqlen_q, flip // seqlen_q % seqlen_k)
+            mask[place] = (0.0 if future[place] else -1.0) if floating else not future[place]
+            layer(query, key, key, attn_mask=mask, need_weights=False)
+    expected = flashmha.masks.normalize(causal(align="top_left"), seqlen_q, seqlen_k)
+    assert repr(calls[0].spec.mask) == repr(expected) and calls[0].spec.bias is None
+    if flip is not None:
+        assert "dense_mask" in calls[1].spec.features or "bias" in calls[1].spec.features
+
+
+@given(lengths=st.lists(st.integers(0, 5), min_size=1, max_size=4), seed=seeds())
+def test_lengths_and_patterns_of_padding_are_one(lengths: list[int], seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    q, k, v = (torch.randn(len(lengths), 5, 2, 4, generator=generator, dtype=torch.float64) for _ in range(3))
+    counts = torch.tensor(lengths)
+    out = flashmha.attention(q, k, v, mask=KeyLengths(counts) & causal())
+    valid = torch.arange(5) < counts[:, None]
+    torch.testing.assert_close(flashmha.attention(q, k, v, mask=KeyPadding(valid) & causal()), out)

@@ -1,0 +1,334 @@
+"""Attention weights that are computed when somebody looks: what they are, what they cost, what they survive."""
+
+import copy
+import dataclasses
+import io
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
+
+import flashmha
+from flashmha import FlashMultiHeadAttention, weights
+from flashmha.deferred import Deferred
+from flashmha.testing import seeds
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A call that asks for weights: no row is blind, so that the stock layer has numbers everywhere."""
+
+    batch: int = 2
+    seqlen_q: int = 5
+    seqlen_k: int = 7
+    heads: int = 2
+    average: bool = True
+    batched: bool = True
+    mask: str = "none"
+    padding: str = "none"
+    backend: str | None = None
+    block: int = 2**19
+    seed: int = 0
+
+    def layers(self, dtype: torch.dtype = torch.float64) -> tuple[nn.MultiheadAttention, FlashMultiHeadAttention]:
+        torch.manual_seed(self.seed)
+        stock = nn.MultiheadAttention(4 * self.heads, self.heads, batch_first=True, dtype=dtype)
+        ours = FlashMultiHeadAttention.from_torch(stock)
+        ours.backend = self.backend
+        return stock, ours
+
+    def call(self, dtype: torch.dtype = torch.float64) -> tuple[dict[str, Any], list[Tensor]]:
+        """The call's arguments, and what wants a gradient."""
+        generator = torch.Generator().manual_seed(self.seed)
+
+        def noise(*shape: int) -> Tensor:
+            made = torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+            return made if self.batched else made[0]
+
+        query = noise(self.batch, self.seqlen_q, 4 * self.heads).requires_grad_()
+        key = noise(self.batch, self.seqlen_k, 4 * self.heads).requires_grad_()
+        hidden = torch.rand(self.seqlen_q, self.seqlen_k, generator=generator) < 0.5
+        hidden[:, 0] = False
+        padded = torch.rand(self.batch, self.seqlen_k, generator=generator) < 0.4
+        padded[:, 0] = False
+        wanted = [query, key]
+        call: dict[str, Any] = {"query": query, "key": key, "value": key, "average_attn_weights": self.average}
+        if self.mask == "bool":
+            call["attn_mask"] = hidden
+        elif self.mask == "causal":
+            call["attn_mask"] = torch.ones(self.seqlen_q, self.seqlen_k, dtype=torch.bool).triu(1)
+        elif self.mask != "none":
+            call["attn_mask"] = torch.randn(hidden.shape, generator=generator, dtype=torch.float64).to(dtype)
+            if self.mask == "learned":
+                wanted.append(call["attn_mask"].requires_grad_())
+        if self.padding != "none":
+            padded = padded if self.batched else padded[0]
+            floating = torch.zeros(padded.shape, dtype=dtype).masked_fill(padded, float("-inf"))
+            call["key_padding_mask"] = padded if self.padding == "bool" else floating
+        return call, wanted
+
+
+@st.composite
+def cases(draw: st.DrawFn, **fixed: Any) -> Case:
+    batched = draw(st.booleans())
+    mask = draw(st.sampled_from(("none", "bool", "causal", "float", "learned")))
+    drawn = {
+        "batch": draw(st.integers(1, 3)) if batched else 1,
+        "seqlen_q": draw(st.integers(1, 33)),
+        "seqlen_k": draw(st.integers(1, 33)),
+        "heads": draw(st.integers(1, 3)),
+        "average": draw(st.booleans()),
+        "batched": batched,
+        "mask": mask,
+        # stock warns beside masks of two types
+        "padding": draw(st.sampled_from(("none", "float" if mask in ("float", "learned") else "bool"))),
+        "backend": draw(st.sampled_from((None, "sdpa", "naive"))),
+        "block": draw(st.sampled_from((1, 2**19))),
+        "seed": draw(seeds()),
+    }
+    return Case(**{**drawn, **fixed})
+
+
+def cotangents(case: Case, *tensors: Tensor) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(case.seed + 1)
+    return [torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x.dtype) for x in tensors]
+
+
+@given(case=cases())
+def test_values_and_gradients_are_those_of_the_stock_layer(case: Case) -> None:
+    answers = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(weights, "BLOCK", case.block)
+        for layer in case.layers():
+            call, wanted = case.call()
+            out, seen = layer(**call)
+            grads = torch.autograd.grad((out, seen), [*wanted, *layer.parameters()], cotangents(case, out, seen))
+            answers.append((out, seen, *grads))
+    for theirs, ours in zip(*answers):
+        torch.testing.assert_close(+ours, theirs, atol=1e-10, rtol=1e-10)
+
+
+@given(case=cases())
+def test_both_can_be_differentiated_twice(case: Case) -> None:
+    answers = []
+    for layer in case.layers():
+        call, wanted = case.call()
+        out, seen = layer(**call)
+        first = torch.autograd.grad((out, seen), wanted, cotangents(case, out, seen), create_graph=True)
+        answers.append(torch.autograd.grad(first, wanted, cotangents(case, *first), allow_unused=True))
+    for theirs, ours in zip(*answers):
+        if theirs is None or ours is None:
+            assert (theirs if ours is None else ours) is None or not (theirs if ours is None else ours).any()
+        else:
+            torch.testing.assert_close(ours, theirs, atol=1e-9, rtol=1e-9)
+
+
+class Largest(TorchDispatchMode):
+    """The most elements any operator's result had."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.numel = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in torch.utils._pytree.tree_leaves(result):
+            if isinstance(tensor, Tensor) and not isinstance(tensor, Deferred):
+                self.numel = max(self.numel, tensor.numel())
+        return result
+
+
+@pytest.mark.parametrize("training", (True, False))
+@pytest.mark.parametrize("look", (False, True))
+@given(heads=st.integers(2, 4), seqlen=st.integers(64, 96), masked=st.booleans(), seed=seeds())
+def test_no_tensor_is_as_large_as_all_the_weights(
+    look: bool, training: bool, heads: int, seqlen: int, masked: bool, seed: int
+) -> None:
+    case = Case(batch=1, seqlen_q=seqlen, seqlen_k=seqlen, heads=heads, mask="bool" if masked else "none", seed=seed)
+    layer = case.layers(torch.float32)[1].train(training)
+    call, _ = case.call(torch.float32)
+    with Largest() as largest, torch.set_grad_enabled(training):
+        out, seen = layer(**call)
+        asked = (out.sum() + (seen**2).sum()) if look else out.sum()
+        if training:
+            asked.backward()
+    assert largest.numel < heads * seqlen * seqlen, "somebody held (batch, heads, seqlen_q, seqlen_k)"
+    if not look and not masked:
+        assert largest.numel < seqlen * seqlen, "the weights were computed though nobody looked"
+        assert seen.cell.made is None
+
+
+@given(case=cases(mask="float"), training=st.booleans())
+def test_masks_that_change_after_the_call_change_no_weights(case: Case, training: bool) -> None:
+    layer = case.layers()[1].train(training)
+    call, _ = case.call()
+    call = {name: value.detach() if isinstance(value, Tensor) else value for name, value in call.items()}
+    with torch.set_grad_enabled(training):
+        expected = layer(**call)[1].clone()
+        seen = layer(**call)[1]
+        for name in ("attn_mask", "key_padding_mask", "query", "key"):
+            if name in call:
+                call[name].fill_(1.0)
+        for parameter in layer.parameters():
+            parameter.data.zero_()
+        torch.testing.assert_close(seen.detach().clone(), expected.detach(), atol=0.0, rtol=0.0)
+
+
+class Cached(FlashMultiHeadAttention):
+    """Keys and values of every call so far, in one buffer that is written in place."""
+
+    def process_heads(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        if "keys" not in vars(self):
+            self.keys = torch.zeros(2, k.shape[0], 8, *k.shape[2:], dtype=k.dtype)
+            self.length = 0
+        self.length += k.shape[1]
+        self.keys[0, :, self.length - k.shape[1] : self.length] = k
+        self.keys[1, :, self.length - k.shape[1] : self.length] = v
+        return q, self.keys[0, :, : self.length], self.keys[1, :, : self.length]
+
+
+@pytest.mark.parametrize("context", (torch.no_grad, torch.inference_mode))
+def test_a_cache_that_changes_after_the_call_changes_no_weights(context: Callable[[], Any]) -> None:
+    torch.manual_seed(0)
+    layer = Cached(8, 2, batch_first=True).eval()
+    with context():
+        first, second = torch.randn(1, 3, 8), torch.randn(1, 2, 8)
+        expected = copy.deepcopy(layer)(first, first, first)[1].clone()
+        seen = layer(first, first, first)[1]
+        layer(second, second, second)
+        layer.keys.zero_()
+        torch.testing.assert_close(seen.clone(), expected)
+
+
+LOOKS: dict[str, Callable[[Tensor], Any]] = {
+    "repr": repr,
+    "numpy": lambda x: x.detach().numpy(),
+    "array": lambda x: np.asarray(x.detach()),
+    "tolist": lambda x: x.tolist(),
+    "item": lambda x: x[0, 0, 0].item(),
+    "deepcopy": lambda x: copy.deepcopy(x.detach()),
+    "pickle": lambda x: pickle.loads(pickle.dumps(x)),
+    "iteration": list,
+    "stack": lambda x: torch.stack([x, x]),
+    "out": lambda x: torch.empty(0).new_empty(x.shape).copy_(x),
+    "vmap": lambda x: torch.vmap(lambda row: row.sum())(x),
+    "equal": lambda x: torch.equal(x, x.clone()),
+    "dlpack": lambda x: torch.from_dlpack(x.detach()),
+    "to": lambda x: x.to(torch.float64),
+}
+
+
+@pytest.mark.parametrize("name", LOOKS)
+def test_a_look_sees_an_ordinary_tensor(name: str) -> None:
+    case = Case()
+    call, _ = case.call(torch.float32)
+    seen = case.layers(torch.float32)[1](**call)[1]
+    expected = seen.clone().detach()
+    found, wanted = LOOKS[name](seen), LOOKS[name](expected.requires_grad_())
+    if name == "repr":
+        assert str(found).split("grad_fn")[0] == str(wanted.replace("requires_grad", "grad_fn")).split("grad_fn")[0]
+    elif isinstance(found, (np.ndarray, float, bool)) or name == "tolist":
+        np.testing.assert_array_equal(found, wanted)
+    else:
+        torch.testing.assert_close(found, wanted)
+
+
+def test_shapes_aliases_and_hooks_compute_nothing() -> None:
+    case = Case()
+    layer = case.layers()[1]
+    fired = []
+    layer.register_full_backward_hook(lambda *_: fired.append(True))
+    layer.register_forward_hook(lambda module, arguments, output: None)
+    call, _ = case.call()
+    out, seen = layer(**call)
+    assert (seen.shape, seen.dtype, seen.device.type, seen.requires_grad) == ((2, 5, 7), torch.float64, "cpu", True)
+    alias = seen.detach()
+    assert not alias.requires_grad and alias.cell is seen.cell
+    out.sum().backward()
+    assert fired and seen.cell.made is None
+    torch.testing.assert_close(alias.sum(dim=-1), torch.ones(2, 5, dtype=torch.float64))
+
+
+def test_saved_weights_load_as_an_ordinary_tensor() -> None:
+    case = Case()
+    seen = case.layers()[1](**case.call()[0])[1]
+    file = io.BytesIO()
+    torch.save(seen, file)
+    file.seek(0)
+    loaded = torch.load(file, weights_only=True)
+    assert type(loaded) is Tensor and loaded.requires_grad
+    torch.testing.assert_close(loaded, seen.clone())
+
+
+def test_a_change_in_place_stays() -> None:
+    case = Case()
+    with torch.no_grad():
+        seen = case.layers()[1](**case.call()[0])[1]
+        before = seen.clone()
+        seen.mul_(2.0).add_(1.0)
+        seen[0, 0, 0] = 5.0
+        expected = before * 2.0 + 1.0
+        expected[0, 0, 0] = 5.0
+        torch.testing.assert_close(seen.clone(), expected)
+
+
+@pytest.mark.parametrize("reentrant", (True, False))
+@given(case=cases(mask="none"))
+def test_checkpoints_recompute_the_same(reentrant: bool, case: Case) -> None:
+    layer = case.layers()[1]
+    answers = []
+    for recompute in (False, True):
+        call, wanted = case.call()
+        rest = {name: value for name, value in call.items() if name not in ("query", "key", "value")}
+
+        def run(query: Tensor, key: Tensor, rest: dict[str, Any] = rest) -> tuple[Tensor, Tensor]:
+            return layer(query, key, key, **rest)
+
+        out, seen = checkpoint(run, *wanted, use_reentrant=reentrant) if recompute else run(*wanted)
+        answers.append(torch.autograd.grad((out, seen), wanted, cotangents(case, out, seen)) if not reentrant else ())
+        if reentrant:
+            (out.sum() + (seen * seen).sum()).backward()
+            answers[-1] = tuple(x.grad for x in wanted)
+    for plain, again in zip(*answers):
+        torch.testing.assert_close(again, plain)
+
+
+def test_a_compiled_function_may_be_given_deferred_weights() -> None:
+    case = Case()
+    with torch.no_grad():
+        seen = case.layers()[1](**case.call()[0])[1]
+        compiled = torch.compile(lambda x: (x * 2).sum(dim=-1), backend="aot_eager", fullgraph=True)
+        torch.testing.assert_close(compiled(seen), (seen.clone() * 2).sum(dim=-1))
+
+
+def test_a_graph_can_be_walked_twice() -> None:
+    case = Case()
+    call, wanted = case.call()
+    out, seen = case.layers()[1](**call)
+    total = out.sum() + (seen * seen).sum()
+    first = torch.autograd.grad(total, wanted, retain_graph=True)
+    for one, two in zip(first, torch.autograd.grad(total, wanted)):
+        torch.testing.assert_close(one, two)
+    with pytest.raises(RuntimeError, match="second time"):
+        torch.autograd.grad(total, wanted)
+
+
+@given(case=cases())
+def test_a_layer_told_to_gives_no_weights(case: Case) -> None:
+    stock, ours = case.layers()
+    ours.need_weights = False
+    call, _ = case.call()
+    out, seen = ours(**call)
+    assert seen is None
+    torch.testing.assert_close(out, stock(**call)[0], atol=1e-10, rtol=1e-10)
+    model = flashmha.replace_mha(nn.Sequential(stock), need_weights=False)
+    assert model[0](**call)[1] is None
+    assert flashmha.restore_mha(model)[0](**call)[1] is not None
