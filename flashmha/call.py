@@ -62,7 +62,8 @@ def read_call(
     hinted = is_causal and (layer.trust_is_causal or (not need_weights and key_padding_mask is None))
     if hinted:
         attn_mask = None
-    check_attn_mask_shape(layer, query, key, attn_mask)
+    if attn_mask is not None:
+        check_attn_mask_shape(layer, query, key, attn_mask)
     batched, same_q, same_kv = query.dim() == 3, query is key, key is value
     if not batched:
         query, key, value = query.unsqueeze(0), key.unsqueeze(0), value.unsqueeze(0)
@@ -105,7 +106,7 @@ def hides_or_nothing(mask: Tensor) -> bool:
     return bool(((mask == 0.0) | (mask == float("-inf"))).all())
 
 
-seen: WeakIdKeyDictionary = WeakIdKeyDictionary()
+looked_at: WeakIdKeyDictionary = WeakIdKeyDictionary()
 """Masks that were looked at: tensor -> (its version, whether it is the causal mask)."""
 
 
@@ -118,10 +119,10 @@ def is_causal_mask(mask: Tensor) -> bool:
         return False
     if mask.is_inference():
         return hides_the_future(mask)
-    version, answer = seen.get(mask, (None, False))
+    version, answer = looked_at.get(mask, (None, False))
     if version != mask._version:
         answer = hides_the_future(mask)
-        seen[mask] = (mask._version, answer)
+        looked_at[mask] = (mask._version, answer)
     return answer
 
 
@@ -134,6 +135,10 @@ def hides_the_future(mask: Tensor) -> bool:
 
 def check_inputs(layer: Any, query: Tensor, key: Tensor, value: Tensor) -> None:
     """The errors of ``nn.MultiheadAttention`` for query, key and value."""
+    embed_dim = layer.embed_dim
+    one = query is key and key is value and layer._qkv_same_embed_dim
+    if one and query.dim() == 3 and query.shape[2] == embed_dim and embed_dim % layer.num_heads == 0:
+        return  # nothing is left that could differ
     if query.dim() not in (2, 3):
         raise AssertionError(
             f"query should be unbatched 2D or batched 3D tensor but received {query.dim()}-D query tensor"
@@ -144,7 +149,6 @@ def check_inputs(layer: Any, query: Tensor, key: Tensor, value: Tensor) -> None:
             f"{kind}, expected `key` and `value` to be {query.dim()}-D"
             f" but found {key.dim()}-D and {value.dim()}-D tensors respectively"
         )
-    embed_dim = layer.embed_dim
     if query.shape[-1] != embed_dim:
         raise AssertionError(f"was expecting embedding dimension of {embed_dim}, but got {query.shape[-1]}")
     if embed_dim % layer.num_heads:
@@ -172,9 +176,6 @@ def check_inputs(layer: Any, query: Tensor, key: Tensor, value: Tensor) -> None:
             f"query and key must have one batch size, got {query.shape[batch_axis]} and {key.shape[batch_axis]} "
             f"(axis {batch_axis}, batch_first={layer.batch_first})."
         )
-    if (layer.bias_k is None) != (layer.bias_v is None):
-        given, absent = ("bias_k", "bias_v") if layer.bias_v is None else ("bias_v", "bias_k")
-        raise AssertionError(f"{given} is set but {absent} is None")
 
 
 def check_masks(
@@ -225,10 +226,8 @@ def check_masks(
         )
 
 
-def check_attn_mask_shape(layer: Any, query: Tensor, key: Tensor, attn_mask: Tensor | None) -> None:
+def check_attn_mask_shape(layer: Any, query: Tensor, key: Tensor, attn_mask: Tensor) -> None:
     """The errors of ``nn.MultiheadAttention`` for the sizes of ``attn_mask``."""
-    if attn_mask is None:
-        return
     if query.dim() == 2:
         batch, seqlen_q, seqlen_k = 1, query.shape[0], key.shape[0]
     elif layer.batch_first:
@@ -270,4 +269,8 @@ def four_axes(mask: Tensor, name: str, batch: int, heads: int) -> Tensor:
 
 def extra_columns(layer: Any) -> int:
     """How many keys ``add_bias_kv`` and ``add_zero_attn`` append."""
-    return int(layer.bias_k is not None) + int(bool(layer.add_zero_attn))
+    learned = layer.bias_k is not None
+    if learned != (layer.bias_v is not None):
+        given, absent = ("bias_k", "bias_v") if learned else ("bias_v", "bias_k")
+        raise AssertionError(f"{given} is set but {absent} is None")
+    return learned + bool(layer.add_zero_attn)

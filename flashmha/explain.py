@@ -61,8 +61,8 @@ def explain_layer(
     if problem.padded is not None:
         real, total = problem.q.shape[1], problem.padded.rows.numel()
         notes.append(
-            f"skip_padding: {total - real} of {total} positions are left out; while compiling or capturing a CUDA graph "
-            "every row is computed"
+            f"skip_padding: {total - real} of {total} positions are left out; "
+            "while compiling or capturing a CUDA graph every row is computed"
         )
     elif layer.skip_padding and key_padding_mask is not None:
         notes.append(f"skip_padding: every row is computed ({padding.refusal(layer, call)})")

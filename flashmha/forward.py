@@ -1,10 +1,9 @@
-"""One forward of a layer, from the call to the output. No annotation here may be postponed: FX reads them."""
+"""One forward of a layer, from the call to the output."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple, Union
 
 import torch
-import torch.fx
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -20,7 +19,7 @@ from .spec import AttentionSpec, needs_aten
 from .stock import stock_forward
 from .weights import Padded, attention_with_weights
 
-Wanted = Union[str, Sequence[str], None]
+Wanted = Union[str, Sequence[str], None]  # noqa: UP007
 
 
 class Problem(NamedTuple):
@@ -50,7 +49,7 @@ def attend(
     is_causal: bool,
     backend: Wanted,
 ) -> tuple[Tensor, Tensor | None]:
-    """One forward of a layer; a function so that FX sees one call (``torch.fx.wrap``)."""
+    """One forward of a layer."""
     if query.is_nested or key.is_nested or value.is_nested:
         nested.check(layer, query, key, value, key_padding_mask, attn_mask)
         return attend_nested(layer, query, key, value, need_weights, average_attn_weights, is_causal, backend)
@@ -62,9 +61,6 @@ def attend(
     need_weights = need_weights and layer.need_weights
     call = read_call(layer, query, key, value, key_padding_mask, need_weights, attn_mask, is_causal)
     return attend_call(layer, call, need_weights, average_attn_weights, backend, layer.skip_padding)
-
-
-torch.fx.wrap("attend")
 
 
 def attend_call(
@@ -151,17 +147,15 @@ def computing_dtype(layer: Any, call: Reading, wanted: Wanted) -> torch.dtype | 
 
     Not for a layer that was told a backend or has hops of its own, which were written for the layer's dtype.
     """
-    query = call.query
-    if query.device.type != "cpu" or not projection.emulated(query.dtype):
+    query, dtype = call.query, call.query.dtype
+    if query.device.type != "cpu" or torch.is_autocast_enabled("cpu") or not projection.emulated(dtype):
         return None
-    if (
-        query.dtype != getattr(layer.out_proj, "weight", query).dtype
-        or torch.is_autocast_enabled("cpu")
-        or layer.call_out_proj
-    ):
+    if layer.call_out_proj or overridden(layer) or preference(wanted) is not None or needs_aten(query):
         return None
-    if preference(wanted) is not None or overridden(layer) or needs_aten(query):
-        return None
+    weights = (layer.in_proj_weight, layer.q_proj_weight, layer.k_proj_weight, layer.v_proj_weight)
+    tensors = (call.key, call.value, getattr(layer.out_proj, "weight", None), *weights)
+    if any(x is not None and x.dtype != dtype for x in tensors):
+        return None  # an error of the caller's, which the projection reports
     return torch.float32
 
 
@@ -211,7 +205,10 @@ def refuse_torchscript(layer: Any, backend: Wanted) -> None:
 def wants_torch_function(layer: Any, *inputs: Tensor) -> bool:
     """Some input or weight is a tensor subclass that wants to see the call (a mode alone does not count)."""
     out_proj = layer._modules["out_proj"]  # an adapter may stand there
-    tensors = (*inputs, *layer._parameters.values(), *out_proj._parameters.values())
+    tensors = [*inputs, *layer._parameters.values(), *out_proj._parameters.values()]
+    for owner, name in ((layer, "in_proj_weight"), (out_proj, "weight")):
+        if name not in owner._parameters:  # pruned, parametrized, or put there by hand
+            tensors.append(getattr(owner, name, None))
     if not torch.overrides.has_torch_function(tensors):
         return False
     for tensor in tensors:

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any, Optional, Union
 
 import torch
+import torch.fx
 from torch import Tensor, nn
 
 from . import projection
@@ -16,6 +17,8 @@ from .features import ABSENT, HOPS, MARK, as_window, changed, check_features, ch
 from .forward import attend, refuse_torchscript
 from .masks import Window
 from .stock import stock_forward
+
+torch.fx.wrap("attend")  # FX sees one call
 
 
 class FlashMultiHeadAttention(nn.MultiheadAttention):

@@ -24,7 +24,7 @@ def project(
     weight, bias = layer.in_proj_weight, layer.in_proj_bias
     if weight is not None and query is key and key is value:
         packed = linear(query, weight, bias, dtype)
-        if heads_kv == heads:  # what ``split`` says below, in a third of the time, which a tiny layer feels
+        if heads_kv == heads:  # what ``split`` says, in a third of the time, which a tiny layer feels
             return packed.unflatten(-1, (3, heads, head_dim)).unbind(2)  # type: ignore[return-value]
         return split(packed, head_dim, [heads, heads_kv, heads_kv])  # type: ignore[return-value]
     sizes = [heads, heads_kv, heads_kv]
@@ -46,8 +46,7 @@ def split(packed: Tensor, head_dim: int, sizes: list[int]) -> tuple[Tensor, ...]
 
 def merge(layer: FlashMultiHeadAttention, out: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """(batch, seqlen_q, embed_dim) of out (batch, seqlen_q, heads, head_dim)."""
-    out = rearrange(out, "b s h d -> b s (h d)")
-    out_proj = layer.out_proj
+    out, out_proj = out.flatten(2), layer.out_proj
     if layer.call_out_proj:
         projected: Tensor = out_proj(out)
         return projected

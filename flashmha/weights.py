@@ -25,8 +25,9 @@ from .masks import Mask, normalize, traced
 from .scores import TensorBias
 from .spec import AttentionSpec
 
-BLOCK = 2**19
+BLOCK = 2**20
 """Scores computed at a time: about what a core's cache holds."""
+LOG2_E = 1.4426950408889634
 
 
 @dataclasses.dataclass
@@ -69,57 +70,55 @@ class Recipe:
         spec = self.spec
         shape = (spec.batch, spec.seqlen_q) if self.average else (spec.batch, spec.heads, spec.seqlen_q)
         made = torch.empty(*shape, spec.seqlen_k, dtype=self.dtype, device=spec.device)
-        for rows, blocks in self.walk(*self.spread(self.q, self.k)):
-            if self.average:
-                mean = torch.zeros_like(made[:, rows], dtype=finer(self.dtype))
-                for _, block in blocks:
-                    mean += block
-                made[:, rows] = mean.div_(spec.heads)
-            else:
-                for head, block in blocks:
-                    made[:, head, rows] = block
+        score = Score(*self.spread(self.q, self.k), self.lse, spec)
+        for rows in score.row_blocks():
+            total: Tensor | None = None
+            for heads in score.head_blocks(rows):
+                block = score.weights(heads, rows)
+                if self.average:
+                    part = block[0] if len(block) == 1 else block.sum(dim=0)
+                    total = part.clone() if total is None else total.add_(part)
+                else:
+                    made[:, heads, rows] = block.transpose(0, 1)
+            if total is not None:
+                made[:, rows] = total.div_(spec.heads)
         if self.rows is not None:
             made.masked_fill_(~spread(self.rows, self.average), 0.0)
         return made if self.batched else made[0]
 
-    def walk(self, q: Tensor, k: Tensor) -> Iterator[tuple[slice, Iterator[tuple[int, Tensor]]]]:
-        """Blocks of rows, and for each the heads with their weights (batch, rows, seqlen_k)."""
-        score = Score(q, k, self.lse, self.spec)
-        step = max(16, BLOCK // max(1, self.spec.batch * self.spec.seqlen_k))
-        for start in range(0, self.spec.seqlen_q, step):
-            rows = slice(start, start + step)
-            yield rows, ((head, score.weights(head, rows)) for head in range(self.spec.heads))
-
     def gradients(self, grad: Tensor, wanted: tuple[bool, bool, bool]) -> tuple[Tensor | None, ...]:
         """Gradients of q, k and the bias for a gradient of the weights::
 
-        d_score = weights * (grad - (grad * weights).sum(-1))
+            d_score = weights * (grad - (grad * weights).sum(-1))
         """
         spec = self.spec
         grad = grad if self.batched else grad[None]
         if self.rows is not None:
             grad = grad.masked_fill(~spread(self.rows, self.average), 0.0)
-        q, k = (x.to(finer(x.dtype)) for x in self.spread(self.q, self.k))
-        dq, dk = torch.zeros_like(q), torch.zeros_like(k)
+        score = Score(*self.spread(self.q, self.k), self.lse, spec)
+        q, k = score.q[..., : spec.head_dim], score.k[..., : spec.head_dim]
+        dq, dk = (torch.zeros(x.shape, dtype=x.dtype, device=x.device) for x in (q, k))
         bias = spec.bias.tensors()[0] if spec.bias is not None and wanted[2] else None
-        d_bias = None if bias is None else torch.zeros_like(bias, dtype=finer(bias.dtype))
-        group = spec.heads // spec.heads_kv
-        for rows, blocks in self.walk(q, k):
-            for head, block in blocks:
-                share = grad[:, rows] / spec.heads if self.average else grad[:, head, rows]
+        d_bias = None if bias is None else torch.zeros_like(bias, dtype=q.dtype).transpose(0, 1)
+        for rows in score.row_blocks():
+            for heads in score.head_blocks(rows):
+                block = score.weights(heads, rows)
+                share = grad[:, rows] / spec.heads if self.average else grad[:, heads, rows].transpose(0, 1)
                 d_score = block * (share - (share * block).sum(dim=-1, keepdim=True))
-                dq[:, rows, head] = spec.scale * (d_score @ k[:, :, head // group])
-                dk[:, :, head // group] += spec.scale * (d_score.mT @ q[:, rows, head])
+                dq[heads, :, rows] = spec.scale * (d_score @ k[heads])
+                dk[heads] += d_score.mT @ q[heads, :, rows] / score.unit  # q is scaled already
                 if d_bias is not None:
-                    part = d_bias[:, head : head + 1] if d_bias.shape[1] > 1 else d_bias
-                    part = part[:, :, rows] if part.shape[2] > 1 else part
-                    part += d_score[:, None].sum_to_size(part.shape)
+                    part = cut(d_bias, heads, rows)
+                    part += d_score.sum_to_size(part.shape)
+        dq, dk = (x.permute(1, 2, 0, 3) for x in (dq, dk))  # (batch, seqlen, heads, head_dim)
+        if spec.heads != spec.heads_kv:
+            dk = dk.unflatten(2, (spec.heads_kv, -1)).sum(dim=3)
         if self.places is not None:
             dq, dk = (x.flatten(0, 1)[self.places][None] for x in (dq, dk))
         return (
             dq.to(self.q.dtype) if wanted[0] else None,
             dk.to(self.k.dtype) if wanted[1] else None,
-            None if d_bias is None or bias is None else d_bias.to(bias.dtype),
+            None if d_bias is None or bias is None else d_bias.transpose(0, 1).to(bias.dtype),
         )
 
     def define(self, q: Tensor, k: Tensor, bias: Tensor | None) -> Tensor:
@@ -140,38 +139,62 @@ class Recipe:
 
 
 class Score:
-    """The scores of one problem, a block of rows of one head at a time."""
+    """The weights of one problem, a block of rows of some heads at a time; everything is heads first, and q scaled.
+
+    The log-sum-exp joins the product as one more column, ``[q, -lse] @ [k, 1].T``, and costs no pass of its own; powers
+    of two are computed faster than those of e.
+    """
 
     def __init__(self, q: Tensor, k: Tensor, lse: Tensor | None, spec: AttentionSpec) -> None:
-        dtype = finer(q.dtype)
-        self.q, self.k = (x.transpose(1, 2).to(dtype, memory_format=torch.contiguous_format) for x in (q, k))
-        self.group, self.scale = spec.heads // spec.heads_kv, spec.scale
+        self.spec, self.normal = spec, lse is not None
+        self.unit = LOG2_E if self.normal else 1.0
+        self.buffer = q.new_empty(0, dtype=finer(q.dtype))
+        dtype, width = finer(q.dtype), spec.head_dim + int(self.normal)
+        if spec.heads != spec.heads_kv:
+            k = k.repeat_interleave(spec.heads // spec.heads_kv, dim=2)
+        self.q = q.new_empty(spec.heads, spec.batch, spec.seqlen_q, width, dtype=dtype)
+        self.k = k.new_ones(spec.heads, spec.batch, spec.seqlen_k, width, dtype=dtype)
+        self.q[..., : spec.head_dim] = (q * (spec.scale * self.unit)).permute(2, 0, 1, 3)
+        self.k[..., : spec.head_dim] = k.permute(2, 0, 1, 3)
+        if lse is not None:  # a blind row has no weights: exp(anything - inf) is 0
+            self.q[..., -1] = (lse.masked_fill(lse == float("-inf"), float("inf")) * -self.unit).transpose(0, 1)
         allowed, added = spec.allowed(), spec.added()
-        self.hidden = None if allowed is None else ~allowed
-        self.bias = None if added is None else added.detach().to(dtype)
-        # a blind row has no weights: exp(anything - inf) is 0
-        self.lse = None if lse is None else lse.to(dtype).masked_fill(lse == float("-inf"), float("inf"))
+        self.hidden = None if allowed is None else ~allowed.transpose(0, 1)
+        self.bias = None if added is None else (added.detach().to(dtype) * self.unit).transpose(0, 1)
 
-    def weights(self, head: int, rows: slice) -> Tensor:
-        """(batch, rows, seqlen_k)."""
-        q, k = self.q[:, head, rows], self.k[:, head // self.group]
-        hidden, bias = block(self.hidden, head, rows), block(self.bias, head, rows)
-        if self.lse is not None:
-            score = torch.baddbmm(self.lse[:, head, rows, None], q, k.mT, beta=-1, alpha=self.scale)
-            score = (score if bias is None else score.add_(bias)).exp_()
+    def row_blocks(self) -> Iterator[slice]:
+        """Rows of one head that make a block."""
+        step = max(16, BLOCK // max(1, self.spec.batch * self.spec.seqlen_k))
+        return (slice(start, start + step) for start in range(0, self.spec.seqlen_q, step))
+
+    def head_blocks(self, rows: slice) -> Iterator[slice]:
+        """Heads whose rows make a block, at most half of all."""
+        count = min(rows.stop, self.spec.seqlen_q) - rows.start
+        step = max(1, min(self.spec.heads // 2, BLOCK // max(1, self.spec.batch * self.spec.seqlen_k * count)))
+        return (slice(start, start + step) for start in range(0, self.spec.heads, step))
+
+    def weights(self, heads: slice, rows: slice) -> Tensor:
+        """(heads, batch, rows, seqlen_k); the next call writes over them."""
+        q, k = self.q[heads, :, rows], self.k[heads]
+        shape = (*q.shape[:3], k.shape[2])
+        if self.buffer.shape != shape:
+            self.buffer = self.buffer.new_empty(shape)
+        score = self.buffer
+        torch.bmm(q.flatten(0, 1), k.flatten(0, 1).mT, out=score.flatten(0, 1))
+        hidden = None if self.hidden is None else cut(self.hidden, heads, rows)
+        if self.bias is not None:
+            score += cut(self.bias, heads, rows)
+        if self.normal:
+            score.exp2_()
             return score if hidden is None else score.masked_fill_(hidden, 0.0)
-        score = torch.bmm(q, k.mT).mul_(self.scale)
-        score = score if bias is None else score.add_(bias)
         score = (score if hidden is None else score.masked_fill_(hidden, float("-inf"))).softmax(dim=-1)
-        return score if hidden is None and bias is None else score.nan_to_num_(nan=0.0)
+        return score if hidden is None and self.bias is None else score.nan_to_num_(nan=0.0)
 
 
-def block(table: Tensor | None, head: int, rows: slice) -> Tensor | None:
-    """One head's rows of a tensor that broadcasts to (batch, heads, seqlen_q, seqlen_k): (batch, rows, seqlen_k)."""
-    if table is None:
-        return None
-    table = table[:, head if table.shape[1] > 1 else 0]
-    return table[:, rows] if table.shape[1] > 1 else table
+def cut(table: Tensor, heads: slice, rows: slice) -> Tensor:
+    """Some heads and rows of a tensor that broadcasts to (heads, batch, seqlen_q, seqlen_k)."""
+    table = table[heads] if table.shape[0] > 1 else table
+    return table[:, :, rows] if table.shape[2] > 1 else table
 
 
 class Weights(torch.autograd.Function):

@@ -35,7 +35,7 @@ class Case:
     mask: str = "none"
     padding: str = "none"
     backend: str | None = None
-    block: int = 2**19
+    block: int = 2**20
     seed: int = 0
 
     def layers(self, dtype: torch.dtype = torch.float64) -> tuple[nn.MultiheadAttention, FlashMultiHeadAttention]:
@@ -91,7 +91,7 @@ def cases(draw: st.DrawFn, **fixed: Any) -> Case:
         # stock warns beside masks of two types
         "padding": draw(st.sampled_from(("none", "float" if mask in ("float", "learned") else "bool"))),
         "backend": draw(st.sampled_from((None, "sdpa", "naive"))),
-        "block": draw(st.sampled_from((1, 2**19))),
+        "block": draw(st.sampled_from((1, 2**20))),
         "seed": draw(seeds()),
     }
     return Case(**{**drawn, **fixed})

@@ -1,4 +1,4 @@
-"""The registry, an ordered list of backends that users can read and change, and the choice among them.
+"""The choice among the backends on the list, which users can read and change.
 
 Strongest first, a problem goes to the backend named in the call or on the layer, by ``with use_backend(...)``, or in
 the environment variable ``FLASHMHA_BACKEND``; else to the first in ``order(spec)`` without a reason against it. A
@@ -12,16 +12,18 @@ import dataclasses
 import os
 import threading
 from collections.abc import Iterator, Sequence
-from typing import Any, TypeVar
+from typing import Any
 
 from ..errors import NoBackendError, lines
 from ..spec import AttentionSpec
+from . import registry
 from .base import FEATURES, Backend, Limits
 from .flash2 import Flash2
 from .flash3 import Flash3
 from .flash4 import Flash4
 from .flex import Flex
 from .naive import Naive
+from .registry import FAMILIES, discover, expand, get, names, origin, register, unregister
 from .sdpa import Sdpa
 
 __all__ = [
@@ -32,11 +34,13 @@ __all__ = [
     "Explanation",
     "Limits",
     "choose",
+    "expand",
     "explain",
     "get",
     "names",
     "note",
     "order",
+    "origin",
     "record",
     "register",
     "unregister",
@@ -44,78 +48,31 @@ __all__ = [
 ]
 
 Wanted = str | Sequence[str] | None
-B = TypeVar("B", bound=type[Backend])
 VARIABLE = "FLASHMHA_BACKEND"
-FAMILIES: dict[str, tuple[str, ...]] = {"flash_attn": ("flash4", "flash3", "flash2")}
-"""One name for several backends, in the order they are tried."""
-
-entries: dict[str, Backend] = {}
-
-
-def register(backend: B, *, before: str | None = None) -> B:
-    """Add a backend class to the end of the list, or in front of another; a decorator.
-
-    A name that is taken raises ``ValueError``.
-    """
-    if not isinstance(backend, type):
-        raise TypeError(f"register takes a Backend class, got {backend!r}.")
-    made = backend()
-    if made.name in entries or made.name in FAMILIES:
-        raise ValueError(f"name must not be taken, got {made.name!r}; unregister({made.name!r}) first to replace it.")
-    if before is not None:
-        get(before)
-    earlier = dict(entries)
-    entries.clear()
-    for name, other in earlier.items():
-        if name == before:
-            entries[made.name] = made
-        entries[name] = other
-    entries[made.name] = made
-    return backend
-
-
-def unregister(name: str) -> None:
-    """Take a backend off the list."""
-    get(name)
-    del entries[name]
-
-
-def names() -> tuple[str, ...]:
-    """The registered backends, in order."""
-    return tuple(entries)
-
-
-def get(name: str) -> Backend:
-    """The backend of a name; ``ValueError`` with the names there are."""
-    if name not in entries:
-        raise ValueError(f"backend must be one of {', '.join((*entries, *FAMILIES))}, got {name!r}.")
-    return entries[name]
-
-
-def expand(wanted: str | Sequence[str]) -> tuple[str, ...]:
-    """Backend names out of one name, a family, or a list of both."""
-    if not isinstance(wanted, str):
-        if not isinstance(wanted, (list, tuple)):
-            raise TypeError(f"backend must be a name, a family or a list of them, got {wanted!r}.")
-        return tuple(name for one in wanted for name in expand(one))
-    if wanted in FAMILIES:
-        return FAMILIES[wanted]
-    return (get(wanted).name,)
 
 
 def order(spec: AttentionSpec) -> tuple[str, ...]:
-    """The order in which automatic choice asks.
+    """The order in which automatic choice asks: the list's, but for one detour.
 
-    On a CPU flex runs unfused, so the definition goes first. On a GPU a window, a softcap or packed documents make
-    SDPA build a dense mask, which the flash-attn packages and flex never do.
+    On a CPU flex runs unfused, so it waits behind the definition. On a GPU a window, a softcap or packed documents make
+    SDPA build a dense mask, which the flash-attn packages and flex never do, so it waits behind flex.
     """
-    first: tuple[str, ...] = ("sdpa",)
+    return tuple(candidates(spec))
+
+
+def candidates(spec: AttentionSpec) -> Iterator[str]:
+    """``order``, one by one, since the first seldom refuses."""
+    discover()
+    entries, late, anchor = registry.entries, "", ""
     if spec.device.type == "cpu":
-        first = ("sdpa", "naive")
+        late, anchor = "flex", "naive"
     elif spec.features & {"window", "documents", "softcap"}:
-        first = ("flash4", "flash3", "flash2", "flex", "sdpa")
-    first = tuple(name for name in first if name in entries)
-    return (*first, *(name for name in entries if name not in first))
+        late, anchor = "sdpa", "flex"
+    for name in entries:
+        if name != late or anchor not in entries:
+            yield name
+        if name == anchor and late in entries:
+            yield late
 
 
 class State(threading.local):
@@ -128,14 +85,19 @@ class State(threading.local):
 state = State()
 
 
-def preference(wanted: Wanted = None) -> Wanted:
-    """The names that were asked for, by the strongest of call, context and environment; ``None`` for automatic."""
+def asked(wanted: Wanted = None) -> tuple[str, Wanted]:
+    """The strongest wish of call, context and environment: where it was said, and the names; ``None`` for automatic."""
     if wanted is not None:
-        return wanted
+        return "backend", wanted
     if state.wanted is not None:
-        return state.wanted
+        return "use_backend", state.wanted
     named = os.environ.get(VARIABLE)
-    return [name.strip() for name in named.split(",")] if named else None
+    return VARIABLE, [name.strip() for name in named.split(",")] if named else None
+
+
+def preference(wanted: Wanted = None) -> Wanted:
+    """The names that were asked for; ``None`` for automatic."""
+    return asked(wanted)[1]
 
 
 @contextlib.contextmanager
@@ -161,15 +123,15 @@ def choose(spec: AttentionSpec, wanted: Wanted = None) -> Backend:
     Raises:
         NoBackendError: nobody can, or the one that was named cannot; with every reason.
     """
-    asked = preference(wanted)
-    candidates = order(spec) if asked is None else expand(asked)
+    said, named = asked(wanted)
     reasons: dict[str, str] = {}
-    for name in candidates:
-        why = reason(entries[name], spec)
+    for name in candidates(spec) if named is None else expand(named, said):
+        backend = registry.entries[name]
+        why = reason(backend, spec)
         if why is None:
-            return entries[name]
+            return backend
         reasons[name] = why
-    raise NoBackendError(spec, reasons, None if asked is None else repr(asked))
+    raise NoBackendError(spec, reasons, None if named is None else f"{said}={named!r}")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -180,25 +142,28 @@ class Explanation:
         spec: the problem.
         chosen: the backend that would run, ``None`` if nobody can.
         rows: backend name -> ``"chosen"``, ``"could serve"`` or the reason against it.
+        notes: what a layer does beside that.
     """
 
     spec: AttentionSpec
     chosen: str | None
     rows: dict[str, str]
+    notes: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        return f"{self.spec}\n{lines(self.rows)}"
+        return "\n".join((f"{self.spec}\n{lines(self.rows)}", *self.notes))
 
 
 def explain(spec: AttentionSpec, wanted: Wanted = None) -> Explanation:
     """One line a backend for a problem, in the order they are asked."""
-    asked = preference(wanted)
-    candidates = order(spec) if asked is None else expand(asked)
+    said, named = asked(wanted)
+    candidates = order(spec) if named is None else expand(named, said)
     rows: dict[str, str] = {}
     chosen: str | None = None
     for name in (*candidates, *(name for name in order(spec) if name not in candidates)):
-        why = entries[name].unavailable(spec.device)
-        why = (f"not available: {why}" if why else None) or reason(entries[name], spec)
+        backend = registry.entries[name]
+        why = backend.unavailable(spec.device)
+        why = (f"not available: {why}" if why else None) or reason(backend, spec)
         if why is None and chosen is None and name in candidates:
             chosen, why = name, "chosen"
         rows[name] = why or ("could serve" if name in candidates else "could serve, not asked for")

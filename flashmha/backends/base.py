@@ -1,6 +1,22 @@
 """Backend and Limits: what one implementation of attention can do, as data, and the call.
 
 A backend is one self-contained file with one class. It imports neither another backend nor the registry.
+
+The contract, version 1. A backend may rely on this, and whatever breaks it gets another number:
+
+- The class is made without arguments, once, when it is registered.
+- ``__call__`` sees only problems for which ``unsupported(spec)``, ``unavailable(spec.device)`` and ``unbuilt(spec)``
+  all gave ``None``; ``unbuilt`` is asked only where the other two did.
+- ``spec`` describes q, k and v exactly and is checked: one dtype and device, heads a multiple of heads_kv, a mask and
+  biases that fit. q, k and v are ``(batch, seqlen, heads, head_dim)`` with any strides and must not be written to.
+- ``spec.features`` is a subset of ``limits.features`` on that device. A feature that a later release adds is a new
+  name, so a class that has never heard of it refuses it: nothing is dropped in silence.
+- ``spec.mask`` is normalised: windows are bottom-right and merged, with bounds that may be negative; a rule that hides
+  nothing is gone. ``spec.allowed()`` and ``spec.added()`` give mask and bias as tensors, ``spec.scale`` a number.
+- Gradients are asked for only with ``"backward"`` among the features, and go through autograd.
+
+What it owes: the answer of ``naive`` within ``tolerance``, zeros (and zero gradients) in rows that may look at nothing,
+dropout wherever ``spec.dropout_p`` is not 0, no fallback in silence, and reasons that cost nothing to ask for.
 """
 
 from __future__ import annotations
@@ -40,6 +56,9 @@ FEATURES = (
 
 HALF = (torch.float16, torch.bfloat16)
 
+CONTRACTS = (1,)
+"""The versions of the contract above that this release keeps."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
@@ -69,8 +88,12 @@ class Limits:
     batch_min: int = 0
     capability: tuple[int, ...] | None = None
     aten: bool = False
+    sized: bool = dataclasses.field(init=False, repr=False)
+    """Some size is limited."""
 
     def __post_init__(self) -> None:
+        bounds = (self.head_dim, self.head_dim_min, self.head_dim_step, self.seqlen_min, self.batch_min)
+        object.__setattr__(self, "sized", bounds != (None, 1, 1, 0, 0))
         unknown = sorted(self.features.union(*self.not_on.values()) - frozenset(FEATURES))
         if unknown:
             raise ValueError(f"features must be among {', '.join(FEATURES)}, got {', '.join(unknown)}.")
@@ -83,8 +106,10 @@ class Backend(abc.ABC):
     value and the limit, such as ``head_dim=320 (at most 256)``.
     """
 
-    name: ClassVar[str]
+    name: str
     limits: Limits
+    contract: ClassVar[int] = 1
+    """The version of the contract it was written for; a class that says nothing was written for 1."""
     install: ClassVar[str | None] = None
     """How to get it, said when it is not there."""
     tolerance: ClassVar[tuple[float, float]] = (2.0, 3.0)
@@ -121,6 +146,14 @@ class Backend(abc.ABC):
             missing += sorted(spec.features - served - frozenset(missing))
             where = f" on {spec.device.type}" if spec.device.type in limits.not_on else ""
             reasons.append(f"no {', no '.join(missing)}{where}")
+        if spec.aten_only and not limits.aten:
+            reasons.append("not made of PyTorch operators alone (export, torch.func or a tensor subclass wants that)")
+        return reasons + self.refusals_of_sizes(spec) if limits.sized or not spec.head_dim else reasons
+
+    def refusals_of_sizes(self, spec: AttentionSpec) -> list[str]:
+        """One phrase for each size out of ``limits``."""
+        limits = self.limits
+        reasons: list[str] = []
         largest = max(spec.head_dim, spec.head_dim_v)
         if limits.head_dim is not None and largest > limits.head_dim:
             reasons.append(f"head_dim={largest} (at most {limits.head_dim})")
@@ -136,8 +169,6 @@ class Backend(abc.ABC):
             reasons.append(f"seqlen={shortest} (at least {limits.seqlen_min})")
         if spec.batch < limits.batch_min:
             reasons.append(f"batch={spec.batch} (at least {limits.batch_min})")
-        if spec.aten_only and not limits.aten:
-            reasons.append("not made of PyTorch operators alone (export, torch.func or a tensor subclass wants that)")
         return reasons
 
     @abc.abstractmethod

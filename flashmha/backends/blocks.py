@@ -15,7 +15,7 @@ from ..masks import Documents, KeyLengths, KeyPadding, Window, find, readable
 from ..spec import AttentionSpec
 
 WORTH = 2**21
-"""Multiplications of one batch item's scores below which one masked call beats a call for each item (measured)."""
+"""Multiplications in the scores that cost as much as a call: below, one call with a mask beats one for each item."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,12 +38,13 @@ def cut(spec: AttentionSpec) -> list[Item] | None:
         return None
     documents, window = find(spec.mask, Documents), spec.window
     kinds = {type(part) for part in spec.mask.parts}
+    work = spec.heads * spec.seqlen_q * spec.seqlen_k * spec.head_dim
     items: list[Item] | None = None
     if documents is not None:
-        if kinds <= {Documents, Window} and follows(window, documents.aligned):
+        calls = documents.cu_seqlens.shape[0] - 1
+        if kinds <= {Documents, Window} and follows(window, documents.aligned) and work > WORTH * calls:
             items = cut_documents(documents, window is not None, spec)
     elif kinds & {KeyPadding, KeyLengths} and kinds <= {KeyPadding, KeyLengths, Window}:
-        work = spec.heads * spec.seqlen_q * spec.seqlen_k * spec.head_dim
         drawing = "dropout" in spec.features  # for the whole problem at once, as torch draws
         if follows(window, True, spec.seqlen_q - spec.seqlen_k) and work > WORTH and spec.batch and not drawing:
             items = cut_padding(spec, window is not None)
