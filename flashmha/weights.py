@@ -17,7 +17,7 @@ import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 
-from .backends import Backend, Wanted, choose, get, note, preference
+from .backends import Wanted, choose, get, note, preference
 from .backends.naive import probabilities, scores, weigh
 from .deferred import Cell, Deferred
 from .functional import AUTOCAST, run
@@ -217,50 +217,46 @@ class Weights(torch.autograd.Function):
         return (*ctx.recipe.gradients(grads[0], ctx.needs_input_grad[:3]), None)
 
 
-class Fused(torch.autograd.Function):
-    """A backend's output, and its log-sum-exp outside autograd, that can be differentiated twice.
+class Twice(torch.autograd.Function):
+    """q, k, v and the bias as they are, on their way to a backend whose output can then be differentiated twice.
 
-    The stock layer can with ``need_weights=True``, and no fused kernel. The first derivative is the backend's own;
-    with ``create_graph`` it is that of the definition.
+    The stock layer can with ``need_weights=True``, and no fused kernel. A plain backward takes the backend's own
+    gradients; one with ``create_graph`` puts those of the definition in their place.
     """
 
     @staticmethod
-    def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, backend: Backend, spec: AttentionSpec
-    ) -> tuple[Tensor, Tensor | None]:
-        inputs = (q, k, v, bias)
-        leaves = [None if x is None else x.detach().requires_grad_(x.requires_grad) for x in inputs]
-        with torch.enable_grad():
-            result = backend(leaves[0], leaves[1], leaves[2], with_bias(spec, leaves[3]))  # type: ignore[arg-type]
-        out, lse = result if isinstance(result, tuple) else (result, None)
-        ctx.inner, ctx.spec = (out, leaves), spec
+    def forward(ctx: Any, spec: AttentionSpec, out: Output, *inputs: Tensor | None) -> Any:
+        ctx.spec, ctx.out = spec, out
         ctx.save_for_backward(*inputs)
         ctx.set_materialize_grads(False)
-        if lse is not None:
-            lse = lse.detach()
-            ctx.mark_non_differentiable(lse)
-        return out.detach(), lse
+        return tuple(None if x is None else x.view_as(x) for x in inputs)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        inputs, grad, needed = ctx.saved_tensors, grads[0], ctx.needs_input_grad[:4]
-        nothing = (None,) * 6
-        if grad is None:
-            return nothing
-        again = torch.is_grad_enabled() or is_batched(grad)
-        if again:
-            q, k, v, bias = inputs
-            with torch.enable_grad():
-                spec = with_bias(ctx.spec, bias)
-                out, sources = weigh(probabilities(*scores(q, k, spec), spec), v, spec), inputs
-        else:
-            out, sources = ctx.inner
-        wanted = [x for x, one in zip(sources, needed) if one]
-        keep = again or torch._C._autograd._get_current_graph_task_keep_graph()  # type: ignore[attr-defined]
-        made = iter(torch.autograd.grad(out, wanted, grad, retain_graph=keep, create_graph=again, allow_unused=True))
-        if not keep:
-            ctx.inner = None
-        return (*(next(made) if one else None for one in needed), None, None)
+        if not torch.is_grad_enabled():
+            return (None, None, *grads)
+        inputs = ctx.saved_tensors
+        q, k, v, bias = inputs
+        spec = with_bias(ctx.spec, bias)
+        out = weigh(probabilities(*scores(q, k, spec), spec), v, spec)
+        wanted = [x for x, needed in zip(inputs, ctx.needs_input_grad[2:]) if needed]
+        made = iter(torch.autograd.grad(out, wanted, ctx.out.take(), create_graph=True, allow_unused=True))
+        return (None, None, *(next(made) if needed else None for needed in ctx.needs_input_grad[2:]))
+
+
+class Output:
+    """The output's gradient, in a backward that is itself differentiated, on its way to ``Twice``."""
+
+    def __init__(self) -> None:
+        self.grad: Tensor | None = None
+
+    def keep(self, grad: Tensor) -> None:
+        if torch.is_grad_enabled():
+            self.grad = grad
+
+    def take(self) -> Tensor | None:
+        grad, self.grad = self.grad, None
+        return grad
 
 
 class Padded(NamedTuple):
@@ -303,22 +299,28 @@ def attention_with_weights(
     asking = spec.with_lse()
     if backend.unsupported(asking) is not None or backend.unbuilt(asking) is not None:
         asking = spec
-    bias = spec.bias.tensors()[0] if spec.bias is not None else None
+    learned: Tensor | None = None
+    if spec.bias is not None:  # the caller's own tensor, who may change it before anybody looks
+        bias = spec.bias.tensors()[0]
+        learned = bias if bias.requires_grad else None
+        recipe.spec = with_bias(spec, bias.detach().clone())
     if not spec.needs_grad or spec.dropout_p > 0.0 or backend.name == "naive":
         result = backend(q, k, v, asking)
         out, lse = result if isinstance(result, tuple) else (result, None)
     else:
-        out, lse = Fused.apply(q, k, v, bias, backend, asking)  # type: ignore[no-untyped-call]
+        output = Output()
+        *heads, alias = Twice.apply(recipe.spec, output, q, k, v, learned)  # type: ignore[no-untyped-call]
+        result = backend(*heads, with_bias(asking, alias))
+        out, lse = result if isinstance(result, tuple) else (result, None)
+        out.register_hook(output.keep)
     if padded is not None:
         batch, seqlen = padded.rows.shape
         sizes = {"batch": batch, "seqlen_q": seqlen, "seqlen_k": seqlen}
-        recipe.spec = spec.changed(**sizes, mask=normalize(padded.mask, seqlen, seqlen))
+        recipe.spec = recipe.spec.changed(**sizes, mask=normalize(padded.mask, seqlen, seqlen))
         recipe.places, recipe.rows = padded.places, padded.rows
     elif lse is not None:
         recipe.lse = lse.detach()
-    if bias is not None:  # the caller's own tensor, who may change it before anybody looks
-        recipe.spec = with_bias(spec, bias.detach().clone())
-    weights = Weights.apply(q, k, bias, recipe) if spec.needs_grad else defer(recipe)  # type: ignore[no-untyped-call]
+    weights = Weights.apply(q, k, learned, recipe) if spec.needs_grad else defer(recipe)  # type: ignore[no-untyped-call]
     if at_once or (spec.device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
         weights.cell.values()
     return out, weights
@@ -365,10 +367,13 @@ def without_autocast(device: torch.device) -> contextlib.AbstractContextManager[
     return torch.autocast(device.type, enabled=False) if device.type in AUTOCAST else contextlib.nullcontext()
 
 
+def is_batched(grad: Tensor) -> bool:
+    """``is_grads_batched`` walks the graph once for many gradients."""
+    functorch = torch._C._functorch
+    return functorch.is_legacy_batchedtensor(grad) or functorch.is_functorch_wrapped_tensor(grad)
+
+
 def spread(rows: Tensor, average: bool) -> Tensor:
     """(batch, seqlen_q) against the axes of the weights."""
     return rows[:, :, None] if average else rows[:, None, :, None]
 
-
-def is_batched(tensor: Tensor) -> bool:
-    return torch._C._functorch.is_functorch_wrapped_tensor(tensor)

@@ -332,3 +332,15 @@ def test_a_layer_told_to_gives_no_weights(case: Case) -> None:
     model = flashmha.replace_mha(nn.Sequential(stock), need_weights=False)
     assert model[0](**call)[1] is None
     assert flashmha.restore_mha(model)[0](**call)[1] is not None
+
+
+@given(case=cases(batched=True))
+def test_many_gradients_may_be_asked_for_at_once(case: Case) -> None:
+    answers = []
+    for layer in case.layers():
+        call, wanted = case.call()
+        out, seen = layer(**call)
+        grads = [torch.stack([x, -2 * x]) for x in cotangents(case, out, seen)]
+        answers.append(torch.autograd.grad((out, seen), wanted, grads, is_grads_batched=True))
+    for theirs, ours in zip(*answers):
+        torch.testing.assert_close(ours, theirs, atol=1e-9, rtol=1e-9)
