@@ -17,6 +17,7 @@ from .masks import Dense, Documents, KeyLengths, KeyPadding, Mask, Rule, Window,
 from .module import FlashMultiHeadAttention
 from .scores import ALiBi, Bias, RelativeBias, TensorBias
 from .spec import AttentionSpec
+from .wrapper import FlashAttentionWrapper, benchmark_attention, compare_outputs, has_flash_attention
 
 __version__ = "0.1.0"
 
@@ -28,6 +29,7 @@ __all__ = [
     "Dense",
     "Documents",
     "Explanation",
+    "FlashAttentionWrapper",
     "FlashMultiHeadAttention",
     "FlashTransformerEncoder",
     "FlashTransformerEncoderLayer",
@@ -42,8 +44,11 @@ __all__ = [
     "TensorBias",
     "Window",
     "attention",
+    "benchmark_attention",
     "causal",
+    "compare_outputs",
     "explain",
+    "has_flash_attention",
     "record",
     "register",
     "replace_mha",

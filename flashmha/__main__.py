@@ -3,59 +3,50 @@
 from __future__ import annotations
 
 import argparse
-import platform
+import importlib
 import sys
 from collections.abc import Sequence
-from importlib import metadata
-from pathlib import Path
-
-import torch
+from typing import NoReturn
 
 from . import __version__
-from .backends import get, names
-from .errors import lines
-from .table import table, write
+
+COMMANDS = {
+    "info": ("flashmha.commands.info", "versions, devices, and what stands against each backend"),
+    "explain": ("flashmha.commands.explain", "which backend serves a problem, and why not the others"),
+    "verify": ("flashmha.commands.verify", "judge this machine's backends against the definition"),
+    "bench": ("flashmha.benchmark", "measure time, memory and error beside every peer"),
+    "table": ("flashmha.commands.table", "the backends and what they serve, as a Markdown table"),
+}
+"""Command -> the module that holds its ``add_arguments`` and ``main``, imported when it is called; and its help."""
 
 
-def info() -> str:
-    """Versions, devices, and what stands against each backend on each device."""
-    versions = {"flashmha": __version__, "python": platform.python_version(), "torch": torch.__version__}
-    for package in ("einops", "flash-attn", "flash-attn-4"):
-        try:
-            versions[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            versions[package] = "not installed"
-    parts = [lines(versions)]
-    for device in devices():
-        title = str(device)
-        if device.type == "cuda":
-            major, minor = torch.cuda.get_device_capability(device)
-            title += f": {torch.cuda.get_device_name(device)}, compute capability {major}.{minor}"
-        reasons = {name: get(name).unavailable(device) for name in names()}
-        parts.append(f"{title}\n" + lines({name: reason or "available" for name, reason in reasons.items()}))
-    return "\n\n".join(parts)
+class Parser(argparse.ArgumentParser):
+    """A parser whose complaints take one line."""
 
-
-def devices() -> list[torch.device]:
-    return [torch.device("cpu"), *(torch.device("cuda", index) for index in range(torch.cuda.device_count()))]
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message} (--help shows how)\n")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; the exit status."""
-    parser = argparse.ArgumentParser(prog="flashmha", description="nn.MultiheadAttention on this machine's fastest.")
+    """Run a command; the exit status: 0, 1 where the answer is no, 2 for a wrong call."""
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    parser = Parser(prog="flashmha", description="nn.MultiheadAttention on the fastest attention this machine has.")
     parser.add_argument("--version", action="version", version=f"flashmha {__version__}")
-    commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser("info", help="versions, devices, and what stands against each backend")
-    tables = commands.add_parser("table", help="the backends and what they serve, as a Markdown table")
-    tables.add_argument("--write", metavar="FILE", type=Path, help="put the table between its marks in FILE")
-    chosen = parser.parse_args(arguments)
-    if chosen.command == "info":
-        print(info())
-    elif chosen.write is None:
-        print(table())
-    else:
-        print(f"{chosen.write}: {'rewritten' if write(chosen.write) else 'up to date'}")
-    return 0
+    commands = parser.add_subparsers(dest="command", required=True, metavar="command")
+    rooms = {name: commands.add_parser(name, help=text, description=text) for name, (_, text) in COMMANDS.items()}
+    called = arguments[0] if arguments else ""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")  # a picture of a mask must not fail where the terminal knows no ■
+    try:
+        if called in COMMANDS:
+            room = importlib.import_module(COMMANDS[called][0])
+            room.add_arguments(rooms[called])
+        options = parser.parse_args(arguments)
+        status: int = room.main(options)
+        return status
+    except (ValueError, OSError, ModuleNotFoundError) as error:  # a wrong call, a missing file, a missing extra
+        rooms[called].error(" ".join(str(error).split()))
 
 
 if __name__ == "__main__":

@@ -13,20 +13,28 @@ def lines(rows: Mapping[str, str]) -> str:
     return "\n".join(f"  {name:<{width}}  {text}" for name, text in rows.items())
 
 
+def in_one_line(error: BaseException) -> str:
+    """An exception's type and the first line of its text."""
+    first = (str(error) or repr(error)).strip().splitlines()[0]
+    return f"{type(error).__name__}: {first}"
+
+
 class NoBackendError(RuntimeError):
     """No backend can serve a problem, or the one that was named cannot.
 
     Attributes:
         spec: the problem.
         reasons: backend name -> why it cannot serve the problem.
+        wanted: who named a backend, as it was written, such as ``backend='flash2'`` or ``FLASHMHA_BACKEND='flash2'``;
+            ``None`` where the choice was automatic.
     """
 
     def __init__(self, spec: AttentionSpec, reasons: Mapping[str, str], wanted: str | None = None) -> None:
         self.spec = spec
         self.reasons = dict(reasons)
         self.wanted = wanted
-        asked = "No backend can serve" if wanted is None else f"backend={wanted} cannot serve"
-        fix = "" if wanted is None else "\nName another backend, or leave the choice to flashmha with backend=None."
+        asked = "No backend can serve" if wanted is None else f"{wanted} cannot serve"
+        fix = "" if wanted is None else "\nName another backend there, or none: then flashmha chooses."
         super().__init__(f"{asked} this problem:\n  {spec}\n{lines(self.reasons)}{fix}")
 
     def __reduce__(self) -> tuple[object, ...]:

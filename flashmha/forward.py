@@ -115,7 +115,7 @@ def prepare(layer: Any, call: Reading, wanted: Wanted, skip_padding: bool) -> Pr
         mask = padding.packed(mask, call.valid)
     if dtype is None:
         q, k, v = layer.process_heads(*layer.project(query, key, value))
-        if q.shape[:2] != query.shape[:2] or v.shape[0] != k.shape[0]:
+        if q.shape[:2] != query.shape[:2]:
             raise ValueError(
                 f"project and process_heads must return (batch, seqlen, heads, head_dim), q with batch and seqlen_q = "
                 f"{tuple(query.shape[:2])}, got {tuple(q.shape)}, {tuple(k.shape)} and {tuple(v.shape)}."
@@ -205,10 +205,10 @@ def refuse_torchscript(layer: Any, backend: Wanted) -> None:
 def wants_torch_function(layer: Any, *inputs: Tensor) -> bool:
     """Some input or weight is a tensor subclass that wants to see the call (a mode alone does not count)."""
     out_proj = layer._modules["out_proj"]  # an adapter may stand there
-    tensors = [*inputs, *layer._parameters.values(), *out_proj._parameters.values()]
-    for owner, name in ((layer, "in_proj_weight"), (out_proj, "weight")):
-        if name not in owner._parameters:  # pruned, parametrized, or put there by hand
-            tensors.append(getattr(owner, name, None))
+    inner, outer = layer._parameters, out_proj._parameters
+    tensors: Any = (*inputs, *inner.values(), *outer.values())
+    if "in_proj_weight" not in inner or "weight" not in outer:  # pruned, parametrized, or put there by hand
+        tensors = (*tensors, getattr(layer, "in_proj_weight", None), getattr(out_proj, "weight", None))
     if not torch.overrides.has_torch_function(tensors):
         return False
     for tensor in tensors:

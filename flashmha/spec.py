@@ -24,7 +24,8 @@ class AttentionSpec:
     """One attention problem: sizes, dtype, device, mask, scores, and what is asked of the answer.
 
     ``mask`` is normalised (see ``masks.normalize``); ``softmax_scale`` is always a number. ``aten_only`` is set
-    where PyTorch needs its own operators: while exporting, under torch.func, for tensor subclasses.
+    where PyTorch needs its own operators: while exporting, under torch.func, for tensor subclasses. ``shared`` is set
+    where later calls get the same object, so that what was found out about it may be remembered.
     """
 
     batch: int
@@ -47,6 +48,7 @@ class AttentionSpec:
     deterministic: bool = False
     aten_only: bool = False
     features: frozenset[str] = dataclasses.field(init=False, repr=False)
+    shared: bool = dataclasses.field(init=False, repr=False, default=False)
 
     def __post_init__(self) -> None:
         self.check()
@@ -116,11 +118,23 @@ class AttentionSpec:
     ) -> AttentionSpec:
         """The problem of these tensors; all validation happens here, once.
 
+        A problem without tensors of its own is made once and shared by every call that asks for it again.
+
         Shapes: q (batch, seqlen_q, heads, head_dim), k (batch, seqlen_k, heads_kv, head_dim),
         v (batch, seqlen_k, heads_kv, head_dim_v). ``deterministic=None`` follows
         ``torch.use_deterministic_algorithms``.
         """
         dtype, device = q.dtype, q.device
+        key: tuple[Any, ...] | None = None
+        if mask is None and bias is None and sinks is None and plain(q, k, v):
+            grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+            if deterministic is None:
+                deterministic = torch.are_deterministic_algorithms_enabled()
+            where = (dtype, k.dtype, v.dtype, device, k.device, v.device)
+            key = (q.shape, k.shape, v.shape, where, grad, softcap, softmax_scale, dropout_p, need_lse, deterministic)
+            known = shared.get(key)
+            if known is not None:
+                return known
         if not (q.dim() == k.dim() == v.dim() == 4 and dtype == k.dtype == v.dtype and device == k.device == v.device):
             refuse_tensors(q, k, v)
         if not dtype.is_floating_point:
@@ -174,12 +188,17 @@ class AttentionSpec:
         spec: AttentionSpec = object.__new__(cls)  # as the line above, for a fifth of its time
         spec.__dict__.update(fields)
         spec.__post_init__()
+        if key is not None:
+            if len(shared) >= SHARED:
+                shared.clear()
+            shared[key] = spec
+            spec.__dict__["shared"] = True
         return spec
 
     def changed(self, **fields: Any) -> AttentionSpec:
         """The same problem with other values in some fields, not checked again."""
         twin: AttentionSpec = object.__new__(AttentionSpec)
-        twin.__dict__.update(self.__dict__, **fields)
+        twin.__dict__.update(self.__dict__, shared=False, **fields)
         return twin
 
     def with_lse(self) -> AttentionSpec:
@@ -236,6 +255,18 @@ def refuse_tensors(q: Tensor, k: Tensor, v: Tensor) -> NoReturn:
         "q, k and v must have one dtype and device, "
         f"got {q.dtype} on {q.device} for q and {other.dtype} on {other.device} for {name}."
     )
+
+
+SHARED = 1024
+"""How many problems are kept."""
+shared: dict[tuple[Any, ...], AttentionSpec] = {}
+
+
+def plain(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Ordinary tensors that nobody transforms or records: their sizes and flags are all there is to know."""
+    if torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None:
+        return False
+    return type(q) is Tensor and type(k) is Tensor and type(v) is Tensor
 
 
 PLAIN_TENSORS = ("Tensor", "Parameter", "FakeTensor", "FunctionalTensor")

@@ -1,4 +1,4 @@
-"""The table of backends, out of their limits: what ``python -m flashmha table`` prints and the README shows."""
+"""The tables a README shows: the backends out of their limits, and the figures of the committed benchmark."""
 
 from __future__ import annotations
 
@@ -6,9 +6,14 @@ from pathlib import Path
 
 from .backends import get, names
 from .backends.base import FEATURES, Backend
+from .benchmark.report import figures
 from .masks import short
 
-BEGIN, END = "<!-- backends: made by `python -m flashmha table --write README.md` -->", "<!-- /backends -->"
+SECTIONS = ("backends", "speed")
+"""What stands between marks: the table of backends, and the figures out of ``RESULTS``."""
+
+RESULTS = Path("benchmarks", "results", "cpu.json")
+"""The run the figures come from, beside the file that shows them."""
 
 
 def table() -> str:
@@ -37,13 +42,30 @@ def row(backend: Backend) -> str:
     return f"| `{backend.name}` | {devices} | {dtypes} | {head_dim} | {serves} |"
 
 
+def marks(section: str) -> tuple[str, str]:
+    """The lines around a section."""
+    return f"<!-- {section}: made by `python -m flashmha table --write README.md` -->", f"<!-- /{section} -->"
+
+
 def write(path: Path) -> bool:
-    """Put the table between its two marks in a file; whether that changed it."""
+    """Put every section between its two marks in a file that has them; whether that changed it.
+
+    Raises:
+        ValueError: the file has no section, or half of one.
+    """
     text = path.read_text(encoding="utf-8")
-    if BEGIN not in text or END not in text:
-        raise ValueError(f"{path} must hold the lines {BEGIN!r} and {END!r}, got neither or one.")
-    before, rest = text.split(BEGIN, 1)
-    after = rest.split(END, 1)[1]
-    made = f"{before}{BEGIN}\n{table()}\n{END}{after}"
+    made, found = text, False
+    for section in SECTIONS:
+        begin, end = marks(section)
+        if begin not in text and end not in text:
+            continue
+        if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
+            raise ValueError(f"{path} must hold the lines {begin!r} and {end!r} once, in this order.")
+        content = table() if section == "backends" else figures(path.parent / RESULTS)
+        made = f"{made.split(begin)[0]}{begin}\n{content}\n{end}{made.split(end)[1]}"
+        found = True
+    if not found:
+        wanted = " or ".join(repr(line) for section in SECTIONS for line in marks(section)[:1])
+        raise ValueError(f"{path} must hold the lines {wanted}, each with its end, got none.")
     path.write_text(made, encoding="utf-8")
     return made != text

@@ -37,7 +37,7 @@ class Recipe:
     Attributes:
         q, k: (batch, seqlen, heads, head_dim), outside autograd.
         spec: the problem; a bias is a ``TensorBias``, and there are neither softcap nor sinks, as in a layer.
-        lse: (batch, heads, seqlen_q), ``None`` where the backend gave none.
+        lse: (batch, heads, seqlen_q), ``None`` where the backend gave none, or beside a bias.
         average: their mean over heads, (batch, seqlen_q, seqlen_k), instead of (batch, heads, seqlen_q, seqlen_k).
         batched: without it the batch axis, of size 1, is left out.
         dtype: of the weights.
@@ -160,7 +160,7 @@ class Score:
             self.q[..., -1] = (lse.masked_fill(lse == float("-inf"), float("inf")) * -self.unit).transpose(0, 1)
         allowed, added = spec.allowed(), spec.added()
         self.hidden = None if allowed is None else ~allowed.transpose(0, 1)
-        self.bias = None if added is None else (added.detach().to(dtype) * self.unit).transpose(0, 1)
+        self.bias = None if added is None else added.detach().to(dtype).transpose(0, 1)
 
     def row_blocks(self) -> Iterator[slice]:
         """Rows of one head that make a block."""
@@ -182,11 +182,11 @@ class Score:
         score = self.buffer
         torch.bmm(q.flatten(0, 1), k.flatten(0, 1).mT, out=score.flatten(0, 1))
         hidden = None if self.hidden is None else cut(self.hidden, heads, rows)
-        if self.bias is not None:
-            score += cut(self.bias, heads, rows)
         if self.normal:
             score.exp2_()
             return score if hidden is None else score.masked_fill_(hidden, 0.0)
+        if self.bias is not None:
+            score += cut(self.bias, heads, rows)
         score = (score if hidden is None else score.masked_fill_(hidden, float("-inf"))).softmax(dim=-1)
         return score if hidden is None and self.bias is None else score.nan_to_num_(nan=0.0)
 
@@ -296,7 +296,8 @@ def attention_with_weights(
         return by_definition(q, k, v, spec, wanted, layer, recipe)
     backend = choose(spec, wanted)
     note(layer, spec, backend)
-    asking = spec.with_lse()
+    # a bias may move all scores of a row far off, as -10000 does, where a log-sum-exp in float32 is coarse
+    asking = spec.with_lse() if spec.bias is None else spec
     if backend.unsupported(asking) is not None or backend.unbuilt(asking) is not None:
         asking = spec
     learned: Tensor | None = None

@@ -12,3 +12,8 @@ settings.register_profile("thorough", settings.get_profile("default"), max_examp
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci" if os.environ.get("CI") else "default"))
 
 torch.set_num_threads(1)  # drawn tensors are small: a second thread costs more than it brings
+
+
+def fewer(divisor: int) -> settings:
+    """The profile's number of examples divided, for laws whose examples are slow."""
+    return settings(max_examples=max(1, settings().max_examples // divisor))

@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from model_strategies import Architecture, Masks, assert_same, one_thread
 from torch import Tensor, nn
 
 from flashmha import FlashMultiHeadAttention, replace_mha, restore_mha
+from flashmha.testing import Architecture, EncoderMasks, assert_same
 
 RANKS = 2
 STEPS = 2
@@ -51,8 +51,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         for order in ORDERS:
             results[order].append(got[order])
     model = ARCHITECTURE.encoder()
-    with one_thread():
-        results["one process"] = train(model, model, "stock", slice(None))
+    results["one process"] = train(model, model, "stock", slice(None))
     return results
 
 
@@ -79,7 +78,7 @@ def one_rank(rank: int, folder: str) -> None:
 def train(wrapped: nn.Module, model: nn.Module, order: str, share: slice) -> dict[str, Any]:
     """Two steps on a share of the batch; a parameter left without a gradient makes the second one raise."""
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-    masks = Masks(batch=4, seqlen=5, padding="bool")
+    masks = EncoderMasks(batch=4, seqlen=5, padding="bool")
     x, padding = ARCHITECTURE.inputs(masks.batch, masks.seqlen), masks.padding_mask()
     assert padding is not None
     gradients: list[dict[str, Tensor]] = []

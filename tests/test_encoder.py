@@ -4,41 +4,35 @@ from __future__ import annotations
 
 import copy
 import pickle
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from conftest import fewer
 from hypothesis import example, given
 from hypothesis import strategies as st
-from model_strategies import (
-    WIDTH,
-    Architecture,
-    Masks,
-    anatomy,
-    architectures,
-    assert_same,
-    fewer,
-    fused_architectures,
-    gradients,
-    masks,
-    noise,
-    one_thread,
-    quiet,
-    without_fast_path,
-)
 from torch import Tensor, nn
 
 import flashmha
 from flashmha import FlashMultiHeadAttention, replace_mha, restore_mha, swap_report
+from flashmha.testing import (
+    Architecture,
+    EncoderMasks,
+    anatomy,
+    architectures,
+    assert_drop_in,
+    assert_same,
+    encoder_masks,
+    noise,
+    transformers,
+    without_fast_path,
+)
+from flashmha.testing.encoder import KINDS, fused_architectures, quiet
+from flashmha.testing.judge import gradients
+from flashmha.testing.tree import WIDTH
 
 pytestmark = pytest.mark.filterwarnings("ignore:Support for mismatched:UserWarning")
-
-
-@pytest.fixture(autouse=True, scope="module")
-def small_tensors() -> Iterator[None]:
-    with one_thread():
-        yield
 
 
 def twins(build: Callable[[], Any], **options: Any) -> tuple[Any, Any]:
@@ -46,7 +40,7 @@ def twins(build: Callable[[], Any], **options: Any) -> tuple[Any, Any]:
     return build(), replace_mha(build(), **options)
 
 
-def real(architecture: Architecture, masks: Masks, out: Tensor) -> Tensor:
+def real(architecture: Architecture, masks: EncoderMasks, out: Tensor) -> Tensor:
     """The output at positions that are not padding, (positions, features)."""
     return architecture.batch_major(out)[~masks.padded()]
 
@@ -54,41 +48,28 @@ def real(architecture: Architecture, masks: Masks, out: Tensor) -> Tensor:
 # The whole encoder
 
 
-@given(architecture=architectures(), masks=masks(), grad=st.booleans())
-def test_a_swapped_encoder_computes_what_stock_does_without_its_fast_path(
-    architecture: Architecture, masks: Masks, grad: bool
+@pytest.mark.parametrize("kind", KINDS)
+@given(data=st.data(), grad=st.booleans())
+def test_a_swapped_transformer_computes_what_stock_does_without_its_fast_path(
+    kind: str, data: st.DataObject, grad: bool
 ) -> None:
-    stock, model = twins(architecture.encoder)
-    x = architecture.inputs(masks.batch, masks.seqlen)
-    given_masks = masks.arguments(architecture.num_heads)
+    model = data.draw(transformers(kinds=(kind,)))
+    stock, ours = twins(model.build)
+    attentions = [module for module in ours.modules() if isinstance(module, nn.MultiheadAttention)]
     with torch.set_grad_enabled(grad):
         with without_fast_path():
-            expected = stock(x, **given_masks)
-        out = model(x, **given_masks)
-        assert_same(out, expected)
-        if grad:
-            assert_same(gradients(model, out), gradients(stock, expected), 1e-8)
+            assert_drop_in(stock, ours, kwargs=model.arguments())
+            expected = ours(**model.arguments())
+        with flashmha.record() as calls:
+            assert_same(ours(**model.arguments()), expected)
+    assert [call.layer for call in calls] == attentions
 
 
-@given(architecture=architectures(), masks=masks(batches=(None,)))
-def test_a_swapped_encoder_computes_what_stock_does_on_unbatched_input(
-    architecture: Architecture, masks: Masks
-) -> None:
-    stock, model = twins(architecture.encoder)
-    x = architecture.inputs(None, masks.seqlen)
-    given_masks = masks.arguments(architecture.num_heads)
-    with without_fast_path():
-        expected = stock(x, **given_masks)
-    out = model(x, **given_masks)
-    assert_same(out, expected)
-    assert_same(gradients(model, out), gradients(stock, expected), 1e-8)
-
-
-@given(architecture=fused_architectures(), masks=masks())
-@example(Architecture(training=False), Masks(padding="bool"))
-@example(Architecture(training=False), Masks(padding="whole items"))
+@given(architecture=fused_architectures(), masks=encoder_masks())
+@example(Architecture(training=False), EncoderMasks(padding="bool"))
+@example(Architecture(training=False), EncoderMasks(padding="whole items"))
 def test_a_swapped_encoder_computes_what_stock_s_fast_path_does_at_real_positions(
-    architecture: Architecture, masks: Masks
+    architecture: Architecture, masks: EncoderMasks
 ) -> None:
     stock, model = twins(architecture.encoder)
     x = architecture.inputs(masks.batch, masks.seqlen)
@@ -104,8 +85,10 @@ def test_a_swapped_encoder_computes_what_stock_s_fast_path_does_at_real_position
         assert_same(kept[finite], wanted[finite])
 
 
-@given(architecture=architectures(), masks=masks())
-def test_train_and_eval_with_and_without_gradients_give_one_answer(architecture: Architecture, masks: Masks) -> None:
+@given(architecture=architectures(), masks=encoder_masks())
+def test_train_and_eval_with_and_without_gradients_give_one_answer(
+    architecture: Architecture, masks: EncoderMasks
+) -> None:
     model = replace_mha(architecture.encoder())
     x = architecture.inputs(masks.batch, masks.seqlen)
     given_masks = masks.arguments(architecture.num_heads)
@@ -117,26 +100,26 @@ def test_train_and_eval_with_and_without_gradients_give_one_answer(architecture:
         assert_same(model(x, **given_masks).clone(), expected)
 
 
-@given(architecture=architectures(), masks=masks(), option=st.sampled_from((None, "naive")))
+@given(architecture=architectures(), masks=encoder_masks(), option=st.sampled_from((None, "naive")))
 def test_every_layer_runs_in_eval_and_padding_stays_key_padding(
-    architecture: Architecture, masks: Masks, option: str | None
+    architecture: Architecture, masks: EncoderMasks, option: str | None
 ) -> None:
     model = replace_mha(architecture.encoder(), **({"backend": option} if option else {}))
     x = architecture.inputs(masks.batch, masks.seqlen)
     with torch.no_grad(), flashmha.record() as calls:
         model.eval()(x, **masks.arguments(architecture.num_heads))
     assert [call.layer for call in calls] == [layer.self_attn for layer in model.layers]
-    float_masks = masks.padding == "float" or masks.attention.startswith(("ALiBi", "float"))
+    float_masks = masks.attention.startswith(("ALiBi", "float"))
     for call in calls:
         assert option in (None, call.backend)
-        assert ("key_padding" in call.spec.features) == (masks.padding in ("bool", "holes", "whole items"))
+        assert ("key_padding" in call.spec.features) == (masks.padding != "none")
         assert float_masks or "bias" not in call.spec.features
         assert (call.spec.batch, call.spec.seqlen_q, call.spec.seqlen_k) == (masks.batch, masks.seqlen, masks.seqlen)
 
 
 @given(architecture=architectures(), padding=st.sampled_from(("bool", "holes", "whole items")))
 def test_a_padding_mask_alone_reaches_every_layer_as_it_was_given(architecture: Architecture, padding: str) -> None:
-    masks = Masks(padding=padding)
+    masks = EncoderMasks(padding=padding)
     model = replace_mha(architecture.encoder())
     seen: list[Tensor] = []
     for layer in model.layers:
@@ -154,7 +137,7 @@ def test_a_padding_mask_alone_reaches_every_layer_as_it_was_given(architecture: 
 def test_a_causal_mask_alone_is_recognised_with_and_without_the_hint(
     architecture: Architecture, kind: str, hint: bool
 ) -> None:
-    masks = Masks(attention=kind, hint=hint)
+    masks = EncoderMasks(attention=kind, hint=hint)
     model = replace_mha(architecture.encoder())
     with flashmha.record() as calls:
         model(architecture.inputs(masks.batch, masks.seqlen), **masks.arguments(architecture.num_heads))
@@ -194,16 +177,16 @@ def test_a_float_mask_that_learns_gets_its_gradient() -> None:
 
 
 def test_learning_goes_on_where_stock_has_nothing_but_nan() -> None:
-    masks = Masks(padding="whole items")
+    masks = EncoderMasks(padding="whole items")
     model = replace_mha(Architecture().encoder())
     out = model(Architecture().inputs(2, 4), **masks.arguments(2))
-    for grad in gradients(model, out).values():
-        assert bool(grad.isfinite().all())
+    for grad in gradients({"out": out}, dict(model.named_parameters()), 7).values():
+        assert grad is not None and bool(grad.isfinite().all())
 
 
 @fewer(2)
-@given(architecture=architectures(), masks=masks())
-def test_hooks_on_submodules_fire_alike_in_train_and_eval(architecture: Architecture, masks: Masks) -> None:
+@given(architecture=architectures(), masks=encoder_masks())
+def test_hooks_on_submodules_fire_alike_in_train_and_eval(architecture: Architecture, masks: EncoderMasks) -> None:
     model = replace_mha(architecture.encoder())
     log: list[str] = []
     for name, module in model.named_modules():
@@ -228,22 +211,7 @@ def nested(values: Any) -> bool:
     return any(isinstance(value, Tensor) and value.is_nested for value in values)
 
 
-# One layer
-
-
-@given(architecture=architectures(), masks=masks(batches=(None, 1, 3)))
-def test_a_swapped_layer_computes_what_stock_does(architecture: Architecture, masks: Masks) -> None:
-    stock, model = twins(architecture.layer)
-    x = architecture.inputs(masks.batch, masks.seqlen)
-    given_masks = masks.arguments(architecture.num_heads, mask="src_mask")
-    with without_fast_path():
-        expected = stock(x, **given_masks)
-    out = model(x, **given_masks)
-    assert_same(out, expected)
-    assert_same(gradients(model, out), gradients(stock, expected), 1e-8)
-    with torch.no_grad(), flashmha.record() as calls:
-        assert_same(model.eval()(x, **given_masks), expected)
-    assert len(calls) == 1
+# Nested tensors
 
 
 @given(architecture=fused_architectures(), lengths=st.lists(st.integers(1, 5), min_size=1, max_size=3))
@@ -264,65 +232,6 @@ def test_strided_nested_tensors_go_through_a_swapped_layer_in_eval_as_through_st
             assert_same(one, other)
             with torch.no_grad():
                 assert_same(one, model(item[None])[0])
-
-
-# Decoders and whole transformers
-
-
-@given(architecture=architectures(), masks=masks(), memory_masks=masks(attention=("none",)), grad=st.booleans())
-def test_a_swapped_decoder_computes_what_stock_does(
-    architecture: Architecture, masks: Masks, memory_masks: Masks, grad: bool
-) -> None:
-    stock, model = twins(architecture.decoder)
-    target = architecture.inputs(masks.batch, masks.seqlen)
-    memory = architecture.inputs(masks.batch, memory_masks.seqlen, salt=2)
-    memory_masks = Masks(masks.batch, memory_masks.seqlen, padding=memory_masks.padding, seed=memory_masks.seed)
-    given_masks = {
-        "tgt_mask": masks.attention_mask(architecture.num_heads),
-        "tgt_key_padding_mask": masks.padding_mask(),
-        "memory_mask": noise(memory_masks.seed, masks.seqlen, memory_masks.seqlen),
-        "memory_key_padding_mask": memory_masks.padding_mask(),
-        "tgt_is_causal": True if masks.hinted else None,
-    }
-    with torch.set_grad_enabled(grad):
-        with without_fast_path():
-            expected = stock(target, memory, **given_masks)
-        with flashmha.record() as calls:
-            out = model(target, memory, **given_masks)
-    assert len(calls) == 2 * architecture.num_layers
-    assert_same(out, expected)
-    if grad:
-        assert_same(gradients(model, out), gradients(stock, expected), 1e-8)
-
-
-@given(architecture=architectures(), source=masks(), target=masks(), grad=st.booleans())
-def test_a_swapped_transformer_computes_what_stock_does(
-    architecture: Architecture, source: Masks, target: Masks, grad: bool
-) -> None:
-    target = Masks(source.batch, target.seqlen, target.attention, target.padding, target.hint, target.seed)
-    stock, model = twins(architecture.transformer)
-    x, y = (
-        architecture.inputs(source.batch, source.seqlen),
-        architecture.inputs(source.batch, target.seqlen, salt=2),
-    )
-    given_masks = {
-        "src_mask": source.attention_mask(architecture.num_heads),
-        "tgt_mask": target.attention_mask(architecture.num_heads),
-        "src_key_padding_mask": source.padding_mask(),
-        "tgt_key_padding_mask": target.padding_mask(),
-        "memory_key_padding_mask": source.padding_mask(),
-        "src_is_causal": True if source.hinted else None,
-        "tgt_is_causal": target.hinted,
-    }
-    with torch.set_grad_enabled(grad):
-        with without_fast_path():
-            expected = stock(x, y, **given_masks)
-        with flashmha.record() as calls:
-            out = model(x, y, **given_masks)
-    assert len(calls) == 3 * architecture.num_layers
-    assert_same(out, expected)
-    if grad:
-        assert_same(gradients(model, out), gradients(stock, expected), 1e-8)
 
 
 # Subclasses of the encoder classes
@@ -359,17 +268,17 @@ class Encoder(nn.TransformerEncoder):
         return super().forward(*args, **kwargs) + 1
 
 
-KINDS = [(Encoder, nn.TransformerEncoderLayer), (nn.TransformerEncoder, Layer), (Encoder, Layer)]
+SUBCLASSES = [(Encoder, nn.TransformerEncoderLayer), (nn.TransformerEncoder, Layer), (Encoder, Layer)]
 
 
 @fewer(2)
 @given(
     architecture=architectures(),
-    masks=masks(),
-    kinds=st.sampled_from([*KINDS, (nn.TransformerEncoder, ScaledLayer), (Encoder, ScaledLayer)]),
+    masks=encoder_masks(),
+    kinds=st.sampled_from([*SUBCLASSES, (nn.TransformerEncoder, ScaledLayer), (Encoder, ScaledLayer)]),
 )
 def test_subclasses_keep_their_code_and_call_their_attention_in_eval(
-    architecture: Architecture, masks: Masks, kinds: tuple[Any, Any]
+    architecture: Architecture, masks: EncoderMasks, kinds: tuple[Any, Any]
 ) -> None:
     encoder, layer = kinds
     stock, model = twins(lambda: architecture.encoder(encoder, layer))
@@ -385,7 +294,7 @@ def test_subclasses_keep_their_code_and_call_their_attention_in_eval(
     assert len(calls) == architecture.num_layers
 
 
-@pytest.mark.parametrize(("encoder", "layer"), KINDS)
+@pytest.mark.parametrize(("encoder", "layer"), SUBCLASSES)
 def test_what_the_swap_sets_on_subclasses_is_reported_and_restored(encoder: Any, layer: Any) -> None:
     model = Architecture().encoder(encoder, layer)
     before = anatomy(model)
@@ -420,7 +329,7 @@ def test_layers_of_several_kinds_in_one_encoder_all_run() -> None:
         return encoder
 
     stock, model = twins(build)
-    x, padding = Architecture().inputs(2, 4), Masks(padding="bool").padding_mask()
+    x, padding = Architecture().inputs(2, 4), EncoderMasks(padding="bool").padding_mask()
     with torch.no_grad(), without_fast_path():
         expected = stock(x, src_key_padding_mask=padding)
     with torch.no_grad(), flashmha.record() as calls:
@@ -495,7 +404,7 @@ def test_a_layer_with_features_put_into_a_stock_encoder_by_hand_runs_in_eval_too
     kind: str, duplicate: Callable[[Any], Any]
 ) -> None:
     model, x = by_hand(kind, Architecture(seed=11)), Architecture().inputs(2, 4)
-    padding = Masks(padding="bool").padding_mask()
+    padding = EncoderMasks(padding="bool").padding_mask()
     expected = [model.train()(x, mask).detach() for mask in (None, torch.ones(4, 4, dtype=torch.bool).triu(1))]
     padded = model(x, src_key_padding_mask=padding).detach()
     twin = duplicate(model)
@@ -541,7 +450,7 @@ def test_a_swapped_encoder_can_be_scripted_and_computes_the_same(norm_first: boo
     with quiet():
         scripted = torch.jit.script(model)
     for kinds in ({}, {"attention": "bool causal"}, {"attention": "ALiBi"}, {"padding": "bool"}, {"padding": "holes"}):
-        masks = Masks(batch=2, seqlen=4, **kinds)
+        masks = EncoderMasks(batch=2, seqlen=4, **kinds)
         x, given_masks = architecture.inputs(2, 4), masks.arguments(2)
         for grad in (True, False):
             with torch.set_grad_enabled(grad):
@@ -551,10 +460,15 @@ def test_a_swapped_encoder_can_be_scripted_and_computes_the_same(norm_first: boo
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize(
     "masks",
-    [Masks(), Masks(attention="bool causal"), Masks(padding="whole items"), Masks(attention="ALiBi", padding="float")],
+    [
+        EncoderMasks(),
+        EncoderMasks(attention="bool causal"),
+        EncoderMasks(padding="whole items"),
+        EncoderMasks(attention="ALiBi", padding="float"),
+    ],
     ids=["no mask", "causal", "padding", "ALiBi and padding"],
 )
-def test_a_swapped_encoder_compiles_into_one_graph(masks: Masks, training: bool) -> None:
+def test_a_swapped_encoder_compiles_into_one_graph(masks: EncoderMasks, training: bool) -> None:
     torch._dynamo.reset()
     architecture = Architecture(num_layers=1, training=training)
     model = replace_mha(architecture.encoder())
@@ -563,7 +477,8 @@ def test_a_swapped_encoder_compiles_into_one_graph(masks: Masks, training: bool)
     if training:
         out, expected = compiled(x, **given_masks), model(x, **given_masks)
         assert_same(out, expected)
-        assert_same(gradients(model, out), gradients(model, expected))
+        parameters = dict(model.named_parameters())
+        assert_same(gradients({"out": out}, parameters, 7), gradients({"out": expected}, parameters, 7))
     else:
         with torch.no_grad():
             assert_same(compiled(x, **given_masks), model(x, **given_masks))

@@ -12,19 +12,13 @@ import pytest
 import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
-from strategies import Blueprint, Call, assert_close, blueprints, one, problems
 from torch import Tensor, nn
 
 from flashmha import FlashMultiHeadAttention, NoBackendError, Window, attention, backends, record
+from flashmha.testing import Blueprint, Call, assert_same, blueprints, problems
 
 Arguments = dict[str, Any]
 Spoiler = Callable[[Blueprint, Call, Arguments], Iterable[Arguments]]
-
-
-def good_call(blueprint: Blueprint, call: Call) -> Arguments:
-    """The arguments of a call by name."""
-    tensors = call.tensors(blueprint)
-    return {**dict(zip(("query", "key", "value"), tensors.inputs)), **tensors.masks, **call.flags()}
 
 
 def error_of(layer: nn.Module, arguments: Arguments) -> Exception:
@@ -63,27 +57,27 @@ def key_and_value_of_another_width(blueprint: Blueprint, call: Call, good: Argum
 
 
 def integer_masks(blueprint: Blueprint, call: Call, good: Arguments) -> Iterable[Arguments]:
-    good = good_call(blueprint, dataclasses.replace(call, padding="bool", attn_mask="bool 2-D"))
+    good = dataclasses.replace(call, padding="bool", attn_mask="bool 2-D").arguments(blueprint)
     for dtype in (torch.uint8, torch.int64, torch.int32):
         yield {"key_padding_mask": good["key_padding_mask"].to(dtype)}
         yield {"attn_mask": good["attn_mask"].to(dtype)}
 
 
 def padding_of_another_rank(blueprint: Blueprint, call: Call, good: Arguments) -> Iterable[Arguments]:
-    mask = good_call(blueprint, dataclasses.replace(call, padding="bool"))["key_padding_mask"]
+    mask = dataclasses.replace(call, padding="bool").arguments(blueprint)["key_padding_mask"]
     yield {"key_padding_mask": mask[None]}
     yield {"key_padding_mask": mask[0]}
 
 
 def padding_of_another_size(blueprint: Blueprint, call: Call, good: Arguments) -> Iterable[Arguments]:
-    mask = good_call(blueprint, dataclasses.replace(call, padding="bool"))["key_padding_mask"]
+    mask = dataclasses.replace(call, padding="bool").arguments(blueprint)["key_padding_mask"]
     yield {"key_padding_mask": torch.cat((mask, mask), dim=-1), "is_causal": False}
     if call.batch is not None:
         yield {"key_padding_mask": torch.cat((mask, mask)), "is_causal": False}
 
 
 def attn_mask_of_another_rank(blueprint: Blueprint, call: Call, good: Arguments) -> Iterable[Arguments]:
-    mask = good_call(blueprint, dataclasses.replace(call, attn_mask="bool 2-D"))["attn_mask"]
+    mask = dataclasses.replace(call, attn_mask="bool 2-D").arguments(blueprint)["attn_mask"]
     yield {"attn_mask": mask[0]}
     yield {"attn_mask": mask[None, None, None]}
     if call.batch is None:
@@ -92,7 +86,7 @@ def attn_mask_of_another_rank(blueprint: Blueprint, call: Call, good: Arguments)
 
 def attn_mask_of_another_size(blueprint: Blueprint, call: Call, good: Arguments) -> Iterable[Arguments]:
     for kind in ("bool 2-D", "float 2-D", "bool 3-D"):
-        mask = good_call(blueprint, dataclasses.replace(call, attn_mask=kind))["attn_mask"]
+        mask = dataclasses.replace(call, attn_mask=kind).arguments(blueprint)["attn_mask"]
         yield {"attn_mask": torch.cat((mask, mask), dim=-1), "is_causal": False}
         yield {"attn_mask": torch.cat((mask, mask), dim=-2), "is_causal": False}
         if mask.dim() == 3:
@@ -135,7 +129,7 @@ def inputs_of_another_dtype(blueprint: Blueprint, call: Call, good: Arguments) -
 
 
 def float_mask_of_another_dtype(blueprint: Blueprint, call: Call, good: Arguments) -> Iterable[Arguments]:
-    good = good_call(blueprint, dataclasses.replace(call, padding="float", attn_mask="float 2-D", is_causal=False))
+    good = dataclasses.replace(call, padding="float", attn_mask="float 2-D", is_causal=False).arguments(blueprint)
     plain = {"key_padding_mask": None, "attn_mask": None, "need_weights": True, "is_causal": False}
     for name in ("key_padding_mask", "attn_mask"):
         yield {**plain, name: good[name].to(torch.float64 if blueprint.dtype != torch.float64 else torch.float32)}
@@ -159,7 +153,7 @@ plain_masks = {"paddings": ("none",), "attn_masks": ("none",), "grad": (False,)}
 def test_an_error_is_the_stock_error_word_for_word(spoiler: Spoiler, problem: tuple[Blueprint, Call]) -> None:
     blueprint, call = problem
     stock, ours = blueprint.build(), blueprint.build(FlashMultiHeadAttention).train(call.training)
-    good = good_call(blueprint, call)
+    good = call.arguments(blueprint)
     for change in spoiler(blueprint, call, good):
         theirs, mine = error_of(stock, {**good, **change}), error_of(ours, {**good, **change})
         assert (type(mine), str(mine)) == (type(theirs), str(theirs))
@@ -170,38 +164,43 @@ def test_an_error_is_the_stock_error_word_for_word(spoiler: Spoiler, problem: tu
 def test_an_error_is_of_the_type_of_the_stock_error(spoiler: Spoiler, problem: tuple[Blueprint, Call]) -> None:
     blueprint, call = problem
     stock, ours = blueprint.build(), blueprint.build(FlashMultiHeadAttention).train(call.training)
-    good = good_call(blueprint, call)
+    good = call.arguments(blueprint)
     for change in spoiler(blueprint, call, good):
         assert type(error_of(ours, {**good, **change})) is type(error_of(stock, {**good, **change}))
 
 
-@given(problem=problems(layers=blueprints(packed=(False,)), **whole, **plain_masks), which=one(("key", "value")))
+@given(
+    problem=problems(layers=blueprints(packed=(False,)), **whole, **plain_masks),
+    which=st.sampled_from(("key", "value")),
+)
 def test_a_wrong_kdim_or_vdim_is_named_as_in_stock(problem: tuple[Blueprint, Call], which: str) -> None:
     blueprint, call = problem
     assume(set(blueprint.widths) != {blueprint.embed_dim})
-    good = good_call(blueprint, call)
+    good = call.arguments(blueprint)
     good[which] = torch.cat((good[which],) * 2, dim=-1)
     theirs, mine = error_of(blueprint.build(), good), error_of(blueprint.build(FlashMultiHeadAttention), good)
     assert (type(mine), str(mine)) == (type(theirs), str(theirs))
     assert f"expecting {which} weights shape of" in str(mine)
 
 
-@given(problem=problems(layers=blueprints(extra_columns=(True,)), **whole, **plain_masks), lost=one("kv"))
+@given(problem=problems(layers=blueprints(extra_columns=(True,)), **whole, **plain_masks), lost=st.sampled_from("kv"))
 def test_one_extra_key_without_its_value_is_refused_as_in_stock(problem: tuple[Blueprint, Call], lost: str) -> None:
     blueprint, call = problem
     stock, ours = blueprint.build(), blueprint.build(FlashMultiHeadAttention)
     for layer in (stock, ours):
         setattr(layer, f"bias_{lost}", None)
-    good = good_call(blueprint, call)
+    good = call.arguments(blueprint)
     theirs, mine = error_of(stock, good), error_of(ours, good)
     assert (type(mine), str(mine)) == (type(theirs), str(theirs))
 
 
-@given(problem=problems(**whole, **plain_masks), spoiler=one((*LITERAL, *TYPE_ONLY)), choice=st.integers(0, 9))
+@given(
+    problem=problems(**whole, **plain_masks), spoiler=st.sampled_from((*LITERAL, *TYPE_ONLY)), choice=st.integers(0, 9)
+)
 def test_an_error_leaves_no_trace(problem: tuple[Blueprint, Call], spoiler: Spoiler, choice: int) -> None:
     blueprint, call = problem
     layer = dataclasses.replace(blueprint, dropout=0.5).build(FlashMultiHeadAttention).train(call.training)
-    good = good_call(blueprint, call)
+    good = call.arguments(blueprint)
     changes = list(spoiler(blueprint, call, good))
     assume(changes)
     bad = {**good, **changes[choice % len(changes)]}
@@ -220,13 +219,18 @@ def test_an_error_leaves_no_trace(problem: tuple[Blueprint, Call], spoiler: Spoi
     assert all(parameter.grad is None for parameter in layer.parameters())
     for name, value in bad.items():
         assert torch.equal(value, tensors[name]) if isinstance(value, Tensor) else value == tensors[name], name
-    assert_close(layer(**good)[0].detach(), wanted, "output")
+    assert_same(layer(**good)[0].detach(), wanted, "output")
 
 
 # Construction
 
 
-@given(embed_dim=st.integers(-3, 12), num_heads=st.integers(-3, 12), kdim=one((None, 5)), batch_first=st.booleans())
+@given(
+    embed_dim=st.integers(-3, 12),
+    num_heads=st.integers(-3, 12),
+    kdim=st.sampled_from((None, 5)),
+    batch_first=st.booleans(),
+)
 def test_sizes_that_make_no_layer_are_refused_in_the_words_of_stock(
     embed_dim: int, num_heads: int, kdim: int | None, batch_first: bool
 ) -> None:
@@ -240,7 +244,7 @@ def test_sizes_that_make_no_layer_are_refused_in_the_words_of_stock(
     assert torch.equal(torch.get_rng_state(), before)
 
 
-@given(heads=one((1, 2, 4, 6)), kv_heads=st.integers(-2, 8))
+@given(heads=st.sampled_from((1, 2, 4, 6)), kv_heads=st.integers(-2, 8))
 def test_kv_heads_must_divide_the_heads(heads: int, kv_heads: int) -> None:
     assume(kv_heads < 1 or heads % kv_heads)
     before = torch.get_rng_state()
@@ -252,7 +256,7 @@ def test_kv_heads_must_divide_the_heads(heads: int, kv_heads: int) -> None:
 BAD_WINDOWS = (3, "ab", [1, 2], (1,), (1, 2, 3), ("a", 1), (1.5, None))
 
 
-@given(window=one(BAD_WINDOWS), later=st.booleans())
+@given(window=st.sampled_from(BAD_WINDOWS), later=st.booleans())
 def test_a_window_is_a_pair_or_a_window(window: Any, later: bool) -> None:
     layer = FlashMultiHeadAttention(4, 2, window=(1, 1))
     before = torch.get_rng_state()
@@ -265,7 +269,11 @@ def test_a_window_is_a_pair_or_a_window(window: Any, later: bool) -> None:
     assert (layer.window.left, layer.window.right) == (1, 1)
 
 
-@given(name=st.text("abcdefgh_", min_size=1, max_size=8), listed=st.booleans(), door=one(("build", "set", "call")))
+@given(
+    name=st.text("abcdefgh_", min_size=1, max_size=8),
+    listed=st.booleans(),
+    door=st.sampled_from(("build", "set", "call")),
+)
 def test_an_unknown_backend_is_refused_with_the_names_there_are(name: str, listed: bool, door: str) -> None:
     assume(name not in backends.names() and name not in backends.FAMILIES)
     layer, x = FlashMultiHeadAttention(4, 2), torch.ones(2, 1, 4)
@@ -298,8 +306,8 @@ def test_arguments_nobody_knows_are_refused() -> None:
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors is in prototype stage")
 @given(
     lengths=st.lists(st.integers(1, 4), min_size=1, max_size=3),
-    why=one(("mask", "padding", "batch_first", "mixed", "grad")),
-    layout=one((torch.jagged, torch.strided)),
+    why=st.sampled_from(("mask", "padding", "batch_first", "mixed", "grad")),
+    layout=st.sampled_from((torch.jagged, torch.strided)),
 )
 def test_nested_calls_that_mean_nothing_are_refused(lengths: list[int], why: str, layout: torch.layout) -> None:
     layer = FlashMultiHeadAttention(4, 2, batch_first=why != "batch_first").eval()
@@ -320,13 +328,13 @@ def test_nested_calls_that_mean_nothing_are_refused(lengths: list[int], why: str
 # NoBackendError
 
 
-@given(problem=problems(**whole, grad=(False,)), asked=one(("flash_attn", "flash2", ["flash3", "flash4"])))
+@given(problem=problems(**whole, grad=(False,)), asked=st.sampled_from(("flash_attn", "flash2", ["flash3", "flash4"])))
 def test_a_named_backend_that_cannot_serve_raises_with_its_reason(
     problem: tuple[Blueprint, Call], asked: str | list[str]
 ) -> None:
     blueprint, call = problem
     assume(not call.mixed)
-    layer, good = blueprint.build(FlashMultiHeadAttention), good_call(blueprint, call)
+    layer, good = blueprint.build(FlashMultiHeadAttention), call.arguments(blueprint)
     wanted = layer(**good)[0].detach()
     names = {"flash_attn": ("flash4", "flash3", "flash2")}.get(
         str(asked), (asked,) if isinstance(asked, str) else asked
@@ -343,10 +351,10 @@ def test_a_named_backend_that_cannot_serve_raises_with_its_reason(
     assert f"heads={blueprint.num_heads}" in str(error)
     assert repr(asked) in str(error)
     assert torch.equal(torch.get_rng_state(), before)
-    assert_close(layer(**good)[0].detach(), wanted, "output")
+    assert_same(layer(**good)[0].detach(), wanted, "output")
 
 
-@given(seed=st.integers(0, 9), dropout=one((0.0, 0.3)), window=one((None, Window(1, 0))))
+@given(seed=st.integers(0, 9), dropout=st.sampled_from((0.0, 0.3)), window=st.sampled_from((None, Window(1, 0))))
 def test_when_nobody_can_serve_every_backend_says_why(seed: int, dropout: float, window: Window | None) -> None:
     q = torch.randn(1, 2, 2, 4, generator=torch.Generator().manual_seed(seed)).to(torch.float8_e4m3fn)
     with pytest.raises(NoBackendError) as caught:
@@ -355,7 +363,11 @@ def test_when_nobody_can_serve_every_backend_says_why(seed: int, dropout: float,
     assert all("float8_e4m3fn" in reason for reason in caught.value.reasons.values())
 
 
-@given(heads=one((1, 2)), window=one((None, (1, 0))), asked=one(("flash2", "flash_attn")))
+@given(
+    heads=st.sampled_from((1, 2)),
+    window=st.sampled_from((None, (1, 0))),
+    asked=st.sampled_from(("flash2", "flash_attn")),
+)
 def test_no_backend_error_survives_pickle(heads: int, window: Any, asked: str) -> None:
     layer, x = FlashMultiHeadAttention(4, heads, window=window, backend=asked), torch.ones(3, 2, 4)
     error = error_of(layer, {"query": x, "key": x, "value": x, "need_weights": False})
@@ -366,7 +378,7 @@ def test_no_backend_error_survives_pickle(heads: int, window: Any, asked: str) -
     assert str(again.spec) == str(error.spec)
 
 
-@given(asked=one(("flash2", ["flash3", "flash4"])))
+@given(asked=st.sampled_from(("flash2", ["flash3", "flash4"])))
 def test_a_list_is_served_by_the_first_that_can_and_an_error_names_all(asked: Any) -> None:
     x = torch.ones(3, 2, 4)
     layer = FlashMultiHeadAttention(4, 2, backend=asked)

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from ..errors import NoBackendError, lines
-from ..spec import AttentionSpec
+from ..spec import SHARED, AttentionSpec
 from . import registry
 from .base import FEATURES, Backend, Limits
 from .flash2 import Flash2
@@ -117,6 +117,10 @@ def reason(backend: Backend, spec: AttentionSpec) -> str | None:
     return backend.unsupported(spec) or backend.unavailable(spec.device) or backend.unbuilt(spec)
 
 
+chosen: dict[AttentionSpec, tuple[dict[str, Backend], Backend]] = {}
+"""What automatic choice said about a shared problem, and for which list of backends."""
+
+
 def choose(spec: AttentionSpec, wanted: Wanted = None) -> Backend:
     """The backend that serves a problem.
 
@@ -124,11 +128,20 @@ def choose(spec: AttentionSpec, wanted: Wanted = None) -> Backend:
         NoBackendError: nobody can, or the one that was named cannot; with every reason.
     """
     said, named = asked(wanted)
+    remember = named is None and spec.shared
+    if remember and spec in chosen:
+        entries, backend = chosen[spec]
+        if entries is registry.entries:
+            return backend
     reasons: dict[str, str] = {}
     for name in candidates(spec) if named is None else expand(named, said):
         backend = registry.entries[name]
         why = reason(backend, spec)
         if why is None:
+            if remember:
+                if len(chosen) >= SHARED:
+                    chosen.clear()
+                chosen[spec] = (registry.entries, backend)
             return backend
         reasons[name] = why
     raise NoBackendError(spec, reasons, None if named is None else f"{said}={named!r}")

@@ -1,0 +1,12 @@
+"""The benchmark: speed, memory and error of flashmha beside everybody else, decided within one run.
+
+``python -m flashmha bench`` computes every case with every contestant. Whoever is wrong is not timed; the others take
+turns in rounds, each in a new order, and a ratio is formed within a round. A twin of our own contestant says how much
+of a difference is noise. ``Plan`` and ``run`` do the same from Python.
+"""
+
+from .cases import SUITES, Case, every_case, select
+from .command import add_arguments, main
+from .runner import Plan, run
+
+__all__ = ["SUITES", "Case", "Plan", "add_arguments", "every_case", "main", "run", "select"]

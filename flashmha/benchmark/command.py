@@ -1,0 +1,158 @@
+"""``flashmha bench``: its flags, and what it does with them."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import sys
+from pathlib import Path
+
+from ..commands.devices import device
+from ..commands.screen import add_json, print_json, print_table, progress
+from .cases import LEVELS, PASSES, SUITES, every_case, select
+from .lineup import contestants, everybody
+from .report import Run, faults, load, markdown, origin_line, save, summary_lines, verdict_table
+from .runner import FEWEST, Plan, run
+
+BUDGETS = {"cpu": 360.0, "cuda": 450.0}
+"""Seconds a run takes where nobody says."""
+
+CHOICES = ("suites", "case", "level", "passes", "peers", "backends")
+"""The flags that a run's record keeps beside rounds, budget and seed."""
+
+WRONG, UNSTABLE = 1, 3
+"""Exit statuses beside 0."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    suites = "; ".join(f"{name}: {text}" for name, text in SUITES.items())
+    parser.add_argument("--suites", nargs="+", choices=SUITES, metavar="SUITE", help=f"only these ({suites})")
+    parser.add_argument("--case", nargs="+", metavar="GLOB", help="only cases whose id fits one, as 'dense/*/train/*'")
+    parser.add_argument("--level", nargs="+", choices=LEVELS, help="only these: whole layers, or attention alone")
+    parser.add_argument("--pass", nargs="+", choices=PASSES, dest="passes", help="only these")
+    parser.add_argument(
+        "--peers",
+        nargs="+",
+        metavar="GLOB",
+        help="only peers whose name fits one, or 'all'; default all, and on a CPU none that is compiled",
+    )
+    parser.add_argument(
+        "--backends",
+        nargs="*",
+        metavar="NAME",
+        help="our backends that take part by name; default all, and on a CPU this package's own at level core alone",
+    )
+    parser.add_argument("--device", default="cpu", help="default cpu")
+    parser.add_argument("--rounds", type=int, default=12, help="turns of every contestant in a case (default 12)")
+    parser.add_argument(
+        "--budget",
+        type=float,
+        metavar="SECONDS",
+        help=f"drop rounds (down to {FEWEST}), then the last cases, to take no longer (default 360, on cuda 450)",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of the data and of every round's order (default 0)")
+    parser.add_argument(
+        "--out", type=Path, metavar="DIR", help="where run.json, table.md and the plots go (default flashmha-bench)"
+    )
+    parser.add_argument("--no-plots", action="store_true", help="no plots, and no need of matplotlib")
+    parser.add_argument("--list", action="store_true", help="show the cases and who takes part, and measure nothing")
+    parser.add_argument("--report", type=Path, metavar="FILE", help="measure nothing: table and plots of this run.json")
+    add_json(parser)
+
+
+def main(options: argparse.Namespace) -> int:
+    """Measure and report; 0, 1 where a contestant of ours was wrong, 3 where the machine was too unsteady to tell."""
+    if options.rounds < 1 or (options.budget is not None and options.budget <= 0):
+        raise ValueError(f"rounds and budget must be positive, got {options.rounds} and {options.budget}.")
+    if not options.no_plots and not options.list and importlib.util.find_spec("matplotlib") is None:
+        raise ModuleNotFoundError("plots need matplotlib: pip install 'flashmha[bench]', or --no-plots")
+    if options.report is not None:
+        found = load(options.report)
+        write(found, options.out or options.report.with_suffix(""), plots=not options.no_plots, again=True)
+        return show(found, options.json)
+    plan = planned(options)
+    if options.list:
+        return show_cases(plan, options.json)
+    folder = options.out or Path("flashmha-bench")
+    folder.mkdir(parents=True, exist_ok=True)
+    with progress(f"{len(plan.cases)} cases", len(plan.cases)) as advance:
+
+        def tell(line: str) -> None:
+            advance()
+            if not sys.stderr.isatty():
+                print(line, file=sys.stderr, flush=True)
+
+        found = run(plan, tell)
+    write(found, folder, plots=not options.no_plots)
+    return show(found, options.json)
+
+
+def planned(options: argparse.Namespace) -> Plan:
+    """The flags as a plan.
+
+    Raises:
+        ValueError: a flag names what there is not.
+    """
+    where = device(options.device)
+    everyone, absent = everybody(where)
+    known = [one.name for one in everyone]
+    for name in options.backends or ():
+        if f"attention:{name}" not in known:
+            raise ValueError(
+                f"backends must be available on {where}, got {name!r}: {absent.get(name, 'not registered')}."
+            )
+    for name in options.peers or ():
+        if name in absent:
+            raise ValueError(f"peers must be available on {where}, got {name!r}: {absent[name]}.")
+        if not any(character in name for character in "*?[") and name not in (*known, "all"):
+            raise ValueError(f"peers must be among {', '.join(known)}, all, or globs, got {name!r}.")
+    return Plan(
+        cases=select(every_case(where.type), options.suites, options.case, options.level, options.passes),
+        device=where,
+        rounds=options.rounds,
+        budget=options.budget or BUDGETS.get(where.type, 360.0),
+        seed=options.seed,
+        peers=options.peers,
+        backends=options.backends,
+        options={name: value for name in CHOICES if (value := getattr(options, name)) is not None},
+    )
+
+
+def show_cases(plan: Plan, json: bool) -> int:
+    everyone, _ = everybody(plan.device)
+    rows = []
+    for case in plan.cases:
+        those = contestants(everyone, case, plan.device, plan.peers, plan.backends)
+        rows.append((case.id, [one.name for one in those if one.refuses(case) is None]))
+    if json:
+        print_json([{"id": name, "contestants": those} for name, those in rows])
+    else:
+        print_table(("case", "contestants"), [(name, " ".join(those)) for name, those in rows])
+    return 0
+
+
+def write(found: Run, folder: Path, plots: bool, again: bool = False) -> None:
+    """Every file of a run in a folder; ``again`` leaves the JSON where it is."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if not again:
+        save(found, folder / "run.json")
+    (folder / "table.md").write_text(markdown(found), encoding="utf-8")
+    if plots:
+        from .plots import draw  # matplotlib
+
+        draw(found, folder)
+
+
+def show(found: Run, json: bool) -> int:
+    """A run on the screen, and the exit status it gives."""
+    if json:
+        print_json(found)
+    else:
+        for level in found["summary"]:
+            print_table(*verdict_table(found, level))
+            print()
+        print("\n".join([*summary_lines(found), origin_line(found)]))
+    ours = [name for _, name, _, _ in faults(found) if name.startswith(("flashmha", "attention", "control"))]
+    if ours:
+        return WRONG
+    return UNSTABLE if found["unstable"] else 0

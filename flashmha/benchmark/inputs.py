@@ -1,0 +1,98 @@
+"""The tensors of a case: the same ones for everybody who is timed on it."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from torch import Tensor, nn
+
+from .cases import Case
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Inputs:
+    """What a case computes from, at level ``layer`` query, key and value of a layer, at level ``core`` q, k and v.
+
+    Attributes:
+        case: what is computed.
+        query, key, value: (batch, seqlen, embed_dim), or (batch, seqlen, heads, head_dim) at level core; one object
+            where a layer is called with one.
+        cotangent: of the output; zero where a query is padding, as with a loss over real tokens.
+        attn_mask: (seqlen_q, seqlen_k) bool, ``True`` = hidden, for causal cases.
+        hidden: (batch, seqlen_k) bool, ``True`` = hidden, for padded cases; see ``padding``.
+        state: the parameters of the layer, named as in ``nn.MultiheadAttention``; empty at level core.
+    """
+
+    case: Case
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    cotangent: Tensor
+    attn_mask: Tensor | None
+    hidden: Tensor | None
+    state: dict[str, Tensor]
+
+    def padding(self) -> Tensor | None:
+        """The padding mask, a new tensor every time: each batch of a training brings its own."""
+        return None if self.hidden is None else self.hidden.clone()
+
+    def leaves(self) -> dict[str, Tensor]:
+        """The inputs that want a gradient in training."""
+        named = {"query": self.query, "key": self.key, "value": self.value}
+        kept: dict[str, Tensor] = {}
+        for name, x in named.items():
+            if not any(x is other for other in kept.values()):
+                kept[name] = x
+        return kept
+
+    def to(self, dtype: torch.dtype) -> Inputs:
+        """The same numbers in another dtype."""
+        moved: dict[int, Tensor] = {}
+        for x in self.leaves().values():
+            moved[id(x)] = x.detach().to(dtype).requires_grad_(x.requires_grad)
+        return dataclasses.replace(
+            self,
+            query=moved[id(self.query)],
+            key=moved[id(self.key)],
+            value=moved[id(self.value)],
+            cotangent=self.cotangent.to(dtype),
+            state={name: x.to(dtype) for name, x in self.state.items()},
+        )
+
+
+def draw(case: Case, device: torch.device, seed: int) -> Inputs:
+    """The tensors of a case out of a seed: normal, padding included."""
+    generator = torch.Generator().manual_seed(seed)
+    dtype = getattr(torch, case.dtype)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator).to(device, dtype)
+
+    state: dict[str, Tensor] = {}
+    if case.level == "layer":
+        query = normal(case.batch, case.seqlen_q, case.embed_dim)
+        key = query if case.seqlen_q == case.seqlen_k else normal(case.batch, case.seqlen_k, case.embed_dim)
+        value = key
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            stock = nn.MultiheadAttention(case.embed_dim, case.heads)
+            for bias in (stock.in_proj_bias, stock.out_proj.bias):
+                nn.init.normal_(bias, std=0.1)  # stock's zeros would hide a bias that is forgotten
+        state = {name: x.to(device, dtype) for name, x in stock.state_dict().items()}
+    else:
+        query = normal(case.batch, case.seqlen_q, case.heads, case.head_dim)
+        key = normal(case.batch, case.seqlen_k, case.heads_kv, case.head_dim)
+        value = normal(case.batch, case.seqlen_k, case.heads_kv, case.head_dim)
+    cotangent = normal(*query.shape)
+    attn_mask = hidden = None
+    if case.causal:
+        attn_mask = torch.ones(case.seqlen_q, case.seqlen_k, dtype=torch.bool, device=device).triu(1)
+    if case.lengths is not None:
+        hidden = torch.arange(case.seqlen_k)[None, :] >= torch.tensor(case.lengths)[:, None]
+        hidden = hidden.to(device)
+        if case.seqlen_q == case.seqlen_k:
+            cotangent[hidden] = 0.0
+    for x in (query, key, value):
+        x.requires_grad_(case.mode == "train")
+    return Inputs(case, query, key, value, cotangent, attn_mask, hidden, state)

@@ -1,0 +1,177 @@
+"""The runner: correct first, then rounds in which everybody takes a turn."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import random
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from .. import __version__
+from .cases import Case
+from .gate import Reference, Seat, admit
+from .inputs import draw
+from .lineup import contestants, everybody
+from .machine import Canary, commit, environment, quiet, seconds
+from .peers import Contestant
+from .verdicts import judge
+
+SCHEMA = 1
+FEWEST = 3
+"""Rounds of a case, however short the budget."""
+
+BLOCK = 0.02
+"""Seconds that the calls of one turn take together, at least."""
+
+DRIFT, REPEATS = 0.03, 0.3
+"""How far a round's canary may lie from the median, and how many rounds, of those asked for, may be repeated."""
+
+UNSTABLE = {"cpu": 0.1, "cuda": 0.03}
+"""The noise floor from which a run proves nothing."""
+
+Tell = Callable[[str], None]
+"""Called with a line a case, once that is done."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What to measure, and for how long.
+
+    Attributes:
+        cases: reported in this order; those of the README run first.
+        device: where.
+        rounds: turns of everybody, a case.
+        budget: seconds in all; rounds are dropped first, down to ``FEWEST``, then cases.
+        seed: of the data and of the order in a round.
+        peers, backends: as in ``lineup.contestants``.
+        options: how the command line chose all this, for the record.
+    """
+
+    cases: Sequence[Case]
+    device: torch.device
+    rounds: int = 12
+    budget: float = 360.0
+    seed: int = 0
+    peers: Sequence[str] | None = None
+    backends: Sequence[str] | None = None
+    options: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+def run(plan: Plan, tell: Tell) -> dict[str, Any]:
+    """Measure a plan; everything known afterwards, ready for JSON."""
+    everyone, absent = everybody(plan.device)
+    began, utc = time.monotonic(), datetime.datetime.now(datetime.timezone.utc)
+    measured: list[dict[str, Any]] = []
+    dropped: list[str] = []
+    canary = Canary(plan.device)
+    with quiet(plan.device), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        queue = sorted(plan.cases, key=lambda case: not case.headline)
+        for place, case in enumerate(queue):
+            left = plan.budget - (time.monotonic() - began)
+            if left <= 0:
+                dropped.append(case.id)
+                tell(f"{case.id}: dropped, the budget is spent")
+                continue
+            share = left * effort(case) / sum(effort(other) for other in queue[place:])
+            taking_part = contestants(everyone, case, plan.device, plan.peers, plan.backends)
+            measured.append(measure(case, taking_part, plan, canary, time.monotonic() + share))
+            tell(f"{case.id}: {spoken(measured[-1])}")
+    places = [case.id for case in plan.cases]
+    measured.sort(key=lambda row: places.index(row["id"]))
+    judged = judge(measured)
+    floor = judged["noise_floor"]
+    drifted = [case["id"] for case in measured if case["drifted"]]
+    return {
+        "schema": SCHEMA,
+        "run": {
+            "version": __version__,
+            **commit(),
+            "options": plan.options,
+            "utc": utc.isoformat(timespec="seconds"),
+            "seconds": round(time.monotonic() - began, 1),
+            "rounds": plan.rounds,
+            "budget": plan.budget,
+            "seed": plan.seed,
+        },
+        "env": environment(plan.device),
+        "absent": absent,
+        "dropped": dropped,
+        "unstable": bool(drifted) or floor > UNSTABLE.get(plan.device.type, 0.1),
+        **judged,
+        "cases": measured,
+    }
+
+
+def spoken(case: dict[str, Any]) -> str:
+    """A measured case in a line: rounds, and who was wrong."""
+    rows = case["contestants"]
+    rounds = max((len(row.get("seconds", ())) for row in rows.values()), default=0)
+    bad = [f"{name} {row['status']}" for name, row in rows.items() if row["status"] in ("wrong", "failed")]
+    return ", ".join([f"{rounds} rounds", *bad])
+
+
+def effort(case: Case) -> float:
+    """A case's share of a budget: its work, and what every turn costs at least."""
+    return case.work + 6e9
+
+
+def measure(case: Case, taking_part: Sequence[Contestant], plan: Plan, canary: Canary, until: float) -> dict[str, Any]:
+    """One case: everybody through the gate, then the rounds, until a time of ``time.monotonic``."""
+    inputs = draw(case, plan.device, plan.seed)
+    reference = Reference.of(inputs)
+    rows: dict[str, dict[str, Any]] = {}
+    seats: dict[str, Seat] = {}
+    for contestant in taking_part:
+        seat, rows[contestant.name] = admit(contestant, inputs, reference)
+        if seat is not None:
+            seats[contestant.name] = seat
+    del reference
+    with torch.inference_mode(case.mode == "eval"):
+        samples, drifted = race(seats, plan, canary, until)
+    for name, times in samples.items():
+        rows[name]["seconds"] = [float(f"{one:.5g}") for one in times]
+    if any(contestant.compiled for contestant in taking_part):
+        torch.compiler.reset()
+    return {"id": case.id, "case": dataclasses.asdict(case), "drifted": drifted, "contestants": rows}
+
+
+def race(seats: dict[str, Seat], plan: Plan, canary: Canary, until: float) -> tuple[dict[str, list[float]], bool]:
+    """Seconds of a call, round by round, everybody once a round in a new order; whether too many rounds drifted."""
+    calls = {name: in_a_row(seat, plan.device) for name, seat in seats.items()}
+    samples: dict[str, list[float]] = {name: [] for name in seats}
+    shuffler, names = random.Random(plan.seed), list(seats)
+    beats: list[float] = []
+    spare = int(REPEATS * plan.rounds)
+    done = 0
+    while seats and done < plan.rounds and (done < FEWEST or time.monotonic() < until):
+        shuffler.shuffle(names)
+        turn = {name: seconds(seats[name], calls[name], plan.device) for name in names}
+        beat = canary.seconds()
+        if beat is not None:
+            beats.append(beat)
+            if abs(beat / sorted(beats)[len(beats) // 2] - 1) > DRIFT and len(beats) > FEWEST:
+                spare -= 1
+                if spare >= 0:
+                    continue
+        for name, one in turn.items():
+            samples[name].append(one)
+        done += 1
+    return samples, spare < 0
+
+
+def in_a_row(seat: Seat, device: torch.device) -> int:
+    """How many calls make a turn of ``BLOCK`` seconds."""
+    if seat.first > 20 * BLOCK:
+        return 1
+    calls = 1
+    while True:
+        took = seconds(seat, calls, device) * calls
+        if took >= BLOCK / 4:
+            return max(1, min(10_000, round(calls * BLOCK / took)))
+        calls *= 4

@@ -1,0 +1,109 @@
+"""The verdicts: from the seconds of every round to ratios, a noise floor, and WIN, TIE or LOSS.
+
+Everything is computed on logarithms, so that exchanging two contestants turns a ratio into its inverse and a WIN into
+a LOSS.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .peers import CONTROL, HEADLINE
+
+RESAMPLES = 1000
+LOWEST_FLOOR = 0.01
+"""Nobody believes a per cent."""
+
+Ratio = dict[str, float]
+"""``median``, quartiles ``q25`` and ``q75``, and ``low`` and ``high`` of a 95% interval."""
+
+
+def ratio(theirs: Sequence[float], ours: Sequence[float]) -> Ratio:
+    """How many times faster than theirs our seconds are: medians of the ratios within a round, bootstrapped."""
+    logs = (torch.tensor(theirs, dtype=torch.float64) / torch.tensor(ours, dtype=torch.float64)).log()
+    return {
+        "median": spread(logs, 0.5),
+        "q25": spread(logs, 0.25),
+        "q75": spread(logs, 0.75),
+        "low": spread(medians(logs), 0.025),
+        "high": spread(medians(logs), 0.975),
+    }
+
+
+def spread(logs: Tensor, at: float) -> float:
+    """A quantile of logarithms, no longer a logarithm."""
+    return float(f"{math.exp(torch.quantile(logs, at).item()):.5g}")
+
+
+def medians(logs: Tensor) -> Tensor:
+    """The medians of ``RESAMPLES`` draws of as many rounds, with replacement; the same draws every time."""
+    generator = torch.Generator().manual_seed(len(logs))
+    drawn = torch.randint(0, len(logs), (RESAMPLES, len(logs)), generator=generator)
+    return torch.quantile(logs[drawn], 0.5, dim=1)
+
+
+def verdict(against: Ratio, floor: float) -> str:
+    """``WIN`` or ``LOSS`` where the interval lies wholly beyond the noise, else ``TIE``."""
+    if against["low"] > 1 + floor:
+        return "WIN"
+    return "LOSS" if against["high"] < 1 / (1 + floor) else "TIE"
+
+
+def noise_floor(controls: Sequence[float]) -> float:
+    """How far from 1 a ratio may lie by chance, from ratios of a contestant to its twin: their 95th percentile."""
+    if not controls:
+        return LOWEST_FLOOR
+    far = torch.tensor(controls, dtype=torch.float64).log().abs()
+    return round(max(LOWEST_FLOOR, math.exp(torch.quantile(far, 0.95).item()) - 1), 4)
+
+
+def judge(cases: list[dict[str, Any]]) -> dict[str, Any]:
+    """Put ratios, best peer and verdicts into measured cases; the noise floor and a summary a level.
+
+    The summary counts every case there is a verdict for, and its geometric mean is over all of them.
+    """
+    for case in cases:
+        timed = {name: row["seconds"] for name, row in case["contestants"].items() if "seconds" in row}
+        ours = [name for name in timed if case["contestants"][name]["ours"] and name != CONTROL]
+        peers = [name for name in timed if not case["contestants"][name]["ours"]]
+        case["ratios"] = {one: {peer: ratio(timed[peer], timed[one]) for peer in peers} for one in ours}
+        case["best_peer"] = min(peers, key=lambda peer: middle(timed[peer]), default=None)
+        headline = HEADLINE[case["case"]["level"]]
+        if headline in timed and CONTROL in timed:
+            case["control"] = ratio(timed[CONTROL], timed[headline])
+    floor = noise_floor([case["control"]["median"] for case in cases if "control" in case])
+    for case in cases:
+        best = case["best_peer"]
+        case["verdicts"] = {one: verdict(peers[best], floor) for one, peers in case["ratios"].items() if best}
+    levels = dict.fromkeys(case["case"]["level"] for case in cases)
+    return {"noise_floor": floor, "summary": {level: summarize(cases, level) for level in levels}}
+
+
+def middle(seconds: Sequence[float]) -> float:
+    """The median."""
+    return torch.quantile(torch.tensor(seconds, dtype=torch.float64), 0.5).item()
+
+
+def summarize(cases: list[dict[str, Any]], level: str) -> dict[str, Any]:
+    """How the headline contestant of a level did against the best peer of every case."""
+    one = HEADLINE[level]
+    judged = [case for case in cases if case["case"]["level"] == level and one in case["verdicts"]]
+    found = [case["verdicts"][one] for case in judged]
+    summary: dict[str, Any] = {"contestant": one, "cases": len(judged)}
+    summary |= {kind.lower(): found.count(kind) for kind in ("WIN", "TIE", "LOSS")}
+    if judged:
+        rows = [[case["contestants"][name]["seconds"] for name in (case["best_peer"], one)] for case in judged]
+        logs = [(torch.tensor(theirs).double() / torch.tensor(ours).double()).log() for theirs, ours in rows]
+        means = torch.stack([medians(each) for each in logs]).mean(0)
+        center = torch.stack([torch.quantile(each, 0.5) for each in logs]).mean(0, keepdim=True)
+        summary["geomean"] = {
+            "median": spread(center, 0.5),
+            "low": spread(means, 0.025),
+            "high": spread(means, 0.975),
+        }
+    return summary

@@ -1,0 +1,202 @@
+"""``flashmha explain``: which backend serves a problem given by flags, why not the others, and what its mask hides."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from ..backends import asked, explain, origin
+from ..masks import ALIGNMENTS, Dense, Documents, KeyLengths, KeyPadding, Mask, Window, causal, short
+from ..scores import ALiBi, Bias, TensorBias
+from ..spec import AttentionSpec
+from .devices import device
+from .picture import Picture
+from .screen import add_json, print_json, print_table
+
+DTYPES = ("float32", "float64", "bfloat16", "float16")
+
+
+def at_least(smallest: int) -> Callable[[str], int]:
+    """Reads a whole number from ``smallest`` up."""
+
+    def read(text: str) -> int:
+        if not text.isdecimal() or int(text) < smallest:
+            raise argparse.ArgumentTypeError(f"must be a whole number of at least {smallest}, got {text!r}")
+        return int(text)
+
+    return read
+
+
+def whole_numbers(text: str) -> list[int]:
+    """Reads ``5,3``."""
+    try:
+        return [int(one) for one in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be whole numbers between commas, got {text!r}") from None
+
+
+def bound(text: str) -> int | None:
+    """Reads a side of a window."""
+    return None if text == "none" else at_least(0)(text)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    size, length = at_least(1), at_least(0)
+    sizes = parser.add_argument_group("sizes")
+    sizes.add_argument("--batch", type=length, help="default: as many as --key-lengths or --key-padding name, or 1")
+    sizes.add_argument("--seqlen-q", type=length, help="default: the sum of --documents, or 128")
+    sizes.add_argument("--seqlen-k", type=length, help="default: seqlen_q")
+    sizes.add_argument("--heads", type=size, default=8, help="default 8")
+    sizes.add_argument("--heads-kv", type=size, help="default: heads")
+    sizes.add_argument("--head-dim", type=size, default=64, help="default 64")
+    sizes.add_argument("--head-dim-v", type=size, help="default: head_dim")
+    sizes.add_argument("--dtype", choices=DTYPES, default=DTYPES[0], help=f"default {DTYPES[0]}")
+    sizes.add_argument("--device", help="default: the first accelerator, or cpu")
+    masks = parser.add_argument_group("mask: all of these have to hold")
+    masks.add_argument("--causal", action="store_true", help="no key after the query")
+    masks.add_argument("--window", nargs=2, type=bound, metavar=("LEFT", "RIGHT"), help="keys around it; none: all")
+    masks.add_argument("--align", choices=ALIGNMENTS, help=f"of --causal and --window, default {ALIGNMENTS[0]}")
+    masks.add_argument("--key-lengths", type=whole_numbers, metavar="5,3", help="the first keys of each batch item")
+    masks.add_argument(
+        "--key-padding", type=whole_numbers, metavar="5,3", help="the same as a bool tensor; -3: the last three keys"
+    )
+    masks.add_argument("--documents", type=whole_numbers, metavar="4,2,6", help="lengths of documents packed in a row")
+    masks.add_argument("--dense-mask", action="store_true", help="a tensor (seqlen_q, seqlen_k) of any pattern")
+    scores = parser.add_argument_group("scores")
+    scores.add_argument("--alibi", action="store_true", help="ALiBi, one slope a head")
+    scores.add_argument(
+        "--bias", nargs="?", const="fixed", choices=("fixed", "learned"), help="a tensor added to the scores"
+    )
+    scores.add_argument("--softcap", type=float, metavar="CAP")
+    scores.add_argument("--sinks", action="store_true", help="one more score a head, which gives nothing")
+    scores.add_argument("--dropout", type=float, default=0.0, metavar="P")
+    asks = parser.add_argument_group("what is asked for")
+    asks.add_argument("--grad", action="store_true", help="gradients")
+    asks.add_argument("--lse", action="store_true", help="the log-sum-exp beside the output")
+    asks.add_argument("--deterministic", action="store_true", help="the same gradients every time")
+    asks.add_argument("--backend", metavar="NAME[,NAME]", help="as backend= of a call; default automatic")
+    add_json(parser)
+
+
+def problem(options: argparse.Namespace) -> AttentionSpec:
+    """The problem of the flags; ``ValueError`` where they contradict each other."""
+    where = device(options.device)
+    counts = options.key_lengths or options.key_padding
+    batch = options.batch if options.batch is not None else len(counts) if counts else 1
+    total = sum(options.documents) if options.documents else 128
+    seqlen_q = total if options.seqlen_q is None else options.seqlen_q
+    seqlen_k = seqlen_q if options.seqlen_k is None else options.seqlen_k
+    heads = options.heads
+    return AttentionSpec(
+        batch=batch,
+        seqlen_q=seqlen_q,
+        seqlen_k=seqlen_k,
+        heads=heads,
+        heads_kv=heads if options.heads_kv is None else options.heads_kv,
+        head_dim=options.head_dim,
+        head_dim_v=options.head_dim if options.head_dim_v is None else options.head_dim_v,
+        dtype=getattr(torch, options.dtype),
+        device=where,
+        mask=read_mask(options, seqlen_q, seqlen_k, where),
+        bias=read_bias(options, seqlen_q, seqlen_k, where),
+        softcap=options.softcap,
+        sinks=torch.zeros(heads, device=where) if options.sinks else None,
+        dropout_p=options.dropout,
+        needs_grad=options.grad or options.bias == "learned",
+        need_lse=options.lse,
+        deterministic=options.deterministic,
+    )
+
+
+def read_mask(options: argparse.Namespace, seqlen_q: int, seqlen_k: int, where: torch.device) -> Mask | None:
+    """The mask of the flags."""
+    if options.align is not None and not options.causal and options.window is None:
+        raise ValueError(f"--align must come with --causal or --window, got --align {options.align} alone.")
+    align = options.align or ALIGNMENTS[0]
+    parts: list[Mask] = []
+    if options.causal:
+        parts.append(causal(align=align))
+    if options.window is not None:
+        parts.append(Window(*options.window, align=align))
+    if options.key_lengths is not None:
+        parts.append(KeyLengths(torch.tensor(options.key_lengths, device=where)))
+    if options.key_padding is not None:
+        parts.append(KeyPadding(valid_keys(options.key_padding, seqlen_k).to(where)))
+    if options.documents is not None:
+        offsets = torch.tensor([0, *options.documents]).cumsum(0)
+        parts.append(Documents(offsets.to(where), max_seqlen=max(options.documents)))
+    if options.dense_mask:
+        parts.append(Dense(torch.ones(1, 1, dtype=torch.bool, device=where).expand(seqlen_q, seqlen_k)))
+    mask: Mask | None = None
+    for part in parts:
+        mask = part if mask is None else mask & part
+    return mask
+
+
+def valid_keys(counts: list[int], seqlen_k: int) -> Tensor:
+    """The first keys of each batch item, the last ones where a count is negative: (batch, seqlen_k)."""
+    if any(abs(count) > seqlen_k for count in counts):
+        raise ValueError(f"--key-padding must lie between -{seqlen_k} and {seqlen_k}, got {counts}.")
+    many, key = torch.tensor(counts)[:, None], torch.arange(seqlen_k)
+    return torch.where(many < 0, key >= seqlen_k + many, key < many)
+
+
+def read_bias(options: argparse.Namespace, seqlen_q: int, seqlen_k: int, where: torch.device) -> Bias | None:
+    """The bias of the flags."""
+    parts: list[Bias] = []
+    if options.alibi:
+        parts.append(ALiBi(torch.ones(options.heads, device=where)))
+    if options.bias is not None:
+        zero = torch.zeros((), dtype=getattr(torch, options.dtype), device=where)
+        zero.requires_grad_(options.bias == "learned")
+        parts.append(TensorBias(zero.expand(options.heads, seqlen_q, seqlen_k)))
+    bias: Bias | None = None
+    for part in parts:
+        bias = part if bias is None else bias + part
+    return bias
+
+
+def main(options: argparse.Namespace) -> int:
+    spec = problem(options)
+    wanted = None if options.backend is None else [name.strip() for name in options.backend.split(",")]
+    said, named = asked(wanted)
+    answer = explain(spec, wanted)
+    picture = None if spec.mask is None else Picture.of(spec, spec.mask)
+    if options.json:
+        print_json(
+            {
+                "problem": data(spec),
+                "asked": None if named is None else {"by": said, "backends": named},
+                "chosen": answer.chosen,
+                "backends": answer.rows,
+                "notes": answer.notes,
+                "registered_by": {name: origin(name) for name in answer.rows},
+                "mask": picture and {"rule": repr(spec.mask), "step": picture.step, "items": picture.items},
+            }
+        )
+    else:
+        print(spec)
+        if named is not None:
+            print(f"{said}={named!r}")
+        print_table(("backend", "answer"), list(answer.rows.items()))
+        print("\n".join(answer.notes), end="\n" if answer.notes else "")
+        if picture is not None:
+            print(f"\n{spec.mask!r}, ■ may attend\n{picture}")
+    return 0 if answer.chosen else 1
+
+
+def data(spec: AttentionSpec) -> dict[str, object]:
+    """A problem as JSON knows it: plain fields, and what it needs."""
+    found: dict[str, object] = {}
+    for field in dataclasses.fields(spec):
+        value = getattr(spec, field.name)
+        if value is None or isinstance(value, (bool, int, float)):
+            found[field.name] = value
+    found |= {"dtype": short(spec.dtype), "device": str(spec.device)}
+    found |= {"mask": spec.mask and repr(spec.mask), "bias": spec.bias and repr(spec.bias)}
+    found |= {"sinks": spec.sinks is not None, "features": sorted(spec.features)}
+    return found

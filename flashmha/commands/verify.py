@@ -1,0 +1,142 @@
+"""``flashmha verify``: this machine's backends judged against the definition, on problems that Hypothesis draws."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from collections.abc import Callable
+
+import torch
+
+try:
+    import hypothesis
+except ModuleNotFoundError as error:
+    raise ModuleNotFoundError("verify draws problems with hypothesis: pip install 'flashmha[verify]'") from error
+
+from ..backends import Backend, expand, get, names
+from ..backends.base import FEATURES
+from ..errors import in_one_line
+from ..spec import AttentionSpec
+from ..testing import assert_agrees, seeds, specs
+from .devices import device, devices
+from .screen import Advance, add_json, print_json, print_table, progress
+
+AGREES, FAILS, ABSENT = "agrees", "FAILS", "not available"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--backend", metavar="NAME[,NAME]", help="default: every backend on the list")
+    parser.add_argument("--device", metavar="NAME[,NAME]", help="default: every device of this machine")
+    parser.add_argument("--examples", type=int, default=50, help="problems a backend and device, default 50")
+    parser.add_argument("--seed", type=int, default=0, help="another seed draws other problems, default 0")
+    add_json(parser)
+
+
+@dataclasses.dataclass
+class Verdict:
+    """What came of one backend on one device.
+
+    Attributes:
+        examples: how many problems it served.
+        refuses: the features its limits leave out on this device.
+        worst: the largest share of its allowance that an error took; ``None`` where nothing was measured.
+        verdict: ``agrees``, ``FAILS`` or ``not available``.
+        why: what failed, or why it is not available.
+        problem, tensors: the smallest problem it fails, and the seed of its q, k and v.
+        replay: the command that draws the same problems again.
+    """
+
+    backend: str
+    device: str
+    examples: int = 0
+    refuses: list[str] = dataclasses.field(default_factory=list)
+    worst: float | None = None
+    verdict: str = AGREES
+    why: str | None = None
+    problem: str | None = None
+    tensors: int | None = None
+    replay: str | None = None
+
+    @property
+    def row(self) -> tuple[str, ...]:
+        """The verdict as a row of a table."""
+        worst = "" if self.worst is None else f"{self.worst:.2f}"
+        said = f"{ABSENT}: {self.why}" if self.verdict == ABSENT else self.verdict
+        refuses = ", ".join(self.refuses)
+        if 2 * len(self.refuses) > len(FEATURES):
+            refuses = "all but " + ", ".join(name for name in FEATURES if name not in self.refuses)
+        return self.backend, self.device, str(self.examples or ""), refuses, worst, said
+
+    def __str__(self) -> str:
+        parts = [f"{self.backend} on {self.device} {self.verdict}: {self.why}"]
+        if self.problem is not None:
+            parts += [f"  problem: {self.problem}", f"  tensors: seed {self.tensors}"]
+        return "\n".join((*parts, f"  again:   {self.replay}"))
+
+
+def judge(backend: Backend, where: torch.device, examples: int, seed: int, advance: Advance) -> Verdict:
+    """One backend on one device, on that many problems inside its limits."""
+    absent = backend.limits.not_on.get(where.type, frozenset())
+    verdict = Verdict(backend.name, str(where))
+    reason = backend.unavailable(where)
+    if reason is not None:
+        verdict.verdict, verdict.why = ABSENT, reason
+        return verdict
+    verdict.refuses = [name for name in FEATURES if name not in backend.limits.features - absent]
+    check: Callable[..., float | None] = assert_agrees
+    last: list[tuple[AttentionSpec, int]] = []
+
+    @hypothesis.seed(seed)
+    @hypothesis.settings(
+        max_examples=examples,
+        deadline=None,
+        database=None,
+        derandomize=False,
+        report_multiple_bugs=False,
+        phases=(hypothesis.Phase.generate, hypothesis.Phase.target, hypothesis.Phase.shrink),
+        suppress_health_check=list(hypothesis.HealthCheck),
+        verbosity=hypothesis.Verbosity.quiet,
+    )
+    @hypothesis.given(specs(limits=backend.limits, device=where), seeds())
+    def law(spec: AttentionSpec, seed: int) -> None:
+        last[:] = [(spec, seed)]
+        hypothesis.assume(backend.unbuilt(spec) is None)
+        share = check(backend, spec, seed)
+        verdict.examples += 1
+        verdict.worst = share if verdict.worst is None or share is None else max(verdict.worst, share)
+        advance()
+
+    try:
+        law()
+    except hypothesis.errors.Unsatisfiable:
+        verdict.verdict, verdict.why = FAILS, "it serves no problem inside its limits"
+    except Exception as error:  # a wrong answer, or whatever a kernel raises: what came last is the smallest problem
+        verdict.verdict, verdict.why = FAILS, in_one_line(error)
+        if last:
+            verdict.problem, verdict.tensors = str(last[0][0]), last[0][1]
+    if verdict.verdict == FAILS:
+        verdict.replay = (
+            f"python -m flashmha verify --backend {backend.name} --device {where} --examples {examples} --seed {seed}"
+        )
+    return verdict
+
+
+def main(options: argparse.Namespace) -> int:
+    if options.examples < 1:
+        raise ValueError(f"--examples must be at least 1, got {options.examples}.")
+    wanted = names() if options.backend is None else expand([name.strip() for name in options.backend.split(",")])
+    where = devices() if options.device is None else [device(name.strip()) for name in options.device.split(",")]
+    pairs = [(get(name), one) for one in where for name in wanted]
+    able = sum(backend.unavailable(one) is None for backend, one in pairs)
+    with progress("judging", able * options.examples) as advance:
+        verdicts = [judge(backend, one, options.examples, options.seed, advance) for backend, one in pairs]
+    if options.json:
+        print_json([dataclasses.asdict(verdict) for verdict in verdicts])
+    else:
+        columns = ("backend", "device", "examples", "refuses", "worst error / bound", "verdict")
+        print_table(columns, [verdict.row for verdict in verdicts])
+        for verdict in verdicts:
+            if verdict.verdict == FAILS:
+                print(f"\n{verdict}")
+    found = {verdict.verdict for verdict in verdicts}
+    return 0 if AGREES in found and FAILS not in found else 1

@@ -1,0 +1,78 @@
+"""Property tests for backends, layers and models: Hypothesis strategies that draw problems, and assertions that judge.
+
+A backend is right when it agrees with the definition in float64, within the rule of ``judge``::
+
+    @given(testing.specs(limits=MyBackend.limits), testing.seeds())
+    def test_my_backend(spec, seed):
+        testing.assert_agrees(MyBackend, spec, seed)
+
+A layer, or a model, is right when it can stand where the stock one stands::
+
+    @given(testing.problems())
+    def test_my_layer(problem):
+        blueprint, call = problem
+        stock, mine = blueprint.build(), blueprint.build(MyLayer)
+        with call.mode(stock, mine):
+            testing.assert_drop_in(stock, mine, kwargs=call.arguments(blueprint))
+
+    @given(testing.models())
+    def test_my_swap(model):
+        with testing.without_fast_path():
+            testing.assert_drop_in(model.build(), my_swap(model.build()), kwargs=model.arguments())
+
+Every tensor is made from a drawn seed; ``device="cuda"`` puts what ``specs``, ``masks``, ``biases``, ``blueprints``
+and ``models`` draw on a GPU.
+"""
+
+from .anatomy import anatomy
+from .attention import biases, masks, seeds, specs, tensors
+from .call import Call, Reply, ask, calls, problems
+from .drop_in import assert_drop_in
+from .encoder import (
+    Architecture,
+    EncoderMasks,
+    Transformer,
+    architectures,
+    encoder_masks,
+    models,
+    transformers,
+    without_fast_path,
+)
+from .judge import Answer, answer, assert_agrees, assert_close, assert_same
+from .layer import Blueprint, blueprints
+from .record import noise, randomized
+from .tree import Tree, trees
+
+__all__ = [
+    "Answer",
+    "Architecture",
+    "Blueprint",
+    "Call",
+    "EncoderMasks",
+    "Reply",
+    "Transformer",
+    "Tree",
+    "anatomy",
+    "answer",
+    "architectures",
+    "ask",
+    "assert_agrees",
+    "assert_close",
+    "assert_drop_in",
+    "assert_same",
+    "biases",
+    "blueprints",
+    "calls",
+    "encoder_masks",
+    "masks",
+    "models",
+    "noise",
+    "problems",
+    "randomized",
+    "seeds",
+    "specs",
+    "tensors",
+    "transformers",
+    "trees",
+    "without_fast_path",
+]

@@ -1,0 +1,180 @@
+"""The rule of parity, and the assertion that a backend keeps it.
+
+A result is right when it agrees with a float64 computation of the same formula. How much it may differ follows from
+what a plain computation in its own dtype makes of the same inputs::
+
+    error(result) <= m * error(plain) + 2 * eps * max|reference| + floor
+
+with m and the floor as flash-attention's own tests use them (``Backend.tolerance``). Shapes, dtypes and the places
+of non-finite values are compared first.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+# The first torch.autograd.grad of a process imports this for most of a second, which Hypothesis would blame on a test.
+import torch.fx.experimental.symbolic_shapes
+from hypothesis import assume, currently_in_test_context, event
+from torch import Tensor
+
+from ..backends import get
+from ..backends.base import Backend
+from ..spec import AttentionSpec
+from .attention import tensors
+
+
+@dataclasses.dataclass
+class Answer:
+    """What a backend makes of a problem: out, lse where asked for, and the gradients of everything that wants one."""
+
+    named: dict[str, Tensor]
+
+
+def answer(backend: Backend, spec: AttentionSpec, seed: int, dtype: torch.dtype | None = None) -> Answer:
+    """Run a problem, in another dtype if one is given; one cotangent a seed, so that answers can be compared."""
+    q, k, v = tensors(spec, seed)
+    learned = [x for x in (*(spec.bias.tensors() if spec.bias else ()), spec.sinks) if x is not None]
+    learned = [x for x in learned if x.requires_grad]
+    if dtype is not None:
+        q, k, v = (x.to(dtype) for x in (q, k, v))
+        spec = dataclasses.replace(spec, dtype=dtype)
+    leaves = {name: x.detach().requires_grad_(spec.needs_grad) for name, x in (("q", q), ("k", k), ("v", v))}
+    with torch.set_grad_enabled(spec.needs_grad):
+        result = backend(leaves["q"], leaves["k"], leaves["v"], spec)
+    outputs = dict(zip(("out", "lse"), result if isinstance(result, tuple) else (result,)))
+    named = {name: tensor.detach() for name, tensor in outputs.items()}
+    if spec.needs_grad:
+        leaves |= {f"learned {place}": tensor for place, tensor in enumerate(learned)}
+        for name, grad in gradients(outputs, leaves, seed + 1).items():
+            named[f"gradient of {name}"] = torch.zeros_like(leaves[name]) if grad is None else grad
+    return Answer(named)
+
+
+def gradients(outputs: Mapping[str, Tensor], leaves: Mapping[str, Tensor], seed: int) -> dict[str, Tensor | None]:
+    """The gradient of every leaf for one random cotangent an output; ``None`` where no output depends on it.
+
+    The cotangents come from the seed, one after the other, whether an output can be differentiated or not.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    cotangents = {
+        name: torch.randn(output.shape, generator=generator, dtype=torch.float64).to(output)
+        for name, output in outputs.items()
+    }
+    tracked = [name for name, output in outputs.items() if output.requires_grad]
+    if not tracked or not leaves:
+        return dict.fromkeys(leaves)
+    grads = torch.autograd.grad(
+        [outputs[name] for name in tracked],
+        list(leaves.values()),
+        [cotangents[name] for name in tracked],
+        allow_unused=True,
+    )
+    return dict(zip(leaves, grads))
+
+
+def assert_agrees(backend: Backend | type[Backend] | str, spec: AttentionSpec, seed: int) -> None:
+    """A backend gives the definition's answer to a problem: out, lse and every gradient, within its tolerance.
+
+    ``backend`` is an object, its class, or the name of one on the list. A problem it refuses is set aside with
+    ``hypothesis.assume``, so a backend that refuses everything fails Hypothesis's health check rather than passing.
+    """
+    if isinstance(backend, str):
+        backend = get(backend)
+    elif isinstance(backend, type):
+        backend = backend()
+    refusal = backend.unsupported(spec)
+    if currently_in_test_context():
+        event(f"{backend.name} {'refuses' if refusal else 'serves'}")
+        assume(refusal is None)
+    elif refusal is not None:  # somebody replays one problem by hand
+        raise ValueError(f"{backend.name} refuses this problem: {refusal}")
+    naive = get("naive")
+    actual = answer(backend, spec, seed).named
+    plain = answer(naive, spec, seed).named
+    exact = answer(naive, spec, seed, torch.float64).named
+    where = f"{backend.name} on {spec}, seed {seed}"
+    assert actual.keys() == exact.keys(), f"{where}: must return {list(exact)}, got {list(actual)}"
+    for name in exact:
+        multiple = backend.tolerance[1] if name.startswith("gradient") else backend.tolerance[0]
+        try:
+            assert_close(name, actual[name], plain[name], exact[name], multiple, spec.dtype)
+        except AssertionError as error:
+            raise AssertionError(f"{where}: {error}") from None
+
+
+def assert_close(
+    name: str,
+    actual: Tensor,
+    plain: Tensor,
+    exact: Tensor,
+    multiple: float,
+    dtype: torch.dtype,
+    *,
+    again: Sequence[tuple[Tensor, Tensor]] = (),
+) -> None:
+    """``actual`` errs at most ``multiple`` times as much as ``plain``, against ``exact`` in float64; and a floor.
+
+    ``dtype`` is the one that was computed in; a learned table may be kept in a finer one. ``again`` holds more plain
+    computations, each with an exact one of its own: the largest error counts. A name that starts with "gradient" is
+    given the floor of gradients.
+    """
+    assert actual.shape == exact.shape, f"{name} must have shape {tuple(exact.shape)}, got {tuple(actual.shape)}"
+    assert actual.dtype == plain.dtype, f"{name} must be {plain.dtype}, got {actual.dtype}"
+    if not exact.numel():
+        return
+    eps = max(torch.finfo(dtype).eps, torch.finfo(actual.dtype).eps)
+    reference, actual = exact.to(actual.dtype).double(), actual.double()
+    finite = reference.isfinite()
+    strange = actual.isfinite() != finite
+    assert not strange.any(), f"{name} is not finite in {int(strange.sum())} places where it should be, or the reverse"
+    infinite, expected = actual[~finite], reference[~finite]
+    assert torch.equal(infinite.isnan(), expected.isnan()), f"{name} is NaN where it should be infinite, or the reverse"
+    assert torch.equal(infinite.nan_to_num(), expected.nan_to_num()), f"{name} differs where it is infinite"
+    if not finite.any():
+        return
+    error, largest = (actual - reference)[finite].abs().max().item(), reference[finite].abs().max().item()
+    allowed = max(rounding_error(*pair) for pair in ((plain, exact), *again))
+    floor = 1e-11 if eps < 1e-12 else 2e-4 if name.startswith("gradient") else 1e-5
+    bound = multiple * allowed + 2 * eps * largest + floor
+    assert error <= bound, (
+        f"{name} is off by {error:.3g}, at most {bound:.3g} allowed "
+        f"({multiple:g} times the {allowed:.3g} of a plain {dtype} computation, plus rounding)"
+    )
+
+
+def rounding_error(plain: Tensor, exact: Tensor) -> float:
+    """The largest error of a computation where the exact result, in its dtype, is finite."""
+    reference = exact.to(plain.dtype).double()
+    errors = (plain.double() - reference)[reference.isfinite()].abs()
+    return errors.nan_to_num(0.0).max().item() if errors.numel() else 0.0
+
+
+ROUNDING = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}
+"""How much two ways to compute one thing may differ, relative to the largest value, and at least absolutely."""
+
+
+def assert_same(actual: Any, expected: Any, name: str = "tensor") -> None:
+    """Equal to rounding, for tensors and dicts of them: two ways to say one thing, in one dtype.
+
+    The difference may be 1e-10 (float64), 1e-5 (float32), 2e-3 (float16) or 2e-2 (bfloat16) times the largest value,
+    and times 1 where all are smaller. A reference that is not finite fails.
+    """
+    if isinstance(expected, Mapping):
+        assert list(actual) == list(expected), f"{name} must hold {list(expected)}, got {list(actual)}"
+        for key, value in expected.items():
+            assert_same(actual[key], value, key)
+        return
+    assert actual.shape == expected.shape, f"{name} must have shape {tuple(expected.shape)}, got {tuple(actual.shape)}"
+    assert actual.dtype == expected.dtype, f"{name} must be {expected.dtype}, got {actual.dtype}"
+    if not expected.numel():
+        return
+    rounding = ROUNDING[expected.dtype]
+    actual, expected = actual.detach().double(), expected.detach().double()
+    assert expected.isfinite().all(), f"{name} must have a finite reference"
+    error, bound = (actual - expected).abs().max().item(), rounding * max(1.0, expected.abs().max().item())
+    assert error <= bound, f"{name} is off by {error:.3g}, at most {bound:.3g} allowed"

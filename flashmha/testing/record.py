@@ -1,0 +1,56 @@
+"""What drawn layers, calls and models are made of: records that a failure shows in one line, and values of a seed."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterable
+from typing import Any, TypeVar
+
+import torch
+from hypothesis import strategies as st
+from torch import Tensor
+
+T = TypeVar("T")
+
+
+class Record:
+    """The base of frozen dataclasses whose repr names the fields that are not as by default, and can be evaluated."""
+
+    def __repr__(self) -> str:
+        parts = []
+        for field in dataclasses.fields(self):  # type: ignore[arg-type]
+            value, usual = getattr(self, field.name), field.default
+            if field.default_factory is not dataclasses.MISSING:
+                usual = field.default_factory()
+            if usual is dataclasses.MISSING or value != usual:
+                parts.append(f"{field.name}={value!r}")
+        return f"{type(self).__name__}({', '.join(parts)})"
+
+    def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
+        """What Hypothesis prints; without it, it writes every field of a dataclass on a line of its own."""
+        printer.text(repr(self))
+
+
+def one(values: Iterable[T]) -> st.SearchStrategy[T]:
+    """One of some values; the first is what Hypothesis shrinks to."""
+    return st.sampled_from(tuple(values))
+
+
+def noise(
+    seed: int, *shape: int, dtype: torch.dtype = torch.float64, device: torch.device | str | None = None
+) -> Tensor:
+    """Normal values of one seed; the same in every dtype and on every device, up to rounding."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(shape, generator=generator, dtype=torch.float64).to(device=device, dtype=dtype)
+
+
+def randomized(module: Any, seed: int) -> Any:
+    """A module whose parameters come from a seed: none at zero or one, where a bug could hide, and no two alike."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            values = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+            fan_in = max(parameter.shape[1], 1) if parameter.dim() == 2 else 0
+            parameter.copy_(values / math.sqrt(fan_in) if fan_in else 1.0 + values / 4)
+    return module

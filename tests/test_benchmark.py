@@ -1,0 +1,408 @@
+"""The benchmark: verdicts, the gate, who takes part, and a small run from the command to its files."""
+
+import dataclasses
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import fewer
+from hypothesis import assume, given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from flashmha import Backend, Limits, register, table
+from flashmha.__main__ import main
+from flashmha.backends import unregister
+from flashmha.backends.naive import Naive
+from flashmha.benchmark import Case, Plan, every_case, run, select
+from flashmha.benchmark.gate import Reference, Seat, admit, judge
+from flashmha.benchmark.inputs import draw
+from flashmha.benchmark.lineup import contestants, everybody
+from flashmha.benchmark.machine import peak_bytes
+from flashmha.benchmark.peers import CONTROL, Contestant, Flashmha, LinearSdpa, StockBest
+from flashmha.benchmark.report import figures, load, markdown, save
+from flashmha.benchmark.verdicts import judge as judge_cases
+from flashmha.benchmark.verdicts import noise_floor, ratio, verdict
+
+CPU = torch.device("cpu")
+TINY = "small/layer/train/b1s8e64h4"
+PLOTS = {"ratios.png", "time.png", "memory.png"}
+CASES = [*every_case("cpu"), *every_case("cuda")]
+
+times = st.floats(1e-6, 10.0)
+floors = st.floats(0.0, 0.5)
+
+
+@st.composite
+def two(draw: st.DrawFn) -> tuple[list[float], list[float]]:
+    """Seconds of two contestants, as many rounds each."""
+    rounds = draw(st.integers(1, 15))
+    return tuple(draw(st.lists(times, min_size=rounds, max_size=rounds)) for _ in range(2))  # type: ignore[return-value]
+
+
+@given(two(), floors)
+def test_exchanging_two_contestants_inverts_ratio_and_verdict(seconds: Any, floor: float) -> None:
+    one, other = seconds
+    there, back = ratio(one, other), ratio(other, one)
+    for name, mirror in (("median", "median"), ("q25", "q75"), ("low", "high")):
+        assert math.isclose(there[name] * back[mirror], 1.0, rel_tol=1e-3)
+    for bound in (there["low"], there["high"], back["low"], back["high"]):
+        assume(not math.isclose(abs(math.log(bound)), math.log(1 + floor), rel_tol=1e-3, abs_tol=1e-3))
+    assert {verdict(there, floor), verdict(back, floor)} in ({"WIN", "LOSS"}, {"TIE"})
+
+
+@given(two(), floors)
+def test_faster_in_every_round_by_more_than_the_noise_is_a_win(seconds: Any, floor: float) -> None:
+    peer, gains = seconds
+    ours = [one / (1.01 * (1 + floor) * (1 + gain)) for one, gain in zip(peer, gains)]
+    assert verdict(ratio(peer, ours), floor) == "WIN"
+    assert verdict(ratio(ours, peer), floor) == "LOSS"
+    assert verdict(ratio(peer, peer), floor) == "TIE"
+
+
+@given(two(), st.floats(0.1, 10.0))
+def test_a_ratio_has_its_median_inside_and_no_unit(seconds: Any, unit: float) -> None:
+    one, other = seconds
+    found = ratio(one, other)
+    assert min(map(float, found.values())) > 0
+    assert found["low"] <= found["median"] * 1.001 and found["median"] <= found["high"] * 1.001
+    assert found["q25"] <= found["median"] <= found["q75"]
+    again = ratio([unit * each for each in one], [unit * each for each in other])
+    assert all(math.isclose(found[name], again[name], rel_tol=1e-3) for name in found)
+
+
+@given(st.lists(st.floats(0.5, 2.0), min_size=1, max_size=60))
+def test_the_noise_floor_lies_above_nearly_all_twins(controls: list[float]) -> None:
+    floor = noise_floor(controls)
+    beyond = [each for each in controls if abs(math.log(each)) > math.log(1 + floor) + 1e-3]
+    assert len(beyond) <= 0.05 * len(controls) + 1
+    assert floor == noise_floor([1 / each for each in controls]) > 0
+
+
+def test_ids_are_unique_and_survive_json() -> None:
+    for device in ("cpu", "cuda"):
+        cases = every_case(device)
+        assert len({case.id for case in cases}) == len(cases)
+        assert [select(cases, globs=[case.id]) for case in cases] == [[case] for case in cases]
+    for case in CASES:
+        again = Case.of(json.loads(json.dumps(dataclasses.asdict(case))))
+        assert again == case and again.id == case.id and again.words == case.words
+
+
+@given(st.sampled_from([case for case in CASES if case.lengths is not None]))
+def test_no_padded_case_has_a_blind_query(case: Case) -> None:
+    assert case.lengths is not None and len(case.lengths) == case.batch
+    assert min(case.lengths) >= 1 and max(case.lengths) == case.seqlen_k
+    assert 0 < case.fill < 1
+
+
+small = st.builds(
+    Case,
+    suite=st.just("drawn"),
+    level=st.sampled_from(("layer", "core")),
+    mode=st.sampled_from(("eval", "train")),
+    batch=st.just(2),
+    seqlen_q=st.just(6),
+    seqlen_k=st.just(6),
+    embed_dim=st.just(8),
+    heads=st.just(2),
+    heads_kv=st.just(2),
+    dtype=st.sampled_from(("float32", "bfloat16")),
+    causal=st.booleans(),
+    lengths=st.none() | st.tuples(st.integers(1, 6), st.just(6)),
+)
+crossed = small.map(lambda case: dataclasses.replace(case, seqlen_k=9, causal=False, lengths=None))
+weighed = small.map(lambda case: dataclasses.replace(case, level="layer", weights=True))
+drawn = st.one_of(small, crossed, weighed)
+
+
+@fewer(3)
+@given(drawn, st.integers(0, 9))
+def test_everybody_computes_the_same_or_says_why_not(case: Case, seed: int) -> None:
+    inputs = draw(case, CPU, seed)
+    reference = Reference.of(inputs)
+    everyone, _ = everybody(CPU)
+    taking_part = contestants(everyone, case, CPU, backends=["naive"])
+    assert {CONTROL, "flashmha_best" if case.level == "layer" else "attention"} <= {one.name for one in taking_part}
+    for contestant in taking_part:
+        seat, row = admit(contestant, inputs, reference)
+        assert row["status"] in ("ok", "refused"), (contestant.name, row)
+        assert (seat is not None) == (row["status"] == "ok") == ("reason" not in row)
+        assert all(leaf.grad is None for leaf in inputs.leaves().values())
+
+
+class Off(LinearSdpa):
+    """The layer by hand, with one thing wrong."""
+
+    name = "off"
+
+    def __init__(self, part: str) -> None:
+        self.part = part
+
+    def call(self, module: torch.nn.Module, inputs: Any) -> tuple[Tensor, None]:
+        out, _ = super().call(module, inputs)
+        if self.part == "gradient":
+            out = out.detach() + 1.2 * (out - out.detach())
+        elif self.part == "NaN":
+            out = out.where(torch.arange(out.shape[-1]) > 0, math.nan)
+        else:
+            out = 1.2 * out if self.part == "out" else out[:, :-1]
+        return out, None
+
+
+@given(small, st.sampled_from(("out", "NaN", "gradient", "shape")))
+def test_who_is_wrong_has_no_seat(case: Case, part: str) -> None:
+    case = dataclasses.replace(case, level="layer", mode="train" if part == "gradient" else "eval")
+    inputs = draw(case, CPU, 0)
+    seat, row = admit(Off(part), inputs, Reference.of(inputs))
+    assert seat is None and row["status"] == "wrong" and row["reason"], row
+
+
+@given(small)
+def test_the_exact_answer_passes_the_gate(case: Case) -> None:
+    reference = Reference.of(draw(case, CPU, 0))
+    rounded = {name: exact.to(reference.plain[name].dtype) for name, exact in reference.exact.items()}
+    assert judge(rounded, reference)[0] == []
+
+
+def test_padded_rows_count_for_those_who_promise_them() -> None:
+    case = select(every_case(), ["padded"], modes=["eval"])[0]
+    case = dataclasses.replace(case, embed_dim=16, heads=2, heads_kv=2)
+    inputs = draw(case, CPU, 0)
+    reference = Reference.of(inputs)
+
+    class Emptied(LinearSdpa):
+        def call(self, module: torch.nn.Module, inputs: Any) -> tuple[Tensor, None]:
+            out, _ = super().call(module, inputs)
+            return out.masked_fill(inputs.hidden[..., None], 0.0), None
+
+    contestant: Contestant = Emptied()
+    assert admit(contestant, inputs, reference)[1]["status"] == "wrong"
+    contestant.every_row = False
+    assert admit(contestant, inputs, reference)[1]["status"] == "ok"
+
+
+@given(st.lists(st.integers(1, 200), min_size=1, max_size=5), st.booleans())
+def test_peak_memory_is_that_of_what_lives_at_once(sizes: list[int], kept: bool) -> None:
+    def work() -> None:
+        alive = []
+        for size in sizes:
+            alive.append(torch.empty(size, 1024, dtype=torch.uint8))
+            if not kept:
+                alive.clear()
+
+    assert peak_bytes(work, CPU) == 1024 * (sum(sizes) if kept else max(sizes))
+
+
+@st.composite
+def runs(draw: st.DrawFn) -> dict[str, Any]:
+    """Runs as they come out of the runner, with drawn times."""
+    chosen = draw(st.lists(st.sampled_from(every_case()), min_size=1, max_size=4, unique_by=lambda case: case.id))
+    cases = []
+    for case in chosen:
+        names = ["stock", "stock_best", "linear_sdpa", "flashmha", "flashmha_best"]
+        if case.level == "core":
+            names = ["sdpa", "attention"]
+        rows: dict[str, dict[str, Any]] = {"absent": {"ours": False, "status": "refused", "reason": "a | in it"}}
+        rounds = draw(st.integers(1, 5))
+        for name in [*names, CONTROL]:
+            rows[name] = {
+                "ours": name in ("flashmha", "flashmha_best", "attention", CONTROL),
+                "status": "ok",
+                "error": {"out": 1e-7},
+                "peak_bytes": draw(st.integers(1, 2**30)),
+                "seconds": draw(st.lists(times, min_size=rounds, max_size=rounds)),
+            }
+        cases.append({"id": case.id, "case": dataclasses.asdict(case), "drifted": False, "contestants": rows})
+    meta = {"version": "0", "git": None, "dirty": None, "options": {}, "utc": "2020-01-01T00:00:00", "rounds": 5}
+    env = {"device": "cpu", "cpu": "some", "threads": 1, "torch": "0", "python": "0"}
+    found = {"schema": 1, "run": meta, "env": env, "absent": {}, "dropped": [], "unstable": False}
+    return {**found, **judge_cases(cases), "cases": cases}
+
+
+@fewer(3)
+@given(found=runs())
+def test_a_run_survives_its_file(found: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> None:
+    path = tmp_path_factory.mktemp("run") / "run.json"
+    save(found, path)
+    again = load(path)
+    assert again == json.loads(json.dumps(found))
+    assert markdown(again) == markdown(found)
+    judge_cases(again["cases"])
+    assert again == json.loads(json.dumps(found)), "the verdicts follow from the seconds alone"
+    shown = [case for case in found["cases"] if case["case"]["headline"] and case["case"]["level"] == "layer"]
+    assert figures(path).count("\n| ") == len(shown) + 1
+
+
+@fewer(3)
+@given(runs())
+def test_a_report_hides_no_case_and_no_loss(found: dict[str, Any]) -> None:
+    page = markdown(found)
+    for level, summary in found["summary"].items():
+        assert summary["win"] + summary["tie"] + summary["loss"] == summary["cases"]
+        verdicts = [case["verdicts"][summary["contestant"]] for case in found["cases"] if f"/{level}/" in case["id"]]
+        assert len(verdicts) == summary["cases"] and verdicts.count("LOSS") == summary["loss"]
+    for case in found["cases"]:
+        assert f"| {case['id']} |" in page
+        peers = [row["seconds"] for row in case["contestants"].values() if not row["ours"] and "seconds" in row]
+        assert sorted(case["contestants"][case["best_peer"]]["seconds"]) in [sorted(each) for each in peers]
+
+
+@pytest.mark.parametrize("text", ("", "[]", "{}", '{"schema": 2}'))
+def test_a_file_that_is_no_run_is_refused(text: str, tmp_path: Path) -> None:
+    (tmp_path / "run.json").write_text(text)
+    with pytest.raises(ValueError, match="must hold"):
+        load(tmp_path / "run.json")
+
+
+class Mine(Naive):
+    """A third party's backend that is right."""
+
+    name = "mine"
+
+
+class Wrong(Backend):
+    """A third party's backend that is not."""
+
+    name = "mine"
+    limits = Limits(devices=("cpu",), dtypes=(torch.float32,), features=frozenset({"backward"}))
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, spec: Any) -> Tensor:
+        return q + v
+
+
+@pytest.fixture(params=(Mine, Wrong))
+def third_party(request: pytest.FixtureRequest) -> Iterator[type[Backend]]:
+    register(request.param)
+    yield request.param
+    unregister("mine")
+
+
+def test_a_third_partys_backend_takes_part_by_itself_and_only_if_right(
+    third_party: type[Backend], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["bench", "--case", TINY, "overhead/*", "--rounds", "1", "--no-plots", "--out", str(tmp_path), "--json"]
+    status = main(arguments)
+    found = json.loads(capsys.readouterr().out)
+    assert found == load(tmp_path / "run.json")
+    rows = [case["contestants"] for case in found["cases"]]
+    mine = [rows[0]["flashmha:mine"], rows[1]["attention:mine"]]
+    if third_party is Wrong:
+        assert status == 1 and all(row["status"] == "wrong" and "seconds" not in row for row in mine)
+    else:
+        assert status in (0, 3) and all(len(row["seconds"]) == 1 for row in mine)
+
+
+def test_one_command_writes_every_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("matplotlib")
+    folder, again = tmp_path / "made", tmp_path / "again"
+    assert main(["bench", "--case", TINY, "overhead/*", "--rounds", "2", "--out", str(folder)]) in (0, 3)
+    assert {path.name for path in folder.iterdir()} == {"run.json", "table.md", *PLOTS}
+    printed = capsys.readouterr().out
+    assert TINY in printed and "geometric mean" in printed
+    assert main(["bench", "--report", str(folder / "run.json"), "--out", str(again)]) in (0, 3)
+    assert capsys.readouterr().out == printed
+    for name in ("table.md", *PLOTS):
+        assert (again / name).read_bytes() == (folder / name).read_bytes()
+
+
+def test_a_spent_budget_drops_cases_and_says_which() -> None:
+    cases = select(every_case(), ["small", "overhead"])
+    found = run(Plan(cases, CPU, budget=1e-6, peers=["sdpa"], backends=[]), lambda line: None)
+    assert sorted(found["dropped"]) == sorted(case.id for case in cases)
+    assert found["cases"] == [] and not found["unstable"]
+    assert all(case.id in markdown(found) for case in cases)
+
+
+def test_threads_and_the_collector_come_back() -> None:
+    import gc
+
+    before = torch.get_num_threads(), gc.isenabled()
+    run(Plan(select(every_case(), ["overhead"]), CPU, rounds=1, peers=["sdpa"], backends=[]), lambda line: None)
+    assert (torch.get_num_threads(), gc.isenabled()) == before
+
+
+def test_the_list_names_every_case(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "--list", "--json"]) == 0
+    listed = json.loads(capsys.readouterr().out)
+    assert [row["id"] for row in listed] == [case.id for case in every_case()]
+    for row in listed:
+        assert CONTROL in row["contestants"] and not any("compiled" in name for name in row["contestants"])
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    (
+        ["--case", "nothing/*"],
+        ["--peers", "nobody"],
+        ["--backends", "nobody"],
+        ["--backends", "flash2"],
+        ["--rounds", "0"],
+        ["--budget", "0"],
+        ["--device", "nowhere"],
+        ["--suites", "none"],
+        ["--report", "no/such/file.json"],
+    ),
+)
+def test_a_wrong_call_takes_one_line(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    if arguments == ["--backends", "flash2"] and torch.cuda.is_available():
+        pytest.skip("a GPU may have it")
+    with pytest.raises(SystemExit) as caught:
+        main(["bench", "--no-plots", *arguments])
+    assert caught.value.code == 2
+    assert len(capsys.readouterr().err.strip().splitlines()) == 1
+
+
+def test_peers_are_chosen_by_name_and_compiled_ones_only_when_asked() -> None:
+    everyone, absent = everybody(CPU)
+    small, causal = (select(every_case(), [suite], levels=["layer"])[0] for suite in ("small", "causal"))
+
+    def names(case: Case, *peers: str) -> set[str]:
+        return {one.name for one in contestants(everyone, case, CPU, peers or None)}
+
+    assert names(small, "linear_sdpa") & {"stock", "stock_best", "linear_sdpa"} == {"linear_sdpa"}
+    assert "flashmha_best" in names(small, "linear_sdpa")
+    if "stock_compiled" not in absent:
+        assert "stock_compiled" in names(small, "all") and "stock_compiled" not in names(causal, "all")
+        assert "stock_compiled" in names(causal, "*_compiled")
+
+
+def test_a_seat_trains_every_parameter_and_leaves_no_gradient() -> None:
+    inputs = draw(select(every_case(), globs=[TINY])[0], CPU, 0)
+    seat = Seat(Flashmha("ours", StockBest()), inputs)
+    found = seat.collect(seat.run())
+    assert {name for name in found if name.startswith("gradient")} == {
+        f"gradient of {name}" for name in ("query", *inputs.state)
+    }
+    seat()
+    assert all(leaf.grad is None for leaf in seat.leaves.values())
+
+
+@given(before=st.text("ab\n"), between=st.text("ab\n"), after=st.text("ab\n"))
+def test_a_section_is_replaced_and_nothing_else(
+    before: str, between: str, after: str, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    begin, end = table.marks("backends")
+    path = tmp_path_factory.mktemp("page") / "page.md"
+    path.write_bytes(f"{before}{begin}{between}{end}{after}".encode())
+    table.write(path)
+    assert path.read_bytes().decode() == f"{before}{begin}\n{table.table()}\n{end}{after}"
+    assert not table.write(path)
+
+
+def test_the_figures_come_from_the_results_beside_the_page(tmp_path: Path) -> None:
+    main(["bench", "--case", TINY, "--rounds", "1", "--no-plots", "--out", str(tmp_path / "made")])
+    results = tmp_path / table.RESULTS
+    results.parent.mkdir(parents=True)
+    results.write_bytes((tmp_path / "made" / "run.json").read_bytes())
+    page = tmp_path / "README.md"
+    page.write_text("\n".join(table.marks("speed")))
+    assert table.write(page) and not table.write(page)
+    assert figures(results) in page.read_text()
+    page.write_text(table.marks("speed")[0])
+    with pytest.raises(ValueError, match="must hold the lines"):
+        table.write(page)

@@ -1,0 +1,447 @@
+"""The command line: what it answers, what it refuses, and a backend package installed for real."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import math
+import os
+import shutil
+import site
+import subprocess
+import sys
+import venv
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+import flashmha
+from flashmha import ALiBi, AttentionSpec, Backend, KeyLengths, Limits, Mask, Window, backends
+from flashmha.__main__ import COMMANDS, main
+from flashmha.backends import get, names
+
+ROOT = Path(flashmha.__file__).parents[1]
+
+
+class Terminal(io.StringIO):
+    """A stdout that says it is a terminal."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+def run(*arguments: Any, out: io.StringIO | None = None) -> tuple[int, str, str]:
+    """A command's status, stdout and stderr."""
+    out, err = out or io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            status = main([str(argument) for argument in arguments])
+        except SystemExit as left:
+            status = int(left.code or 0)
+    return status, out.getvalue(), err.getvalue()
+
+
+def answer(*arguments: Any) -> Any:
+    """What a command says with ``--json``: its stdout is JSON and nothing else."""
+    status, out, err = run(*arguments, "--json")
+    assert status in (0, 1), err
+    return json.loads(out, parse_constant=lambda constant: pytest.fail(f"{constant} is no JSON"))
+
+
+@contextlib.contextmanager
+def registered(*kinds: type[Backend]) -> Iterator[None]:
+    for kind in kinds:
+        backends.register(kind)
+    try:
+        yield
+    finally:
+        for kind in kinds:
+            backends.unregister(kind.name)
+
+
+# info and table
+
+
+@pytest.mark.parametrize("terminal", (False, True))
+def test_info_says_what_every_backend_says_of_every_device(terminal: bool) -> None:
+    said = answer("info")
+    assert said["versions"]["torch"] == torch.__version__
+    assert [backend["name"] for backend in said["backends"]] == list(names())
+    for device in said["devices"]:
+        reasons = {name: get(name).unavailable(torch.device(device["device"])) for name in names()}
+        assert {name: row["reason"] for name, row in device["backends"].items()} == reasons
+        assert all(row["available"] == (row["reason"] is None) for row in device["backends"].values())
+    assert said["devices"][0]["device"] == "cpu"
+    status, out, _ = run("info", out=Terminal() if terminal else None)
+    assert status == 0
+    assert all(name in out for name in names()) and torch.__version__ in out
+
+
+def test_info_shows_the_variable_even_where_it_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FLASHMHA_BACKEND", "nobody")
+    assert answer("info")["FLASHMHA_BACKEND"] == "nobody"
+    status, out, _ = run("info")
+    assert status == 0 and "nobody" in out
+
+
+def test_table_holds_the_limits_as_data() -> None:
+    for row in answer("table"):
+        limits = get(row["name"]).limits
+        assert set(row["features"]) == limits.features and row["head_dim"] == limits.head_dim
+        assert row["devices"] == list(limits.devices)
+
+
+# explain
+
+
+@st.composite
+def flags(draw: st.DrawFn) -> tuple[list[str], AttentionSpec]:
+    """Flags of explain, and the problem they mean."""
+    batch, heads_kv, group = draw(st.integers(1, 4)), draw(st.integers(1, 2)), draw(st.integers(1, 3))
+    seqlen_q, seqlen_k = draw(st.integers(1, 90)), draw(st.integers(1, 90))
+    dtype = draw(st.sampled_from(("float32", "float64", "bfloat16", "float16")))
+    heads = heads_kv * group
+    said = f"--batch {batch} --seqlen-q {seqlen_q} --seqlen-k {seqlen_k} --heads {heads} --heads-kv {heads_kv}".split()
+    said += f"--head-dim 8 --dtype {dtype} --device cpu".split()
+    more: dict[str, Any] = {}
+    mask: Mask | None = None
+    align = draw(st.sampled_from(("bottom_right", "top_left")))
+    if draw(st.booleans()):
+        left, right = draw(st.none() | st.integers(0, 9)), draw(st.none() | st.integers(0, 9))
+        mask = Window(left, right, align=align)
+        said += ["--window", *("none" if side is None else str(side) for side in (left, right)), "--align", align]
+    if draw(st.booleans()):
+        lengths = draw(st.lists(st.integers(0, seqlen_k), min_size=batch, max_size=batch))
+        mask = KeyLengths(torch.tensor(lengths)) if mask is None else mask & KeyLengths(torch.tensor(lengths))
+        said += ["--key-lengths", ",".join(map(str, lengths))]
+    if draw(st.booleans()):
+        more["bias"] = ALiBi(torch.ones(heads))
+        said += ["--alibi"]
+    if draw(st.booleans()):
+        more["softcap"] = 5.0
+        said += ["--softcap", "5"]
+    if draw(st.booleans()):
+        more["dropout_p"] = 0.25
+        said += ["--dropout", "0.25"]
+    for flag, name in (("--grad", "needs_grad"), ("--lse", "need_lse"), ("--deterministic", "deterministic")):
+        if draw(st.booleans()):
+            more[name] = True
+            said += [flag]
+    if draw(st.booleans()):
+        more["sinks"] = torch.zeros(heads)
+        said += ["--sinks"]
+    sizes = (batch, seqlen_q, seqlen_k, heads, heads_kv, 8, 8)
+    return said, AttentionSpec(*sizes, dtype=getattr(torch, dtype), mask=mask, **more)
+
+
+@given(drawn=flags(), wanted=st.sampled_from((None, "sdpa", "flash_attn, flex", "naive")))
+def test_explain_says_what_the_function_says(drawn: tuple[list[str], AttentionSpec], wanted: str | None) -> None:
+    arguments, spec = drawn
+    arguments = arguments if wanted is None else [*arguments, "--backend", wanted]
+    expected = flashmha.explain(spec, None if wanted is None else [name.strip() for name in wanted.split(",")])
+    said = answer("explain", *arguments)
+    assert (said["chosen"], said["backends"]) == (expected.chosen, expected.rows)
+    assert set(said["problem"]["features"]) == spec.features
+    status, out, _ = run("explain", *arguments)
+    assert status == (0 if expected.chosen else 1)
+    lines = out.splitlines()
+    assert lines[0] == str(spec)
+    places = set()
+    for name, row in expected.rows.items():
+        (line,) = [line for line in lines if line.startswith(f"{name} ")]
+        assert line.endswith(row)
+        places.add(line.index(row, len(name)))
+    assert len(places) == 1, "the answers are not aligned"
+
+
+@given(drawn=flags())
+def test_the_picture_is_the_mask_at_its_places(drawn: tuple[list[str], AttentionSpec]) -> None:
+    arguments, spec = drawn
+    picture = answer("explain", *arguments)["mask"]
+    if spec.mask is None:
+        assert picture is None
+        return
+    allowed = spec.allowed()
+    assert allowed is not None
+    allowed = allowed.expand(spec.batch, spec.heads, spec.seqlen_q, spec.seqlen_k)
+    step = picture["step"]
+    for item, drawing in enumerate(picture["items"]):
+        seen = [[cell == "■" for cell in line.split(" ")] for line in drawing]
+        assert seen == allowed[item, 0, ::step, ::step].tolist()
+        assert len(seen[0]) <= 36
+    many = len(picture["items"])
+    assert many * len(picture["items"][0]) <= 24
+    if step > 1:
+        assert many * spec.seqlen_q > 24 or spec.seqlen_k > 36
+
+
+@given(lengths=st.lists(st.integers(0, 9), min_size=1, max_size=5), counts=st.lists(st.integers(-7, 7), min_size=1))
+def test_documents_and_padding_are_given_by_lengths(lengths: list[int], counts: list[int]) -> None:
+    said = answer("explain", f"--documents={','.join(map(str, lengths))}", "--device", "cpu")
+    assert said["problem"]["seqlen_q"] == sum(lengths) and said["problem"]["batch"] == 1
+    said = answer("explain", f"--key-padding={','.join(map(str, counts))}", "--seqlen-q", 7, "--device", "cpu")
+    assert said["problem"]["batch"] == len(counts)
+    for count, drawing in zip(counts, said["mask"]["items"]):
+        real = [cell == "■" for cell in drawing[0].split(" ")]
+        assert real == [key >= 7 + count if count < 0 else key < count for key in range(7)]
+
+
+def test_explain_names_the_variable_that_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FLASHMHA_BACKEND", "naive")
+    assert answer("explain", "--device", "cpu")["asked"] == {"by": "FLASHMHA_BACKEND", "backends": ["naive"]}
+    assert "FLASHMHA_BACKEND=['naive']" in run("explain", "--device", "cpu")[1]
+
+
+def test_a_pipe_that_knows_no_squares_gets_a_picture_all_the_same() -> None:
+    ran = subprocess.run(
+        [sys.executable, "-m", "flashmha", "explain", "--causal", "--seqlen-q", "2", "--device", "cpu"],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env={**os.environ, "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"},
+    )
+    assert (ran.returncode, ran.stderr) == (0, "")
+    assert ran.stdout.splitlines()[-1] == "  ? ?"
+
+
+# verify
+
+
+class Right(Backend):
+    """The definition under another name."""
+
+    name = "right"
+    limits = Limits(devices=("cpu",), dtypes=(torch.float32,), features=frozenset({"backward", "causal", "gqa"}))
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> Tensor:
+        out = get("naive")(q, k, v, spec)
+        assert isinstance(out, Tensor)
+        return out
+
+
+class Larger(Right):
+    """Wrong where there is more than one key."""
+
+    name = "larger"
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> Tensor:
+        return super().__call__(q, k, v, spec) * (1.5 if spec.seqlen_k > 1 else 1.0)
+
+
+class Crashing(Right):
+    """A kernel that falls over."""
+
+    name = "crashing"
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> Tensor:
+        if spec.seqlen_q > 3:
+            raise RuntimeError("an illegal memory access")
+        return super().__call__(q, k, v, spec)
+
+
+class Mute(Right):
+    """Serves nothing at all."""
+
+    name = "mute"
+
+    def refusals(self, spec: AttentionSpec) -> list[str]:
+        return ["no"]
+
+
+SMALLEST = {Larger: "seqlen_k=2 ", Crashing: "seqlen_q=4 "}
+"""What the smallest problem that fails has."""
+
+
+@pytest.mark.parametrize("kind", (Right, Larger, Crashing))
+def test_verify_tells_right_from_wrong(kind: type[Backend]) -> None:
+    with registered(kind):
+        status, out, err = run("verify", "--backend", kind.name, "--device", "cpu", "--examples", 20, "--json")
+        (verdict,) = json.loads(out)
+        plain = run("verify", "--backend", kind.name, "--device", "cpu", "--examples", 20)
+    assert err == ""
+    assert "backward" not in verdict["refuses"] and "dropout" in verdict["refuses"]
+    assert verdict["verdict"] == ("agrees" if kind is Right else "FAILS")
+    assert status == plain[0] == (0 if kind is Right else 1)
+    if kind is Right:
+        assert verdict["examples"] >= 20 and verdict["problem"] is None and "agrees" in plain[1]
+    else:
+        assert f"{kind.name} on cpu FAILS: {verdict['why']}" in plain[1] and verdict["replay"] in plain[1]
+    if kind in SMALLEST:
+        assert SMALLEST[kind] in verdict["problem"] and "mask" not in verdict["problem"]
+        assert str(verdict["tensors"]) in plain[1] and verdict["problem"] in plain[1]
+
+
+def test_a_backend_that_refuses_everything_fails() -> None:
+    with registered(Mute):
+        status, out, _ = run("verify", "--backend", "mute", "--device", "cpu")
+    assert status == 1 and "mute on cpu FAILS: it serves no problem inside its limits" in out
+
+
+def test_a_replayed_failure_is_the_same_failure() -> None:
+    with registered(Crashing):
+        (first,) = answer("verify", "--backend", "crashing", "--device", "cpu", "--examples", 30, "--seed", 5)
+        (again,) = answer(*first["replay"].split()[3:])
+    assert again == first
+
+
+def test_nothing_judged_is_no_success() -> None:
+    (verdict,) = answer("verify", "--backend", "flash2", "--device", "cpu")
+    assert verdict["verdict"] == "not available" and verdict["why"] == "device cpu (only cuda)"
+    assert run("verify", "--backend", "flash2", "--device", "cpu")[0] == 1
+
+
+# rich, and what is not installed
+
+
+@pytest.mark.parametrize("installed", (True, False))
+@pytest.mark.parametrize("command", (["info"], ["explain", "--device", "cpu", "--causal"]))
+def test_a_terminal_shows_the_same_answers_with_rich_and_without(installed: bool, command: list[str]) -> None:
+    missing = {} if installed else dict.fromkeys(("rich", "rich.console", "rich.table", "rich.text", "rich.progress"))
+    with mock.patch.dict(sys.modules, missing):
+        status, out, err = run(*command, out=Terminal())
+    assert (status, err) == (0, "")
+    assert all(name in out for name in names())
+    assert ("─" in out) == installed
+
+
+def test_verify_without_hypothesis_says_how_to_get_it() -> None:
+    gone = {"hypothesis": None, "flashmha.commands.verify": None}
+    kept = {name: module for name, module in sys.modules.items() if name not in gone}
+    with mock.patch.dict(sys.modules, {**kept, "hypothesis": None}, clear=True):
+        status, out, err = run("verify")
+    assert (status, out) == (2, "") and "pip install 'flashmha[verify]'" in err
+
+
+# Wrong calls
+
+WRONG = {
+    "": "required: command",
+    "infos": "invalid choice: 'infos'",
+    "info --colour": "unrecognized arguments: --colour",
+    "explain --backend falsh --device cpu": "backend must be one of sdpa, ",
+    "explain --heads 3 --heads-kv 2": "heads must be a multiple of heads_kv, got heads=3 and heads_kv=2.",
+    "explain --heads 0": "must be a whole number of at least 1, got '0'",
+    "explain --align top_left": "--align must come with --causal or --window",
+    "explain --window 3": "expected 2 arguments",
+    "explain --window none x": "must be a whole number of at least 0, got 'x'",
+    "explain --documents 3,4 --batch 2": "batch must be 1 with Documents",
+    "explain --documents 3,4 --seqlen-q 5": "must rise from 0 to at most 5",
+    "explain --key-lengths 5,3 --batch 3": "lengths must have shape (batch,) = (3,)",
+    "explain --key-lengths 5,x": "must be whole numbers between commas, got '5,x'",
+    "explain --key-padding 5 --seqlen-q 4": "--key-padding must lie between -4 and 4",
+    "explain --dropout 1.5": "dropout_p must be between 0 and 1",
+    "explain --softcap -1": "softcap must be greater than 0",
+    "explain --device cuda:99": "device must be one of cpu",
+    "explain --device toaster": "device must be one of cpu",
+    "explain --dtype int8": "invalid choice: 'int8'",
+    "verify --backend falsh": "backend must be one of sdpa, ",
+    "verify --device cpu,cuda:99": "device must be one of cpu",
+    "verify --examples 0": "--examples must be at least 1, got 0.",
+    "bench --device cuda:99": "device must be one of cpu",
+    "bench --suites nothing": "invalid choice: 'nothing'",
+    "table --write nowhere/at/all.md": "nowhere/at/all.md",
+}
+
+
+@pytest.mark.parametrize("call", WRONG)
+def test_a_wrong_call_gets_one_line_and_status_two(call: str) -> None:
+    status, out, err = run(*call.split())
+    assert (status, out) == (2, "")
+    assert err.count("\n") == 1 and err.endswith("\n") and WRONG[call] in err and "Traceback" not in err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+@pytest.mark.parametrize("command", ("explain", "verify", "bench"))
+def test_a_device_that_is_not_there_is_refused(command: str) -> None:
+    status, out, err = run(command, "--device", "cuda")
+    assert (status, out) == (2, "") and "device must be one of cpu on this machine, got 'cuda'" in err
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_help_and_json(command: str) -> None:
+    status, out, _ = run(command, "--help")
+    assert status == 0 and "--json" in out
+
+
+# A backend package, installed for real
+
+
+@pytest.fixture(scope="module")
+def python(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The interpreter of an environment that has everything this one has, this flashmha, and the backend package."""
+    pytest.importorskip("ensurepip", reason="no ensurepip to make an environment with pip")
+    pytest.importorskip("hatchling", reason="no hatchling to build a package with")
+    folder = tmp_path_factory.mktemp("environment")
+    venv.create(folder, with_pip=True, symlinks=os.name != "nt")
+    binaries = folder / ("Scripts" if os.name == "nt" else "bin")
+    interpreter = binaries / Path(sys.executable).name
+    (purelib,) = said(interpreter, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))").split("\n")[:1]
+    others = [path for path in (*site.getsitepackages(), *sys.path) if path.endswith("-packages")]
+    lines = [f"import site; site.addsitedir({path!r})" for path in dict.fromkeys(others)]
+    Path(purelib, "this_environment.pth").write_text("\n".join((str(ROOT), *lines)) + "\n", encoding="utf-8")
+    sources = folder / "sources"
+    shutil.copytree(Path(__file__).parent / "backend_package", sources)
+    flags = ("--quiet", "--no-deps", "--no-build-isolation", "--no-index", "--disable-pip-version-check")
+    said(interpreter, "-m", "pip", "install", *flags, str(sources))
+    return interpreter
+
+
+def said(interpreter: Path, *arguments: str, folder: Path | None = None, accept: Sequence[int] = (0,)) -> str:
+    """What an interpreter prints, in an environment of its own."""
+    variables = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "FLASHMHA_BACKEND")}
+    ran = subprocess.run(
+        [str(interpreter), *arguments], capture_output=True, text=True, cwd=folder, env=variables, encoding="utf-8"
+    )
+    assert ran.returncode in accept, f"{arguments}\n{ran.stdout}\n{ran.stderr}"
+    return ran.stdout
+
+
+def test_an_installed_backend_is_discovered(python: Path, tmp_path: Path) -> None:
+    found = json.loads(said(python, "-m", "flashmha", "info", "--json", folder=tmp_path))
+    (mine,) = [backend for backend in found["backends"] if backend["name"] == "einsum"]
+    assert mine == {
+        "name": "einsum",
+        "registered_by": "einsum-backend 1.0",
+        "contract": 1,
+        "install": "pip install einsum-backend",
+    }
+    assert found["devices"][0]["backends"]["einsum"] == {"available": True, "reason": None}
+    assert "einsum" not in names(), "the package must not be in the environment of the tests themselves"
+
+
+def test_an_installed_backend_is_explained(python: Path, tmp_path: Path) -> None:
+    call = (python, "-m", "flashmha", "explain", "--json", "--device", "cpu", "--causal")
+    assert json.loads(said(*call, "--backend", "einsum", folder=tmp_path))["chosen"] == "einsum"
+    refused = json.loads(said(*call, "--head-dim", "200", "--lse", folder=tmp_path))
+    assert refused["backends"]["einsum"] == "no lse; head_dim=200 (at most 128)"
+    assert refused["chosen"] != "einsum"
+
+
+def test_an_installed_backend_is_verified(python: Path, tmp_path: Path) -> None:
+    call = ("-m", "flashmha", "verify", "--json", "--device", "cpu", "--backend", "einsum", "--examples", "25")
+    (verdict,) = json.loads(said(python, *call, folder=tmp_path))
+    assert verdict["verdict"] == "agrees" and verdict["examples"] >= 25
+    assert "softcap" in verdict["refuses"] and "causal" not in verdict["refuses"]
+
+
+def test_an_installed_backend_is_benchmarked(python: Path, tmp_path: Path) -> None:
+    listed = said(python, "-m", "flashmha", "bench", "--list", "--json", "--level", "core", folder=tmp_path)
+    cases = [case["id"] for case in json.loads(listed) if "attention:einsum" in case["contestants"]]
+    assert cases, "einsum takes part in no case"
+    smallest = min(cases, key=lambda name: math.prod(int(size) for size in sizes(name)))
+    call = ("--case", smallest, "--rounds", "1", "--no-plots", "--json", "--backends", "einsum")
+    found = json.loads(said(python, "-m", "flashmha", "bench", *call, folder=tmp_path, accept=(0, 3)))
+    assert "attention:einsum" in json.dumps(found["cases"])
+
+
+def sizes(case: str) -> list[str]:
+    """The numbers in the last part of a case's id."""
+    return "".join(character if character.isdecimal() else " " for character in case.rsplit("/", 1)[-1]).split()

@@ -1,0 +1,340 @@
+"""The kit itself: it catches seeded bugs, shrinks them to a line, and passes what is right."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+from collections.abc import Callable, Iterator
+from typing import Any, ClassVar
+
+import pytest
+import torch
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from flashmha import AttentionSpec, Backend, Dense, Documents, KeyLengths, KeyPadding, Limits, Mask, Window, testing
+from flashmha.backends import get
+from flashmha.backends.base import FEATURES
+
+Bug = Callable[[Tensor, Tensor, Tensor, AttentionSpec], Any]
+"""A wrong backend: the definition, asked something else or answering something else."""
+
+naive = get("naive")
+LSE_GRAD = {"lse", "lse_grad", "backward"}
+FRESH = settings(database=None, report_multiple_bugs=False, phases=(Phase.generate, Phase.shrink))
+"""The profile without the memory of earlier runs, which would make a bug easy to find."""
+
+
+class Seeded(Backend):
+    """A backend with one bug."""
+
+    name = "seeded"
+    limits = Limits(
+        devices=("cpu",),
+        dtypes=(torch.float32, torch.float64, torch.bfloat16),
+        features=frozenset(FEATURES) - {"dropout", "deterministic"},
+    )
+    bug: ClassVar[Bug]
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> Any:
+        return type(self).bug(q, k, v, spec)
+
+
+def seeded(bug: Bug) -> type[Seeded]:
+    return type("Seeded", (Seeded,), {"bug": staticmethod(bug)})
+
+
+def with_mask(spec: AttentionSpec, change: Callable[[Mask], Mask | None]) -> AttentionSpec:
+    """The problem with every rule of its mask changed, or left out."""
+    parts = [change(part) for part in spec.mask.parts] if spec.mask is not None else []
+    kept = [part for part in parts if part is not None]
+    mask = kept[0] if kept else None
+    for part in kept[1:]:
+        assert mask is not None
+        mask = mask & part
+    return dataclasses.replace(spec, mask=mask)
+
+
+def without(*kinds: type[Mask]) -> Bug:
+    return lambda q, k, v, spec: naive(q, k, v, with_mask(spec, lambda part: None if isinstance(part, kinds) else part))
+
+
+def windows(change: Callable[[Window, AttentionSpec], tuple[int | None, int | None]]) -> Bug:
+    """Windows with other bounds."""
+
+    def bug(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> Any:
+        def other(part: Mask) -> Mask:
+            if not isinstance(part, Window):
+                return part
+            moved = Window(None, None, align=part.align)
+            moved.left, moved.right = change(part, spec)
+            return moved
+
+        return naive(q, k, v, with_mask(spec, other))
+
+    return bug
+
+
+def plus(bound: int | None, step: int) -> int | None:
+    return None if bound is None else bound + step
+
+
+def repeated(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> Any:
+    group = spec.heads // spec.heads_kv
+    k, v = (x.repeat(1, 1, group, 1) for x in (k, v))
+    return naive(q, k, v, dataclasses.replace(spec, heads_kv=spec.heads))
+
+
+def changed(**change: Any) -> Bug:
+    return lambda q, k, v, spec: naive(q, k, v, dataclasses.replace(spec, **change))
+
+
+def scaled(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> Any:
+    return naive(q, k, v, dataclasses.replace(spec, softmax_scale=1.05 * spec.scale))
+
+
+def without_last_key(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> Any:
+    seen = (torch.arange(spec.seqlen_k) != spec.seqlen_k - 1).expand(spec.seqlen_q, -1)
+    return naive(q, k, v, dataclasses.replace(spec, mask=Dense(seen) if spec.mask is None else spec.mask & seen))
+
+
+def with_out(change: Callable[[Tensor, AttentionSpec], Tensor]) -> Bug:
+    """The right answer with another out."""
+
+    def bug(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> Any:
+        result = naive(q, k, v, spec)
+        return (change(result[0], spec), result[1]) if spec.need_lse else change(result, spec)
+
+    return bug
+
+
+def with_lse(change: Callable[[Tensor], Tensor]) -> Bug:
+    """The right answer with another lse."""
+
+    def bug(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> Any:
+        result = naive(q, k, v, spec)
+        return (result[0], change(result[1])) if spec.need_lse else result
+
+    return bug
+
+
+def nan_where_blind(out: Tensor, spec: AttentionSpec) -> Tensor:
+    allowed = spec.allowed()
+    if allowed is None or spec.sinks is not None:
+        return out
+    blind = ~allowed.any(dim=-1).expand(spec.batch, spec.heads, spec.seqlen_q)
+    return out.masked_fill(blind.transpose(1, 2)[..., None], math.nan)
+
+
+def too_far_back(window: Window, spec: AttentionSpec) -> tuple[int | None, int | None]:
+    return plus(window.left, 1), window.right
+
+
+def too_far_ahead(window: Window, spec: AttentionSpec) -> tuple[int | None, int | None]:
+    return window.left, plus(window.right, 1)
+
+
+def from_the_first_key(window: Window, spec: AttentionSpec) -> tuple[int | None, int | None]:
+    shift = spec.seqlen_k - spec.seqlen_q
+    return plus(window.left, -shift), plus(window.right, shift)
+
+
+BUGS: dict[str, tuple[Bug, set[str]]] = {
+    "causal from the first key": (windows(from_the_first_key), {"causal", "window"}),
+    "window one key too far back": (windows(too_far_back), {"window"}),
+    "window one key too far ahead": (windows(too_far_ahead), {"causal", "window"}),
+    "grouped heads in another order": (repeated, {"gqa"}),
+    "padding ignored": (without(KeyPadding), {"key_padding"}),
+    "lengths ignored": (without(KeyLengths), {"key_lengths"}),
+    "documents leak": (without(Documents), {"documents"}),
+    "mask ignored": (without(Dense), {"dense_mask"}),
+    "scale off by a twentieth": (scaled, set()),
+    "last key dropped": (without_last_key, set()),
+    "heads swapped": (with_out(lambda out, spec: out.flip(2)), set()),
+    "softcap forgotten": (changed(softcap=None), {"softcap"}),
+    "sinks forgotten": (changed(sinks=None), {"sinks"}),
+    "bias forgotten": (changed(bias=None), {"bias", "alibi"}),
+    "NaN in blind rows": (with_out(nan_where_blind), set()),
+    "lse to the base 2": (with_lse(lambda lse: lse / math.log(2)), {"lse"}),
+    "lse without a gradient": (with_lse(torch.Tensor.detach), LSE_GRAD),
+    "v without a gradient": (lambda q, k, v, spec: naive(q, k, v.detach(), spec), {"backward"}),
+    "half a gradient of k": (lambda q, k, v, spec: naive(q, 0.5 * (k + k.detach()), v, spec), {"backward"}),
+    "another dtype": (with_out(lambda out, spec: out.float()), set()),
+}
+"""What is wrong, and what a problem needs to show it."""
+
+
+@pytest.mark.parametrize("name", BUGS)
+def test_a_wrong_backend_is_caught_and_the_problem_shrunk_to_a_line(name: str) -> None:
+    bug, needed = BUGS[name]
+    problems: list[AttentionSpec] = []
+
+    @FRESH
+    @given(testing.specs(limits=Seeded.limits), testing.seeds())
+    def law(spec: AttentionSpec, seed: int) -> None:
+        problems.append(spec)
+        testing.assert_agrees(seeded(bug), spec, seed)
+
+    with pytest.raises(AssertionError) as caught:
+        law()
+    spec = problems[-1]  # what Hypothesis shows comes last
+    assert f"seeded on {spec}, seed 0: " in str(caught.value)
+    assert spec.batch <= 2 and max(spec.seqlen_q, spec.seqlen_k) <= 6 and spec.heads <= 4 and spec.head_dim == 1
+    assert len(spec.features - needed) <= 1, f"{spec} says more than {needed}"
+    assert len(str(spec)) < 160
+
+
+@pytest.mark.parametrize("name", BUGS)
+def test_a_wrong_backend_is_caught_without_luck(name: str) -> None:
+    @settings(FRESH, phases=(Phase.generate,), derandomize=True, max_examples=50)
+    @given(testing.specs(limits=Seeded.limits), testing.seeds())
+    def law(spec: AttentionSpec, seed: int) -> None:
+        testing.assert_agrees(seeded(BUGS[name][0]), spec, seed)
+
+    with pytest.raises(AssertionError, match="seeded on batch="):
+        law()
+
+
+@given(testing.specs(limits=Seeded.limits), testing.seeds())
+def test_a_right_backend_passes_as_a_class_an_object_and_a_name(spec: AttentionSpec, seed: int) -> None:
+    right = seeded(naive)
+    for backend in (right, right(), "naive"):
+        testing.assert_agrees(backend, spec, seed)
+
+
+def test_a_backend_that_refuses_everything_does_not_pass() -> None:
+    class Refusing(Seeded):
+        limits = dataclasses.replace(Seeded.limits, devices=("cuda",))
+
+    @FRESH
+    @given(spec=testing.specs(), seed=testing.seeds())
+    def law(spec: AttentionSpec, seed: int) -> None:
+        testing.assert_agrees(Refusing, spec, seed)
+
+    with pytest.raises(Exception, match=r"[Uu]nable to satisfy|filter"):
+        law()
+
+
+@given(limits=st.sampled_from([get(name).limits for name in ("naive", "sdpa", "flex", "flash2")]), data=st.data())
+def test_what_is_drawn_inside_limits_is_not_refused(limits: Limits, data: st.DataObject) -> None:
+    class Limited(Seeded):
+        pass
+
+    Limited.limits = dataclasses.replace(limits, devices=("cpu",), capability=None)
+    assert Limited().unsupported(data.draw(testing.specs(limits=Limited.limits))) is None
+
+
+# Layers
+
+
+class Wrong(nn.MultiheadAttention):
+    """A layer with one bug: stock, asked something else or answering something else."""
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, **more: Any) -> Any:  # type: ignore[override]
+        return type(self).bug(self, dict(query=query, key=key, value=value, **more))
+
+    def right(self, call: dict[str, Any]) -> Any:
+        return nn.MultiheadAttention.forward(self, **call)
+
+    bug: Any = right
+
+
+def layer_with(bug: Callable[[Any, dict[str, Any]], Any]) -> type[Wrong]:
+    return type("Wrong", (Wrong,), {"bug": bug})
+
+
+def without_argument(name: str) -> Callable[[Any, dict[str, Any]], Any]:
+    return lambda layer, call: layer.right({**call, name: None, "is_causal": False})
+
+
+def inverted(layer: Any, call: dict[str, Any]) -> Any:
+    mask = call["attn_mask"]
+    return layer.right({**call, "attn_mask": ~mask} if mask is not None and mask.dtype == torch.bool else call)
+
+
+def unmasked_where_causal(layer: Any, call: dict[str, Any]) -> Any:
+    return layer.right({**call, "attn_mask": None, "is_causal": False} if call["is_causal"] else call)
+
+
+@contextlib.contextmanager
+def instead(layer: nn.Module, name: str, change: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """A parameter changed for a while, where the layer has it."""
+    parameter = getattr(layer, name)
+    if parameter is None:
+        yield
+        return
+    del layer._parameters[name]
+    layer.__dict__[name] = change(parameter)
+    try:
+        yield
+    finally:
+        del layer.__dict__[name]
+        layer._parameters[name] = parameter
+
+
+def with_parameter(name: str, change: Callable[[Tensor], Tensor]) -> Callable[[Any, dict[str, Any]], Any]:
+    def bug(layer: Any, call: dict[str, Any]) -> Any:
+        with instead(layer, name, change):
+            return layer.right(call)
+
+    return bug
+
+
+def exchanged(weight: Tensor) -> Tensor:
+    q, k, v = weight.chunk(3)
+    return torch.cat((k, q, v))
+
+
+def returning(change: Callable[[Tensor, Any], Any]) -> Callable[[Any, dict[str, Any]], Any]:
+    return lambda layer, call: change(*layer.right(call))
+
+
+def writing(layer: Any, call: dict[str, Any]) -> Any:
+    result = layer.right(call)
+    with torch.no_grad():
+        call["query"].mul_(1.0)
+    return result
+
+
+LAYER_BUGS: dict[str, tuple[Callable[[Any, dict[str, Any]], Any], str]] = {
+    "bool mask the other way round": (inverted, "output"),
+    "attn_mask ignored": (without_argument("attn_mask"), "output"),
+    "padding ignored": (without_argument("key_padding_mask"), "output"),
+    "causal call left unmasked": (unmasked_where_causal, "output"),
+    "bias of the projections forgotten": (with_parameter("in_proj_bias", torch.zeros_like), "output"),
+    "q and k projected by each other's weights": (with_parameter("in_proj_weight", exchanged), "output"),
+    "extra key forgotten": (with_parameter("bias_k", torch.zeros_like), "output"),
+    "weights of every head": (
+        lambda layer, call: layer.right({**call, "average_attn_weights": False}),
+        r"output\[1\] must have shape",
+    ),
+    "weights always": (lambda layer, call: layer.right({**call, "need_weights": True}), r"output\[1\] must be None"),
+    "weights transposed": (returning(lambda out, w: (out, None if w is None else w.mT.contiguous())), r"output\[1\]"),
+    "weights without a gradient": (returning(lambda out, w: (out, None if w is None else w.detach())), "requires_grad"),
+    "a list": (returning(lambda out, w: [out, w]), "must return"),
+    "float32 always": (returning(lambda out, w: (out.float(), w)), "must be torch"),
+    "v without a gradient": (lambda layer, call: layer.right({**call, "value": call["value"].detach()}), "gradient of"),
+    "input written into": (writing, "writes into"),
+}
+"""What is wrong, and what the failure must speak of."""
+
+
+@pytest.mark.parametrize("name", LAYER_BUGS)
+def test_a_wrong_layer_is_caught_and_the_call_shrunk_to_a_line(name: str) -> None:
+    bug, said = LAYER_BUGS[name]
+    met: list[tuple[testing.Blueprint, testing.Call]] = []
+
+    @FRESH
+    @given(testing.problems())
+    def law(problem: tuple[testing.Blueprint, testing.Call]) -> None:
+        met.append(problem)
+        blueprint, call = problem
+        stock, ours = blueprint.build(), blueprint.build(layer_with(bug))
+        with call.mode(stock, ours):
+            testing.assert_drop_in(stock, ours, kwargs=call.arguments(blueprint))
+
+    with pytest.raises((AssertionError), match=said):
+        law()
+    assert len(repr(met[-1])) < 160, met[-1]
