@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from .backends import get, names
+from .backends import get, names, origin
 from .backends.base import FEATURES, Backend
 from .benchmark.report import figures
 from .masks import short
@@ -17,9 +17,9 @@ RESULTS = Path("benchmarks", "results", "cpu.json")
 
 
 def table() -> str:
-    """One row a backend, in Markdown."""
+    """One row a backend of this package, in Markdown."""
     rows = ["| backend | runs on | dtypes | head_dim | serves |", "|---|---|---|---|---|"]
-    rows += [row(get(name)) for name in names()]
+    rows += [row(get(name)) for name in names() if origin(name) == "flashmha"]
     return "\n".join(rows)
 
 
@@ -36,8 +36,9 @@ def row(backend: Backend) -> str:
     serves = "everything" if not absent else ", ".join(present)
     if 0 < len(absent) < len(present):
         serves = "all but " + ", ".join(absent)
-    for device, features in limits.not_on.items():
-        serves += f"; on {device} no {', no '.join(name for name in FEATURES if name in features)}"
+    for features in dict.fromkeys(limits.not_on.values()):
+        where = ", ".join(device for device, absent in limits.not_on.items() if absent == features)
+        serves += f"; on {where} no {', no '.join(name for name in FEATURES if name in features)}"
     dtypes = ", ".join(short(dtype) for dtype in limits.dtypes)
     return f"| `{backend.name}` | {devices} | {dtypes} | {head_dim} | {serves} |"
 

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flashmha import AttentionSpec, Backend, Dense, Limits, attention, backends
+from flashmha import AttentionSpec, Dense, attention, backends
 from flashmha.backends import get
 from flashmha.testing import answer, assert_agrees, seeds, specs, tensors
 
@@ -99,29 +99,3 @@ def test_a_blind_row_gives_zeros_and_zero_gradients(spec: AttentionSpec, seed: i
     assert not out[:, row : row + 1].any()
     grads = torch.autograd.grad(out[:, row : row + 1].sum(), (q, k, v))
     assert not any(grad.any() for grad in grads)
-
-
-class Refusing(Backend):
-    """A backend that serves nothing."""
-
-    name = "refusing"
-    limits = Limits(devices=("cuda",), dtypes=(torch.float32,), features=frozenset())
-
-    def __call__(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spec: AttentionSpec) -> torch.Tensor:
-        raise AssertionError("must never be called")
-
-
-def test_a_backend_that_refuses_everything_does_not_pass() -> None:
-    @given(spec=specs(), seed=seeds())
-    def parity(spec: AttentionSpec, seed: int) -> None:
-        assert_agrees(Refusing(), spec, seed)
-
-    with pytest.raises(Exception, match=r"[Uu]nable to satisfy|filter"):
-        parity()
-
-
-def test_a_problem_can_be_replayed_by_hand() -> None:
-    spec = AttentionSpec(1, 3, 4, 2, 1, 8, 8, needs_grad=True)
-    assert_agrees(get("sdpa"), spec, 0)
-    with pytest.raises(ValueError, match="refusing refuses this problem: device cpu"):
-        assert_agrees(Refusing(), spec, 0)

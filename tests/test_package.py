@@ -24,7 +24,7 @@ ORDER = """
     commands commands.devices commands.screen commands.picture
     testing.record testing.attention testing.judge testing.drop_in testing.anatomy testing.tree testing.layer
     testing.encoder testing.call testing
-    benchmark.cases benchmark.inputs benchmark.machine benchmark.peers benchmark.verdicts benchmark.gate
+    benchmark.cases benchmark.inputs benchmark.machine benchmark.peers benchmark.lineup benchmark.verdicts benchmark.gate
     benchmark.runner benchmark.report benchmark.plots benchmark.command benchmark
     table commands.info commands.explain commands.verify commands.table
     wrapper __main__ __init__

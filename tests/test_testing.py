@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import math
 from collections.abc import Callable, Iterator
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from flashmha import AttentionSpec, Backend, Dense, Documents, KeyLengths, KeyPadding, Limits, Mask, Window, testing
 from flashmha.backends import get
 from flashmha.backends.base import FEATURES
+from flashmha.testing import tree
 
 Bug = Callable[[Tensor, Tensor, Tensor, AttentionSpec], Any]
 """A wrong backend: the definition, asked something else or answering something else."""
@@ -180,7 +182,7 @@ def test_a_wrong_backend_is_caught_and_the_problem_shrunk_to_a_line(name: str) -
     with pytest.raises(AssertionError) as caught:
         law()
     spec = problems[-1]  # what Hypothesis shows comes last
-    assert f"seeded on {spec}, seed 0: " in str(caught.value)
+    assert f"seeded on {spec}, seed " in str(caught.value)
     assert spec.batch <= 2 and max(spec.seqlen_q, spec.seqlen_k) <= 6 and spec.heads <= 4 and spec.head_dim == 1
     assert len(spec.features - needed) <= 1, f"{spec} says more than {needed}"
     assert len(str(spec)) < 160
@@ -204,10 +206,13 @@ def test_a_right_backend_passes_as_a_class_an_object_and_a_name(spec: AttentionS
         testing.assert_agrees(backend, spec, seed)
 
 
-def test_a_backend_that_refuses_everything_does_not_pass() -> None:
-    class Refusing(Seeded):
-        limits = dataclasses.replace(Seeded.limits, devices=("cuda",))
+class Refusing(Seeded):
+    """A backend that serves nothing."""
 
+    limits = dataclasses.replace(Seeded.limits, devices=("cuda",))
+
+
+def test_a_backend_that_refuses_everything_does_not_pass() -> None:
     @FRESH
     @given(spec=testing.specs(), seed=testing.seeds())
     def law(spec: AttentionSpec, seed: int) -> None:
@@ -215,6 +220,13 @@ def test_a_backend_that_refuses_everything_does_not_pass() -> None:
 
     with pytest.raises(Exception, match=r"[Uu]nable to satisfy|filter"):
         law()
+
+
+def test_a_problem_can_be_replayed_by_hand() -> None:
+    spec = AttentionSpec(1, 3, 4, 2, 1, 8, 8, needs_grad=True)
+    testing.assert_agrees("sdpa", spec, 0)
+    with pytest.raises(ValueError, match="seeded refuses this problem: device cpu"):
+        testing.assert_agrees(Refusing, spec, 0)
 
 
 @given(limits=st.sampled_from([get(name).limits for name in ("naive", "sdpa", "flex", "flash2")]), data=st.data())
@@ -338,3 +350,168 @@ def test_a_wrong_layer_is_caught_and_the_call_shrunk_to_a_line(name: str) -> Non
     with pytest.raises((AssertionError), match=said):
         law()
     assert len(repr(met[-1])) < 160, met[-1]
+
+
+# What a drop-in is judged by
+
+
+@given(testing.problems())
+def test_a_layer_can_stand_where_its_copy_stands(problem: tuple[testing.Blueprint, testing.Call]) -> None:
+    blueprint, call = problem
+    stock = blueprint.build()
+    with call.mode(stock):
+        testing.assert_drop_in(stock, copy.deepcopy(stock), kwargs=call.arguments(blueprint))
+
+
+def layer(**more: Any) -> nn.MultiheadAttention:
+    return testing.Blueprint(**more).build()
+
+
+def reordered(other: nn.MultiheadAttention) -> None:
+    other._parameters["in_proj_bias"] = other._parameters.pop("in_proj_bias")
+    other._parameters["in_proj_weight"] = other._parameters.pop("in_proj_weight")
+
+
+STATES: dict[str, tuple[Callable[[nn.MultiheadAttention], Any], str]] = {
+    "a value": (lambda other: nn.init.zeros_(other.out_proj.bias), "out_proj.bias must hold stock's values"),
+    "a dtype": (lambda other: other.out_proj.double(), "out_proj.weight must have dtype torch.float32"),
+    "a buffer more": (lambda other: other.register_buffer("extra", torch.zeros(1)), r"adds \['extra'\]"),
+    "a parameter less": (lambda other: other.out_proj.register_parameter("bias", None), r"misses \['out_proj.bias'\]"),
+    "a frozen parameter": (lambda other: other.out_proj.requires_grad_(False), "with requires_grad"),
+    "the order": (reordered, "named_parameters must be"),
+}
+
+
+@pytest.mark.parametrize("name", STATES)
+def test_the_state_must_be_that_of_stock(name: str) -> None:
+    change, said = STATES[name]
+    other = layer()
+    change(other)
+    with pytest.raises(AssertionError, match=said):
+        testing.assert_drop_in(layer(), other, (torch.randn(2, 3, 8),) * 3)
+
+
+def test_random_layers_cannot_be_judged() -> None:
+    x = torch.randn(2, 3, 8)
+    with pytest.raises(ValueError, match="must draw no random numbers"):
+        testing.assert_drop_in(layer(dropout=0.5), layer(dropout=0.5), (x, x, x))
+    with pytest.raises(AssertionError, match="ours draws random numbers"):
+        testing.assert_drop_in(layer(), layer(dropout=0.5), (x, x, x))
+    testing.assert_drop_in(layer(dropout=0.5).eval(), layer().eval(), (x, x, x))
+
+
+def test_the_random_generator_is_left_where_it_was() -> None:
+    before = torch.get_rng_state()
+    testing.assert_drop_in(Table(), Table(), (torch.zeros(2, dtype=torch.float64),))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+class Zeros(nn.MultiheadAttention):
+    """A layer that returns zeros for NaN."""
+
+    def forward(self, *inputs: Tensor, **more: Any) -> Any:  # type: ignore[override]
+        return tuple(x.nan_to_num(0.0) for x in super().forward(*inputs, **more))
+
+
+def test_numbers_instead_of_nan_are_accepted_where_asked_for_and_nowhere_else() -> None:
+    stock, ours = layer().eval(), testing.Blueprint().build(Zeros).eval()
+    x, padding = torch.randn(2, 3, 8), torch.tensor([[True, True, True], [False, False, False]])
+    call = ((x, x, x), {"key_padding_mask": padding})
+    with torch.no_grad():
+        with pytest.raises(AssertionError, match=r"output\[0\] is not finite in 24 places"):
+            testing.assert_drop_in(stock, ours, *call)
+        testing.assert_drop_in(stock, ours, *call, finite_for_nan=True)
+        with pytest.raises(AssertionError, match=r"output\[0\] must be finite where stock is not"):
+            testing.assert_drop_in(stock, copy.deepcopy(stock), *call, finite_for_nan=True)
+
+
+class Table(nn.Module):
+    """A module that returns containers of every kind of thing; ``change`` is made to the table before."""
+
+    def __init__(self, change: Callable[[dict[str, Any]], Any] = lambda table: None) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones((), dtype=torch.float64))
+        self.change = change
+
+    def forward(self, x: Tensor, *, steps: int = 1) -> dict[str, Any]:
+        table = {"out": [x * self.scale, None], "steps": steps, "order": x.argsort(), "note": "plain"}
+        self.change(table)
+        return table
+
+
+CHANGES: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
+    "a value": (lambda table: table.update(out=[table["out"][0] * 1.001, None]), r"output\['out'\]\[0\] is off by"),
+    "a container": (
+        lambda table: table.update(out=tuple(table["out"])),
+        r"ours must return \{'out': \[\.\.\., \.\.\.\]",
+    ),
+    "a key": (lambda table: table.update(more=1), "ours must return"),
+    "a number": (lambda table: table.update(steps=2), r"output\['steps'\] must be 3, got 2"),
+    "a text": (lambda table: table.update(note="other"), r"output\['note'\] must be 'plain', got 'other'"),
+    "None": (lambda table: table["out"].__setitem__(1, 0), r"output\['out'\]\[1\] must be None, got 0"),
+    "integers": (lambda table: table.update(order=table["order"] + 1), r"output\['order'\] must equal stock's"),
+    "a gradient": (
+        lambda table: table.update(out=[table["out"][0].detach() + 0 * table["out"][0], None]),
+        r"gradient of input\[0\] is off by",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_every_part_of_an_answer_is_compared(name: str) -> None:
+    change, said = CHANGES[name]
+    x = torch.linspace(-1.0, 1.0, 5, dtype=torch.float64)
+    testing.assert_drop_in(Table(), Table(), (x,), {"steps": 3})
+    with pytest.raises(AssertionError, match=said):
+        testing.assert_drop_in(Table(), Table(change), (x,), {"steps": 3})
+
+
+def test_what_cannot_be_compared_is_refused() -> None:
+    with pytest.raises(
+        TypeError, match=r"output\['note'\] of ours must be a tensor, a number, a text or None, got set"
+    ):
+        testing.assert_drop_in(Table(), Table(lambda table: table.update(note={1})), (torch.zeros(2).double(),))
+
+
+# Models
+
+
+def forget_masks(model: nn.Module) -> nn.Module:
+    """A swap that loses every mask on its way."""
+    for module in model.modules():
+        if isinstance(module, nn.MultiheadAttention):
+            module.register_forward_pre_hook(
+                lambda module, args, kwargs: (args, {**kwargs, "attn_mask": None, "key_padding_mask": None}),
+                with_kwargs=True,
+            )
+    return model
+
+
+def reset_one(model: nn.Module) -> nn.Module:
+    """A swap that loses the parameters of a layer."""
+    [module for module in model.modules() if isinstance(module, nn.MultiheadAttention)][-1]._reset_parameters()
+    return model
+
+
+@pytest.mark.parametrize(("swap", "said"), [(forget_masks, "off by|must be"), (reset_one, "must hold stock's values")])
+def test_a_wrong_swap_is_caught(swap: Callable[[nn.Module], nn.Module], said: str) -> None:
+    @FRESH
+    @given(testing.models())
+    def law(model: testing.Tree | testing.Transformer) -> None:
+        with testing.without_fast_path():
+            testing.assert_drop_in(model.build(), swap(model.build()), kwargs=model.arguments())
+
+    with pytest.raises(AssertionError, match=said):
+        law()
+
+
+@given(testing.models())
+def test_a_model_is_built_and_called_alike_each_time(model: testing.Tree | testing.Transformer) -> None:
+    with testing.without_fast_path():
+        testing.assert_drop_in(model.build(), model.build(), kwargs=model.arguments())
+
+
+@given(st.one_of(testing.blueprints(), testing.problems().map(lambda problem: problem[1]), testing.trees()))
+def test_the_repr_of_a_record_builds_it_again(record: Any) -> None:
+    names = {**vars(testing), **vars(tree), "torch": torch}
+    assert eval(repr(record), names) == record

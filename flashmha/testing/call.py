@@ -234,7 +234,7 @@ def calls(
         attn_mask=attn_mask,
         need_weights=draw(one(need_weights)),
         average_attn_weights=draw(one(BOTH)),
-        is_causal="causal" in attn_mask and draw(one((False, True, True))),
+        is_causal="causal" in attn_mask and draw(one((False, True, True, True))),
         training=draw(one(training)),
         grad=draw(one(grad)),
         blind=blind,

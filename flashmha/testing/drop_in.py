@@ -54,7 +54,7 @@ def assert_drop_in(
         raise ValueError("stock must draw no random numbers (dropout 0, or the mode eval), got a call that drew some.")
     assert not found.random, "ours draws random numbers where stock draws none"
     assert not found.written, f"ours writes into {', '.join(found.written)}"
-    assert found.structure == plain.structure, f"ours must return {plain.structure}, got {found.structure}"
+    assert found.structure == plain.structure, f"ours must return {plain}, got {found}"
     for name, value in plain.outputs.items():
         assert_same_kind(name, found.outputs[name], value)
     exact = respond("stock", copied, call, seed, double=True)
@@ -99,6 +99,10 @@ class Response:
     gradients: dict[str, Tensor | None]
     random: bool
     written: list[str]
+
+    def __str__(self) -> str:
+        """The structure alone, with dots for what it holds."""
+        return repr(tree_unflatten([...] * len(self.outputs), self.structure)).replace("Ellipsis", "...")
 
     def floating(self) -> dict[str, Tensor]:
         """What the rule of parity judges."""
