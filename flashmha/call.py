@@ -123,7 +123,7 @@ def is_causal_mask(mask: Tensor) -> bool:
     if version != mask._version:
         answer = hides_the_future(mask)
         looked_at[mask] = (mask._version, answer)
-    return answer
+    return bool(answer)
 
 
 def hides_the_future(mask: Tensor) -> bool:

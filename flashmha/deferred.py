@@ -47,7 +47,9 @@ class Deferred(Tensor):
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         first = args[0] if args else None
         if isinstance(first, Deferred) and (
             func in ALIASES or (func is torch.ops.aten.view.default and list(args[1]) == list(first.shape))
@@ -70,12 +72,13 @@ class Deferred(Tensor):
     @staticmethod
     def __tensor_unflatten__(inner: dict[str, Tensor], context: None, size: Any, stride: Any) -> Tensor:
         values = inner["plain"]
-        return Deferred(Cell(lambda: values), size, values.dtype, values.device)
+        made: Tensor = Deferred(Cell(lambda: values), size, values.dtype, values.device)
+        return made
 
     def _stable_hash_for_caching(self) -> str:
         return f"{tuple(self.shape)} {self.dtype} {self.device}"  # what compiled code may depend on
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return repr(self.clone())
 
     def __reduce_ex__(self, protocol: Any) -> Any:

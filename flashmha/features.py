@@ -35,7 +35,8 @@ SWITCHES = tuple(name for name, value in ABSENT.items() if isinstance(value, boo
 def hop(method: F) -> F:
     """A step of the forward that a subclass may override; TorchScript leaves it alone."""
     method.flashmha_hop = True  # type: ignore[attr-defined]
-    return torch.jit.unused(method)
+    ignored: F = torch.jit.unused(method)  # type: ignore[assignment]
+    return ignored
 
 
 def overridden(layer: nn.Module) -> list[str]:

@@ -109,7 +109,7 @@ def prepare(layer: Any, call: Reading, wanted: Wanted, skip_padding: bool) -> Pr
     dtype = computing_dtype(layer, call, wanted) if query.dtype in HALF else None
     if layer.window is not None:
         mask = layer.window if mask is None else mask & layer.window
-    if skip_padding and padding.refusal(layer, call) is None:
+    if skip_padding and call.valid is not None and padding.refusal(layer, call) is None:
         padded = Padded(mask, padding.places(call.valid), call.valid)
         query = key = value = query.flatten(0, 1).index_select(0, padded.places)[None]
         mask = padding.packed(mask, call.valid)

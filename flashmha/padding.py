@@ -52,7 +52,8 @@ def unpack(tokens: Tensor, places: Tensor, shape: torch.Size) -> Tensor:
     """(1, tokens, features) as (batch, seqlen, features), 0 where there was padding."""
     batch, seqlen = shape[0], shape[1]
     blank = tokens.new_zeros(batch * seqlen, tokens.shape[-1])
-    return blank.index_copy(0, places, tokens[0]).unflatten(0, (batch, seqlen))
+    full: Tensor = blank.index_copy(0, places, tokens[0]).unflatten(0, (batch, seqlen))
+    return full
 
 
 def has_holes(valid: Tensor) -> bool:

@@ -25,7 +25,8 @@ def project(
     if weight is not None and query is key and key is value:
         packed = linear(query, weight, bias, dtype)
         if heads_kv == heads:  # what ``split`` says, in a third of the time, which a tiny layer feels
-            return packed.unflatten(-1, (3, heads, head_dim)).unbind(2)  # type: ignore[return-value]
+            q, k, v = packed.unflatten(-1, (3, heads, head_dim)).unbind(2)
+            return q, k, v
         return split(packed, head_dim, [heads, heads_kv, heads_kv])  # type: ignore[return-value]
     sizes = [heads, heads_kv, heads_kv]
     rows = [size * head_dim for size in sizes]

@@ -89,7 +89,7 @@ class Recipe:
     def gradients(self, grad: Tensor, wanted: tuple[bool, bool, bool]) -> tuple[Tensor | None, ...]:
         """Gradients of q, k and the bias for a gradient of the weights::
 
-            d_score = weights * (grad - (grad * weights).sum(-1))
+        d_score = weights * (grad - (grad * weights).sum(-1))
         """
         spec = self.spec
         grad = grad if self.batched else grad[None]
@@ -123,19 +123,22 @@ class Recipe:
 
     def define(self, q: Tensor, k: Tensor, bias: Tensor | None) -> Tensor:
         """The weights by the definition, in the autograd graph."""
-        weights = probabilities(*scores(*self.spread(q, k), with_bias(self.spec, bias)), self.spec)
+        q, k = self.spread(q, k)
+        weights = probabilities(*scores(q, k, with_bias(self.spec, bias)), self.spec)
         weights = weights.mean(dim=1) if self.average else weights
         if self.rows is not None:
             weights = weights.masked_fill(~spread(self.rows, self.average), 0.0)
         return (weights if self.batched else weights[0]).to(self.dtype)
 
-    def spread(self, *packed: Tensor) -> tuple[Tensor, ...]:
+    def spread(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         """q and k with every token in its place."""
-        if self.places is None:
-            return packed
+        return (q, k) if self.places is None else (self.unpack(q, self.places), self.unpack(k, self.places))
+
+    def unpack(self, packed: Tensor, places: Tensor) -> Tensor:
         sizes = (self.spec.batch, self.spec.seqlen_q)
-        blank = (x.new_zeros(sizes[0] * sizes[1], *x.shape[2:]) for x in packed)
-        return tuple(zeros.index_copy(0, self.places, x[0]).unflatten(0, sizes) for zeros, x in zip(blank, packed))
+        blank = packed.new_zeros(sizes[0] * sizes[1], *packed.shape[2:])
+        full: Tensor = blank.index_copy(0, places, packed[0]).unflatten(0, sizes)
+        return full
 
 
 class Score:
@@ -310,8 +313,8 @@ def attention_with_weights(
         out, lse = result if isinstance(result, tuple) else (result, None)
     else:
         output = Output()
-        *heads, alias = Twice.apply(recipe.spec, output, q, k, v, learned)  # type: ignore[no-untyped-call]
-        result = backend(*heads, with_bias(asking, alias))
+        q_, k_, v_, bias_ = Twice.apply(recipe.spec, output, q, k, v, learned)  # type: ignore[no-untyped-call]
+        result = backend(q_, k_, v_, with_bias(asking, bias_))
         out, lse = result if isinstance(result, tuple) else (result, None)
         out.register_hook(output.keep)
     if padded is not None:
@@ -351,7 +354,8 @@ def recorded(spec: AttentionSpec) -> bool:
 
 
 def defer(recipe: Recipe) -> Deferred:
-    return Deferred(Cell(recipe.make), recipe.shape, recipe.dtype, recipe.spec.device)
+    made: Deferred = Deferred(Cell(recipe.make), recipe.shape, recipe.dtype, recipe.spec.device)
+    return made
 
 
 def with_bias(spec: AttentionSpec, bias: Tensor | None) -> AttentionSpec:
@@ -377,4 +381,3 @@ def is_batched(grad: Tensor) -> bool:
 def spread(rows: Tensor, average: bool) -> Tensor:
     """(batch, seqlen_q) against the axes of the weights."""
     return rows[:, :, None] if average else rows[:, None, :, None]
-

@@ -28,8 +28,9 @@ from flashmha.testing import (
     transformers,
     without_fast_path,
 )
-from flashmha.testing.encoder import KINDS, fused_architectures, quiet
+from flashmha.testing.encoder import fused_architectures, quiet
 from flashmha.testing.judge import gradients
+from flashmha.testing.transformer import KINDS
 from flashmha.testing.tree import WIDTH
 
 pytestmark = pytest.mark.filterwarnings("ignore:Support for mismatched:UserWarning")

@@ -23,7 +23,7 @@ ORDER = """
     features stock nested call padding projection forward module encoder convert explain
     commands commands.devices commands.screen commands.picture
     testing.record testing.attention testing.judge testing.drop_in testing.anatomy testing.tree testing.layer
-    testing.encoder testing.call testing
+    testing.encoder testing.transformer testing.call testing
     benchmark.cases benchmark.inputs benchmark.machine benchmark.peers benchmark.lineup benchmark.verdicts benchmark.gate
     benchmark.runner benchmark.report benchmark.plots benchmark.command benchmark
     table commands.info commands.explain commands.verify commands.table

@@ -28,19 +28,11 @@ from .anatomy import anatomy
 from .attention import biases, masks, seeds, specs, tensors
 from .call import Call, Reply, ask, calls, problems
 from .drop_in import assert_drop_in
-from .encoder import (
-    Architecture,
-    EncoderMasks,
-    Transformer,
-    architectures,
-    encoder_masks,
-    models,
-    transformers,
-    without_fast_path,
-)
+from .encoder import Architecture, EncoderMasks, architectures, encoder_masks, without_fast_path
 from .judge import Answer, answer, assert_agrees, assert_close, assert_same
 from .layer import Blueprint, blueprints
 from .record import noise, randomized
+from .transformer import Transformer, models, transformers
 from .tree import Tree, trees
 
 __all__ = [
