@@ -497,7 +497,7 @@ def test_meta_and_fake_tensors_get_the_shapes_of_real_ones(
     with quiet(call):
         wanted = real(**good)
         if way == "meta":
-            layer = FlashMultiHeadAttention(**blueprint.arguments, device="meta").train(training)
+            layer = FlashMultiHeadAttention(**{**blueprint.arguments, "device": "meta"}).train(training)
             moved: dict[int, Tensor] = {}
             sent = {
                 name: moved.setdefault(id(value), value.to("meta")) if isinstance(value, Tensor) else value

@@ -24,8 +24,8 @@ ORDER = """
     commands commands.devices commands.screen commands.picture
     testing.record testing.attention testing.judge testing.drop_in testing.anatomy testing.tree testing.layer
     testing.encoder testing.transformer testing.call testing
-    benchmark.cases benchmark.inputs benchmark.machine benchmark.peers benchmark.lineup benchmark.verdicts benchmark.gate
-    benchmark.runner benchmark.report benchmark.plots benchmark.command benchmark
+    benchmark.cases benchmark.inputs benchmark.machine benchmark.peers benchmark.lineup benchmark.verdicts
+    benchmark.gate benchmark.runner benchmark.report benchmark.plots benchmark.command benchmark
     table commands.info commands.explain commands.verify commands.table
     wrapper __main__ __init__
 """.split()  # noqa: SIM905
