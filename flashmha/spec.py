@@ -229,6 +229,9 @@ class AttentionSpec:
         documents = find(self.mask, Documents)
         return self.bias.materialize(self.batch, self.heads, self.seqlen_q, self.seqlen_k, self.device, documents)
 
+    def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
+        printer.text(f"AttentionSpec({self})")  # what Hypothesis prints: one line
+
     def __str__(self) -> str:
         shape = (
             f"batch={self.batch} seqlen_q={self.seqlen_q} seqlen_k={self.seqlen_k} "

@@ -21,6 +21,7 @@ from flashmha.backends.base import FEATURES
 from flashmha.testing import tree
 from flashmha.testing.attention import MASKS
 
+pytestmark = pytest.mark.filterwarnings("ignore:Support for mismatched:UserWarning")
 Bug = Callable[[Tensor, Tensor, Tensor, AttentionSpec], Any]
 """A wrong backend: the definition, asked something else or answering something else."""
 

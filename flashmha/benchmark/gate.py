@@ -1,9 +1,6 @@
 """The gate: nobody is timed who computes something else.
 
-On the very tensors that are timed, an output and every gradient may differ from the exact ones by a small multiple of
-what a plain computation in the case's own dtype differs by, plus rounding: the rule of ``flashmha.testing``::
-
-    error(contestant) <= m * error(plain) + 2 * eps * max|exact| + floor
+On the very tensors that are timed, an output and every gradient must keep the rule of parity (``tolerance``).
 """
 
 from __future__ import annotations
@@ -18,6 +15,7 @@ from torch import Tensor
 
 from ..backends import Backend, Call, record
 from ..errors import NoBackendError
+from ..tolerance import allowed_error
 from .inputs import Inputs
 from .machine import peak_bytes
 from .peers import Attention, Contestant, Sdpa, Stock, StockBest
@@ -150,10 +148,10 @@ def judge(named: Named, reference: Reference, real: Tensor | None = None) -> tup
             faults.append(f"{name} is {actual.dtype} {tuple(actual.shape)}, not {plain.dtype} {tuple(exact.shape)}")
             continue
         gradient = name.startswith("gradient")
-        multiple, floor = Backend.tolerance[gradient], (2e-4 if gradient else 1e-5)
         target = exact.to(actual.dtype).double()
         off, allowed = actual.double() - target, (plain.double() - target).abs().max().item()
-        bound = multiple * allowed + 2 * torch.finfo(actual.dtype).eps * target.abs().max().item() + floor
+        largest, eps = target.abs().max().item(), torch.finfo(actual.dtype).eps
+        bound = allowed_error(name, allowed, largest, eps, Backend.tolerance)
         if not off.abs().max().item() <= bound:  # a NaN is not
             faults.append(f"{name} is off by {off.abs().max().item():.3g}, at most {bound:.3g} allowed")
         short = "gradient" if gradient else name

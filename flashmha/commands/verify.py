@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-from collections.abc import Callable
 
 import torch
 
@@ -83,7 +82,6 @@ def judge(backend: Backend, where: torch.device, examples: int, seed: int, advan
         verdict.verdict, verdict.why = ABSENT, reason
         return verdict
     verdict.refuses = [name for name in FEATURES if name not in backend.limits.features - absent]
-    check: Callable[..., float | None] = assert_agrees
     last: list[tuple[AttentionSpec, int]] = []
 
     @hypothesis.seed(seed)
@@ -101,9 +99,9 @@ def judge(backend: Backend, where: torch.device, examples: int, seed: int, advan
     def law(spec: AttentionSpec, seed: int) -> None:
         last[:] = [(spec, seed)]
         hypothesis.assume(backend.unbuilt(spec) is None)
-        share = check(backend, spec, seed)
+        share = assert_agrees(backend, spec, seed)
         verdict.examples += 1
-        verdict.worst = share if verdict.worst is None or share is None else max(verdict.worst, share)
+        verdict.worst = share if verdict.worst is None else max(verdict.worst, share)
         advance()
 
     try:

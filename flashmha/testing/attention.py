@@ -21,7 +21,7 @@ except ModuleNotFoundError as error:
 
 MASKS = {
     "causal": 3,
-    "window": 3,
+    "window": 4,  # two bounds
     "key_padding": 3,
     "key_lengths": 3,
     "dense_mask": 3,

@@ -1,12 +1,6 @@
-"""The rule of parity, and the assertion that a backend keeps it.
+"""The assertion that a backend keeps the rule of parity (``tolerance``).
 
-A result is right when it agrees with a float64 computation of the same formula. How much it may differ follows from
-what a plain computation in its own dtype makes of the same inputs::
-
-    error(result) <= m * error(plain) + 2 * eps * max|reference| + floor
-
-with m and the floor as flash-attention's own tests use them (``Backend.tolerance``). Shapes, dtypes and the places
-of non-finite values are compared first.
+Shapes, dtypes and the places of non-finite values are compared first.
 """
 
 from __future__ import annotations
@@ -25,6 +19,7 @@ from torch import Tensor
 from ..backends import get
 from ..backends.base import Backend
 from ..spec import AttentionSpec
+from ..tolerance import allowed_error
 from .attention import tensors
 
 
@@ -77,11 +72,13 @@ def gradients(outputs: Mapping[str, Tensor], leaves: Mapping[str, Tensor], seed:
     return dict(zip(leaves, grads))
 
 
-def assert_agrees(backend: Backend | type[Backend] | str, spec: AttentionSpec, seed: int) -> None:
+def assert_agrees(backend: Backend | type[Backend] | str, spec: AttentionSpec, seed: int) -> float:
     """A backend gives the definition's answer to a problem: out, lse and every gradient, within its tolerance.
 
     ``backend`` is an object, its class, or the name of one on the list. A problem it refuses is set aside with
     ``hypothesis.assume``, so a backend that refuses everything fails Hypothesis's health check rather than passing.
+
+    Returns the largest error, as a share of what is allowed.
     """
     if isinstance(backend, str):
         backend = get(backend)
@@ -99,12 +96,13 @@ def assert_agrees(backend: Backend | type[Backend] | str, spec: AttentionSpec, s
     exact = answer(naive, spec, seed, torch.float64).named
     where = f"{backend.name} on {spec}, seed {seed}"
     assert actual.keys() == exact.keys(), f"{where}: must return {list(exact)}, got {list(actual)}"
+    shares: list[float] = []
     for name in exact:
-        multiple = backend.tolerance[1] if name.startswith("gradient") else backend.tolerance[0]
         try:
-            assert_close(name, actual[name], plain[name], exact[name], multiple, spec.dtype)
+            shares.append(assert_close(name, actual[name], plain[name], exact[name], spec.dtype, backend.tolerance))
         except AssertionError as error:
             raise AssertionError(f"{where}: {error}") from None
+    return max(shares)
 
 
 def assert_close(
@@ -112,12 +110,14 @@ def assert_close(
     actual: Tensor,
     plain: Tensor,
     exact: Tensor,
-    multiple: float,
     dtype: torch.dtype,
+    tolerance: tuple[float, float] = Backend.tolerance,
     *,
     again: Sequence[tuple[Tensor, Tensor]] = (),
-) -> None:
-    """``actual`` errs at most ``multiple`` times as much as ``plain``, against ``exact`` in float64; and a floor.
+) -> float:
+    """``actual`` errs no more than the rule of parity allows, given ``plain`` and, in float64, ``exact``.
+
+    Returns the error as a share of what is allowed.
 
     ``dtype`` is the one that was computed in; a learned table may be kept in a finer one. ``again`` holds more plain
     computations, each with an exact one of its own: the largest error counts. A name that starts with "gradient" is
@@ -126,7 +126,7 @@ def assert_close(
     assert actual.shape == exact.shape, f"{name} must have shape {tuple(exact.shape)}, got {tuple(actual.shape)}"
     assert actual.dtype == plain.dtype, f"{name} must be {plain.dtype}, got {actual.dtype}"
     if not exact.numel():
-        return
+        return 0.0
     eps = max(torch.finfo(dtype).eps, torch.finfo(actual.dtype).eps)
     reference, actual = exact.to(actual.dtype).double(), actual.double()
     finite = reference.isfinite()
@@ -136,15 +136,15 @@ def assert_close(
     assert torch.equal(infinite.isnan(), expected.isnan()), f"{name} is NaN where it should be infinite, or the reverse"
     assert torch.equal(infinite.nan_to_num(), expected.nan_to_num()), f"{name} differs where it is infinite"
     if not finite.any():
-        return
+        return 0.0
     error, largest = (actual - reference)[finite].abs().max().item(), reference[finite].abs().max().item()
     allowed = max(rounding_error(*pair) for pair in ((plain, exact), *again))
-    floor = 1e-11 if eps < 1e-12 else 2e-4 if name.startswith("gradient") else 1e-5
-    bound = multiple * allowed + 2 * eps * largest + floor
+    bound = allowed_error(name, allowed, largest, eps, tolerance)
     assert error <= bound, (
         f"{name} is off by {error:.3g}, at most {bound:.3g} allowed "
-        f"({multiple:g} times the {allowed:.3g} of a plain {dtype} computation, plus rounding)"
+        f"(a plain {dtype} computation is off by {allowed:.3g})"
     )
+    return error / bound
 
 
 def rounding_error(plain: Tensor, exact: Tensor) -> float:
