@@ -48,9 +48,9 @@ class FlashMultiHeadAttention(nn.MultiheadAttention):
         skip_padding: leave padding out of self-attention altogether (``query is key is value`` and a
             ``key_padding_mask`` that only hides): no projection, no attention, and **zeros** in the output rows and
             weights of padded positions, where the default, like the stock class, computes something that nobody should
-            use. Every row is computed after all under ``torch.compile``, export and CUDA graph capture, beside an
-            ``attn_mask`` that is not causal, ``add_bias_kv``, ``add_zero_attn`` or overridden methods;
-            ``flashmha.explain`` says so.
+            use. Every row is computed after all under ``torch.compile``, export and CUDA graph capture, on a GPU
+            without a flash-attn package for the dtype, beside an ``attn_mask`` that is not causal, ``add_bias_kv``,
+            ``add_zero_attn`` or overridden methods; ``flashmha.explain`` says so.
 
     Shapes: query (batch, seqlen_q, embed_dim) with ``batch_first``, else (seqlen_q, batch, embed_dim), or
     (seqlen_q, embed_dim) unbatched; key and value likewise with kdim and vdim.

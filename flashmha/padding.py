@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .backends import FAMILIES, get, preference
 from .call import Reading
 from .features import overridden
 from .masks import Documents, KeyPadding, Mask, Window, eager
@@ -30,9 +31,17 @@ def refusal(layer: Any, call: Reading) -> str | None:
         return f"{', '.join(hops)} overridden, which may count positions"
     if call.bias is not None or any(type(part) not in (KeyPadding, Window) for part in parts(call.mask)):
         return "an attn_mask beside causality"
+    if call.query.is_cuda and preference(layer.backend) is None and not packs(call.query):
+        return "no flash-attn package for this dtype here: packed tokens would need a dense mask"
     if layer.window is not None and has_holes(call.valid):
         return "a window over padding with holes"
     return None
+
+
+def packs(tensor: Tensor) -> bool:
+    """A flash-attn package runs on this GPU and in this dtype."""
+    able = (get(name) for name in FAMILIES["flash_attn"])
+    return any(tensor.dtype in kernel.limits.dtypes and kernel.unavailable(tensor.device) is None for kernel in able)
 
 
 def places(valid: Tensor) -> Tensor:

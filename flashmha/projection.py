@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
+from .backends.base import HALF
+
 if TYPE_CHECKING:
     from .module import FlashMultiHeadAttention
 
@@ -79,11 +81,8 @@ def emulated(dtype: torch.dtype) -> bool:
 
     Measured on x86 alone, so other CPUs are left as they are.
     """
-    if platform.machine().lower() not in ("x86_64", "amd64"):
-        return False
-    if dtype == torch.bfloat16:
-        return not torch.cpu._is_amx_tile_supported()
-    return dtype == torch.float16 and not torch.cpu._is_amx_fp16_supported()
+    known = platform.machine().lower() in ("x86_64", "amd64")
+    return known and dtype in HALF and not torch.cpu._is_amx_tile_supported()
 
 
 emulated._dynamo_marked_constant = True  # type: ignore[attr-defined]

@@ -289,9 +289,10 @@ def attention_with_weights(
 
     The weights are (batch, heads, seqlen_q, seqlen_k), or their mean over heads with ``average``, without the batch
     axis unless ``batched``, in ``dtype``, and 0 outside ``rows`` (batch, seqlen_q). ``padded`` for q, k and v that hold
-    the real tokens alone. ``at_once`` for a q or k that somebody else may change. Where PyTorch
-    records what runs (compile, export, torch.func, forward AD) both are plain tensors, and a compiler drops what
-    nobody reads; the definition makes both in one pass, unless a backend is named.
+    the real tokens alone; ``at_once`` for a q or k that somebody else may change.
+
+    Where PyTorch records what runs (compile, export, torch.func, forward AD) both are ordinary tensors, and a compiler
+    drops what nobody reads; the definition makes both in one pass, unless a backend is named.
     """
     dtype = q.dtype if dtype is None else dtype
     recipe = Recipe(q.detach(), k.detach(), spec, None, average, batched, dtype, rows)
@@ -316,7 +317,8 @@ def attention_with_weights(
         q_, k_, v_, bias_ = Twice.apply(recipe.spec, output, q, k, v, learned)  # type: ignore[no-untyped-call]
         result = backend(q_, k_, v_, with_bias(asking, bias_))
         out, lse = result if isinstance(result, tuple) else (result, None)
-        out.register_hook(output.keep)
+        if out.requires_grad:
+            out.register_hook(output.keep)
     if padded is not None:
         batch, seqlen = padded.rows.shape
         sizes = {"batch": batch, "seqlen_q": seqlen, "seqlen_k": seqlen}

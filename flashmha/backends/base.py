@@ -13,6 +13,7 @@ The contract, version 1. A backend may rely on this, and whatever breaks it gets
   name, so a class that has never heard of it refuses it: nothing is dropped in silence.
 - ``spec.mask`` is normalised: windows are bottom-right and merged, with bounds that may be negative; a rule that hides
   nothing is gone. ``spec.allowed()`` and ``spec.added()`` give mask and bias as tensors, ``spec.scale`` a number.
+- What it said about a problem without tensors (no mask, bias or sinks) may be remembered while the list stays as it is.
 - Gradients are asked for only with ``"backward"`` among the features, and go through autograd.
 
 What it owes: the answer of ``naive`` within ``tolerance``, zeros (and zero gradients) in rows that may look at nothing,
