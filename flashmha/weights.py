@@ -25,7 +25,7 @@ from .masks import Mask, normalize, traced
 from .scores import TensorBias
 from .spec import AttentionSpec
 
-BLOCK = 2**20
+BLOCK = 2**19
 """Scores computed at a time: about what a core's cache holds."""
 LOG2_E = 1.4426950408889634
 
@@ -96,7 +96,7 @@ class Recipe:
         if self.rows is not None:
             grad = grad.masked_fill(~spread(self.rows, self.average), 0.0)
         score = Score(*self.spread(self.q, self.k), self.lse, spec)
-        q, k = score.q[..., : spec.head_dim], score.k[..., : spec.head_dim]
+        q, k = score.q, score.k
         dq, dk = (torch.zeros(x.shape, dtype=x.dtype, device=x.device) for x in (q, k))
         bias = spec.bias.tensors()[0] if spec.bias is not None and wanted[2] else None
         d_bias = None if bias is None else torch.zeros_like(bias, dtype=q.dtype).transpose(0, 1)
@@ -106,7 +106,7 @@ class Recipe:
                 share = grad[:, rows] / spec.heads if self.average else grad[:, heads, rows].transpose(0, 1)
                 d_score = block * (share - (share * block).sum(dim=-1, keepdim=True))
                 dq[heads, :, rows] = spec.scale * (d_score @ k[heads])
-                dk[heads] += d_score.mT @ q[heads, :, rows] / score.unit  # q is scaled already
+                dk[heads] += spec.scale * (d_score.mT @ q[heads, :, rows])
                 if d_bias is not None:
                     part = cut(d_bias, heads, rows)
                     part += d_score.sum_to_size(part.shape)
@@ -142,25 +142,21 @@ class Recipe:
 
 
 class Score:
-    """The weights of one problem, a block of rows of some heads at a time; everything is heads first, and q scaled.
+    """The weights of one problem, a block of rows of some heads at a time; everything is heads first.
 
-    The log-sum-exp joins the product as one more column, ``[q, -lse] @ [k, 1].T``, and costs no pass of its own; powers
-    of two are computed faster than those of e.
+    With a log-sum-exp, powers of two: they are computed faster than those of e.
     """
 
     def __init__(self, q: Tensor, k: Tensor, lse: Tensor | None, spec: AttentionSpec) -> None:
-        self.spec, self.normal = spec, lse is not None
-        self.unit = LOG2_E if self.normal else 1.0
-        self.buffer = q.new_empty(0, dtype=finer(q.dtype))
-        dtype, width = finer(q.dtype), spec.head_dim + int(self.normal)
+        self.spec = spec
         if spec.heads != spec.heads_kv:
             k = k.repeat_interleave(spec.heads // spec.heads_kv, dim=2)
-        self.q = q.new_empty(spec.heads, spec.batch, spec.seqlen_q, width, dtype=dtype)
-        self.k = k.new_ones(spec.heads, spec.batch, spec.seqlen_k, width, dtype=dtype)
-        self.q[..., : spec.head_dim] = (q * (spec.scale * self.unit)).permute(2, 0, 1, 3)
-        self.k[..., : spec.head_dim] = k.permute(2, 0, 1, 3)
+        dtype = finer(q.dtype)
+        self.q, self.k = (x.to(dtype).permute(2, 0, 1, 3) for x in (q, k))
+        self.lse: Tensor | None = None
         if lse is not None:  # a blind row has no weights: exp(anything - inf) is 0
-            self.q[..., -1] = (lse.masked_fill(lse == float("-inf"), float("inf")) * -self.unit).transpose(0, 1)
+            self.lse = (lse.to(dtype).masked_fill(lse == float("-inf"), float("inf")) * LOG2_E).transpose(0, 1)
+        self.buffer = q.new_empty(0, dtype=dtype)
         allowed, added = spec.allowed(), spec.added()
         self.hidden = None if allowed is None else ~allowed.transpose(0, 1)
         self.bias = None if added is None else added.detach().to(dtype).transpose(0, 1)
@@ -182,16 +178,21 @@ class Score:
         shape = (*q.shape[:3], k.shape[2])
         if self.buffer.shape != shape:
             self.buffer = self.buffer.new_empty(shape)
-        score = self.buffer
-        torch.bmm(q.flatten(0, 1), k.flatten(0, 1).mT, out=score.flatten(0, 1))
-        hidden = None if self.hidden is None else cut(self.hidden, heads, rows)
-        if self.normal:
+        score, hidden = self.buffer, None if self.hidden is None else cut(self.hidden, heads, rows)
+        out, q, k = score.flatten(0, 1), q.flatten(0, 1), k.flatten(0, 1)
+        if self.lse is not None:
+            lse = self.lse[heads, :, rows].flatten(0, 1)[..., None]
+            torch.baddbmm(lse, q, k.mT, beta=-1, alpha=self.spec.scale * LOG2_E, out=out)
             score.exp2_()
             return score if hidden is None else score.masked_fill_(hidden, 0.0)
+        torch.baddbmm(out, q, k.mT, beta=0, alpha=self.spec.scale, out=out)
         if self.bias is not None:
             score += cut(self.bias, heads, rows)
-        score = (score if hidden is None else score.masked_fill_(hidden, float("-inf"))).softmax(dim=-1)
-        return score if hidden is None and self.bias is None else score.nan_to_num_(nan=0.0)
+        if hidden is None and self.bias is None:
+            return score.softmax(dim=-1)
+        score = score if hidden is None else score.masked_fill_(hidden, float("-inf"))
+        blind = score.amax(dim=-1, keepdim=True) == float("-inf")
+        return score.softmax(dim=-1).masked_fill_(blind, 0.0)
 
 
 def cut(table: Tensor, heads: slice, rows: slice) -> Tensor:

@@ -60,8 +60,8 @@ class FlashAttentionWrapper(nn.Module):
 def compare_outputs(Q: Tensor, K: Tensor, V: Tensor, causal: bool = False) -> dict[str, Any]:
     """How far the wrapper's output lies from the definition's in float64.
 
-    Returns ``max_diff`` and ``mean_diff``, absolute; ``allclose``, whether ``max_diff`` is at most ``tolerance``, the rule
-    of parity against the plain formula in the dtype of Q (``flashmha.tolerance``); and the ``backend`` that ran.
+    Returns ``max_diff`` and ``mean_diff``, absolute; ``allclose``, whether ``max_diff`` is at most ``tolerance``, the
+    rule of parity against the plain formula in the dtype of Q (``flashmha.tolerance``); and the ``backend`` that ran.
     """
     with torch.no_grad():
         with record() as calls:
