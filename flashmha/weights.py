@@ -74,12 +74,14 @@ class Recipe:
         for rows in score.row_blocks():
             total: Tensor | None = None
             for heads in score.head_blocks(rows):
-                block = score.weights(heads, rows)
-                if self.average:
-                    part = block[0] if len(block) == 1 else block.sum(dim=0)
-                    total = part.clone() if total is None else total.add_(part)
+                block, share = score.weights(heads, rows)
+                if not self.average:
+                    made[:, heads, rows] = (block * share).transpose(0, 1)
+                elif total is None or len(block) > 1:
+                    part = (block * share).sum(dim=0)
+                    total = part if total is None else total.add_(part)
                 else:
-                    made[:, heads, rows] = block.transpose(0, 1)
+                    total.addcmul_(block[0], share[0])
             if total is not None:
                 made[:, rows] = total.div_(spec.heads)
         if self.rows is not None:
@@ -102,9 +104,10 @@ class Recipe:
         d_bias = None if bias is None else torch.zeros_like(bias, dtype=q.dtype).transpose(0, 1)
         for rows in score.row_blocks():
             for heads in score.head_blocks(rows):
-                block = score.weights(heads, rows)
-                share = grad[:, rows] / spec.heads if self.average else grad[:, heads, rows].transpose(0, 1)
-                d_score = block * (share - (share * block).sum(dim=-1, keepdim=True))
+                block, share = score.weights(heads, rows)
+                block = block * share
+                d_block = grad[:, rows] / spec.heads if self.average else grad[:, heads, rows].transpose(0, 1)
+                d_score = block * (d_block - (d_block * block).sum(dim=-1, keepdim=True))
                 dq[heads, :, rows] = spec.scale * (d_score @ k[heads])
                 dk[heads] += spec.scale * (d_score.mT @ q[heads, :, rows])
                 if d_bias is not None:
@@ -164,6 +167,8 @@ class Score:
     def row_blocks(self) -> Iterator[slice]:
         """Rows of one head that make a block."""
         step = max(16, BLOCK // max(1, self.spec.batch * self.spec.seqlen_k))
+        if not self.spec.seqlen_k:
+            return iter(())
         return (slice(start, start + step) for start in range(0, self.spec.seqlen_q, step))
 
     def head_blocks(self, rows: slice) -> Iterator[slice]:
@@ -172,8 +177,12 @@ class Score:
         step = max(1, min(self.spec.heads // 2, BLOCK // max(1, self.spec.batch * self.spec.seqlen_k * count)))
         return (slice(start, start + step) for start in range(0, self.spec.heads, step))
 
-    def weights(self, heads: slice, rows: slice) -> Tensor:
-        """(heads, batch, rows, seqlen_k); the next call writes over them."""
+    def weights(self, heads: slice, rows: slice) -> tuple[Tensor, Tensor]:
+        """Two factors of the weights (heads, batch, rows, seqlen_k), the second (heads, batch, rows, 1).
+
+        The next call writes over the first. The second makes a row's sum exactly 1, where rounding of the log-sum-exp
+        would move all weights of a row one way, and is 0 for a blind row.
+        """
         q, k = self.q[heads, :, rows], self.k[heads]
         shape = (*q.shape[:3], k.shape[2])
         if self.buffer.shape != shape:
@@ -184,15 +193,17 @@ class Score:
             lse = self.lse[heads, :, rows].flatten(0, 1)[..., None]
             torch.baddbmm(lse, q, k.mT, beta=-1, alpha=self.spec.scale * LOG2_E, out=out)
             score.exp2_()
-            return score if hidden is None else score.masked_fill_(hidden, 0.0)
+            if hidden is not None:
+                score.masked_fill_(hidden, 0.0)
+            total = score.sum(dim=-1, keepdim=True)
+            return score, total.reciprocal().masked_fill_(total == 0.0, 0.0)
         torch.baddbmm(out, q, k.mT, beta=0, alpha=self.spec.scale, out=out)
         if self.bias is not None:
             score += cut(self.bias, heads, rows)
-        if hidden is None and self.bias is None:
-            return score.softmax(dim=-1)
-        score = score if hidden is None else score.masked_fill_(hidden, float("-inf"))
+        if hidden is not None:
+            score.masked_fill_(hidden, float("-inf"))
         blind = score.amax(dim=-1, keepdim=True) == float("-inf")
-        return score.softmax(dim=-1).masked_fill_(blind, 0.0)
+        return score.softmax(dim=-1).masked_fill_(blind, 0.0), (~blind).to(score.dtype)
 
 
 def cut(table: Tensor, heads: slice, rows: slice) -> Tensor:
