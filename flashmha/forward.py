@@ -95,7 +95,7 @@ def attend_call(
         out = run(q, k, v, spec, wanted, layer)  # type: ignore[assignment]
     output = layer.merge(out) if dtype is None else projection.merge(layer, out, dtype).to(call.query.dtype)
     if padded is not None:
-        output = padding.unpack(output, padded.places, call.query.shape)
+        output = padding.unpack(output, padded.places, (call.query.shape[0], call.query.shape[1]))
     if not call.batched:
         return output.squeeze(0), weights
     if not layer.batch_first:

@@ -57,11 +57,10 @@ def packed(mask: Mask | None, valid: Tensor) -> Mask:
     return functools.reduce(operator.and_, (part for part in parts(mask) if type(part) is Window), documents)
 
 
-def unpack(tokens: Tensor, places: Tensor, shape: torch.Size) -> Tensor:
-    """(1, tokens, features) as (batch, seqlen, features), 0 where there was padding."""
-    batch, seqlen = shape[0], shape[1]
-    blank = tokens.new_zeros(batch * seqlen, tokens.shape[-1])
-    full: Tensor = blank.index_copy(0, places, tokens[0]).unflatten(0, (batch, seqlen))
+def unpack(tokens: Tensor, places: Tensor, sizes: tuple[int, int]) -> Tensor:
+    """(1, tokens, ...) as (batch, seqlen, ...), 0 where there was padding; ``sizes`` is (batch, seqlen)."""
+    blank = tokens.new_zeros(sizes[0] * sizes[1], *tokens.shape[2:])
+    full: Tensor = blank.index_copy(0, places, tokens[0]).unflatten(0, sizes)
     return full
 
 

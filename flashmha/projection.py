@@ -26,7 +26,7 @@ def project(
     weight, bias = layer.in_proj_weight, layer.in_proj_bias
     if weight is not None and query is key and key is value:
         packed = linear(query, weight, bias, dtype)
-        if heads_kv == heads:  # what ``split`` says, in a third of the time, which a tiny layer feels
+        if heads_kv == heads:  # what ``split`` says, in fewer steps, which a tiny layer feels
             q, k, v = packed.unflatten(-1, (3, heads, head_dim)).unbind(2)
             return q, k, v
         return split(packed, head_dim, [heads, heads_kv, heads_kv])  # type: ignore[return-value]

@@ -22,6 +22,7 @@ from .backends.naive import probabilities, scores, weigh
 from .deferred import Cell, Deferred
 from .functional import AUTOCAST, run
 from .masks import Mask, normalize, traced
+from .padding import unpack
 from .scores import TensorBias
 from .spec import AttentionSpec
 
@@ -128,6 +129,10 @@ class Recipe:
         """The weights by the definition, in the autograd graph."""
         q, k = self.spread(q, k)
         weights = probabilities(*scores(q, k, with_bias(self.spec, bias)), self.spec)
+        return self.shaped(weights)
+
+    def shaped(self, weights: Tensor) -> Tensor:
+        """The weights (batch, heads, seqlen_q, seqlen_k) of the definition as the caller wants them."""
         weights = weights.mean(dim=1) if self.average else weights
         if self.rows is not None:
             weights = weights.masked_fill(~spread(self.rows, self.average), 0.0)
@@ -135,13 +140,10 @@ class Recipe:
 
     def spread(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         """q and k with every token in its place."""
-        return (q, k) if self.places is None else (self.unpack(q, self.places), self.unpack(k, self.places))
-
-    def unpack(self, packed: Tensor, places: Tensor) -> Tensor:
+        if self.places is None:
+            return q, k
         sizes = (self.spec.batch, self.spec.seqlen_q)
-        blank = packed.new_zeros(sizes[0] * sizes[1], *packed.shape[2:])
-        full: Tensor = blank.index_copy(0, places, packed[0]).unflatten(0, sizes)
-        return full
+        return unpack(q, self.places, sizes), unpack(k, self.places, sizes)
 
 
 class Score:
@@ -356,10 +358,7 @@ def by_definition(
     else:
         note(layer, spec, get("naive"))
         out = weigh(weights, v, spec)
-    weights = weights.mean(dim=1) if recipe.average else weights
-    if recipe.rows is not None:
-        weights = weights.masked_fill(~spread(recipe.rows, recipe.average), 0.0)
-    return out, (weights if recipe.batched else weights[0]).to(recipe.dtype)
+    return out, recipe.shaped(weights)
 
 
 def recorded(spec: AttentionSpec) -> bool:
