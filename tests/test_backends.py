@@ -1,23 +1,99 @@
 """Every backend that runs here against the definition in float64, and the definition against the textbook."""
 
+import dataclasses
 import math
 
 import pytest
 import torch
-from hypothesis import given
+from conftest import fewer
+from hypothesis import assume, given
 from hypothesis import strategies as st
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from flashmha import AttentionSpec, Dense, attention, backends
-from flashmha.backends import get
-from flashmha.testing import answer, assert_agrees, seeds, specs, tensors
+from flashmha import AttentionSpec, Dense, attention, backends, causal
+from flashmha.backends import get, names
+from flashmha.backends.base import HALF
+from flashmha.testing import answer, assert_agrees, noise, seeds, served, specs, tensors
+from flashmha.testing.kernels import KINDS, SHAPES, Kernel, drawn
 
-HERE = ("naive", "sdpa", "flex")
+COMPILED = {name: KINDS if get(name).compiles == "kinds" else SHAPES for name in names() if get(name).compiles}
+KERNELS = [(name, kernel) for name, grid in COMPILED.items() for kernel in grid]
+DROPPING = [name for name in names() if "dropout" in get(name).limits.features]
+DETERMINISTIC = [name for name in names() if "deterministic" in get(name).limits.features]
 
 
-@pytest.mark.parametrize("name", HERE)
+def check_available(name: str, device: torch.device) -> None:
+    """Skip a test, with the reason, where a backend does not run."""
+    reason = get(name).unavailable(device)
+    if reason is not None:
+        pytest.skip(f"{name} is not available: {reason}")
+
+
+def refusal(name: str, spec: AttentionSpec) -> str | None:
+    """What a backend that is available says against a problem."""
+    return get(name).unsupported(spec) or get(name).unbuilt(spec)
+
+
+@pytest.mark.parametrize("name", names())
 @given(data=st.data(), seed=seeds())
-def test_a_backend_agrees_with_the_definition(name: str, data: st.DataObject, seed: int) -> None:
-    assert_agrees(get(name), data.draw(specs(limits=get(name).limits)), seed)
+def test_a_backend_agrees_with_the_definition(name: str, device: torch.device, data: st.DataObject, seed: int) -> None:
+    check_available(name, device)
+    if device.type != "cpu" and name in COMPILED:
+        pytest.skip(f"{name} compiles: see the next test")
+    spec = data.draw(served(get(name), device))
+    assume(get(name).unbuilt(spec) is None)
+    assert_agrees(name, spec, seed)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("name", "kernel"), KERNELS, ids=[f"{name}-{n}" for n, (name, _) in enumerate(KERNELS)])
+@fewer(16)
+@given(data=st.data(), seed=seeds())
+def test_a_compiled_kernel_agrees_with_the_definition(
+    name: str, kernel: Kernel, device: torch.device, data: st.DataObject, seed: int
+) -> None:
+    check_available(name, device)
+    refused = refusal(name, kernel.example(device))
+    if refused is not None:
+        pytest.skip(f"{name} refuses the kind: {refused}")
+    spec = data.draw(drawn(st.just(kernel), device))
+    assume(get(name).unbuilt(spec) is None)
+    assert_agrees(name, spec, seed)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kernel", ("FLASH_ATTENTION", "EFFICIENT_ATTENTION", "CUDNN_ATTENTION", "MATH"))
+@given(data=st.data(), is_causal=st.booleans(), seed=seeds())
+def test_each_kernel_behind_sdpa_agrees_with_the_definition(
+    kernel: str, device: torch.device, data: st.DataObject, is_causal: bool, seed: int
+) -> None:
+    half = dataclasses.replace(get("sdpa").limits, dtypes=HALF, features=frozenset({"backward", "gqa"}), seqlen_min=1)
+    spec = data.draw(specs(limits=half, device=device, head_dims=(8, 32, 64, 128), longest=300))
+    spec = dataclasses.replace(spec, mask=causal(align="top_left") if is_causal else None)
+    assume(spec.batch > 0)
+    with sdpa_kernel(getattr(SDPBackend, kernel)):
+        try:
+            assert_agrees("sdpa", spec, seed)
+        except RuntimeError as error:
+            assume("No available kernel" not in str(error))
+            raise
+
+
+@pytest.mark.parametrize("name", DETERMINISTIC)
+@given(data=st.data(), seed=seeds())
+def test_a_deterministic_backward_is_the_same_bit_by_bit(
+    name: str, device: torch.device, data: st.DataObject, seed: int
+) -> None:
+    check_available(name, device)
+    kernels = [kernel for kernel in COMPILED.get(name, ()) if kernel.deterministic]
+    few = device.type != "cpu" and name in COMPILED
+    spec = data.draw(drawn(st.sampled_from(kernels), device) if few else served(get(name), device))
+    if not few:
+        spec = dataclasses.replace(spec, needs_grad=True, need_lse=False, deterministic=True)
+    assume(refusal(name, spec) is None)
+    once, again = (answer(get(name), spec, seed).named for _ in range(2))
+    for part, tensor in once.items():
+        assert torch.equal(tensor.nan_to_num(), again[part].nan_to_num()), part
 
 
 @given(spec=specs(), seed=seeds())
@@ -65,11 +141,18 @@ def test_the_definition_is_the_textbook_written_with_loops(spec: AttentionSpec, 
     torch.testing.assert_close(spec_64.named["out"], out, atol=1e-9, rtol=1e-9)
 
 
-@pytest.mark.parametrize("name", ("naive", "sdpa"))
+def dropping(name: str, device: torch.device, seed: int) -> tuple[torch.Tensor, ...]:
+    """q, k and v that a backend with dropout takes."""
+    check_available(name, device)
+    dtype = next(dtype for dtype in (torch.float32, torch.bfloat16) if dtype in get(name).limits.dtypes)
+    return noise(seed, 3, 1, 64, 4, 64, dtype=dtype, device=device).unbind()
+
+
+@pytest.mark.parametrize("name", DROPPING)
 @given(seed=seeds(), dropout_p=st.sampled_from((0.1, 0.5, 0.9)))
-def test_dropout_keeps_the_mean_and_the_seed(name: str, seed: int, dropout_p: float) -> None:
-    q, k, v = torch.randn(3, 1, 64, 4, 8, generator=torch.Generator().manual_seed(seed)).unbind()
-    ones = torch.ones_like(v)
+def test_dropout_keeps_the_mean_and_the_seed(name: str, device: torch.device, seed: int, dropout_p: float) -> None:
+    q, k, v = dropping(name, device, seed)
+    q = q / 8  # scores near 0, so that no few keys make up a row
 
     def dropped(values: torch.Tensor) -> torch.Tensor:
         torch.manual_seed(seed)
@@ -77,10 +160,26 @@ def test_dropout_keeps_the_mean_and_the_seed(name: str, seed: int, dropout_p: fl
 
     assert torch.equal(dropped(v), dropped(v))
     # every weight is kept with probability 1 - p and divided by it: the sum of a row stays 1 on average
-    rows = dropped(ones)[..., 0]
+    rows = dropped(torch.ones_like(v))[..., 0].float()
     spread = math.sqrt(dropout_p / (1 - dropout_p) * 0.2 / rows.numel())
     assert abs(rows.mean().item() - 1.0) < 6 * spread
     assert rows.std() > 0
+
+
+@pytest.mark.parametrize("name", DROPPING)
+@given(seed=seeds(), dropout_p=st.sampled_from((0.1, 0.5, 0.9)))
+def test_the_gradient_drops_what_the_output_dropped(
+    name: str, device: torch.device, seed: int, dropout_p: float
+) -> None:
+    q, k, v = dropping(name, device, seed)
+    v.requires_grad_()
+    out = attention(q, k, v, dropout_p=dropout_p, backend=name)
+    toward = noise(seed + 1, *out.shape, dtype=out.dtype, device=device)
+    (grad,) = torch.autograd.grad(out, v, toward)
+    # for one choice of weights the output is linear in v: both sums are that form at the same place
+    forward, backward = ((x.double() * y.double()) for x, y in ((out, toward), (v, grad)))
+    allowed = torch.finfo(out.dtype).eps * forward.norm() * 10
+    assert abs(forward.sum() - backward.sum()) <= allowed
 
 
 @pytest.mark.parametrize("name", ("naive", "sdpa"))

@@ -624,6 +624,7 @@ def fsdp2(module: nn.Module) -> nn.Module:
     return fully_shard(module, mesh=init_device_mesh("cpu", (1,)))
 
 
+@pytest.mark.cpu("shards over gloo")
 @pytest.mark.usefixtures("group")
 @pytest.mark.parametrize("where", ["the layer", "around it"])
 def test_what_fsdp_1_wraps_is_left_and_reported(where: str) -> None:
@@ -639,6 +640,7 @@ def test_what_fsdp_1_wraps_is_left_and_reported(where: str) -> None:
     assert_same(model(x), expected)
 
 
+@pytest.mark.cpu("shards over gloo")
 @pytest.mark.usefixtures("group")
 @pytest.mark.parametrize("where", ["the layer", "around it"])
 def test_what_fsdp_2_wraps_is_left_and_reported(where: str) -> None:
@@ -654,6 +656,7 @@ def test_what_fsdp_2_wraps_is_left_and_reported(where: str) -> None:
     assert_same(model(x), expected)
 
 
+@pytest.mark.cpu("shards over gloo")
 @pytest.mark.usefixtures("group")
 @pytest.mark.parametrize("wrap", [fsdp1, fsdp2])
 def test_wrapping_after_the_swap_works(wrap: Callable[[nn.Module], nn.Module]) -> None:
@@ -667,6 +670,7 @@ def test_wrapping_after_the_swap_works(wrap: Callable[[nn.Module], nn.Module]) -
     assert_same(in_eval(wrapped, x), in_eval(stock, x))
 
 
+@pytest.mark.cpu("shards over gloo")
 @pytest.mark.usefixtures("group")
 def test_layers_sharded_after_the_swap_are_restored_or_still_known_as_swapped() -> None:
     model = replace_mha(Architecture().layer())

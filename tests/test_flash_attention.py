@@ -23,7 +23,7 @@ from flashmha import (
     has_flash_attention,
     record,
 )
-from flashmha.testing import seeds
+from flashmha.testing import noise, seeds
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device on this machine")
 
@@ -32,7 +32,7 @@ dtypes = st.sampled_from((torch.float64, torch.float32, torch.bfloat16, torch.fl
 
 
 def qkv(shape: tuple[int, ...], seed: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
-    q, k, v = torch.randn(3, *shape, generator=torch.Generator().manual_seed(seed)).to(dtype).unbind()
+    q, k, v = noise(seed, 3, *shape, dtype=dtype).unbind()
     return q, k, v
 
 

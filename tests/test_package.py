@@ -23,8 +23,8 @@ ORDER = """
     backends.registry backends functional deferred
     features stock nested call padding weights projection forward module encoder convert explain
     commands commands.devices commands.screen commands.picture tolerance
-    testing.record testing.attention testing.judge testing.drop_in testing.anatomy testing.tree testing.layer
-    testing.encoder testing.transformer testing.call testing
+    testing.record testing.attention testing.kernels testing.judge testing.drop_in testing.anatomy testing.tree
+    testing.layer testing.encoder testing.transformer testing.call testing
     benchmark.cases benchmark.inputs benchmark.machine benchmark.peers benchmark.lineup benchmark.verdicts
     benchmark.gate benchmark.runner benchmark.report benchmark.plots benchmark.command benchmark
     table commands.info commands.explain commands.verify commands.table

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import flashmha
 from flashmha import FlashMultiHeadAttention, KeyLengths, KeyPadding, backends, causal, explain
 from flashmha.backends import blocks
-from flashmha.testing import assert_agrees, seeds, specs
+from flashmha.testing import assert_agrees, noise, seeds, specs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,12 +31,12 @@ class Batch:
 
     @property
     def hidden(self) -> Tensor:
-        generator = torch.Generator().manual_seed(self.seed)
+        torch.manual_seed(self.seed)
         if self.pattern == "holes":
-            hidden = torch.rand(self.batch, self.seqlen, generator=generator) < 0.5
+            hidden = torch.rand(self.batch, self.seqlen) < 0.5
             hidden[:, 0] = False
             return hidden
-        lengths = torch.randint(1, self.seqlen + 1, (self.batch, 1), generator=generator)
+        lengths = torch.randint(1, self.seqlen + 1, (self.batch, 1))
         places = torch.arange(self.seqlen)
         return (places >= lengths) if self.pattern == "right" else (places < self.seqlen - lengths)
 
@@ -53,8 +53,7 @@ class Batch:
 
     def call(self) -> dict[str, Any]:
         shape = (self.batch, self.seqlen) if self.batch_first else (self.seqlen, self.batch)
-        generator = torch.Generator().manual_seed(self.seed)
-        x = torch.randn(*shape, 4 * self.heads, generator=generator, dtype=torch.float64).requires_grad_()
+        x = noise(self.seed, *shape, 4 * self.heads).requires_grad_()
         mask = self.hidden
         if self.floating:
             mask = torch.zeros(mask.shape, dtype=torch.float64).masked_fill(mask, float("-inf"))
@@ -218,8 +217,7 @@ def test_the_causal_mask_is_recognised_once_a_version(
 
 @given(lengths=st.lists(st.integers(0, 5), min_size=1, max_size=4), seed=seeds())
 def test_lengths_and_patterns_of_padding_are_one(lengths: list[int], seed: int) -> None:
-    generator = torch.Generator().manual_seed(seed)
-    q, k, v = (torch.randn(len(lengths), 5, 2, 4, generator=generator, dtype=torch.float64) for _ in range(3))
+    q, k, v = noise(seed, 3, len(lengths), 5, 2, 4).unbind()
     counts = torch.tensor(lengths)
     out = flashmha.attention(q, k, v, mask=KeyLengths(counts) & causal())
     valid = torch.arange(5) < counts[:, None]

@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -113,6 +113,8 @@ class Backend(abc.ABC):
     """The version of the contract it was written for; a class that says nothing was written for 1."""
     install: ClassVar[str | None] = None
     """How to get it, said when it is not there."""
+    compiles: ClassVar[Literal["kinds", "shapes"] | None] = None
+    """Compiles a kernel, which takes seconds, for each kind of problem or each shape: tests draw from a fixed grid."""
     tolerance: ClassVar[tuple[float, float]] = (2.0, 3.0)
     """How much worse than a plain computation in the same dtype it may be: the output, and gradients."""
 

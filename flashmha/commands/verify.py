@@ -16,7 +16,7 @@ from ..backends import Backend, expand, get, names
 from ..backends.base import FEATURES
 from ..errors import in_one_line
 from ..spec import AttentionSpec
-from ..testing import assert_agrees, seeds, specs
+from ..testing import assert_agrees, seeds, served
 from .devices import device, devices
 from .screen import Advance, add_json, print_json, print_table, progress
 
@@ -26,7 +26,7 @@ AGREES, FAILS, ABSENT = "agrees", "FAILS", "not available"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--backend", metavar="NAME[,NAME]", help="default: every backend on the list")
     parser.add_argument("--device", metavar="NAME[,NAME]", help="default: every device of this machine")
-    parser.add_argument("--examples", type=int, default=50, help="problems a backend and device, default 50")
+    parser.add_argument("--examples", type=int, default=50, help="problems to serve, a backend and device, default 50")
     parser.add_argument("--seed", type=int, default=0, help="another seed draws other problems, default 0")
     add_json(parser)
 
@@ -74,7 +74,7 @@ class Verdict:
 
 
 def judge(backend: Backend, where: torch.device, examples: int, seed: int, advance: Advance) -> Verdict:
-    """One backend on one device, on that many problems inside its limits."""
+    """One backend on one device, on that many problems that it serves."""
     absent = backend.limits.not_on.get(where.type, frozenset())
     verdict = Verdict(backend.name, str(where))
     reason = backend.unavailable(where)
@@ -95,7 +95,7 @@ def judge(backend: Backend, where: torch.device, examples: int, seed: int, advan
         suppress_health_check=list(hypothesis.HealthCheck),
         verbosity=hypothesis.Verbosity.quiet,
     )
-    @hypothesis.given(specs(limits=backend.limits, device=where), seeds())
+    @hypothesis.given(served(backend, where), seeds())
     def law(spec: AttentionSpec, seed: int) -> None:
         last[:] = [(spec, seed)]
         hypothesis.assume(backend.unbuilt(spec) is None)
@@ -112,6 +112,10 @@ def judge(backend: Backend, where: torch.device, examples: int, seed: int, advan
         verdict.verdict, verdict.why = FAILS, in_one_line(error)
         if last:
             verdict.problem, verdict.tensors = str(last[0][0]), last[0][1]
+    else:
+        if verdict.examples < examples:  # Hypothesis stops looking after ten times as many
+            verdict.verdict = FAILS
+            verdict.why = f"it served {verdict.examples} of {examples} problems, and refused nearly all that were drawn"
     if verdict.verdict == FAILS:
         verdict.replay = (
             f"python -m flashmha verify --backend {backend.name} --device {where} --examples {examples} --seed {seed}"

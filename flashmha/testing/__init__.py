@@ -20,8 +20,9 @@ A layer, or a model, is right when it can stand where the stock one stands::
         with testing.without_fast_path():
             testing.assert_drop_in(model.build(), my_swap(model.build()), kwargs=model.arguments())
 
-Every tensor is made from a drawn seed; ``device="cuda"`` puts what ``specs``, ``masks``, ``biases``, ``blueprints``
-and ``models`` draw on a GPU.
+Every tensor is made from a drawn seed, on torch's default device; ``device="cuda"`` puts what ``specs``, ``masks``,
+``biases``, ``blueprints`` and ``models`` draw on a GPU. ``served`` draws what a backend serves on a device, of a few
+kinds where each costs seconds of compiling.
 """
 
 from .anatomy import anatomy
@@ -30,6 +31,7 @@ from .call import Call, Reply, ask, calls, problems
 from .drop_in import assert_drop_in
 from .encoder import Architecture, EncoderMasks, architectures, encoder_masks, without_fast_path
 from .judge import Answer, answer, assert_agrees, assert_close, assert_same
+from .kernels import served
 from .layer import Blueprint, blueprints
 from .record import noise, randomized
 from .transformer import Transformer, models, transformers
@@ -62,6 +64,7 @@ __all__ = [
     "problems",
     "randomized",
     "seeds",
+    "served",
     "specs",
     "tensors",
     "transformers",

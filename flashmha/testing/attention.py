@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -10,9 +10,10 @@ from torch import Tensor
 
 from ..backends import get
 from ..backends.base import FEATURES, Limits
-from ..masks import Dense, Documents, KeyLengths, KeyPadding, Mask, MaskMod, Rule, Window, causal
+from ..masks import ALIGNMENTS, Dense, Documents, KeyLengths, KeyPadding, Mask, MaskMod, Rule, Window, causal
 from ..scores import ALiBi, Bias, RelativeBias, TensorBias
 from ..spec import AttentionSpec
+from .record import placed
 
 try:
     from hypothesis import strategies as st
@@ -35,8 +36,12 @@ strangers to one another. What is to be met in every run must be common.
 """
 EMPTY = (*(None,) * 37, "batch", "seqlen_q", "seqlen_k")
 """Which axis is as short as the limits allow, 0 where they can: one problem in thirteen."""
+REACH = (0, 1, 2, 3, 5)
+"""How far a window may reach, where it ends at all."""
 LAYOUTS = ("contiguous", "heads first", "packed", "expanded")
 """How the memory of q, k and v may lie: as named, as SDPA's transposed, as slices of one tensor, with a stride of 0."""
+Choose = Callable[[Sequence[Any]], Any]
+"""Takes one of some options: drawn, or always the same."""
 
 
 def seeds() -> st.SearchStrategy[int]:
@@ -53,43 +58,73 @@ def masks(
     seqlen_q: int,
     seqlen_k: int,
     features: frozenset[str] = frozenset(FEATURES),
-    device: torch.device | str = "cpu",
+    device: torch.device | str | None = None,
 ) -> Mask | None:
-    """Masks of every kind out of ``features`` for a problem of these sizes, and their combinations."""
-    reach = st.sampled_from((0, 1, 2, 3, 5, max(seqlen_q, seqlen_k), None))
-    align = st.sampled_from(("bottom_right", "top_left"))
-    generator = torch.Generator()
+    """Masks of every kind out of ``features`` for a problem of these sizes, alone and combined."""
     seed = draw(seeds())
+    kinds = [kind for kind in MASKS if kind in features and (kind != "documents" or batch == 1)]
+    if kinds and draw(st.sampled_from((False, False, False, True))):
+        chosen = [draw(st.sampled_from([kind for kind in kinds for _ in range(4 if kind == "causal" else 1)]))]
+    else:
+        chosen = [kind for kind in kinds if draw(st.integers(1, 6)) > 6 - MASKS[kind]]
+    if "causal" in chosen and "window" in features and draw(st.booleans()):
+        chosen[chosen.index("causal")] = "top-left causal"
+    sizes = {"batch": batch, "heads": heads, "seqlen_q": seqlen_q, "seqlen_k": seqlen_k}
+    ends = (*REACH, max(seqlen_q, seqlen_k), None)
+    return joined(
+        [rule(kind, chooser(draw), seed, reach=ends, aligns=ALIGNMENTS, device=device, **sizes) for kind in chosen]
+    )
 
-    def coin(*shape: int) -> Tensor:
-        return (torch.rand(shape, generator=generator) < draw(st.sampled_from((0.7, 0.4, 0.9)))).to(device)
 
-    parts: list[Mask] = []
-    for kind, often in MASKS.items():
-        generator.manual_seed(seed)  # of each its own, so that one can be left out without changing the others
-        if kind not in features or draw(st.integers(1, 6)) <= 6 - often or (kind == "documents" and batch != 1):
-            continue
-        if kind == "causal":
-            parts.append(causal(align=draw(align) if "window" in features else "bottom_right"))
-        elif kind == "window":
-            parts.append(Window(draw(reach), draw(st.just(0) | reach), align=draw(align)))
-        elif kind == "key_padding":
-            parts.append(KeyPadding(coin(batch, seqlen_k)))
-        elif kind == "key_lengths":
-            parts.append(KeyLengths(torch.randint(0, seqlen_k + 1, (batch,), generator=generator).to(device)))
-        elif kind == "dense_mask":
-            shape = (draw(st.sampled_from((1, batch))), draw(st.sampled_from((1, heads))), seqlen_q, seqlen_k)
-            parts.append(Dense(coin(*shape)))
-        elif kind == "rule":
-            parts.append(Rule(every(draw(st.integers(1, 3))), align=draw(align)))
-        else:
-            number = draw(st.integers(1, 4))
-            ends = [offsets(number, total, generator).to(device) for total in (seqlen_q, seqlen_k)]
-            parts.append(Documents(*ends))
+def chooser(draw: st.DrawFn) -> Choose:
+    return lambda options: draw(st.sampled_from(options))
+
+
+def joined(parts: Sequence[Mask]) -> Mask | None:
+    """The rules that all have to hold."""
     mask: Mask | None = None
     for part in parts:
         mask = part if mask is None else mask & part
     return mask
+
+
+def rule(
+    kind: str,
+    choose: Choose,
+    seed: int,
+    *,
+    batch: int,
+    heads: int,
+    seqlen_q: int,
+    seqlen_k: int,
+    reach: Sequence[int | None] = REACH,
+    aligns: Sequence[str] = ALIGNMENTS[:1],
+    device: torch.device | str | None = None,
+) -> Mask:
+    """A mask of one kind out of ``MASKS``, or ``top-left causal``: its numbers are chosen, its tensors seeded."""
+    where = placed(device)
+    generator = torch.Generator("cpu").manual_seed(seed)
+
+    def coin(*shape: int) -> Tensor:
+        share: float = choose((0.7, 0.4, 0.9))
+        return (torch.rand(shape, generator=generator, device="cpu") < share).to(where)
+
+    if kind == "causal":
+        return causal()
+    if kind == "top-left causal":
+        return causal(align="top_left")
+    if kind == "window":
+        return Window(choose(reach), choose((*(0,) * len(reach), *reach)), align=choose(aligns))
+    if kind == "key_padding":
+        return KeyPadding(coin(batch, seqlen_k))
+    if kind == "key_lengths":
+        return KeyLengths(torch.randint(0, seqlen_k + 1, (batch,), generator=generator, device="cpu").to(where))
+    if kind == "dense_mask":
+        return Dense(coin(choose((1, batch)), choose((1, heads)), seqlen_q, seqlen_k))
+    if kind == "rule":
+        return Rule(every(choose((1, 2, 3))), align=choose(aligns))
+    number = choose((1, 2, 3, 4))
+    return Documents(*(offsets(number, total, generator).to(where) for total in (seqlen_q, seqlen_k)))
 
 
 def every(step: int) -> MaskMod:
@@ -99,8 +134,8 @@ def every(step: int) -> MaskMod:
 
 def offsets(documents: int, total: int, generator: torch.Generator) -> Tensor:
     """Where documents start, with empty ones among them and at times a rest that belongs to none."""
-    ends = torch.randint(0, total + 1, (documents,), generator=generator).sort().values
-    return torch.cat((torch.zeros(1, dtype=ends.dtype), ends)).to(torch.int32)
+    ends = torch.randint(0, total + 1, (documents,), generator=generator, device="cpu").sort().values
+    return torch.cat((torch.zeros(1, dtype=ends.dtype, device="cpu"), ends)).to(torch.int32)
 
 
 @st.composite
@@ -114,24 +149,45 @@ def biases(
     dtype: torch.dtype,
     needs_grad: bool,
     features: frozenset[str] = frozenset(FEATURES),
-    device: torch.device | str = "cpu",
+    device: torch.device | str | None = None,
 ) -> Bias | None:
     """Biases of every kind out of ``features``; tensors may hold ``-inf`` and want a gradient."""
     kind = draw(st.sampled_from(("none", "none", "tensor", "alibi", "relative")))
-    generator = torch.Generator().manual_seed(draw(seeds()))
+    seed = draw(seeds())
     learned = needs_grad and "bias_grad" in features and draw(st.booleans())
-    if kind == "tensor" and "bias" in features:
-        shape = (draw(st.sampled_from((1, batch))), draw(st.sampled_from((1, heads))), seqlen_q, seqlen_k)
-        tensor = torch.randn(shape, generator=generator).to(dtype)
-        if draw(st.booleans()):
-            tensor = tensor.masked_fill(torch.rand(shape, generator=generator) < 0.3, float("-inf"))
+    if kind == "none" or ("alibi" if kind == "alibi" else "bias") not in features:
+        return None
+    sizes = {"batch": batch, "heads": heads, "seqlen_q": seqlen_q, "seqlen_k": seqlen_k}
+    return added(kind, chooser(draw), seed, dtype=dtype, learned=learned, device=device, **sizes)
+
+
+def added(
+    kind: str,
+    choose: Choose,
+    seed: int,
+    *,
+    batch: int,
+    heads: int,
+    seqlen_q: int,
+    seqlen_k: int,
+    dtype: torch.dtype,
+    learned: bool,
+    device: torch.device | str | None = None,
+) -> Bias:
+    """A bias of one kind: ``tensor``, ``relative`` or ``alibi``, which nobody learns."""
+    device = placed(device)
+    generator = torch.Generator("cpu").manual_seed(seed)
+    if kind == "tensor":
+        shape = (choose((1, batch)), choose((1, heads)), seqlen_q, seqlen_k)
+        tensor = torch.randn(shape, generator=generator, device="cpu").to(dtype)
+        if choose((False, True)):
+            hidden = torch.rand(shape, generator=generator, device="cpu") < 0.3
+            tensor = tensor.masked_fill(hidden, float("-inf"))
         return TensorBias(tensor.to(device).requires_grad_(learned))
-    if kind == "relative" and "bias" in features:
-        table = torch.randn(heads, 2 * draw(st.integers(0, 4)) + 1, generator=generator)
+    if kind == "relative":
+        table = torch.randn(heads, 2 * choose(range(5)) + 1, generator=generator, device="cpu")
         return RelativeBias(table.to(device).requires_grad_(learned))
-    if kind == "alibi" and "alibi" in features:
-        return ALiBi(torch.rand(heads, generator=generator).to(device))
-    return None
+    return ALiBi(torch.rand(heads, generator=generator, device="cpu").to(device))
 
 
 @st.composite
@@ -139,7 +195,7 @@ def specs(
     draw: st.DrawFn,
     *,
     limits: Limits | None = None,
-    device: torch.device | str = "cpu",
+    device: torch.device | str | None = None,
     head_dims: Sequence[int] = (1, 3, 8, 16, 40, 64),
     longest: int = 33,
 ) -> AttentionSpec:
@@ -148,7 +204,7 @@ def specs(
     ``limits`` (a backend's) keeps the draw to what that backend serves; without it every problem may come.
     """
     limits = get("naive").limits if limits is None else limits
-    device = torch.device(device)
+    device = placed(device)
     features = limits.features - limits.not_on.get(device.type, frozenset())
     largest = max(head_dims) if limits.head_dim is None else limits.head_dim
     sizes_d = [d for d in head_dims if limits.head_dim_min <= d <= largest and d % limits.head_dim_step == 0]
@@ -168,7 +224,7 @@ def specs(
     if empty is not None:
         sizes[empty] = limits.batch_min if empty == "batch" else limits.seqlen_min
     head_dim = draw(st.sampled_from(sizes_d))
-    sinks = torch.randn(heads, generator=torch.Generator().manual_seed(draw(seeds()))).to(device)
+    sinks = sink_values(heads, draw(seeds()), device)
     need_lse = "lse" in features and draw(likely)
     return AttentionSpec(
         **sizes,
@@ -184,12 +240,17 @@ def specs(
         softmax_scale=draw(st.none() | st.sampled_from((0.05, 1.0))),
         needs_grad=needs_grad,
         need_lse=need_lse and not (needs_grad and "lse_grad" not in features),
+        deterministic=needs_grad and "deterministic" in features and draw(st.sampled_from((False, False, True))),
     )
+
+
+def sink_values(heads: int, seed: int, device: torch.device) -> Tensor:
+    return torch.randn(heads, generator=torch.Generator("cpu").manual_seed(seed), device="cpu").to(device)
 
 
 def tensors(spec: AttentionSpec, seed: int) -> tuple[Tensor, Tensor, Tensor]:
     """q, k and v of a problem, out of a seed that also says how their memory lies."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator("cpu").manual_seed(seed)
     layout = LAYOUTS[seed % len(LAYOUTS)]
     shapes = (
         (spec.batch, spec.seqlen_q, spec.heads, spec.head_dim),
@@ -199,12 +260,12 @@ def tensors(spec: AttentionSpec, seed: int) -> tuple[Tensor, Tensor, Tensor]:
     made = []
     for batch, seqlen, heads, head_dim in shapes:
         if layout == "heads first":
-            x = torch.randn(batch, heads, seqlen, head_dim, generator=generator).transpose(1, 2)
+            x = torch.randn(batch, heads, seqlen, head_dim, generator=generator, device="cpu").transpose(1, 2)
         elif layout == "packed":
-            x = torch.randn(batch, seqlen, heads + 1, head_dim, generator=generator)[:, :, 1:]
+            x = torch.randn(batch, seqlen, heads + 1, head_dim, generator=generator, device="cpu")[:, :, 1:]
         elif layout == "expanded":
-            x = torch.randn(1, seqlen, heads, head_dim, generator=generator).expand(batch, -1, -1, -1)
+            x = torch.randn(1, seqlen, heads, head_dim, generator=generator, device="cpu").expand(batch, -1, -1, -1)
         else:
-            x = torch.randn(batch, seqlen, heads, head_dim, generator=generator)
+            x = torch.randn(batch, seqlen, heads, head_dim, generator=generator, device="cpu")
         made.append(x.to(device=spec.device, dtype=spec.dtype))
     return made[0], made[1], made[2]

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from .attention import seeds
 from .judge import gradients
 from .layer import BOTH, Blueprint, blueprints
-from .record import Record, one
+from .record import Record, one, placed
 
 SHARINGS = ("abc", "aaa", "abb", "aab", "aba")
 """Which of query, key and value are one object: equal letters."""
@@ -116,14 +116,16 @@ class Call(Record):
 
     def tensors(self, blueprint: Blueprint, dtype: torch.dtype | None = None) -> Tensors:
         """Fresh tensors; another dtype holds the same values, rounded to the blueprint's first."""
-        generator = torch.Generator().manual_seed(self.seed)
+        generator = torch.Generator("cpu").manual_seed(self.seed)
         dtype = dtype or blueprint.dtype
         leaves: dict[str, Tensor] = {}
 
         def made(name: str, values: Tensor, layout: str) -> Tensor:
             if values.is_floating_point():
                 values = values.to(blueprint.dtype).to(dtype)
-            leaf, view = strided(values.to(device=blueprint.device), layout, self.grad and values.is_floating_point())
+            leaf, view = strided(
+                values.to(device=placed(blueprint.device)), layout, self.grad and values.is_floating_point()
+            )
             if leaf.requires_grad:
                 leaves[name] = leaf
             return view
@@ -134,7 +136,7 @@ class Call(Record):
                 shape = [seqlen, width]
                 if self.batch is not None:
                     shape.insert(0 if blueprint.batch_first else 1, self.batch)
-                values = torch.randn(shape, generator=generator, dtype=torch.float64)
+                values = torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu")
                 inputs[letter] = made(f"input {letter}", values, self.layout)
         query, key, value = (inputs[letter] for letter in self.sharing)
         masks = self.hidden(blueprint, generator)
@@ -155,9 +157,9 @@ class Call(Record):
         anchor = 0 if "causal" in self.attn_mask else self.seed % max(seqlen_k, 1)
 
         def drawn(*shape: int) -> Tensor:
-            hidden = torch.rand(shape, generator=generator) < 0.4
+            hidden = torch.rand(shape, generator=generator, device="cpu") < 0.4
             if self.blind:
-                return hidden | (torch.rand((*shape[:-1], 1), generator=generator) < 0.4)
+                return hidden | (torch.rand((*shape[:-1], 1), generator=generator, device="cpu") < 0.4)
             hidden[..., anchor : anchor + 1] = False
             return hidden
 
@@ -166,7 +168,7 @@ class Call(Record):
             padding = padding[0]
         attn_mask: Tensor | None = None
         if "causal" in self.attn_mask:
-            attn_mask = torch.ones(seqlen_q, seqlen_k, dtype=torch.bool).triu(1)
+            attn_mask = torch.ones(seqlen_q, seqlen_k, dtype=torch.bool, device="cpu").triu(1)
         elif "2-D" in self.attn_mask:
             attn_mask = drawn(seqlen_q, seqlen_k)
         elif "3-D" in self.attn_mask:
@@ -192,8 +194,8 @@ def strided(values: Tensor, layout: str, requires_grad: bool) -> tuple[Tensor, T
 
 def added(hidden: Tensor, generator: torch.Generator, plain: bool) -> Tensor:
     """A float mask that hides the same, and beside that adds something unless ``plain``."""
-    values = torch.randn(hidden.shape, generator=generator, dtype=torch.float64)
-    values = values.masked_fill(torch.rand(hidden.shape, generator=generator) < 0.1, -1e4)
+    values = torch.randn(hidden.shape, generator=generator, dtype=torch.float64, device="cpu")
+    values = values.masked_fill(torch.rand(hidden.shape, generator=generator, device="cpu") < 0.1, -1e4)
     return (torch.zeros_like(values) if plain else values).masked_fill(hidden, -INF)
 
 

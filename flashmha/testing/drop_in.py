@@ -178,14 +178,14 @@ def assert_same_kind(name: str, found: Any, wanted: Any) -> None:
 
 def nudged(call: Any, seed: int) -> Any:
     """A call whose floating inputs are moved by a rounding, up or down; one tensor given twice stays one."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator("cpu").manual_seed(seed)
     moved: dict[int, Tensor] = {}
 
     def move(value: Any) -> Any:
         if not is_floating(value):
             return value
         if id(value) not in moved:
-            steps = torch.randint(-1, 2, value.shape, generator=generator).to(value)
+            steps = torch.randint(-1, 2, value.shape, generator=generator, device="cpu").to(value)
             moved[id(value)] = value.detach() * (1.0 + steps * torch.finfo(value.dtype).eps)
         return moved[id(value)]
 

@@ -55,9 +55,9 @@ def gradients(outputs: Mapping[str, Tensor], leaves: Mapping[str, Tensor], seed:
 
     The cotangents come from the seed, one after the other, whether an output can be differentiated or not.
     """
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator("cpu").manual_seed(seed)
     cotangents = {
-        name: torch.randn(output.shape, generator=generator, dtype=torch.float64).to(output)
+        name: torch.randn(output.shape, generator=generator, dtype=torch.float64, device="cpu").to(output)
         for name, output in outputs.items()
     }
     tracked = [name for name, output in outputs.items() if output.requires_grad]

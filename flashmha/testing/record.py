@@ -37,20 +37,26 @@ def one(values: Iterable[T]) -> st.SearchStrategy[T]:
     return st.sampled_from(tuple(values))
 
 
+def placed(device: torch.device | str | None) -> torch.device:
+    """A device; where torch makes tensors by default for ``None``."""
+    return torch.empty(0).device if device is None else torch.device(device)
+
+
 def noise(
     seed: int, *shape: int, dtype: torch.dtype = torch.float64, device: torch.device | str | None = None
 ) -> Tensor:
     """Normal values of one seed; the same in every dtype and on every device, up to rounding."""
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(shape, generator=generator, dtype=torch.float64).to(device=device, dtype=dtype)
+    generator = torch.Generator("cpu").manual_seed(seed)
+    values = torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu")
+    return values.to(device=placed(device), dtype=dtype)
 
 
 def randomized(module: Any, seed: int) -> Any:
     """A module whose parameters come from a seed: none at zero or one, where a bug could hide, and no two alike."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator("cpu").manual_seed(seed)
     with torch.no_grad():
         for parameter in module.parameters():
-            values = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+            values = torch.randn(parameter.shape, generator=generator, dtype=torch.float64, device="cpu")
             fan_in = max(parameter.shape[1], 1) if parameter.dim() == 2 else 0
             parameter.copy_(values / math.sqrt(fan_in) if fan_in else 1.0 + values / 4)
     return module

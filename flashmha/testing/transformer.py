@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from .encoder import Architecture, EncoderMasks, architectures, encoder_masks
-from .record import Record, noise
+from .record import Record, noise, placed
 from .tree import Tree, trees
 
 KINDS = ("layer", "encoder", "decoder", "transformer")
@@ -25,12 +25,12 @@ class Transformer(Record):
     source: EncoderMasks = dataclasses.field(default_factory=EncoderMasks)
     target: EncoderMasks = dataclasses.field(default_factory=EncoderMasks)
     dtype: torch.dtype = torch.float64
-    device: torch.device | str = "cpu"
+    device: torch.device | str | None = None
 
     def build(self) -> nn.Module:
         """The model; the same one each time."""
         model: nn.Module = getattr(self.architecture, self.kind)()
-        return model.to(self.device, self.dtype)
+        return model.to(placed(self.device), self.dtype)
 
     def arguments(self) -> dict[str, Any]:
         """Every argument of a call by name."""
@@ -58,12 +58,12 @@ class Transformer(Record):
                 "src_key_padding_mask": source.padding_mask(),
                 "src_is_causal": True if source.hinted else None,
             }
-        return {name: self.placed(value) for name, value in given.items()}
+        return {name: self.moved(value) for name, value in given.items()}
 
-    def placed(self, value: Any) -> Any:
+    def moved(self, value: Any) -> Any:
         if not isinstance(value, Tensor):
             return value
-        return value.to(self.device, self.dtype if value.is_floating_point() else value.dtype)
+        return value.to(placed(self.device), self.dtype if value.is_floating_point() else value.dtype)
 
 
 def transformers(
@@ -71,7 +71,7 @@ def transformers(
     kinds: tuple[str, ...] = KINDS,
     batches: tuple[int | None, ...] = (2, 1, 3, None),
     dtypes: tuple[torch.dtype, ...] = (torch.float64,),
-    device: torch.device | str = "cpu",
+    device: torch.device | str | None = None,
 ) -> st.SearchStrategy[Transformer]:
     """Torch's transformer modules of every construction, each with a call; dropout 0."""
     return st.builds(
@@ -86,7 +86,7 @@ def transformers(
 
 
 def models(
-    *, dtypes: tuple[torch.dtype, ...] = (torch.float64,), device: torch.device | str = "cpu"
+    *, dtypes: tuple[torch.dtype, ...] = (torch.float64,), device: torch.device | str | None = None
 ) -> st.SearchStrategy[Tree | Transformer]:
     """Whole models that hold attention: torch's transformers, and attention layers in nested containers.
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from .attention import seeds
-from .record import Record, noise, randomized
+from .record import Record, noise, placed, randomized
 
 WIDTH = 8
 """embed_dim of every model: 1, 2, 4 and 8 heads fit."""
@@ -143,13 +143,13 @@ class Tree(Record):
     dtype: torch.dtype = torch.float64
     training: bool = True
     seed: int = 0
-    device: torch.device | str = "cpu"
+    device: torch.device | str | None = None
 
     def build(self) -> nn.Module:
         """The model; the same one each time."""
         torch.manual_seed(self.seed)
         model: nn.Module = randomized(self.top.build([]), self.seed)
-        return model.to(self.device, self.dtype).train(self.training)
+        return model.to(placed(self.device), self.dtype).train(self.training)
 
     def inputs(self, batch: int = 3, seqlen: int = 4) -> Tensor:
         """What it is called with: (batch, seqlen, WIDTH)."""
@@ -187,7 +187,7 @@ def groups(*, members: st.SearchStrategy[Any]) -> st.SearchStrategy[Group]:
 
 
 def trees(
-    *, dtypes: Sequence[torch.dtype] = (torch.float64,), device: torch.device | str = "cpu"
+    *, dtypes: Sequence[torch.dtype] = (torch.float64,), device: torch.device | str | None = None
 ) -> st.SearchStrategy[Tree]:
     """Models of up to four attention layers in nested containers."""
     tops = st.recursive(leaves(), lambda members: groups(members=members), max_leaves=4)
