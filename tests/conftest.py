@@ -31,6 +31,7 @@ CPU_FILES = {
     "test_benchmark": "times layers on a CPU",
     "test_commands": "asks about the devices by name",
     "test_ddp": "runs processes on gloo",
+    "test_detection": "pretends a GPU",
     "test_errors": "errors raised before any kernel",
     "test_examples": "runs the examples, which choose their device",
     "test_package": "reads files",

@@ -1,0 +1,168 @@
+"""Why a flash-attn package does not run here: every way it can be missing or broken, provoked on a pretended GPU."""
+
+import contextlib
+import importlib
+import io
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from flashmha import AttentionSpec, NoBackendError, Window
+from flashmha.__main__ import main
+from flashmha.backends import choose, flash, get
+from flashmha.commands import info
+
+CUDA = torch.device("cuda", 0)
+MODULES = ("flash_attn", "flash_attn_2_cuda", "flash_attn_interface", "flash_attn_3", "fa3_fwd", "flash_attn_config")
+FUNCTIONS = "def flash_attn_func(q, k, v, {0}): ...\ndef flash_attn_varlen_func(q, k, v, {0}): ...\n"
+FLASH2 = "dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic"
+FLASH3 = "softmax_scale, causal, window_size, softcap, deterministic"
+Install = Callable[[dict[str, str]], None]
+
+
+def problem(**changes: Any) -> AttentionSpec:
+    """A problem that every flash-attn serves, with changes."""
+    usual: dict[str, Any] = {"dtype": torch.bfloat16, "device": CUDA}
+    return AttentionSpec(2, 128, 128, 8, 8, 64, 64, **(usual | changes))
+
+
+def forget() -> None:
+    """Take what these packages left in ``sys.modules`` out of it."""
+    for name in [name for name in sys.modules if name.startswith(MODULES)]:
+        del sys.modules[name]
+
+
+@pytest.fixture
+def install(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Install]:
+    """A machine with a Hopper GPU and no flash-attn, on which files can be installed; nothing runs on that GPU."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+    monkeypatch.setattr(flash, "smoke", lambda backend, device: None)
+    monkeypatch.setattr(info, "devices", lambda: [CUDA])
+    monkeypatch.setattr(info, "description", str)
+    for name in ("flash2", "flash3", "flash4"):
+        monkeypatch.setattr(get(name), "probed", {})
+        monkeypatch.setattr(get(name), "functions", None)
+    monkeypatch.setattr(get("flash3"), "flags", {})
+    hidden = {name: sys.modules[name] for name in sys.modules if name.startswith(MODULES)}
+    forget()
+    monkeypatch.syspath_prepend(tmp_path)
+
+    def write(files: dict[str, str]) -> None:
+        for name, text in files.items():
+            (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / name).write_text(text)
+        importlib.invalidate_caches()
+
+    yield write
+    forget()
+    sys.modules.update(hidden)
+
+
+def check_said(name: str, reason: str) -> None:
+    """A backend, ``flashmha info`` and the error of a call that names it give one reason."""
+    said = get(name).unavailable(CUDA)
+    assert said is not None and reason in said
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out):
+        assert main(["info"]) == 0
+    assert f"{said}" in out.getvalue()
+    with pytest.raises(NoBackendError) as caught:
+        choose(problem(), name)
+    assert caught.value.reasons == {name: said}
+    assert f"{name}  {said}" in str(caught.value)
+
+
+BROKEN: dict[str, tuple[str, dict[str, str], str]] = {
+    "flash-attn 2 is missing": ("flash2", {}, "No module named 'flash_attn_2_cuda'; install: pip install flash-attn"),
+    "flash-attn 3 is missing": ("flash3", {}, "No module named 'flash_attn_interface'; install: build the hopper"),
+    "flash-attn 4 is missing": ("flash4", {}, "No module named 'flash_attn'; install: pip install --pre flash-attn-4"),
+    "a binary for another torch": (
+        "flash2",
+        {"flash_attn_2_cuda.py": "raise ImportError('flash_attn_2_cuda.so: undefined symbol: _ZN3c105Error')"},
+        "ImportError: flash_attn_2_cuda.so: undefined symbol: _ZN3c105Error",
+    ),
+    "a binary for another CUDA": (
+        "flash2",
+        {"flash_attn_2_cuda.py": "raise OSError('libcudart.so.11.0: cannot open shared object file')"},
+        "OSError: libcudart.so.11.0: cannot open shared object file",
+    ),
+    "flash-attn 4 alone makes flash_attn importable": (
+        "flash2",
+        {"flash_attn/cute/__init__.py": ""},
+        "No module named 'flash_attn_2_cuda'",
+    ),
+    "the extension is left of a removed flash-attn 2": (
+        "flash2",
+        {"flash_attn_2_cuda.py": "", "flash_attn/cute/__init__.py": ""},
+        "cannot import name 'flash_attn_func'",
+    ),
+    "flash-attn 2 ships a prototype of flash-attn 4": (
+        "flash4",
+        {"flash_attn/__init__.py": "", "flash_attn/cute/__init__.py": FUNCTIONS.format("softmax_scale, causal")},
+        "has no argument window_size, softcap",
+    ),
+    "flash-attn 2 hides flash-attn 4": ("flash4", {"flash_attn/__init__.py": ""}, "No module named 'flash_attn.cute'"),
+    "a build of another signature": (
+        "flash3",
+        {"flash_attn_interface.py": FUNCTIONS.format("softmax_scale, causal")},
+        "has no argument window_size, softcap",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_broken_package_is_a_reason(name: str, install: Install) -> None:
+    who, files, reason = BROKEN[name]
+    install(files)
+    check_said(who, reason)
+
+
+@pytest.mark.parametrize(("name", "capability"), (("flash2", (7, 5)), ("flash3", (8, 0)), ("flash4", (8, 9))))
+def test_a_gpu_that_is_too_old_is_a_reason(
+    name: str, capability: tuple[int, int], install: Install, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+    check_said(name, "compute capability {}.{} (only ".format(*capability))
+
+
+def test_a_gpu_the_binary_has_no_kernels_for_is_a_reason(install: Install, monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(backend: Any, device: torch.device) -> None:
+        raise RuntimeError("CUDA error: no kernel image is available for execution on the device\nmore")
+
+    install({"flash_attn_2_cuda.py": "", "flash_attn/__init__.py": FUNCTIONS.format(FLASH2)})
+    assert get("flash2").unavailable(CUDA) is None
+    monkeypatch.setattr(get("flash2"), "probed", {})
+    monkeypatch.setattr(flash, "smoke", run)
+    check_said("flash2", "RuntimeError: CUDA error: no kernel image is available for execution on the device")
+
+
+def test_a_forward_only_build_serves_inference_and_says_why_no_more(install: Install) -> None:
+    off = {f"FLASHATTENTION_DISABLE_{name}": True for name in ("LOCAL", "FP16")}
+    install(
+        {
+            "fa3_fwd_interface.py": FUNCTIONS.format(FLASH3),
+            "fa3_fwd_config.py": f"CONFIG = {{'build_flags': {off}}}",
+        }
+    )
+    assert get("flash3").unavailable(CUDA) is None
+    assert choose(problem(), "flash3").name == "flash3"
+    for lacks, changes in (
+        ("backward", {"needs_grad": True}),
+        ("local", {"mask": Window(4, 0)}),
+        ("fp16", {"dtype": torch.float16}),
+    ):
+        with pytest.raises(NoBackendError, match=f"flash3  this build has no {lacks}"):
+            choose(problem(**changes), "flash3")
+
+
+def test_a_package_is_tried_once_and_its_answer_kept(install: Install) -> None:
+    check_said("flash2", "No module named 'flash_attn_2_cuda'")
+    install({"flash_attn_2_cuda.py": "", "flash_attn/__init__.py": FUNCTIONS.format(FLASH2)})
+    check_said("flash2", "No module named 'flash_attn_2_cuda'")
