@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
@@ -107,6 +107,8 @@ def test_real_rows_are_exact_and_padded_rows_are_zero(batch: Batch, need_weights
         answers.append((batch.real(out), *grads, *(() if seen is None else (seen[~batch.hidden],))))
     for exact, skipped in zip(*answers):
         torch.testing.assert_close(skipped, exact, atol=1e-9, rtol=1e-9)
+    if out.device.type != "cpu":
+        return  # no kernel of a GPU packs float64, so nothing was left out
     padded = (out if batch.batch_first else out.transpose(0, 1))[batch.hidden]
     assert not padded.any()
     if seen is not None:
@@ -121,6 +123,8 @@ def test_a_window_counts_slots_with_and_without_padding(batch: Batch) -> None:
 
 @given(batch=batches(pattern="right"), backend=st.sampled_from(("naive", "sdpa")))
 def test_a_named_backend_serves_the_packed_tokens(batch: Batch, backend: str) -> None:
+    # on a GPU nobody looks whether a float mask hides alone, or an attn_mask is causality
+    assume(batch.hidden.device.type == "cpu" or not (batch.floating or batch.is_causal))
     with backends.record() as calls:
         batch.layer(skip_padding=True, backend=backend)(**batch.call())
     assert [call.backend for call in calls] == [backend]
@@ -195,6 +199,7 @@ def test_a_trusted_hint_is_not_checked_against_the_mask(batch: Batch) -> None:
         torch.testing.assert_close(+found[1], +expected[1], atol=1e-9, rtol=1e-9)
 
 
+@pytest.mark.cpu("to look into a mask would wait for a GPU")
 @given(seqlen_q=st.integers(1, 9), seqlen_k=st.integers(1, 9), floating=st.booleans(), flip=st.none() | seeds())
 def test_the_causal_mask_is_recognised_once_a_version(
     seqlen_q: int, seqlen_k: int, floating: bool, flip: int | None
