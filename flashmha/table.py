@@ -9,11 +9,19 @@ from .backends.base import FEATURES, Backend
 from .benchmark.report import figures
 from .masks import short
 
-SECTIONS = ("backends", "speed")
-"""What stands between marks: the table of backends, and the figures out of ``RESULTS``."""
+RESULTS = {
+    "speed": Path("benchmarks", "results", "cpu.json"),
+    "h200": Path("benchmarks", "results", "h200.json"),
+}
+"""The runs the figures come from, beside the file that shows them."""
 
-RESULTS = Path("benchmarks", "results", "cpu.json")
-"""The run the figures come from, beside the file that shows them."""
+SECTIONS = ("backends", *RESULTS)
+"""What stands between marks: the table of backends, and the figures of each run."""
+
+
+def shown(results: Path) -> str:
+    """The figures of a run, nothing where nobody has measured it yet."""
+    return f"{figures(results)}\n" if results.exists() else ""
 
 
 def table() -> str:
@@ -62,8 +70,8 @@ def write(path: Path) -> bool:
             continue
         if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
             raise ValueError(f"{path} must hold the lines {begin!r} and {end!r} once, in this order.")
-        content = table() if section == "backends" else figures(path.parent / RESULTS)
-        made = f"{made.split(begin)[0]}{begin}\n{content}\n{end}{made.split(end)[1]}"
+        content = f"{table()}\n" if section == "backends" else shown(path.parent / RESULTS[section])
+        made = f"{made.split(begin)[0]}{begin}\n{content}{end}{made.split(end)[1]}"
         found = True
     if not found:
         wanted = " or ".join(repr(line) for section in SECTIONS for line in marks(section)[:1])

@@ -25,8 +25,9 @@ ORDER = """
     commands commands.devices commands.screen commands.picture tolerance
     testing.record testing.attention testing.kernels testing.judge testing.drop_in testing.anatomy testing.tree
     testing.layer testing.encoder testing.transformer testing.call testing
-    benchmark.cases benchmark.inputs benchmark.machine benchmark.peers benchmark.lineup benchmark.verdicts
-    benchmark.gate benchmark.runner benchmark.report benchmark.plots benchmark.command benchmark
+    benchmark.cases benchmark.inputs benchmark.reference benchmark.machine benchmark.peers benchmark.kernels
+    benchmark.lineup benchmark.verdicts benchmark.gate benchmark.runner benchmark.report benchmark.plots
+    benchmark.command benchmark
     table commands.info commands.explain commands.verify commands.table
     wrapper __main__ __init__
 """.split()  # noqa: SIM905
@@ -106,8 +107,7 @@ def test_importing_the_package_imports_no_kernels_and_no_extras() -> None:
 
 def test_the_readme_shows_the_tables_of_the_code(tmp_path: Path) -> None:
     copy = tmp_path / "README.md"
-    (tmp_path / table.RESULTS).parent.mkdir(parents=True)
-    shutil.copy(ROOT / table.RESULTS, tmp_path / table.RESULTS)
+    shutil.copytree(ROOT / "benchmarks", tmp_path / "benchmarks")
     copy.write_text((ROOT / "README.md").read_text(encoding="utf-8"), encoding="utf-8")
     assert main(["table", "--write", str(copy)]) == 0
     assert copy.read_text(encoding="utf-8") == (ROOT / "README.md").read_text(encoding="utf-8"), (

@@ -59,13 +59,11 @@ class Case:
 
     @property
     def words(self) -> str:
-        """The case for a reader of the README."""
+        """The case for a reader of the README, but for its dtype."""
         kinds = ["training" if self.mode == "train" else "eval"]
         kinds += ["causal"] * self.causal + ["weights read"] * self.weights
         if self.lengths is not None:
             kinds.append(f"padded, {self.fill:.0%} real")
-        if self.dtype != "float32":
-            kinds.append(self.dtype)
         seqlens = str(self.seqlen_k) if self.seqlen_q == self.seqlen_k else f"{self.seqlen_q} on {self.seqlen_k}"
         return f"{', '.join(kinds)}: {self.batch} × {seqlens}, E{self.embed_dim} H{self.heads}"
 
@@ -79,12 +77,25 @@ class Case:
         return 1.0 if self.lengths is None else sum(self.lengths) / (self.batch * self.seqlen_k)
 
     @property
-    def work(self) -> float:
-        """Multiplications and additions of one call, roughly: how a budget of seconds is shared out."""
-        tokens = self.batch * (self.seqlen_q + self.seqlen_k)
-        projections = 2 * tokens * self.embed_dim**2 if self.level == "layer" else 0
-        products = 2 * self.batch * self.seqlen_q * self.seqlen_k * self.embed_dim
-        return float((projections + products) * (3 if self.mode == "train" else 1))
+    def pairs(self) -> int:
+        """How many pairs of a real query and a real key that it may look at, over the batch."""
+        lengths = self.lengths or (self.seqlen_k,) * self.batch
+        if self.seqlen_q != self.seqlen_k:
+            return sum(self.seqlen_q * length for length in lengths)
+        return sum(length * (length + 1) // 2 if self.causal else length * length for length in lengths)
+
+    @property
+    def flop(self) -> float:
+        """Multiplications and additions that one call needs, none of them for padding or hidden pairs.
+
+        Four for each pair, head and head_dim forward, and two and a half times as many backward, where the scores are
+        computed again; a projection takes twice as many backward.
+        """
+        attention = 4 * self.embed_dim * self.pairs
+        keys = sum(self.lengths) if self.lengths else self.batch * self.seqlen_k
+        queries = keys if self.seqlen_q == self.seqlen_k else self.batch * self.seqlen_q
+        projections = 4 * (queries + keys) * self.embed_dim**2 if self.level == "layer" else 0
+        return float(3 * projections + 3.5 * attention if self.mode == "train" else projections + attention)
 
     @classmethod
     def of(cls, row: dict[str, Any]) -> Case:
@@ -151,36 +162,48 @@ CPU = [
 ]
 
 BIG = ((8, 2048, 2048, 16), (2, 8192, 2048, 16), (1, 16384, 2048, 32))
+BOTH = ((32, 512, 1024, 16), *BIG)
 PADDED = (((32, 512, 1024, 16), 0.59), ((8, 2048, 2048, 16), 0.62), ((4, 8192, 2048, 16), 0.75))
 """Shapes, and how much of them is real."""
 
 CUDA = [
     dataclasses.replace(case, dtype="bfloat16")
     for case in (
-        *(case for shape in BIG for case in make("dense", "layer", "train eval", shape, headline=True)),
-        *(case for shape in BIG for case in make("causal", "layer", "train eval", shape, causal=True, headline=True)),
+        *(case for shape in BOTH for case in make("dense", "layer", "train eval", shape, headline=True)),
+        *(case for shape in BOTH for case in make("causal", "layer", "train eval", shape, causal=True, headline=True)),
         *(
             case
             for shape, fill in PADDED
             for lengths in [evenly(*shape[:2], fill)]
             for case in make("padded", "layer", "train eval", shape, lengths=lengths, headline=True)
         ),
-        *(case for shape in BIG[1:] for case in make("weights", "layer", "train", shape, weights=True, headline=True)),
-        *make("cross", "layer", "train eval", (8, 4096, 2048, 16), seqlen_q=512),
-        *make("small", "layer", "train eval", (1, 128, 512, 8), headline=True),
+        *(
+            case
+            for shape in BIG[1:]
+            for causal in (False, True)
+            for case in make("weights", "layer", "train", shape, causal=causal, weights=True, headline=True)
+        ),
         *make("small", "layer", "train eval", (8, 512, 512, 8), headline=True),
-        *make("small", "layer", "train eval", (64, 197, 192, 3), headline=True),
+        *make("small", "layer", "train eval", (8, 128, 512, 8), headline=True),
+        *make("small", "layer", "train eval", (16, 197, 192, 3), headline=True),
+        *make("cross", "layer", "train eval", (8, 4096, 2048, 16), seqlen_q=512),
+        *make("cross", "layer", "train eval", (8, 4096, 2048, 16), seqlen_q=64),
         *make("overhead", "core", "eval", (1, 8, 64, 4), headline=True),
-        *(case for shape in BIG for case in make("dense", "core", "train eval", shape)),
-        *(case for shape in BIG for case in make("causal", "core", "train eval", shape, causal=True)),
-        *make("decode", "core", "eval", (1, 16384, 4096, 32), seqlen_q=1, heads_kv=8),
-        *make("decode", "core", "eval", (16, 16384, 4096, 32), seqlen_q=1, heads_kv=8),
-        *make("decode", "core", "eval", (4, 65536, 4096, 32), seqlen_q=8, heads_kv=8),
-        *make("odd", "core", "train eval", (8, 2048, 1280, 16)),
-        *make("odd", "core", "train eval", (8, 2048, 1536, 16)),
-        *make("odd", "core", "train eval", (8, 2048, 3072, 16)),
-        *make("odd", "core", "train eval", (8, 2048, 4096, 16)),
+        *(case for shape in BOTH for case in make("dense", "core", "train eval", shape)),
+        *(case for shape in BOTH for case in make("causal", "core", "train eval", shape, causal=True)),
+        *(
+            case
+            for seqlen_q in (1, 8)
+            for batch, seqlen_k in ((4, 16384), (16, 16384), (4, 65536), (16, 65536))
+            for case in make("decode", "core", "eval", (batch, seqlen_k, 4096, 32), seqlen_q=seqlen_q, heads_kv=8)
+        ),
+        *(
+            case
+            for width in (80, 96, 192, 256)
+            for case in make("odd", "core", "train eval", (8, 2048, 16 * width, 16))
+        ),
         *make("odd", "core", "train eval", (8, 577, 2048, 16)),
+        *make("odd", "core", "train eval", (8, 1025, 2048, 16)),
     )
 ]
 

@@ -11,7 +11,7 @@ from ..commands.devices import device
 from ..commands.screen import add_json, print_json, print_table, progress
 from .cases import LEVELS, PASSES, SUITES, every_case, select
 from .lineup import contestants, everybody
-from .report import Run, faults, load, markdown, origin_line, save, summary_lines, verdict_table
+from .report import Run, faults, levels, load, markdown, origin_line, save, summary_lines, verdict_table
 from .runner import FEWEST, Plan, run
 
 BUDGETS = {"cpu": 360.0, "cuda": 450.0}
@@ -40,7 +40,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--backends",
         nargs="*",
         metavar="NAME",
-        help="our backends that take part by name; default all, and on a CPU this package's own at level core alone",
+        help="our backends that take part by name; default all, but this package's own on a CPU at level core alone, "
+        "and on a GPU flex in few cases and naive in none",
     )
     parser.add_argument("--device", default="cpu", help="default cpu")
     parser.add_argument("--rounds", type=int, default=12, help="turns of every contestant in a case (default 12)")
@@ -148,7 +149,7 @@ def show(found: Run, json: bool) -> int:
     if json:
         print_json(found)
     else:
-        for level in found["summary"]:
+        for level in levels(found):
             print_table(*verdict_table(found, level))
             print()
         print("\n".join([*summary_lines(found), origin_line(found)]))

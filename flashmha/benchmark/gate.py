@@ -6,7 +6,7 @@ On the very tensors that are timed, an output and every gradient must keep the r
 from __future__ import annotations
 
 import contextlib
-import dataclasses
+import gc
 import time
 from typing import Any
 
@@ -17,39 +17,48 @@ from ..backends import Backend, Call, record
 from ..errors import NoBackendError
 from ..tolerance import allowed_error
 from .inputs import Inputs
-from .machine import peak_bytes
-from .peers import Attention, Contestant, Sdpa, Stock, StockBest
+from .machine import host_seconds, peak_bytes, wait
+from .peers import Contestant
+from .reference import Named, Reference
 
-Named = dict[str, Tensor]
-"""``out``, ``weights`` where they are read, and ``gradient of ...`` for every leaf."""
+WARMUP = 3
+"""Calls before one is captured: libraries and gradients take their memory in the first ones."""
 
 
 class Seat:
-    """A contestant at the tensors of a case; a call computes the case once.
-
-    Attributes:
-        first: seconds the first call took.
-    """
-
-    first: float
+    """A contestant at the tensors of a case, with leaves of its own; a call computes the case once."""
 
     def __init__(self, contestant: Contestant, inputs: Inputs) -> None:
         case = inputs.case
-        self.contestant, self.inputs = contestant, inputs
+        self.contestant, self.inputs = contestant, inputs.to(inputs.query.dtype)
         self.module = contestant.build(case).to(inputs.query.device, inputs.query.dtype)
-        self.module.load_state_dict(inputs.state)
+        names = {name: contestant.renamed.get(name, name) for name in self.module.state_dict()}
+        self.module.load_state_dict({name: inputs.state[known] for name, known in names.items()})
         self.module.train(case.mode == "train")
-        self.leaves = {**inputs.leaves(), **dict(self.module.named_parameters())} if case.mode == "train" else {}
-        if contestant.compiled:
+        self.leaves: dict[str, Tensor] = {}
+        if case.mode == "train":
+            self.leaves = self.inputs.leaves() | {names[name]: x for name, x in self.module.named_parameters()}
+        if contestant.how == "compiled":
             self.module.compile(dynamic=False)
+        self.graph: torch.cuda.CUDAGraph | None = None
+        self.captured: Named = {}
 
     def __call__(self) -> None:
         self.run()
-        for leaf in self.leaves.values():
-            leaf.grad = None
+        if self.graph is None:
+            self.clear()
 
     def run(self) -> Named:
         """Compute the case, reading the weights it asks for; gradients stay on the leaves."""
+        if self.contestant.how != "graph":
+            return self.compute()
+        if self.graph is None:
+            self.capture()
+        assert self.graph is not None
+        self.graph.replay()
+        return self.captured
+
+    def compute(self) -> Named:
         out, weights = self.contestant.call(self.module, self.inputs)
         named = {"out": out}
         if weights is not None:
@@ -59,71 +68,56 @@ class Seat:
             out.backward(self.inputs.cotangent)
         return named
 
+    def capture(self) -> None:
+        """Put the call into a CUDA graph, gradients included: every replay writes into the same tensors."""
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(WARMUP):
+                self.compute()
+                self.clear()
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            self.captured = self.compute()
+        self.graph = graph
+
+    def clear(self) -> None:
+        for leaf in self.leaves.values():
+            leaf.grad = None
+
     def collect(self, named: Named) -> Named:
         """What ``run`` left behind: plain tensors, the gradients among them."""
         plain = {name: x.detach() + 0.0 for name, x in named.items()}
         for name, leaf in self.leaves.items():
             plain[f"gradient of {name}"] = torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
-            leaf.grad = None
+        if self.graph is None:
+            self.clear()
         return plain
-
-
-@dataclasses.dataclass(frozen=True)
-class Reference:
-    """The exact answer of a case, and a plain one in its dtype."""
-
-    exact: Named
-    plain: Named
-
-    @classmethod
-    def of(cls, inputs: Inputs) -> Reference:
-        """The stock layer (at level core: SDPA) in float64, and by the definition in the case's dtype.
-
-        On CUDA in float32 and by the fused kernel: the definition does not fit the memory at the lengths timed there.
-        """
-        cuda, layer = inputs.query.device.type == "cuda", inputs.case.level == "layer"
-        fused: Contestant = StockBest() if layer else Sdpa()
-        definition: Contestant = Stock() if layer else Attention("definition", "naive")
-        wide = inputs.to(torch.float32 if cuda else torch.float64)
-        return cls(answer(fused, wide), answer(fused if cuda else definition, inputs))
-
-
-def answer(contestant: Contestant, inputs: Inputs) -> Named:
-    seat = Seat(contestant, inputs)
-    seat.module.train()  # off stock's fast path
-    with torch.inference_mode(not seat.leaves):
-        return seat.collect(seat.run())
 
 
 def admit(contestant: Contestant, inputs: Inputs, reference: Reference) -> tuple[Seat | None, dict[str, Any]]:
     """A seat for a contestant that computes the case rightly, and what is to be reported of it.
 
-    ``status`` is ``ok``, ``refused`` or ``failed`` (with ``reason``), or ``wrong``; only the first has a seat.
+    ``status`` is ``ok``, ``refused``, ``failed`` or ``wrong``, the last three with a ``reason``; only the first has a
+    seat. A peer that raises cannot compute the case, and neither can anybody whom the memory is too small for: that is
+    ``refused``, with ``raised``. One of ours that raises has ``failed``.
     """
     row: dict[str, Any] = {"ours": contestant.ours, "status": "refused"}
     why = contestant.refuses(inputs.case)
     if why is not None:
         return None, {**row, "reason": why}
-    named: Named = {}
     try:
-        seat = Seat(contestant, inputs)
-        # what is compiled inside of record would be compiled once more outside
-        recording: contextlib.AbstractContextManager[list[Call]] = contextlib.nullcontext([])
-        if not contestant.compiled:
-            recording = record()
-        with torch.inference_mode(not seat.leaves), recording as calls:
-            if contestant.compiled:
-                seat()
-            device, began = inputs.query.device, time.monotonic()
-            row["peak_bytes"] = peak_bytes(lambda: named.update(seat.run()), device)
-            seat.first = time.monotonic() - began
-            named = seat.collect(named)
+        seat, named, calls = tried(contestant, inputs, row)
     except NoBackendError as error:
         return None, {**row, "reason": "; ".join(f"{name}: {why}" for name, why in error.reasons.items())}
-    except Exception as error:  # a peer's or a third party's: it must not end the run of the others
-        for leaf in inputs.leaves().values():
-            leaf.grad = None
-        return None, {**row, "status": "failed", "reason": f"{type(error).__name__}: {error}"[:300]}
+    except Exception as error:  # whatever a peer or a third party raises must not end the run of the others
+        row |= {"raised": True, "reason": f"{type(error).__name__}: {error}"[:300]}
+        if contestant.ours and not isinstance(error, torch.OutOfMemoryError):
+            row["status"] = "failed"
+        error.__traceback__ = None  # it holds the tensors of the attempt
+        sweep(inputs.query.device)
+        return None, row
     if calls:
         row["backend"] = ", ".join(sorted({call.backend for call in calls}))
     real = None if contestant.every_row or inputs.hidden is None else ~inputs.hidden
@@ -131,6 +125,36 @@ def admit(contestant: Contestant, inputs: Inputs, reference: Reference) -> tuple
     if faults:
         return None, {**row, "status": "wrong", "reason": "; ".join(faults)}
     return seat, {**row, "status": "ok"}
+
+
+def tried(contestant: Contestant, inputs: Inputs, row: dict[str, Any]) -> tuple[Seat, Named, list[Call]]:
+    """A contestant's first calls: one that may compile, one whose memory counts, and how long the host takes."""
+    device = inputs.query.device
+    # what is compiled inside of record would be compiled once more outside
+    recording: contextlib.AbstractContextManager[list[Call]] = contextlib.nullcontext([])
+    if contestant.how == "eager":
+        recording = record()
+    seat, named = Seat(contestant, inputs), {}
+    with torch.inference_mode(not seat.leaves), contestant.setting():
+        began = time.perf_counter()
+        with recording as calls:
+            seat()
+            wait(device)
+        row["first_call_ms"] = float(f"{1e3 * (time.perf_counter() - began):.4g}")
+        peak = peak_bytes(lambda: named.update(seat.run()), device)
+        if seat.graph is None:  # a graph holds its memory from the first call on
+            row["peak_bytes"] = peak
+        named = seat.collect(named)
+        if device.type == "cuda":
+            row["host_seconds"] = float(f"{host_seconds(seat, device):.4g}")
+    return seat, named, calls
+
+
+def sweep(device: torch.device) -> None:
+    """Give back what nobody holds any more; the collector is off while a run goes on."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def judge(named: Named, reference: Reference, real: Tensor | None = None) -> tuple[list[str], dict[str, float]]:

@@ -47,7 +47,7 @@ class Inputs:
         return kept
 
     def to(self, dtype: torch.dtype) -> Inputs:
-        """The same numbers in another dtype."""
+        """The same numbers in a dtype, as leaves of their own, which share the memory where the dtype stays."""
         moved: dict[int, Tensor] = {}
         for x in self.leaves().values():
             moved[id(x)] = x.detach().to(dtype).requires_grad_(x.requires_grad)
@@ -63,11 +63,12 @@ class Inputs:
 
 def draw(case: Case, device: torch.device, seed: int) -> Inputs:
     """The tensors of a case out of a seed: normal, padding included."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(device).manual_seed(seed)
     dtype = getattr(torch, case.dtype)
 
     def normal(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator).to(device, dtype)
+        wide = torch.float32 if device.type == "cpu" else dtype  # a GPU holds a cache of 65536 keys once, not thrice
+        return torch.randn(shape, generator=generator, device=device, dtype=wide).to(dtype)
 
     state: dict[str, Tensor] = {}
     if case.level == "layer":

@@ -11,42 +11,89 @@ import torch
 
 from ..backends import get, names, origin
 from .cases import Case
-from .peers import CONTROL, Attention, Compiled, Contestant, Flashmha, LinearSdpa, Sdpa, Stock, StockBest, StockSlow
+from .kernels import FORCED, ByHand, FlashAttnMha, Linear, flash_attn, with_kvcache
+from .peers import CONTROL, Attention, Contestant, Flashmha, Stock, StockBest, StockSlow, Through
+
+PACKAGES = {
+    "flash4": ("flash_attn_4", "linear_flash_attn_4"),
+    "flash3": ("flash_attn_3", "flash_attn_3_kvcache"),
+    "flash2": ("flash_attn_2", "flash_attn_2_kvcache", FlashAttnMha.name),
+}
+"""The flash-attn packages by the names of our backends: their dense function, and what else of them takes part."""
+
+FEW = {
+    "cpu": ("small/*", "dense/*", "overhead/*"),
+    "cuda": ("small/layer/*/b8s512*", "dense/layer/train/b8s2048*", "dense/core/*/b8s2048*"),
+}
+"""Cases that have time for what ``torch.compile`` makes, which takes ten seconds and more each."""
+
+GRAPHED = ("small/layer/*",)
+"""Cases whose calls are replayed from CUDA graphs, too."""
 
 
 def everybody(device: torch.device) -> tuple[list[Contestant], dict[str, str]]:
     """All contestants of both levels, every backend this machine has among them; and who is absent, with the reason."""
     absent = {name: why for name in names() if (why := get(name).unavailable(device)) is not None}
     present = [name for name in names() if name not in absent]
-    stock, best, linear, sdpa, automatic = Stock(), StockBest(), LinearSdpa(), Sdpa(), Attention("attention")
+    stock, best, linear, sdpa, automatic = Stock(), StockBest(), Linear(), ByHand(), Attention("attention")
     ours = Flashmha("flashmha_best", best, trust_is_causal=True)
-    compiled = [
-        Compiled("stock_compiled", best),
-        Compiled("linear_sdpa_compiled", linear),
-        Compiled("flashmha_compiled", ours),
-        Compiled("sdpa_compiled", sdpa),
-        Compiled("attention_compiled", automatic),
-    ]
-    why = no_compiler(device)
-    if why is not None:
-        absent |= {contestant.name: why for contestant in compiled}
-        compiled = []
+    through = {"stock": best, "linear_sdpa": linear, "flashmha": ours, "sdpa": sdpa, "attention": automatic}
+    reasons = {"compiled": no_compiler(device), "graph": None if device.type == "cuda" else "no CUDA device"}
+    others: list[Contestant] = []
+    for kind, why in reasons.items():
+        every = [
+            Through(name, inner, kind) for name, inner in through.items() if (inner.level, kind) != ("core", "graph")
+        ]
+        if why is None:
+            others += every
+        else:
+            absent |= {one.name: why for one in every}
     return [
         stock,
         best,
         StockSlow(),
         linear,
+        *packages(device, absent),
         Flashmha("flashmha", stock),
         ours,
         Flashmha("flashmha_skip", best, every_row=False, trust_is_causal=True, skip_padding=True),
         *(Flashmha(f"flashmha:{name}", best, trust_is_causal=True, backend=name) for name in present),
         Flashmha(CONTROL, best, trust_is_causal=True),
         sdpa,
+        *forced(device, absent),
         automatic,
         *(Attention(f"attention:{name}", name) for name in present),
         Attention(CONTROL),
-        *compiled,
+        *others,
     ], absent
+
+
+def forced(device: torch.device, absent: dict[str, str]) -> list[Contestant]:
+    """SDPA held to each of a GPU's kernels; elsewhere they join ``absent``."""
+    if device.type == "cuda":
+        return [ByHand(f"sdpa_{name}", forced=kernel) for name, kernel in FORCED.items()]
+    absent |= {f"sdpa_{name}": f"device {device.type} (only cuda)" for name in FORCED}
+    return []
+
+
+def packages(device: torch.device, absent: dict[str, str]) -> list[Contestant]:
+    """The flash-attn packages called by hand, and flash-attn's layer; what is not here joins ``absent``."""
+    found: list[Contestant] = []
+    for backend, (name, *others) in PACKAGES.items():
+        why = get(backend).unavailable(device)
+        if why is not None:
+            absent |= dict.fromkeys((name, *others), why)
+            continue
+        kernel = flash_attn(backend)
+        found.append(ByHand(name, kernel, takes_masks=False))
+        for other in others:
+            if other == f"linear_{name}":
+                found.append(Linear(other, kernel, takes_masks=False))
+            elif other == FlashAttnMha.name:
+                found.append(FlashAttnMha())
+            else:
+                found.append(ByHand(other, with_kvcache(backend), takes_masks=False, decodes=True))
+    return found
 
 
 def no_compiler(device: torch.device) -> str | None:
@@ -54,10 +101,6 @@ def no_compiler(device: torch.device) -> str | None:
     if device.type == "cuda":
         return None if importlib.util.find_spec("triton") else "triton is not installed"
     return None if any(map(shutil.which, ("c++", "g++", "clang++", "cl"))) else "no C++ compiler on this machine"
-
-
-COMPILED = ("small", "dense", "overhead")
-"""Suites that time compiled contestants where none is named: compiling one takes ten seconds and more."""
 
 
 def contestants(
@@ -69,9 +112,9 @@ def contestants(
 ) -> list[Contestant]:
     """Those who take part in a case.
 
-    ``peers`` are globs over the names of peers and compiled contestants, or ``all``; without it nothing compiled runs
-    on a CPU. ``backends`` names those of ours that run by name. Without it all do, except that on a CPU this package's
-    own take part at level core alone, where nothing else hides them.
+    ``peers`` are globs over the names of peers and of whoever is compiled or in a graph, or ``all``; without it nothing
+    compiled runs on a CPU. ``backends`` names those of ours that run by name. Without it they all do, but for those
+    ``hidden``.
     """
 
     def wanted(one: Contestant) -> bool:
@@ -79,13 +122,29 @@ def contestants(
         if one.level != case.level:
             return False
         if colon:
-            if backends is not None:
-                return backend in backends
-            return case.level == "core" or device.type != "cpu" or origin(backend) != "flashmha"
-        if one.compiled and (peers is None or "all" in peers):
-            return case.suite in COMPILED and (peers is not None or device.type != "cpu")
-        if one.ours and not one.compiled:
+            return backend in backends if backends is not None else not hidden(backend, case, device)
+        if one.how != "eager" and (peers is None or "all" in peers):
+            cases = GRAPHED if one.how == "graph" else FEW.get(device.type, ())
+            return fits(case, cases) and (peers is not None or device.type != "cpu")
+        if one.ours and one.how == "eager":
             return True
         return peers is None or "all" in peers or any(fnmatchcase(one.name, glob) for glob in peers)
 
     return [one for one in everyone if wanted(one)]
+
+
+def hidden(backend: str, case: Case, device: torch.device) -> bool:
+    """A backend of this package takes no part by name where nobody asked.
+
+    On a CPU at level core alone, where nothing else hides it; on a GPU the definition never, and flex, which is
+    compiled for every shape, in few cases.
+    """
+    if origin(backend) != "flashmha":
+        return False
+    if device.type == "cpu":
+        return case.level != "core"
+    return backend == "naive" or (backend == "flex" and not fits(case, FEW["cuda"]))
+
+
+def fits(case: Case, globs: Sequence[str]) -> bool:
+    return any(fnmatchcase(case.id, glob) for glob in globs)

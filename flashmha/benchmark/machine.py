@@ -6,6 +6,7 @@ import contextlib
 import gc
 import os
 import platform
+import statistics
 import subprocess
 import time
 from collections.abc import Callable, Iterator
@@ -15,16 +16,21 @@ from typing import Any
 
 import torch
 
-PACKAGES = ("einops", "triton", "flash-attn", "flash-attn-4", "transformer-engine")
+PACKAGES = ("einops", "triton", "flash-attn", "flash-attn-3", "fa3-fwd", "flash-attn-4", "nvidia-cutlass-dsl")
+AHEAD = 500_000
+"""Cycles a GPU is kept waiting, so that the host has a head start: a fraction of a millisecond."""
 
 
-def seconds(run: Callable[[], None], calls: int, device: torch.device) -> float:
+def seconds(run: Callable[[], object], calls: int, device: torch.device) -> float:
     """Seconds of one of several calls in a row: on CUDA between two events, on a CPU this thread's own time.
+
+    The GPU starts late, so that the first launch is not in the time of those that keep it busy.
 
     ``time.thread_time`` leaves out what other processes take, and what other threads do: run with one thread.
     """
     if device.type == "cuda":
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        torch.cuda._sleep(AHEAD)
         start.record()
         for _ in range(calls):
             run()
@@ -35,6 +41,25 @@ def seconds(run: Callable[[], None], calls: int, device: torch.device) -> float:
     for _ in range(calls):
         run()
     return (time.thread_time() - began) / calls
+
+
+def wait(device: torch.device) -> None:
+    """Until a device has done everything."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def host_seconds(run: Callable[[], object], device: torch.device) -> float:
+    """What the host takes to send off one call to an idle GPU: the median of a few."""
+    took: list[float] = []
+    started = time.perf_counter()
+    while len(took) < 15 and time.perf_counter() - started < 0.05:
+        wait(device)
+        began = time.perf_counter()
+        run()
+        took.append(time.perf_counter() - began)
+    wait(device)
+    return statistics.median(took)
 
 
 def peak_bytes(run: Callable[[], None], device: torch.device) -> int:
@@ -74,24 +99,28 @@ def quiet(device: torch.device) -> Iterator[None]:
 
 
 class Canary:
-    """A matrix product of one size that tells whether a GPU's clock moved; on a CPU, where time is counted, silent."""
+    """Work of one size in every round, which tells whether a GPU's clock moved and what it can do; on a CPU, none.
+
+    A product of two matrices of 8192, in bfloat16, and a copy of 1 GiB.
+    """
+
+    SIDE, BYTES = 8192, 2**30
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self.square = None
+        self.square = self.source = self.target = None
         if device.type == "cuda":
-            self.square = torch.randn(8192, 8192, device=device, dtype=torch.bfloat16)
+            self.square = torch.randn(self.SIDE, self.SIDE, device=device, dtype=torch.bfloat16)
+            self.source, self.target = (torch.empty(self.BYTES, device=device, dtype=torch.uint8) for _ in range(2))
 
-    def seconds(self) -> float | None:
-        """Of one product."""
-        square = self.square
-        if square is None:
-            return None
-
-        def multiply() -> None:
-            torch.mm(square, square)
-
-        return seconds(multiply, 5, self.device)
+    def sing(self) -> dict[str, float]:
+        """``gemm_tflops`` and ``copy_tbs`` (bytes read and written); nothing on a CPU, where time is counted."""
+        square, source, target = self.square, self.source, self.target
+        if square is None or source is None or target is None:
+            return {}
+        product = seconds(lambda: torch.mm(square, square), 5, self.device)
+        copy = seconds(lambda: target.copy_(source), 3, self.device)
+        return {"gemm_tflops": 2 * self.SIDE**3 / product / 1e12, "copy_tbs": 2 * self.BYTES / copy / 1e12}
 
 
 def environment(device: torch.device) -> dict[str, Any]:
@@ -107,11 +136,28 @@ def environment(device: torch.device) -> dict[str, Any]:
         "packages": {},
     }
     if device.type == "cuda":
-        found |= {"gpu": torch.cuda.get_device_name(device), "cudnn": torch.backends.cudnn.version()}
+        found |= {
+            "gpu": torch.cuda.get_device_name(device),
+            "cuda": torch.version.cuda,
+            "cudnn": torch.backends.cudnn.version(),
+            **driver(device),
+        }
     for package in PACKAGES:
         with contextlib.suppress(metadata.PackageNotFoundError):
             found["packages"][package] = metadata.version(package)
     return found
+
+
+def driver(device: torch.device) -> dict[str, str]:
+    """The driver, and what the GPU is at after a run; nothing without ``nvidia-smi``."""
+    fields = ("driver_version", "clocks.sm", "clocks.mem", "power.draw", "temperature.gpu")
+    index = torch.cuda.current_device() if device.index is None else device.index
+    command = ["nvidia-smi", f"--id={index}", f"--query-gpu={','.join(fields)}", "--format=csv,noheader"]
+    try:
+        ran = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20)
+    except (OSError, subprocess.SubprocessError):
+        return {}
+    return dict(zip(fields, (text.strip() for text in ran.stdout.split(","))))
 
 
 def processor() -> str:

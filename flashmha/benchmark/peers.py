@@ -1,12 +1,13 @@
-"""The contestants: ways to compute a case, ours and the others', each from one stock layer's parameters."""
+"""The contestants: ways to compute a case, ours and stock's, each from one stock layer's parameters."""
 
 from __future__ import annotations
 
 import abc
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..functional import attention
@@ -18,11 +19,26 @@ from .inputs import Inputs
 Answer = tuple[Tensor, Tensor | None]
 """The output, and the attention weights where the case reads them."""
 
-HEADLINE = {"layer": "flashmha_best", "core": "attention"}
-"""Whom a verdict is about."""
+HOW = ("eager", "compiled", "graph")
+"""``graph``: captured in a CUDA graph once, and replayed. Contestants are compared with those of their own kind."""
+
+HEADLINES = {
+    "flashmha_best": ("layer", "eager"),
+    "flashmha_compiled": ("layer", "compiled"),
+    "flashmha_graph": ("layer", "graph"),
+    "attention": ("core", "eager"),
+    "attention_compiled": ("core", "compiled"),
+}
+"""Whom verdicts are about: level, and how it runs."""
 
 CONTROL = "control"
-"""The headline contestant a second time: what the two differ by is noise."""
+"""The eager one of them a second time: what the two differ by is noise."""
+
+
+def how(name: str) -> str:
+    """How a contestant runs, which its name ends with unless it is eager."""
+    last = name.rpartition("_")[2]
+    return last if last in HOW else "eager"
 
 
 class Contestant(abc.ABC):
@@ -33,14 +49,16 @@ class Contestant(abc.ABC):
         level: the level it computes.
         ours: it is flashmha.
         every_row: the rows of padded queries hold what stock computes there; else the real rows alone do.
-        compiled: it goes through ``torch.compile``.
+        how: out of ``HOW``.
+        renamed: the names of its parameters that differ from stock's, and what stock calls them.
     """
 
     name: str
     level = "layer"
     ours = False
     every_row = True
-    compiled = False
+    how = "eager"
+    renamed: dict[str, str] = {}
 
     def refuses(self, case: Case) -> str | None:
         """Why it does not compute a case."""
@@ -53,6 +71,10 @@ class Contestant(abc.ABC):
     @abc.abstractmethod
     def call(self, module: nn.Module, inputs: Inputs) -> Answer:
         """One forward."""
+
+    def setting(self) -> contextlib.AbstractContextManager[None]:
+        """The switches of the process that its calls want, set before the clock starts."""
+        return contextlib.nullcontext()
 
 
 class Stock(Contestant):
@@ -91,78 +113,14 @@ class StockSlow(Stock):
             return "for weights that are read in eval"
         return super().refuses(case)
 
-    def call(self, module: nn.Module, inputs: Inputs) -> Answer:
+    @contextlib.contextmanager
+    def setting(self) -> Iterator[None]:
         before = torch.backends.mha.get_fastpath_enabled()
         torch.backends.mha.set_fastpath_enabled(False)
         try:
-            return super().call(module, inputs)
+            yield
         finally:
             torch.backends.mha.set_fastpath_enabled(before)
-
-
-class LinearSdpa(Contestant):
-    """The layer a good engineer writes by hand, for one shape of problem, without options."""
-
-    name = "linear_sdpa"
-
-    class Module(nn.Module):
-        def __init__(self, embed_dim: int, heads: int) -> None:
-            super().__init__()
-            self.heads = heads
-            self.in_proj_weight = nn.Parameter(torch.empty(3 * embed_dim, embed_dim))
-            self.in_proj_bias = nn.Parameter(torch.empty(3 * embed_dim))
-            self.out_proj = nn.Linear(embed_dim, embed_dim)
-
-        def forward(self, query: Tensor, key: Tensor, mask: Tensor | None, is_causal: bool) -> Tensor:
-            weight, bias, embed_dim = self.in_proj_weight, self.in_proj_bias, query.shape[-1]
-            if query is key:
-                packed = F.linear(query, weight, bias).unflatten(-1, (3, self.heads, -1))
-                q, k, v = packed.permute(2, 0, 3, 1, 4).unbind()
-            else:
-                q = F.linear(query, weight[:embed_dim], bias[:embed_dim])
-                q = q.unflatten(-1, (self.heads, -1)).transpose(1, 2)
-                kv = F.linear(key, weight[embed_dim:], bias[embed_dim:]).unflatten(-1, (2, self.heads, -1))
-                k, v = kv.permute(2, 0, 3, 1, 4).unbind()
-            out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal)
-            projected: Tensor = self.out_proj(out.transpose(1, 2).flatten(2))
-            return projected
-
-    def refuses(self, case: Case) -> str | None:
-        return super().refuses(case) or ("SDPA returns no weights" if case.weights else None)
-
-    def build(self, case: Case) -> nn.Module:
-        return self.Module(case.embed_dim, case.heads)
-
-    def call(self, module: nn.Module, inputs: Inputs) -> Answer:
-        return module(inputs.query, inputs.key, *sdpa_mask(inputs)), None
-
-
-class Sdpa(Contestant):
-    """``F.scaled_dot_product_attention`` called by hand."""
-
-    name, level = "sdpa", "core"
-
-    class Module(nn.Module):
-        def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool) -> Tensor:
-            q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-            grouped = {"enable_gqa": True} if q.shape[1] != k.shape[1] else {}
-            out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal, **grouped)
-            return out.transpose(1, 2)
-
-    def build(self, case: Case) -> nn.Module:
-        return self.Module()
-
-    def call(self, module: nn.Module, inputs: Inputs) -> Answer:
-        return module(inputs.query, inputs.key, inputs.value, *sdpa_mask(inputs)), None
-
-
-def sdpa_mask(inputs: Inputs) -> tuple[Tensor | None, bool]:
-    """``attn_mask`` and ``is_causal`` of SDPA, which takes one of them: causality beside padding joins the mask."""
-    hidden = inputs.padding()
-    if hidden is None:
-        return None, inputs.case.causal
-    mask = ~hidden[:, None, None, :]
-    return (mask if inputs.attn_mask is None else mask & ~inputs.attn_mask), False
 
 
 class Flashmha(Contestant):
@@ -215,13 +173,12 @@ class Attention(Contestant):
         return module(inputs.query, inputs.key, inputs.value, inputs.padding(), case.causal), None
 
 
-class Compiled(Contestant):
-    """Another contestant, its module through ``torch.compile``."""
+class Through(Contestant):
+    """Another contestant, its module through ``torch.compile`` or its call through a CUDA graph."""
 
-    compiled = True
-
-    def __init__(self, name: str, inner: Contestant) -> None:
-        self.name, self.inner, self.level, self.ours = name, inner, inner.level, inner.ours
+    def __init__(self, name: str, inner: Contestant, how: str) -> None:
+        self.name, self.inner, self.how = f"{name}_{how}", inner, how
+        self.level, self.ours, self.every_row, self.renamed = inner.level, inner.ours, inner.every_row, inner.renamed
 
     def refuses(self, case: Case) -> str | None:
         return self.inner.refuses(case)
@@ -231,3 +188,6 @@ class Compiled(Contestant):
 
     def call(self, module: nn.Module, inputs: Inputs) -> Answer:
         return self.inner.call(module, inputs)
+
+    def setting(self) -> contextlib.AbstractContextManager[None]:
+        return self.inner.setting()

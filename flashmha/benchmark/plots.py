@@ -13,8 +13,9 @@ from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap, TwoSlopeNorm
 from matplotlib.figure import Figure
 
-from .report import Run, origin_line
-from .verdicts import middle
+from .peers import HEADLINES, how
+from .report import KINDS, Run, levels, origin_line
+from .verdicts import middle, share_of_gemm
 
 PAIRS = {
     "layer": {
@@ -22,12 +23,27 @@ PAIRS = {
         "stock\nat its best": ("flashmha_best", "stock_best"),
         "stock\nslow path": ("flashmha_best", "stock_slow"),
         "linear\n+ SDPA": ("flashmha_best", "linear_sdpa"),
+        "linear\n+ FA4": ("flashmha_best", "linear_flash_attn_4"),
+        "flash_attn\n.MHA": ("flashmha_best", "flash_attn_mha"),
         "stock,\nboth compiled": ("flashmha_compiled", "stock_compiled"),
         "linear + SDPA,\nboth compiled": ("flashmha_compiled", "linear_sdpa_compiled"),
+        "stock, both in\nCUDA graphs": ("flashmha_graph", "stock_graph"),
+        "linear + SDPA,\nboth in graphs": ("flashmha_graph", "linear_sdpa_graph"),
         "skip_padding:\nstock": ("flashmha_skip", "stock_best"),
         "skip_padding:\nlinear + SDPA": ("flashmha_skip", "linear_sdpa"),
     },
-    "core": {"SDPA\nby hand": ("attention", "sdpa"), "SDPA,\nboth compiled": ("attention_compiled", "sdpa_compiled")},
+    "core": {
+        "SDPA\nby hand": ("attention", "sdpa"),
+        "SDPA's\ncuDNN": ("attention", "sdpa_cudnn"),
+        "SDPA's\nflash": ("attention", "sdpa_flash"),
+        "SDPA's\nefficient": ("attention", "sdpa_efficient"),
+        "flash-attn\n4": ("attention", "flash_attn_4"),
+        "flash-attn\n3": ("attention", "flash_attn_3"),
+        "flash-attn\n2": ("attention", "flash_attn_2"),
+        "flash-attn 3\nwith_kvcache": ("attention", "flash_attn_3_kvcache"),
+        "flash-attn 2\nwith_kvcache": ("attention", "flash_attn_2_kvcache"),
+        "SDPA,\nboth compiled": ("attention_compiled", "sdpa_compiled"),
+    },
 }
 """The columns of the heat map: who of ours against whom."""
 
@@ -36,13 +52,18 @@ LINES = {
     "stock_best": ("#505050", "s", "-"),
     "stock_slow": ("#c4a484", "v", "--"),
     "linear_sdpa": ("#d98a00", "D", "-"),
+    "linear_flash_attn_4": ("#b2182b", "X", "-"),
+    "flash_attn_mha": ("#c51b7d", "P", "-"),
     "stock_compiled": ("#8c6bb1", "<", ":"),
     "linear_sdpa_compiled": ("#b35806", ">", ":"),
     "flashmha": ("#6baed6", "o", "--"),
     "flashmha_best": ("#08519c", "s", "-"),
     "flashmha_skip": ("#238b45", "^", "-"),
 }
-"""The contestants of the line plots: color, marker, dashes."""
+"""The contestants of the other plots: color, marker, dashes."""
+
+AT_BEST = ("stock_best", "linear_sdpa", "flashmha_best")
+"""Those of them that are compiled or put into a CUDA graph, too."""
 
 NARROWEST, WIDEST = 2.0, 8.0
 """Between which ratios the colors of the heat map reach their ends."""
@@ -51,23 +72,25 @@ GREY, HIDDEN = "#e3e3e3", "#fafafa"
 
 
 def draw(run: Run, folder: Path) -> None:
-    """Write ``ratios.png``, ``time.png`` and ``memory.png``."""
+    """Write ``ratios.png``, ``time.png`` and ``memory.png``, and ``gemm.png`` of a run on a GPU."""
     matplotlib.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False})
     draw_ratios(run, folder / "ratios.png")
     draw_lines(run, folder / "time.png", "microseconds a token", microseconds_a_token)
     draw_lines(run, folder / "memory.png", "peak KiB a token", kibibytes_a_token)
+    if run["canaries"]:
+        draw_shares(run, folder / "gemm.png")
 
 
 def draw_ratios(run: Run, path: Path) -> None:
     """How many times faster than every peer: a row a case, white at 1, grey inside the noise."""
-    levels = {level: [case for case in run["cases"] if case["case"]["level"] == level] for level in run["summary"]}
-    columns = {level: shown(levels[level], PAIRS[level]) for level in levels}
-    levels = {level: cases for level, cases in levels.items() if columns[level]}
-    if not levels:
+    rows = {level: [case for case in run["cases"] if case["case"]["level"] == level] for level in levels(run)}
+    columns = {level: shown(cases, PAIRS[level]) for level, cases in rows.items()}
+    rows = {level: cases for level, cases in rows.items() if columns[level]}
+    if not rows:
         return
     logs = [
         math.log2(case["ratios"][one][peer]["median"])
-        for level, cases in levels.items()
+        for level, cases in rows.items()
         for case in cases
         for one, peer in columns[level].values()
         if peer in case["ratios"].get(one, {})
@@ -75,12 +98,12 @@ def draw_ratios(run: Run, path: Path) -> None:
     end = min(math.log2(WIDEST), max(math.log2(NARROWEST), *map(abs, logs)))
     colors = LinearSegmentedColormap.from_list("ratios", ["#b2182b", "#ef8a62", "#ffffff", "#67a9cf", "#2166ac"])
     norm = TwoSlopeNorm(0.0, -end, end)
-    height = sum(len(cases) for cases in levels.values())
-    width = max(map(len, (columns[level] for level in levels)))
-    figure = Figure(figsize=(4.2 + 1.15 * width, 1.3 + 0.27 * height + 0.7 * len(levels)))
-    axes = figure.subplots(len(levels), 1, squeeze=False, height_ratios=[len(cases) + 1 for cases in levels.values()])
+    height = sum(len(cases) for cases in rows.values())
+    width = max(map(len, (columns[level] for level in rows)))
+    figure = Figure(figsize=(4.2 + 1.15 * width, 1.3 + 0.27 * height + 0.7 * len(rows)))
+    axes = figure.subplots(len(rows), 1, squeeze=False, height_ratios=[len(cases) + 1 for cases in rows.values()])
     band = math.log2(1 + run["noise_floor"])
-    for ax, (level, cases) in zip(axes[:, 0], levels.items()):
+    for ax, (level, cases) in zip(axes[:, 0], rows.items()):
         for y, case in enumerate(cases):
             for x, (one, peer) in enumerate(columns[level].values()):
                 found = case["ratios"].get(one, {}).get(peer)
@@ -137,14 +160,13 @@ def tokens(case: dict[str, Any]) -> int:
 
 
 def draw_lines(run: Run, path: Path, unit: str, measure: Callable[[dict[str, Any], dict[str, Any]], float]) -> None:
-    """One panel for each family of cases that differ in length alone, one line a contestant."""
+    """One panel for each family of cases that differ in length, and maybe in heads, one line a contestant."""
     families: dict[str, dict[int, dict[str, Any]]] = {}
     for case in run["cases"]:
         sizes = case["case"]
         if sizes["level"] == "layer" and sizes["seqlen_q"] == sizes["seqlen_k"]:
             kind = f"{sizes['suite']}{', causal' * (sizes['causal'] and sizes['suite'] != 'causal')}, {sizes['mode']}"
-            title = f"{kind}, E{sizes['embed_dim']} H{sizes['heads']}"
-            families.setdefault(title, {})[sizes["seqlen_k"]] = case
+            families.setdefault(f"{kind}, E{sizes['embed_dim']}", {})[sizes["seqlen_k"]] = case
     if not families:
         return
     most = max(map(len, families.values()))
@@ -159,13 +181,13 @@ def draw_lines(run: Run, path: Path, unit: str, measure: Callable[[dict[str, Any
             points = [
                 (length, measure(case, case["contestants"][name]))
                 for length, case in sorted(family.items())
-                if "seconds" in case["contestants"].get(name, {})
+                if {"seconds", "peak_bytes"} <= set(case["contestants"].get(name, ()))
             ]
             if points:
                 (handles[name],) = ax.plot(
                     *zip(*points), color=color, marker=marker, linestyle=dashes, markersize=4.5, linewidth=1.5
                 )
-        dress(ax, title, sorted(family))
+        dress(ax, title, family)
     for ax in axes[len(families) :]:
         ax.set_visible(False)
     figure.supylabel(unit)
@@ -175,15 +197,47 @@ def draw_lines(run: Run, path: Path, unit: str, measure: Callable[[dict[str, Any
     figure.savefig(path, dpi=130)
 
 
-def dress(ax: Axes, title: str, lengths: list[int]) -> None:
+def dress(ax: Axes, title: str, family: dict[int, dict[str, Any]]) -> None:
     """A panel's title, scales and grid: the lengths as powers of 2, values from 0."""
-    ax.set_title(title, fontsize=9)
+    heads = {length: case["case"]["heads"] for length, case in sorted(family.items())}
+    same = len(set(heads.values())) == 1
+    ax.set_title(f"{title} H{min(heads.values())}" if same else title, fontsize=9)
     ax.set_xlabel("sequence length")
     ax.set_xscale("log", base=2)
-    ax.set_xticks(lengths, [str(length) for length in lengths])
+    ax.set_xticks(list(heads), [str(length) if same else f"{length}\nH{each}" for length, each in heads.items()])
     ax.xaxis.set_minor_locator(matplotlib.ticker.NullLocator())
     ax.set_ylim(bottom=0)
     ax.grid(alpha=0.25)
+
+
+def draw_shares(run: Run, path: Path) -> None:
+    """The operations each layer needs, by the time of each contestant, as a share of a matrix product's rate."""
+    ours = [one for one, (level, _) in HEADLINES.items() if level == "layer" and how(one) != "eager"]
+    rows = []
+    for case in run["cases"]:
+        if case["case"]["level"] == "layer":
+            rows.append((label(case), case, {name: name for name in LINES if how(name) == "eager"}))
+            for one in ours:
+                if one in case["ratios"]:
+                    names = {name: f"{name.removesuffix('_best')}_{how(one)}" for name in AT_BEST}
+                    rows.append((label(case) + KINDS[how(one)], case, names))
+    if not rows:
+        return
+    figure = Figure(figsize=(9, 1.6 + 0.25 * len(rows)))
+    ax = figure.subplots()
+    handles: dict[str, Any] = {}
+    for y, (_, case, names) in enumerate(rows):
+        for name, run_as in names.items():
+            color, marker, _ = LINES[name]
+            share = share_of_gemm(case, run_as)
+            if share is not None:
+                (handles[name],) = ax.plot(100 * share, y, color=color, marker=marker, linestyle="", markersize=6)
+    ax.set(xlim=(0, 100), ylim=(len(rows) - 0.5, -0.5), xlabel="% of the rate of a large bfloat16 matrix product")
+    ax.set_yticks(range(len(rows)), [title for title, _, _ in rows])
+    ax.grid(alpha=0.25)
+    figure.legend(handles.values(), handles.keys(), loc="outside upper center", ncols=4, frameon=False)
+    caption(figure, run)
+    figure.savefig(path, dpi=130)
 
 
 def caption(figure: Figure, run: Run) -> None:

@@ -8,20 +8,28 @@ from pathlib import Path
 from typing import Any
 
 from .cases import Case
-from .peers import HEADLINE
-from .verdicts import middle
+from .peers import HEADLINES, how
+from .verdicts import best_peer, judge, middle, share_of_gemm
 
 Run = dict[str, Any]
 Table = tuple[Sequence[str], list[Sequence[str]]]
 """Column names, and rows of as many cells."""
 
-COLUMNS = ("case", "as called", "at best", "best peer", "against it", "95%", "verdict", "memory")
+COLUMNS = ("case", "as called", "at best", "best peer", "against it", "95%", "verdict", "memory", "of GEMM")
 LEGEND = (
     "*as called*: `flashmha` against `stock`, both with default arguments and masks as tensors; *at best*: "
     "`flashmha_best` against `stock_best`, both told that no weights are wanted and that a causal mask is causal. "
-    "Ratios are times of the peer over ours, so above 1 ours is faster. *memory*: our peak above inputs and "
-    "parameters, as a share of `stock_best`'s (at level core `sdpa`'s)."
+    "Ratios are times of the peer over ours, so above 1 ours is faster. The *best peer* is the fastest that runs as "
+    "ours does: eagerly, compiled, or replayed from a CUDA graph. *memory*: our peak above inputs and parameters, as a "
+    "share of `stock_best`'s (at level core `sdpa`'s). *of GEMM*: the operations the case needs, padding not counted, "
+    "by our time, as a share of the rate of a bfloat16 product of two 8192 × 8192 matrices in the same rounds."
 )
+
+AT_BEST = {"flashmha_compiled": "stock_compiled", "flashmha_graph": "stock_graph"}
+"""Stock at its best, where it runs as one of ours does; else ``stock_best``."""
+
+KINDS = {"eager": "", "compiled": ", compiled", "graph": ", in a CUDA graph"}
+"""How a contestant runs, behind the name of a case."""
 
 
 def save(run: Run, path: Path) -> None:
@@ -33,7 +41,7 @@ def save(run: Run, path: Path) -> None:
 
 
 def load(path: Path) -> Run:
-    """A run back from its file.
+    """A run back from its file, judged again.
 
     Raises:
         ValueError: the file is no run of this schema.
@@ -45,36 +53,53 @@ def load(path: Path) -> Run:
     schema = run.get("schema") if isinstance(run, dict) else None
     if schema != 1:
         raise ValueError(f"{path} must hold a benchmark run of schema 1, got schema {schema}.")
-    found: Run = run
-    return found
+    return {**run, **judge(run["cases"])}
+
+
+def levels(run: Run) -> list[str]:
+    """The levels a run has cases of."""
+    return list(dict.fromkeys(case["case"]["level"] for case in run["cases"]))
 
 
 def verdict_table(run: Run, level: str) -> Table:
-    """One row a case of a level, and one more where padding was skipped."""
+    """One row a case of a level, and one more for each other way that ours was run."""
     rows = []
+    eager = next(one for one, kind in HEADLINES.items() if kind == (level, "eager"))
     for case in run["cases"]:
         if case["case"]["level"] == level:
-            one = HEADLINE[level]
-            rows.append(verdict_row(case, one, case["id"]))
+            rows.append(verdict_row(case, eager, case["id"]))
+            others = [one for one, (where, _) in HEADLINES.items() if where == level and one != eager]
+            rows += [verdict_row(case, one, case["id"] + KINDS[how(one)]) for one in others if one in case["verdicts"]]
             if "flashmha_skip" in case["ratios"]:
                 rows.append(verdict_row(case, "flashmha_skip", f"{case['id']}, skip_padding"))
-    return COLUMNS, rows
+    return filled(COLUMNS, rows)
+
+
+def filled(columns: Sequence[str], rows: list[Sequence[str]]) -> Table:
+    """A table without the columns in which nothing stands."""
+    kept = [at for at in range(len(columns)) if at == 0 or any(row[at] for row in rows)]
+    return [columns[at] for at in kept], [[row[at] for at in kept] for row in rows]
 
 
 def verdict_row(case: dict[str, Any], one: str, name: str) -> Sequence[str]:
     ratios, contestants = case["ratios"], case["contestants"]
-    as_called = cell(ratios.get("flashmha" if one == "flashmha_best" else one, {}).get("stock"))
-    at_best = cell(ratios.get(one, {}).get("stock_best"))
-    best = case["best_peer"]
+    as_called = cell(ratios.get({"flashmha_best": "flashmha"}.get(one, one), {}).get("stock"))
+    at_best = cell(ratios.get(one, {}).get(AT_BEST.get(one, "stock_best")))
+    best = best_peer(case, one)
     against = ratios.get(one, {}).get(best)
     if against is None:
         why = contestants.get(one, {}).get("reason", "no peer was timed")
-        return name, as_called, at_best, best or "-", "-", "-", contestants.get(one, {}).get("status", "-"), why
+        return name, as_called, at_best, best or "-", "-", "-", contestants.get(one, {}).get("status", "-"), why, ""
     shown = cell(against)
     if case["case"]["suite"] == "overhead":
         shown += f" ({extra_microseconds(case, one, best):+.1f} us)"
     interval = f"{against['low']:.2f} to {against['high']:.2f}"
-    return name, as_called, at_best, best, shown, interval, case["verdicts"][one], cell_of_memory(case, one)
+    shares = cell_of_memory(case, one), percent(share_of_gemm(case, one))
+    return name, as_called, at_best, best or "-", shown, interval, case["verdicts"][one], *shares
+
+
+def percent(share: float | None) -> str:
+    return "" if share is None else f"{share:.0%}"
 
 
 def cell(ratio: dict[str, float] | None) -> str:
@@ -89,52 +114,68 @@ def cell_of_memory(case: dict[str, Any], one: str, peer: str | None = None) -> s
     return f"{ours / theirs:.2f}" if ours is not None and theirs else "-"
 
 
-def extra_microseconds(case: dict[str, Any], one: str, peer: str) -> float:
+def extra_microseconds(case: dict[str, Any], one: str, peer: str | None) -> float:
     """What a call takes beyond the peer's, median over the rounds."""
     seconds = [case["contestants"][name]["seconds"] for name in (one, peer)]
     return 1e6 * middle([ours - theirs for ours, theirs in zip(*seconds)])
 
 
-EVERYBODY = ("case", "contestant", "ms", "middle half", "peak MiB", "error", "of gradients", "backend")
+EVERYBODY = (
+    *("case", "contestant", "ms", "middle half", "of GEMM", "host us", "first call ms", "peak MiB"),
+    *("error", "of gradients", "backend"),
+)
 
 
 def everybody_table(run: Run) -> Table:
-    """One row for each contestant of each case: what was measured, or why it was not."""
+    """One row for each contestant of each case that was timed: all that was measured."""
     rows: list[Sequence[str]] = []
     for case in run["cases"]:
         for name, row in case["contestants"].items():
             if "seconds" not in row:
-                if row["status"] != "refused":
-                    rows.append((case["id"], name, row["status"], row["reason"], "", "", "", ""))
                 continue
             times = sorted(1e3 * one for one in row["seconds"])
             half = f"{times[len(times) // 4]:.4g} to {times[-1 - len(times) // 4]:.4g}"
+            host = f"{1e6 * row['host_seconds']:.0f}" if "host_seconds" in row else ""
+            first = f"{row['first_call_ms']:.3g}" if "first_call_ms" in row else ""
+            peak = f"{row['peak_bytes'] / 2**20:.3g}" if "peak_bytes" in row else ""
             errors = [f"{row['error'][key]:.1e}" if key in row["error"] else "" for key in ("out", "gradient")]
-            peak = f"{row['peak_bytes'] / 2**20:.3g}"
-            rows.append((case["id"], name, f"{middle(times):.4g}", half, peak, *errors, row.get("backend", "")))
-    return EVERYBODY, rows
+            measured = (f"{middle(times):.4g}", half, percent(share_of_gemm(case, name)), host, first, peak)
+            rows.append((case["id"], name, *measured, *errors, row.get("backend", "")))
+    return filled(EVERYBODY, rows)
+
+
+def absences_table(run: Run) -> Table:
+    """Who was not timed where, and why; not those whom a case is not meant for."""
+    found: dict[tuple[str, str, str], list[str]] = {}
+    for case in run["cases"]:
+        for name, row in case["contestants"].items():
+            reason = row.get("reason", "for")
+            if not reason.startswith("for "):
+                found.setdefault((name, row["status"], reason), []).append(case["id"])
+    rows = [(name, status, reason, ", ".join(ids)) for (name, status, reason), ids in found.items() if status != "ok"]
+    return ("contestant", "status", "reason", "cases"), list(rows)
 
 
 def summary_lines(run: Run) -> list[str]:
-    """Who was ahead where, a line a level; and all that went wrong."""
-    said = []
-    for level, summary in run["summary"].items():
-        one = summary["contestant"]
-        line = f"Level {level}: {one} ahead of the best peer in {summary['win']} of {summary['cases']} cases"
-        line += f", tied in {summary['tie']}, behind in {summary['loss']}"
-        lost = [case["id"] for case in run["cases"] if case["verdicts"].get(one) == "LOSS"]
-        lost = [name for name in lost if f"/{level}/" in name]
-        line += f" ({', '.join(lost)})" if lost else ""
-        if "geomean" in summary:
-            mean = summary["geomean"]
-            line += f"; geometric mean of all {mean['median']:.3f} [{mean['low']:.3f} to {mean['high']:.3f}]"
-        said.append(line + ".")
+    """Who was ahead where, a line for each way that ours was run; and all that went wrong."""
+    said = [summary_line(run, one) for one in run["summary"]]
     said += [f"{case_id}: {name} is {status}: {reason}." for case_id, name, status, reason in faults(run)]
     if run["dropped"]:
         said.append(f"Dropped, since the budget was spent: {', '.join(run['dropped'])}.")
     if run["unstable"]:
         said.append(f"UNSTABLE: twins differ by up to {run['noise_floor']:.1%}; measure again on a quieter machine.")
     return said
+
+
+def summary_line(run: Run, one: str) -> str:
+    """How one of ours did, every lost case by its name."""
+    summary = run["summary"][one]
+    line = f"Level {summary['level']}{KINDS[summary['how']]}: {one} ahead of the best peer in {summary['win']} of "
+    line += f"{summary['cases']} cases, tied in {summary['tie']}, behind in {summary['loss']}"
+    lost = [case["id"] for case in run["cases"] if case["verdicts"].get(one) == "LOSS"]
+    line += f" ({', '.join(lost)})" if lost else ""
+    mean = summary["geomean"]
+    return f"{line}; geometric mean of all {mean['median']:.3f} [{mean['low']:.3f} to {mean['high']:.3f}]."
 
 
 def faults(run: Run) -> list[tuple[str, str, str, str]]:
@@ -155,16 +196,26 @@ def origin_line(run: Run) -> str:
     revision = f" at {meta['git'][:10]}{' with changes' if meta['dirty'] else ''}" if meta["git"] else ""
     return (
         f"{device}{threads}, torch {env['torch']}, Python {env['python']}, flashmha {meta['version']}{revision}, "
-        f"{meta['utc'][:10]}; up to {meta['rounds']} rounds, noise floor {run['noise_floor']:.1%}."
+        f"{meta['utc'][:10]}; up to {meta['rounds']} rounds, noise floor {run['noise_floor']:.1%}{canary_words(run)}."
+    )
+
+
+def canary_words(run: Run) -> str:
+    """What a GPU could do during the run."""
+    if not run["canaries"]:
+        return ""
+    return "; a matrix product ran at {gemm_tflops:.0f} TFLOP/s, a copy at {copy_tbs:.1f} TB/s".format(
+        **run["canaries"]
     )
 
 
 def markdown(run: Run) -> str:
     """The whole report as a page."""
     parts = ["# Benchmark", origin_line(run), "\n".join(f"- {line}" for line in summary_lines(run)), LEGEND]
-    for level in run["summary"]:
+    for level in levels(run):
         parts += [f"## Level {level}", markdown_table(*verdict_table(run, level))]
     parts += ["## Everybody", markdown_table(*everybody_table(run))]
+    parts += ["## Not timed", markdown_table(*absences_table(run))]
     if run["absent"]:
         parts += ["Not here: " + "; ".join(f"`{name}` ({why})" for name, why in run["absent"].items()) + "."]
     return "\n\n".join(parts) + "\n"
@@ -176,7 +227,10 @@ def markdown_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str
     return "\n".join("| " + " | ".join(row) + " |" for row in (columns, ["---"] * len(columns), *clean))
 
 
-FIGURES = ("case", "stock as called", "stock at its best", "hand-written layer", "memory", "spread")
+FIGURES = (
+    *("case", "stock as called", "stock at its best", "hand-written layer", "flash-attn's layer", "best peer"),
+    *("memory", "of GEMM", "spread"),
+)
 Pair = tuple[str, str] | None
 """One of ours, and the peer it is compared with."""
 
@@ -189,28 +243,50 @@ def figures(path: Path) -> str:
         "How many times faster than each peer; *memory* is our peak as a share of stock's at its best, *spread* half "
         "the width of the middle half of the rounds."
     ]
-    for case in run["cases"]:
+    shown = [case for case in run["cases"] if case["case"]["headline"] and case["case"]["level"] == "layer"]
+    dtypes = {case["case"]["dtype"] for case in shown}
+    for case in shown:
         words, ratios = Case.of(case["case"]).words, case["ratios"]
-        if case["case"]["suite"] == "overhead" and "sdpa" in ratios.get("attention", {}):
+        if len(dtypes) > 1 and case["case"]["dtype"] != "float32":
+            words += f", {case['case']['dtype']}"
+        best, skip = "flashmha_best", "flashmha_skip"
+        rows.append(figures_row(case, words, best, ("flashmha", "stock"), "stock_best"))
+        if skip in ratios:
+            rows.append(figures_row(case, f"{words}, `skip_padding`", skip, (skip, "stock"), "stock_best"))
+        if "flashmha_graph" in ratios:
+            rows.append(figures_row(case, words + KINDS["graph"], "flashmha_graph", None, "stock_graph", "_graph"))
+        if "stock_slow" in ratios.get("flashmha", {}):
+            rows.append(figures_row(case, f"{words}, stock off its fast path", "flashmha", None, "stock_slow"))
+    for case in run["cases"]:
+        if case["case"]["suite"] == "overhead" and "sdpa" in case["ratios"].get("attention", {}):
             extra = extra_microseconds(case, "attention", "sdpa")
             said.append(f"On tiny tensors `attention` takes {extra:.1f} us more than SDPA called by hand.")
-        if not case["case"]["headline"] or case["case"]["level"] != "layer":
-            continue
-        best, skip = "flashmha_best", "flashmha_skip"
-        rows.append(figures_row(case, words, ("flashmha", "stock"), (best, "stock_best"), (best, "linear_sdpa")))
-        if skip in ratios:
-            pairs = (skip, "stock"), (skip, "stock_best"), (skip, "linear_sdpa")
-            rows.append(figures_row(case, f"{words}, `skip_padding`", *pairs))
-        if "stock_slow" in ratios.get("flashmha", {}):
-            rows.append(figures_row(case, f"{words}, stock off its fast path", None, ("flashmha", "stock_slow"), None))
-    return f"{markdown_table(FIGURES, rows)}\n\n{' '.join([*said, origin_line(run)])}"
+    if run["canaries"]:
+        said += [f"All in {', '.join(sorted(dtypes))}."] if len(dtypes) == 1 else []
+        said += [
+            "*best peer* is the fastest of all that run as ours does, *of GEMM* our share of the rate of a large "
+            "matrix product in the same rounds.",
+            *(summary_line(run, one) for one, summary in run["summary"].items() if summary["level"] == "layer"),
+        ]
+    return f"{markdown_table(*filled(FIGURES, rows))}\n\n{' '.join([*said, origin_line(run)])}"
 
 
 def figures_row(
-    case: dict[str, Any], words: str, as_called: Pair, at_best: tuple[str, str], by_hand: Pair
+    case: dict[str, Any], words: str, one: str, as_called: Pair, at_best: str, kind: str = ""
 ) -> Sequence[str]:
-    found = [
-        None if pair is None else case["ratios"].get(pair[0], {}).get(pair[1]) for pair in (as_called, at_best, by_hand)
-    ]
+    pairs: list[Pair] = [as_called, (one, at_best)]
+    pairs.append(None if at_best == "stock_slow" else (one, f"linear_sdpa{kind}"))
+    found = [None if pair is None else case["ratios"].get(pair[0], {}).get(pair[1]) for pair in pairs]
     wide = max((each["q75"] / each["q25"] for each in found if each), default=1.0)
-    return words, *map(cell, found), cell_of_memory(case, *at_best), f"±{50 * (wide - 1):.0f}%"
+    layer, best = case["ratios"].get(one, {}).get("flash_attn_mha"), best_peer(case, one)
+    share = share_of_gemm(case, one)
+    against = "" if share is None else cell(case["ratios"].get(one, {}).get(best))
+    return (
+        words,
+        *map(cell, found),
+        "" if layer is None or kind else cell(layer),
+        against,
+        cell_of_memory(case, one, at_best),
+        percent(share),
+        f"±{50 * (wide - 1):.0f}%",
+    )

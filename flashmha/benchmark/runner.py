@@ -14,24 +14,28 @@ import torch
 
 from .. import __version__
 from .cases import Case
-from .gate import Reference, Seat, admit
+from .gate import Seat, admit, sweep
 from .inputs import draw
 from .lineup import contestants, everybody
 from .machine import Canary, commit, environment, quiet, seconds
 from .peers import Contestant
-from .verdicts import judge
+from .reference import Reference
+from .verdicts import judge, middle
 
 SCHEMA = 1
 FEWEST = 3
 """Rounds of a case, however short the budget."""
 
-BLOCK = 0.02
+BLOCK = {"cpu": 0.02, "cuda": 0.012}
 """Seconds that the calls of one turn take together, at least."""
+
+IDLE = {"cpu": 6e9, "cuda": 4e12}
+"""What a case costs beside its work, in the operations that a turn could do meanwhile."""
 
 DRIFT, REPEATS = 0.03, 0.3
 """How far a round's canary may lie from the median, and how many rounds, of those asked for, may be repeated."""
 
-UNSTABLE = {"cpu": 0.1, "cuda": 0.03}
+UNSTABLE = {"cpu": 0.1, "cuda": 0.05}
 """The noise floor from which a run proves nothing."""
 
 Tell = Callable[[str], None]
@@ -78,9 +82,9 @@ def run(plan: Plan, tell: Tell) -> dict[str, Any]:
                 dropped.append(case.id)
                 tell(f"{case.id}: dropped, the budget is spent")
                 continue
-            share = left * effort(case) / sum(effort(other) for other in queue[place:])
+            share = effort(case, plan) / sum(effort(other, plan) for other in queue[place:])
             taking_part = contestants(everyone, case, plan.device, plan.peers, plan.backends)
-            measured.append(measure(case, taking_part, plan, canary, time.monotonic() + share))
+            measured.append(measure(case, taking_part, plan, canary, began + plan.budget, share))
             tell(f"{case.id}: {spoken(measured[-1])}")
     places = [case.id for case in plan.cases]
     measured.sort(key=lambda row: places.index(row["id"]))
@@ -109,20 +113,22 @@ def run(plan: Plan, tell: Tell) -> dict[str, Any]:
 
 
 def spoken(case: dict[str, Any]) -> str:
-    """A measured case in a line: rounds, and who was wrong."""
+    """A measured case in a line: rounds, and who was wrong or raised."""
     rows = case["contestants"]
     rounds = max((len(row.get("seconds", ())) for row in rows.values()), default=0)
-    bad = [f"{name} {row['status']}" for name, row in rows.items() if row["status"] in ("wrong", "failed")]
+    bad = [f"{name} {row['status']}" for name, row in rows.items() if row["status"] == "wrong" or "raised" in row]
     return ", ".join([f"{rounds} rounds", *bad])
 
 
-def effort(case: Case) -> float:
+def effort(case: Case, plan: Plan) -> float:
     """A case's share of a budget: its work, and what every turn costs at least."""
-    return case.work + 6e9
+    return case.flop + IDLE.get(plan.device.type, IDLE["cpu"])
 
 
-def measure(case: Case, taking_part: Sequence[Contestant], plan: Plan, canary: Canary, until: float) -> dict[str, Any]:
-    """One case: everybody through the gate, then the rounds, until a time of ``time.monotonic``."""
+def measure(
+    case: Case, taking_part: Sequence[Contestant], plan: Plan, canary: Canary, end: float, share: float
+) -> dict[str, Any]:
+    """One case: everybody through the gate, then the rounds, for a share of what is left until ``end``."""
     inputs = draw(case, plan.device, plan.seed)
     reference = Reference.of(inputs)
     rows: dict[str, dict[str, Any]] = {}
@@ -132,46 +138,61 @@ def measure(case: Case, taking_part: Sequence[Contestant], plan: Plan, canary: C
         if seat is not None:
             seats[contestant.name] = seat
     del reference
+    sweep(plan.device)
+    now = time.monotonic()
     with torch.inference_mode(case.mode == "eval"):
-        samples, drifted = race(seats, plan, canary, until)
+        samples, songs, drifted = race(seats, plan, canary, now + share * max(0.0, end - now))
     for name, times in samples.items():
-        rows[name]["seconds"] = [float(f"{one:.5g}") for one in times]
-    if any(contestant.compiled for contestant in taking_part):
+        rows[name]["seconds"] = times
+    seats.clear()
+    if any(contestant.how == "compiled" or contestant.name.endswith(":flex") for contestant in taking_part):
         torch.compiler.reset()
-    return {"id": case.id, "case": dataclasses.asdict(case), "drifted": drifted, "contestants": rows}
+    del inputs
+    sweep(plan.device)
+    row = {"id": case.id, "case": dataclasses.asdict(case), "flop": case.flop, "drifted": drifted, "canaries": songs}
+    return {**row, "contestants": rows}
 
 
-def race(seats: dict[str, Seat], plan: Plan, canary: Canary, until: float) -> tuple[dict[str, list[float]], bool]:
-    """Seconds of a call, round by round, everybody once a round in a new order; whether too many rounds drifted."""
+def race(
+    seats: dict[str, Seat], plan: Plan, canary: Canary, until: float
+) -> tuple[dict[str, list[float]], dict[str, list[float]], bool]:
+    """Seconds of a call, round by round, everybody once a round in a new order; what the canaries did in each, and
+    whether too many rounds drifted."""
     calls = {name: in_a_row(seat, plan.device) for name, seat in seats.items()}
     samples: dict[str, list[float]] = {name: [] for name in seats}
+    songs: dict[str, list[float]] = {}
     shuffler, names = random.Random(plan.seed), list(seats)
     beats: list[float] = []
     spare = int(REPEATS * plan.rounds)
     done = 0
     while seats and done < plan.rounds and (done < FEWEST or time.monotonic() < until):
         shuffler.shuffle(names)
-        turn = {name: seconds(seats[name], calls[name], plan.device) for name in names}
-        beat = canary.seconds()
-        if beat is not None:
-            beats.append(beat)
-            if abs(beat / sorted(beats)[len(beats) // 2] - 1) > DRIFT and len(beats) > FEWEST:
+        turn = {name: taken(seats[name], calls[name], plan.device) for name in names}
+        song = canary.sing()
+        if song:
+            beats.append(song["gemm_tflops"])
+            if abs(beats[-1] / middle(beats) - 1) > DRIFT and len(beats) > FEWEST:
                 spare -= 1
                 if spare >= 0:
                     continue
-        for name, one in turn.items():
-            samples[name].append(one)
+        for kept, found in ((samples, turn), (songs, song)):
+            for name, one in found.items():
+                kept.setdefault(name, []).append(float(f"{one:.5g}"))
         done += 1
-    return samples, spare < 0
+    return samples, songs, spare < 0
+
+
+def taken(seat: Seat, calls: int, device: torch.device) -> float:
+    """Seconds of one of several calls in a row, under the switches that the contestant wants."""
+    with seat.contestant.setting():
+        return seconds(seat, calls, device)
 
 
 def in_a_row(seat: Seat, device: torch.device) -> int:
     """How many calls make a turn of ``BLOCK`` seconds."""
-    if seat.first > 20 * BLOCK:
-        return 1
-    calls = 1
+    block, calls = BLOCK.get(device.type, BLOCK["cpu"]), 1
     while True:
-        took = seconds(seat, calls, device) * calls
-        if took >= BLOCK / 4:
-            return max(1, min(10_000, round(calls * BLOCK / took)))
+        took = taken(seat, calls, device) * calls
+        if took >= block / 4:
+            return max(1, min(10_000, round(calls * block / took)))
         calls *= 4

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .peers import CONTROL, HEADLINE
+from .peers import CONTROL, HEADLINES, how
 
 RESAMPLES = 1000
 LOWEST_FLOOR = 0.01
@@ -63,25 +63,50 @@ def noise_floor(controls: Sequence[float]) -> float:
 
 
 def judge(cases: list[dict[str, Any]]) -> dict[str, Any]:
-    """Put ratios, best peer and verdicts into measured cases; the noise floor and a summary a level.
+    """Put ratios, best peers and verdicts into measured cases; the noise floor, the canaries and a summary.
 
-    The summary counts every case there is a verdict for, and its geometric mean is over all of them.
+    Who runs eagerly, compiled or in a CUDA graph is judged against the best peer that does as well. A summary, one for
+    each of ``HEADLINES``, counts every case there is a verdict for, and its geometric mean is over all of them.
     """
     for case in cases:
         timed = {name: row["seconds"] for name, row in case["contestants"].items() if "seconds" in row}
         ours = [name for name in timed if case["contestants"][name]["ours"] and name != CONTROL]
         peers = [name for name in timed if not case["contestants"][name]["ours"]]
         case["ratios"] = {one: {peer: ratio(timed[peer], timed[one]) for peer in peers} for one in ours}
-        case["best_peer"] = min(peers, key=lambda peer: middle(timed[peer]), default=None)
-        headline = HEADLINE[case["case"]["level"]]
-        if headline in timed and CONTROL in timed:
-            case["control"] = ratio(timed[CONTROL], timed[headline])
+        case["best_peers"] = {}
+        for peer in sorted(peers, key=lambda peer: middle(timed[peer])):
+            case["best_peers"].setdefault(how(peer), peer)
+        for headline in HEADLINES:
+            if headline in timed and CONTROL in timed and how(headline) == "eager":
+                case["control"] = ratio(timed[CONTROL], timed[headline])
     floor = noise_floor([case["control"]["median"] for case in cases if "control" in case])
     for case in cases:
-        best = case["best_peer"]
-        case["verdicts"] = {one: verdict(peers[best], floor) for one, peers in case["ratios"].items() if best}
-    levels = dict.fromkeys(case["case"]["level"] for case in cases)
-    return {"noise_floor": floor, "summary": {level: summarize(cases, level) for level in levels}}
+        case["verdicts"] = {
+            one: verdict(peers[best], floor)
+            for one, peers in case["ratios"].items()
+            if (best := case["best_peers"].get(how(one))) is not None
+        }
+    summary = {one: summarize(cases, one) for one in HEADLINES}
+    return {
+        "noise_floor": floor,
+        "canaries": canaries(cases),
+        "summary": {one: found for one, found in summary.items() if found["cases"]},
+    }
+
+
+def canaries(cases: list[dict[str, Any]]) -> dict[str, float]:
+    """What the canaries did over the whole run, median; nothing on a CPU."""
+    songs = [case.get("canaries", {}) for case in cases]
+    found = {name: [one for song in songs for one in song.get(name, ())] for name in ("gemm_tflops", "copy_tbs")}
+    return {name: float(f"{middle(every):.4g}") for name, every in found.items() if every}
+
+
+def share_of_gemm(case: dict[str, Any], name: str) -> float | None:
+    """The operations a case needs, by a contestant's time, as a share of what a matrix product did in its rounds."""
+    song, row = case.get("canaries", {}).get("gemm_tflops"), case["contestants"].get(name, {})
+    if not song or "seconds" not in row:
+        return None
+    return float(case["flop"] / middle(row["seconds"]) / middle(song) / 1e12)
 
 
 def middle(seconds: Sequence[float]) -> float:
@@ -89,15 +114,15 @@ def middle(seconds: Sequence[float]) -> float:
     return torch.quantile(torch.tensor(seconds, dtype=torch.float64), 0.5).item()
 
 
-def summarize(cases: list[dict[str, Any]], level: str) -> dict[str, Any]:
-    """How the headline contestant of a level did against the best peer of every case."""
-    one = HEADLINE[level]
-    judged = [case for case in cases if case["case"]["level"] == level and one in case["verdicts"]]
+def summarize(cases: list[dict[str, Any]], one: str) -> dict[str, Any]:
+    """How one of ours did against the best peer of its kind in every case."""
+    judged = [case for case in cases if one in case["verdicts"]]
     found = [case["verdicts"][one] for case in judged]
-    summary: dict[str, Any] = {"contestant": one, "cases": len(judged)}
-    summary |= {kind.lower(): found.count(kind) for kind in ("WIN", "TIE", "LOSS")}
+    level, kind = HEADLINES[one]
+    summary: dict[str, Any] = {"level": level, "how": kind, "cases": len(judged)}
+    summary |= {each.lower(): found.count(each) for each in ("WIN", "TIE", "LOSS")}
     if judged:
-        rows = [[case["contestants"][name]["seconds"] for name in (case["best_peer"], one)] for case in judged]
+        rows = [[case["contestants"][name]["seconds"] for name in (best_peer(case, one), one)] for case in judged]
         logs = [(torch.tensor(theirs).double() / torch.tensor(ours).double()).log() for theirs, ours in rows]
         means = torch.stack([medians(each) for each in logs]).mean(0)
         center = torch.stack([torch.quantile(each, 0.5) for each in logs]).mean(0, keepdim=True)
@@ -107,3 +132,9 @@ def summarize(cases: list[dict[str, Any]], level: str) -> dict[str, Any]:
             "high": spread(means, 0.975),
         }
     return summary
+
+
+def best_peer(case: dict[str, Any], one: str) -> str | None:
+    """The fastest peer of a case that runs as one of ours does."""
+    best: str | None = case["best_peers"].get(how(one))
+    return best

@@ -1,0 +1,187 @@
+"""The kernels called by hand, alone and in the layer a good engineer writes around one; and flash-attn's own layer."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from ..backends import get
+from ..backends.flash import FlashAttn
+from .cases import Case
+from .inputs import Inputs
+from .peers import Answer, Contestant
+
+Kernel = Callable[[Tensor, Tensor, Tensor, Tensor | None, bool], Tensor]
+"""Attention on (batch, seqlen, heads, head_dim), told a bool mask (``True`` = may attend), or that it is causal."""
+
+FORCED = {
+    "cudnn": SDPBackend.CUDNN_ATTENTION,
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "efficient": SDPBackend.EFFICIENT_ATTENTION,
+}
+"""The kernels that SDPA chooses among on a GPU."""
+
+
+def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool) -> Tensor:
+    """``F.scaled_dot_product_attention``."""
+    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+    grouped = {"enable_gqa": True} if q.shape[1] != k.shape[1] else {}
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal, **grouped).transpose(1, 2)
+
+
+def flash_attn(backend: str) -> Kernel:
+    """The dense function of a flash-attn package that is here."""
+    dense = function(backend)
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool) -> Tensor:
+        return first(dense(q, k, v, causal=is_causal))
+
+    return attend
+
+
+def with_kvcache(backend: str) -> Kernel:
+    """The function it has for few queries on many keys, which it splits among the processors."""
+    module = sys.modules[function(backend).__module__]
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool) -> Tensor:
+        return first(module.flash_attn_with_kvcache(q, k, v, causal=is_causal))
+
+    return attend
+
+
+def function(backend: str) -> Callable[..., Any]:
+    package = get(backend)
+    assert isinstance(package, FlashAttn)
+    return (package.functions or package.load())[0]
+
+
+def first(result: Any) -> Tensor:
+    """The output, which some versions return beside the log-sum-exp."""
+    out: Tensor = result[0] if isinstance(result, tuple) else result
+    return out
+
+
+class ByHand(Contestant):
+    """A kernel, called without anything around it.
+
+    ``takes_masks``: it can be told of padding; ``decodes``: it is for few queries on many keys alone; ``forced``: the
+    one kernel SDPA is left.
+    """
+
+    level = "core"
+
+    class Module(nn.Module):
+        def __init__(self, kernel: Kernel) -> None:
+            super().__init__()
+            self.kernel = kernel
+
+        def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool) -> Tensor:
+            return self.kernel(q, k, v, mask, is_causal)
+
+    def __init__(
+        self,
+        name: str = "sdpa",
+        kernel: Kernel = sdpa,
+        takes_masks: bool = True,
+        decodes: bool = False,
+        forced: SDPBackend | None = None,
+    ) -> None:
+        self.name, self.kernel, self.takes_masks, self.decodes, self.forced = name, kernel, takes_masks, decodes, forced
+
+    def refuses(self, case: Case) -> str | None:
+        if case.level != self.level:
+            return super().refuses(case)
+        if case.lengths is not None and not self.takes_masks:
+            return "takes no padding mask"
+        return "for the suite decode" if self.decodes and case.suite != "decode" else None
+
+    def build(self, case: Case) -> nn.Module:
+        return self.Module(self.kernel)
+
+    def call(self, module: nn.Module, inputs: Inputs) -> Answer:
+        return module(inputs.query, inputs.key, inputs.value, *mask_of(inputs)), None
+
+    def setting(self) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext() if self.forced is None else sdpa_kernel(self.forced)
+
+
+class Linear(Contestant):
+    """The layer a good engineer writes around a kernel, for one shape of problem, without options."""
+
+    class Module(nn.Module):
+        def __init__(self, embed_dim: int, heads: int, kernel: Kernel) -> None:
+            super().__init__()
+            self.heads, self.kernel = heads, kernel
+            self.in_proj_weight = nn.Parameter(torch.empty(3 * embed_dim, embed_dim))
+            self.in_proj_bias = nn.Parameter(torch.empty(3 * embed_dim))
+            self.out_proj = nn.Linear(embed_dim, embed_dim)
+
+        def forward(self, query: Tensor, key: Tensor, mask: Tensor | None, is_causal: bool) -> Tensor:
+            weight, bias, embed_dim = self.in_proj_weight, self.in_proj_bias, query.shape[-1]
+            if query is key:
+                q, k, v = F.linear(query, weight, bias).unflatten(-1, (3, self.heads, -1)).unbind(2)
+            else:
+                q = F.linear(query, weight[:embed_dim], bias[:embed_dim]).unflatten(-1, (self.heads, -1))
+                kv = F.linear(key, weight[embed_dim:], bias[embed_dim:])
+                k, v = kv.unflatten(-1, (2, self.heads, -1)).unbind(2)
+            projected: Tensor = self.out_proj(self.kernel(q, k, v, mask, is_causal).flatten(2))
+            return projected
+
+    def __init__(self, name: str = "linear_sdpa", kernel: Kernel = sdpa, takes_masks: bool = True) -> None:
+        self.name, self.kernel, self.takes_masks = name, kernel, takes_masks
+
+    def refuses(self, case: Case) -> str | None:
+        if case.level != self.level:
+            return super().refuses(case)
+        if case.weights:
+            return "its kernel returns no weights"
+        return None if self.takes_masks or case.lengths is None else "its kernel takes no padding mask"
+
+    def build(self, case: Case) -> nn.Module:
+        return self.Module(case.embed_dim, case.heads, self.kernel)
+
+    def call(self, module: nn.Module, inputs: Inputs) -> Answer:
+        return module(inputs.query, inputs.key, *mask_of(inputs)), None
+
+
+class FlashAttnMha(Contestant):
+    """``flash_attn.modules.mha.MHA``, the layer that comes with flash-attn 2."""
+
+    name = "flash_attn_mha"
+    renamed = {"Wqkv.weight": "in_proj_weight", "Wqkv.bias": "in_proj_bias"}
+
+    def refuses(self, case: Case) -> str | None:
+        if case.level != self.level:
+            return super().refuses(case)
+        if case.dtype not in ("float16", "bfloat16"):
+            return f"dtype {case.dtype} (only float16, bfloat16)"
+        if case.seqlen_q != case.seqlen_k:
+            return "one packed projection: self-attention only"
+        if case.weights:
+            return "returns no weights"
+        return "takes no padding mask" if case.lengths is not None else None
+
+    def build(self, case: Case) -> nn.Module:
+        kind = importlib.import_module("flash_attn.modules.mha").MHA
+        module: nn.Module = kind(case.embed_dim, case.heads, causal=case.causal, use_flash_attn=True)
+        return module
+
+    def call(self, module: nn.Module, inputs: Inputs) -> Answer:
+        return module(inputs.query), None
+
+
+def mask_of(inputs: Inputs) -> tuple[Tensor | None, bool]:
+    """``attn_mask`` and ``is_causal`` of SDPA, which takes one of them: causality beside padding joins the mask."""
+    hidden = inputs.padding()
+    if hidden is None:
+        return None, inputs.case.causal
+    mask = ~hidden[:, None, None, :]
+    return (mask if inputs.attn_mask is None else mask & ~inputs.attn_mask), False
