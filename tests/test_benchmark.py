@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import math
+import sys
+import types
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,22 +12,23 @@ from typing import Any
 import pytest
 import torch
 from conftest import fewer
-from hypothesis import assume, given
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from flashmha import Backend, Limits, register, table
 from flashmha.__main__ import main
-from flashmha.backends import unregister
+from flashmha.backends import get, unregister
 from flashmha.backends.naive import Naive
 from flashmha.benchmark import Case, Plan, every_case, run, select
 from flashmha.benchmark.gate import Seat, admit, judge
 from flashmha.benchmark.inputs import draw
-from flashmha.benchmark.kernels import Linear
+from flashmha.benchmark.kernels import ByHand, Linear, sdpa
 from flashmha.benchmark.lineup import contestants, everybody
 from flashmha.benchmark.machine import peak_bytes
 from flashmha.benchmark.peers import CONTROL, Contestant, Flashmha, StockBest, how
-from flashmha.benchmark.reference import Reference
+from flashmha.benchmark.reference import Reference, definition
 from flashmha.benchmark.report import figures, load, markdown, save
 from flashmha.benchmark.verdicts import judge as judge_cases
 from flashmha.benchmark.verdicts import middle, noise_floor, ratio, share_of_gemm, verdict
@@ -170,6 +173,51 @@ def test_the_exact_answer_passes_the_gate(case: Case) -> None:
     assert judge(rounded, reference)[0] == []
 
 
+@given(drawn, st.integers(1, 400), st.integers(0, 9))
+def test_the_reference_is_stocks_answer_whatever_its_blocks(case: Case, block: int, seed: int) -> None:
+    inputs = draw(case, CPU, seed).to(torch.float64)
+    stock: Contestant = StockBest() if case.level == "layer" else ByHand()
+    seat = Seat(stock, inputs)
+    seat.module.train()  # off the fast path
+    with torch.inference_mode(not seat.leaves):
+        expected = seat.collect(seat.run())
+    found = definition(inputs, block)
+    assert found.keys() == expected.keys()
+    for name, x in found.items():
+        torch.testing.assert_close(x, expected[name], rtol=1e-9, atol=1e-11, msg=lambda text, name=name: name + text)
+
+
+@given(drawn)
+def test_the_operations_of_a_forward_are_those_of_its_definition(case: Case) -> None:
+    case = dataclasses.replace(case, mode="eval", causal=False, lengths=None)
+    inputs = draw(case, CPU, 0)
+    with FlopCounterMode(display=False) as counter:
+        definition(inputs)
+    assert counter.get_total_flops() == case.flop
+
+
+@given(st.sampled_from(CASES))
+def test_masks_and_padding_need_fewer_operations_and_training_more(case: Case) -> None:
+    full = dataclasses.replace(case, causal=False, lengths=None)
+    assert case.flop < full.flop if case.causal or case.lengths else case.flop == full.flop
+    assert dataclasses.replace(case, mode="eval").flop < dataclasses.replace(case, mode="train").flop
+
+
+def test_one_wrong_row_at_the_end_is_seen_through_blocks() -> None:
+    case = dataclasses.replace(select(every_case(), globs=[TINY])[0], mode="eval")
+    inputs = draw(case, CPU, 0)
+
+    class LastRow(Linear):
+        def call(self, module: torch.nn.Module, inputs: Any) -> tuple[Tensor, None]:
+            out, _ = super().call(module, inputs)
+            out[-1, -1] *= 1.2
+            return out, None
+
+    reference = Reference.of(inputs, block=1)
+    assert admit(Linear(), inputs, reference)[1]["status"] == "ok"
+    assert admit(LastRow(), inputs, reference)[1]["status"] == "wrong"
+
+
 def test_padded_rows_count_for_those_who_promise_them() -> None:
     case = select(every_case(), ["padded"], modes=["eval"])[0]
     case = dataclasses.replace(case, embed_dim=16, heads=2, heads_kv=2)
@@ -202,23 +250,30 @@ def test_peak_memory_is_that_of_what_lives_at_once(sizes: list[int], kept: bool)
 @st.composite
 def runs(draw: st.DrawFn) -> dict[str, Any]:
     """Runs as they come out of the runner, with drawn times."""
+    gpu = draw(st.booleans())
     chosen = draw(st.lists(st.sampled_from(every_case()), min_size=1, max_size=4, unique_by=lambda case: case.id))
     cases = []
     for case in chosen:
         names = ["stock", "stock_best", "linear_sdpa", "flashmha", "flashmha_best"]
         if case.level == "core":
             names = ["sdpa", "attention"]
+        elif draw(st.booleans()):
+            names += ["stock_graph", "linear_sdpa_graph", "flashmha_graph", "linear_sdpa_compiled", "flash_attn_mha"]
         rows: dict[str, dict[str, Any]] = {"absent": {"ours": False, "status": "refused", "reason": "a | in it"}}
         rounds = draw(st.integers(1, 5))
         for name in [*names, CONTROL]:
             rows[name] = {
-                "ours": name in ("flashmha", "flashmha_best", "attention", CONTROL),
+                "ours": name in ("flashmha", "flashmha_best", "flashmha_graph", "attention", CONTROL),
                 "status": "ok",
                 "error": {"out": 1e-7},
                 "peak_bytes": draw(st.integers(1, 2**30)),
                 "seconds": draw(st.lists(times, min_size=rounds, max_size=rounds)),
             }
-        cases.append({"id": case.id, "case": dataclasses.asdict(case), "drifted": False, "contestants": rows})
+        row = {"id": case.id, "case": dataclasses.asdict(case), "drifted": False, "contestants": rows}
+        if gpu:
+            canaries = draw(st.lists(st.floats(1.0, 1e3), min_size=rounds, max_size=rounds))
+            row |= {"flop": case.flop, "canaries": {"gemm_tflops": canaries, "copy_tbs": canaries}}
+        cases.append(row)
     meta = {"version": "0", "git": None, "dirty": None, "options": {}, "utc": "2020-01-01T00:00:00", "rounds": 5}
     env = {"device": "cpu", "cpu": "some", "threads": 1, "torch": "0", "python": "0"}
     found = {"schema": 1, "run": meta, "env": env, "absent": {}, "dropped": [], "unstable": False}
@@ -236,7 +291,8 @@ def test_a_run_survives_its_file(found: dict[str, Any], tmp_path_factory: pytest
     judge_cases(again["cases"])
     assert again == json.loads(json.dumps(found)), "the verdicts follow from the seconds alone"
     shown = [case for case in found["cases"] if case["case"]["headline"] and case["case"]["level"] == "layer"]
-    assert figures(path).count("\n| ") == len(shown) + 1
+    graphs = sum("flashmha_graph" in case["ratios"] for case in shown)
+    assert figures(path).count("\n| ") == len(shown) + graphs + 1
 
 
 def times_of(case: dict[str, Any]) -> dict[str, list[float]]:
@@ -257,6 +313,18 @@ def test_a_report_hides_no_case_and_no_loss(found: dict[str, Any]) -> None:
             alike = [name for name in case["contestants"] if how(name) == kind and name in times_of(case)]
             peers = [times_of(case)[name] for name in alike if not case["contestants"][name]["ours"]]
             assert middle(times_of(case)[best]) == min(map(middle, peers))
+        for one in case["verdicts"]:
+            assert how(case["best_peers"][how(one)]) == how(one)
+
+
+@given(runs(), st.floats(0.1, 1.0))
+def test_the_share_of_a_matrix_product_is_that_of_the_time(found: dict[str, Any], slower: float) -> None:
+    for case in found["cases"]:
+        assert ("canaries" in case) == (share_of_gemm(case, CONTROL) is not None)
+        if "canaries" in case:
+            rate = 1e12 * middle(case["canaries"]["gemm_tflops"])
+            case["contestants"][CONTROL]["seconds"] = [case["flop"] / rate / slower]
+            assert math.isclose(share_of_gemm(case, CONTROL) or 0.0, slower)
 
 
 @pytest.mark.parametrize("text", ("", "[]", "{}", '{"schema": 2}'))
@@ -315,6 +383,17 @@ def test_one_command_writes_every_file(tmp_path: Path, capsys: pytest.CaptureFix
     assert capsys.readouterr().out == printed
     for name in ("table.md", *PLOTS):
         assert (again / name).read_bytes() == (folder / name).read_bytes()
+
+
+def test_a_run_on_a_gpu_has_one_more_plot(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    main(["bench", "--case", TINY, "--rounds", "2", "--no-plots", "--out", str(tmp_path)])
+    found = json.loads((tmp_path / "run.json").read_text())
+    for case in found["cases"]:
+        case["canaries"] = {"gemm_tflops": [0.1, 0.2], "copy_tbs": [0.1, 0.2]}
+    save(found, tmp_path / "run.json")
+    assert main(["bench", "--report", str(tmp_path / "run.json"), "--out", str(tmp_path / "shown")]) in (0, 3)
+    assert {path.name for path in (tmp_path / "shown").iterdir()} == {"table.md", "gemm.png", *PLOTS}
 
 
 def test_a_spent_budget_drops_cases_and_says_which() -> None:
@@ -378,6 +457,103 @@ def test_peers_are_chosen_by_name_and_compiled_ones_only_when_asked() -> None:
         assert "stock_compiled" in names(causal, "*_compiled")
 
 
+def test_everybody_is_here_or_absent_with_a_reason() -> None:
+    from flashmha.benchmark.plots import LINES, PAIRS
+
+    everyone, absent = everybody(CPU)
+    here = {one.name for one in everyone}
+    assert not here & absent.keys() and all(absent.values())
+    shown = {name for pairs in PAIRS.values() for pair in pairs.values() for name in pair} | LINES.keys()
+    assert shown <= here | absent.keys()
+    assert {"stock_graph", "flash_attn_4", "flash_attn_mha", "sdpa_cudnn", "flash_attn_2_kvcache"} <= absent.keys()
+
+
+def flash_attn_with_kvcache(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
+    """What a flash-attn package may offer beside its dense function, in whose module it lies."""
+    return sdpa(q, k, v, None, causal)
+
+
+class Mha(torch.nn.Module):
+    """``flash_attn.modules.mha.MHA`` on a CPU: its constructor, its parameters and its answer."""
+
+    def __init__(self, embed_dim: int, heads: int, causal: bool, use_flash_attn: bool) -> None:
+        super().__init__()
+        self.heads, self.causal = heads, causal
+        self.Wqkv = torch.nn.Linear(embed_dim, 3 * embed_dim)
+        self.out_proj = torch.nn.Linear(embed_dim, embed_dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.Wqkv(x).unflatten(-1, (3, self.heads, -1)).unbind(2)
+        return self.out_proj(sdpa(q, k, v, None, self.causal).flatten(2))
+
+
+@pytest.fixture(params=("right", "wrong", "refuses", "starves"))
+def packages(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """flash-attn packages on a CPU, all of one kind."""
+
+    def dense(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> tuple[Tensor, Tensor | None]:
+        if request.param == "refuses":
+            raise RuntimeError("this build has no such head_dim")
+        if request.param == "starves":
+            raise torch.OutOfMemoryError("tried to allocate everything")
+        return sdpa(q, k, v, None, causal) * (1.2 if request.param == "wrong" else 1.0), None
+
+    for name in ("flash4", "flash3", "flash2"):
+        monkeypatch.setattr(get(name), "unavailable", lambda device: None)
+        monkeypatch.setattr(get(name), "functions", (dense, dense))
+    monkeypatch.setitem(sys.modules, "flash_attn.modules.mha", types.SimpleNamespace(MHA=Mha))  # type: ignore[arg-type]
+    kind: str = request.param
+    return kind
+
+
+@given(case=drawn.map(lambda case: dataclasses.replace(case, dtype="bfloat16")))
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_a_package_called_by_hand_is_timed_if_right_and_else_says_why(packages: str, case: Case) -> None:
+    inputs = draw(case, CPU, 0)
+    reference = Reference.of(inputs)
+    by_hand = ("flash_attn_4", "flash_attn_3", "flash_attn_2", "linear_flash_attn_4")
+    everyone, absent = everybody(CPU)
+    assert not absent.keys() & {*by_hand, "flash_attn_mha", "flash_attn_3_kvcache"}
+    for one in contestants(everyone, case, CPU, peers=[*by_hand, "flash_attn_mha"], backends=[]):
+        if one.ours:
+            continue
+        row = admit(one, inputs, reference)[1]
+        if case.lengths or case.weights or (one.name == "flash_attn_mha" and case.seqlen_q != case.seqlen_k):
+            assert row["status"] == "refused" and "raised" not in row
+        elif packages == "right" or one.name == "flash_attn_mha":
+            assert row["status"] == "ok", row
+        elif packages == "wrong":
+            assert row["status"] == "wrong"
+        else:
+            assert row["status"] == "refused" and row["raised"]
+            assert ("OutOfMemoryError" if packages == "starves" else "head_dim") in row["reason"]
+
+
+@pytest.mark.parametrize("packages", ["right"], indirect=True)
+def test_a_cache_is_for_decoding(packages: str) -> None:
+    case = select(every_case(), ["decode"])[0]
+    case = dataclasses.replace(case, seqlen_k=64, embed_dim=64)
+    one = next(one for one in everybody(CPU)[0] if one.name == "flash_attn_2_kvcache")
+    inputs = draw(case, CPU, 0)
+    assert admit(one, inputs, Reference.of(inputs))[1]["status"] == "ok"
+    assert one.refuses(dataclasses.replace(case, suite="dense")) is not None
+
+
+def test_ours_that_raises_has_failed_and_a_peer_is_refused() -> None:
+    case = select(every_case(), globs=[TINY])[0]
+    inputs = draw(case, CPU, 0)
+
+    class Raises(Linear):
+        def call(self, module: torch.nn.Module, inputs: Any) -> tuple[Tensor, None]:
+            raise RuntimeError("broken")
+
+    peer, ours = Raises(), Raises()
+    ours.ours = True
+    rows = [admit(one, inputs, Reference.of(inputs))[1] for one in (peer, ours)]
+    assert [row["status"] for row in rows] == ["refused", "failed"]
+    assert all("broken" in row["reason"] for row in rows)
+
+
 def test_a_seat_trains_every_parameter_and_leaves_no_gradient() -> None:
     inputs = draw(select(every_case(), globs=[TINY])[0], CPU, 0)
     seat = Seat(Flashmha("ours", StockBest()), inputs)
@@ -410,6 +586,9 @@ def test_the_figures_come_from_the_results_beside_the_page(tmp_path: Path) -> No
     page.write_text("\n".join(table.marks("speed")))
     assert table.write(page) and not table.write(page)
     assert figures(results) in page.read_text()
+    marks = "\n".join(table.marks("h200"))
+    page.write_text(marks)
+    assert not table.write(page), "nobody has measured it yet"
     page.write_text(table.marks("speed")[0])
     with pytest.raises(ValueError, match="must hold the lines"):
         table.write(page)
