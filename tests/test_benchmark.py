@@ -506,8 +506,8 @@ def packages(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
     return kind
 
 
+@settings(fewer(5), suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(case=drawn.map(lambda case: dataclasses.replace(case, dtype="bfloat16")))
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_a_package_called_by_hand_is_timed_if_right_and_else_says_why(packages: str, case: Case) -> None:
     inputs = draw(case, CPU, 0)
     reference = Reference.of(inputs)

@@ -31,7 +31,8 @@ class Seat:
     def __init__(self, contestant: Contestant, inputs: Inputs) -> None:
         case = inputs.case
         self.contestant, self.inputs = contestant, inputs.to(inputs.query.dtype)
-        self.module = contestant.build(case).to(inputs.query.device, inputs.query.dtype)
+        with inputs.query.device:  # parameters are drawn ten times faster on a GPU
+            self.module = contestant.build(case).to(inputs.query.device, inputs.query.dtype)
         names = {name: contestant.renamed.get(name, name) for name in self.module.state_dict()}
         self.module.load_state_dict({name: inputs.state[known] for name, known in names.items()})
         self.module.train(case.mode == "train")

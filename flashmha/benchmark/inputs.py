@@ -75,7 +75,7 @@ def draw(case: Case, device: torch.device, seed: int) -> Inputs:
         query = normal(case.batch, case.seqlen_q, case.embed_dim)
         key = query if case.seqlen_q == case.seqlen_k else normal(case.batch, case.seqlen_k, case.embed_dim)
         value = key
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[] if device.type == "cpu" else [device]), device:
             torch.manual_seed(seed)
             stock = nn.MultiheadAttention(case.embed_dim, case.heads)
             for bias in (stock.in_proj_bias, stock.out_proj.bias):

@@ -23,7 +23,7 @@ PACKAGES = {
 
 FEW = {
     "cpu": ("small/*", "dense/*", "overhead/*"),
-    "cuda": ("small/layer/*/b8s512*", "dense/layer/train/b8s2048*", "dense/core/*/b8s2048*"),
+    "cuda": ("small/layer/train/b8s512*", "dense/*/train/b8s2048*"),
 }
 """Cases that have time for what ``torch.compile`` makes, which takes ten seconds and more each."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -242,6 +243,8 @@ def draw_shares(run: Run, path: Path) -> None:
 
 def caption(figure: Figure, run: Run) -> None:
     """Where the numbers come from, below everything, in room of its own."""
-    inches = 0.25 / figure.get_figheight()
+    lines = textwrap.wrap(origin_line(run), int(20 * figure.get_figwidth()))
+    inches = (0.14 + 0.11 * len(lines)) / figure.get_figheight()
     figure.set_layout_engine("constrained", rect=(0.0, inches, 1.0, 1.0 - inches))
-    figure.text(0.5, 0.25 * inches, origin_line(run), fontsize=6.5, color="#666666", ha="center", va="bottom")
+    below = 0.06 / figure.get_figheight()
+    figure.text(0.5, below, "\n".join(lines), fontsize=6.5, color="#666666", ha="center", va="bottom")

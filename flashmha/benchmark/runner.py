@@ -26,7 +26,7 @@ SCHEMA = 1
 FEWEST = 3
 """Rounds of a case, however short the budget."""
 
-BLOCK = {"cpu": 0.02, "cuda": 0.012}
+BLOCK = {"cpu": 0.02, "cuda": 0.01}
 """Seconds that the calls of one turn take together, at least."""
 
 IDLE = {"cpu": 6e9, "cuda": 4e12}
