@@ -83,7 +83,9 @@ def filled(columns: Sequence[str], rows: list[Sequence[str]]) -> Table:
 
 def verdict_row(case: dict[str, Any], one: str, name: str) -> Sequence[str]:
     ratios, contestants = case["ratios"], case["contestants"]
-    as_called = cell(ratios.get({"flashmha_best": "flashmha"}.get(one, one), {}).get("stock"))
+    as_called = cell(
+        ratios.get({"flashmha_best": "flashmha"}.get(one, one), {}).get("stock") if how(one) == "eager" else None
+    )
     at_best = cell(ratios.get(one, {}).get(AT_BEST.get(one, "stock_best")))
     best = best_peer(case, one)
     against = ratios.get(one, {}).get(best)
