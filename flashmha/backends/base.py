@@ -128,6 +128,13 @@ class Backend(abc.ABC):
         """Why the installed build cannot serve a problem the package can; asked only where it is available."""
         return None
 
+    def unready(self, spec: AttentionSpec) -> str | None:
+        """Why a call would wait for a compiler first; ``None`` where the kernel is there.
+
+        Automatic choice asks, so that a short problem goes to somebody who is ready; who was named compiles.
+        """
+        return None
+
     def unsupported(self, spec: AttentionSpec) -> str | None:
         """Why it cannot serve this problem, out of ``limits``; ``None`` where it can. Pure: it looks at no machine."""
         reasons = self.refusals(spec)
