@@ -19,6 +19,7 @@ from flashmha.commands import info
 CUDA = torch.device("cuda", 0)
 MODULES = ("flash_attn", "flash_attn_2_cuda", "flash_attn_interface", "flash_attn_3", "fa3_fwd", "flash_attn_config")
 FUNCTIONS = "def flash_attn_func(q, k, v, {0}): ...\ndef flash_attn_varlen_func(q, k, v, {0}): ...\n"
+FLASH4 = "def _flash_attn_fwd(q, k, v, {0}): ...\ndef _flash_attn_bwd(q, k, v, {0}): ...\n"
 FLASH2 = "dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic"
 FLASH3 = "softmax_scale, causal, window_size, softcap, deterministic"
 Install = Callable[[dict[str, str]], None]
@@ -105,8 +106,12 @@ BROKEN: dict[str, tuple[str, dict[str, str], str]] = {
     ),
     "flash-attn 2 ships a prototype of flash-attn 4": (
         "flash4",
-        {"flash_attn/__init__.py": "", "flash_attn/cute/__init__.py": FUNCTIONS.format("softmax_scale, causal")},
-        "has no argument window_size, softcap",
+        {
+            "flash_attn/__init__.py": "",
+            "flash_attn/cute/__init__.py": "",
+            "flash_attn/cute/interface.py": FLASH4.format("softmax_scale, causal, softcap, cu_seqlens_q"),
+        },
+        "has no argument window_size_left, window_size_right, seqused_k",
     ),
     "flash-attn 2 hides flash-attn 4": ("flash4", {"flash_attn/__init__.py": ""}, "No module named 'flash_attn.cute'"),
     "a build of another signature": (

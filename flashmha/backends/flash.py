@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ..masks import Documents, KeyLengths, find
+from ..masks import Documents, find
 from ..spec import AttentionSpec
 from .base import Backend
 
@@ -57,7 +57,8 @@ class FlashAttn(Backend):
                 reasons.append(f"window left={window.left} (at least 0)")
             elif window.right is not None and window.right < 0 and find(spec.mask, Documents) is not None:
                 reasons.append(f"window right={window.right} inside Documents (at least 0)")
-        if find(spec.mask, KeyLengths) is not None and spec.mask is not None and len(spec.mask.parts) > 1:
+        alone = spec.mask is None or len(spec.mask.parts) == 1
+        if "key_lengths" in spec.features and not alone and "key_padding" not in self.limits.features:
             reasons.append("key_lengths beside another rule (the package counts positions from each row's last key)")
         return reasons
 
@@ -170,8 +171,8 @@ def packed(q: Tensor, k: Tensor, v: Tensor, documents: Documents) -> tuple[Tenso
     offsets = {
         "cu_seqlens_q": documents.cu_seqlens.int(),
         "cu_seqlens_k": documents.cu_seqlens_k.int(),
-        "max_seqlen_q": longest(documents.max_seqlen, documents.cu_seqlens),
-        "max_seqlen_k": longest(documents.max_seqlen_k, documents.cu_seqlens_k),
+        "max_seqlen_q": longest(documents.max_seqlen, documents.cu_seqlens, q.shape[0]),
+        "max_seqlen_k": longest(documents.max_seqlen_k, documents.cu_seqlens_k, k.shape[0]),
     }
     return q, k, v, offsets
 
@@ -192,9 +193,16 @@ def owned(packed_rows: Tensor, offsets: Tensor) -> Tensor:
     return (torch.arange(packed_rows.shape[0], device=packed_rows.device) < offsets[-1])[:, None, None]
 
 
-def longest(known: int | None, offsets: Tensor) -> int:
-    """The longest document, at least 1: a bound of 0 launches an empty grid, which is an error."""
-    return max(1, int(offsets.diff().max()) if known is None else known)
+def longest(known: int | None, offsets: Tensor, total: int) -> int:
+    """A bound on the longest document, at least 1: a bound of 0 launches an empty grid, which is an error.
+
+    Where the device must not be asked, while somebody compiles or captures a CUDA graph, it is the total.
+    """
+    if known is not None:
+        return max(1, known)
+    if torch.compiler.is_compiling() or (offsets.is_cuda and torch.cuda.is_current_stream_capturing()):
+        return total
+    return max(1, int(offsets.diff().max()))
 
 
 def normal_lse(lse: Tensor) -> Tensor:

@@ -2,29 +2,48 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..masks import Documents, KeyLengths, find
+from ..masks import Documents, KeyLengths, KeyPadding, find
 from ..spec import AttentionSpec
 from .base import HALF, Limits
+from .compact import intervals, missing, slots, validity
 from .flash import FlashAttn, normal_lse, packed, trimmed, unpacked, unpacked_lse
+from .flash4_kernels import attend
+
+STEPS = (64, 80, 128, 192)
+"""Lengths up to which the package compiles for one tile, by head_dim and pass."""
 
 
 class Flash4(FlashAttn):
-    """flash-attn 4: half precision on Hopper and Blackwell; no dropout, no mask tensors.
+    """flash-attn 4: half precision on Hopper and Blackwell; padding of any pattern, sinks, no dropout, no mask tensors.
 
     The first call of a (dtype, head_dim, causal, ...) combination compiles for some seconds.
-    Source: signatures of flash-attn-4 4.0.0b36.
+    Source: ``flash_attn.cute.interface`` of flash-attn-4 4.0.0b36. Its forward and backward are called rather than its
+    public functions, which cannot be traced, nor told where gradients go.
     """
 
     name = "flash4"
     distribution = "flash-attn-4"
     install = "pip install --pre flash-attn-4"
-    keywords = ("softmax_scale", "causal", "window_size", "softcap", "deterministic", "return_lse")
+    compiles = "kinds"
+    keywords = (
+        "softmax_scale",
+        "causal",
+        "softcap",
+        "window_size_left",
+        "window_size_right",
+        "cu_seqlens_q",
+        "seqused_k",
+        "mask_mod",
+        "aux_tensors",
+        "learnable_sink",
+    )
     limits = Limits(
         devices=("cuda",),
         dtypes=HALF,
@@ -34,8 +53,10 @@ class Flash4(FlashAttn):
                 "causal",
                 "window",
                 "key_lengths",
+                "key_padding",
                 "documents",
                 "softcap",
+                "sinks",
                 "gqa",
                 "lse",
                 "lse_grad",
@@ -50,51 +71,82 @@ class Flash4(FlashAttn):
         capability=(9, 10, 11),
     )
 
+    def __init__(self) -> None:
+        super().__init__()
+        self.compiled: set[tuple[Any, ...]] = set()
+
     def load(self) -> tuple[Callable[..., Any], Callable[..., Any]]:
         # flash-attn 2 ships an older prototype under the same name: the signature check tells them apart
-        from flash_attn.cute import flash_attn_func, flash_attn_varlen_func
+        from flash_attn.cute.interface import _flash_attn_bwd, _flash_attn_fwd
 
-        return flash_attn_func, flash_attn_varlen_func
+        return _flash_attn_fwd, _flash_attn_bwd
 
     def refusals(self, spec: AttentionSpec) -> list[str]:
         reasons = super().refusals(spec)
-        if torch.compiler.is_compiling():
-            reasons.append("no operators of its own for torch.compile to trace")
-        if spec.needs_grad and spec.window is not None and spec.seqlen_k < spec.seqlen_q:
+        padded = spec.mask is not None and not spec.features.isdisjoint(("key_padding", "key_lengths"))
+        if padded and "documents" in spec.features:
+            reasons.append("padding inside Documents")
+        if spec.needs_grad and spec.window is not None and spec.seqlen_k < spec.seqlen_q and not padded:
             reasons.append(
                 f"the backward of a window with seqlen_k={spec.seqlen_k} < seqlen_q={spec.seqlen_q} "
                 "(untested by the package)"
             )
         return reasons
 
+    def unbuilt(self, spec: AttentionSpec) -> str | None:
+        return missing() if "key_padding" in spec.features and spec.window is None else None
+
+    def unready(self, spec: AttentionSpec) -> str | None:
+        # asked of problems it can serve; under somebody's compiler, compiling is what is going on
+        if torch.compiler.is_compiling() or kind(spec) in self.compiled:
+            return None
+        return "not compiled for this kind of problem yet (3 to 5 seconds a kernel)"
+
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> Tensor | tuple[Tensor, Tensor]:
-        dense, varlen = self.functions or self.load()
-        k, v, left, right = trimmed(k, v, spec)
-        is_causal = left is None and right == 0
-        options: dict[str, Any] = {
-            "softmax_scale": spec.scale,
-            "causal": is_causal,
-            # (None, None) is no window; -1 would be a literal bound
-            "window_size": (None, None) if is_causal else (left, right),
-            "softcap": spec.softcap or 0.0,
-            "deterministic": spec.deterministic,
-            "return_lse": spec.need_lse,
-            "num_splits": 1,
-        }
-        documents, lengths = find(spec.mask, Documents), find(spec.mask, KeyLengths)
-        # the package asks the current device, not the tensors', which kernels to build
-        with torch.cuda.device(q.device):
-            if documents is not None:
-                q, k, v, offsets = packed(q, k, v, documents)
-                out, lse = varlen(q, k, v, **offsets, **options)[:2]
-                out = unpacked(out, documents)
-                lse = None if lse is None else unpacked_lse(lse, documents)
-            elif lengths is not None:
-                used = lengths.lengths.clamp(0, spec.seqlen_k).int()
-                # gradients of keys past their length are never written (flash-attention#2167): where keeps them out
-                real = (torch.arange(spec.seqlen_k, device=q.device) < used[:, None])[:, :, None, None]
-                k, v = (torch.where(real, x, 0.0) for x in (k, v))
-                out, lse = varlen(q, k, v, seqused_k=used, **options)[:2]
+        documents, window = find(spec.mask, Documents), spec.window
+        options: dict[str, Any] = {"scale": spec.scale, "softcap": spec.softcap or 0.0}
+        valid = validity(spec.mask, spec)
+        if valid is not None and window is not None:
+            options["first"], options["last"] = intervals(valid, window, spec.seqlen_q)
+        else:
+            k, v, left, right = trimmed(k, v, spec)
+            causal = left is None and right == 0
+            options |= {"causal": causal, "left": left, "right": None if causal else right}
+        if documents is not None:
+            q, k, v, offsets = packed(q, k, v, documents)
+            options |= offsets
+        elif valid is not None and window is None:
+            if find(spec.mask, KeyPadding) is None:
+                lengths = find(spec.mask, KeyLengths)
+                assert lengths is not None
+                options["lengths"] = lengths.lengths.clamp(0, spec.seqlen_k).int()
             else:
-                out, lse = dense(q, k, v, **options)[:2]
+                options["places"], options["lengths"] = slots(valid)
+        with_lse = spec.need_lse or spec.needs_grad
+        out, lse = attend(q, k, v, spec, {**options, "deterministic": spec.deterministic, "with_lse": with_lse})
+        if not torch.compiler.is_compiling():
+            self.compiled.add(kind(spec))
+        if documents is not None:
+            out = unpacked(out, documents)
+            if spec.need_lse:
+                lse = unpacked_lse(lse, documents)
+                if spec.sinks is not None:  # a row of no document sees its sink alone
+                    lse = torch.where(lse == float("-inf"), spec.sinks.to(lse.dtype)[:, None], lse)
         return (out, normal_lse(lse)) if spec.need_lse else out
+
+
+def kind(spec: AttentionSpec) -> tuple[Any, ...]:
+    """What the package compiles a kernel for, as far as a problem shows it."""
+    window = spec.window
+    return (
+        spec.device,
+        spec.dtype,
+        spec.head_dim,
+        spec.heads // spec.heads_kv,
+        spec.features,
+        window is not None and (window.left is None, window.right is None, window.right == 0),
+        spec.softcap,
+        None if spec.sinks is None else spec.sinks.dtype,
+        bisect_left(STEPS, spec.seqlen_q),
+        bisect_left(STEPS, spec.seqlen_k),
+    )

@@ -1,0 +1,225 @@
+"""The kernels of flash-attn 4 as functions of tensors: eagerly, in an autograd graph, and as operators for compilers.
+
+Not a backend: ``flash4`` says what a problem needs, and this file calls the package.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..spec import AttentionSpec
+from .compact import Slots, compact, spread
+from .flash import packages
+
+TOLD: dict[str, tuple[str, Any]] = {
+    "cu_seqlens_q": ("Tensor?", None),
+    "cu_seqlens_k": ("Tensor?", None),
+    "lengths": ("Tensor?", None),
+    "places": ("Tensor?", None),
+    "first": ("Tensor?", None),
+    "last": ("Tensor?", None),
+    "max_seqlen_q": ("SymInt", 0),
+    "max_seqlen_k": ("SymInt", 0),
+    "scale": ("float", 1.0),
+    "causal": ("bool", False),
+    "left": ("SymInt?", None),
+    "right": ("SymInt?", None),
+    "softcap": ("float", 0.0),
+    "deterministic": ("bool", False),
+    "with_lse": ("bool", False),
+}
+"""What the kernels are told beside tensors that may want a gradient, in the order of ``forward``: type and default.
+
+``lengths`` (batch,) with ``places`` (batch, seqlen_k) is padding by moving keys, alone it is key lengths; ``first`` and
+``last`` (batch, seqlen_k) are intervals; both bounds of a window are ``None`` where it is causal or there is none.
+"""
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, told: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    """Output and log-sum-exp, which is empty where nobody asked; eagerly, or as an operator where a compiler traces."""
+    arguments = tuple(told.get(name, default) for name, (_, default) in TOLD.items())
+    if torch.compiler.is_compiling():
+        made = torch.ops.flashmha.flash4(q, k, v, spec.sinks, *arguments)
+    elif spec.needs_grad:
+        made = Attend.apply(q, k, v, spec.sinks, *arguments)  # type: ignore[no-untyped-call]
+    else:
+        made = forward(q, k, v, spec.sinks, *arguments)
+    return made[0], made[1]
+
+
+def forward(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, *arguments: Any) -> tuple[Tensor, ...]:
+    """out, lse, and the keys and values as the kernel saw them, where they were moved; else empty."""
+    told = dict(zip(TOLD, arguments))
+    moved = (k.new_empty(0), v.new_empty(0))
+    if told["places"] is not None:
+        k, v = moved = compact(k, v, Slots(told["places"], told["lengths"]))
+    # the package asks the current device, not the tensors', which kernels to build
+    with torch.cuda.device(q.device):
+        run = kernels()[0]
+        out, lse = run(q, k, v, **options(told), learnable_sink=sinks, num_splits=1, return_lse=told["with_lse"])[:2]
+    return out, q.new_empty(0, dtype=torch.float32) if lse is None else lse, *moved
+
+
+def backward(
+    d_out: Tensor | None, d_lse: Tensor | None, saved: tuple[Tensor | None, ...], arguments: tuple[Any, ...], into: Any
+) -> Tensor | None:
+    """Gradients of q, k and v into three tensors; that of the sinks is returned."""
+    told = dict(zip(TOLD, arguments))
+    q, k, v, sinks, out, lse = saved
+    assert q is not None and out is not None
+    dq, dk, dv = into
+    to = None if told["places"] is None else Slots(told["places"], told["lengths"])
+    made = (dk, dv) if to is None else tuple(x.new_empty(x.shape) for x in (dk, dv))
+    with torch.cuda.device(q.device):
+        more: dict[str, Any] = {"deterministic": told["deterministic"], "learnable_sink": sinks, "dlse": d_lse}
+        d_out = torch.zeros_like(out) if d_out is None else d_out
+        result = kernels()[1](q, k, v, out, d_out, lse, **options(told), **more, dq=dq, dk=made[0], dv=made[1])
+    if to is not None:
+        for source, target in zip(made, (dk, dv)):
+            spread(source, target, to)
+    elif told["lengths"] is not None:
+        # gradients of keys past their length are never written (flash-attention#2167)
+        past = torch.arange(dk.shape[1], device=dk.device) >= told["lengths"][:, None]
+        for grad in (dk, dv):
+            grad.masked_fill_(past[:, :, None, None], 0.0)
+    return result[3] if sinks is not None else None
+
+
+def options(told: dict[str, Any]) -> dict[str, Any]:
+    """What both directions are told, in the package's words."""
+    found: dict[str, Any] = {
+        "softmax_scale": told["scale"],
+        "causal": told["causal"],
+        "window_size_left": told["left"],
+        "window_size_right": told["right"],
+        "softcap": told["softcap"],
+    }
+    if told["cu_seqlens_q"] is not None:
+        found |= {name: told[name] for name in ("cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k")}
+    elif told["lengths"] is not None:
+        found["seqused_k"] = told["lengths"]
+    if told["first"] is not None:  # a mask of one's own makes the kernel forget causality and windows: it holds both
+        from .flash4_mask import within
+
+        found |= {"mask_mod": within, "aux_tensors": [told["first"], told["last"]]}
+    return found
+
+
+def kernels() -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """The package's forward and backward."""
+    package = packages["flash4"]
+    return package.functions or package.load()
+
+
+def keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    """What the backward needs; gradients of moved keys are moved back there."""
+    q, k, v, sinks, *arguments = inputs
+    out, lse, keys, values = output
+    if dict(zip(TOLD, arguments))["places"] is not None:
+        k, v = keys, values
+    tensors = [x for x in arguments if isinstance(x, Tensor)]
+    ctx.given = tuple(None if isinstance(x, Tensor) else x for x in arguments)
+    ctx.holds = tuple(isinstance(x, Tensor) for x in arguments)
+    ctx.one = one_projection(inputs[:3])
+    ctx.save_for_backward(q, k, v, sinks, out, lse, *tensors)
+    ctx.set_materialize_grads(False)
+
+
+def kept(ctx: Any) -> tuple[tuple[Tensor | None, ...], tuple[Any, ...]]:
+    """The saved tensors, and every argument in its place."""
+    saved = ctx.saved_tensors
+    rest = iter(saved[6:])
+    return saved[:6], tuple(next(rest) if held else value for held, value in zip(ctx.holds, ctx.given))
+
+
+class Attend(torch.autograd.Function):
+    """``forward`` and ``backward`` outside a compiler, where gradients may share one tensor."""
+
+    @staticmethod
+    def forward(*inputs: Any) -> Any:
+        return forward(*inputs)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        keep(ctx, inputs, output)
+        ctx.mark_non_differentiable(*output[2:])
+
+    @staticmethod
+    def backward(ctx: Any, d_out: Any, d_lse: Any, *unused: Any) -> Any:
+        saved, arguments = kept(ctx)
+        heads: Any = saved[:3]
+        sizes = [x.shape[-2] for x in heads]
+        if ctx.one:
+            grads = heads[0].new_empty(*heads[0].shape[:-2], sum(sizes), heads[0].shape[-1]).split(sizes, dim=-2)
+        else:
+            grads = tuple(x.new_empty(x.shape) for x in heads)
+        d_sinks = backward(d_out, d_lse, saved, arguments, grads)
+        return (*grads, d_sinks, *(None,) * len(arguments))
+
+
+def one_projection(heads: tuple[Tensor, ...]) -> bool:
+    """q, k and v are neighbouring heads of one tensor, so that their gradients had better be, too."""
+    if torch.compiler.is_compiling():
+        return False
+    q, k, v = heads
+    step = q.element_size() * q.shape[-1]
+    return (
+        q.shape[:-2] == k.shape[:-2]
+        and q.stride() == k.stride() == v.stride()
+        and k.data_ptr() == q.data_ptr() + q.shape[-2] * step
+        and v.data_ptr() == k.data_ptr() + k.shape[-2] * step
+    )
+
+
+# The same two functions as operators, for compilers.
+
+SCHEMA = ", ".join(f"{type_} {name}" for name, (type_, _) in TOLD.items())
+HEADS = "Tensor q, Tensor k, Tensor v, Tensor? sinks"
+
+
+def fake_forward(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, *arguments: Any) -> tuple[Tensor, ...]:
+    told = dict(zip(TOLD, arguments))
+    rows = (q.shape[1], q.shape[0]) if q.dim() == 3 else (q.shape[0], q.shape[2], q.shape[1])
+    lse = q.new_empty(rows if told["with_lse"] else 0, dtype=torch.float32)
+    moved = told["places"] is not None
+    return q.new_empty(*q.shape[:-1], v.shape[-1]), lse, *(x.new_empty(x.shape if moved else 0) for x in (k, v))
+
+
+def separate_backward(d_out: Tensor | None, d_lse: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:
+    """``backward`` into tensors of its own."""
+    saved, arguments = rest[:6], rest[6:]
+    grads = fake_backward(d_out, d_lse, *rest)
+    d_sinks = backward(d_out, d_lse, saved, arguments, grads[:3])
+    return (*grads[:3], grads[3] if d_sinks is None else d_sinks)
+
+
+def fake_backward(d_out: Tensor | None, d_lse: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:
+    q, k, v, sinks = rest[:4]
+    return (
+        *(x.new_empty(x.shape) for x in (q, k, v)),
+        q.new_empty(0) if sinks is None else sinks.new_empty(sinks.shape),
+    )
+
+
+def traced_backward(ctx: Any, d_out: Any, d_lse: Any, *unused: Any) -> Any:
+    saved, arguments = kept(ctx)
+    made = torch.ops.flashmha.flash4_backward(d_out, d_lse, *saved, *arguments)
+    return (*made[:3], None if saved[3] is None else made[3], *(None,) * len(arguments))
+
+
+FOUR = "(Tensor, Tensor, Tensor, Tensor)"
+OPERATOR = torch.library.custom_op(
+    "flashmha::flash4", forward, mutates_args=(), schema=f"({HEADS}, {SCHEMA}) -> {FOUR}"
+)
+OPERATOR.register_fake(fake_forward)
+OPERATOR.register_autograd(traced_backward, setup_context=keep)
+torch.library.custom_op(
+    "flashmha::flash4_backward",
+    separate_backward,
+    mutates_args=(),
+    schema=f"(Tensor? d_out, Tensor? d_lse, {HEADS}, Tensor out, Tensor lse, {SCHEMA}) -> {FOUR}",
+).register_fake(fake_backward)

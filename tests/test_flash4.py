@@ -1,0 +1,229 @@
+"""flash-attn 4 as it is called: judged on a CPU through pretended kernels that do what they are told, and no more."""
+
+import contextlib
+import dataclasses
+import math
+import sys
+import types
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from flashmha import AttentionSpec, KeyLengths, KeyPadding, Mask, causal
+from flashmha.backends import compact, get
+from flashmha.backends.flash4 import Flash4, kind
+from flashmha.testing import assert_agrees, noise, seeds, specs
+from flashmha.testing.kernels import KINDS, drawn
+
+pytestmark = pytest.mark.cpu("pretends the kernels")
+
+
+class Pretended(Flash4):
+    """``flash4`` on a CPU; the kernels come from ``pretend``."""
+
+    name = "pretended"
+    limits = dataclasses.replace(Flash4.limits, devices=("cpu",))
+
+    def unavailable(self, device: torch.device) -> str | None:
+        return None
+
+    def unbuilt(self, spec: AttentionSpec) -> str | None:
+        return None
+
+
+def seen(q: Tensor, k: Tensor, told: dict[str, Any]) -> Tensor:
+    """Who may look at whom (batch, 1, seqlen_q, seqlen_k), in the package's conventions."""
+    rows, columns = torch.arange(q.shape[-3])[:, None], torch.arange(k.shape[-3])[None]
+    batch = 1 if q.dim() == 3 else q.shape[0]
+    if told.get("mask_mod") is not None:
+        assert not told["causal"] and told["window_size_left"] is None and told["window_size_right"] is None
+        first, last = told["aux_tensors"]
+        return ((rows >= first[:, None]) & (rows <= last[:, None]))[:, None]
+    lengths_q, lengths_k = torch.full((1, 1), q.shape[-3]), torch.full((1, 1), k.shape[-3])
+    allowed = torch.ones(batch, q.shape[-3], k.shape[-3], dtype=torch.bool)
+    if told.get("cu_seqlens_q") is not None:
+        starts, ends = told["cu_seqlens_q"], told["cu_seqlens_k"]
+        places = [torch.bucketize(torch.arange(n), x[1:], right=True) for n, x in ((len(q), starts), (len(k), ends))]
+        allowed = ((places[0][:, None] == places[1][None]) & (places[0][:, None] < len(starts) - 1))[None]
+        last = len(starts) - 2
+        rows = (rows[:, 0] - starts[places[0].clamp(max=last)])[:, None]
+        columns = (columns[0] - ends[places[1].clamp(max=last)])[None]
+        lengths_q, lengths_k = (x.diff()[places[0].clamp(max=last)][:, None] for x in (starts, ends))
+    elif told.get("seqused_k") is not None:
+        lengths_k = told["seqused_k"][:, None, None]
+        allowed = allowed & (columns < lengths_k)
+    distance = columns - rows - (lengths_k - lengths_q)
+    left, right = told["window_size_left"], 0 if told["causal"] else told["window_size_right"]
+    allowed = allowed if left is None else allowed & (distance >= -left)
+    return (allowed if right is None else allowed & (distance <= right))[:, None]
+
+
+@dataclasses.dataclass
+class Formula:
+    """The definition with its intermediate results, a sink as one more column; float64 inside."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    slope: Tensor
+    weights: Tensor
+    lse: Tensor
+    group: int
+
+    @classmethod
+    def of(cls, q: Tensor, k: Tensor, v: Tensor, told: dict[str, Any]) -> "Formula":
+        allowed = seen(q, k, told)
+        q, k, v = (x.double() if x.dim() == 4 else x[None].double() for x in (q, k, v))
+        group = q.shape[2] // k.shape[2]
+        k, v = (x.repeat_interleave(group, dim=2) for x in (k, v))
+        score, slope = told["softmax_scale"] * torch.einsum("bqhd,bkhd->bhqk", q, k), torch.ones(())
+        if told["softcap"]:
+            bent = torch.tanh(score / told["softcap"])
+            score, slope = told["softcap"] * bent, 1 - bent * bent
+        score = score.masked_fill(~allowed, -math.inf)
+        if told["learnable_sink"] is not None:
+            sink = told["learnable_sink"].to(score).view(1, -1, 1, 1).expand(*score.shape[:3], 1)
+            score = torch.cat((score, sink), dim=-1)
+        blind = (score == -math.inf).all(dim=-1, keepdim=True)
+        lse = score.logsumexp(-1).masked_fill(blind[..., 0], -math.inf)
+        weights = score.masked_fill(blind, 0.0).softmax(-1).masked_fill(blind, 0.0)
+        return cls(q, k, v, slope, weights, lse, group)
+
+    @property
+    def out(self) -> Tensor:
+        return torch.einsum("bhqk,bkhd->bqhd", self.weights[..., : self.k.shape[1]], self.v)
+
+
+def pretended_forward(q: Tensor, k: Tensor, v: Tensor, **told: Any) -> tuple[Any, ...]:
+    formula = Formula.of(q, k, v, told)
+    out, lse = formula.out.to(q.dtype).view(q.shape), formula.lse.float()
+    if told.get("cu_seqlens_q") is not None:  # rows of no document are never written
+        lse = lse[0]
+        out[told["cu_seqlens_q"][-1] :] = math.nan
+        lse[:, told["cu_seqlens_q"][-1] :] = math.nan
+    return out, lse if told["return_lse"] else None, None, None, None
+
+
+def pretended_backward(
+    q: Tensor, k: Tensor, v: Tensor, out: Tensor, dout: Tensor, lse: Tensor, **told: Any
+) -> tuple[Any, ...]:
+    """``d_score = weights * (d_out @ v.T - rowsum(d_out * out) + d_lse)``."""
+    formula = Formula.of(q, k, v, told)
+    d_out = dout.double().view_as(formula.q)
+    if told.get("cu_seqlens_q") is not None:
+        d_out[:, told["cu_seqlens_q"][-1] :] = 0.0
+    delta = (d_out * formula.out).sum(-1).transpose(1, 2)
+    if told["dlse"] is not None:
+        delta = delta - told["dlse"].double().view_as(delta).nan_to_num()
+    weights, sink = formula.weights[..., : formula.k.shape[1]], formula.weights[..., formula.k.shape[1] :]
+    d_score = weights * (torch.einsum("bqhd,bkhd->bhqk", d_out, formula.v) - delta[..., None])
+    d_score = d_score * formula.slope * told["softmax_scale"]
+    dq = torch.einsum("bhqk,bkhd->bqhd", d_score, formula.k)
+    dk = torch.einsum("bhqk,bqhd->bkhd", d_score, formula.q)
+    dv = torch.einsum("bhqk,bqhd->bkhd", weights, d_out)
+    for grad, into in zip((dq, dk, dv), (told["dq"], told["dk"], told["dv"])):
+        into.copy_(grad.unflatten(2, (into.shape[-2], -1)).sum(3).view(into.shape))
+    unused = told.get("seqused_k")
+    if unused is not None:  # nor are gradients behind a row's last key
+        for into in (told["dk"], told["dv"]):
+            into[torch.arange(into.shape[1]) >= unused[:, None]] = math.nan
+    grads = (told["dq"], told["dk"], told["dv"])
+    if told["learnable_sink"] is None:
+        return grads
+    return (*grads, (-delta * sink[..., 0]).sum((0, 2)).to(told["learnable_sink"].dtype))
+
+
+def move(source: Tensor, target: Tensor, to: compact.Slots, *, scatter: bool) -> None:
+    """The kernel of ``compact`` in PyTorch; what it does not write is NaN."""
+    index = to.places.long()[:, :, None, None].expand(source.shape)
+    real = (to.places < to.lengths[:, None])[:, :, None, None]
+    if not scatter:
+        target.copy_(torch.where(real, source.gather(1, index), 0.0))
+        return
+    target.scatter_(1, index, torch.where(real, source, 0.0))
+    target[torch.arange(target.shape[1]) >= to.lengths[:, None] + compact.TILE] = math.nan
+
+
+@pytest.fixture(scope="module", autouse=True)
+def pretend() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(get("flash4"), "functions", (pretended_forward, pretended_backward))
+        patch.setattr(torch.cuda, "device", contextlib.nullcontext)
+        patch.setattr(compact, "move", move)
+        patch.setitem(sys.modules, "flashmha.backends.flash4_mask", types.SimpleNamespace(within="within"))
+        yield
+
+
+@given(spec=specs(limits=Pretended.limits, head_dims=(8, 16)), seed=seeds())
+def test_the_package_is_told_the_whole_problem(spec: AttentionSpec, seed: int) -> None:
+    assert_agrees(Pretended(), spec, seed)
+
+
+@given(data=st.data(), seed=seeds())
+def test_every_kind_that_is_compiled_is_told_right(data: st.DataObject, seed: int) -> None:
+    spec = data.draw(drawn(st.sampled_from(KINDS), torch.device("cpu")))
+    assert_agrees(Pretended(), dataclasses.replace(spec, head_dim=8, head_dim_v=8), seed)
+
+
+@given(data=st.data(), seed=seeds(), heads_kv=st.sampled_from((1, 2, 4)))
+def test_gradients_of_one_projection_share_one_tensor(data: st.DataObject, seed: int, heads_kv: int) -> None:
+    x = noise(seed, 2, 9, 4 + 2 * heads_kv, 8, dtype=torch.bfloat16).requires_grad_()
+    apart = x.detach().clone().requires_grad_()
+    q, k, v = x.split((4, heads_kv, heads_kv), dim=2)
+    pieces = [piece.contiguous() for piece in apart.split((4, heads_kv, heads_kv), dim=2)]
+    mask = data.draw(st.sampled_from((None, causal(), KeyPadding(torch.rand(2, 9) < 0.5))))
+    toward = noise(seed + 1, 2, 9, 4, 8, dtype=torch.bfloat16)
+    found, wanted = [], []
+    for parts, grads in (((q, k, v), found), (pieces, wanted)):
+        out = Pretended()(*parts, AttentionSpec.of(*parts, mask=mask))
+        assert isinstance(out, Tensor)
+        grads += torch.autograd.grad(out, parts, toward)
+    assert all(torch.equal(one, other) for one, other in zip(found, wanted))
+    assert found[0].untyped_storage().data_ptr() == found[2].untyped_storage().data_ptr()
+    assert wanted[0].untyped_storage().data_ptr() != wanted[2].untyped_storage().data_ptr()
+
+
+@given(spec=specs(limits=Pretended.limits, head_dims=(8, 16)), seed=seeds())
+def test_a_kind_is_ready_once_it_ran(spec: AttentionSpec, seed: int) -> None:
+    backend = Pretended()
+    if backend.unsupported(spec) is None:
+        assert "not compiled" in str(backend.unready(spec))
+        assert_agrees(backend, spec, seed)
+        assert backend.unready(spec) is None and kind(spec) in backend.compiled
+        longer = dataclasses.replace(spec, dtype=torch.float16 if spec.dtype == torch.bfloat16 else torch.bfloat16)
+        assert backend.unready(longer) is not None
+
+
+MASKS: dict[str, Mask | None] = {
+    "none": None,
+    "causal": causal(),
+    "padding": KeyPadding(torch.arange(9)[None] % 3 != torch.tensor([[0], [1]])),
+    "padded causal": causal() & KeyPadding(torch.arange(9)[None] % 3 != torch.tensor([[0], [1]])),
+    "lengths": KeyLengths(torch.tensor([0, 7])),
+}
+
+
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("needs_grad", (True, False))
+def test_compilers_see_one_operator_with_the_same_numbers(mask: str, needs_grad: bool) -> None:
+    backend = Pretended()
+    q, k = noise(0, 2, 9, 4, 8, dtype=torch.bfloat16), noise(1, 2, 9, 2, 8, dtype=torch.bfloat16)
+    q, k = q.requires_grad_(needs_grad), k.requires_grad_(needs_grad)
+
+    def attend(q: Tensor, k: Tensor) -> Any:
+        return backend(q, k, k * 2, AttentionSpec.of(q, k, k * 2, mask=MASKS[mask], need_lse=True))
+
+    torch.compiler.reset()
+    eager, compiled = attend(q, k), torch.compile(attend, fullgraph=True, backend="aot_eager")(q, k)
+    for one, other in zip(eager, compiled):
+        assert torch.equal(one, other)
+    if needs_grad:
+        grads = []
+        for out, lse in (eager, compiled):
+            grads.append(torch.autograd.grad(out.sum() + lse.nan_to_num(neginf=0.0).sum(), (q, k)))
+        assert all(torch.equal(one, other) for one, other in zip(*grads))
