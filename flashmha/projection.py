@@ -11,6 +11,8 @@ from einops import rearrange
 from torch import Tensor
 
 from .backends.base import HALF
+from .heads import WORTH
+from .heads import split as split_heads
 
 if TYPE_CHECKING:
     from .module import FlashMultiHeadAttention
@@ -26,7 +28,7 @@ def project(
     weight, bias = layer.in_proj_weight, layer.in_proj_bias
     if weight is not None and query is key and key is value:
         packed = linear(query, weight, bias, dtype)
-        if heads_kv == heads:  # what ``split`` says, in fewer steps, which a tiny layer feels
+        if heads_kv == heads and packed.numel() < WORTH:  # what ``split`` says, in fewer steps, which tiny layers feel
             q, k, v = packed.unflatten(-1, (3, heads, head_dim)).unbind(2)
             return q, k, v
         return split(packed, head_dim, [heads, heads_kv, heads_kv])  # type: ignore[return-value]
@@ -44,7 +46,7 @@ def project(
 
 def split(packed: Tensor, head_dim: int, sizes: list[int]) -> tuple[Tensor, ...]:
     """Heads that were projected by one matrix, as views."""
-    return rearrange(packed, "b s (h d) -> b s h d", d=head_dim).split_with_sizes(sizes, 2)
+    return split_heads(rearrange(packed, "b s (h d) -> b s h d", d=head_dim), sizes)
 
 
 def merge(layer: FlashMultiHeadAttention, out: Tensor, dtype: torch.dtype | None = None) -> Tensor:

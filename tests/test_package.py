@@ -17,7 +17,7 @@ from flashmha.__main__ import main
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "flashmha"
 ORDER = """
-    masks scores spec errors
+    masks scores spec errors heads
     backends.base backends.flash backends.blocks backends.compact backends.plugins
     backends.flash4_mask backends.flash4_kernels
     backends.naive backends.sdpa backends.flex backends.flash2 backends.flash3 backends.flash4

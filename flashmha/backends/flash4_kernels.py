@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..heads import neighbours
 from ..spec import AttentionSpec
 from .compact import Slots, compact, spread
 from .flash import packages
@@ -124,7 +125,7 @@ def keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     tensors = [x for x in arguments if isinstance(x, Tensor)]
     ctx.given = tuple(None if isinstance(x, Tensor) else x for x in arguments)
     ctx.holds = tuple(isinstance(x, Tensor) for x in arguments)
-    ctx.one = one_projection(inputs[:3])
+    ctx.side_by_side = not torch.compiler.is_compiling() and neighbours(inputs[:3])
     ctx.save_for_backward(q, k, v, sinks, out, lse, *tensors)
     ctx.set_materialize_grads(False)
 
@@ -153,26 +154,12 @@ class Attend(torch.autograd.Function):
         saved, arguments = kept(ctx)
         heads: Any = saved[:3]
         sizes = [x.shape[-2] for x in heads]
-        if ctx.one:
+        if ctx.side_by_side:
             grads = heads[0].new_empty(*heads[0].shape[:-2], sum(sizes), heads[0].shape[-1]).split(sizes, dim=-2)
         else:
             grads = tuple(x.new_empty(x.shape) for x in heads)
         d_sinks = backward(d_out, d_lse, saved, arguments, grads)
         return (*grads, d_sinks, *(None,) * len(arguments))
-
-
-def one_projection(heads: tuple[Tensor, ...]) -> bool:
-    """q, k and v are neighbouring heads of one tensor, so that their gradients had better be, too."""
-    if torch.compiler.is_compiling():
-        return False
-    q, k, v = heads
-    step = q.element_size() * q.shape[-1]
-    return (
-        q.shape[:-2] == k.shape[:-2]
-        and q.stride() == k.stride() == v.stride()
-        and k.data_ptr() == q.data_ptr() + q.shape[-2] * step
-        and v.data_ptr() == k.data_ptr() + k.shape[-2] * step
-    )
 
 
 # The same two functions as operators, for compilers.
