@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from flashmha import AttentionSpec, KeyLengths, KeyPadding, Mask, causal
-from flashmha.backends import compact, get
+from flashmha.backends import compact, flash4, get
 from flashmha.backends.flash4 import Flash4, kind
 from flashmha.testing import assert_agrees, noise, seeds, specs
 from flashmha.testing.kernels import KINDS, drawn
@@ -138,15 +138,25 @@ def pretended_backward(
     return (*grads, (-delta * sink[..., 0]).sum((0, 2)).to(told["learnable_sink"].dtype))
 
 
-def move(source: Tensor, target: Tensor, to: compact.Slots, *, scatter: bool) -> None:
-    """The kernel of ``compact`` in PyTorch; what it does not write is NaN."""
-    index = to.places.long()[:, :, None, None].expand(source.shape)
+Pair = tuple[Tensor, Tensor]
+
+
+def slots(valid: Tensor) -> compact.Slots:
+    """The first kernel of ``compact`` in PyTorch."""
+    order = (~valid).to(torch.int32).argsort(dim=1, stable=True)
+    return compact.Slots(order.argsort(dim=1).to(torch.int32), valid.sum(1, dtype=torch.int32))
+
+
+def move(sources: Pair, targets: Pair, to: compact.Slots, *, scatter: bool) -> None:
+    """The second one; what it does not write is NaN."""
     real = (to.places < to.lengths[:, None])[:, :, None, None]
-    if not scatter:
-        target.copy_(torch.where(real, source.gather(1, index), 0.0))
-        return
-    target.scatter_(1, index, torch.where(real, source, 0.0))
-    target[torch.arange(target.shape[1]) >= to.lengths[:, None] + compact.TILE] = math.nan
+    for source, target in zip(sources, targets):
+        index = to.places.long()[:, :, None, None].expand(source.shape)
+        if not scatter:
+            target.copy_(torch.where(real, source.gather(1, index), 0.0))
+            continue
+        target.scatter_(1, index, torch.where(real, source, 0.0))
+        target[torch.arange(target.shape[1]) >= to.lengths[:, None] + compact.TILE] = math.nan
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -155,6 +165,7 @@ def pretend() -> Iterator[None]:
         patch.setattr(get("flash4"), "functions", (pretended_forward, pretended_backward))
         patch.setattr(torch.cuda, "device", contextlib.nullcontext)
         patch.setattr(compact, "move", move)
+        patch.setattr(flash4, "slots", slots)
         patch.setitem(sys.modules, "flashmha.backends.flash4_mask", types.SimpleNamespace(within="within"))
         yield
 

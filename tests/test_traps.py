@@ -33,7 +33,7 @@ from flashmha import (
     attention,
     causal,
 )
-from flashmha.backends import compact, get, names
+from flashmha.backends import compact, flash4, get, names
 from flashmha.backends.base import HALF
 from flashmha.backends.sdpa import kernels_for_masks, without_cudnn
 from flashmha.testing import noise, seeds, specs, tensors
@@ -100,7 +100,8 @@ def told() -> Iterator[Told]:
         for name, answers in every.items():
             patch.setattr(get(name), "functions", answers)
         patch.setitem(sys.modules, "flashmha.backends.flash4_mask", types.SimpleNamespace(within="within"))
-        patch.setattr(compact, "move", lambda source, target, to, scatter: target.copy_(source))
+        patch.setattr(compact, "move", lambda sources, targets, to, scatter: [t.zero_() for t in targets])
+        patch.setattr(flash4, "slots", lambda valid: compact.Slots(valid.int(), valid.sum(1, dtype=torch.int32)))
         patch.setattr(torch.cuda, "device", contextlib.nullcontext)
         yield seen
 

@@ -22,6 +22,9 @@ TILE = 256
 0 times NaN is NaN."""
 
 
+Pair = tuple[Tensor, Tensor]
+
+
 class Slots(NamedTuple):
     """Where keys go: ``places`` (batch, seqlen_k), a permutation of each row, and how many are real (batch,)."""
 
@@ -41,10 +44,12 @@ def validity(mask: Mask | None, spec: AttentionSpec) -> Tensor | None:
 
 def slots(valid: Tensor) -> Slots:
     """Real keys first, each kind in the order it had."""
-    before = valid.cumsum(1, dtype=torch.int32)
-    lengths = before[:, -1].contiguous()
-    index = torch.arange(valid.shape[1], dtype=torch.int32, device=valid.device)
-    return Slots(torch.where(valid, before - 1, lengths[:, None] + index - before), lengths)
+    batch, seqlen = valid.shape
+    made = Slots(*(torch.empty(shape, dtype=torch.int32, device=valid.device) for shape in (valid.shape, (batch,))))
+    if valid.numel():
+        with torch.cuda.device(valid.device):
+            kernels()[0][(batch,)](valid, *made, *valid.stride(), seqlen, BLOCK=1024)
+    return made
 
 
 class Intervals(NamedTuple):
@@ -68,35 +73,37 @@ def missing() -> str | None:
     return None if importlib.util.find_spec("triton") else "key_padding moves keys with triton, which is not installed"
 
 
+missing._dynamo_marked_constant = True  # type: ignore[attr-defined]  # torch.compiler.assume_constant_result, unimported
+
+
 def compact(k: Tensor, v: Tensor, to: Slots) -> tuple[Tensor, Tensor]:
     """Keys and values (batch, seqlen_k, heads_kv, head_dim) with the real ones first; one tile behind them is 0."""
-    made = tuple(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (k, v))
-    for source, target in zip((k, v), made):
-        move(source, target, to, scatter=True)
-    return made[0], made[1]
+    made = (k.new_empty(k.shape), v.new_empty(v.shape))
+    move((k, v), made, to, scatter=True)
+    return made
 
 
-def spread(source: Tensor, target: Tensor, to: Slots) -> None:
-    """Gradients of compacted keys, written where the keys were; 0 for padding."""
-    move(source, target, to, scatter=False)
+def spread(sources: Pair, targets: Pair, to: Slots) -> None:
+    """Gradients of compacted keys and values, written where those were; 0 for padding."""
+    move(sources, targets, to, scatter=False)
 
 
-def move(source: Tensor, target: Tensor, to: Slots, *, scatter: bool) -> None:
-    import triton
-
-    batch, seqlen, heads, head_dim = source.shape
+def move(sources: Pair, targets: Pair, to: Slots, *, scatter: bool) -> None:
+    """Rows of two tensors of one shape to their slots, or back from them."""
+    batch, seqlen, heads, head_dim = sources[0].shape
     width = heads * head_dim
-    if not source.numel():
+    if not sources[0].numel():
         return
-    block = min(triton.next_power_of_2(width), 4096)
-    with torch.cuda.device(source.device):
-        kernel()[(batch * seqlen, triton.cdiv(width, block))](
-            source,
-            target,
-            to.places,
-            to.lengths,
-            *source.stride(),
-            *target.stride(),
+    block = min(1 << (width - 1).bit_length(), 4096)
+    with torch.cuda.device(sources[0].device):
+        kernels()[1][(batch * seqlen, -(-width // block), 2)](
+            *sources,
+            *targets,
+            *to,
+            *sources[0].stride(),
+            *sources[1].stride(),
+            *targets[0].stride(),
+            *targets[1].stride(),
             seqlen,
             head_dim,
             width,
@@ -107,24 +114,55 @@ def move(source: Tensor, target: Tensor, to: Slots, *, scatter: bool) -> None:
 
 
 @functools.cache
-def kernel() -> Any:
+def kernels() -> Any:
+    """Two programs: one counts the real keys of a row, one moves a key."""
     import triton
     import triton.language as tl
 
     @triton.jit  # type: ignore[untyped-decorator]
-    def move_row(  # type: ignore[no-untyped-def]
-        source,
-        target,
+    def count(valid, places, lengths, stride_b, stride_s, seqlen, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+        item = tl.program_id(0).to(tl.int64)
+        lane = tl.arange(0, BLOCK)
+        row = valid + item * stride_b
+        total = tl.zeros([BLOCK], dtype=tl.int32)
+        for start in range(0, seqlen, BLOCK):
+            index = start + lane
+            total += tl.load(row + index * stride_s, mask=index < seqlen, other=0).to(tl.int32)
+        length = tl.sum(total)
+        tl.store(lengths + item, length)
+        seen = 0
+        for start in range(0, seqlen, BLOCK):
+            index = start + lane
+            real = tl.load(row + index * stride_s, mask=index < seqlen, other=0).to(tl.int32)
+            before = seen + tl.cumsum(real) - real
+            place = tl.where(real > 0, before, length + index - before)
+            tl.store(places + item * seqlen + index, place, mask=index < seqlen)
+            seen += tl.sum(real)
+
+    @triton.jit  # type: ignore[untyped-decorator]
+    def move_key(  # type: ignore[no-untyped-def]
+        k_source,
+        v_source,
+        k_target,
+        v_target,
         places,
         lengths,
-        source_b,
-        source_s,
-        source_h,
-        source_d,
-        target_b,
-        target_s,
-        target_h,
-        target_d,
+        ks_b,
+        ks_s,
+        ks_h,
+        ks_d,
+        vs_b,
+        vs_s,
+        vs_h,
+        vs_d,
+        kt_b,
+        kt_s,
+        kt_h,
+        kt_d,
+        vt_b,
+        vt_s,
+        vt_h,
+        vt_d,
         seqlen,
         head_dim,
         width,
@@ -135,18 +173,23 @@ def kernel() -> Any:
         row = tl.program_id(0)
         item, place = (row // seqlen).to(tl.int64), (row % seqlen).to(tl.int64)
         column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-        inside = column < width
-        head, lane = (column // head_dim).to(tl.int64), (column % head_dim).to(tl.int64)
+        head, lane = column // head_dim, column % head_dim
         slot = tl.load(places + row).to(tl.int64)
         length = tl.load(lengths + item).to(tl.int64)
-        read, wrote = place, slot
-        if not SCATTER:
-            read, wrote = slot, place
-        start = source + item * source_b + read * source_s
-        values = tl.load(start + head * source_h + lane * source_d, mask=inside & (slot < length), other=0.0)
+        inside = column < width
+        real = inside & (slot < length)
         reached = inside
+        read, wrote = slot, place
         if SCATTER:
+            read, wrote = place, slot
             reached = inside & (slot < length + TILE)
-        tl.store(target + item * target_b + wrote * target_s + head * target_h + lane * target_d, values, mask=reached)
+        if tl.program_id(2) == 0:
+            source = k_source + item * ks_b + read * ks_s + head * ks_h + lane * ks_d
+            target = k_target + item * kt_b + wrote * kt_s + head * kt_h + lane * kt_d
+            tl.store(target, tl.load(source, mask=real, other=0.0), mask=reached)
+        else:
+            source = v_source + item * vs_b + read * vs_s + head * vs_h + lane * vs_d
+            target = v_target + item * vt_b + wrote * vt_s + head * vt_h + lane * vt_d
+            tl.store(target, tl.load(source, mask=real, other=0.0), mask=reached)
 
-    return move_row
+    return count, move_key

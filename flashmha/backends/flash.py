@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ..masks import Documents, find
+from ..masks import Documents, Window, find
 from ..spec import AttentionSpec
 from .base import Backend
 
@@ -51,7 +51,8 @@ class FlashAttn(Backend):
         reasons = super().refusals(spec)
         window = spec.window
         if window is not None:
-            if window.align != "bottom_right":
+            assert spec.mask is not None
+            if any(isinstance(part, Window) and part.align != "bottom_right" for part in spec.mask.parts):
                 reasons.append("a top-left window inside Documents with other offsets for keys (bottom-right only)")
             elif window.left is not None and window.left < 0:
                 reasons.append(f"window left={window.left} (at least 0)")

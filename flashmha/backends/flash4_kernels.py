@@ -5,7 +5,7 @@ Not a backend: ``flash4`` says what a problem needs, and this file calls the pac
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -46,7 +46,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, told: dict[str,
     if torch.compiler.is_compiling():
         made = torch.ops.flashmha.flash4(q, k, v, spec.sinks, *arguments)
     elif spec.needs_grad:
-        made = Attend.apply(q, k, v, spec.sinks, *arguments)  # type: ignore[no-untyped-call]
+        made = Attend.apply(q, k, v, spec.sinks, arguments)  # type: ignore[no-untyped-call]
     else:
         made = forward(q, k, v, spec.sinks, *arguments)
     return made[0], made[1]
@@ -80,8 +80,7 @@ def backward(
         d_out = torch.zeros_like(out) if d_out is None else d_out
         result = kernels()[1](q, k, v, out, d_out, lse, **options(told), **more, dq=dq, dk=made[0], dv=made[1])
     if to is not None:
-        for source, target in zip(made, (dk, dv)):
-            spread(source, target, to)
+        spread(made, (dk, dv), to)
     elif told["lengths"] is not None:
         # gradients of keys past their length are never written (flash-attention#2167)
         past = torch.arange(dk.shape[1], device=dk.device) >= told["lengths"][:, None]
@@ -116,50 +115,32 @@ def kernels() -> tuple[Callable[..., Any], Callable[..., Any]]:
     return package.functions or package.load()
 
 
-def keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    """What the backward needs; gradients of moved keys are moved back there."""
-    q, k, v, sinks, *arguments = inputs
-    out, lse, keys, values = output
-    if dict(zip(TOLD, arguments))["places"] is not None:
-        k, v = keys, values
-    tensors = [x for x in arguments if isinstance(x, Tensor)]
-    ctx.given = tuple(None if isinstance(x, Tensor) else x for x in arguments)
-    ctx.holds = tuple(isinstance(x, Tensor) for x in arguments)
-    ctx.side_by_side = not torch.compiler.is_compiling() and neighbours(inputs[:3])
-    ctx.save_for_backward(q, k, v, sinks, out, lse, *tensors)
-    ctx.set_materialize_grads(False)
-
-
-def kept(ctx: Any) -> tuple[tuple[Tensor | None, ...], tuple[Any, ...]]:
-    """The saved tensors, and every argument in its place."""
-    saved = ctx.saved_tensors
-    rest = iter(saved[6:])
-    return saved[:6], tuple(next(rest) if held else value for held, value in zip(ctx.holds, ctx.given))
-
-
 class Attend(torch.autograd.Function):
-    """``forward`` and ``backward`` outside a compiler, where gradients may share one tensor."""
+    """``forward`` and ``backward`` outside a compiler, where gradients may lie side by side in one tensor."""
 
     @staticmethod
-    def forward(*inputs: Any) -> Any:
-        return forward(*inputs)
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, arguments: tuple[Any, ...]) -> Any:
+        out, lse, *moved = forward(q, k, v, sinks, *arguments)
+        ctx.arguments, ctx.side_by_side = arguments, neighbours((q, k, v))
+        ctx.save_for_backward(q, *kernel_keys(k, v, moved), sinks, out, lse)
+        ctx.set_materialize_grads(False)
+        return out, lse
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        keep(ctx, inputs, output)
-        ctx.mark_non_differentiable(*output[2:])
-
-    @staticmethod
-    def backward(ctx: Any, d_out: Any, d_lse: Any, *unused: Any) -> Any:
-        saved, arguments = kept(ctx)
+    def backward(ctx: Any, d_out: Any, d_lse: Any) -> Any:
+        saved = ctx.saved_tensors
         heads: Any = saved[:3]
         sizes = [x.shape[-2] for x in heads]
         if ctx.side_by_side:
             grads = heads[0].new_empty(*heads[0].shape[:-2], sum(sizes), heads[0].shape[-1]).split(sizes, dim=-2)
         else:
             grads = tuple(x.new_empty(x.shape) for x in heads)
-        d_sinks = backward(d_out, d_lse, saved, arguments, grads)
-        return (*grads, d_sinks, *(None,) * len(arguments))
+        return (*grads, backward(d_out, d_lse, saved, ctx.arguments, grads), None)
+
+
+def kernel_keys(k: Tensor, v: Tensor, moved: Sequence[Tensor]) -> Sequence[Tensor]:
+    """The keys and values that the kernel saw."""
+    return moved if moved[0].dim() > 1 else (k, v)
 
 
 # The same two functions as operators, for compilers.
@@ -192,8 +173,20 @@ def fake_backward(d_out: Tensor | None, d_lse: Tensor | None, *rest: Any) -> tup
     )
 
 
+def keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    """What the backward of the operator needs."""
+    q, k, v, sinks, *arguments = inputs
+    out, lse, *moved = output
+    ctx.given = tuple(None if isinstance(x, Tensor) else x for x in arguments)
+    ctx.holds = tuple(isinstance(x, Tensor) for x in arguments)
+    tensors = [x for x in arguments if isinstance(x, Tensor)]
+    ctx.save_for_backward(q, *kernel_keys(k, v, moved), sinks, out, lse, *tensors)
+    ctx.set_materialize_grads(False)
+
+
 def traced_backward(ctx: Any, d_out: Any, d_lse: Any, *unused: Any) -> Any:
-    saved, arguments = kept(ctx)
+    saved, rest = ctx.saved_tensors[:6], iter(ctx.saved_tensors[6:])
+    arguments = tuple(next(rest) if held else value for held, value in zip(ctx.holds, ctx.given))
     made = torch.ops.flashmha.flash4_backward(d_out, d_lse, *saved, *arguments)
     return (*made[:3], None if saved[3] is None else made[3], *(None,) * len(arguments))
 
