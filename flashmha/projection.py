@@ -29,7 +29,7 @@ def project(
     if weight is not None and query is key and key is value:
         packed = linear(query, weight, bias, dtype)
         if heads_kv == heads and packed.numel() < WORTH:  # what ``split`` says, in fewer steps, which tiny layers feel
-            q, k, v = packed.unflatten(-1, (3, heads, head_dim)).unbind(2)
+            q, k, v = packed.view(*packed.shape[:2], 3, heads, head_dim).unbind(2)
             return q, k, v
         return split(packed, head_dim, [heads, heads_kv, heads_kv])  # type: ignore[return-value]
     sizes = [heads, heads_kv, heads_kv]
