@@ -34,7 +34,8 @@ from flashmha import (
 )
 from flashmha.backends import get, names
 from flashmha.backends.base import HALF
-from flashmha.backends.sdpa import kernels_for_masks, without_cudnn
+from flashmha.backends.grouped import FEW
+from flashmha.backends.sdpa import attend_on_cuda, kernels_for_masks, without_cudnn
 from flashmha.testing import noise, seeds, specs, tensors
 from flashmha.testing.kernels import KINDS, SHAPES, drawn
 
@@ -261,12 +262,31 @@ def test_trap_10_a_float32_mask_beside_half_precision_is_read_as_numbers(dtype: 
 
 
 @pytest.mark.gpu
-def test_trap_11_grouped_heads_beside_a_mask_take_a_fused_kernel() -> None:
-    q, k = noise(0, 2, 64, 4, 64, dtype=torch.bfloat16), noise(1, 2, 64, 2, 64, dtype=torch.bfloat16)
+@pytest.mark.parametrize("seqlen_q", (1, 3, 64))
+def test_trap_11_grouped_heads_beside_a_mask_take_a_fused_kernel(seqlen_q: int) -> None:
+    q, k = noise(0, 2, seqlen_q, 4, 64, dtype=torch.bfloat16), noise(1, 2, 64, 2, 64, dtype=torch.bfloat16)
     valid = torch.rand(2, 64) < 0.5
     with sdpa_kernel(SDPBackend.EFFICIENT_ATTENTION):
         out = attention(q, k, k, mask=KeyPadding(valid), backend="sdpa")
     assert near(out, attention(q, k, k, mask=KeyPadding(valid), backend="naive"))
+
+
+@pytest.mark.cpu("watches operators on a CPU")
+@given(seqlen_q=st.integers(1, 2 * FEW), seqlen_k=lengths, seed=seeds())
+def test_trap_11_few_queries_of_grouped_heads_copy_no_keys(seqlen_q: int, seqlen_k: int, seed: int) -> None:
+    q, k = noise(seed, 2, seqlen_q, 4, 8).float(), noise(seed + 1, 2, seqlen_k, 2, 8).float()
+    spec = AttentionSpec.of(q, k, k, mask=KeyPadding(torch.ones(2, seqlen_k, dtype=torch.bool)))
+    heads: list[int] = []
+    plain = F.scaled_dot_product_attention
+
+    def watched(q: Tensor, k: Tensor, *rest: Any, **more: Any) -> Tensor:
+        heads.append(k.shape[1])
+        return plain(q, k, *rest, **more)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(F, "scaled_dot_product_attention", watched)
+        attend_on_cuda(q, k, k, spec)
+    assert heads == [2 if seqlen_q <= FEW else 4]
 
 
 @given(spec=specs(limits=get("sdpa").limits, head_dims=(8,)), seed=seeds())

@@ -12,6 +12,7 @@ from ..scores import ALiBi
 from ..spec import AttentionSpec
 from .base import HALF, Limits
 from .flash import FlashAttn, normal_lse, packed, trimmed, unpacked, unpacked_lse, window_options
+from .grouped import fold, folds, unfold, unfold_lse
 
 
 class Flash2(FlashAttn):
@@ -95,8 +96,15 @@ class Flash2(FlashAttn):
             options["alibi_slopes"] = spec.bias.slopes.float()
         documents = find(spec.mask, Documents)
         if documents is None:
-            result = dense(q, k, v, **options)
-            return (result[0], normal_lse(result[1])) if spec.need_lse else result
+            # for one query the package folds by itself (seqlenq_ngroups_swapped in csrc/flash_attn/flash_api.cpp); for
+            # no other number does it, though it splits the keys of every short problem
+            few = spec.seqlen_q > 1 and spec.mask is None and spec.bias is None and folds(spec)
+            groups = spec.heads // spec.heads_kv if few else 1
+            result = dense(fold(q, groups) if groups > 1 else q, k, v, **options)
+            out, lse = result[:2] if spec.need_lse else (result, None)
+            if groups > 1:
+                out, lse = unfold(out, groups), None if lse is None else unfold_lse(lse, groups)
+            return out if lse is None else (out, normal_lse(lse))
         q, k, v, offsets = packed(q, k, v, documents)
         # a longest document of one query takes a decoding path with wrong shapes (flash-attention#1537); the number is
         # only a bound
