@@ -57,6 +57,9 @@ class FlashAttn(Backend):
                 reasons.append(f"window left={window.left} (at least 0)")
             elif window.right is not None and window.right < 0 and find(spec.mask, Documents) is not None:
                 reasons.append(f"window right={window.right} inside Documents (at least 0)")
+            elif window.right is not None and window.left is not None and window.left + window.right < 0:
+                # what is left of it once keys are cut off would be -1, which means unbounded
+                reasons.append(f"window left={window.left}, right={window.right} (holds no key)")
         if find(spec.mask, KeyLengths) is not None and spec.mask is not None and len(spec.mask.parts) > 1:
             reasons.append("key_lengths beside another rule (the package counts positions from each row's last key)")
         return reasons
