@@ -10,10 +10,13 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
-from flashmha import AttentionSpec, NoBackendError, Window
+from flashmha import AttentionSpec, KeyLengths, NoBackendError, Window
 from flashmha.__main__ import main
 from flashmha.backends import choose, flash, get
+from flashmha.backends.flash3 import HEAD_DIMS, Flash3
 from flashmha.commands import info
 
 CUDA = torch.device("cuda", 0)
@@ -49,7 +52,8 @@ def install(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Install
     for name in ("flash2", "flash3", "flash4"):
         monkeypatch.setattr(get(name), "probed", {})
         monkeypatch.setattr(get(name), "functions", None)
-    monkeypatch.setattr(get("flash3"), "flags", {})
+    for name, value in (("flags", {}), ("cached", None), ("splitting", False)):
+        monkeypatch.setattr(get("flash3"), name, value)
     hidden = {name: sys.modules[name] for name in sys.modules if name.startswith(MODULES)}
     forget()
     monkeypatch.syspath_prepend(tmp_path)
@@ -160,6 +164,45 @@ def test_a_forward_only_build_serves_inference_and_says_why_no_more(install: Ins
     ):
         with pytest.raises(NoBackendError, match=f"flash3  this build has no {lacks}"):
             choose(problem(**changes), "flash3")
+
+
+SPLIT = "FLASHATTENTION_DISABLE_SPLIT"
+CACHE = "def flash_attn_with_kvcache(q, k, v, cache_seqlens): ...\n"
+
+
+@pytest.mark.parametrize(
+    ("more", "off", "splitting"),
+    ((", num_splits", False, True), (", num_splits", True, False), ("", False, False)),
+)
+def test_keys_are_split_where_a_build_can(more: str, off: bool, splitting: bool, install: Install) -> None:
+    install(
+        {
+            "flash_attn_interface.py": FUNCTIONS.format(FLASH3 + more),
+            "flash_attn_config.py": f"CONFIG = {{'build_flags': {{{SPLIT!r}: {off}}}}}",
+        }
+    )
+    flash3 = get("flash3")
+    assert flash3.unavailable(CUDA) is None
+    assert isinstance(flash3, Flash3) and flash3.splitting == splitting
+
+
+@pytest.mark.parametrize("cache", ("", CACHE))
+def test_a_build_of_flash3_serves_lengths_by_its_function_for_caches(cache: str, install: Install) -> None:
+    install({"flash_attn_interface.py": FUNCTIONS.format(FLASH3) + cache})
+    spec = problem(mask=KeyLengths(torch.tensor([3, 128])))
+    assert get("flash3").unavailable(CUDA) is None and get("flash3").unsupported(spec) is None
+    said = None if cache else "key_lengths (this build has no flash_attn_with_kvcache)"
+    assert get("flash3").unbuilt(spec) == said
+
+
+@given(off=st.sets(st.sampled_from(HEAD_DIMS)), head_dim=st.integers(1, 256))
+def test_a_head_dim_of_flash3_is_served_by_the_next_kernel_there_is(off: set[int], head_dim: int) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(get("flash3"), "flags", {f"FLASHATTENTION_DISABLE_HDIM{size}": True for size in off})
+        said = get("flash3").unbuilt(AttentionSpec(1, 4, 4, 1, 1, head_dim, head_dim, torch.bfloat16, CUDA))
+    larger = [size for size in HEAD_DIMS if size >= head_dim and size not in off]
+    assert (said is None) == bool(larger)
+    assert said is None or said.startswith(f"head_dim={head_dim} (this build has kernels for ")
 
 
 def test_a_package_is_tried_once_and_its_answer_kept(install: Install) -> None:

@@ -25,6 +25,7 @@ from flashmha import (
     AttentionSpec,
     Documents,
     FlashMultiHeadAttention,
+    KeyLengths,
     KeyPadding,
     NoBackendError,
     TensorBias,
@@ -86,9 +87,15 @@ def told() -> Iterator[Told]:
         result = kernel(*args, **options)
         return result if options["return_attn_probs"] else result[0]
 
+    def cached(*args: Any, **options: Any) -> Any:
+        """As flash-attn 3 answers for a cache of keys."""
+        result = kernel(*args, **options)
+        return result if options["return_softmax_lse"] else result[0]
+
     with pytest.MonkeyPatch.context() as patch:
         for name, answer in (("flash2", shorter), ("flash3", shorter), ("flash4", kernel)):
             patch.setattr(get(name), "functions", (answer, answer))
+        patch.setattr(get("flash3"), "cached", cached)
         patch.setattr(torch.cuda, "device", contextlib.nullcontext)
         yield seen
 
@@ -373,6 +380,39 @@ def test_trap_16_flash3_is_called_through_functions_that_know_documents_and_dete
     mask = Documents(torch.tensor([0, 2, 6])) if packed else None
     get("flash3")(q, q, q, AttentionSpec.of(q, q, q, mask=mask, deterministic=deterministic))
     assert told[0]["deterministic"] == deterministic and ("cu_seqlens_q" in told[0]) == packed
+
+
+@pytest.mark.cpu("asks what a kernel is told")
+@given(need_lse=st.booleans(), longest=st.integers(1, 40), seed=seeds())
+def test_trap_16_flash3_is_told_lengths_by_its_function_for_caches_and_never_with_a_gradient(
+    told: Told, need_lse: bool, longest: int, seed: int
+) -> None:
+    mask = KeyLengths(torch.randint(0, longest + 1, (2,), generator=torch.Generator().manual_seed(seed)))
+    spec = problem(seqlen_k=longest, mask=mask, need_lse=need_lse)
+    assert get("flash3").unsupported(spec) is None
+    assert "a backward beside key_lengths" in str(get("flash3").unsupported(dataclasses.replace(spec, needs_grad=True)))
+    assert "key_lengths beside another rule" in str(
+        get("flash3").unsupported(problem(seqlen_k=longest, mask=mask & causal()))
+    )
+    options = as_told(told, "flash3", spec)
+    assert torch.equal(options["cache_seqlens"], mask.lengths.int()) and options["cache_seqlens"].dtype == torch.int32
+    assert options["num_splits"] == 1 and options["return_softmax_lse"] == need_lse and not options["causal"]
+
+
+@pytest.mark.cpu("asks what a kernel is told")
+@pytest.mark.parametrize("mask", (None, causal(), KeyLengths(torch.tensor([5, 300]))))
+@pytest.mark.parametrize(("seqlen_q", "seqlen_k"), ((1, 512), (128, 4096), (129, 4096), (1, 511)))
+def test_trap_16_flash3_splits_the_keys_of_few_queries_where_the_build_can(
+    told: Told, mask: Any, seqlen_q: int, seqlen_k: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = problem(seqlen_q=seqlen_q, seqlen_k=seqlen_k, mask=mask)
+    told_apart = as_told(told, "flash3", spec).get("num_splits", 1)
+    monkeypatch.setattr(get("flash3"), "splitting", True)
+    few = seqlen_q <= 128 and seqlen_k >= 512
+    assert (told_apart, as_told(told, "flash3", spec).get("num_splits", 1)) == (1, 0 if few else 1)
+    if not isinstance(mask, KeyLengths):
+        learning = dataclasses.replace(spec, needs_grad=True)
+        assert "num_splits" not in as_told(told, "flash3", learning)
 
 
 @pytest.mark.cpu("asks what a kernel is told")
