@@ -11,8 +11,11 @@ from ..masks import Documents, find
 from ..scores import ALiBi
 from ..spec import AttentionSpec
 from .base import HALF, Limits
-from .flash import FlashAttn, normal_lse, packed, trimmed, unpacked, unpacked_lse, window_options
+from .flash import FlashAttn, lacks, normal_lse, packed, trimmed, unpacked, unpacked_lse, window_options
 from .grouped import fold, folds, unfold, unfold_lse
+
+BUCKETS = (32, 64, 96, 128, 192, 256)
+"""The head dims there are kernels for, each for those below it; a build may have been made without some."""
 
 
 class Flash2(FlashAttn):
@@ -53,6 +56,13 @@ class Flash2(FlashAttn):
         from flash_attn import flash_attn_func, flash_attn_varlen_func
 
         return flash_attn_func, flash_attn_varlen_func
+
+    def unbuilt(self, spec: AttentionSpec) -> str | None:
+        bucket = [size for size in BUCKETS if spec.head_dim <= size][0]  # noqa: RUF015  Dynamo reads it
+        why = lacks(self.name, spec.device.index, bucket, spec.dtype, False)
+        if why is None and spec.needs_grad:
+            why = lacks(self.name, spec.device.index, bucket, spec.dtype, True)
+        return None if why is None else f"head_dim={spec.head_dim} ({why})"
 
     def refusals(self, spec: AttentionSpec) -> list[str]:
         reasons = super().refusals(spec)
