@@ -42,6 +42,7 @@ from flashmha.testing.kernels import KINDS, SHAPES, drawn
 
 FLASH = ("flash2", "flash3", "flash4")
 lengths = st.integers(1, 40)
+ON_CUDA = dataclasses.replace(get("sdpa").limits, features=get("sdpa").limits.features - {"lse", "dropout"})
 
 
 def problem(**changes: Any) -> AttentionSpec:
@@ -260,6 +261,44 @@ def test_trap_10_cudnn_never_sees_a_mask() -> None:
         with without_cudnn():
             assert not torch.backends.cuda.cudnn_sdp_enabled() and torch.backends.cuda.math_sdp_enabled()
         assert torch.backends.cuda.cudnn_sdp_enabled()
+
+
+KERNELS = (SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH, SDPBackend.CUDNN_ATTENTION)
+
+
+@pytest.mark.cpu("watches what sdpa leaves switched on for a GPU")
+@given(
+    spec=specs(limits=ON_CUDA, head_dims=(8,), longest=2 * FEW),
+    allowed=st.sets(st.sampled_from(KERNELS), min_size=1),
+    deterministic=st.booleans(),
+    switched=st.booleans(),
+    seed=seeds(),
+)
+def test_trap_10_a_call_takes_no_kernel_that_is_switched_off_and_cudnn_no_mask(
+    spec: AttentionSpec, allowed: set[SDPBackend], deterministic: bool, switched: bool, seed: int
+) -> None:
+    spec = dataclasses.replace(spec, deterministic=deterministic)
+    seen: list[tuple[bool, set[SDPBackend]]] = []
+    plain = F.scaled_dot_product_attention
+
+    def watched(q: Tensor, k: Tensor, v: Tensor, mask: Any, *rest: Any, **more: Any) -> Tensor:
+        seen.append((mask is not None, set(torch.nn.attention._cur_sdpa_kernel_backends()) & set(KERNELS)))
+        with sdpa_kernel(list(KERNELS)):
+            return plain(q, k, v, mask, *rest, **more)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(F, "scaled_dot_product_attention", watched)
+        patch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: switched)
+        with sdpa_kernel(list(allowed)):
+            refused = get("sdpa").unsupported(on_gpu(spec))
+            if refused is None:
+                attend_on_cuda(*tensors(spec, seed), spec)
+    math = deterministic and spec.needs_grad and not switched
+    if refused is not None:
+        assert allowed == {SDPBackend.CUDNN_ATTENTION} or (math and SDPBackend.MATH not in allowed)
+    for masked, on in seen if spec.batch else []:
+        wanted = {SDPBackend.MATH} if math else allowed - ({SDPBackend.CUDNN_ATTENTION} if masked else set())
+        assert on == wanted and on
 
 
 @pytest.mark.parametrize("dtype", HALF)

@@ -47,6 +47,11 @@ class Sdpa(Backend):
             reasons += refusals_of_lse(spec)
         if spec.device.type == "cuda" and needs_tensor(spec) and not kernels_for_masks():
             reasons.append("only cuDNN is enabled, which must not see a mask (pytorch#196678)")
+        if spec.device.type == "cuda" and by_math(spec) and not switches()[1]:
+            reasons.append(
+                "a deterministic backward with the math kernel switched off (torch.use_deterministic_algorithms(True) "
+                "makes the fused ones deterministic)"
+            )
         return reasons
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> Tensor | tuple[Tensor, Tensor]:
@@ -78,25 +83,40 @@ def attend_on_cuda(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> Tens
         with sdpa_kernel(SDPBackend.MATH):  # the fused kernels give nothing at all for an empty batch
             return attend(q, k, v, None, spec)
     if spec.bias is None and top_left_causal(spec):
-        return attend(q, k, v, None, spec, is_causal=True)
+        return attend_by_choice(q, k, v, None, spec, is_causal=True)
     mask = dense(spec)
     if folds(spec):
         groups = spec.heads // spec.heads_kv
         rows = None if mask is None else fold_table(mask, groups, spec.seqlen_q)
-        return unfold(attend_masked(fold(q, groups), k, v, rows, spec), groups)
+        return unfold(attend_by_choice(fold(q, groups), k, v, rows, spec), groups)
     if mask is not None and spec.heads != spec.heads_kv:
         # with a mask, grouped heads land in the math kernel up to torch 2.13 (pytorch#191085)
         k, v = (x.repeat_interleave(spec.heads // spec.heads_kv, dim=2) for x in (k, v))
-    return attend_masked(q, k, v, mask, spec)
+    return attend_by_choice(q, k, v, mask, spec)
 
 
-def attend_masked(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, spec: AttentionSpec) -> Tensor:
-    """SDPA by a kernel of a GPU with a mask, or none."""
-    # cuDNN must not see a mask: NaN gradients (pytorch#196678), misread float masks (pytorch#191612)
-    with contextlib.nullcontext() if mask is None else without_cudnn():
-        out = attend(q, k, v, mask, spec)
+def attend_by_choice(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, spec: AttentionSpec, is_causal: bool = False
+) -> Tensor:
+    """SDPA by those of a GPU's kernels that are switched on and may serve the problem."""
+    if by_math(spec):
+        kernels: contextlib.AbstractContextManager[None] = sdpa_kernel([SDPBackend.MATH] if switches()[1] else [])
+    else:
+        # cuDNN must not see a mask: NaN gradients (pytorch#196678), misread float masks (pytorch#191612)
+        kernels = contextlib.nullcontext() if mask is None else without_cudnn()
+    with kernels:
+        out = attend(q, k, v, mask, spec, is_causal)
     assert isinstance(out, Tensor)
     return out
+
+
+def by_math(spec: AttentionSpec) -> bool:
+    """Only the math kernel's backward is deterministic for this problem.
+
+    The fused ones ask torch's own switch when the backward runs, and add gradients up in any order where it is off.
+    With ``warn_only`` torch's word stands: they warn.
+    """
+    return "deterministic" in spec.features and not torch.are_deterministic_algorithms_enabled()
 
 
 def attend(
