@@ -10,7 +10,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from flashmha import AttentionSpec, Dense, attention, backends, causal
+from flashmha import AttentionSpec, Dense, KeyPadding, NoBackendError, attention, backends, causal
 from flashmha.backends import get, names
 from flashmha.backends.base import HALF
 from flashmha.testing import answer, assert_agrees, noise, seeds, served, specs, tensors
@@ -94,6 +94,26 @@ def test_a_deterministic_backward_is_the_same_bit_by_bit(
     once, again = (answer(get(name), spec, seed).named for _ in range(2))
     for part, tensor in once.items():
         assert torch.equal(tensor.nan_to_num(), again[part].nan_to_num()), part
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("masked", (False, True))
+def test_torchs_own_switch_leaves_sdpa_its_fused_kernels(masked: bool) -> None:
+    """Without the switch a deterministic backward takes the math kernel, which no other one would replace."""
+    q = torch.randn(2, 64, 4, 64, dtype=torch.bfloat16, requires_grad=True)
+    mask = KeyPadding(torch.rand(2, 64) < 0.5) if masked else None
+    fused = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]
+    with sdpa_kernel(fused), pytest.raises(NoBackendError, match=r"torch.use_deterministic_algorithms\(True\)"):
+        attention(q, q, q, mask=mask, deterministic=True, backend="sdpa")
+    torch.use_deterministic_algorithms(True)
+    try:
+        with sdpa_kernel(fused):
+            once, again = (
+                torch.autograd.grad(attention(q, q, q, mask=mask, backend="sdpa").float().sum(), q)[0] for _ in range(2)
+            )
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert torch.equal(once, again)
 
 
 @given(spec=specs(), seed=seeds())

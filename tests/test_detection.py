@@ -10,10 +10,14 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.utils.flop_counter import FlopCounterMode
 
-from flashmha import AttentionSpec, NoBackendError, Window
+from flashmha import AttentionSpec, KeyLengths, NoBackendError, Window
 from flashmha.__main__ import main
 from flashmha.backends import choose, flash, get
+from flashmha.backends.flash3 import HEAD_DIMS, Flash3
 from flashmha.commands import info
 
 CUDA = torch.device("cuda", 0)
@@ -49,8 +53,10 @@ def install(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Install
     monkeypatch.setattr(info, "description", str)
     for name in ("flash2", "flash3", "flash4"):
         monkeypatch.setattr(get(name), "probed", {})
+        monkeypatch.setattr(get(name), "tried", {})
         monkeypatch.setattr(get(name), "functions", None)
-    monkeypatch.setattr(get("flash3"), "flags", {})
+    for name, value in (("flags", {}), ("cached", None), ("splitting", False)):
+        monkeypatch.setattr(get("flash3"), name, value)
     hidden = {name: sys.modules[name] for name in sys.modules if name.startswith(MODULES)}
     forget()
     monkeypatch.syspath_prepend(tmp_path)
@@ -165,6 +171,160 @@ def test_a_forward_only_build_serves_inference_and_says_why_no_more(install: Ins
     ):
         with pytest.raises(NoBackendError, match=f"flash3  this build has no {lacks}"):
             choose(problem(**changes), "flash3")
+
+
+PART = """
+import torch
+
+calls = []
+
+class Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q, k, v):
+        calls.append(("forward", q.shape[-1], q.dtype))
+        if not (32 < q.shape[-1] <= 128):
+            raise RuntimeError("no forward kernel\\nfor this")
+        ctx.save_for_backward(q)
+        return q * 1
+
+    @staticmethod
+    def backward(ctx, grad):
+        calls.append(("backward", grad.shape[-1], grad.dtype))
+        if grad.shape[-1] > 64:
+            raise RuntimeError("no backward kernel")
+        return grad, grad, grad
+
+def flash_attn_func(q, k, v, *, alibi_slopes=None, {0}, return_attn_probs=False):
+    return Attention.apply(q, k, v)
+
+flash_attn_varlen_func = flash_attn_func
+"""
+"""A flash-attn 2 whose build has a forward for head dims from 33 to 128, and a backward up to 64."""
+
+
+@pytest.fixture
+def part(install: Install, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """What a part of flash-attn 2 was called for, once it is installed and runs on a CPU."""
+    install({"flash_attn_2_cuda.py": "", "flash_attn/__init__.py": PART.format(FLASH2.replace("alibi_slopes, ", ""))})
+    plain = flash.waves
+    monkeypatch.setattr(flash, "waves", lambda device, head_dim, dtype: plain(torch.device("cpu"), head_dim, dtype))
+    monkeypatch.setattr(torch.cuda, "device", contextlib.nullcontext)
+    assert get("flash2").unavailable(CUDA) is None
+    calls: list[Any] = sys.modules["flash_attn"].calls
+    return calls
+
+
+@pytest.mark.parametrize("head_dim", (1, 32, 33, 64, 65, 96, 97, 128, 129, 256))
+@pytest.mark.parametrize("needs_grad", (False, True))
+def test_a_build_of_flash2_serves_the_head_dims_it_has(head_dim: int, needs_grad: bool, part: list[Any]) -> None:
+    spec = AttentionSpec(1, 4, 4, 2, 2, head_dim, head_dim, torch.bfloat16, CUDA, needs_grad=needs_grad)
+    state = torch.get_rng_state()
+    said = get("flash2").unbuilt(spec)
+    assert torch.equal(torch.get_rng_state(), state)
+    if not 32 < head_dim <= 128:
+        assert said == f"head_dim={head_dim} (this build has no kernel: no forward kernel)"
+    elif needs_grad and head_dim > 64:
+        assert said == f"head_dim={head_dim} (this build has no backward: no backward kernel)"
+    else:
+        assert said is None
+    before = list(part)
+    assert get("flash2").unbuilt(spec) == said and part == before  # asked once
+    with pytest.raises(NoBackendError, match="this build has no") if said else contextlib.nullcontext():
+        assert choose(spec, "flash2").name == "flash2"
+
+
+def test_each_dtype_of_flash2_is_tried_by_itself_and_one_head_dim_for_its_kernel(part: list[Any]) -> None:
+    for dtype in (torch.float16, torch.bfloat16):
+        for head_dim in (36, 40, 64):
+            assert get("flash2").unbuilt(AttentionSpec(1, 4, 4, 2, 2, head_dim, head_dim, dtype, CUDA)) is None
+    assert part == [("forward", 64, torch.float16), ("forward", 64, torch.bfloat16)]
+
+
+def test_no_head_dim_is_tried_out_while_a_cuda_graph_is_captured(
+    part: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+        said = get("flash2").unbuilt(problem())
+        assert said == f"head_dim=64 ({flash.CAPTURING})" and not part
+    assert get("flash2").unbuilt(problem()) is None
+
+
+def test_a_full_gpu_says_nothing_about_a_build(part: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*args: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(flash, "run", full)
+        assert get("flash2").unbuilt(problem()) == "head_dim=64 (CUDA out of memory.)"
+    assert get("flash2").unbuilt(problem()) is None
+
+
+def test_a_trial_leaves_no_trace_in_the_call_that_asked(part: list[Any]) -> None:
+    saved: list[torch.Tensor] = []
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        saved.append(tensor)
+        return tensor
+
+    with (
+        torch.inference_mode(),
+        torch.autograd.graph.saved_tensors_hooks(pack, pack),
+        FlopCounterMode(display=False) as flops,
+    ):
+        assert get("flash2").unbuilt(problem(needs_grad=True)) is None
+        assert torch.is_inference_mode_enabled() and not torch.is_grad_enabled()
+    assert [what for what, *_ in part] == ["forward", "forward", "backward"]
+    assert not saved and not flops.get_total_flops()
+
+
+def test_a_compiler_takes_what_was_tried_as_a_constant(part: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)  # a compiler asks a GPU for more
+
+    def asks(x: torch.Tensor) -> torch.Tensor:
+        return x + (flash.lacks("flash2", 0, 64, x.dtype, True) is None)
+
+    assert torch.compile(asks, backend="eager", fullgraph=True)(torch.zeros(1).bfloat16()) == 1
+    assert part[-1] == ("backward", 64, torch.bfloat16)
+
+
+SPLIT = "FLASHATTENTION_DISABLE_SPLIT"
+CACHE = "def flash_attn_with_kvcache(q, k, v, cache_seqlens): ...\n"
+
+
+@pytest.mark.parametrize(
+    ("more", "off", "splitting"),
+    ((", num_splits", False, True), (", num_splits", True, False), ("", False, False)),
+)
+def test_keys_are_split_where_a_build_can(more: str, off: bool, splitting: bool, install: Install) -> None:
+    install(
+        {
+            "flash_attn_interface.py": FUNCTIONS.format(FLASH3 + more),
+            "flash_attn_config.py": f"CONFIG = {{'build_flags': {{{SPLIT!r}: {off}}}}}",
+        }
+    )
+    flash3 = get("flash3")
+    assert flash3.unavailable(CUDA) is None
+    assert isinstance(flash3, Flash3) and flash3.splitting == splitting
+
+
+@pytest.mark.parametrize("cache", ("", CACHE))
+def test_a_build_of_flash3_serves_lengths_by_its_function_for_caches(cache: str, install: Install) -> None:
+    install({"flash_attn_interface.py": FUNCTIONS.format(FLASH3) + cache})
+    spec = problem(mask=KeyLengths(torch.tensor([3, 128])))
+    assert get("flash3").unavailable(CUDA) is None and get("flash3").unsupported(spec) is None
+    said = None if cache else "key_lengths (this build has no flash_attn_with_kvcache)"
+    assert get("flash3").unbuilt(spec) == said
+
+
+@given(off=st.sets(st.sampled_from(HEAD_DIMS)), head_dim=st.integers(1, 256))
+def test_a_head_dim_of_flash3_is_served_by_the_next_kernel_there_is(off: set[int], head_dim: int) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(get("flash3"), "flags", {f"FLASHATTENTION_DISABLE_HDIM{size}": True for size in off})
+        said = get("flash3").unbuilt(AttentionSpec(1, 4, 4, 1, 1, head_dim, head_dim, torch.bfloat16, CUDA))
+    larger = [size for size in HEAD_DIMS if size >= head_dim and size not in off]
+    assert (said is None) == bool(larger)
+    assert said is None or said.startswith(f"head_dim={head_dim} (this build has kernels for ")
 
 
 def test_a_package_is_tried_once_and_its_answer_kept(install: Install) -> None:

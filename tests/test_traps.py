@@ -26,6 +26,7 @@ from flashmha import (
     AttentionSpec,
     Documents,
     FlashMultiHeadAttention,
+    KeyLengths,
     KeyPadding,
     NoBackendError,
     TensorBias,
@@ -35,12 +36,14 @@ from flashmha import (
 )
 from flashmha.backends import compact, flash4, get, names
 from flashmha.backends.base import HALF
-from flashmha.backends.sdpa import kernels_for_masks, without_cudnn
+from flashmha.backends.grouped import FEW
+from flashmha.backends.sdpa import attend_on_cuda, kernels_for_masks, without_cudnn
 from flashmha.testing import noise, seeds, specs, tensors
 from flashmha.testing.kernels import KINDS, SHAPES, drawn
 
 FLASH = ("flash2", "flash3", "flash4")
 lengths = st.integers(1, 40)
+ON_CUDA = dataclasses.replace(get("sdpa").limits, features=get("sdpa").limits.features - {"lse", "dropout"})
 
 
 def problem(**changes: Any) -> AttentionSpec:
@@ -86,6 +89,11 @@ def told() -> Iterator[Told]:
         result = kernel(*args, **options)
         return result if options["return_attn_probs"] else result[0]
 
+    def cached(*args: Any, **options: Any) -> Any:
+        """As flash-attn 3 answers for a cache of keys."""
+        result = kernel(*args, **options)
+        return result if options["return_softmax_lse"] else result[0]
+
     def newer(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Any:
         """As flash-attn 4 is asked, under the names the others have."""
         window = (options.pop("window_size_left"), options.pop("window_size_right"))
@@ -99,6 +107,7 @@ def told() -> Iterator[Told]:
         every = {"flash2": (shorter, shorter), "flash3": (shorter, shorter), "flash4": (newer, back)}
         for name, answers in every.items():
             patch.setattr(get(name), "functions", answers)
+        patch.setattr(get("flash3"), "cached", cached)
         patch.setitem(sys.modules, "flashmha.backends.flash4_mask", types.SimpleNamespace(within="within"))
         patch.setattr(compact, "move", lambda sources, targets, to, scatter: [t.zero_() for t in targets])
         patch.setattr(flash4, "slots", lambda valid: compact.Slots(valid.int(), valid.sum(1, dtype=torch.int32)))
@@ -156,13 +165,24 @@ def test_trap_03_a_kernel_is_told_the_window_in_its_own_words(name: str, told: T
     if options["causal"]:
         assert bounds == [None, None]
         bounds = [None, 0]
+    if spec.window is None:
+        assert bounds == [None, None]  # and the rows may be folded heads
+        return
     if "documents" in spec.features or options.get("mask_mod") is not None:
         return
     # the same places as the mask's own, once the keys past the window are cut off
     seqlen_q, seqlen_k = options["seqlen_q"], options["seqlen_k"]
     table = Window(*bounds).materialize(1, 1, seqlen_q, seqlen_k)
-    wanted = (spec.window or Window(None, None)).materialize(1, 1, spec.seqlen_q, spec.seqlen_k)
+    wanted = spec.window.materialize(1, 1, spec.seqlen_q, spec.seqlen_k)
     assert torch.equal(F.pad(table, (0, spec.seqlen_k - seqlen_k)), wanted)
+
+
+@pytest.mark.parametrize("name", FLASH)
+@given(left=st.integers(0, 9), shift=st.integers(1, 9))
+def test_trap_03_a_window_is_not_unbounded_where_it_holds_nothing(name: str, left: int, shift: int) -> None:
+    window = Window(left, None) & Window(None, 0, align="top_left")  # from one end each: they may not meet
+    said = str(get(name).unsupported(problem(seqlen_q=128, seqlen_k=128 + shift, mask=window)))
+    assert (f"window left={left}, right=-{shift} (holds no key)" in said) == (left < shift)
 
 
 @pytest.mark.cpu("asks what a kernel is told")
@@ -257,6 +277,44 @@ def test_trap_10_cudnn_never_sees_a_mask() -> None:
         assert torch.backends.cuda.cudnn_sdp_enabled()
 
 
+KERNELS = (SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH, SDPBackend.CUDNN_ATTENTION)
+
+
+@pytest.mark.cpu("watches what sdpa leaves switched on for a GPU")
+@given(
+    spec=specs(limits=ON_CUDA, head_dims=(8,), longest=2 * FEW),
+    allowed=st.sets(st.sampled_from(KERNELS), min_size=1),
+    deterministic=st.booleans(),
+    switched=st.booleans(),
+    seed=seeds(),
+)
+def test_trap_10_a_call_takes_no_kernel_that_is_switched_off_and_cudnn_no_mask(
+    spec: AttentionSpec, allowed: set[SDPBackend], deterministic: bool, switched: bool, seed: int
+) -> None:
+    spec = dataclasses.replace(spec, deterministic=deterministic)
+    seen: list[tuple[bool, set[SDPBackend]]] = []
+    plain = F.scaled_dot_product_attention
+
+    def watched(q: Tensor, k: Tensor, v: Tensor, mask: Any, *rest: Any, **more: Any) -> Tensor:
+        seen.append((mask is not None, set(torch.nn.attention._cur_sdpa_kernel_backends()) & set(KERNELS)))
+        with sdpa_kernel(list(KERNELS)):
+            return plain(q, k, v, mask, *rest, **more)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(F, "scaled_dot_product_attention", watched)
+        patch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: switched)
+        with sdpa_kernel(list(allowed)):
+            refused = get("sdpa").unsupported(on_gpu(spec))
+            if refused is None:
+                attend_on_cuda(*tensors(spec, seed), spec)
+    math = deterministic and spec.needs_grad and not switched
+    if refused is not None:
+        assert allowed == {SDPBackend.CUDNN_ATTENTION} or (math and SDPBackend.MATH not in allowed)
+    for masked, on in seen if spec.batch else []:
+        wanted = {SDPBackend.MATH} if math else allowed - ({SDPBackend.CUDNN_ATTENTION} if masked else set())
+        assert on == wanted and on
+
+
 @pytest.mark.parametrize("dtype", HALF)
 def test_trap_10_a_mask_beside_very_low_scores_leaves_gradients_finite(dtype: torch.dtype) -> None:
     q, k = (torch.full((2, 192, 2, 64), value, dtype=dtype).requires_grad_() for value in (4.0, -4.0))
@@ -275,12 +333,31 @@ def test_trap_10_a_float32_mask_beside_half_precision_is_read_as_numbers(dtype: 
 
 
 @pytest.mark.gpu
-def test_trap_11_grouped_heads_beside_a_mask_take_a_fused_kernel() -> None:
-    q, k = noise(0, 2, 64, 4, 64, dtype=torch.bfloat16), noise(1, 2, 64, 2, 64, dtype=torch.bfloat16)
+@pytest.mark.parametrize("seqlen_q", (1, 3, 64))
+def test_trap_11_grouped_heads_beside_a_mask_take_a_fused_kernel(seqlen_q: int) -> None:
+    q, k = noise(0, 2, seqlen_q, 4, 64, dtype=torch.bfloat16), noise(1, 2, 64, 2, 64, dtype=torch.bfloat16)
     valid = torch.rand(2, 64) < 0.5
     with sdpa_kernel(SDPBackend.EFFICIENT_ATTENTION):
         out = attention(q, k, k, mask=KeyPadding(valid), backend="sdpa")
     assert near(out, attention(q, k, k, mask=KeyPadding(valid), backend="naive"))
+
+
+@pytest.mark.cpu("watches operators on a CPU")
+@given(seqlen_q=st.integers(1, 2 * FEW), seqlen_k=lengths, seed=seeds())
+def test_trap_11_few_queries_of_grouped_heads_copy_no_keys(seqlen_q: int, seqlen_k: int, seed: int) -> None:
+    q, k = noise(seed, 2, seqlen_q, 4, 8).float(), noise(seed + 1, 2, seqlen_k, 2, 8).float()
+    spec = AttentionSpec.of(q, k, k, mask=KeyPadding(torch.ones(2, seqlen_k, dtype=torch.bool)))
+    heads: list[int] = []
+    plain = F.scaled_dot_product_attention
+
+    def watched(q: Tensor, k: Tensor, *rest: Any, **more: Any) -> Tensor:
+        heads.append(k.shape[1])
+        return plain(q, k, *rest, **more)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(F, "scaled_dot_product_attention", watched)
+        attend_on_cuda(q, k, k, spec)
+    assert heads == [2 if seqlen_q <= FEW else 4]
 
 
 @given(spec=specs(limits=get("sdpa").limits, head_dims=(8,)), seed=seeds())
@@ -356,6 +433,39 @@ def test_trap_16_flash3_is_called_through_functions_that_know_documents_and_dete
     mask = Documents(torch.tensor([0, 2, 6])) if packed else None
     get("flash3")(q, q, q, AttentionSpec.of(q, q, q, mask=mask, deterministic=deterministic))
     assert told[0]["deterministic"] == deterministic and ("cu_seqlens_q" in told[0]) == packed
+
+
+@pytest.mark.cpu("asks what a kernel is told")
+@given(need_lse=st.booleans(), longest=st.integers(1, 40), seed=seeds())
+def test_trap_16_flash3_is_told_lengths_by_its_function_for_caches_and_never_with_a_gradient(
+    told: Told, need_lse: bool, longest: int, seed: int
+) -> None:
+    mask = KeyLengths(torch.randint(0, longest + 1, (2,), generator=torch.Generator().manual_seed(seed)))
+    spec = problem(seqlen_k=longest, mask=mask, need_lse=need_lse)
+    assert get("flash3").unsupported(spec) is None
+    assert "a backward beside key_lengths" in str(get("flash3").unsupported(dataclasses.replace(spec, needs_grad=True)))
+    assert "key_lengths beside another rule" in str(
+        get("flash3").unsupported(problem(seqlen_k=longest, mask=mask & causal()))
+    )
+    options = as_told(told, "flash3", spec)
+    assert torch.equal(options["cache_seqlens"], mask.lengths.int()) and options["cache_seqlens"].dtype == torch.int32
+    assert options["num_splits"] == 1 and options["return_softmax_lse"] == need_lse and not options["causal"]
+
+
+@pytest.mark.cpu("asks what a kernel is told")
+@pytest.mark.parametrize("mask", (None, causal(), KeyLengths(torch.tensor([5, 300]))))
+@pytest.mark.parametrize(("seqlen_q", "seqlen_k"), ((1, 512), (128, 4096), (129, 4096), (1, 511)))
+def test_trap_16_flash3_splits_the_keys_of_few_queries_where_the_build_can(
+    told: Told, mask: Any, seqlen_q: int, seqlen_k: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = problem(seqlen_q=seqlen_q, seqlen_k=seqlen_k, mask=mask)
+    told_apart = as_told(told, "flash3", spec).get("num_splits", 1)
+    monkeypatch.setattr(get("flash3"), "splitting", True)
+    few = seqlen_q <= 128 and seqlen_k >= 512
+    assert (told_apart, as_told(told, "flash3", spec).get("num_splits", 1)) == (1, 0 if few else 1)
+    if not isinstance(mask, KeyLengths):
+        learning = dataclasses.replace(spec, needs_grad=True)
+        assert "num_splits" not in as_told(told, "flash3", learning)
 
 
 @pytest.mark.cpu("asks what a kernel is told")

@@ -5,9 +5,10 @@ Not a backend. ``flash2``, ``flash3`` and ``flash4`` each wrap one package versi
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib import metadata
 from typing import Any, ClassVar
 
@@ -34,6 +35,7 @@ class FlashAttn(Backend):
 
     def __init__(self) -> None:
         self.probed: dict[int, str | None] = {}
+        self.tried: dict[tuple[int, int, torch.dtype, bool], str | None] = {}
         self.functions: tuple[Callable[..., Any], Callable[..., Any]] | None = None
         packages[self.name] = self
 
@@ -58,10 +60,16 @@ class FlashAttn(Backend):
                 reasons.append(f"window left={window.left} (at least 0)")
             elif window.right is not None and window.right < 0 and find(spec.mask, Documents) is not None:
                 reasons.append(f"window right={window.right} inside Documents (at least 0)")
+            elif window.right is not None and window.left is not None and window.left + window.right < 0:
+                # what is left of it once keys are cut off would be -1, which means unbounded
+                reasons.append(f"window left={window.left}, right={window.right} (holds no key)")
         alone = spec.mask is None or len(spec.mask.parts) == 1
         if "key_lengths" in spec.features and not alone and "key_padding" not in self.limits.features:
             reasons.append("key_lengths beside another rule (the package counts positions from each row's last key)")
         return reasons
+
+
+CAPTURING = "not tried out yet, and a CUDA graph is being captured: run one call before"
 
 
 def probe(name: str, index: int | None) -> str | None:
@@ -73,7 +81,7 @@ def probe(name: str, index: int | None) -> str | None:
     if index in backend.probed:
         return backend.probed[index]
     if torch.cuda.is_current_stream_capturing():
-        return "not tried out yet, and a CUDA graph is being captured: run one call before"
+        return CAPTURING
     backend.probed[index] = reason = trial(backend, torch.device("cuda", index))
     return reason
 
@@ -96,24 +104,14 @@ def trial(backend: FlashAttn, device: torch.device) -> str | None:
         backend.functions = functions
         return smoke(backend, device)
     except Exception as error:  # a broken binary fails in many ways, and each is a reason rather than a crash
-        first = (str(error) or repr(error)).strip().splitlines()[0]
         hint = f"; install: {backend.install}" if isinstance(error, ModuleNotFoundError) and backend.install else ""
-        return f"{type(error).__name__}: {first}{hint}"
+        return f"{type(error).__name__}: {first_line(error)}{hint}"
 
 
 def smoke(backend: FlashAttn, device: torch.device) -> str | None:
-    """Run one small forward in a clean state (no modes, no autocast, no random numbers) and compare it."""
-    from torch.utils._python_dispatch import _disable_current_modes
-
-    with (
-        _disable_current_modes(),
-        torch.inference_mode(False),
-        torch.no_grad(),
-        torch.autocast("cuda", enabled=False),
-        torch.cuda.device(device),
-    ):
-        wave = torch.arange(16 * 2 * 64, device=device, dtype=torch.float32).view(1, 16, 2, 64)
-        q, k, v = (torch.sin(wave * step).bfloat16() for step in (0.37, 0.73, 1.1))
+    """Run one small forward and compare it."""
+    with clean(device):
+        q, k, v = waves(device, 64, torch.bfloat16)
         out = backend(q, k, v, AttentionSpec.of(q, k, v))
         assert isinstance(out, Tensor)
         score = torch.einsum("bqhd,bkhd->bhqk", q.double(), k.double()) / math.sqrt(64)
@@ -122,6 +120,72 @@ def smoke(backend: FlashAttn, device: torch.device) -> str | None:
     if not error < 0.02:
         return f"a trial run disagreed with the definition by {error:.3g} (at most 0.02)"
     return None
+
+
+def lacks(name: str, index: int | None, head_dim: int, dtype: torch.dtype, backward: bool) -> str | None:
+    """Why a build cannot run a head_dim in a dtype, by trying; asked once each, and only a clean answer is kept."""
+    backend = packages[name]
+    index = torch.cuda.current_device() if index is None else index
+    key = (index, head_dim, dtype, backward)
+    if key in backend.tried:
+        return backend.tried[key]
+    if torch.cuda.is_current_stream_capturing():
+        return CAPTURING
+    try:
+        run(backend, torch.device("cuda", index), head_dim, dtype, backward)
+    except torch.OutOfMemoryError as error:  # says nothing about the build
+        return first_line(error)
+    except Exception as error:
+        backend.tried[key] = f"this build has no {'backward' if backward else 'kernel'}: {first_line(error)}"
+    else:
+        backend.tried[key] = None
+    return backend.tried[key]
+
+
+lacks._dynamo_marked_constant = True  # type: ignore[attr-defined]  # as above
+
+
+def run(backend: FlashAttn, device: torch.device, head_dim: int, dtype: torch.dtype, backward: bool) -> None:
+    """One small forward, and its backward, to the end."""
+    with clean(device, backward):
+        q, k, v = (x.requires_grad_(backward) for x in waves(device, head_dim, dtype))
+        out = backend(q, k, v, AttentionSpec.of(q, k, v))
+        assert isinstance(out, Tensor)
+        results = torch.autograd.grad(out, (q, k, v), torch.ones_like(out)) if backward else (out,)
+        if not all(bool(result.isfinite().all()) for result in results):  # looking waits for the kernel
+            raise RuntimeError("a trial run gave numbers that are not finite")
+
+
+def waves(device: torch.device, head_dim: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k and v to try a kernel on, without random numbers."""
+    wave = torch.arange(16 * 2 * head_dim, device=device, dtype=torch.float32).view(1, 16, 2, head_dim)
+    q, k, v = (torch.sin(wave * step).to(dtype) for step in (0.37, 0.73, 1.1))
+    return q, k, v
+
+
+@contextlib.contextmanager
+def clean(device: torch.device, backward: bool = False) -> Iterator[None]:
+    """A state that nobody else's call is in, whatever call asked: no modes, no autocast, no hooks on saved tensors."""
+    from torch.utils._python_dispatch import _disable_current_modes
+
+    with (
+        _disable_current_modes(),
+        torch.inference_mode(False),
+        torch.set_grad_enabled(backward),
+        # checkpointing counts what is saved by hooks: the last ones hide those before
+        torch.autograd.graph.saved_tensors_hooks(same, same) if backward else contextlib.nullcontext(),
+        torch.autocast("cuda", enabled=False),
+        torch.cuda.device(device),
+    ):
+        yield
+
+
+def same(tensor: Tensor) -> Tensor:
+    return tensor
+
+
+def first_line(error: Exception) -> str:
+    return (str(error) or repr(error)).strip().splitlines()[0]
 
 
 def installed(backend: FlashAttn) -> str:

@@ -11,7 +11,11 @@ from ..masks import Documents, find
 from ..scores import ALiBi
 from ..spec import AttentionSpec
 from .base import HALF, Limits
-from .flash import FlashAttn, normal_lse, packed, trimmed, unpacked, unpacked_lse, window_options
+from .flash import FlashAttn, lacks, normal_lse, packed, trimmed, unpacked, unpacked_lse, window_options
+from .grouped import fold, folds, unfold, unfold_lse
+
+BUCKETS = (32, 64, 96, 128, 192, 256)
+"""The head dims there are kernels for, each for those below it; a build may have been made without some."""
 
 
 class Flash2(FlashAttn):
@@ -52,6 +56,13 @@ class Flash2(FlashAttn):
         from flash_attn import flash_attn_func, flash_attn_varlen_func
 
         return flash_attn_func, flash_attn_varlen_func
+
+    def unbuilt(self, spec: AttentionSpec) -> str | None:
+        bucket = [size for size in BUCKETS if spec.head_dim <= size][0]  # noqa: RUF015  Dynamo reads it
+        why = lacks(self.name, spec.device.index, bucket, spec.dtype, False)
+        if why is None and spec.needs_grad:
+            why = lacks(self.name, spec.device.index, bucket, spec.dtype, True)
+        return None if why is None else f"head_dim={spec.head_dim} ({why})"
 
     def refusals(self, spec: AttentionSpec) -> list[str]:
         reasons = super().refusals(spec)
@@ -95,8 +106,15 @@ class Flash2(FlashAttn):
             options["alibi_slopes"] = spec.bias.slopes.float()
         documents = find(spec.mask, Documents)
         if documents is None:
-            result = dense(q, k, v, **options)
-            return (result[0], normal_lse(result[1])) if spec.need_lse else result
+            # for one query the package folds by itself (seqlenq_ngroups_swapped in csrc/flash_attn/flash_api.cpp); for
+            # no other number does it, though it splits the keys of every short problem
+            few = spec.seqlen_q > 1 and spec.mask is None and spec.bias is None and folds(spec)
+            groups = spec.heads // spec.heads_kv if few else 1
+            result = dense(fold(q, groups) if groups > 1 else q, k, v, **options)
+            out, lse = result[:2] if spec.need_lse else (result, None)
+            if groups > 1:
+                out, lse = unfold(out, groups), None if lse is None else unfold_lse(lse, groups)
+            return out if lse is None else (out, normal_lse(lse))
         q, k, v, offsets = packed(q, k, v, documents)
         # a longest document of one query takes a decoding path with wrong shapes (flash-attention#1537); the number is
         # only a bound

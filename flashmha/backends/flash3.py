@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..masks import Documents, find
+from ..masks import Documents, KeyLengths, find
 from ..spec import AttentionSpec
 from .base import HALF, Limits
 from .flash import FlashAttn, normal_lse, packed, trimmed, unpacked, unpacked_lse, window_options
@@ -20,6 +21,11 @@ BUILDS = (
     ("fa3_fwd_interface", "fa3_fwd_config"),
 )
 """Where a build of flash-attn 3 may lie: its interface, and the flags it was built with."""
+
+HEAD_DIMS = (64, 96, 128, 192, 256)
+"""The sizes a build may have kernels of; a head_dim is served by the next one there is."""
+TILE, KEYS_TO_SPLIT = 128, 512
+"""Queries that one tile holds, and keys that are worth several: the package's own heuristic splits no fewer."""
 
 
 class Flash3(FlashAttn):
@@ -35,7 +41,9 @@ class Flash3(FlashAttn):
     limits = Limits(
         devices=("cuda",),
         dtypes=HALF,
-        features=frozenset(("backward", "causal", "window", "documents", "softcap", "gqa", "lse", "deterministic")),
+        features=frozenset(
+            ("backward", "causal", "window", "key_lengths", "documents", "softcap", "gqa", "lse", "deterministic")
+        ),
         head_dim=256,
         head_dim_step=8,
         seqlen_min=1,
@@ -46,6 +54,10 @@ class Flash3(FlashAttn):
     def __init__(self) -> None:
         super().__init__()
         self.flags: dict[str, bool] = {}
+        self.cached: Callable[..., Any] | None = None
+        """The package's function for a cache of keys, whose items have lengths; forward alone."""
+        self.splitting = False
+        """The build can split the keys of a few queries over the whole GPU."""
 
     def load(self) -> tuple[Callable[..., Any], Callable[..., Any]]:
         missing: ModuleNotFoundError | None = None
@@ -61,13 +73,23 @@ class Flash3(FlashAttn):
                 self.flags = {}
             if interface == "fa3_fwd_interface":
                 self.flags["FLASHATTENTION_DISABLE_BACKWARD"] = True
-            return module.flash_attn_func, module.flash_attn_varlen_func
+            dense, varlen = module.flash_attn_func, module.flash_attn_varlen_func
+            self.cached = getattr(module, "flash_attn_with_kvcache", None)
+            takes = "num_splits" in inspect.signature(dense).parameters
+            self.splitting = takes and not self.flags.get("FLASHATTENTION_DISABLE_SPLIT")
+            return dense, varlen
         raise missing or ModuleNotFoundError("No module named 'flash_attn_interface'")
 
     def unbuilt(self, spec: AttentionSpec) -> str | None:
+        there = [size for size in HEAD_DIMS if not self.flags.get(f"FLASHATTENTION_DISABLE_HDIM{size}")]
+        if not any(spec.head_dim <= size for size in there):
+            return f"head_dim={spec.head_dim} (this build has kernels for {', '.join(map(str, there)) or 'none'})"
+        lengths = "key_lengths" in spec.features
+        if lengths and self.cached is None:
+            return "key_lengths (this build has no flash_attn_with_kvcache)"
         features = {"BACKWARD": spec.needs_grad, "LOCAL": "window" in spec.features}
         features["SOFTCAP"] = spec.softcap is not None
-        features["VARLEN"] = "documents" in spec.features
+        features["VARLEN"] = lengths or "documents" in spec.features
         features["FP16"] = spec.dtype == torch.float16
         off = [name for name, wanted in features.items() if wanted and self.flags.get(f"FLASHATTENTION_DISABLE_{name}")]
         return f"this build has no {', no '.join(name.lower() for name in off)}" if off else None
@@ -76,6 +98,8 @@ class Flash3(FlashAttn):
         reasons = super().refusals(spec)
         if "deterministic" in spec.features and spec.head_dim > 192:
             reasons.append(f"a deterministic backward at head_dim={spec.head_dim} (at most 192)")
+        if spec.needs_grad and "key_lengths" in spec.features:
+            reasons.append("a backward beside key_lengths (flash_attn_with_kvcache has none)")
         return reasons
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> Tensor | tuple[Tensor, Tensor]:
@@ -85,16 +109,25 @@ class Flash3(FlashAttn):
             "softmax_scale": spec.scale,
             **window_options(left, right),
             "softcap": spec.softcap or 0.0,
-            "return_attn_probs": spec.need_lse,
         }
-        if spec.needs_grad:
-            options["deterministic"] = spec.deterministic
-        documents = find(spec.mask, Documents)
-        if documents is None:
-            result = dense(q, k, v, **options)
+        if self.splitting and splits(spec):
+            options["num_splits"] = 0  # as many as the package's heuristic says
+        documents, lengths = find(spec.mask, Documents), find(spec.mask, KeyLengths)
+        if lengths is not None:
+            assert self.cached is not None
+            k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (k, v))
+            options = {"num_splits": 1} | options  # 0 by itself, which no compiler may trace
+            used = lengths.lengths.clamp(0, spec.seqlen_k).int()
+            result = self.cached(q, k, v, cache_seqlens=used, return_softmax_lse=spec.need_lse, **options)
         else:
-            q, k, v, offsets = packed(q, k, v, documents)
-            result = varlen(q, k, v, **offsets, **options)
+            options["return_attn_probs"] = spec.need_lse
+            if spec.needs_grad:
+                options["deterministic"] = spec.deterministic
+            if documents is None:
+                result = dense(q, k, v, **options)
+            else:
+                q, k, v, offsets = packed(q, k, v, documents)
+                result = varlen(q, k, v, **offsets, **options)
         out: Tensor
         lse: Tensor | None
         # older builds always return (out, lse)
@@ -106,3 +139,10 @@ class Flash3(FlashAttn):
             return out
         assert lse is not None
         return out, normal_lse(lse)
+
+
+def splits(spec: AttentionSpec) -> bool:
+    """So few queries meet so many keys that a tile of queries alone would leave most of the GPU idle."""
+    if spec.needs_grad or torch.compiler.is_compiling() or "documents" in spec.features:
+        return False
+    return spec.seqlen_q <= TILE and spec.seqlen_k >= KEYS_TO_SPLIT

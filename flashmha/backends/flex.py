@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import collections
 import functools
+import itertools
+import threading
+import types
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -10,15 +14,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..masks import Documents, find
+from ..masks import Documents, Rule, find
 from ..spec import AttentionSpec
 from .base import FEATURES, Backend, Limits
 
 
 class Flex(Backend):
-    """``flex_attention``: any rule and any bias without a (seqlen_q, seqlen_k) tensor on a GPU; forward on a CPU."""
+    """``flex_attention``: any rule and any bias without a (seqlen_q, seqlen_k) tensor on a GPU; forward on a CPU.
+
+    The first call of a shape compiles for some seconds on a GPU; ``KEPT`` shapes stay compiled.
+    """
 
     name = "flex"
+    compiles = "shapes"
     limits = Limits(
         devices=("cuda", "cpu", "xpu"),
         dtypes=(torch.float32, torch.bfloat16, torch.float16),
@@ -29,6 +37,14 @@ class Flex(Backend):
     )
     head_dim_min_gpu = 16
     """Triton's smallest matrix product; the unfused form on a CPU takes any head_dim."""
+
+    def __init__(self) -> None:
+        self.kernels = Kernels()
+
+    def unready(self, spec: AttentionSpec) -> str | None:
+        if not fuses(spec) or self.kernels.serve(problem_key(spec)):
+            return None
+        return "not compiled for this shape yet (some seconds)"
 
     def refusals(self, spec: AttentionSpec) -> list[str]:
         reasons = super().refusals(spec)
@@ -41,7 +57,7 @@ class Flex(Backend):
         need_lse = spec.need_lse or spec.sinks is not None
         out: Tensor
         lse: Tensor | None
-        result = kernel(spec.device.type)(
+        result = self.kernel(q, k, v, spec)(
             q.transpose(1, 2),
             k.transpose(1, 2),
             v.transpose(1, 2),
@@ -49,9 +65,10 @@ class Flex(Backend):
             block_mask=block_mask(spec),
             scale=spec.scale,
             enable_gqa=spec.heads != spec.heads_kv,
-            return_lse=need_lse,
+            **(asking_for_lse() if need_lse else {}),
         )
         out, lse = result if need_lse else (result, None)
+        lse = getattr(lse, "lse", lse)
         out = out.transpose(1, 2)
         if spec.sinks is not None and lse is not None:
             # a sink is one more column: it takes its share of every row and gives nothing back
@@ -59,6 +76,105 @@ class Flex(Backend):
             out = out * torch.sigmoid(lse - sink).transpose(1, 2).unsqueeze(-1).to(out.dtype)
             lse = torch.logaddexp(lse, sink)
         return out if not spec.need_lse or lse is None else (out, lse)
+
+    def kernel(self, q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> Callable[..., Any]:
+        """flex_attention, compiled where that makes a kernel."""
+        from torch.nn.attention.flex_attention import flex_attention
+
+        if fuses(spec):
+            rules = [] if spec.mask is None else [part.fn for part in spec.mask.parts if isinstance(part, Rule)]
+            return self.kernels.of((problem_key(spec), tensors_key(q, k, v)), rules)
+        traced: Callable[..., Any] = flex_attention
+        return traced if torch.compiler.is_compiling() else unfused
+
+
+KEPT = 64
+"""How many compiled functions are kept."""
+Key = tuple[Any, ...]
+
+
+class Kernels:
+    """At most ``KEPT`` compiled functions by everything that makes another kernel; the longest unused goes first.
+
+    One compiled function for all shapes would not do: Dynamo keeps what it compiled for a function on the function's
+    code object, and beyond eight versions there it runs the function as it is, unfused, with no more than a line in
+    the log. So each function here has a code object of its own, and ``fullgraph`` makes a limit an error.
+    """
+
+    def __init__(self) -> None:
+        self.functions: collections.OrderedDict[Key, tuple[Callable[..., Any], object]] = collections.OrderedDict()
+        self.numbers = itertools.count()
+        self.lock = threading.Lock()
+
+    def serve(self, problem: Key) -> bool:
+        """There is a kernel for a problem, however its tensors lay in memory."""
+        with self.lock:
+            return any(key[0] == problem for key in self.functions)
+
+    def of(self, key: Key, alive: object) -> Callable[..., Any]:
+        """The function of a key, kept from its first success on; ``alive`` is what the key names by identity."""
+        with self.lock:
+            if key in self.functions:
+                self.functions.move_to_end(key)
+                return self.functions[key][0]
+        made = compiled(next(self.numbers))
+
+        def first(*args: Any, **kwargs: Any) -> Any:
+            result = made(*args, **kwargs)
+            with self.lock:
+                self.functions[key] = made, alive
+                while len(self.functions) > KEPT:
+                    self.functions.popitem(last=False)
+            return result
+
+        return first
+
+
+def problem_key(spec: AttentionSpec) -> Key:
+    """Everything about a problem that makes another kernel; the values of tensors do not."""
+    sizes = (spec.batch, spec.seqlen_q, spec.seqlen_k, spec.heads, spec.heads_kv, spec.head_dim, spec.head_dim_v)
+    parts = () if spec.mask is None else spec.mask.parts
+    rules = tuple((id(part.fn), part.align) for part in parts if isinstance(part, Rule))
+    holders = [holder for holder in (spec.mask, spec.bias) if holder is not None]
+    held = [tensor for holder in holders for tensor in holder.tensors()]
+    layouts = tuple((x.shape, x.stride(), x.dtype, x.requires_grad) for x in held)
+    rest = (spec.dtype, spec.device, spec.features, spec.softcap, spec.scale)
+    return (*sizes, *rest, repr(spec.mask), repr(spec.bias), rules, layouts)
+
+
+def tensors_key(q: Tensor, k: Tensor, v: Tensor) -> Key:
+    """What else a compiler looks at: how the tensors lie, who wants a gradient, and the modes of autograd."""
+    layouts = tuple((x.stride(), x.requires_grad, x.is_inference()) for x in (q, k, v))
+    return (*layouts, torch.is_grad_enabled(), torch.is_inference_mode_enabled())
+
+
+def compiled(number: int) -> Callable[..., Any]:
+    """flex_attention for one shape: the same few lines under a code object of their own."""
+    from torch.nn.attention.flex_attention import flex_attention
+
+    def attend(*args: Any, **kwargs: Any) -> Any:
+        return flex_attention(*args, **kwargs)
+
+    # replace gives a new code object, where each run of this def would share one; the name keeps them unequal too
+    code = attend.__code__.replace(co_name=f"flex_{number}")
+    function = types.FunctionType(code, attend.__globals__, code.co_name, None, attend.__closure__)
+    # dynamic shapes would make head_dim a symbol, which the kernel's templates refuse
+    made: Callable[..., Any] = torch.compile(function, dynamic=False, fullgraph=True)
+    return made
+
+
+def fuses(spec: AttentionSpec) -> bool:
+    """A call compiles a kernel: on a GPU, outside somebody else's torch.compile."""
+    return spec.device.type != "cpu" and not torch.compiler.is_compiling()
+
+
+@functools.cache
+def asking_for_lse() -> dict[str, Any]:
+    """How flex_attention is asked for the log-sum-exp; a warning of the old way would be compiled in, and out again."""
+    from torch.nn.attention import flex_attention as module
+
+    request = getattr(module, "AuxRequest", None)  # since torch 2.9
+    return {"return_lse": True} if request is None else {"return_aux": request(lse=True)}
 
 
 def score_mod(spec: AttentionSpec) -> Callable[..., Tensor] | None:
@@ -97,17 +213,6 @@ def block_mask(spec: AttentionSpec) -> Any:
     )
 
 
-def kernel(device_type: str) -> Callable[..., Any]:
-    """flex_attention, compiled where that makes a kernel: on a GPU, outside somebody else's torch.compile."""
-    from torch.nn.attention.flex_attention import flex_attention
-
-    if torch.compiler.is_compiling():
-        return flex_attention
-    if device_type == "cpu":
-        return unfused
-    return compiled()
-
-
 def unfused(*args: Any, **kwargs: Any) -> Any:
     """flex_attention in plain operators; its advice to compile is for GPUs."""
     from torch.nn.attention.flex_attention import flex_attention
@@ -115,11 +220,3 @@ def unfused(*args: Any, **kwargs: Any) -> Any:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return flex_attention(*args, **kwargs)
-
-
-@functools.cache
-def compiled() -> Callable[..., Any]:
-    from torch.nn.attention.flex_attention import flex_attention
-
-    # dynamic shapes would make head_dim a symbol, which the kernel's templates refuse
-    return torch.compile(flex_attention, dynamic=False)

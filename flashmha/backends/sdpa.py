@@ -12,6 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from ..spec import AttentionSpec
 from .base import FEATURES, HALF, Backend, Limits
 from .blocks import Item, cut, keep_all, slices
+from .grouped import fold, fold_table, folds, unfold
 
 
 def top_left_causal(spec: AttentionSpec) -> bool:
@@ -46,12 +47,16 @@ class Sdpa(Backend):
             reasons += refusals_of_lse(spec)
         if spec.device.type == "cuda" and needs_tensor(spec) and not kernels_for_masks():
             reasons.append("only cuDNN is enabled, which must not see a mask (pytorch#196678)")
+        if spec.device.type == "cuda" and by_math(spec) and not switches()[1]:
+            reasons.append(
+                "a deterministic backward with the math kernel switched off (torch.use_deterministic_algorithms(True) "
+                "makes the fused ones deterministic)"
+            )
         return reasons
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> Tensor | tuple[Tensor, Tensor]:
-        if spec.batch == 0 and spec.device.type == "cuda":
-            with sdpa_kernel(SDPBackend.MATH):  # the fused kernels give nothing at all for an empty batch
-                return attend(q, k, v, None, spec)
+        if spec.device.type == "cuda":
+            return attend_on_cuda(q, k, v, spec)
         if spec.mask is None and spec.bias is None:
             return attend(q, k, v, None, spec)
         if spec.bias is None and top_left_causal(spec):
@@ -59,26 +64,65 @@ class Sdpa(Backend):
         items = cut(spec)
         if items is not None:
             return attend(q, k, v, None, spec) if keep_all(items, spec) else attend_items(q, k, v, items, spec)
-        mask = spec.allowed()
-        bias = spec.added()
-        if bias is not None:
-            mask = bias if mask is None else torch.where(mask, bias, float("-inf"))
-            finer = mask.dtype == torch.float32 and q.dtype in HALF and spec.device.type == "cpu"
-            mask = mask if finer else mask.to(q.dtype)  # a finer mask is used as it is on a CPU, and misread on a GPU
-        if spec.device.type != "cuda":
-            return attend(q, k, v, mask, spec)
-        if spec.heads != spec.heads_kv:
-            # with a mask, grouped heads land in the math kernel up to torch 2.13 (pytorch#191085)
-            k, v = (x.repeat_interleave(spec.heads // spec.heads_kv, dim=2) for x in (k, v))
+        return attend(q, k, v, dense(spec), spec)
+
+
+def dense(spec: AttentionSpec) -> Tensor | None:
+    """Mask and bias as the one tensor SDPA takes."""
+    mask, bias = spec.allowed(), spec.added()
+    if bias is None:
+        return mask
+    mask = bias if mask is None else torch.where(mask, bias, float("-inf"))
+    finer = mask.dtype == torch.float32 and spec.dtype in HALF and spec.device.type == "cpu"
+    return mask if finer else mask.to(spec.dtype)  # a finer mask is used as it is on a CPU, and misread on a GPU
+
+
+def attend_on_cuda(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> Tensor | tuple[Tensor, Tensor]:
+    """SDPA by a kernel of a GPU that serves the problem."""
+    if spec.batch == 0:
+        with sdpa_kernel(SDPBackend.MATH):  # the fused kernels give nothing at all for an empty batch
+            return attend(q, k, v, None, spec)
+    if spec.bias is None and top_left_causal(spec):
+        return attend_by_choice(q, k, v, None, spec, is_causal=True)
+    mask = dense(spec)
+    if folds(spec):
+        groups = spec.heads // spec.heads_kv
+        rows = None if mask is None else fold_table(mask, groups, spec.seqlen_q)
+        return unfold(attend_by_choice(fold(q, groups), k, v, rows, spec), groups)
+    if mask is not None and spec.heads != spec.heads_kv:
+        # with a mask, grouped heads land in the math kernel up to torch 2.13 (pytorch#191085)
+        k, v = (x.repeat_interleave(spec.heads // spec.heads_kv, dim=2) for x in (k, v))
+    return attend_by_choice(q, k, v, mask, spec)
+
+
+def attend_by_choice(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, spec: AttentionSpec, is_causal: bool = False
+) -> Tensor:
+    """SDPA by those of a GPU's kernels that are switched on and may serve the problem."""
+    if by_math(spec):
+        kernels: contextlib.AbstractContextManager[None] = sdpa_kernel([SDPBackend.MATH] if switches()[1] else [])
+    else:
         # cuDNN must not see a mask: NaN gradients (pytorch#196678), misread float masks (pytorch#191612)
-        with without_cudnn():
-            return attend(q, k, v, mask, spec)
+        kernels = contextlib.nullcontext() if mask is None else without_cudnn()
+    with kernels:
+        out = attend(q, k, v, mask, spec, is_causal)
+    assert isinstance(out, Tensor)
+    return out
+
+
+def by_math(spec: AttentionSpec) -> bool:
+    """Only the math kernel's backward is deterministic for this problem.
+
+    The fused ones ask torch's own switch when the backward runs, and add gradients up in any order where it is off.
+    With ``warn_only`` torch's word stands: they warn.
+    """
+    return "deterministic" in spec.features and not torch.are_deterministic_algorithms_enabled()
 
 
 def attend(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, spec: AttentionSpec, is_causal: bool = False
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """SDPA in our layout."""
+    """SDPA in our layout; q may have as many heads as k where they were folded."""
     if spec.need_lse:
         return attend_with_lse(q, k, v, mask, spec, is_causal)
     out = F.scaled_dot_product_attention(
@@ -89,7 +133,7 @@ def attend(
         spec.dropout_p,
         is_causal,
         scale=spec.softmax_scale,
-        enable_gqa=spec.heads != spec.heads_kv,
+        enable_gqa=q.shape[2] != k.shape[2],
     )
     return out.transpose(1, 2)
 

@@ -1,0 +1,160 @@
+"""flex on a GPU: a compiled function for each shape, at most ``KEPT`` of them, and nothing that falls back."""
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+from torch._dynamo.testing import CompileCounter
+
+from flashmha import ALiBi, AttentionSpec, KeyLengths, Rule, TensorBias, Window, causal
+from flashmha.backends import flex
+from flashmha.backends.flex import KEPT, Flex
+from flashmha.masks import Mask
+from flashmha.testing import assert_agrees, noise, seeds, specs, tensors
+
+COMPILE = torch.compile
+PLAIN = dataclasses.replace(Flex.limits, features=Flex.limits.features - {"documents", "sinks", "lse", "lse_grad"})
+Made = list[Callable[..., Any]]
+
+
+@pytest.fixture(scope="module")
+def made() -> Iterator[Made]:
+    """What is compiled, on a machine that treats its CPU as a GPU and where compiling gives zeros."""
+    functions: Made = []
+
+    def compile_nothing(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
+        assert options == {"dynamic": False, "fullgraph": True}
+        functions.append(function)
+        return lambda q, k, v, **rest: torch.zeros_like(q)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(flex, "fuses", lambda spec: True)
+        patch.setattr(torch, "compile", compile_nothing)
+        yield functions
+
+
+def run(backend: Flex, seqlen: int = 4, seed: int = 0, mask: Mask | None = None, **more: Any) -> AttentionSpec:
+    """One call of a shape."""
+    q = noise(seed, 2, seqlen, 2, 16).float()
+    spec = AttentionSpec.of(q, q, q, mask=mask, **more)
+    backend(q, q, q, spec)
+    return spec
+
+
+@given(seqlens=st.lists(st.integers(1, 90), min_size=1, max_size=2 * KEPT, unique=True), data=st.data())
+def test_every_shape_is_compiled_once_and_the_longest_unused_goes_first(
+    made: Made, seqlens: list[int], data: st.DataObject
+) -> None:
+    made.clear()
+    backend = Flex()
+    found = [run(backend, seqlen) for seqlen in seqlens]
+    assert len(made) == len(seqlens)
+    assert (
+        len({id(function.__code__) for function in made}) == len({function.__code__ for function in made}) == len(made)
+    )
+    kept = [backend.unready(spec) is None for spec in found]
+    assert kept == [place >= len(found) - KEPT for place in range(len(found))]
+    again = data.draw(st.sampled_from(seqlens[-KEPT:]))
+    run(backend, again, seed=1)
+    assert len(made) == len(seqlens)
+    for seqlen in range(100, 99 + KEPT):  # all but one of the old go
+        run(backend, seqlen)
+    assert [spec.seqlen_q for spec in found if backend.unready(spec) is None] == [again]
+
+
+RULE = Rule(lambda batch, head, q_pos, k_pos: k_pos <= q_pos)
+OTHERS: dict[str, dict[str, Any]] = {
+    "causality": {"mask": causal()},
+    "a window": {"mask": Window(2, 0)},
+    "another window": {"mask": Window(1, 0)},
+    "lengths": {"mask": KeyLengths(torch.tensor([1, 3]))},
+    "lengths in int32": {"mask": KeyLengths(torch.tensor([1, 3], dtype=torch.int32))},
+    "a rule": {"mask": RULE},
+    "another rule": {"mask": Rule(lambda batch, head, q_pos, k_pos: k_pos >= q_pos)},
+    "its other alignment": {"mask": Rule(RULE.fn, align="top_left")},
+    "a bias": {"bias": TensorBias(torch.zeros(4, 4))},
+    "a bias for heads": {"bias": TensorBias(torch.zeros(2, 4, 4))},
+    "a bias that wants a gradient": {"bias": TensorBias(torch.zeros(4, 4).requires_grad_())},
+    "ALiBi": {"bias": ALiBi(torch.ones(2))},
+    "a softcap": {"softcap": 5.0},
+    "another softcap": {"softcap": 6.0},
+    "a scale": {"softmax_scale": 0.5},
+}
+
+
+def test_what_makes_another_kernel_is_another_function(made: Made) -> None:
+    made.clear()
+    backend = Flex()
+    for options in (*OTHERS.values(), *OTHERS.values()):
+        run(backend, **options)
+    assert len(made) == len(OTHERS)
+
+
+def test_layouts_and_gradients_are_kernels_of_one_problem(made: Made) -> None:
+    made.clear()
+    backend = Flex()
+    q = noise(0, 2, 4, 2, 16).float()
+    turned = q.transpose(1, 2).contiguous().transpose(1, 2)
+    spec = AttentionSpec.of(q, q, q)
+    for one in (q, turned, q, turned):
+        backend(one, q, q, spec)
+    assert len(made) == 2
+    with torch.inference_mode():
+        backend(q, q, q, spec)
+    assert len(made) == 3 and backend.unready(spec) is None
+    learning = AttentionSpec.of(q.requires_grad_(), q, q)
+    assert backend.unready(learning) == "not compiled for this shape yet (some seconds)"
+
+
+@given(data=st.data(), seed=seeds())
+def test_problems_that_differ_in_the_values_of_tensors_share_a_function(
+    made: Made, data: st.DataObject, seed: int
+) -> None:
+    spec = data.draw(specs(limits=PLAIN, head_dims=(16,)))
+    made.clear()
+    backend = Flex()
+    q, k, v = tensors(spec, seed)
+    backend(q, k, v, spec)
+    for held in (spec.mask, spec.bias):
+        for tensor in () if held is None else held.tensors():
+            with torch.no_grad():
+                tensor.copy_(tensor.flip(0))
+    backend(*(x.detach().requires_grad_(x.requires_grad) for x in (q, k, v)), spec)
+    assert len(made) == 1
+
+
+def test_one_that_does_not_compile_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*args: Any, **kwargs: Any) -> Tensor:
+        raise RuntimeError("no kernel")
+
+    monkeypatch.setattr(flex, "fuses", lambda spec: True)
+    monkeypatch.setattr(torch, "compile", lambda function, **options: fail)
+    backend = Flex()
+    with pytest.raises(RuntimeError, match="no kernel"):
+        run(backend)
+    assert not backend.kernels.functions
+
+
+def test_more_shapes_than_dynamo_keeps_are_compiled_once_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch._dynamo.reset()
+    counter, shapes = CompileCounter(), range(3, 4 + torch._dynamo.config.recompile_limit)
+    monkeypatch.setattr(flex, "fuses", lambda spec: True)
+    monkeypatch.setattr(torch, "compile", lambda function, **options: COMPILE(function, backend=counter, **options))
+    backend = Flex()
+    for seed in range(2):
+        for seqlen in shapes:
+            run(backend, seqlen, seed, mask=causal() & KeyLengths(torch.tensor([seed + 1, 3])), need_lse=True)
+    assert counter.frame_count == len(shapes)
+
+
+def test_a_function_of_one_shape_gives_the_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch._dynamo.reset()
+    monkeypatch.setattr(flex, "fuses", lambda spec: True)
+    monkeypatch.setattr(torch, "compile", lambda function, **options: COMPILE(function, backend="eager", **options))
+    spec = AttentionSpec(2, 5, 7, 4, 2, 16, 16, mask=Window(3, 1), softcap=5.0, sinks=torch.zeros(4), need_lse=True)
+    assert_agrees(Flex, spec, 0)

@@ -1,0 +1,97 @@
+"""Grouped heads as query rows: folding changes no answer."""
+
+import dataclasses
+
+import pytest
+import torch
+from hypothesis import assume, given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from flashmha import AttentionSpec, Dense, TensorBias, causal
+from flashmha.backends import get
+from flashmha.backends.base import Backend
+from flashmha.backends.grouped import FEW, fold, fold_table, folds, unfold, unfold_lse
+from flashmha.backends.sdpa import attend_on_cuda
+from flashmha.testing import assert_agrees, noise, seeds, specs
+
+
+class Folded(Backend):
+    """The definition over folded rows."""
+
+    name = "folded"
+    limits = dataclasses.replace(get("naive").limits, features=get("naive").limits.features - {"sinks", "dropout"})
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> Tensor | tuple[Tensor, Tensor]:
+        groups = spec.heads // spec.heads_kv
+        allowed, added = spec.allowed(), spec.added()
+        rows = dataclasses.replace(
+            spec,
+            heads=spec.heads_kv,
+            seqlen_q=spec.seqlen_q * groups,
+            mask=None if allowed is None else Dense(fold_table(allowed, groups, spec.seqlen_q)),
+            bias=None if added is None else TensorBias(fold_table(added, groups, spec.seqlen_q)),
+        )
+        result = get("naive")(fold(q, groups), k, v, rows)
+        if isinstance(result, tuple):
+            return unfold(result[0], groups), unfold_lse(result[1], groups)
+        return unfold(result, groups)
+
+
+class OnCuda(Backend):
+    """What sdpa does on a GPU, wherever it is tried."""
+
+    name = "sdpa on a GPU"
+    limits = dataclasses.replace(get("sdpa").limits, features=get("sdpa").limits.features - {"lse"})
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> Tensor | tuple[Tensor, Tensor]:
+        return attend_on_cuda(q, k, v, spec)
+
+
+@pytest.mark.parametrize("backend", (Folded, OnCuda))
+@given(data=st.data(), seed=seeds())
+def test_folding_changes_no_answer(backend: type[Backend], data: st.DataObject, seed: int) -> None:
+    spec = data.draw(specs(limits=backend.limits, longest=FEW + 1))
+    assume(spec.heads != spec.heads_kv and spec.dropout_p == 0.0)
+    assert folds(spec) == (0 < spec.seqlen_q <= FEW)
+    assert_agrees(backend, spec, seed)
+
+
+@given(batch=st.integers(0, 3), seqlen_q=st.integers(0, 5), heads_kv=st.integers(1, 3), groups=st.integers(1, 4))
+def test_unfold_undoes_fold(batch: int, seqlen_q: int, heads_kv: int, groups: int) -> None:
+    q = noise(0, batch, seqlen_q, heads_kv * groups, 3)
+    rows = fold(q, groups)
+    assert rows.shape == (batch, seqlen_q * groups, heads_kv, 3)
+    assert torch.equal(unfold(rows, groups), q)
+    assert torch.equal(unfold_lse(rows[..., 0].transpose(1, 2), groups), q[..., 0].transpose(1, 2))
+
+
+def test_nothing_is_folded_without_groups_beside_dropout_or_for_many_queries() -> None:
+    usual = AttentionSpec(1, 4, 64, 4, 2, 8, 8, mask=causal())
+    assert folds(usual)
+    for changes in ({"heads_kv": 4}, {"dropout_p": 0.1}, {"seqlen_q": FEW + 1}, {"seqlen_q": 0}):
+        assert not folds(dataclasses.replace(usual, **changes))
+
+
+@pytest.mark.cpu("watches what a kernel is told")
+@given(seqlen_q=st.integers(1, 2 * FEW), groups=st.integers(1, 4), softcap=st.sampled_from((None, 5.0)), seed=seeds())
+def test_flash2_folds_two_queries_and_more_and_leaves_one_to_the_package(
+    seqlen_q: int, groups: int, softcap: float | None, seed: int
+) -> None:
+    q = noise(seed, 2, seqlen_q, 2 * groups, 8, dtype=torch.bfloat16)
+    k, v = noise(seed + 1, 2, 2, 11, 2, 8, dtype=torch.bfloat16).unbind()
+    shapes: list[torch.Size] = []
+
+    def kernel(q: Tensor, k: Tensor, v: Tensor, **options: object) -> tuple[Tensor, ...]:
+        shapes.append(q.shape)
+        out, lse = get("naive")(q, k, v, AttentionSpec.of(q, k, v, softcap=softcap, need_lse=True))
+        return out, lse, q.new_empty(0)
+
+    spec = AttentionSpec.of(q, k, v, softcap=softcap, need_lse=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(get("flash2"), "functions", (kernel, kernel))
+        found = get("flash2")(q, k, v, spec)
+    times = groups if 1 < seqlen_q <= FEW else 1
+    assert shapes == [(2, seqlen_q * times, 2 * groups // times, 8)]
+    for one, other in zip(found, get("naive")(q, k, v, spec)):
+        assert torch.allclose(one, other, atol=0.03)
