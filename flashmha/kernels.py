@@ -13,6 +13,29 @@ LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
+def operand(
+    x: tl.tensor,
+    left: tl.tensor,
+    stride: tl.tensor,
+    HEAD_DIM: tl.constexpr,
+    start: tl.tensor,
+    CHUNK: tl.constexpr,
+    SIZE: tl.constexpr,
+) -> tl.tensor:
+    """``SIZE`` tokens of a head, from dimension ``start`` on: (SIZE, CHUNK), 0 past the last dimension.
+
+    Past the last token (``left`` of them are there) it repeats that one, which needs no mask.
+    """
+    dims = start + tl.arange(0, CHUNK)
+    places = x + tl.minimum(tl.arange(0, SIZE), left - 1)[:, None] * stride + dims[None, :]
+    if HEAD_DIM % CHUNK == 0:
+        made = tl.load(places)
+    else:
+        made = tl.load(places, mask=(dims < HEAD_DIM)[None, :], other=0.0)
+    return made
+
+
+@triton.jit
 def product(
     q: tl.tensor,
     k: tl.tensor,
@@ -25,23 +48,17 @@ def product(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ) -> tl.tensor:
-    """``q @ k.T`` of a tile in float32; q and k point at its first row and key of one head.
-
-    Past the last row and key (``rows_left``, ``keys_left`` of them are there) it repeats these, which needs no mask.
-    """
-    rows = tl.minimum(tl.arange(0, BLOCK_M), rows_left - 1)
-    keys = tl.minimum(tl.arange(0, BLOCK_N), keys_left - 1)
-    dims = tl.arange(0, CHUNK)
-    q_tile = q + rows[:, None] * q_row + dims[None, :]
-    k_tile = k + keys[None, :] * k_key + dims[:, None]
-    if CHUNK == HEAD_DIM:
-        return tl.dot(tl.load(q_tile), tl.load(k_tile), input_precision="ieee")
-    score = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for start in range(0, HEAD_DIM, CHUNK):
-        real = start + dims < HEAD_DIM
-        left = tl.load(q_tile + start, mask=real[None, :], other=0.0)
-        right = tl.load(k_tile + start, mask=real[:, None], other=0.0)
-        score = tl.dot(left, right, score, input_precision="ieee")
+    """``q @ k.T`` of a tile in float32; q and k point at its first row and key of one head."""
+    if CHUNK >= HEAD_DIM:
+        left = operand(q, rows_left, q_row, HEAD_DIM, 0, CHUNK, BLOCK_M)
+        right = operand(k, keys_left, k_key, HEAD_DIM, 0, CHUNK, BLOCK_N)
+        score = tl.dot(left, tl.trans(right), input_precision="ieee")
+    else:
+        score = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        for start in range(0, HEAD_DIM, CHUNK):
+            left = operand(q, rows_left, q_row, HEAD_DIM, start, CHUNK, BLOCK_M)
+            right = operand(k, keys_left, k_key, HEAD_DIM, start, CHUNK, BLOCK_N)
+            score = tl.dot(left, tl.trans(right), score, input_precision="ieee")
     return score
 
 
@@ -95,23 +112,39 @@ def added(
     return tl.load(bias + rows[:, None] * bias_row + keys[None, :] * bias_key).to(tl.float32)
 
 
-NUMBERS = (
-    "seqlen_q",
-    "heads",
-    "group",
-    "count",
-    "low",
-    "high",
-    "scale",
-    "dense_batch",
-    "dense_head",
-    "dense_row",
-    "dense_key",
-    "bias_batch",
-    "bias_head",
-    "bias_row",
-    "bias_key",
-)
+@triton.jit
+def exponentials(
+    score: tl.tensor,
+    shift: tl.tensor,
+    factor: tl.tensor,
+    statistic: tl.tensor,
+    bias: tl.tensor,
+    rows_left: tl.tensor,
+    keys_left: tl.tensor,
+    bias_row: tl.tensor,
+    bias_key: tl.tensor,
+    scale: tl.tensor,
+) -> tl.tensor:
+    """The weights of a tile before its mask, given ``q @ k.T`` and where its rows' statistics lie.
+
+    With a ``factor`` they are ``factor * exp(score - shift)``; without, ``shift`` is a log-sum-exp.
+    """
+    moved = tl.load(shift + statistic)
+    if factor is None:  # a blind row has no weights: exp(anything - inf) is 0
+        moved = tl.where(moved == float("-inf"), float("inf"), moved * LOG2_E)
+        made = tl.exp2(score * (scale * LOG2_E) - moved[:, None])
+    else:
+        score = score * scale
+        if bias is not None:
+            score += added(bias, rows_left, keys_left, bias_row, bias_key, score.shape[0], score.shape[1])
+        made = tl.exp2((score - moved[:, None]) * LOG2_E) * tl.load(factor + statistic)[:, None]
+    return made
+
+
+NUMBERS = """
+    seqlen_q heads group count low high scale
+    dense_batch dense_head dense_row dense_key bias_batch bias_head bias_row bias_key
+""".split()  # noqa: SIM905
 """Arguments whose value shall not make another kernel."""
 
 
@@ -253,8 +286,7 @@ def weights_kernel(
 ) -> None:
     """The mean weights of ``count`` heads that follow one another: one program a tile of them.
 
-    ``out`` is (batch * heads // count, seqlen_q, seqlen_k), contiguous. With a ``factor`` the weights are
-    ``factor * exp(score - shift)``; without, ``shift`` is a log-sum-exp. ``BY_HEAD``: the dense table has heads.
+    ``out`` is (batch * heads // count, seqlen_q, seqlen_k), contiguous. ``BY_HEAD``: the dense table has heads.
     Programs walk down ``BAND`` tiles before they go right, so that those at work share their keys in the cache.
     """
     tiles_q, tiles_k = tl.cdiv(seqlen_q, BLOCK_M), tl.cdiv(seqlen_k, BLOCK_N)
@@ -300,15 +332,12 @@ def weights_kernel(
             BLOCK_M,
             BLOCK_N,
         )
-        moved = tl.load(shift + statistic + head * seqlen_q)
-        if factor is None:  # a blind row has no weights: exp(anything - inf) is 0
-            moved = tl.where(moved == float("-inf"), float("inf"), moved * LOG2_E)
-            part = tl.exp2(score * (scale * LOG2_E) - moved[:, None])
-        else:
-            score = score * scale
-            if bias is not None:
-                score += added(bias + head * bias_head, rows_left, keys_left, bias_row, bias_key, BLOCK_M, BLOCK_N)
-            part = tl.exp2((score - moved[:, None]) * LOG2_E) * tl.load(factor + statistic + head * seqlen_q)[:, None]
+        table = bias
+        if bias is not None:
+            table += head * bias_head
+        part = exponentials(
+            score, shift, factor, statistic + head * seqlen_q, table, rows_left, keys_left, bias_row, bias_key, scale
+        )
         if BY_HEAD:
             seen = visible(
                 first_row,
