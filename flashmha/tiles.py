@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import functools
 import importlib.util
+import itertools
 import operator
 from typing import Any
 
@@ -45,6 +46,15 @@ def unsupported(spec: AttentionSpec) -> str | None:
     if spec.softcap is not None:
         return "no kernel has a softcap"
     return None if spec.sinks is None else "no kernel has sinks"
+
+
+def no_gradients(spec: AttentionSpec) -> str | None:
+    """Why no kernel makes the gradients of a problem's q and k; ``None`` where one does.
+
+    A tile's gradient has the dtype of q on its way to the tensor cores. float16 has no room for numbers as small as
+    those, and nothing multiplies float32 faster than PyTorch.
+    """
+    return unsupported(spec) if spec.dtype == torch.bfloat16 else f"dtype must be bfloat16, got {short(spec.dtype)}"
 
 
 @functools.cache
@@ -113,6 +123,14 @@ def tiling(head_dim: int, dtype: torch.dtype, limit: int, tables: bool = False) 
     return cut
 
 
+def backward_tiling(head_dim: int) -> Tiling:
+    """The tiling of the gradients' kernels, small enough for every device."""
+    padded = max(16, 1 << (head_dim - 1).bit_length())
+    if padded <= 64:
+        return Tiling(64, 64, padded, warps=4, stages=2)
+    return Tiling(64, 64, 128, warps=8, stages=2) if padded == 128 else Tiling(64, 32, padded, warps=8, stages=1)
+
+
 @functools.cache
 def shared_memory(device: torch.device) -> int:
     """Bytes of shared memory that a program may have; those of an H200 where an interpreter runs."""
@@ -177,13 +195,45 @@ def bounds(windows: list[Window], seqlen_q: int, seqlen_k: int) -> tuple[int, in
     return low, high
 
 
+class Problem:
+    """One problem as the kernels take it: its tensors, sizes and strides."""
+
+    def __init__(self, q: Tensor, k: Tensor, lse: Tensor | None, spec: AttentionSpec) -> None:
+        self.q, self.k = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k))
+        self.spec = spec
+        self.tables = tables = Tables.of(spec)
+        self.masks = (tables.valid, tables.dense, tables.bias)
+        self.sizes = (spec.seqlen_q, spec.seqlen_k, spec.heads, spec.heads // spec.heads_kv)
+        self.window = (0, 0) if tables.bounds is None else tables.bounds
+        strides = (self.q.stride()[:3], self.k.stride()[:3], strides_of(tables.dense), strides_of(tables.bias))
+        self.strides = tuple(itertools.chain(*strides))
+        self.cut = tiling(spec.head_dim, q.dtype, shared_memory(q.device), tables.by_head or tables.bias is not None)
+        self.options = {"WINDOW": tables.bounds is not None, "HEAD_DIM": spec.head_dim}
+        exact = lse is None or spec.bias is not None or q.dtype == torch.float32
+        self.lse = None if exact or lse is None else lse.to(torch.float32).contiguous()
+
+    def statistics(self) -> tuple[Tensor, Tensor | None]:
+        """What makes weights of scores: the log-sum-exp, or each row's largest score and 1 / its sum."""
+        if self.lse is not None:
+            return self.lse, None
+        from .kernels import statistics_kernel
+
+        spec, cut = self.spec, self.cut
+        shift, factor = self.q.new_empty(2, spec.batch, spec.heads, spec.seqlen_q, dtype=torch.float32)
+        programs = spec.batch * spec.heads * -(-spec.seqlen_q // cut.rows)
+        tensors = (self.q, self.k, shift, factor, *self.masks)
+        numbers = (*self.sizes, spec.scale, *self.window, *self.strides)
+        statistics_kernel[(programs,)](*tensors, *numbers, **self.options, **cut.options())
+        return shift, factor
+
+
 def weights(q: Tensor, k: Tensor, lse: Tensor | None, spec: AttentionSpec, average: bool, dtype: torch.dtype) -> Tensor:
     """The weights (batch, heads, seqlen_q, seqlen_k) of a supported problem, or their mean over heads.
 
     Args:
         q, k: (batch, seqlen, heads, head_dim), outside autograd.
-        lse: (batch, heads, seqlen_q), float32, ``-inf`` in blind rows; not beside a bias. Without it, and in float32,
-            where its rounding would show, each row's largest score and sum are computed first.
+        lse: (batch, heads, seqlen_q), float32, ``-inf`` in blind rows. Without it, beside a bias, and in float32, where
+            its rounding would show, each row's largest score and sum are computed first.
         average: (batch, seqlen_q, seqlen_k) instead.
         dtype: of the weights.
     """
@@ -191,44 +241,44 @@ def weights(q: Tensor, k: Tensor, lse: Tensor | None, spec: AttentionSpec, avera
     made = torch.empty(*shape, spec.seqlen_k, dtype=dtype, device=q.device)
     if not made.numel():
         return made
-    from .kernels import statistics_kernel, weights_kernel
+    from .kernels import weights_kernel
 
-    q, k = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k))
-    tables = Tables.of(spec)
-    cut = tiling(spec.head_dim, q.dtype, shared_memory(q.device), tables.by_head or tables.bias is not None)
-    low, high = (0, 0) if tables.bounds is None else tables.bounds
-    strides = (*q.stride()[:3], *k.stride()[:3], *strides_of(tables.dense), *strides_of(tables.bias))
-    masks = (tables.valid, tables.dense, tables.bias)
-    sizes = (spec.seqlen_q, spec.seqlen_k, spec.heads, spec.heads // spec.heads_kv)
-    options = {"WINDOW": tables.bounds is not None, "HEAD_DIM": spec.head_dim, **cut.options()}
-    tiles_q, tiles_k = -(-spec.seqlen_q // cut.rows), -(-spec.seqlen_k // cut.keys)
     with on(q.device):
-        if lse is None or spec.bias is not None or q.dtype == torch.float32:
-            shift, factor = q.new_empty(2, spec.batch, spec.heads, spec.seqlen_q, dtype=torch.float32)
-            statistics_kernel[(spec.batch * spec.heads * tiles_q,)](
-                q, k, shift, factor, *masks, *sizes, spec.scale, low, high, *strides, **options
-            )
-        else:
-            shift, factor = lse.to(torch.float32).contiguous(), None
-        count = spec.heads if average else 1
-        weights_kernel[(spec.batch * (spec.heads // count) * tiles_q * tiles_k,)](
-            q,
-            k,
-            shift,
-            factor,
-            *masks,
-            made,
-            *sizes,
-            count,
-            spec.scale,
-            low,
-            high,
-            *strides,
-            BY_HEAD=tables.by_head,
-            BAND=BAND,
-            **options,
-        )
+        problem = Problem(q, k, lse, spec)
+        cut, count = problem.cut, spec.heads if average else 1
+        programs = spec.batch * (spec.heads // count) * -(-spec.seqlen_q // cut.rows) * -(-spec.seqlen_k // cut.keys)
+        tensors = (problem.q, problem.k, *problem.statistics(), *problem.masks, made)
+        numbers = (*problem.sizes, count, spec.scale, *problem.window, *problem.strides)
+        options = {**problem.options, **cut.options(), "BY_HEAD": problem.tables.by_head, "BAND": BAND}
+        weights_kernel[(programs,)](*tensors, *numbers, **options)
     return made
+
+
+def gradients(
+    q: Tensor, k: Tensor, lse: Tensor | None, spec: AttentionSpec, average: bool, grad: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The gradients of q and k for one of the weights, which has their shape; see ``weights``."""
+    dq, dk = (torch.zeros(x.shape, dtype=x.dtype, device=x.device) for x in (q, k))
+    if not (grad.numel() and spec.heads):
+        return dq, dk
+    from .kernels import gradient_of_k_kernel, gradient_of_q_kernel
+
+    with on(q.device):
+        problem = Problem(q, k, lse, spec)
+        cut = backward_tiling(spec.head_dim)
+        mean = q.new_empty(spec.batch, spec.heads, spec.seqlen_q, dtype=torch.float32)
+        tensors = (problem.q, problem.k, *problem.statistics(), *problem.masks, grad, mean)
+        along = (grad.stride(0), 0, *grad.stride()[1:]) if average else grad.stride()
+        count = spec.heads if average else 1
+        numbers = (*problem.sizes, count, spec.scale, *problem.window, *problem.strides, *along)
+        options = {**problem.options, **cut.options()}
+        gradient_of_q_kernel[(spec.batch * spec.heads * -(-spec.seqlen_q // cut.rows),)](
+            *tensors, dq, *numbers, **options
+        )
+        gradient_of_k_kernel[(spec.batch * spec.heads_kv * -(-spec.seqlen_k // cut.keys),)](
+            *tensors, dk, *numbers, **options
+        )
+    return dq, dk
 
 
 def strides_of(table: Tensor | None) -> tuple[int, ...]:

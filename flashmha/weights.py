@@ -112,10 +112,29 @@ class Recipe:
         grad = grad if self.batched else grad[None]
         if self.rows is not None:
             grad = grad.masked_fill(~spread(self.rows, self.average), 0.0)
-        score = Score(*self.spread(self.q, self.k), self.lse, spec)
+        q, k = self.spread(self.q, self.k)
+        d_bias: Tensor | None = None
+        if not wanted[2] and tiles.unavailable(spec.device) is None and tiles.no_gradients(spec) is None:
+            dq, dk = tiles.gradients(q, k, self.lse, spec, self.average, grad)
+        else:
+            dq, dk, d_bias = self.gradients_by_blocks(q, k, grad, wanted[2])
+        if self.places is not None:
+            dq, dk = (x.flatten(0, 1)[self.places][None] for x in (dq, dk))
+        return (
+            dq.to(self.q.dtype) if wanted[0] else None,
+            dk.to(self.k.dtype) if wanted[1] else None,
+            d_bias,
+        )
+
+    def gradients_by_blocks(
+        self, q: Tensor, k: Tensor, grad: Tensor, learned: bool
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """The gradients of q, k and a learned bias in PyTorch's operators, for any problem on any device."""
+        spec = self.spec
+        score = Score(q, k, self.lse, spec)
         q, k = score.q, score.k
         dq, dk = (torch.zeros(x.shape, dtype=x.dtype, device=x.device) for x in (q, k))
-        bias = spec.bias.tensors()[0] if spec.bias is not None and wanted[2] else None
+        bias = spec.bias.tensors()[0] if spec.bias is not None and learned else None
         d_bias = None if bias is None else torch.zeros_like(bias, dtype=q.dtype).transpose(0, 1)
         for rows in score.row_blocks():
             for heads in score.head_blocks(rows):
@@ -131,13 +150,7 @@ class Recipe:
         dq, dk = (x.permute(1, 2, 0, 3) for x in (dq, dk))  # (batch, seqlen, heads, head_dim)
         if spec.heads != spec.heads_kv:
             dk = dk.unflatten(2, (spec.heads_kv, -1)).sum(dim=3)
-        if self.places is not None:
-            dq, dk = (x.flatten(0, 1)[self.places][None] for x in (dq, dk))
-        return (
-            dq.to(self.q.dtype) if wanted[0] else None,
-            dk.to(self.k.dtype) if wanted[1] else None,
-            None if d_bias is None or bias is None else d_bias.transpose(0, 1).to(bias.dtype),
-        )
+        return dq, dk, None if d_bias is None or bias is None else d_bias.transpose(0, 1).to(bias.dtype)
 
     def define(self, q: Tensor, k: Tensor, bias: Tensor | None) -> Tensor:
         """The weights by the definition, in the autograd graph."""

@@ -74,6 +74,11 @@ def test_a_problem_is_served_unless_a_layer_never_has_it(spec: AttentionSpec) ->
     assert (tiles.unsupported(spec) is not None) == strange
 
 
+@given(spec=specs(limits=LIMITS))
+def test_gradients_want_bfloat16(spec: AttentionSpec) -> None:
+    assert (tiles.no_gradients(spec) is None) == (spec.dtype == torch.bfloat16 and tiles.unsupported(spec) is None)
+
+
 @pytest.mark.cpu("a CPU runs no kernels")
 def test_a_cpu_keeps_the_blocks() -> None:
     assert tiles.unavailable(torch.device("cpu")) == "needs a GPU of NVIDIA's"
@@ -86,6 +91,8 @@ def test_operands_fit_shared_memory(name: str, head_dim: int, dtype: torch.dtype
     assert cut.shared(dtype.itemsize) <= SHARED_MEMORY[name] - tiles.SPARE
     assert all(size >= 16 and size & (size - 1) == 0 for size in (cut.rows, cut.keys, cut.chunk))
     assert cut.chunk >= head_dim or dtype == torch.float32
+    backward = tiles.backward_tiling(head_dim)
+    assert backward.shared(2) <= SHARED_MEMORY[name] - tiles.SPARE and backward.chunk >= head_dim
 
 
 @settings(max_examples=100)
@@ -128,6 +135,31 @@ def test_weights_are_those_of_the_definition(
     actual = tiles.weights(q, k, given_lse, spec, average, dtype)
     assert_close("weights", actual, plain.to(dtype), exact, spec.dtype)
     assert not actual[exact.sum(dim=-1) == 0.0].any(), "a blind row has weights"
+
+
+@settings(fewer(8) if INTERPRETED else settings())
+@given(spec=problems(), average=st.booleans(), with_lse=st.booleans(), expanded=st.booleans(), seed=seeds())
+def test_gradients_are_those_of_the_definition(
+    machine: torch.device, spec: AttentionSpec, average: bool, with_lse: bool, expanded: bool, seed: int
+) -> None:
+    if not INTERPRETED:
+        spec = spec.changed(dtype=torch.bfloat16)
+    q, k, _ = tensors(spec, seed)
+    shape = defined(spec, q, k, average)[0].shape
+    generator = torch.Generator("cpu").manual_seed(seed)
+    grad = torch.randn(shape[:1] if expanded else shape, generator=generator, device="cpu").to(q)
+    grad = grad.view(-1, *(1,) * (len(shape) - 1)).expand(shape) if expanded else grad
+    answers = []
+    for dtype in (torch.float64, spec.dtype):
+        leaves = [x.detach().to(dtype).requires_grad_() for x in (q, k)]
+        made, lse = defined(spec, *leaves, average, dtype)
+        answers.append(torch.autograd.grad(made, leaves, grad.to(dtype)))
+        if dtype == torch.float64:
+            statistics = lse.detach().float() if with_lse and spec.bias is None else None
+    with torch.no_grad():
+        actual = tiles.gradients(q, k, statistics, spec, average, grad)
+    for name, ours, exact, plain in zip("qk", actual, *answers):
+        assert_close(f"gradient of {name}", ours, plain, exact, spec.dtype)
 
 
 @settings(fewer(8) if INTERPRETED else settings())
