@@ -1,7 +1,8 @@
 """Attention weights beside a fused output, computed when somebody looks at them.
 
-The output comes from a backend. The weights are made of q, k and the log-sum-exp, a block of rows of one head at a
-time, so that a mean over heads never holds (batch, heads, seqlen_q, seqlen_k)::
+The output comes from a backend. The weights are made of q, k and the log-sum-exp, tile by tile where a GPU can
+(``tiles``), elsewhere a block of rows of some heads at a time, so that a mean over heads never holds
+(batch, heads, seqlen_q, seqlen_k)::
 
     weights[b, h, i, j] = exp(softmax_scale * q[b, i, h] @ k[b, j, h] + bias[b, h, i, j] - lse[b, h, i])
 """
@@ -17,6 +18,7 @@ import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 
+from . import tiles
 from .backends import Wanted, choose, get, note, preference
 from .backends.naive import probabilities, scores, weigh
 from .deferred import Cell, Deferred
@@ -28,6 +30,8 @@ from .spec import AttentionSpec
 
 BLOCK = 2**19
 """Scores computed at a time: about what a core's cache holds."""
+BLOCK_ON_GPU = 2**26
+"""The same on a GPU, which a small block leaves idle."""
 LOG2_E = 1.4426950408889634
 
 
@@ -69,9 +73,21 @@ class Recipe:
 
     def compute(self) -> Tensor:
         spec = self.spec
+        q, k = self.spread(self.q, self.k)
+        if tiles.unavailable(spec.device) is None and tiles.unsupported(spec) is None:
+            made = tiles.weights(q, k, self.lse, spec, self.average, self.dtype)
+        else:
+            made = self.by_blocks(q, k)
+        if self.rows is not None:
+            made.masked_fill_(~spread(self.rows, self.average), 0.0)
+        return made if self.batched else made[0]
+
+    def by_blocks(self, q: Tensor, k: Tensor) -> Tensor:
+        """The weights in PyTorch's operators, for any problem on any device."""
+        spec = self.spec
         shape = (spec.batch, spec.seqlen_q) if self.average else (spec.batch, spec.heads, spec.seqlen_q)
         made = torch.empty(*shape, spec.seqlen_k, dtype=self.dtype, device=spec.device)
-        score = Score(*self.spread(self.q, self.k), self.lse, spec)
+        score = Score(q, k, self.lse, spec)
         for rows in score.row_blocks():
             total: Tensor | None = None
             for heads in score.head_blocks(rows):
@@ -85,9 +101,7 @@ class Recipe:
                     total.addcmul_(block[0], share[0])
             if total is not None:
                 made[:, rows] = total.div_(spec.heads)
-        if self.rows is not None:
-            made.masked_fill_(~spread(self.rows, self.average), 0.0)
-        return made if self.batched else made[0]
+        return made
 
     def gradients(self, grad: Tensor, wanted: tuple[bool, bool, bool]) -> tuple[Tensor | None, ...]:
         """Gradients of q, k and the bias for a gradient of the weights::
@@ -98,10 +112,29 @@ class Recipe:
         grad = grad if self.batched else grad[None]
         if self.rows is not None:
             grad = grad.masked_fill(~spread(self.rows, self.average), 0.0)
-        score = Score(*self.spread(self.q, self.k), self.lse, spec)
+        q, k = self.spread(self.q, self.k)
+        d_bias: Tensor | None = None
+        if not wanted[2] and tiles.unavailable(spec.device) is None and tiles.no_gradients(spec) is None:
+            dq, dk = tiles.gradients(q, k, self.lse, spec, self.average, grad)
+        else:
+            dq, dk, d_bias = self.gradients_by_blocks(q, k, grad, wanted[2])
+        if self.places is not None:
+            dq, dk = (x.flatten(0, 1)[self.places][None] for x in (dq, dk))
+        return (
+            dq.to(self.q.dtype) if wanted[0] else None,
+            dk.to(self.k.dtype) if wanted[1] else None,
+            d_bias,
+        )
+
+    def gradients_by_blocks(
+        self, q: Tensor, k: Tensor, grad: Tensor, learned: bool
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """The gradients of q, k and a learned bias in PyTorch's operators, for any problem on any device."""
+        spec = self.spec
+        score = Score(q, k, self.lse, spec)
         q, k = score.q, score.k
         dq, dk = (torch.zeros(x.shape, dtype=x.dtype, device=x.device) for x in (q, k))
-        bias = spec.bias.tensors()[0] if spec.bias is not None and wanted[2] else None
+        bias = spec.bias.tensors()[0] if spec.bias is not None and learned else None
         d_bias = None if bias is None else torch.zeros_like(bias, dtype=q.dtype).transpose(0, 1)
         for rows in score.row_blocks():
             for heads in score.head_blocks(rows):
@@ -117,13 +150,7 @@ class Recipe:
         dq, dk = (x.permute(1, 2, 0, 3) for x in (dq, dk))  # (batch, seqlen, heads, head_dim)
         if spec.heads != spec.heads_kv:
             dk = dk.unflatten(2, (spec.heads_kv, -1)).sum(dim=3)
-        if self.places is not None:
-            dq, dk = (x.flatten(0, 1)[self.places][None] for x in (dq, dk))
-        return (
-            dq.to(self.q.dtype) if wanted[0] else None,
-            dk.to(self.k.dtype) if wanted[1] else None,
-            None if d_bias is None or bias is None else d_bias.transpose(0, 1).to(bias.dtype),
-        )
+        return dq, dk, None if d_bias is None or bias is None else d_bias.transpose(0, 1).to(bias.dtype)
 
     def define(self, q: Tensor, k: Tensor, bias: Tensor | None) -> Tensor:
         """The weights by the definition, in the autograd graph."""
@@ -162,13 +189,14 @@ class Score:
         if lse is not None:  # a blind row has no weights: exp(anything - inf) is 0
             self.lse = (lse.to(dtype).masked_fill(lse == float("-inf"), float("inf")) * LOG2_E).transpose(0, 1)
         self.buffer = q.new_empty(0, dtype=dtype)
+        self.block = BLOCK_ON_GPU if spec.device.type == "cuda" else BLOCK
         allowed, added = spec.allowed(), spec.added()
         self.hidden = None if allowed is None else ~allowed.transpose(0, 1)
         self.bias = None if added is None else added.detach().to(dtype).transpose(0, 1)
 
     def row_blocks(self) -> Iterator[slice]:
         """Rows of one head that make a block."""
-        step = max(16, BLOCK // max(1, self.spec.batch * self.spec.seqlen_k))
+        step = max(16, self.block // max(1, self.spec.batch * self.spec.seqlen_k))
         if not self.spec.seqlen_k:
             return iter(())
         return (slice(start, start + step) for start in range(0, self.spec.seqlen_q, step))
@@ -176,7 +204,7 @@ class Score:
     def head_blocks(self, rows: slice) -> Iterator[slice]:
         """Heads whose rows make a block, at most half of all."""
         count = min(rows.stop, self.spec.seqlen_q) - rows.start
-        step = max(1, min(self.spec.heads // 2, BLOCK // max(1, self.spec.batch * self.spec.seqlen_k * count)))
+        step = max(1, min(self.spec.heads // 2, self.block // max(1, self.spec.batch * self.spec.seqlen_k * count)))
         return (slice(start, start + step) for start in range(0, self.spec.heads, step))
 
     def weights(self, heads: slice, rows: slice) -> tuple[Tensor, Tensor]:
