@@ -18,7 +18,7 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "flashmha"
 ORDER = """
     masks scores spec errors
-    backends.base backends.flash backends.blocks backends.plugins
+    backends.base backends.flash backends.blocks backends.plugins backends.ranking backends.tuned
     backends.naive backends.sdpa backends.flex backends.flash2 backends.flash3 backends.flash4
     backends.registry backends functional deferred
     features stock nested call padding weights projection forward module encoder convert explain
