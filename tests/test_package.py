@@ -28,7 +28,7 @@ ORDER = """
     benchmark.cases benchmark.inputs benchmark.reference benchmark.machine benchmark.peers benchmark.kernels
     benchmark.lineup benchmark.verdicts benchmark.gate benchmark.runner benchmark.report benchmark.plots
     benchmark.command benchmark
-    table commands.info commands.explain commands.verify commands.table
+    table commands.info commands.explain commands.verify commands.table commands.tune
     wrapper __main__ __init__
 """.split()  # noqa: SIM905
 LEAVES = {"table", "testing", "benchmark", "commands", "__main__"}

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import json
 import logging
+import tempfile
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,9 +21,9 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import flashmha
-from flashmha import AttentionSpec, Backend, Documents, KeyLengths, KeyPadding, Limits, Window, causal
+from flashmha import AttentionSpec, Backend, Documents, KeyLengths, KeyPadding, Limits, Window, attention, causal
 from flashmha.backends import choose, chosen, explain, names, order, ranking, reason, register, tuned, unregister
-from flashmha.backends.ranking import KINDS, kind
+from flashmha.backends.ranking import KINDS, MODES, TABLE, Row, agreed, combined, derive, kind
 from flashmha.testing import specs
 
 ROOT = Path(flashmha.__file__).parents[1]
@@ -291,3 +295,294 @@ def test_explain_says_what_choose_does_whoever_compiles(spec: AttentionSpec, wai
         assert got == (first if first not in waits or worth == 0.0 or not ready else ready[0])
         passed = [name for name, row in said.rows.items() if row == f"not compiled yet: {WHY}"]
         assert set(passed) <= waits and got not in passed
+
+
+# Tables
+
+
+@given(
+    times=st.dictionaries(
+        st.tuples(st.sampled_from(("dense", "causal")), st.sampled_from(MODES), st.sampled_from((64, 128))),
+        st.dictionaries(
+            st.sampled_from((512, 1024, 4096)),
+            st.lists(st.sampled_from((10.0, 10.2, 11.0, 20.0)), min_size=3, max_size=3),
+            min_size=1,
+        ),
+        min_size=1,
+    )
+)
+def test_rows_say_of_every_cell_what_was_measured(times: dict[Any, dict[int, list[float]]]) -> None:
+    """Whoever comes first is as fast as the fastest; a size in between counts as the larger."""
+    cells = [
+        {"kind": kind, "mode": mode, "head_dim": head_dim, "keys": many, "us": dict(zip(BUILT_IN, us))}
+        for (kind, mode, head_dim), steps in times.items()
+        for many, us in steps.items()
+    ]
+    table = ranking.Table("drawn", "cpu", (torch.float32,), derive(cells, "drawn"))
+    assert len(table.rows) <= len(cells)
+    for cell in cells:
+        best = min(cell["us"].values()) * (1 + ranking.MARGIN)
+        for head_dim, many in ((cell["head_dim"], cell["keys"]), (cell["head_dim"] - 1, cell["keys"] - 1)):
+            row = next(row for row in table.places[cell["kind"], cell["mode"]] if row.covers(head_dim, many))
+            assert cell["us"][row.order[0]] <= best
+            assert sorted(row.order) == sorted(cell["us"])
+    for rows in table.places.values():
+        assert any(row.covers(512, 10**6) for row in rows)
+
+
+def test_the_definition_is_never_ranked_and_the_list_breaks_a_tie() -> None:
+    assert agreed([{"us": {"sdpa": 10.2, "flash4": 10.0, "naive": 1.0}}]) == ("sdpa", "flash4")
+    assert agreed([{"us": {"sdpa": 10.4, "flash4": 10.0}}]) == ("flash4", "sdpa")
+    assert agreed([{"us": {"sdpa": 2.0, "flash4": 1.0}}, {"us": {"sdpa": 1.0, "flash4": 2.0}}]) is None
+    assert agreed([{"us": {"sdpa": 2.0, "flash4": 1.0}}, {"us": {"sdpa": 1.0}}]) == ("flash4", "sdpa")
+
+
+def test_few_queries_and_one_share_a_cell() -> None:
+    place = {"kind": "decode", "mode": "eval", "head_dim": 128, "keys": 1024}
+    (cell,) = combined([{**place, "us": {"sdpa": 1.0}}, {**place, "us": {"sdpa": 4.0, "flash2": 3.0}}])
+    assert cell["us"] == pytest.approx({"sdpa": 2.0, "flash2": 3.0})
+
+
+@pytest.mark.parametrize("row", TABLE.rows, ids=lambda row: " ".join((*row.kinds, *row.modes)))
+def test_a_built_in_row_is_what_its_file_says(row: Row) -> None:
+    assert set(row.kinds) <= set(KINDS) and set(row.modes) <= set(MODES) and set(row.order) < set(BUILT_IN)
+    assert row.source.startswith("benchmarks/results/")
+    if not (ROOT / row.source).exists():
+        pytest.skip(f"{row.source} is not measured yet")
+    covered = 0
+    for cell in combined(json.loads((ROOT / row.source).read_text(encoding="utf-8"))["cells"]):
+        rows = TABLE.places.get((cell["kind"], cell["mode"]), ())
+        first = next((one for one in rows if one.covers(cell["head_dim"], cell["keys"])), None)
+        if first is row and cell["us"]:
+            covered += 1
+            who = next(name for name in row.order if name in cell["us"])
+            assert cell["us"][who] <= min(cell["us"].values()) * (1 + ranking.MARGIN), (cell, who)
+    assert covered, "no cell of the file"
+
+
+# Tuned tables
+
+
+HERE = {"torch": str(torch.__version__), "cuda": None, "cudnn": None, "packages": {}}
+
+
+def saved(folder: Path, **changes: Any) -> Path:
+    """A file as ``tune`` writes it on a CPU, where flex was the fastest."""
+    cells = [
+        {"kind": "dense", "mode": "eval", "head_dim": 64, "keys": 128, "us": {"sdpa": 9.0, "flex": 2.0, "naive": 1.0}},
+        {"kind": "dense", "mode": "eval", "head_dim": 64, "keys": 512, "us": {"sdpa": 5.0, "flex": 9.0, "naive": 1.0}},
+    ]
+    found = {
+        "schema": 1,
+        "command": "tune",
+        "date": "2026-11-25",
+        "device": "cpu",
+        "gpu": None,
+        "dtype": "float32",
+        "env": HERE,
+        "cells": cells,
+    }
+    path = folder / "tuned.json"
+    path.write_text(json.dumps({**found, **changes}), encoding="utf-8")
+    return path
+
+
+def plain(seqlen: int, **changes: Any) -> AttentionSpec:
+    """A problem of such a file."""
+    return floating(problem(seqlen, **changes))
+
+
+def test_a_tuned_table_is_followed_for_what_it_holds(tmp_path: Path) -> None:
+    spec = shared(plain(128))
+    assert choose(spec).name == "sdpa"
+    flashmha.load_tuned(saved(tmp_path))
+    assert choose(spec).name == "flex" and explain(spec).chosen == "flex"
+    assert str(tmp_path) in str(explain(spec))
+    assert choose(plain(1)).name == "flex" and choose(plain(129)).name == choose(plain(4096)).name == "sdpa"
+    assert choose(plain(128, head_dim=256, head_dim_v=256)).name == "flex"
+    for other in (plain(128, mask=causal()), plain(128, needs_grad=True), plain(128).changed(dtype=torch.bfloat16)):
+        assert order(other) == tuple(name for name in (*BUILT_IN[:4], "naive", "flex"))
+    flashmha.load_tuned(None)
+    assert choose(spec).name == "sdpa"
+
+
+def test_a_table_for_a_gpu_holds_on_that_gpu_and_gives_way_to_the_built_in_one(tmp_path: Path) -> None:
+    cells = [{"kind": "dense", "mode": "train", "head_dim": 64, "keys": 128, "us": {"sdpa": 2.0, "flash2": 1.0}}]
+    path = saved(tmp_path, device="cuda", gpu=HOPPER[0], dtype="bfloat16", cells=cells)
+    tuned.state = dataclasses.replace(tuned.read(path), fits=True)
+    with on():
+        assert order(problem(4096, needs_grad=True))[:2] == ("flash2", "sdpa")
+        assert order(problem(4096, needs_grad=True, mask=causal()))[0] == "flash4"
+    with on(("NVIDIA H100", 9)):
+        assert order(problem(4096, needs_grad=True))[0] == "flash4"
+    assert order(plain(4096, needs_grad=True))[0] == "sdpa"
+
+
+def test_the_definition_never_wins_a_tuned_table(tmp_path: Path) -> None:
+    flashmha.load_tuned(saved(tmp_path))
+    assert order(plain(128))[-1] == "naive" and "naive" not in next(iter(tuned.tables("cpu", None))).rows[0].order
+
+
+REFUSED = {
+    "another torch": ({"env": {**HERE, "torch": "2.11.0"}}, r"measured with torch 2\.11\.0 and this is 2\."),
+    "no torch": ({"env": {"packages": {}}}, "measured with torch not installed and this is"),
+    "another schema": ({"schema": 2}, "schema 1, got schema 2; make it with `flashmha tune --save"),
+    "a file of bench": ({"command": "bench"}, "must be of `flashmha tune`"),
+    "no dtype": ({"dtype": "float33"}, "must be a whole file"),
+    "a module for a dtype": ({"dtype": "nn"}, "must be a whole file"),
+    "no cells": ({"cells": None}, "must be a whole file"),
+    "an unknown kind": ({"cells": [{"kind": "x", "mode": "eval"}]}, "must be a whole file"),
+    "half a cell": ({"cells": [{"kind": "dense", "mode": "eval"}]}, "must be a whole file"),
+    "times that are none": (
+        {"cells": [{"kind": "dense", "mode": "eval", "head_dim": 64, "keys": 9, "us": {"sdpa": 0}}]},
+        "0 microseconds of sdpa",
+    ),
+}
+
+
+@pytest.mark.parametrize("by", ("load_tuned", tuned.VARIABLE))
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_file_that_does_not_fit_is_refused(name: str, by: str, tmp_path: Path, monkeypatch: Any) -> None:
+    changes, said = REFUSED[name]
+    check_refused(saved(tmp_path, **changes), said, by, monkeypatch)
+
+
+@pytest.mark.parametrize("by", ("load_tuned", tuned.VARIABLE))
+@pytest.mark.parametrize("text", (None, "", "{", "[]", "3", "{}"))
+def test_a_missing_or_damaged_file_is_refused(text: str | None, by: str, tmp_path: Path, monkeypatch: Any) -> None:
+    path = tmp_path / "damaged.json"
+    if text is not None:
+        path.write_text(text)
+    check_refused(path, "make it with `flashmha tune --save", by, monkeypatch)
+
+
+def check_refused(path: Path, said: str, by: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file raises where it is loaded, or at every automatic choice until there is another; and nobody follows it."""
+    if by == "load_tuned":
+        with pytest.raises(ValueError, match=said) as caught:
+            flashmha.load_tuned(path)
+        assert str(path) in str(caught.value) and choose(plain(128)).name == "sdpa"
+        return
+    monkeypatch.setenv(by, str(path))
+    for _ in range(2):
+        with pytest.raises(ValueError, match=f"^{by}: .*{said}"):
+            choose(plain(128))
+    assert choose(plain(128), "naive").name == "naive", "who is named needs no table"
+    flashmha.load_tuned(None)
+    assert choose(plain(128)).name == "sdpa"
+
+
+GPU_DIFFERENCES = {
+    "the GPU": ({"gpu": "NVIDIA A100"}, "the GPU NVIDIA A100 and this is NVIDIA H200"),
+    "CUDA": ({"env": {**HERE, "cuda": "11.8"}}, "CUDA 11.8 and this is"),
+    "cuDNN": ({"env": {**HERE, "cudnn": 90100}}, "cuDNN 90100 and this is"),
+    "a package that is gone": (
+        {"env": {**HERE, "packages": {"flash-attn-4": "4.0"}}},
+        "flash-attn-4 4.0 and this is not",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", GPU_DIFFERENCES)
+def test_a_gpu_or_a_package_that_differs_is_refused(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    changes, said = GPU_DIFFERENCES[name]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.version, "cuda", None)
+    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: None)
+    monkeypatch.setattr(tuned, "graphics", lambda index: HOPPER)
+    monkeypatch.setattr(tuned, "installed", dict)
+    base = {"device": "cuda", "gpu": HOPPER[0]}
+    flashmha.load_tuned(saved(tmp_path, **base))
+    with pytest.raises(ValueError, match=said):
+        flashmha.load_tuned(saved(tmp_path, **{**base, **changes}))
+
+
+def test_a_new_package_is_a_difference(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = {"device": "cuda", "gpu": None, "env": HERE}
+    monkeypatch.setattr(tuned, "installed", lambda: {"flash-attn": "2.8.3"})
+    assert ("flash-attn", None, "2.8.3") in tuned.differences(found)
+
+
+def test_the_variable_is_read_at_the_first_automatic_choice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(tuned.VARIABLE, str(saved(tmp_path)))
+    assert not tuned.state.settled
+    assert choose(plain(128)).name == "flex"
+    (tmp_path / "tuned.json").unlink()
+    assert choose(plain(127)).name == "flex", "it is read once"
+
+
+def test_a_file_for_a_gpu_says_nothing_about_a_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = saved(tmp_path, device="cuda", gpu="NVIDIA nothing", dtype="bfloat16")
+    monkeypatch.setenv(tuned.VARIABLE, str(path))
+    assert choose(plain(128)).name == "sdpa"
+    for _ in range(2):
+        with pytest.raises(ValueError, match="measured with the GPU NVIDIA nothing and this is"):
+            order(problem(128))
+    assert choose(plain(128)).name == "sdpa"
+
+
+def packed(x: Tensor, **options: Any) -> Tensor:
+    """Attention with two heads, whatever the other sizes are."""
+    q = x.unflatten(-1, (2, 8))
+    out = attention(q, q, q, **options)
+    assert isinstance(out, Tensor)
+    return out
+
+
+def test_a_graph_reads_the_variable_while_it_is_traced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(tuned.VARIABLE, str(saved(tmp_path)))
+    for dynamic in (False, True):
+        torch._dynamo.reset()
+        tuned.state = tuned.Tuned()
+        compiled, x = torch.compile(packed, fullgraph=True, backend="eager", dynamic=dynamic), torch.randn(2, 16, 16)
+        with torch.no_grad():
+            torch.testing.assert_close(compiled(x), packed(x, backend="naive"))
+        assert tuned.state.settled and tuned.state.table is not None
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("dynamic", (False, True))
+def test_a_graph_follows_its_table(dynamic: bool, tmp_path: Path) -> None:
+    """Whatever the length, and with a third party on the list."""
+    flashmha.load_tuned(saved(tmp_path))
+    torch._dynamo.reset()
+    register(passing("other"), before="flex")
+    try:
+        compiled = torch.compile(packed, fullgraph=True, backend="eager", dynamic=dynamic)
+        for seqlen in (16, 200, 17):
+            x = torch.randn(2, seqlen, 16)
+            with torch.no_grad():
+                torch.testing.assert_close(compiled(x), packed(x, backend="naive"))
+    finally:
+        unregister("other")
+        torch._dynamo.reset()
+
+
+@given(threads=st.integers(2, 5))
+def test_threads_that_load_and_choose_meet_one_table_or_none(threads: int) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        path = saved(Path(folder))
+        gate, seen = threading.Barrier(threads), []
+
+        def work(number: int) -> None:
+            gate.wait()
+            for _ in range(5):
+                flashmha.load_tuned(path if number % 2 else None)
+                seen.append(choose(plain(128)).name)
+
+        started = [threading.Thread(target=work, args=(number,)) for number in range(threads)]
+        for thread in started:
+            thread.start()
+        for thread in started:
+            thread.join()
+    assert len(seen) == 5 * threads and set(seen) <= {"sdpa", "flex"}
+    flashmha.load_tuned(None)
+
+
+def test_load_tuned_wins_over_a_variable_that_is_read_meanwhile(tmp_path: Path) -> None:
+    before = tuned.state
+    flashmha.load_tuned(None)
+    after = tuned.state
+    tuned.replace(tuned.read(saved(tmp_path)), before)
+    assert tuned.state is after

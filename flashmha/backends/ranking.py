@@ -91,9 +91,9 @@ class Table:
                 places[place] = (*places.get(place, ()), row)
         object.__setattr__(self, "places", places)
 
-    def applies(self, device: str, index: int | None, dtype: torch.dtype) -> bool:
-        """It was measured on such a device, in this dtype."""
-        if device != self.device or dtype not in self.dtypes:
+    def applies(self, device: str, index: int | None, dtype: torch.dtype | None) -> bool:
+        """It was measured on such a device, in this dtype (``None``: whichever it is)."""
+        if device != self.device or (dtype is not None and dtype not in self.dtypes):
             return False
         if self.capability is None and self.gpu is None:
             return True
@@ -154,7 +154,10 @@ def derive(cells: Iterable[dict[str, Any]], source: str) -> tuple[Row, ...]:
     A cell has its ``kind``, ``mode``, ``head_dim``, ``keys``, and the microseconds ``us`` of each backend, in the order
     of the list. A size between two that were measured counts as the larger; beyond the largest, as the largest.
     """
-    groups: list[Group] = [((cell["kind"],), (cell["mode"],), [cell]) for cell in combined(cells)]
+    places: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for cell in combined(cells):
+        places.setdefault((cell["kind"], cell["mode"]), []).append(cell)
+    groups: list[Group] = [((kind,), (mode,), those) for (kind, mode), those in places.items()]
     for axis in (0, 1):
         groups = list(pooled(groups, axis))
     return tuple(row for kinds, modes, those in groups for row in by_head_dim(kinds, modes, those, source))
@@ -180,7 +183,7 @@ Group = tuple[tuple[str, ...], tuple[str, ...], list[dict[str, Any]]]
 
 
 def pooled(groups: Sequence[Group], axis: int) -> Iterator[Group]:
-    """Groups joined along kinds (0) or modes (1): the same place always, others where that needs no more rows."""
+    """Groups joined along kinds (0) or modes (1), where that needs no more rows."""
     joined: list[Group] = []
     for group in groups:
         for place, other in enumerate(joined):
@@ -196,8 +199,6 @@ def pooled(groups: Sequence[Group], axis: int) -> Iterator[Group]:
 def join(one: Group, two: Group, axis: int) -> Group | None:
     """Two groups as one, ``None`` where they have to stay two."""
     cells = [*one[2], *two[2]]
-    if one[:2] == two[:2]:
-        return (*one[:2], cells)
     if one[1 - axis] != two[1 - axis]:
         return None
     few = max(len(by_head_dim(*group, "")) for group in (one, two))

@@ -168,23 +168,26 @@ def in_force(device: str) -> Table | None:
     return now.table
 
 
+def tables(device: str, index: int | None, dtype: torch.dtype | None = None) -> list[Table]:
+    """The tables for a device and a dtype, ``None`` for any, the strongest first."""
+    both = (in_force(device), TABLE)
+    return [table for table in both if table is not None and table.applies(device, index, dtype)]
+
+
 def measured(device: str, index: int | None, dtype: torch.dtype) -> bool:
     """Some table is for such a device and dtype."""
-    tuned = in_force(device)
-    return any(table is not None and table.applies(device, index, dtype) for table in (tuned, TABLE))
+    return bool(tables(device, index, dtype))
 
 
-def rows(device: str, index: int | None, dtype: torch.dtype, kind: str, mode: str) -> tuple[Row, ...]:
-    """The rows for one kind of problem: of the tuned table where that has some, else of the built-in one."""
-    for table in (in_force(device), TABLE):
-        if table is not None and table.applies(device, index, dtype) and (kind, mode) in table.places:
-            return table.places[kind, mode]
-    return ()
+def authority(device: str, index: int | None, dtype: torch.dtype, kind: str, mode: str) -> str:
+    """The name of the table that has rows for a kind of problem: the tuned one, else the built-in one, else nobody."""
+    return next((table.name for table in tables(device, index, dtype) if (kind, mode) in table.places), "")
 
 
 # What torch.compiler.assume_constant_result sets: a first choice under fullgraph=True reads the file while it traces.
+# Dynamo can hold bools and strings that come from there, and no rows.
 measured._dynamo_marked_constant = True  # type: ignore[attr-defined]
-rows._dynamo_marked_constant = True  # type: ignore[attr-defined]
+authority._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def row(spec: AttentionSpec) -> Row | None:
@@ -200,8 +203,12 @@ def row(spec: AttentionSpec) -> Row | None:
     name = kind(spec)
     if name == "other":
         return None
-    many = keys(spec)
-    for one in rows(device, index, spec.dtype, name, mode(spec)):
+    place = (name, mode(spec))
+    strongest, many, table = authority(device, index, spec.dtype, *place), keys(spec), state.table
+    if not strongest:
+        return None
+    rows = TABLE.places[place] if table is None or table.name != strongest else table.places[place]
+    for one in rows:
         if one.covers(spec.head_dim, many):
             return one
     return None
