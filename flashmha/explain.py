@@ -68,4 +68,5 @@ def explain_layer(
         notes.append(f"skip_padding: every row is computed ({padding.refusal(layer, call)})")
     if problem.dtype is not None:
         notes.append(f"computed in {short(problem.dtype)}: this CPU is slower in {short(call.query.dtype)}")
-    return dataclasses.replace(backends.explain(problem.spec, wanted), notes=tuple(notes))
+    said = backends.explain(problem.spec, wanted)
+    return dataclasses.replace(said, notes=(*said.notes, *notes))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import io
 import json
 import math
@@ -26,7 +27,9 @@ from torch import Tensor
 import flashmha
 from flashmha import ALiBi, AttentionSpec, Backend, KeyLengths, Limits, Mask, Window, backends
 from flashmha.__main__ import COMMANDS, main
-from flashmha.backends import get, names
+from flashmha.backends import get, names, ranking, tuned
+from flashmha.backends.ranking import KINDS, MODES, Row
+from flashmha.commands import tune
 
 ROOT = Path(flashmha.__file__).parents[1]
 
@@ -298,6 +301,128 @@ def test_nothing_judged_is_no_success() -> None:
     assert run("verify", "--backend", "flash2", "--device", "cpu")[0] == 1
 
 
+# tune
+
+TINY = ("--device", "cpu", "--head-dims", 8, "--seqlens", 16, 32, "--rounds", 1)
+"""A grid that takes no time."""
+
+
+@pytest.fixture
+def untuned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No tuned table, before and after."""
+    monkeypatch.delenv(tuned.VARIABLE, raising=False)
+    monkeypatch.setattr(tuned, "state", tuned.Tuned())
+
+
+@pytest.mark.usefixtures("untuned")
+def test_what_tune_saves_is_followed(tmp_path: Path) -> None:
+    path = tmp_path / "tuned.json"
+    said = answer("tune", "--save", path, *TINY)
+    assert json.loads(path.read_text(encoding="utf-8")) == said
+    assert {(cell["kind"], cell["mode"]) for cell in said["cells"]} == {
+        (kind, mode) for kind in KINDS for mode in MODES if (kind, mode) != ("decode", "train")
+    }
+    assert said["dropped"] == {} and said["env"]["torch"] == torch.__version__ and said["device"] == "cpu"
+    for cell in said["cells"]:
+        assert set(cell["us"]) == {"sdpa", "naive"} and cell["absent"] == {}
+        assert all(time > 0 for time in cell["us"].values())
+    flashmha.load_tuned(path)
+    (device,) = [device for device in answer("info")["devices"] if device["device"] == "cpu"]
+    assert str(path) in device["measured"][0]
+    assert str(path) in run("info")[1]
+    x = torch.randn(1, 16, 2, 8)
+    with torch.no_grad():
+        assert any(str(path) in note for note in flashmha.explain(x, x, x).notes)
+        torch.testing.assert_close(flashmha.attention(x, x, x), flashmha.attention(x, x, x, backend="naive"))
+    status, out, _ = run("tune", "--rows", path)
+    assert status == 0 and out.startswith("Row((")
+    rows = eval(f"[{out}]", {"Row": Row, "SOURCE": path.as_posix()})
+    assert [json.loads(json.dumps(dataclasses.asdict(row))) for row in rows] == answer("tune", "--rows", path)
+
+
+@pytest.mark.usefixtures("untuned")
+def test_tune_shows_the_fastest_and_names_flags_in_the_table() -> None:
+    status, out, err = run("tune", *TINY, "--kinds", "dense", "decode", "--pass", "eval", "--backends", "naive", "flex")
+    lines = out.splitlines()
+    assert (status, err) == (0, "") and lines[0].split()[-4:] == ["flex", "us", "naive", "us"]
+    assert len(lines) == 1 + 2 + 4 and all("*" in line for line in lines[1:])
+
+
+class Later(Right):
+    """Falls over at its fourth call, when it is being timed."""
+
+    name = "later"
+    calls = 0
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> Tensor:
+        type(self).calls += 1
+        if self.calls % 4 == 0:
+            raise ValueError("too late")
+        return super().__call__(q, k, v, spec)
+
+
+REASONS = {
+    Larger: "wrong: ",
+    Crashing: "RuntimeError: an illegal memory access",
+    Mute: "no",
+    Later: "ValueError: too late",
+}
+
+
+@pytest.mark.parametrize("kind", REASONS)
+def test_a_backend_that_is_wrong_or_raises_is_never_the_fastest(kind: type[Backend]) -> None:
+    with registered(kind):
+        said = answer("tune", *TINY, "--kinds", "dense", "causal", "--backends", kind.name, "sdpa")
+    assert said["cells"] and said["dropped"] == {}
+    for cell in said["cells"]:
+        assert set(cell["us"]) == {"sdpa"} and cell["absent"][kind.name].startswith(REASONS[kind])
+
+
+class Backwards(Right):
+    """Right forward and wrong backward."""
+
+    name = "backwards"
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> Tensor:
+        out = super().__call__(q, k, v, spec)
+        return out.detach() + 1.2 * (out - out.detach())
+
+
+def test_a_wrong_gradient_never_wins() -> None:
+    with registered(Backwards):
+        said = answer("tune", *TINY, "--kinds", "dense", "--backends", "backwards")
+    for cell in said["cells"]:
+        assert ("backwards" in cell["us"]) == (cell["mode"] == "eval")
+
+
+@given(kind=st.sampled_from([kind for kind in KINDS if kind != "decode"]), seqlen=st.integers(8, 90))
+def test_the_definition_of_a_cell_is_that_of_its_last_queries(kind: str, seqlen: int) -> None:
+    grid = dataclasses.replace(tune.GRIDS["cpu"], width=16, tokens=180)
+    for cell in tune.cells(grid, [kind], MODES, [8], [seqlen]):
+        inputs = tune.Inputs.of(cell, torch.float64, torch.device("cpu"), 0)
+        spec = inputs.spec()
+        assert ranking.kind(spec) == kind and ranking.mode(spec) == cell.mode and ranking.keys(spec) == seqlen
+        assert not any(x.is_contiguous() for x in (inputs.q, inputs.k, inputs.v)), "not views of one projection"
+        assert tune.Definition(inputs).error(inputs.run("naive")) < 1e-5
+        assert tune.Definition(inputs).error([x * 1.2 for x in inputs.run("naive")]) > tune.WRONG
+
+
+def test_a_budget_drops_the_last_cells_and_says_so() -> None:
+    status, out, err = run("tune", *TINY, "--budget", "1e-9")
+    assert status == 0 and "problems were dropped: the budget is spent" in err
+    assert len(out.splitlines()) == 1
+
+
+def test_the_grid_of_a_gpu_is_the_one_that_is_documented() -> None:
+    grid = tune.GRIDS["cuda"]
+    found = tune.cells(grid, KINDS, MODES, grid.head_dims, None)
+    assert len({str(cell) for cell in found}) == len(found) == 6 * 2 * 3 * 6 + 6
+    for cell in found:
+        if cell.kind != "decode":
+            assert cell.batch * cell.seqlen_q == 16384 and cell.heads * cell.head_dim == 2048
+    assert found[6].head_dim == 128, "the most common head_dim comes first"
+
+
 # rich, and what is not installed
 
 
@@ -348,6 +473,14 @@ WRONG = {
     "bench --device cuda:99": "device must be one of cpu",
     "bench --suites nothing": "invalid choice: 'nothing'",
     "table --write nowhere/at/all.md": "nowhere/at/all.md",
+    "tune --device cuda:99": "device must be one of cpu",
+    "tune --kinds sparse": "invalid choice: 'sparse'",
+    "tune --backends falsh --device cpu": "--backends must be one of sdpa, ",
+    "tune --backends flash2 --device cpu": "--backends must be available on cpu, got 'flash2': device cpu (only cuda).",
+    "tune --budget 0 --device cpu": "--budget must be positive, got 0.0.",
+    "tune --rounds 0": "must be a whole number of at least 1, got '0'",
+    "tune --save nowhere/at/all.json --device cpu": "--save must name a file in a folder that exists",
+    "tune --rows nowhere.json": "nowhere.json must be a file that can be read",
 }
 
 
@@ -359,7 +492,7 @@ def test_a_wrong_call_gets_one_line_and_status_two(call: str) -> None:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
-@pytest.mark.parametrize("command", ("explain", "verify", "bench"))
+@pytest.mark.parametrize("command", ("explain", "verify", "bench", "tune"))
 def test_a_device_that_is_not_there_is_refused(command: str) -> None:
     status, out, err = run(command, "--device", "cuda")
     assert (status, out) == (2, "") and "device must be one of cpu on this machine, got 'cuda'" in err

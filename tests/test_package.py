@@ -19,6 +19,7 @@ PACKAGE = ROOT / "flashmha"
 ORDER = """
     masks scores spec errors heads
     backends.base backends.flash backends.blocks backends.compact backends.grouped backends.plugins
+    backends.ranking backends.tuned
     backends.flash4_mask backends.flash4_kernels
     backends.naive backends.sdpa backends.flex backends.flash2 backends.flash3 backends.flash4
     backends.registry backends functional deferred
@@ -29,7 +30,7 @@ ORDER = """
     benchmark.cases benchmark.inputs benchmark.reference benchmark.machine benchmark.peers benchmark.kernels
     benchmark.lineup benchmark.verdicts benchmark.gate benchmark.runner benchmark.report benchmark.plots
     benchmark.command benchmark
-    table commands.info commands.explain commands.verify commands.table
+    table commands.info commands.explain commands.verify commands.table commands.tune
     wrapper __main__ __init__
 """.split()  # noqa: SIM905
 LEAVES = {"table", "testing", "benchmark", "commands", "__main__"}

@@ -1,30 +1,36 @@
 """The choice among the backends on the list, which users can read and change.
 
 Strongest first, a problem goes to the backend named in the call or on the layer, by ``with use_backend(...)``, or in
-the environment variable ``FLASHMHA_BACKEND``; else to the first in ``order(spec)`` without a reason against it. A
-backend that was named and cannot serve raises: nothing falls back in silence.
+the environment variable ``FLASHMHA_BACKEND``; else to the first in ``order(spec)`` without a reason against it, for a
+short problem to the first that need not compile. A backend that was named and cannot serve raises: nothing falls back
+in silence.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import logging
 import os
 import threading
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import torch
+
 from ..errors import NoBackendError, lines
 from ..spec import SHARED, AttentionSpec
-from . import registry
+from . import registry, tuned
 from .base import FEATURES, Backend, Limits
 from .flash2 import Flash2
 from .flash3 import Flash3
 from .flash4 import Flash4
 from .flex import Flex
 from .naive import Naive
+from .ranking import LAST, WORTH, work
 from .registry import FAMILIES, discover, expand, get, names, origin, register, unregister
-from .sdpa import Sdpa
+from .sdpa import Sdpa, switches
+from .tuned import load_tuned
 
 __all__ = [
     "FAMILIES",
@@ -37,6 +43,7 @@ __all__ = [
     "expand",
     "explain",
     "get",
+    "load_tuned",
     "names",
     "note",
     "order",
@@ -51,28 +58,56 @@ Wanted = str | Sequence[str] | None
 VARIABLE = "FLASHMHA_BACKEND"
 
 
+OWN = (Sdpa, Flash4, Flash3, Flash2, Flex, Naive)
+"""This package's own backends, in the order of the list."""
+
+
 def order(spec: AttentionSpec) -> tuple[str, ...]:
-    """The order in which automatic choice asks: the list's, but for one detour.
+    """The order in which automatic choice asks: the list's, in which our own backends stand as they were measured.
+
+    Others stay where they were registered. SDPA comes first of our own while one of its switches is off, as inside
+    ``sdpa_kernel(...)``: it alone obeys them.
+    """
+    discover()
+    entries = registry.entries
+    row = tuned.row(spec)
+    first = () if row is None else row.order
+    if switched(spec):
+        first = ("sdpa", *first)
+    names = listed(spec, entries)
+    if not first:
+        return names
+    own = [name for name in names if type(entries[name]) in OWN]
+    ahead = [name for name in dict.fromkeys(first) if name in own]
+    ranked = iter([*ahead, *[name for name in own if name not in ahead]])
+    return tuple([next(ranked) if name in own else name for name in names])
+
+
+def listed(spec: AttentionSpec, entries: dict[str, Backend]) -> tuple[str, ...]:
+    """The order of the list, but for one detour.
 
     On a CPU flex runs unfused, so it waits behind the definition. On a GPU a window, a softcap or packed documents make
     SDPA build a dense mask, which the flash-attn packages and flex never do, so it waits behind flex.
     """
-    return tuple(candidates(spec))
-
-
-def candidates(spec: AttentionSpec) -> Iterator[str]:
-    """``order``, one by one, since the first seldom refuses."""
-    discover()
-    entries, late, anchor = registry.entries, "", ""
+    late, anchor = "", ""
     if spec.device.type == "cpu":
         late, anchor = "flex", "naive"
     elif spec.features & {"window", "documents", "softcap"}:
         late, anchor = "sdpa", "flex"
+    if late not in entries or anchor not in entries:
+        return tuple(entries)
+    found: list[str] = []
     for name in entries:
-        if name != late or anchor not in entries:
-            yield name
-        if name == anchor and late in entries:
-            yield late
+        if name != late:
+            found.append(name)
+        if name == anchor:
+            found.append(late)
+    return tuple(found)
+
+
+def switched(spec: AttentionSpec) -> bool:
+    """One of the process-wide switches of SDPA's kernels on a GPU is off."""
+    return spec.device.type == "cuda" and not all(switches())
 
 
 class State(threading.local):
@@ -117,8 +152,28 @@ def reason(backend: Backend, spec: AttentionSpec) -> str | None:
     return backend.unsupported(spec) or backend.unavailable(spec.device) or backend.unbuilt(spec)
 
 
-chosen: dict[AttentionSpec, tuple[dict[str, Backend], Backend]] = {}
-"""What automatic choice said about a shared problem, and for which list of backends."""
+chosen: dict[AttentionSpec, tuple[object, object, bool, Backend]] = {}
+"""What automatic choice said about a shared problem, and under which list, tuned table and switches.
+
+That stands even where a faster backend has been compiled since: the numbers of a training do not change in its middle.
+"""
+
+
+def kept(spec: AttentionSpec) -> Backend | None:
+    """The backend that a shared problem was given before."""
+    known = chosen.get(spec)
+    if known is None:
+        return None
+    entries, table, off, backend = known
+    same = entries is registry.entries and table is tuned.state.table and off == switched(spec)
+    return backend if same else None
+
+
+def keep(spec: AttentionSpec, backend: Backend) -> None:
+    """Remember the backend of a shared problem."""
+    if len(chosen) >= SHARED:
+        chosen.clear()
+    chosen[spec] = (registry.entries, tuned.state.table, switched(spec), backend)
 
 
 def choose(spec: AttentionSpec, wanted: Wanted = None) -> Backend:
@@ -126,25 +181,74 @@ def choose(spec: AttentionSpec, wanted: Wanted = None) -> Backend:
 
     Raises:
         NoBackendError: nobody can, or the one that was named cannot; with every reason.
+        ValueError: the file in ``FLASHMHA_TUNED`` is not for this machine.
     """
     said, named = asked(wanted)
-    remember = named is None and spec.shared
-    if remember and spec in chosen:
-        entries, backend = chosen[spec]
-        if entries is registry.entries:
-            return backend
     reasons: dict[str, str] = {}
-    for name in candidates(spec) if named is None else expand(named, said):
+    if named is not None:
+        for name in expand(named, said):
+            backend = registry.entries[name]
+            why = reason(backend, spec)
+            if why is None:
+                return backend
+            reasons[name] = why
+        raise NoBackendError(spec, reasons, f"{said}={named!r}")
+    if spec.shared:
+        before = kept(spec)
+        if before is not None:
+            return before
+    found, compiles = pick(spec, reasons)
+    if found is None:
+        raise NoBackendError(spec, reasons)
+    if compiles is not None:
+        logger.info("%s compiles before it serves %s: %s", found.name, spec, compiles)
+    if spec.shared:
+        keep(spec, found)
+    return found
+
+
+logger = logging.getLogger("flashmha")
+
+
+def pick(spec: AttentionSpec, reasons: dict[str, str]) -> tuple[Backend | None, str | None]:
+    """Automatic choice: a backend, and what it has to compile first; why not those before it joins ``reasons``.
+
+    A short problem passes over who would have to compile, where somebody else but the definition, which holds every
+    score in memory, can serve at once. A long one waits for the compiler.
+    """
+    waiting: tuple[Backend, str] | None = None
+    for name in order(spec):
         backend = registry.entries[name]
         why = reason(backend, spec)
         if why is None:
-            if remember:
-                if len(chosen) >= SHARED:
-                    chosen.clear()
-                chosen[spec] = (registry.entries, backend)
-            return backend
+            compiles = unready(backend, spec)
+            if compiles is None and (waiting is None or name != LAST):
+                return backend, None
+            if compiles is None:
+                continue
+            if waiting is None:
+                if long(spec):
+                    return backend, compiles
+                waiting = (backend, compiles)
+            why = f"{WAITS}: {compiles}"
         reasons[name] = why
-    raise NoBackendError(spec, reasons, None if named is None else f"{said}={named!r}")
+    return (None, None) if waiting is None else waiting
+
+
+WAITS = "not compiled yet"
+"""What is said of a backend that was passed over."""
+
+
+def unready(backend: Backend, spec: AttentionSpec) -> str | None:
+    """What a backend has to compile before it serves a problem; inside another graph that is part of compiling it."""
+    return None if spec.aten_only or torch.compiler.is_compiling() else backend.unready(spec)
+
+
+def long(spec: AttentionSpec) -> bool:
+    """A kernel for the problem is worth the seconds of compiling it. Nothing is, while a CUDA graph is captured."""
+    if spec.device.type == "cuda" and torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+        return False
+    return work(spec) >= WORTH
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -172,15 +276,26 @@ def explain(spec: AttentionSpec, wanted: Wanted = None) -> Explanation:
     said, named = asked(wanted)
     candidates = order(spec) if named is None else expand(named, said)
     rows: dict[str, str] = {}
-    chosen: str | None = None
+    passed: dict[str, str] = {}
+    notes: list[str] = []
+    found: Backend | None = None
+    if named is None:
+        found = kept(spec)
+        if found is None:
+            found, compiles = pick(spec, passed)
+            notes += [] if found is None or compiles is None else [f"{found.name} compiles first: {compiles}"]
+        row = tuned.row(spec)
+        notes += [] if row is None else [f"our own are asked in the order of {row.source}"]
     for name in (*candidates, *(name for name in order(spec) if name not in candidates)):
         backend = registry.entries[name]
         why = backend.unavailable(spec.device)
         why = (f"not available: {why}" if why else None) or reason(backend, spec)
-        if why is None and chosen is None and name in candidates:
-            chosen, why = name, "chosen"
-        rows[name] = why or ("could serve" if name in candidates else "could serve, not asked for")
-    return Explanation(spec, chosen, rows)
+        if why is None and name in candidates:
+            if found is None:
+                found = backend
+            why = "chosen" if backend is found else passed.get(name, "could serve")
+        rows[name] = why or "could serve, not asked for"
+    return Explanation(spec, None if found is None else found.name, rows, tuple(notes))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -214,5 +329,5 @@ def note(layer: Any, spec: AttentionSpec, backend: Backend) -> None:
         state.calls.append(Call(layer, spec, backend.name))
 
 
-for kind in (Sdpa, Flash4, Flash3, Flash2, Flex, Naive):
+for kind in OWN:
     register(kind)

@@ -10,13 +10,13 @@ import statistics
 import subprocess
 import time
 from collections.abc import Callable, Iterator
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
 
-PACKAGES = ("einops", "triton", "flash-attn", "flash-attn-3", "fa3-fwd", "flash-attn-4", "nvidia-cutlass-dsl")
+from ..backends.tuned import PACKAGES, installed
+
 AHEAD = 500_000
 """Cycles a GPU is kept waiting, so that the host has a head start: a fraction of a millisecond."""
 
@@ -133,7 +133,7 @@ def environment(device: torch.device) -> dict[str, Any]:
         "system": platform.system(),
         "python": platform.python_version(),
         "torch": str(torch.__version__),
-        "packages": {},
+        "packages": installed(("einops", *PACKAGES)),
     }
     if device.type == "cuda":
         found |= {
@@ -142,9 +142,6 @@ def environment(device: torch.device) -> dict[str, Any]:
             "cudnn": torch.backends.cudnn.version(),
             **driver(device),
         }
-    for package in PACKAGES:
-        with contextlib.suppress(metadata.PackageNotFoundError):
-            found["packages"][package] = metadata.version(package)
     return found
 
 

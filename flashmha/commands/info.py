@@ -10,7 +10,7 @@ from importlib import metadata
 import torch
 
 from .. import __version__
-from ..backends import VARIABLE, get, names, origin
+from ..backends import VARIABLE, get, names, origin, tuned
 from ..errors import lines
 from .devices import description, devices
 from .screen import add_json, print_json, print_table
@@ -35,22 +35,33 @@ def main(options: argparse.Namespace) -> int:
             {
                 "device": device,
                 "description": titles[device],
+                "measured": followed(torch.device(device)),
                 "backends": {name: {"available": reason is None, "reason": reason} for name, reason in rows.items()},
             }
             for device, rows in reasons.items()
         ]
-        print_json({"versions": versions(), VARIABLE: os.environ.get(VARIABLE), "backends": backends, "devices": found})
+        variables = {name: os.environ.get(name) for name in (VARIABLE, tuned.VARIABLE)}
+        print_json({"versions": versions(), **variables, "backends": backends, "devices": found})
         return 0
     rows = {name: version or "not installed" for name, version in versions().items()}
-    print(lines({**rows, VARIABLE: os.environ.get(VARIABLE, "not set")}))
+    print(lines({**rows, **{name: os.environ.get(name, "not set") for name in (VARIABLE, tuned.VARIABLE)}}))
     for device in here:
         print(f"\n{description(device)}")
+        print(f"automatic choice follows {' and '.join(followed(device)) or 'the order of the list: no measurement'}")
         answers = reasons[str(device)]
         print_table(
             ("backend", "registered by", "on this device"),
             [(name, origin(name), reason or "available") for name, reason in answers.items()],
         )
     return 0
+
+
+def followed(device: torch.device) -> list[str]:
+    """The tables that automatic choice follows on a device, the strongest first; or why the tuned one is refused."""
+    try:
+        return [table.name for table in tuned.tables(device.type, device.index)]
+    except ValueError as error:
+        return [f"nothing: {error}"]
 
 
 def versions() -> dict[str, str | None]:
