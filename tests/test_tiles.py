@@ -169,7 +169,7 @@ def test_rows_sum_to_one(machine: torch.device, spec: AttentionSpec, seed: int) 
     q, k, _ = tensors(spec, seed)
     exact, _ = defined(spec, q, k, False, torch.float64)
     total = tiles.weights(q, k, None, spec, False, torch.float32).double().sum(dim=-1)
-    torch.testing.assert_close(total, exact.sum(dim=-1).round(), atol=2e-6, rtol=0.0)
+    torch.testing.assert_close(total, exact.sum(dim=-1).round(), atol=1e-5, rtol=0.0)
 
 
 @settings(fewer(8) if INTERPRETED else fewer(2))
@@ -186,7 +186,7 @@ def test_a_recipe_gives_what_its_blocks_give(
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(tiles, "unavailable", lambda device, reason=reason: reason)
             answers.append(recipe.make())
-    torch.testing.assert_close(answers[0], answers[1], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(answers[0], answers[1], atol=1e-4, rtol=1e-4)
     assert answers[0].shape == recipe.shape
 
 
