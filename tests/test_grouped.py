@@ -8,12 +8,12 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from flashmha import AttentionSpec, Dense, TensorBias, causal
+from flashmha import AttentionSpec, Dense, KeyPadding, TensorBias, causal
 from flashmha.backends import get
 from flashmha.backends.base import Backend
 from flashmha.backends.grouped import FEW, fold, fold_table, folds, unfold, unfold_lse
 from flashmha.backends.sdpa import attend_on_cuda
-from flashmha.testing import assert_agrees, noise, seeds, specs
+from flashmha.testing import assert_agrees, assert_same, noise, seeds, specs
 
 
 class Folded(Backend):
@@ -95,3 +95,20 @@ def test_flash2_folds_two_queries_and_more_and_leaves_one_to_the_package(
     assert shapes == [(2, seqlen_q * times, 2 * groups // times, 8)]
     for one, other in zip(found, get("naive")(q, k, v, spec)):
         assert torch.allclose(one, other, atol=0.03)
+
+
+@pytest.mark.cpu("compiles for a CPU")
+@pytest.mark.parametrize("deterministic", (False, True))
+def test_a_call_on_a_gpu_is_one_graph_for_sizes_that_are_symbols(deterministic: bool) -> None:
+    def call(q: Tensor, k: Tensor, valid: Tensor) -> Tensor:
+        spec = AttentionSpec.of(q, k, k, mask=KeyPadding(valid) & causal(), deterministic=deterministic)
+        out = attend_on_cuda(q, k, k, spec)
+        assert isinstance(out, Tensor)
+        return out
+
+    torch._dynamo.reset()
+    compiled = torch.compile(call, fullgraph=True, backend="eager", dynamic=True)
+    for seqlen_q in (3, 5, FEW + 5):
+        q, k = noise(0, 2, seqlen_q, 4, 8).float().requires_grad_(), noise(1, 2, 30, 2, 8).float()
+        valid = noise(2, 2, 30) > 0.0
+        assert_same(compiled(q, k, valid), call(q, k, valid))

@@ -133,7 +133,7 @@ def attend(
         spec.dropout_p,
         is_causal,
         scale=spec.softmax_scale,
-        enable_gqa=q.shape[2] != k.shape[2],
+        enable_gqa=True if q.shape[2] != k.shape[2] else False,  # noqa: SIM210  a bool where sizes are symbols
     )
     return out.transpose(1, 2)
 
