@@ -69,40 +69,55 @@ def order(spec: AttentionSpec) -> tuple[str, ...]:
     ``sdpa_kernel(...)``: it alone obeys them.
     """
     discover()
-    entries = registry.entries
     row = tuned.row(spec)
     first = () if row is None else row.order
     if switched(spec):
         first = ("sdpa", *first)
-    names = listed(spec, entries)
-    if not first:
-        return names
-    own = [name for name in names if type(entries[name]) in OWN]
-    ahead = [name for name in dict.fromkeys(first) if name in own]
-    ranked = iter([*ahead, *[name for name in own if name not in ahead]])
-    return tuple([next(ranked) if name in own else name for name in names])
+    late = anchor = ""
+    if spec.device.type == "cpu":
+        late, anchor = "flex", "naive"
+    elif spec.features & BUILDS_MASKS:
+        late, anchor = "sdpa", "flex"
+    if torch.compiler.is_compiling():
+        return arranged(registry.entries, first, late, anchor)
+    return remembered(registry.entries, first, late, anchor)
 
 
-def listed(spec: AttentionSpec, entries: dict[str, Backend]) -> tuple[str, ...]:
-    """The order of the list, but for one detour.
+BUILDS_MASKS = frozenset(("window", "documents", "softcap"))
+"""Where SDPA makes a dense mask on a GPU, or does nothing."""
+orders: tuple[dict[str, Backend], dict[Any, tuple[str, ...]]] = ({}, {})
+"""A list of backends, and the orders that were made of it."""
+
+
+def remembered(entries: dict[str, Backend], first: tuple[str, ...], late: str, anchor: str) -> tuple[str, ...]:
+    """``arranged``, made once a list."""
+    global orders
+    listed, known = orders
+    if listed is not entries:
+        known = {}
+        orders = (entries, known)
+    names = known.get((first, late))
+    if names is None:
+        names = known[first, late] = arranged(entries, first, late, anchor)
+    return names
+
+
+def arranged(entries: dict[str, Backend], first: tuple[str, ...], late: str, anchor: str) -> tuple[str, ...]:
+    """The list with one behind another, and then some of our own first among our own.
 
     On a CPU flex runs unfused, so it waits behind the definition. On a GPU a window, a softcap or packed documents make
     SDPA build a dense mask, which the flash-attn packages and flex never do, so it waits behind flex.
     """
-    late, anchor = "", ""
-    if spec.device.type == "cpu":
-        late, anchor = "flex", "naive"
-    elif spec.features & {"window", "documents", "softcap"}:
-        late, anchor = "sdpa", "flex"
-    if late not in entries or anchor not in entries:
-        return tuple(entries)
-    found: list[str] = []
-    for name in entries:
-        if name != late:
-            found.append(name)
-        if name == anchor:
-            found.append(late)
-    return tuple(found)
+    names = list(entries)
+    if late in entries and anchor in entries:
+        names.remove(late)
+        names.insert(names.index(anchor) + 1, late)
+    if not first:
+        return tuple(names)
+    own = [name for name in names if type(entries[name]) in OWN]
+    ahead = [name for name in dict.fromkeys(first) if name in own]
+    ranked = iter([*ahead, *[name for name in own if name not in ahead]])
+    return tuple([next(ranked) if name in own else name for name in names])
 
 
 def switched(spec: AttentionSpec) -> bool:
@@ -165,8 +180,9 @@ def kept(spec: AttentionSpec) -> Backend | None:
     if known is None:
         return None
     entries, table, off, backend = known
-    same = entries is registry.entries and table is tuned.state.table and off == switched(spec)
-    return backend if same else None
+    if entries is not registry.entries or table is not tuned.state.table or off != switched(spec):
+        return None
+    return backend
 
 
 def keep(spec: AttentionSpec, backend: Backend) -> None:
@@ -184,6 +200,10 @@ def choose(spec: AttentionSpec, wanted: Wanted = None) -> Backend:
         ValueError: the file in ``FLASHMHA_TUNED`` is not for this machine.
     """
     said, named = asked(wanted)
+    if named is None and spec.shared:
+        before = kept(spec)
+        if before is not None:
+            return before
     reasons: dict[str, str] = {}
     if named is not None:
         for name in expand(named, said):
@@ -193,10 +213,6 @@ def choose(spec: AttentionSpec, wanted: Wanted = None) -> Backend:
                 return backend
             reasons[name] = why
         raise NoBackendError(spec, reasons, f"{said}={named!r}")
-    if spec.shared:
-        before = kept(spec)
-        if before is not None:
-            return before
     found, compiles = pick(spec, reasons)
     if found is None:
         raise NoBackendError(spec, reasons)

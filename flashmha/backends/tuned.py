@@ -46,6 +46,7 @@ class Tuned:
         path, found: its file and what that holds.
         settled: ``load_tuned`` was called or the variable was read.
         fits: it was held against this machine.
+        known: what ``tables`` said.
     """
 
     table: Table | None = None
@@ -53,6 +54,7 @@ class Tuned:
     found: dict[str, Any] = dataclasses.field(default_factory=dict)
     settled: bool = False
     fits: bool = False
+    known: dict[Any, list[Table]] = dataclasses.field(default_factory=dict)
 
 
 state = Tuned()
@@ -72,12 +74,13 @@ def load_tuned(file: str | os.PathLike[str] | None) -> None:
     replace(Tuned(settled=True) if file is None else held(read(file)))
 
 
-def replace(new: Tuned, before: Tuned | None = None) -> None:
-    """Put a new state in the place of any, or of that one alone: what a variable names yields to ``load_tuned``."""
+def replace(new: Tuned, before: Tuned | None = None) -> Tuned:
+    """Put a state in the place of any, or of that one alone: what a variable names yields to ``load_tuned``."""
     global state
     with lock:
         if before is None or state is before:
             state = new
+        return state
 
 
 def read(file: str | os.PathLike[str]) -> Tuned:
@@ -126,7 +129,7 @@ def held(new: Tuned) -> Tuned:
             f"{new.path} must be measured with what runs here: it was measured with {name} {was or 'not installed'} "
             f"and this is {now or 'not installed'}; run `flashmha tune --save {new.path}` again."
         )
-    return dataclasses.replace(new, fits=True)
+    return dataclasses.replace(new, fits=True, known={})
 
 
 def differences(found: dict[str, Any]) -> list[tuple[str, Any, Any]]:
@@ -144,34 +147,34 @@ def differences(found: dict[str, Any]) -> list[tuple[str, Any, Any]]:
     return [row for row in rows if row[1] != row[2]]
 
 
-def in_force(device: str) -> Table | None:
-    """The tuned table for a device type; the first question reads the variable.
+def settled(device: str) -> Tuned:
+    """What holds on a device type; the first question reads the variable.
 
     Raises:
         ValueError: as ``load_tuned``, for the file that the variable names, each time until there is another one.
     """
-    now = state
-    if not now.settled:
-        file = os.environ.get(VARIABLE)
-        try:
-            replace(read(file) if file else Tuned(settled=True), now)
-        except ValueError as error:
-            raise ValueError(f"{VARIABLE}: {error}") from error
-    now = state
-    if now.table is None or now.table.device != device:
-        return None
-    if not now.fits:
-        try:
-            replace(held(now), now)
-        except ValueError as error:
-            raise ValueError(f"{VARIABLE}: {error}") from error
-    return now.table
+    try:
+        now = state
+        if not now.settled:
+            file = os.environ.get(VARIABLE)
+            now = replace(read(file) if file else Tuned(settled=True), now)
+        if now.table is not None and now.table.device == device and not now.fits:
+            now = replace(held(now), now)
+        return now
+    except ValueError as error:
+        raise ValueError(f"{VARIABLE}: {error}") from error
 
 
 def tables(device: str, index: int | None, dtype: torch.dtype | None = None) -> list[Table]:
     """The tables for a device and a dtype, ``None`` for any, the strongest first."""
-    both = (in_force(device), TABLE)
-    return [table for table in both if table is not None and table.applies(device, index, dtype)]
+    key = (device, index, dtype)
+    found = state.known.get(key)
+    if found is None:
+        now = settled(device)
+        found = [table for table in (now.table, TABLE) if table is not None and table.applies(*key)]
+        if index is not None or device == "cpu":  # else the current device, which may be another one next time
+            now.known[key] = found
+    return found
 
 
 def measured(device: str, index: int | None, dtype: torch.dtype) -> bool:
