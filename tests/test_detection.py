@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from flashmha import AttentionSpec, KeyLengths, NoBackendError, Window
 from flashmha.__main__ import main
-from flashmha.backends import choose, flash, get
+from flashmha.backends import choose, flash, get, ranking
 from flashmha.backends.flash3 import HEAD_DIMS, Flash3
 from flashmha.commands import info
 
@@ -48,6 +48,8 @@ def install(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Install
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "a pretended GPU")
+    monkeypatch.setattr(ranking, "known", {})
     monkeypatch.setattr(flash, "smoke", lambda backend, device: None)
     monkeypatch.setattr(info, "devices", lambda: [CUDA])
     monkeypatch.setattr(info, "description", str)
