@@ -26,7 +26,7 @@ LARGEST_HEAD_DIM = 256
 MASKS = (Window, KeyPadding, KeyLengths, Dense)
 OLDEST = (8, 0)
 """The compute capability that has tensor cores for bfloat16."""
-BAND = 8
+BAND = 16
 """Tiles of rows whose programs run side by side."""
 SPARE = 4096
 """Bytes of shared memory that a kernel needs beside its operands."""
@@ -128,7 +128,7 @@ def backward_tiling(head_dim: int) -> Tiling:
     padded = max(16, 1 << (head_dim - 1).bit_length())
     if padded <= 64:
         return Tiling(64, 64, padded, warps=4, stages=2)
-    return Tiling(64, 64, 128, warps=8, stages=2) if padded == 128 else Tiling(64, 32, padded, warps=8, stages=1)
+    return Tiling(64, 64, 128, warps=4, stages=2) if padded == 128 else Tiling(64, 32, padded, warps=8, stages=1)
 
 
 @functools.cache

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from flashmha import AttentionSpec, KeyLengths, KeyPadding, Mask, causal
-from flashmha.backends import compact, flash4, get
+from flashmha.backends import compact, flash4_kernels, get
 from flashmha.backends.flash4 import Flash4, kind
 from flashmha.testing import assert_agrees, noise, seeds, specs
 from flashmha.testing.kernels import KINDS, drawn
@@ -165,12 +165,12 @@ def pretend() -> Iterator[None]:
         patch.setattr(get("flash4"), "functions", (pretended_forward, pretended_backward))
         patch.setattr(torch.cuda, "device", contextlib.nullcontext)
         patch.setattr(compact, "move", move)
-        patch.setattr(flash4, "slots", slots)
+        patch.setattr(flash4_kernels, "slots", slots)
         patch.setitem(sys.modules, "flashmha.backends.flash4_mask", types.SimpleNamespace(within="within"))
         yield
 
 
-@given(spec=specs(limits=Pretended.limits, head_dims=(8, 16)), seed=seeds())
+@given(spec=specs(limits=Pretended.limits, head_dims=(24, 32)), seed=seeds())
 def test_the_package_is_told_the_whole_problem(spec: AttentionSpec, seed: int) -> None:
     assert_agrees(Pretended(), spec, seed)
 
@@ -178,7 +178,7 @@ def test_the_package_is_told_the_whole_problem(spec: AttentionSpec, seed: int) -
 @given(data=st.data(), seed=seeds())
 def test_every_kind_that_is_compiled_is_told_right(data: st.DataObject, seed: int) -> None:
     spec = data.draw(drawn(st.sampled_from(KINDS), torch.device("cpu")))
-    assert_agrees(Pretended(), dataclasses.replace(spec, head_dim=8, head_dim_v=8), seed)
+    assert_agrees(Pretended(), dataclasses.replace(spec, head_dim=24, head_dim_v=24), seed)
 
 
 @given(data=st.data(), seed=seeds(), heads_kv=st.sampled_from((1, 2, 4)))
@@ -199,7 +199,7 @@ def test_gradients_of_one_projection_share_one_tensor(data: st.DataObject, seed:
     assert wanted[0].untyped_storage().data_ptr() != wanted[2].untyped_storage().data_ptr()
 
 
-@given(spec=specs(limits=Pretended.limits, head_dims=(8, 16)), seed=seeds())
+@given(spec=specs(limits=Pretended.limits, head_dims=(24, 32)), seed=seeds())
 def test_a_kind_is_ready_once_it_ran(spec: AttentionSpec, seed: int) -> None:
     backend = Pretended()
     if backend.unsupported(spec) is None:

@@ -106,7 +106,8 @@ def arranged(entries: dict[str, Backend], first: tuple[str, ...], late: str, anc
     """The list with one behind another, and then some of our own first among our own.
 
     On a CPU flex runs unfused, so it waits behind the definition. On a GPU a window, a softcap or packed documents make
-    SDPA build a dense mask, which the flash-attn packages and flex never do, so it waits behind flex.
+    SDPA build a dense mask, and a deterministic backward takes it to its unfused kernel, which the flash-attn packages
+    and flex never do, so it waits behind flex.
     """
     names = list(entries)
     if late in entries and anchor in entries:

@@ -13,14 +13,14 @@ from torch import Tensor
 
 from ..heads import neighbours
 from ..spec import AttentionSpec
-from .compact import Slots, compact, spread
+from .compact import compact, slots, spread
 from .flash import packages
 
 TOLD: dict[str, tuple[str, Any]] = {
     "cu_seqlens_q": ("Tensor?", None),
     "cu_seqlens_k": ("Tensor?", None),
     "lengths": ("Tensor?", None),
-    "places": ("Tensor?", None),
+    "valid": ("Tensor?", None),
     "first": ("Tensor?", None),
     "last": ("Tensor?", None),
     "max_seqlen_q": ("SymInt", 0),
@@ -35,8 +35,9 @@ TOLD: dict[str, tuple[str, Any]] = {
 }
 """What the kernels are told beside tensors that may want a gradient, in the order of ``forward``: type and default.
 
-``lengths`` (batch,) with ``places`` (batch, seqlen_k) is padding by moving keys, alone it is key lengths; ``first`` and
-``last`` (batch, seqlen_k) are intervals; both bounds of a window are ``None`` where it is causal or there is none.
+``lengths`` (batch,) are key lengths; ``valid`` (batch, seqlen_k) is padding, whose real keys are moved to the front;
+``first`` and ``last`` (batch, seqlen_k) are intervals; both bounds of a window are ``None`` where it is causal or there
+is none.
 """
 
 
@@ -56,8 +57,10 @@ def forward(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, *arguments: A
     """out, lse, and the keys and values as the kernel saw them, where they were moved; else empty."""
     told = dict(zip(TOLD, arguments))
     moved = (k.new_empty(0), v.new_empty(0))
-    if told["places"] is not None:
-        k, v = moved = compact(k, v, Slots(told["places"], told["lengths"]))
+    if told["valid"] is not None:
+        to = slots(told["valid"])
+        k, v = moved = compact(k, v, to)
+        told["lengths"] = to.lengths
     # the package asks the current device, not the tensors', which kernels to build
     with torch.cuda.device(q.device):
         run = kernels()[0]
@@ -73,8 +76,10 @@ def backward(
     q, k, v, sinks, out, lse = saved
     assert q is not None and out is not None
     dq, dk, dv = into
-    to = None if told["places"] is None else Slots(told["places"], told["lengths"])
-    made = (dk, dv) if to is None else tuple(x.new_empty(x.shape) for x in (dk, dv))
+    to, made = None, (dk, dv)
+    if told["valid"] is not None:
+        to = slots(told["valid"])  # counted again rather than kept
+        told["lengths"], made = to.lengths, (dk.new_empty(dk.shape), dv.new_empty(dv.shape))
     with torch.cuda.device(q.device):
         more: dict[str, Any] = {"deterministic": told["deterministic"], "learnable_sink": sinks, "dlse": d_lse}
         d_out = torch.zeros_like(out) if d_out is None else d_out
@@ -153,7 +158,7 @@ def fake_forward(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, *argumen
     told = dict(zip(TOLD, arguments))
     rows = (q.shape[1], q.shape[0]) if q.dim() == 3 else (q.shape[0], q.shape[2], q.shape[1])
     lse = q.new_empty(rows if told["with_lse"] else 0, dtype=torch.float32)
-    moved = told["places"] is not None
+    moved = told["valid"] is not None
     return q.new_empty(*q.shape[:-1], v.shape[-1]), lse, *(x.new_empty(x.shape if moved else 0) for x in (k, v))
 
 
