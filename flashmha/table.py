@@ -11,7 +11,7 @@ from .masks import short
 
 RESULTS = {
     "speed": Path("benchmarks", "results", "cpu.json"),
-    "h200": Path("benchmarks", "results", "h200.json"),
+    "gpu": Path("benchmarks", "results", "gpu.json"),
 }
 """The runs the figures come from, beside the file that shows them."""
 

@@ -586,7 +586,7 @@ def test_the_figures_come_from_the_results_beside_the_page(tmp_path: Path) -> No
     page.write_text("\n".join(table.marks("speed")))
     assert table.write(page) and not table.write(page)
     assert figures(results) in page.read_text()
-    marks = "\n".join(table.marks("h200"))
+    marks = "\n".join(table.marks("gpu"))
     page.write_text(marks)
     assert not table.write(page), "nobody has measured it yet"
     page.write_text(table.marks("speed")[0])
