@@ -125,8 +125,7 @@ class Flash4(FlashAttn):
                 options["lengths"] = lengths.lengths.clamp(0, spec.seqlen_k).int()
             else:
                 options["valid"] = valid
-        with_lse = spec.need_lse or spec.needs_grad
-        out, lse = attend(q, k, v, spec, {**options, "deterministic": spec.deterministic, "with_lse": with_lse})
+        out, lse = attend(q, k, v, spec, {**options, "deterministic": spec.deterministic})
         if not torch.compiler.is_compiling():
             self.compiled.add(kind(spec))
         if documents is not None:
@@ -146,7 +145,7 @@ def kind(spec: AttentionSpec) -> tuple[Any, ...]:
         spec.dtype,
         spec.head_dim,
         spec.heads // spec.heads_kv,
-        spec.features,
+        spec.features - {"lse", "lse_grad"},  # which every kernel gives, since its memory is small beside the output's
         window is not None and (window.left is None, window.right is None, window.right == 0),
         spec.softcap,
         None if spec.sinks is None else spec.sinks.dtype,

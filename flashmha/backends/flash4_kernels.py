@@ -31,7 +31,6 @@ TOLD: dict[str, tuple[str, Any]] = {
     "right": ("SymInt?", None),
     "softcap": ("float", 0.0),
     "deterministic": ("bool", False),
-    "with_lse": ("bool", False),
 }
 """What the kernels are told beside tensors that may want a gradient, in the order of ``forward``: type and default.
 
@@ -42,7 +41,7 @@ is none.
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, told: dict[str, Any]) -> tuple[Tensor, Tensor]:
-    """Output and log-sum-exp, which is empty where nobody asked; eagerly, or as an operator where a compiler traces."""
+    """Output and log-sum-exp; eagerly, or as an operator where a compiler traces."""
     arguments = tuple(told.get(name, default) for name, (_, default) in TOLD.items())
     if torch.compiler.is_compiling():
         made = torch.ops.flashmha.flash4(q, k, v, spec.sinks, *arguments)
@@ -64,8 +63,8 @@ def forward(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, *arguments: A
     # the package asks the current device, not the tensors', which kernels to build
     with torch.cuda.device(q.device):
         run = kernels()[0]
-        out, lse = run(q, k, v, **options(told), learnable_sink=sinks, num_splits=1, return_lse=told["with_lse"])[:2]
-    return out, q.new_empty(0, dtype=torch.float32) if lse is None else lse, *moved
+        out, lse = run(q, k, v, **options(told), learnable_sink=sinks, num_splits=1, return_lse=True)[:2]
+    return out, lse, *moved
 
 
 def backward(
@@ -157,7 +156,7 @@ HEADS = "Tensor q, Tensor k, Tensor v, Tensor? sinks"
 def fake_forward(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, *arguments: Any) -> tuple[Tensor, ...]:
     told = dict(zip(TOLD, arguments))
     rows = (q.shape[1], q.shape[0]) if q.dim() == 3 else (q.shape[0], q.shape[2], q.shape[1])
-    lse = q.new_empty(rows if told["with_lse"] else 0, dtype=torch.float32)
+    lse = q.new_empty(rows, dtype=torch.float32)
     moved = told["valid"] is not None
     return q.new_empty(*q.shape[:-1], v.shape[-1]), lse, *(x.new_empty(x.shape if moved else 0) for x in (k, v))
 
