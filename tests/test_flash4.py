@@ -12,10 +12,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from test_block_tables import Tile, defined, spread, states
 from torch import Tensor
 
-from flashmha import AttentionSpec, KeyLengths, KeyPadding, Mask, causal
-from flashmha.backends import compact, flash4_kernels, get
+from flashmha import AttentionSpec, KeyLengths, KeyPadding, Mask, Window, causal
+from flashmha.backends import block_tables, compact, flash4_kernels, get
 from flashmha.backends.flash4 import Flash4, kind
 from flashmha.testing import assert_agrees, noise, seeds, specs
 from flashmha.testing.kernels import KINDS, drawn
@@ -43,7 +44,12 @@ def seen(q: Tensor, k: Tensor, told: dict[str, Any]) -> Tensor:
     if told.get("mask_mod") is not None:
         assert not told["causal"] and told["window_size_left"] is None and told["window_size_right"] is None
         first, last = told["aux_tensors"]
-        return ((rows >= first[:, None]) & (rows <= last[:, None]))[:, None]
+        within = (rows >= first[:, None]) & (rows <= last[:, None])
+        if told.get("block_sparse_tensors") is not None:  # full blocks forget the mask, and no others are looked at
+            tables, tile = told["block_sparse_tensors"]
+            state = spread(states(tables, by_keys="dq" in told), tile, *within.shape[1:])
+            within = (state == 2) | (state == 1) & within
+        return within[:, None]
     lengths_q, lengths_k = torch.full((1, 1), q.shape[-3]), torch.full((1, 1), k.shape[-3])
     allowed = torch.ones(batch, q.shape[-3], k.shape[-3], dtype=torch.bool)
     if told.get("cu_seqlens_q") is not None:
@@ -113,6 +119,7 @@ def pretended_backward(
     q: Tensor, k: Tensor, v: Tensor, out: Tensor, dout: Tensor, lse: Tensor, **told: Any
 ) -> tuple[Any, ...]:
     """``d_score = weights * (d_out @ v.T - rowsum(d_out * out) + d_lse)``."""
+    assert not (told["deterministic"] and "block_sparse_tensors" in told)
     formula = Formula.of(q, k, v, told)
     d_out = dout.double().view_as(formula.q)
     if told.get("cu_seqlens_q") is not None:
@@ -159,6 +166,15 @@ def move(sources: Pair, targets: Pair, to: compact.Slots, *, scatter: bool) -> N
         target[torch.arange(target.shape[1]) >= to.lengths[:, None] + compact.TILE] = math.nan
 
 
+TILES: dict[bool, Tile] = {False: (4, 3), True: (2, 5)}
+"""Queries and keys of a tile, forward and backward."""
+
+
+def blocks(first: Tensor, last: Tensor, q: Tensor, *, backward: bool) -> tuple[block_tables.BlockTables, Tile]:
+    """Tables for the tiles above, by their definition."""
+    return defined(first, last, q.shape[1], TILES[backward], by_keys=backward), TILES[backward]
+
+
 @pytest.fixture(scope="module", autouse=True)
 def pretend() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
@@ -166,7 +182,10 @@ def pretend() -> Iterator[None]:
         patch.setattr(torch.cuda, "device", contextlib.nullcontext)
         patch.setattr(compact, "move", move)
         patch.setattr(flash4_kernels, "slots", slots)
-        patch.setitem(sys.modules, "flashmha.backends.flash4_mask", types.SimpleNamespace(within="within"))
+        patch.setattr(block_tables, "WORTH", 4)
+        patch.setattr(flash4_kernels, "served", lambda device: True)
+        mask = types.SimpleNamespace(within="within", blocks=blocks)
+        patch.setitem(sys.modules, "flashmha.backends.flash4_mask", mask)
         yield
 
 
@@ -238,3 +257,31 @@ def test_compilers_see_one_operator_with_the_same_numbers(mask: str, needs_grad:
         for out, lse in (eager, compiled):
             grads.append(torch.autograd.grad(out.sum() + lse.nan_to_num(neginf=0.0).sum(), (q, k)))
         assert all(torch.equal(one, other) for one, other in zip(*grads))
+
+
+PADDED = KeyPadding(torch.arange(40)[None] < torch.tensor([[40], [23]]))
+
+
+@pytest.mark.parametrize("mask", (PADDED & causal(), PADDED & Window(7, 2), PADDED, causal()))
+@pytest.mark.parametrize("seqlen_q", (3, 33))
+@pytest.mark.parametrize("deterministic", (False, True))
+@pytest.mark.parametrize("here", (False, True))
+def test_intervals_come_with_the_tiles_to_look_at(
+    mask: Mask, seqlen_q: int, deterministic: bool, here: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    listed = []
+
+    def spy(first: Tensor, last: Tensor, q: Tensor, *, backward: bool) -> Any:
+        made = blocks(first, last, q, backward=backward)
+        listed.append((backward, states(made[0], by_keys=backward)))
+        return made
+
+    monkeypatch.setattr(sys.modules["flashmha.backends.flash4_mask"], "blocks", spy)
+    monkeypatch.setattr(flash4_kernels, "served", lambda device: here)
+    spec = AttentionSpec(2, seqlen_q, 40, 4, 2, 24, 24, torch.bfloat16, mask=mask, deterministic=deterministic)
+    assert_agrees(Pretended(), dataclasses.replace(spec, needs_grad=True), 0)
+    served = here and seqlen_q == 33 and PADDED in mask.parts and len(mask.parts) == 2
+    wanted = {False} if deterministic else {False, True}
+    assert {backward for backward, _ in listed} == (wanted if served else set())
+    for _, state in listed:
+        assert set(state.unique().tolist()) == {0, 1, 2}

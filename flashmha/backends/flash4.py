@@ -12,6 +12,7 @@ from torch import Tensor
 from ..masks import Documents, KeyLengths, KeyPadding, find
 from ..spec import AttentionSpec
 from .base import HALF, Limits
+from .block_tables import worth
 from .compact import intervals, missing, validity
 from .flash import FlashAttn, normal_lse, packed, trimmed, unpacked, unpacked_lse
 from .flash4_kernels import attend
@@ -42,6 +43,7 @@ class Flash4(FlashAttn):
         "seqused_k",
         "mask_mod",
         "aux_tensors",
+        "block_sparse_tensors",
         "learnable_sink",
     )
     limits = Limits(
@@ -140,6 +142,7 @@ class Flash4(FlashAttn):
 def kind(spec: AttentionSpec) -> tuple[Any, ...]:
     """What the package compiles a kernel for, as far as a problem shows it."""
     window = spec.window
+    padded = not spec.features.isdisjoint(("key_padding", "key_lengths"))
     return (
         spec.device,
         spec.dtype,
@@ -151,4 +154,5 @@ def kind(spec: AttentionSpec) -> tuple[Any, ...]:
         None if spec.sinks is None else spec.sinks.dtype,
         bisect_left(STEPS, spec.seqlen_q),
         bisect_left(STEPS, spec.seqlen_k),
+        padded and window is not None and worth(spec.seqlen_q, spec.seqlen_k),
     )

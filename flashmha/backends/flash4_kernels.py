@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..heads import neighbours
 from ..spec import AttentionSpec
+from .block_tables import served, worth
 from .compact import compact, slots, spread
 from .flash import packages
 
@@ -62,8 +63,8 @@ def forward(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, *arguments: A
         told["lengths"] = to.lengths
     # the package asks the current device, not the tensors', which kernels to build
     with torch.cuda.device(q.device):
-        run = kernels()[0]
-        out, lse = run(q, k, v, **options(told), learnable_sink=sinks, num_splits=1, return_lse=True)[:2]
+        run, more = kernels()[0], {"learnable_sink": sinks, "num_splits": 1, "return_lse": True}
+        out, lse = run(q, k, v, **options(told), **listed(told, q), **more)[:2]
     return out, lse, *moved
 
 
@@ -82,7 +83,8 @@ def backward(
     with torch.cuda.device(q.device):
         more: dict[str, Any] = {"deterministic": told["deterministic"], "learnable_sink": sinks, "dlse": d_lse}
         d_out = torch.zeros_like(out) if d_out is None else d_out
-        result = kernels()[1](q, k, v, out, d_out, lse, **options(told), **more, dq=dq, dk=made[0], dv=made[1])
+        more |= listed(told, q, backward=True) | {"dq": dq, "dk": made[0], "dv": made[1]}
+        result = kernels()[1](q, k, v, out, d_out, lse, **options(told), **more)
     if to is not None:
         spread(made, (dk, dv), to)
     elif told["lengths"] is not None:
@@ -111,6 +113,20 @@ def options(told: dict[str, Any]) -> dict[str, Any]:
 
         found |= {"mask_mod": within, "aux_tensors": [told["first"], told["last"]]}
     return found
+
+
+def listed(told: dict[str, Any], q: Tensor, *, backward: bool = False) -> dict[str, Any]:
+    """The tiles that a direction has to look at, where there are intervals; nothing where it looks at all of them."""
+    first, last = told["first"], told["last"]
+    # flash_bwd_sm90 has no order of writing for a gradient of q that arrives tile by tile
+    if first is None or (backward and told["deterministic"]) or not worth(q.shape[1], first.shape[1]):
+        return {}
+    if not served(q.device):
+        return {}
+    from .flash4_mask import blocks
+
+    found = blocks(first, last, q, backward=backward)
+    return {} if found is None else {"block_sparse_tensors": found}
 
 
 def kernels() -> tuple[Callable[..., Any], Callable[..., Any]]:
