@@ -14,7 +14,7 @@ from flashmha import AttentionSpec, Dense, KeyPadding, NoBackendError, attention
 from flashmha.backends import get, names
 from flashmha.backends.base import HALF
 from flashmha.testing import answer, assert_agrees, noise, seeds, served, specs, tensors
-from flashmha.testing.kernels import KINDS, SHAPES, Kernel, drawn
+from flashmha.testing.kernels import KINDS, SHAPES, Kernel, built, drawn
 
 COMPILED = {name: KINDS if get(name).compiles == "kinds" else SHAPES for name in names() if get(name).compiles}
 KERNELS = [(name, kernel) for name, grid in COMPILED.items() for kernel in grid]
@@ -27,6 +27,16 @@ def check_available(name: str, device: torch.device) -> None:
     reason = get(name).unavailable(device)
     if reason is not None:
         pytest.skip(f"{name} is not available: {reason}")
+
+
+def check_built(name: str, device: torch.device, *features: str) -> None:
+    """Skip a test, with the reason, where the build of a backend that is available leaves a feature out."""
+    limits, _ = built(get(name), device)
+    missing = [
+        feature for feature in features if feature not in limits.features - limits.not_on.get(device.type, set())
+    ]
+    if missing:
+        pytest.skip(f"{name} is built without {', '.join(missing)}")
 
 
 def refusal(name: str, spec: AttentionSpec) -> str | None:
@@ -87,6 +97,8 @@ def test_a_deterministic_backward_is_the_same_bit_by_bit(
     check_available(name, device)
     kernels = [kernel for kernel in COMPILED.get(name, ()) if kernel.deterministic]
     few = device.type != "cpu" and name in COMPILED
+    if not few:
+        check_built(name, device, "backward", "deterministic")
     spec = data.draw(drawn(st.sampled_from(kernels), device) if few else served(get(name), device))
     if not few:
         spec = dataclasses.replace(spec, needs_grad=True, need_lse=False, deterministic=True)
