@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from flashmha import AttentionSpec, KeyLengths, KeyPadding, Mask
+from flashmha import AttentionSpec, Documents, KeyLengths, KeyPadding, Mask, Window
 from flashmha.backends.flash import FlashAttn
 from flashmha.backends.flash2 import Flash2
 from flashmha.backends.flash3 import Flash3
@@ -188,6 +188,18 @@ def test_the_package_is_told_the_whole_problem(
     kind: type[FlashAttn], data: st.DataObject, caching: bool, seed: int
 ) -> None:
     assert_agrees(pretended(kind, caching), data.draw(specs(limits=kind.limits, head_dims=(8, 16))), seed)
+
+
+@both
+@given(data=st.data(), seed=seeds())
+def test_a_window_means_the_same_in_documents_of_more_queries_than_keys(
+    kind: type[FlashAttn], data: st.DataObject, seed: int
+) -> None:
+    ends = st.lists(st.integers(0, 9), min_size=2, max_size=2).map(sorted)
+    starts, keys = (torch.tensor([0, *data.draw(ends)]) for _ in range(2))
+    bound = st.none() | st.integers(0, 9)
+    mask = Documents(starts, keys) & Window(data.draw(bound), data.draw(bound))
+    assert_agrees(pretended(kind), AttentionSpec(1, 9, 9, 2, 2, 8, 8, torch.bfloat16, mask=mask, needs_grad=True), seed)
 
 
 def padded(kind: type[FlashAttn]) -> st.SearchStrategy[AttentionSpec]:

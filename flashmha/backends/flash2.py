@@ -137,5 +137,9 @@ class Flash2(FlashAttn):
 def looser(offsets: dict[str, Any], spec: AttentionSpec) -> dict[str, Any]:
     """Offsets with longest documents that keep the package out of trouble; it takes them as bounds."""
     longest_q, longest_k = offsets["max_seqlen_q"], offsets["max_seqlen_k"]
+    if spec.window is not None:
+        # a right bound of the longest document's keys or more counts as none, however many queries there are
+        # (flash-attention#895)
+        longest_k = max(longest_k, longest_q)
     # a longest document of one query takes a decoding path with wrong shapes (flash-attention#1537)
     return {**offsets, "max_seqlen_q": max(2, longest_q), "max_seqlen_k": longest_k}
