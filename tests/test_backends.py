@@ -173,11 +173,16 @@ def test_the_definition_is_the_textbook_written_with_loops(spec: AttentionSpec, 
     torch.testing.assert_close(spec_64.named["out"], out, atol=1e-9, rtol=1e-9)
 
 
-def dropping(name: str, device: torch.device, seed: int) -> tuple[torch.Tensor, ...]:
-    """q, k and v that a backend with dropout takes."""
+def dropping(name: str, device: torch.device, seed: int, learning: bool = False) -> tuple[torch.Tensor, ...]:
+    """q, k and v, which may want a gradient, that a backend with dropout takes."""
     check_available(name, device)
     dtype = next(dtype for dtype in (torch.float32, torch.bfloat16) if dtype in get(name).limits.dtypes)
-    return noise(seed, 3, 1, 64, 4, 64, dtype=dtype, device=device).unbind()
+    q, k, v = noise(seed, 3, 1, 64, 4, 64, dtype=dtype, device=device).unbind()
+    v.requires_grad_(learning)
+    refused = refusal(name, AttentionSpec.of(q, k, v, dropout_p=0.5))
+    if refused is not None:
+        pytest.skip(f"{name} refuses: {refused}")
+    return q, k, v
 
 
 @pytest.mark.parametrize("name", DROPPING)
@@ -203,8 +208,7 @@ def test_dropout_keeps_the_mean_and_the_seed(name: str, device: torch.device, se
 def test_the_gradient_drops_what_the_output_dropped(
     name: str, device: torch.device, seed: int, dropout_p: float
 ) -> None:
-    q, k, v = dropping(name, device, seed)
-    v.requires_grad_()
+    q, k, v = dropping(name, device, seed, learning=True)
     out = attention(q, k, v, dropout_p=dropout_p, backend=name)
     toward = noise(seed + 1, *out.shape, dtype=out.dtype, device=device)
     (grad,) = torch.autograd.grad(out, v, toward)

@@ -159,7 +159,7 @@ def test_trap_02_flash2_serves_no_right_bound_past_the_last_key(
 @pytest.mark.parametrize("name", FLASH)
 @given(data=st.data())
 def test_trap_03_a_kernel_is_told_the_window_in_its_own_words(name: str, told: Told, data: st.DataObject) -> None:
-    spec = data.draw(specs(limits=get(name).limits, head_dims=(8, 16)))
+    spec = data.draw(specs(limits=get(name).limits, head_dims=(24, 32)))
     assume(get(name).unsupported(on_gpu(spec)) is None)
     options = as_told(told, name, spec)
     none, pair = (None if name == "flash4" else -1), options["window_size"]
@@ -191,7 +191,7 @@ def test_trap_03_a_window_is_not_unbounded_where_it_holds_nothing(name: str, lef
 @pytest.mark.cpu("asks what a kernel is told")
 @given(data=st.data())
 def test_trap_04_a_mask_mod_replaces_causality_and_window(told: Told, data: st.DataObject) -> None:
-    spec = data.draw(specs(limits=get("flash4").limits, head_dims=(8, 16)))
+    spec = data.draw(specs(limits=get("flash4").limits, head_dims=(24, 32)))
     assume(get("flash4").unsupported(on_gpu(spec)) is None)
     options = as_told(told, "flash4", spec)
     if options.get("mask_mod") is not None:
