@@ -14,7 +14,7 @@ from flashmha import AttentionSpec, Dense, KeyPadding, NoBackendError, attention
 from flashmha.backends import get, names
 from flashmha.backends.base import HALF
 from flashmha.testing import answer, assert_agrees, noise, seeds, served, specs, tensors
-from flashmha.testing.kernels import KINDS, SHAPES, Kernel, drawn
+from flashmha.testing.kernels import KINDS, SHAPES, Kernel, built, drawn
 
 COMPILED = {name: KINDS if get(name).compiles == "kinds" else SHAPES for name in names() if get(name).compiles}
 KERNELS = [(name, kernel) for name, grid in COMPILED.items() for kernel in grid]
@@ -27,6 +27,16 @@ def check_available(name: str, device: torch.device) -> None:
     reason = get(name).unavailable(device)
     if reason is not None:
         pytest.skip(f"{name} is not available: {reason}")
+
+
+def check_built(name: str, device: torch.device, *features: str) -> None:
+    """Skip a test, with the reason, where the build of a backend that is available leaves a feature out."""
+    limits, _ = built(get(name), device)
+    missing = [
+        feature for feature in features if feature not in limits.features - limits.not_on.get(device.type, set())
+    ]
+    if missing:
+        pytest.skip(f"{name} is built without {', '.join(missing)}")
 
 
 def refusal(name: str, spec: AttentionSpec) -> str | None:
@@ -87,6 +97,8 @@ def test_a_deterministic_backward_is_the_same_bit_by_bit(
     check_available(name, device)
     kernels = [kernel for kernel in COMPILED.get(name, ()) if kernel.deterministic]
     few = device.type != "cpu" and name in COMPILED
+    if not few:
+        check_built(name, device, "backward", "deterministic")
     spec = data.draw(drawn(st.sampled_from(kernels), device) if few else served(get(name), device))
     if not few:
         spec = dataclasses.replace(spec, needs_grad=True, need_lse=False, deterministic=True)
@@ -161,11 +173,16 @@ def test_the_definition_is_the_textbook_written_with_loops(spec: AttentionSpec, 
     torch.testing.assert_close(spec_64.named["out"], out, atol=1e-9, rtol=1e-9)
 
 
-def dropping(name: str, device: torch.device, seed: int) -> tuple[torch.Tensor, ...]:
-    """q, k and v that a backend with dropout takes."""
+def dropping(name: str, device: torch.device, seed: int, learning: bool = False) -> tuple[torch.Tensor, ...]:
+    """q, k and v, which may want a gradient, that a backend with dropout takes."""
     check_available(name, device)
     dtype = next(dtype for dtype in (torch.float32, torch.bfloat16) if dtype in get(name).limits.dtypes)
-    return noise(seed, 3, 1, 64, 4, 64, dtype=dtype, device=device).unbind()
+    q, k, v = noise(seed, 3, 1, 64, 4, 64, dtype=dtype, device=device).unbind()
+    v.requires_grad_(learning)
+    refused = refusal(name, AttentionSpec.of(q, k, v, dropout_p=0.5))
+    if refused is not None:
+        pytest.skip(f"{name} refuses: {refused}")
+    return q, k, v
 
 
 @pytest.mark.parametrize("name", DROPPING)
@@ -191,8 +208,7 @@ def test_dropout_keeps_the_mean_and_the_seed(name: str, device: torch.device, se
 def test_the_gradient_drops_what_the_output_dropped(
     name: str, device: torch.device, seed: int, dropout_p: float
 ) -> None:
-    q, k, v = dropping(name, device, seed)
-    v.requires_grad_()
+    q, k, v = dropping(name, device, seed, learning=True)
     out = attention(q, k, v, dropout_p=dropout_p, backend=name)
     toward = noise(seed + 1, *out.shape, dtype=out.dtype, device=device)
     (grad,) = torch.autograd.grad(out, v, toward)

@@ -57,7 +57,8 @@ def install(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Install
         monkeypatch.setattr(get(name), "probed", {})
         monkeypatch.setattr(get(name), "tried", {})
         monkeypatch.setattr(get(name), "functions", None)
-    for name, value in (("flags", {}), ("cached", None), ("splitting", False)):
+        monkeypatch.setattr(get(name), "cached", None)
+    for name, value in (("flags", {}), ("splitting", False)):
         monkeypatch.setattr(get("flash3"), name, value)
     hidden = {name: sys.modules[name] for name in sys.modules if name.startswith(MODULES)}
     forget()
@@ -311,12 +312,19 @@ def test_keys_are_split_where_a_build_can(more: str, off: bool, splitting: bool,
 
 
 @pytest.mark.parametrize("cache", ("", CACHE))
-def test_a_build_of_flash3_serves_lengths_by_its_function_for_caches(cache: str, install: Install) -> None:
-    install({"flash_attn_interface.py": FUNCTIONS.format(FLASH3) + cache})
+@pytest.mark.parametrize(
+    ("name", "folder", "signature"),
+    (("flash2", "flash_attn/__init__.py", FLASH2), ("flash3", "flash_attn_interface.py", FLASH3)),
+)
+def test_a_build_without_a_function_for_caches_serves_lengths_all_the_same(
+    name: str, folder: str, signature: str, cache: str, install: Install
+) -> None:
+    install({"flash_attn_2_cuda.py": "", folder: FUNCTIONS.format(signature) + cache})
+    backend = get(name)
+    assert isinstance(backend, flash.FlashAttn) and backend.unavailable(CUDA) is None
+    assert (backend.cached is not None) == bool(cache)
     spec = problem(mask=KeyLengths(torch.tensor([3, 128])))
-    assert get("flash3").unavailable(CUDA) is None and get("flash3").unsupported(spec) is None
-    said = None if cache else "key_lengths (this build has no flash_attn_with_kvcache)"
-    assert get("flash3").unbuilt(spec) == said
+    assert backend.unsupported(spec) is None and get("flash3").unbuilt(spec) is None
 
 
 @given(off=st.sets(st.sampled_from(HEAD_DIMS)), head_dim=st.integers(1, 256))

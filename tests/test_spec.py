@@ -66,9 +66,8 @@ refused: dict[str, tuple[tuple[str, ...], dict[str, Any], str]] = {
     "an odd head": (FLASH[1:], {"head_dim": 36, "head_dim_v": 36}, "head_dim=36 (a multiple of 8)"),
     "another value dim": (FLASH, {"head_dim_v": 32}, "no head_dim_v"),
     "a dense mask": (FLASH, {"mask": Dense(torch.ones(128, 128, dtype=torch.bool))}, "no dense_mask"),
-    "a padding mask": (FLASH, {"mask": KeyPadding(torch.ones(2, 128, dtype=torch.bool))}, "no key_padding"),
     "a bias": (FLASH, {"bias": TensorBias(torch.zeros(128, 128))}, "no bias"),
-    "sinks": (FLASH, {"sinks": torch.zeros(8)}, "no sinks"),
+    "sinks": (FLASH[:2], {"sinks": torch.zeros(8)}, "no sinks"),
     "dropout": (FLASH[1:], {"dropout_p": 0.1}, "no dropout"),
     "ALiBi": (FLASH[1:], {"bias": ALiBi(torch.ones(8))}, "no alibi"),
     "no queries": (FLASH, {"seqlen_q": 0}, "seqlen=0 (at least 1)"),
@@ -108,11 +107,26 @@ refused: dict[str, tuple[tuple[str, ...], dict[str, Any], str]] = {
         {"seqlen_k": 64, "mask": causal(), "needs_grad": True},
         "seqlen_k=64 < seqlen_q=128",
     ),
-    # with lengths the package aligns each row to its own last key, we to the last slot
+    # real keys are packed end to end, where no rule can tell which slots they were in
     "lengths beside causality": (
-        ("flash4",),
+        FLASH[:2],
         {"mask": causal() & KeyLengths(torch.tensor([3, 5]))},
-        "key_lengths beside another rule",
+        "key_lengths beside causal",
+    ),
+    "both kinds of padding beside a window": (
+        FLASH[:2],
+        {"mask": Window(3, 0) & KeyLengths(torch.tensor([3, 5])) & KeyPadding(torch.ones(2, 128, dtype=torch.bool))},
+        "key_lengths and key_padding beside window",
+    ),
+    "padding inside documents": (
+        FLASH,
+        {"batch": 1, "mask": Documents(torch.tensor([0, 9])) & KeyPadding(torch.ones(1, 128, dtype=torch.bool))},
+        "ocuments",
+    ),
+    "ALiBi beside padding": (
+        ("flash2",),
+        {"mask": KeyPadding(torch.ones(2, 128, dtype=torch.bool)), "bias": ALiBi(torch.ones(8))},
+        "key_padding beside alibi",
     ),
     "a window that starts after the query": (
         FLASH,
@@ -139,7 +153,13 @@ def test_flash2_takes_what_the_others_lack() -> None:
     assert (
         get("flash2").unsupported(problem(dropout_p=0.1, bias=ALiBi(torch.ones(8)), head_dim=36, head_dim_v=36)) is None
     )
-    assert get("flash4").unsupported(problem(mask=KeyLengths(torch.tensor([3, 5])))) is None
+
+
+@pytest.mark.parametrize("name", FLASH)
+@pytest.mark.parametrize("mask", (KeyLengths(torch.tensor([3, 5])), KeyPadding(torch.ones(2, 128, dtype=torch.bool))))
+@pytest.mark.parametrize("needs_grad", (False, True))
+def test_every_flash_attn_takes_padding_alone(name: str, mask: Any, needs_grad: bool) -> None:
+    assert get(name).unsupported(problem(mask=mask, needs_grad=needs_grad)) is None
 
 
 def test_flex_names_its_limits_on_each_device() -> None:

@@ -90,7 +90,7 @@ def told() -> Iterator[Told]:
         return result if options["return_attn_probs"] else result[0]
 
     def cached(*args: Any, **options: Any) -> Any:
-        """As flash-attn 3 answers for a cache of keys."""
+        """As flash-attn 2 and 3 answer for a cache of keys."""
         result = kernel(*args, **options)
         return result if options["return_softmax_lse"] else result[0]
 
@@ -107,7 +107,8 @@ def told() -> Iterator[Told]:
         every = {"flash2": (shorter, shorter), "flash3": (shorter, shorter), "flash4": (newer, back)}
         for name, answers in every.items():
             patch.setattr(get(name), "functions", answers)
-        patch.setattr(get("flash3"), "cached", cached)
+        for name in FLASH[:2]:
+            patch.setattr(get(name), "cached", cached)
         patch.setitem(sys.modules, "flashmha.backends.flash4_mask", types.SimpleNamespace(within="within"))
         patch.setattr(compact, "move", lambda sources, targets, to, scatter: [t.zero_() for t in targets])
         patch.setattr(
@@ -158,7 +159,7 @@ def test_trap_02_flash2_serves_no_right_bound_past_the_last_key(
 @pytest.mark.parametrize("name", FLASH)
 @given(data=st.data())
 def test_trap_03_a_kernel_is_told_the_window_in_its_own_words(name: str, told: Told, data: st.DataObject) -> None:
-    spec = data.draw(specs(limits=get(name).limits, head_dims=(8, 16)))
+    spec = data.draw(specs(limits=get(name).limits, head_dims=(24, 32)))
     assume(get(name).unsupported(on_gpu(spec)) is None)
     options = as_told(told, name, spec)
     none, pair = (None if name == "flash4" else -1), options["window_size"]
@@ -190,7 +191,7 @@ def test_trap_03_a_window_is_not_unbounded_where_it_holds_nothing(name: str, lef
 @pytest.mark.cpu("asks what a kernel is told")
 @given(data=st.data())
 def test_trap_04_a_mask_mod_replaces_causality_and_window(told: Told, data: st.DataObject) -> None:
-    spec = data.draw(specs(limits=get("flash4").limits, head_dims=(8, 16)))
+    spec = data.draw(specs(limits=get("flash4").limits, head_dims=(24, 32)))
     assume(get("flash4").unsupported(on_gpu(spec)) is None)
     options = as_told(told, "flash4", spec)
     if options.get("mask_mod") is not None:
@@ -438,20 +439,37 @@ def test_trap_16_flash3_is_called_through_functions_that_know_documents_and_dete
 
 
 @pytest.mark.cpu("asks what a kernel is told")
+@pytest.mark.parametrize("name", FLASH[:2])
 @given(need_lse=st.booleans(), longest=st.integers(1, 40), seed=seeds())
-def test_trap_16_flash3_is_told_lengths_by_its_function_for_caches_and_never_with_a_gradient(
-    told: Told, need_lse: bool, longest: int, seed: int
+def test_trap_16_lengths_go_to_the_function_for_caches_and_never_with_a_gradient(
+    name: str, told: Told, need_lse: bool, longest: int, seed: int
 ) -> None:
     mask = KeyLengths(torch.randint(0, longest + 1, (2,), generator=torch.Generator().manual_seed(seed)))
     spec = problem(seqlen_k=longest, mask=mask, need_lse=need_lse)
-    assert get("flash3").unsupported(spec) is None
-    assert "a backward beside key_lengths" in str(get("flash3").unsupported(dataclasses.replace(spec, needs_grad=True)))
-    assert "key_lengths beside another rule" in str(
-        get("flash3").unsupported(problem(seqlen_k=longest, mask=mask & causal()))
-    )
-    options = as_told(told, "flash3", spec)
+    options = as_told(told, name, spec)
     assert torch.equal(options["cache_seqlens"], mask.lengths.int()) and options["cache_seqlens"].dtype == torch.int32
-    assert options["num_splits"] == 1 and options["return_softmax_lse"] == need_lse and not options["causal"]
+    assert options["return_softmax_lse"] == need_lse and not options["causal"]
+    assert options.get("num_splits") == (1 if name == "flash3" else None)
+    padding = mask & KeyPadding(torch.ones(2, longest, dtype=torch.bool))
+    for changes in ({"mask": padding}, {"mask": mask, "needs_grad": True}):
+        options = as_told(told, name, problem(seqlen_k=longest, device=torch.device("cpu"), **changes))
+        assert torch.equal(options["cu_seqlens_k"].diff(), mask.lengths.int()) and "cache_seqlens" not in options
+
+
+@pytest.mark.cpu("asks what a kernel is told")
+@pytest.mark.parametrize("name", FLASH[:2])
+def test_trap_16_a_cache_is_not_copied(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    k, v = noise(0, 2, 2, 9, 4, 8, dtype=torch.bfloat16).unbind()
+    q, read = k[:, :1], []
+
+    def cached(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
+        read.extend((k, v))
+        return q
+
+    monkeypatch.setattr(get(name), "functions", (cached, cached))
+    monkeypatch.setattr(get(name), "cached", cached)
+    get(name)(q, k, v, AttentionSpec.of(q, k, v, mask=KeyLengths(torch.tensor([5, 0]))))
+    assert read[0] is k and read[1] is v
 
 
 @pytest.mark.cpu("asks what a kernel is told")

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..masks import KeyLengths, KeyPadding, Mask, Window
+from ..masks import KeyLengths, KeyPadding, Mask, Window, find
 from ..spec import AttentionSpec
 
 TILE = 256
@@ -40,6 +40,13 @@ def validity(mask: Mask | None, spec: AttentionSpec) -> Tensor | None:
             table = part.materialize(spec.batch, 1, 1, spec.seqlen_k, spec.device)[:, 0, 0]
             valid = table if valid is None else valid & table
     return valid
+
+
+def key_lengths(spec: AttentionSpec) -> Tensor:
+    """The lengths of a mask with ``KeyLengths`` as kernels take them, (batch,) int32."""
+    lengths = find(spec.mask, KeyLengths)
+    assert lengths is not None
+    return lengths.lengths.clamp(0, spec.seqlen_k).int()
 
 
 def slots(valid: Tensor) -> Slots:

@@ -37,6 +37,8 @@ class FlashAttn(Backend):
         self.probed: dict[int, str | None] = {}
         self.tried: dict[tuple[int, int, torch.dtype, bool], str | None] = {}
         self.functions: tuple[Callable[..., Any], Callable[..., Any]] | None = None
+        self.cached: Callable[..., Any] | None = None
+        """The function for a cache of keys, whose items have lengths; forward alone."""
         packages[self.name] = self
 
     def load(self) -> tuple[Callable[..., Any], Callable[..., Any]]:
@@ -63,9 +65,6 @@ class FlashAttn(Backend):
             elif window.right is not None and window.left is not None and window.left + window.right < 0:
                 # what is left of it once keys are cut off would be -1, which means unbounded
                 reasons.append(f"window left={window.left}, right={window.right} (holds no key)")
-        alone = spec.mask is None or len(spec.mask.parts) == 1
-        if "key_lengths" in spec.features and not alone and "key_padding" not in self.limits.features:
-            reasons.append("key_lengths beside another rule (the package counts positions from each row's last key)")
         return reasons
 
 
@@ -225,14 +224,10 @@ def window_options(left: int | None, right: int | None) -> dict[str, Any]:
 
 
 def packed(q: Tensor, k: Tensor, v: Tensor, documents: Documents) -> tuple[Tensor, Tensor, Tensor, dict[str, Any]]:
-    """Batch 1 with ``Documents`` as the packed tensors (total, heads, head_dim) and offsets a kernel wants.
-
-    Kernels never write rows that belong to no document, nor their gradients (flash-attention#2324): such rows are
-    zeros here, and ``torch.where`` keeps what arrives in their gradient out.
-    """
+    """Batch 1 with ``Documents`` as the packed tensors (total, heads, head_dim) and offsets a kernel wants."""
     q, k, v = q[0], k[0], v[0]
-    q = torch.where(owned(q, documents.cu_seqlens), q, 0.0)
-    k, v = (torch.where(owned(x, documents.cu_seqlens_k), x, 0.0) for x in (k, v))
+    q = real_rows(q, documents.cu_seqlens)
+    k, v = (real_rows(x, documents.cu_seqlens_k) for x in (k, v))
     offsets = {
         "cu_seqlens_q": documents.cu_seqlens.int(),
         "cu_seqlens_k": documents.cu_seqlens_k.int(),
@@ -244,13 +239,22 @@ def packed(q: Tensor, k: Tensor, v: Tensor, documents: Documents) -> tuple[Tenso
 
 def unpacked(out: Tensor, documents: Documents) -> Tensor:
     """A packed output as batch 1, zeros where no document is."""
-    return torch.where(owned(out, documents.cu_seqlens), out, 0.0).unsqueeze(0)
+    return real_rows(out, documents.cu_seqlens).unsqueeze(0)
 
 
 def unpacked_lse(lse: Tensor, documents: Documents) -> Tensor:
     """A packed log-sum-exp (heads, total) as batch 1, ``-inf`` where no document is."""
     real = owned(lse.transpose(0, 1), documents.cu_seqlens)[:, 0, 0]
     return lse.masked_fill(~real, float("-inf")).unsqueeze(0)
+
+
+def real_rows(packed_rows: Tensor, offsets: Tensor) -> Tensor:
+    """Rows of documents as they are, and zeros behind them.
+
+    Kernels never write rows that belong to no document, nor their gradients (flash-attention#2324); ``torch.where``
+    keeps what arrives in their gradient out.
+    """
+    return torch.where(owned(packed_rows, offsets), packed_rows, 0.0)
 
 
 def owned(packed_rows: Tensor, offsets: Tensor) -> Tensor:

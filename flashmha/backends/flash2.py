@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from ..masks import Documents, find
 from ..scores import ALiBi
 from ..spec import AttentionSpec
 from .base import HALF, Limits
-from .flash import FlashAttn, lacks, normal_lse, packed, trimmed, unpacked, unpacked_lse, window_options
+from .flash import FlashAttn, lacks, normal_lse, trimmed, window_options
 from .grouped import fold, folds, unfold, unfold_lse
+from .packing import is_cache, pack, packs, read_cache, refusals, unpack, unpack_lse
 
 BUCKETS = (32, 64, 96, 128, 192, 256)
 """The head dims there are kernels for, each for those below it; a build may have been made without some."""
 
 
 class Flash2(FlashAttn):
-    """flash-attn 2: half precision on Ampere and newer, with dropout and ALiBi; no mask tensors.
+    """flash-attn 2: half precision on Ampere and newer; padding of any pattern, dropout, ALiBi, no mask tensors.
 
     Source: Dao, "FlashAttention-2" (2023); signatures of flash-attn 2.8.3.
     """
@@ -36,6 +38,8 @@ class Flash2(FlashAttn):
                 "backward",
                 "causal",
                 "window",
+                "key_lengths",
+                "key_padding",
                 "documents",
                 "alibi",
                 "softcap",
@@ -55,6 +59,7 @@ class Flash2(FlashAttn):
         import flash_attn_2_cuda  # noqa: F401  the extension: a bare `import flash_attn` proves nothing
         from flash_attn import flash_attn_func, flash_attn_varlen_func
 
+        self.cached = getattr(importlib.import_module("flash_attn"), "flash_attn_with_kvcache", None)
         return flash_attn_func, flash_attn_varlen_func
 
     def unbuilt(self, spec: AttentionSpec) -> str | None:
@@ -65,7 +70,7 @@ class Flash2(FlashAttn):
         return None if why is None else f"head_dim={spec.head_dim} ({why})"
 
     def refusals(self, spec: AttentionSpec) -> list[str]:
-        reasons = super().refusals(spec)
+        reasons = super().refusals(spec) + refusals(spec)
         window = spec.window
         if window is not None and spec.seqlen_q > spec.seqlen_k:
             # a right bound of seqlen_k or more turns unbounded inside the kernel, and unbounded into seqlen_k
@@ -93,33 +98,48 @@ class Flash2(FlashAttn):
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> Tensor | tuple[Tensor, Tensor]:
         dense, varlen = self.functions or self.load()
+        # no compiler can trace the function for caches
+        cached = self.cached if is_cache(spec) and not torch.compiler.is_compiling() else None
+        packing = cached is None and packs(spec)
+        # for one query the package folds by itself (seqlenq_ngroups_swapped in csrc/flash_attn/flash_api.cpp); for no
+        # other number does it, though it splits the keys of every short problem
+        few = spec.seqlen_q > 1 and (spec.mask is None or cached is not None) and spec.bias is None and folds(spec)
+        groups = spec.heads // spec.heads_kv if few else 1
+        q = fold(q, groups) if groups > 1 else q
         k, v, left, right = trimmed(k, v, spec)
         options: dict[str, Any] = {
-            "dropout_p": spec.dropout_p,
             "softmax_scale": spec.scale,
             **window_options(left, right),
             "softcap": spec.softcap or 0.0,
-            "deterministic": spec.deterministic,
-            "return_attn_probs": spec.need_lse,
         }
-        if isinstance(spec.bias, ALiBi):
-            options["alibi_slopes"] = spec.bias.slopes.float()
-        documents = find(spec.mask, Documents)
-        if documents is None:
-            # for one query the package folds by itself (seqlenq_ngroups_swapped in csrc/flash_attn/flash_api.cpp); for
-            # no other number does it, though it splits the keys of every short problem
-            few = spec.seqlen_q > 1 and spec.mask is None and spec.bias is None and folds(spec)
-            groups = spec.heads // spec.heads_kv if few else 1
-            result = dense(fold(q, groups) if groups > 1 else q, k, v, **options)
-            out, lse = result[:2] if spec.need_lse else (result, None)
-            if groups > 1:
-                out, lse = unfold(out, groups), None if lse is None else unfold_lse(lse, groups)
-            return out if lse is None else (out, normal_lse(lse))
-        q, k, v, offsets = packed(q, k, v, documents)
-        # a longest document of one query takes a decoding path with wrong shapes (flash-attention#1537); the number is
-        # only a bound
-        offsets["max_seqlen_q"] = max(2, offsets["max_seqlen_q"])
-        result = varlen(q, k, v, **offsets, **options)
-        if not spec.need_lse:
-            return unpacked(result, documents)
-        return unpacked(result[0], documents), normal_lse(unpacked_lse(result[1], documents))
+        if cached is not None:
+            result = read_cache(cached, q, k, v, spec, options)
+        else:
+            options |= {
+                "dropout_p": spec.dropout_p,
+                "deterministic": spec.deterministic,
+                "return_attn_probs": spec.need_lse,
+            }
+            if isinstance(spec.bias, ALiBi):
+                options["alibi_slopes"] = spec.bias.slopes.float()
+            if packing:
+                q, k, v, offsets = pack(q, k, v, spec)
+                options |= looser(offsets, spec)
+            result = (varlen if packing else dense)(q, k, v, **options)
+        out, lse = result[:2] if spec.need_lse else (result, None)
+        if packing:
+            out, lse = unpack(out, spec), None if lse is None else unpack_lse(lse, spec)
+        if groups > 1:
+            out, lse = unfold(out, groups), None if lse is None else unfold_lse(lse, groups)
+        return out if lse is None else (out, normal_lse(lse))
+
+
+def looser(offsets: dict[str, Any], spec: AttentionSpec) -> dict[str, Any]:
+    """Offsets with longest documents that keep the package out of trouble; it takes them as bounds."""
+    longest_q, longest_k = offsets["max_seqlen_q"], offsets["max_seqlen_k"]
+    if spec.window is not None:
+        # a right bound of the longest document's keys or more counts as none, however many queries there are
+        # (flash-attention#895)
+        longest_k = max(longest_k, longest_q)
+    # a longest document of one query takes a decoding path with wrong shapes (flash-attention#1537)
+    return {**offsets, "max_seqlen_q": max(2, longest_q), "max_seqlen_k": longest_k}

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..masks import Documents, KeyLengths, find
 from ..spec import AttentionSpec
 from .base import HALF, Limits
-from .flash import FlashAttn, normal_lse, packed, trimmed, unpacked, unpacked_lse, window_options
+from .flash import FlashAttn, normal_lse, trimmed, window_options
+from .packing import is_cache, pack, packs, read_cache, refusals, unpack, unpack_lse
 
 BUILDS = (
     ("flash_attn_interface", "flash_attn_config"),
@@ -29,7 +29,7 @@ TILE, KEYS_TO_SPLIT = 128, 512
 
 
 class Flash3(FlashAttn):
-    """flash-attn 3: half precision on Hopper; no dropout, no mask tensors.
+    """flash-attn 3: half precision on Hopper; padding of any pattern, no dropout, no mask tensors.
 
     Source: Shah et al., "FlashAttention-3" (2024); signatures of the ``hopper`` folder of flash-attention 2.8.4.
     """
@@ -42,7 +42,18 @@ class Flash3(FlashAttn):
         devices=("cuda",),
         dtypes=HALF,
         features=frozenset(
-            ("backward", "causal", "window", "key_lengths", "documents", "softcap", "gqa", "lse", "deterministic")
+            (
+                "backward",
+                "causal",
+                "window",
+                "key_lengths",
+                "key_padding",
+                "documents",
+                "softcap",
+                "gqa",
+                "lse",
+                "deterministic",
+            )
         ),
         head_dim=256,
         head_dim_step=8,
@@ -54,8 +65,6 @@ class Flash3(FlashAttn):
     def __init__(self) -> None:
         super().__init__()
         self.flags: dict[str, bool] = {}
-        self.cached: Callable[..., Any] | None = None
-        """The package's function for a cache of keys, whose items have lengths; forward alone."""
         self.splitting = False
         """The build can split the keys of a few queries over the whole GPU."""
 
@@ -84,22 +93,17 @@ class Flash3(FlashAttn):
         there = [size for size in HEAD_DIMS if not self.flags.get(f"FLASHATTENTION_DISABLE_HDIM{size}")]
         if not any(spec.head_dim <= size for size in there):
             return f"head_dim={spec.head_dim} (this build has kernels for {', '.join(map(str, there)) or 'none'})"
-        lengths = "key_lengths" in spec.features
-        if lengths and self.cached is None:
-            return "key_lengths (this build has no flash_attn_with_kvcache)"
         features = {"BACKWARD": spec.needs_grad, "LOCAL": "window" in spec.features}
         features["SOFTCAP"] = spec.softcap is not None
-        features["VARLEN"] = lengths or "documents" in spec.features
+        features["VARLEN"] = packs(spec)
         features["FP16"] = spec.dtype == torch.float16
         off = [name for name, wanted in features.items() if wanted and self.flags.get(f"FLASHATTENTION_DISABLE_{name}")]
         return f"this build has no {', no '.join(name.lower() for name in off)}" if off else None
 
     def refusals(self, spec: AttentionSpec) -> list[str]:
-        reasons = super().refusals(spec)
+        reasons = super().refusals(spec) + refusals(spec)
         if "deterministic" in spec.features and spec.head_dim > 192:
             reasons.append(f"a deterministic backward at head_dim={spec.head_dim} (at most 192)")
-        if spec.needs_grad and "key_lengths" in spec.features:
-            reasons.append("a backward beside key_lengths (flash_attn_with_kvcache has none)")
         return reasons
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> Tensor | tuple[Tensor, Tensor]:
@@ -110,31 +114,27 @@ class Flash3(FlashAttn):
             **window_options(left, right),
             "softcap": spec.softcap or 0.0,
         }
-        if self.splitting and splits(spec):
+        cached = self.cached if is_cache(spec) else None
+        packing = cached is None and packs(spec)
+        if self.splitting and not packing and splits(spec):
             options["num_splits"] = 0  # as many as the package's heuristic says
-        documents, lengths = find(spec.mask, Documents), find(spec.mask, KeyLengths)
-        if lengths is not None:
-            assert self.cached is not None
-            k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (k, v))
-            options = {"num_splits": 1} | options  # 0 by itself, which no compiler may trace
-            used = lengths.lengths.clamp(0, spec.seqlen_k).int()
-            result = self.cached(q, k, v, cache_seqlens=used, return_softmax_lse=spec.need_lse, **options)
+        if cached is not None:
+            # 0 by itself, which no compiler may trace
+            result = read_cache(cached, q, k, v, spec, {"num_splits": 1} | options)
         else:
             options["return_attn_probs"] = spec.need_lse
             if spec.needs_grad:
                 options["deterministic"] = spec.deterministic
-            if documents is None:
-                result = dense(q, k, v, **options)
-            else:
-                q, k, v, offsets = packed(q, k, v, documents)
-                result = varlen(q, k, v, **offsets, **options)
+            if packing:
+                q, k, v, offsets = pack(q, k, v, spec)
+                options |= offsets
+            result = (varlen if packing else dense)(q, k, v, **options)
         out: Tensor
         lse: Tensor | None
         # older builds always return (out, lse)
         out, lse = (result[0], result[1]) if isinstance(result, tuple) else (result, None)
-        if documents is not None:
-            out = unpacked(out, documents)
-            lse = None if lse is None else unpacked_lse(lse, documents)
+        if packing:
+            out, lse = unpack(out, spec), None if lse is None else unpack_lse(lse, spec)
         if not spec.need_lse:
             return out
         assert lse is not None
@@ -143,6 +143,6 @@ class Flash3(FlashAttn):
 
 def splits(spec: AttentionSpec) -> bool:
     """So few queries meet so many keys that a tile of queries alone would leave most of the GPU idle."""
-    if spec.needs_grad or torch.compiler.is_compiling() or "documents" in spec.features:
+    if spec.needs_grad or torch.compiler.is_compiling():
         return False
     return spec.seqlen_q <= TILE and spec.seqlen_k >= KEYS_TO_SPLIT

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..masks import Documents, KeyLengths, KeyPadding, find
+from ..masks import Documents, KeyPadding, find
 from ..spec import AttentionSpec
 from .base import HALF, Limits
 from .block_tables import worth
-from .compact import intervals, missing, validity
+from .compact import intervals, key_lengths, missing, validity
 from .flash import FlashAttn, normal_lse, packed, trimmed, unpacked, unpacked_lse
 from .flash4_kernels import attend
 
@@ -122,9 +122,7 @@ class Flash4(FlashAttn):
             options |= offsets
         elif valid is not None and window is None:
             if find(spec.mask, KeyPadding) is None:
-                lengths = find(spec.mask, KeyLengths)
-                assert lengths is not None
-                options["lengths"] = lengths.lengths.clamp(0, spec.seqlen_k).int()
+                options["lengths"] = key_lengths(spec)
             else:
                 options["valid"] = valid
         out, lse = attend(q, k, v, spec, {**options, "deterministic": spec.deterministic})

@@ -1,0 +1,291 @@
+"""flash-attn 2 and 3 as they are called: judged on a CPU through pretended kernels that do what they are told."""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from formula import Formula
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from flashmha import AttentionSpec, Documents, KeyLengths, KeyPadding, Mask, Window
+from flashmha.backends.flash import FlashAttn
+from flashmha.backends.flash2 import Flash2
+from flashmha.backends.flash3 import Flash3
+from flashmha.testing import assert_agrees, noise, seeds, specs
+
+pytestmark = pytest.mark.cpu("pretends the kernels")
+
+
+class Unwritten(torch.autograd.Function):
+    """A tensor whose gradient is not written behind the last document."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, end: Tensor) -> Tensor:
+        ctx.save_for_backward(end)
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        (end,) = ctx.saved_tensors
+        return torch.where(behind(grad, end), math.nan, grad), None
+
+
+def behind(rows: Tensor, end: Tensor) -> Tensor:
+    """Which rows of (total, heads, head_dim) lie behind the last document."""
+    return (torch.arange(rows.shape[0]) >= end)[:, None, None]
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, empty: float, **told: Any) -> tuple[Tensor, Tensor]:
+    """out and lse, which is ``empty`` where a row saw nothing; NaN in whatever a kernel leaves unwritten."""
+    offsets = [told.get(name) for name in ("cu_seqlens_q", "cu_seqlens_k")]
+    starts, ends = offsets
+    if starts is not None and ends is not None:
+        q, k, v = Unwritten.apply(q, starts[-1]), Unwritten.apply(k, ends[-1]), Unwritten.apply(v, ends[-1])
+        if not torch.compiler.is_compiling():
+            for cu_seqlens, x, longest in ((starts, q, told["max_seqlen_q"]), (ends, k, told["max_seqlen_k"])):
+                assert cu_seqlens.dtype == torch.int32 and cu_seqlens.is_contiguous() and isinstance(longest, int)
+                assert cu_seqlens[0] == 0 and cu_seqlens[-1] <= len(x) and cu_seqlens.diff().min() >= 0
+                assert cu_seqlens.diff().max() <= longest
+    formula = Formula.of(q, k, v, told)
+    out, lse = formula.out.to(q.dtype).view(q.shape), formula.lse.detach().float()
+    lse = lse.masked_fill(lse == -math.inf, empty)
+    if starts is not None:
+        out, lse = torch.where(behind(out, starts[-1]), math.nan, out), lse[0]
+        lse = lse.masked_fill(behind(q, starts[-1])[:, 0, 0], math.nan)
+    return out, lse
+
+
+def bounds(causal: bool, window_size: tuple[int, int]) -> dict[str, Any]:
+    """A window of flash-attn 2 and 3, where -1 is unbounded."""
+    left, right = (None if bound < 0 else bound for bound in window_size)
+    return {"causal": causal, "window_size_left": left, "window_size_right": right}
+
+
+def two(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    deterministic: bool = False,
+    return_attn_probs: bool = False,
+) -> Any:
+    """flash-attn 2, dense and packed."""
+    assert dropout_p == 0.0 and (max_seqlen_q != 1 or q.shape[-2] == k.shape[-2])  # flash-attention#1537
+    keys = k.shape[-3] if max_seqlen_k is None else max_seqlen_k
+    left, right = (-1 if bound >= keys else bound for bound in window_size)  # flash-attention#895
+    if left >= 0 > right:
+        right = keys
+    told = {"softmax_scale": softmax_scale, "softcap": softcap, "alibi_slopes": alibi_slopes}
+    told |= {"cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k}
+    told |= {"max_seqlen_q": max_seqlen_q, "max_seqlen_k": max_seqlen_k}
+    out, lse = attend(q, k, v, math.inf, **told, **bounds(causal, (left, right)))
+    return (out, lse, None) if return_attn_probs else out
+
+
+def three(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    num_splits: int = 1,
+    deterministic: bool = False,
+    return_attn_probs: bool = False,
+) -> Any:
+    """flash-attn 3, dense and packed."""
+    told = {"softmax_scale": softmax_scale, "softcap": softcap}
+    told |= {"cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k}
+    told |= {"max_seqlen_q": max_seqlen_q, "max_seqlen_k": max_seqlen_k}
+    out, lse = attend(q, k, v, -math.inf, **told, **bounds(causal, window_size))
+    return (out, lse) if return_attn_probs else out
+
+
+def cache(empty: float) -> Callable[..., Any]:
+    """The function of both for a cache of keys, forward alone."""
+
+    def attend_to_cache(
+        q: Tensor,
+        k_cache: Tensor,
+        v_cache: Tensor,
+        cache_seqlens: Tensor,
+        softmax_scale: float | None = None,
+        causal: bool = False,
+        window_size: tuple[int, int] = (-1, -1),
+        softcap: float = 0.0,
+        num_splits: int = 0,
+        return_softmax_lse: bool = False,
+    ) -> Any:
+        assert cache_seqlens.dtype == torch.int32 and k_cache.stride(-1) == v_cache.stride(-1) == 1
+        told = {"softmax_scale": softmax_scale, "softcap": softcap, "seqused_k": cache_seqlens}
+        with torch.no_grad():
+            out, lse = attend(q, k_cache, v_cache, empty, **told, **bounds(causal, window_size))
+        return (out, lse) if return_softmax_lse else out
+
+    return attend_to_cache
+
+
+class Pretended2(Flash2):
+    """``flash2`` on a CPU."""
+
+    name = "pretended 2"
+    limits = dataclasses.replace(Flash2.limits, devices=("cpu",))
+
+    def unavailable(self, device: torch.device) -> str | None:
+        return None
+
+    def unbuilt(self, spec: AttentionSpec) -> str | None:
+        return None
+
+
+class Pretended3(Flash3):
+    """``flash3`` on a CPU."""
+
+    name = "pretended 3"
+    limits = dataclasses.replace(Flash3.limits, devices=("cpu",))
+
+    def unavailable(self, device: torch.device) -> str | None:
+        return None
+
+    def unbuilt(self, spec: AttentionSpec) -> str | None:
+        return None
+
+
+def pretended(kind: type[FlashAttn], caching: bool = True) -> FlashAttn:
+    """A backend whose package is pretended, with its function for caches or without."""
+    backend = kind()
+    function, empty = (two, math.inf) if kind is Pretended2 else (three, -math.inf)
+    backend.functions = (function, function)
+    backend.cached = cache(empty) if caching else None
+    return backend
+
+
+both = pytest.mark.parametrize("kind", (Pretended2, Pretended3))
+
+
+@both
+@given(data=st.data(), caching=st.booleans(), seed=seeds())
+def test_the_package_is_told_the_whole_problem(
+    kind: type[FlashAttn], data: st.DataObject, caching: bool, seed: int
+) -> None:
+    assert_agrees(pretended(kind, caching), data.draw(specs(limits=kind.limits, head_dims=(8, 16))), seed)
+
+
+@both
+@given(data=st.data(), seed=seeds())
+def test_a_window_means_the_same_in_documents_of_more_queries_than_keys(
+    kind: type[FlashAttn], data: st.DataObject, seed: int
+) -> None:
+    ends = st.lists(st.integers(0, 9), min_size=2, max_size=2).map(sorted)
+    starts, keys = (torch.tensor([0, *data.draw(ends)]) for _ in range(2))
+    bound = st.none() | st.integers(0, 9)
+    mask = Documents(starts, keys) & Window(data.draw(bound), data.draw(bound))
+    assert_agrees(pretended(kind), AttentionSpec(1, 9, 9, 2, 2, 8, 8, torch.bfloat16, mask=mask, needs_grad=True), seed)
+
+
+def padded(kind: type[FlashAttn]) -> st.SearchStrategy[AttentionSpec]:
+    """Problems with padding that a backend serves."""
+    positions = {"causal", "window", "documents", "alibi"}
+    alone = dataclasses.replace(kind.limits, features=kind.limits.features - positions)
+    return specs(limits=alone, head_dims=(8, 16), longest=17).filter(lambda spec: spec.mask is not None)
+
+
+@both
+@given(data=st.data(), caching=st.booleans(), seed=seeds())
+def test_padding_of_any_pattern_is_exact_on_every_row(
+    kind: type[FlashAttn], data: st.DataObject, caching: bool, seed: int
+) -> None:
+    assert_agrees(pretended(kind, caching), data.draw(padded(kind)), seed)
+
+
+@both
+@given(data=st.data(), seed=seeds(), real=st.floats(0.0, 1.0))
+def test_what_stands_in_padding_reaches_nobody(
+    kind: type[FlashAttn], data: st.DataObject, seed: int, real: float
+) -> None:
+    q = noise(seed, 3, 5, 4, 8, dtype=torch.bfloat16).requires_grad_()
+    k = noise(seed + 1, 3, 7, 2, 8, dtype=torch.bfloat16)
+    valid = torch.rand(3, 7, generator=torch.Generator().manual_seed(seed)) < real
+    found = []
+    for filler in (0.0, math.nan):
+        keys = torch.where(valid[:, :, None, None], k, filler).requires_grad_()
+        out = pretended(kind)(q, keys, keys, AttentionSpec.of(q, keys, keys, mask=KeyPadding(valid)))
+        assert isinstance(out, Tensor)
+        found.append((out, *torch.autograd.grad(out.float().square().sum(), (q, keys))))
+    assert all(torch.equal(one, other) for one, other in zip(*found))
+    assert not found[0][2][~valid].any()
+
+
+MASKS: dict[str, Mask] = {
+    "padding": KeyPadding(torch.arange(9)[None] % 3 != torch.tensor([[0], [1]])),
+    "lengths": KeyLengths(torch.tensor([0, 7])),
+    "both": KeyPadding(torch.arange(9)[None] % 3 != torch.tensor([[0], [1]])) & KeyLengths(torch.tensor([9, 4])),
+}
+
+
+@both
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("seqlen_q", (1, 9))
+@pytest.mark.parametrize("needs_grad", (True, False))
+def test_compilers_see_padding_as_one_graph_with_the_same_numbers(
+    kind: type[FlashAttn], mask: str, seqlen_q: int, needs_grad: bool
+) -> None:
+    backend = pretended(kind)
+    q, k = noise(0, 2, seqlen_q, 4, 8, dtype=torch.bfloat16), noise(1, 2, 9, 2, 8, dtype=torch.bfloat16)
+    q, k = q.requires_grad_(needs_grad), k.requires_grad_(needs_grad)
+
+    def run(q: Tensor, k: Tensor) -> Any:
+        return backend(q, k, k * 2, AttentionSpec.of(q, k, k * 2, mask=MASKS[mask], need_lse=not needs_grad))
+
+    torch.compiler.reset()
+    eager, compiled = run(q, k), torch.compile(run, fullgraph=True, backend="aot_eager")(q, k)
+    if not needs_grad:
+        for one, other in zip(eager, compiled):
+            torch.testing.assert_close(one, other)
+        return
+    torch.testing.assert_close(eager, compiled)
+    grads = [torch.autograd.grad(out.float().square().sum(), (q, k)) for out in (eager, compiled)]
+    torch.testing.assert_close(*grads)
+
+
+@both
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("needs_grad", (True, False))
+def test_nobody_waits_for_the_device_to_read_padding(kind: type[FlashAttn], mask: str, needs_grad: bool) -> None:
+    """Tensors without values: whoever asks for one gets an error."""
+    backend = pretended(kind)
+
+    def kernel(q: Tensor, *rest: Any, **told: Any) -> Any:
+        lse = q.new_empty(q.shape[-2], q.shape[0]) if q.dim() == 3 else q.new_empty(q.shape[0], q.shape[2], q.shape[1])
+        return (q * 1.0, lse) if told.get("return_attn_probs") or told.get("return_softmax_lse") else q * 1.0
+
+    backend.functions, backend.cached = (kernel, kernel), kernel
+    q, k = torch.empty(2, 5, 4, 8, device="meta"), torch.empty(2, 9, 2, 8, device="meta")
+    q, k = q.requires_grad_(needs_grad), k.requires_grad_(needs_grad)
+    parts = [type(part)(*(x.to("meta") for x in part.tensors())) for part in MASKS[mask].parts]
+    there = parts[0] & parts[-1]
+    out = backend(q, k, k, AttentionSpec.of(q, k, k, mask=there, need_lse=not needs_grad))
+    if needs_grad:
+        assert isinstance(out, Tensor) and out.shape == q.shape
+        out.sum().backward()
+    else:
+        assert [x.shape for x in out] == [q.shape, (2, 4, 5)]
