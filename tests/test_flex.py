@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch._dynamo.testing import CompileCounter
 
-from flashmha import ALiBi, AttentionSpec, KeyLengths, Rule, TensorBias, Window, causal
+from flashmha import ALiBi, AttentionSpec, KeyLengths, KeyPadding, Rule, TensorBias, Window, causal
 from flashmha.backends import flex
 from flashmha.backends.flex import KEPT, Flex
 from flashmha.masks import Mask
-from flashmha.testing import assert_agrees, noise, seeds, specs, tensors
+from flashmha.testing import assert_agrees, assert_same, noise, seeds, specs, tensors
 
 COMPILE = torch.compile
 PLAIN = dataclasses.replace(Flex.limits, features=Flex.limits.features - {"documents", "sinks", "lse", "lse_grad"})
@@ -158,3 +158,26 @@ def test_a_function_of_one_shape_gives_the_answer(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(torch, "compile", lambda function, **options: COMPILE(function, backend="eager", **options))
     spec = AttentionSpec(2, 5, 7, 4, 2, 16, 16, mask=Window(3, 1), softcap=5.0, sinks=torch.zeros(4), need_lse=True)
     assert_agrees(Flex, spec, 0)
+
+
+@pytest.mark.parametrize(
+    "mask", (KeyPadding(torch.arange(9)[None] % 3 != torch.tensor([[0], [1]])), causal()), ids=repr
+)
+def test_somebodys_compiler_cannot_lay_out_a_block_mask(mask: Mask, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(flex, "fuses", lambda spec: False)
+    monkeypatch.setattr(flex, "fused_into_graph", lambda spec: torch.compiler.is_compiling())
+    monkeypatch.setattr(torch, "compile", COMPILE)
+    backend, q = Flex(), noise(0, 2, 9, 2, 16).float()
+    seen: list[Any] = []
+
+    def look(graph: torch.fx.GraphModule, inputs: Any) -> Any:
+        seen.extend(node for node in graph.graph.nodes if "flashmha.whole" in str(node.target))
+        return graph
+
+    def run(q: Tensor) -> Any:
+        return backend(q, q, q, AttentionSpec.of(q, q, q, mask=mask))
+
+    torch._dynamo.reset()
+    with torch.no_grad():
+        assert_same(torch.compile(run, backend=look, fullgraph=True)(q), run(q))
+    assert len(seen) == 4 and all(node.users for node in seen)

@@ -203,7 +203,7 @@ def block_mask(spec: AttentionSpec) -> Any:
     mod = spec.mask.mask_mod(spec.seqlen_q, spec.seqlen_k)
     per_batch = spec.mask.features & {"key_padding", "key_lengths", "dense_mask", "rule"}
     per_head = spec.mask.features & {"dense_mask", "rule"}
-    return create_block_mask(
+    made = create_block_mask(
         mod,
         spec.batch if per_batch else None,
         spec.heads if per_head else None,
@@ -211,6 +211,32 @@ def block_mask(spec: AttentionSpec) -> Any:
         spec.seqlen_k,
         device=str(spec.device),
     )
+    if fused_into_graph(spec):
+        # the kernel finds a batch item by the stride of the heads, and a compiler may give that axis, of size 1, any
+        # stride: torch 2.11 read past the tables of padding in inference
+        for name in TABLES:
+            setattr(made, name, whole(getattr(made, name)))
+    return made
+
+
+TABLES = ("kv_num_blocks", "kv_indices", "full_kv_num_blocks", "full_kv_indices")
+"""What the forward kernel reads of a ``BlockMask``."""
+
+
+def fused_into_graph(spec: AttentionSpec) -> bool:
+    """Somebody's torch.compile makes the block mask, and a kernel that reads it, in one graph."""
+    return spec.device.type != "cpu" and torch.compiler.is_compiling()
+
+
+@torch.library.custom_op("flashmha::whole", mutates_args=())
+def whole(x: Tensor) -> Tensor:
+    """A contiguous copy, as an operator whose strides no compiler changes."""
+    return x.clone(memory_format=torch.contiguous_format)
+
+
+@whole.register_fake
+def _(x: Tensor) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
 def unfused(*args: Any, **kwargs: Any) -> Any:
