@@ -115,7 +115,8 @@ def prepare(layer: Any, call: Reading, wanted: Wanted, skip_padding: bool) -> Pr
         mask = padding.packed(mask, call.valid)
     if dtype is None:
         q, k, v = layer.process_heads(*layer.project(query, key, value))
-        if q.shape[:2] != query.shape[:2]:
+        made, given = q.shape, query.shape
+        if len(made) != 4 or made[0] != given[0] or made[1] != given[1]:
             raise ValueError(
                 f"project and process_heads must return (batch, seqlen, heads, head_dim), q with batch and seqlen_q = "
                 f"{tuple(query.shape[:2])}, got {tuple(q.shape)}, {tuple(k.shape)} and {tuple(v.shape)}."

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from torch import Tensor
+from torch import Tensor, nn
 
 from .backends.base import HALF
 from .heads import WORTH
@@ -21,16 +21,21 @@ if TYPE_CHECKING:
 def project(
     layer: FlashMultiHeadAttention, query: Tensor, key: Tensor, value: Tensor, dtype: torch.dtype | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """q, k and v (batch, seqlen, heads, head_dim) of (batch, seqlen, features), computed in ``dtype``."""
+    """Queries, keys and values of every head. Override for another projection.
+
+    (batch, seqlen, features) in; q (batch, seqlen_q, heads, head_dim), k and v (batch, seqlen_k, heads_kv,
+    head_dim) out. The inputs are one object where the caller passed one. Computed in ``dtype``, which the layer never
+    passes to an override.
+    """
     heads = layer.num_heads
     heads_kv = layer.num_kv_heads or heads
     head_dim = layer.embed_dim // heads
-    weight, bias = layer.in_proj_weight, layer.in_proj_bias
+    weight, bias = parameter(layer, "in_proj_weight"), parameter(layer, "in_proj_bias")
     if weight is not None and query is key and key is value:
         packed = linear(query, weight, bias, dtype)
         if heads_kv == heads and packed.numel() < WORTH:  # what ``split`` says, in fewer steps, which tiny layers feel
-            q, k, v = packed.view(*packed.shape[:2], 3, heads, head_dim).unbind(2)
-            return q, k, v
+            batch, seqlen, _ = packed.shape
+            return packed.view(batch, seqlen, 3, heads, head_dim).unbind(2)  # type: ignore[return-value]
         return split(packed, head_dim, [heads, heads_kv, heads_kv])  # type: ignore[return-value]
     sizes = [heads, heads_kv, heads_kv]
     rows = [size * head_dim for size in sizes]
@@ -50,12 +55,22 @@ def split(packed: Tensor, head_dim: int, sizes: list[int]) -> tuple[Tensor, ...]
 
 
 def merge(layer: FlashMultiHeadAttention, out: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """(batch, seqlen_q, embed_dim) of out (batch, seqlen_q, heads, head_dim)."""
-    out, out_proj = out.flatten(2), layer.out_proj
+    """The output projection. Override for another one.
+
+    out (batch, seqlen_q, heads, head_dim) in; (batch, seqlen_q, embed_dim) out, computed in ``dtype``.
+    """
+    out, out_proj = out.flatten(2), layer._modules["out_proj"]
+    assert out_proj is not None
     if layer.call_out_proj:
         projected: Tensor = out_proj(out)
         return projected
-    return linear(out, out_proj.weight, out_proj.bias, dtype)
+    return linear(out, parameter(out_proj, "weight"), parameter(out_proj, "bias"), dtype)  # type: ignore[arg-type]
+
+
+def parameter(module: nn.Module, name: str) -> Tensor | None:
+    """``getattr`` of a parameter, without the exception that is raised and caught on its way to ``nn.Module``."""
+    parameters = module._parameters
+    return parameters[name] if name in parameters else getattr(module, name)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype | None = None) -> Tensor:

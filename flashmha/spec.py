@@ -130,8 +130,8 @@ class AttentionSpec:
             grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
             if deterministic is None:
                 deterministic = torch.are_deterministic_algorithms_enabled()
-            where = (dtype, k.dtype, v.dtype, device, k.device, v.device)
-            key = (q.shape, k.shape, v.shape, where, grad, softcap, softmax_scale, dropout_p, need_lse, deterministic)
+            sizes, kinds, devices = (q.shape, k.shape, v.shape), (dtype, k.dtype, v.dtype), (device, k.device, v.device)
+            key = (sizes, kinds, devices, grad, softcap, softmax_scale, dropout_p, need_lse, deterministic)
             known = shared.get(key)
             if known is not None:
                 return known
