@@ -162,9 +162,8 @@ def computing_dtype(layer: Any, call: Reading, wanted: Wanted) -> torch.dtype | 
 
 def may_change(layer: Any, q: Tensor, k: Tensor) -> bool:
     """Somebody else may hold q or k, as a cache does, and write into them before the weights are looked at."""
-    if not overridden(layer):
-        return False
-    return any(x.is_inference() or x._version > 0 for x in (q, k))
+    written = q.is_inference() or k.is_inference() or q._version > 0 or k._version > 0
+    return written and bool(overridden(layer))
 
 
 def attend_nested(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import platform
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -30,7 +30,7 @@ def project(
     heads = layer.num_heads
     heads_kv = layer.num_kv_heads or heads
     head_dim = layer.embed_dim // heads
-    weight, bias = parameter(layer, "in_proj_weight"), parameter(layer, "in_proj_bias")
+    weight, bias = parameters(layer, "in_proj_weight", "in_proj_bias")
     if weight is not None and query is key and key is value:
         packed = linear(query, weight, bias, dtype)
         if heads_kv == heads and packed.numel() < WORTH:  # what ``split`` says, in fewer steps, which tiny layers feel
@@ -64,13 +64,15 @@ def merge(layer: FlashMultiHeadAttention, out: Tensor, dtype: torch.dtype | None
     if layer.call_out_proj:
         projected: Tensor = out_proj(out)
         return projected
-    return linear(out, parameter(out_proj, "weight"), parameter(out_proj, "bias"), dtype)  # type: ignore[arg-type]
+    return linear(out, *parameters(out_proj, "weight", "bias"), dtype)
 
 
-def parameter(module: nn.Module, name: str) -> Tensor | None:
-    """``getattr`` of a parameter, without the exception that is raised and caught on its way to ``nn.Module``."""
-    parameters = module._parameters
-    return parameters[name] if name in parameters else getattr(module, name)
+def parameters(module: nn.Module, weight: str, bias: str) -> tuple[Any, Any]:
+    """``getattr`` of two parameters, without the exceptions raised and caught on the way to those of ``nn.Module``."""
+    held = module._parameters
+    if weight in held and bias in held:
+        return held[weight], held[bias]
+    return getattr(module, weight), getattr(module, bias)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype | None = None) -> Tensor:

@@ -130,8 +130,12 @@ class AttentionSpec:
             grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
             if deterministic is None:
                 deterministic = torch.are_deterministic_algorithms_enabled()
-            sizes, kinds, devices = (q.shape, k.shape, v.shape), (dtype, k.dtype, v.dtype), (device, k.device, v.device)
-            key = (sizes, kinds, devices, grad, softcap, softmax_scale, dropout_p, need_lse, deterministic)
+            # fmt: off
+            key = (
+                q.shape, k.shape, v.shape, dtype, k.dtype, v.dtype, device, k.device, v.device,
+                grad, softcap, softmax_scale, dropout_p, need_lse, deterministic,
+            )
+            # fmt: on
             known = shared.get(key)
             if known is not None:
                 return known

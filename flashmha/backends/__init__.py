@@ -56,6 +56,8 @@ __all__ = [
 
 Wanted = str | Sequence[str] | None
 VARIABLE = "FLASHMHA_BACKEND"
+KEY: Any = os.environ.encodekey(VARIABLE)
+"""The name as ``os.environ`` keeps it."""
 
 
 OWN = (Sdpa, Flash4, Flash3, Flash2, Flex, Naive)
@@ -147,18 +149,11 @@ def asked(wanted: Wanted = None) -> tuple[str, Wanted]:
         return "backend", wanted
     if state.wanted is not None:
         return "use_backend", state.wanted
-    named = variable()
-    return VARIABLE, [name.strip() for name in named.split(",")] if named else None
-
-
-def variable() -> str | None:
-    """``os.environ.get(VARIABLE)``, which raises and catches two exceptions where nothing is set, in every call."""
     values = getattr(os.environ, "_data", None)
-    return None if values is not None and KEY not in values else os.environ.get(VARIABLE)
-
-
-KEY: Any = os.environ.encodekey(VARIABLE)
-"""The name as ``os.environ`` keeps it."""
+    if values is not None and KEY not in values:  # where ``get`` would raise and catch two exceptions, in every call
+        return VARIABLE, None
+    named = os.environ.get(VARIABLE)
+    return VARIABLE, [name.strip() for name in named.split(",")] if named else None
 
 
 def preference(wanted: Wanted = None) -> Wanted:
