@@ -23,6 +23,7 @@ from .backends import Wanted, choose, get, note, preference
 from .backends.base import Backend
 from .backends.naive import probabilities, scores, weigh
 from .deferred import Cell, Deferred
+from .features import overridden
 from .functional import AUTOCAST, run
 from .masks import Mask, normalize, traced
 from .padding import unpack
@@ -315,7 +316,6 @@ def attention_with_weights(
     average: bool = True,
     batched: bool = True,
     dtype: torch.dtype | None = None,
-    at_once: bool = False,
     rows: Tensor | None = None,
     padded: Padded | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -323,7 +323,7 @@ def attention_with_weights(
 
     The weights are (batch, heads, seqlen_q, seqlen_k), or their mean over heads with ``average``, without the batch
     axis unless ``batched``, in ``dtype``, and 0 outside ``rows`` (batch, seqlen_q). ``padded`` for q, k and v that hold
-    the real tokens alone; ``at_once`` for a q or k that somebody else may change.
+    the real tokens alone.
 
     Where PyTorch records what runs (compile, export, torch.func, forward AD) both are ordinary tensors, and a compiler
     drops what nobody reads; the definition makes both in one pass, unless a backend is named.
@@ -355,9 +355,15 @@ def attention_with_weights(
         out, weights = Weights.apply(out, q, k, fused, learned, problem, recipe)  # type: ignore[no-untyped-call]
     else:
         weights = defer(recipe)
-    if at_once or (q.is_cuda and torch.cuda.is_current_stream_capturing()):
+    if may_change(layer, q, k) or (q.is_cuda and torch.cuda.is_current_stream_capturing()):
         weights.cell.values()
     return out, weights
+
+
+def may_change(layer: Any, q: Tensor, k: Tensor) -> bool:
+    """A hop of the layer's may hold q or k, as a cache does, and write into them before the weights are looked at."""
+    written = q.is_inference() or k.is_inference() or q._version > 0 or k._version > 0
+    return written and layer is not None and bool(overridden(layer))
 
 
 def by_definition(

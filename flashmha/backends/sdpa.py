@@ -55,7 +55,7 @@ class Sdpa(Backend):
         return reasons
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> Tensor | tuple[Tensor, Tensor]:
-        if spec.device.type == "cuda":
+        if q.is_cuda:
             return attend_on_cuda(q, k, v, spec)
         if spec.mask is None and spec.bias is None:
             return attend(q, k, v, None, spec)
