@@ -54,7 +54,7 @@ def attend(
     if query.is_nested or key.is_nested or value.is_nested:
         nested.check(layer, query, key, value, key_padding_mask, attn_mask)
         return attend_nested(layer, query, key, value, need_weights, average_attn_weights, is_causal, backend)
-    if torch.jit.is_tracing() or wants_torch_function(layer, query, key, value):
+    if torch._C._get_tracing_state() is not None or wants_torch_function(layer, query, key, value):
         refuse_torchscript(layer, backend)
         return as_stock(
             layer, query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal

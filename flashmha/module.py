@@ -187,7 +187,14 @@ class FlashMultiHeadAttention(nn.MultiheadAttention):
             backend,
         )
 
-    project = hop(projection.project)
+    @hop
+    def project(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values of every head. Override for another projection.
+
+        (batch, seqlen, features) in; q (batch, seqlen_q, heads, head_dim), k and v (batch, seqlen_k, heads_kv,
+        head_dim) out. The inputs are one object where the caller passed one.
+        """
+        return projection.project(self, query, key, value)
 
     @hop
     def process_heads(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -198,7 +205,13 @@ class FlashMultiHeadAttention(nn.MultiheadAttention):
         """
         return q, k, v
 
-    merge = hop(projection.merge)
+    @hop
+    def merge(self, out: Tensor) -> Tensor:
+        """The output projection. Override for another one.
+
+        out (batch, seqlen_q, heads, head_dim) in; (batch, seqlen_q, embed_dim) out.
+        """
+        return projection.merge(self, out)
 
     @torch.jit.unused
     def __prepare_scriptable__(self) -> "FlashMultiHeadAttention":

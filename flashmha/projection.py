@@ -21,12 +21,7 @@ if TYPE_CHECKING:
 def project(
     layer: FlashMultiHeadAttention, query: Tensor, key: Tensor, value: Tensor, dtype: torch.dtype | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries, keys and values of every head. Override for another projection.
-
-    (batch, seqlen, features) in; q (batch, seqlen_q, heads, head_dim), k and v (batch, seqlen_k, heads_kv,
-    head_dim) out. The inputs are one object where the caller passed one. Computed in ``dtype``, which the layer never
-    passes to an override.
-    """
+    """q, k and v (batch, seqlen, heads, head_dim) of (batch, seqlen, features), computed in ``dtype``."""
     heads = layer.num_heads
     heads_kv = layer.num_kv_heads or heads
     head_dim = layer.embed_dim // heads
@@ -55,10 +50,7 @@ def split(packed: Tensor, head_dim: int, sizes: list[int]) -> tuple[Tensor, ...]
 
 
 def merge(layer: FlashMultiHeadAttention, out: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """The output projection. Override for another one.
-
-    out (batch, seqlen_q, heads, head_dim) in; (batch, seqlen_q, embed_dim) out, computed in ``dtype``.
-    """
+    """(batch, seqlen_q, embed_dim) of out (batch, seqlen_q, heads, head_dim)."""
     out, out_proj = out.flatten(2), layer._modules["out_proj"]
     assert out_proj is not None
     if layer.call_out_proj:
