@@ -51,7 +51,7 @@ def attend(
     backend: Wanted,
 ) -> tuple[Tensor, Tensor | None]:
     """One forward of a layer."""
-    if query.is_nested or key.is_nested or value.is_nested:
+    if query.is_nested or (key is not query and key.is_nested) or (value is not key and value.is_nested):
         nested.check(layer, query, key, value, key_padding_mask, attn_mask)
         return attend_nested(layer, query, key, value, need_weights, average_attn_weights, is_causal, backend)
     if torch._C._get_tracing_state() is not None or wants_torch_function(layer, query, key, value):
@@ -122,7 +122,8 @@ def prepare(layer: Any, call: Reading, wanted: Wanted, skip_padding: bool) -> Pr
                 f"project and process_heads must return (batch, seqlen, heads, head_dim), q with batch and seqlen_q = "
                 f"{tuple(query.shape[:2])}, got {tuple(q.shape)}, {tuple(k.shape)} and {tuple(v.shape)}."
             )
-        q, k, v = autocast(q, k, v)
+        if torch._C._is_any_autocast_enabled():
+            q, k, v = autocast(q, k, v)
     else:
         q, k, v = projection.project(layer, query, key, value, dtype)
     if columns:  # always visible, and outside position space

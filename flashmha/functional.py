@@ -108,8 +108,6 @@ AUTOCAST = tuple(kind for kind in ("cpu", "cuda", "xpu", "mps", "hpu") if torch.
 
 def autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """q, k and v in the autocast dtype where autocast is on: kernels outside torch do not do it themselves."""
-    if not torch._C._is_any_autocast_enabled():
-        return q, k, v
     device = q.device.type
     if device not in AUTOCAST or not torch.is_autocast_enabled(device):
         return q, k, v
