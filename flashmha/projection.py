@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from .backends.base import HALF
 from .heads import WORTH
@@ -59,10 +60,17 @@ def merge(layer: FlashMultiHeadAttention, out: Tensor, dtype: torch.dtype | None
     return linear(out, *parameters(out_proj, "weight", "bias"), dtype)
 
 
+PLAIN: list[type] = [nn.Linear, NonDynamicallyQuantizableLinear]
+"""Classes that define nothing under the names of their parameters; the layer's own joins them."""
+
+
 def parameters(module: nn.Module, weight: str, bias: str) -> tuple[Any, Any]:
-    """``getattr`` of two parameters, without the exceptions raised and caught on the way to those of ``nn.Module``."""
+    """``getattr`` of two parameters, without the exceptions raised and caught on the way to those of ``nn.Module``.
+
+    A subclass may have a property there, and a module whose weights were replaced holds them elsewhere.
+    """
     held = module._parameters
-    if weight in held and bias in held:
+    if type(module) in PLAIN and weight in held and bias in held:
         return held[weight], held[bias]
     return getattr(module, weight), getattr(module, bias)
 

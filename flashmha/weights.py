@@ -381,7 +381,7 @@ def by_definition(
     return out, recipe.shaped(weights)
 
 
-asked: dict[AttentionSpec, tuple[Backend, AttentionSpec]] = {}
+remembered: dict[AttentionSpec, tuple[Backend, AttentionSpec]] = {}
 """What ``asking`` said about a shared problem, and of which backend."""
 
 
@@ -391,16 +391,16 @@ def asking(spec: AttentionSpec, backend: Backend) -> AttentionSpec:
     Not beside a bias, which may move all scores of a row far off, as -10000 does, where a log-sum-exp in float32 is
     coarse.
     """
-    known = asked.get(spec) if spec.shared else None
+    known = remembered.get(spec) if spec.shared else None
     if known is not None and known[0] is backend:
         return known[1]
     found = spec.with_lse() if spec.bias is None else spec
     if backend.unsupported(found) is not None or backend.unbuilt(found) is not None:
         found = spec
     if spec.shared:
-        if len(asked) >= SHARED:
-            asked.clear()
-        asked[spec] = (backend, found)
+        if len(remembered) >= SHARED:
+            remembered.clear()
+        remembered[spec] = (backend, found)
     return found
 
 

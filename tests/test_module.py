@@ -638,6 +638,24 @@ WEIGHTS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
 
 
 @given(problem=problems(layers=blueprints(dtypes=EXACT)))
+def test_a_subclass_may_have_properties_for_weights(problem: tuple[Blueprint, Call]) -> None:
+    class Doubled(FlashMultiHeadAttention):
+        @property
+        def in_proj_weight(self) -> Tensor | None:
+            held = self.__dict__["_parameters"].get("in_proj_weight")
+            return None if held is None else 2 * held
+
+    blueprint, call = problem
+    layer, twin = (blueprint.build(FlashMultiHeadAttention) for _ in range(2))
+    layer.__class__ = Doubled
+    if twin.in_proj_weight is not None:
+        with torch.no_grad():
+            twin.in_proj_weight.mul_(2)
+    tensors = call.tensors(blueprint)
+    assert_same(ask(layer, call, tensors)["output"], ask(twin, call, tensors)["output"], "output")
+
+
+@given(problem=problems(layers=blueprints(dtypes=EXACT)))
 def test_out_proj_may_be_anything_with_a_weight_and_a_bias(problem: tuple[Blueprint, Call]) -> None:
     blueprint, call = problem
     assume(not (call.hint_alone and blueprint.extra_columns))
