@@ -51,28 +51,23 @@ def read_call(
     """
     columns = extra_columns(layer)
     check_inputs(layer, query, key, value)
-    if key_padding_mask is not None or attn_mask is not None:
-        check_masks(layer, query, key, key_padding_mask, attn_mask, columns)
-    if is_causal and attn_mask is None:
-        raise RuntimeError(
-            "Need attn_mask if specifying the is_causal hint. You may use the Transformer module method "
-            "`generate_square_subsequent_mask` to create this mask."
-        )
-    # stock reads no mask beside the hint, unless it has another reason to
-    hinted = is_causal and (layer.trust_is_causal or (not need_weights and key_padding_mask is None))
-    if hinted:
-        attn_mask = None
-    if attn_mask is not None:
-        check_attn_mask_shape(layer, query, key, attn_mask)
-    batched, same_q, same_kv = query.dim() == 3, query is key, key is value
-    if not batched:
-        query, key, value = query.unsqueeze(0), key.unsqueeze(0), value.unsqueeze(0)
-    elif not layer.batch_first:
-        query, key, value = query.transpose(0, 1), key.transpose(0, 1), value.transpose(0, 1)
-    value = key if same_kv else value
-    query = key if same_q else query
-    mask: Mask | None = causal(align="top_left") if hinted else None
+    mask: Mask | None = None
     bias: Tensor | None = None
+    if key_padding_mask is not None or attn_mask is not None or is_causal:
+        check_masks(layer, query, key, key_padding_mask, attn_mask, columns)
+        if is_causal and attn_mask is None:
+            raise RuntimeError(
+                "Need attn_mask if specifying the is_causal hint. You may use the Transformer module method "
+                "`generate_square_subsequent_mask` to create this mask."
+            )
+        # stock reads no mask beside the hint, unless it has another reason to
+        if is_causal and (layer.trust_is_causal or (not need_weights and key_padding_mask is None)):
+            attn_mask, mask = None, causal(align="top_left")
+        if attn_mask is not None:
+            check_attn_mask_shape(layer, query, key, attn_mask)
+    batched = query.dim() == 3
+    if not (batched and layer.batch_first):
+        query, key, value = batch_first(query, key, value, batched)
     if key_padding_mask is None and attn_mask is None:
         return Reading(query, key, value, mask, bias, batched, columns, None)
     if key_padding_mask is not None and hides_or_nothing(key_padding_mask):
@@ -97,6 +92,16 @@ def read_call(
             seen = Dense(~four_axes(given, name, query.shape[0], layer.num_heads))
             mask = seen if mask is None else mask & seen
     return Reading(query, key, value, mask, bias, batched, columns, valid)
+
+
+def batch_first(query: Tensor, key: Tensor, value: Tensor, batched: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Inputs (seqlen, batch, features) or without a batch as (batch, seqlen, features), one object where they were."""
+
+    def turned(x: Tensor) -> Tensor:
+        return x.transpose(0, 1) if batched else x.unsqueeze(0)
+
+    k = turned(key)
+    return k if query is key else turned(query), k, k if key is value else turned(value)
 
 
 def hides_or_nothing(mask: Tensor) -> bool:

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple, Union
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.overrides import has_torch_function
 
 from . import nested, padding, projection
 from .backends import preference
@@ -50,10 +51,10 @@ def attend(
     backend: Wanted,
 ) -> tuple[Tensor, Tensor | None]:
     """One forward of a layer."""
-    if query.is_nested or key.is_nested or value.is_nested:
+    if query.is_nested or (key is not query and key.is_nested) or (value is not key and value.is_nested):
         nested.check(layer, query, key, value, key_padding_mask, attn_mask)
         return attend_nested(layer, query, key, value, need_weights, average_attn_weights, is_causal, backend)
-    if torch.jit.is_tracing() or wants_torch_function(layer, query, key, value):
+    if torch._C._get_tracing_state() is not None or wants_torch_function(layer, query, key, value):
         refuse_torchscript(layer, backend)
         return as_stock(
             layer, query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
@@ -87,7 +88,6 @@ def attend_call(
             average=average_attn_weights,
             batched=call.batched,
             dtype=q.dtype if dtype is None else call.query.dtype,
-            at_once=may_change(layer, q, k),
             rows=rows,
             padded=padded,
         )
@@ -105,31 +105,33 @@ def attend_call(
 
 def prepare(layer: Any, call: Reading, wanted: Wanted, skip_padding: bool) -> Problem:
     """Hops 2 and 3: the heads projected and processed, and the problem they make."""
-    query, key, value, mask, padded = call.query, call.key, call.value, call.mask, None
+    query, key, value, mask, bias, _, columns, valid = call
+    padded: Padded | None = None
     dtype = computing_dtype(layer, call, wanted) if query.dtype in HALF else None
     if layer.window is not None:
         mask = layer.window if mask is None else mask & layer.window
-    if skip_padding and call.valid is not None and padding.refusal(layer, call) is None:
-        padded = Padded(mask, padding.places(call.valid), call.valid)
+    if skip_padding and valid is not None and padding.refusal(layer, call) is None:
+        padded = Padded(mask, padding.places(valid), valid)
         query = key = value = query.flatten(0, 1).index_select(0, padded.places)[None]
-        mask = padding.packed(mask, call.valid)
+        mask = padding.packed(mask, valid)
     if dtype is None:
         q, k, v = layer.process_heads(*layer.project(query, key, value))
-        if q.shape[:2] != query.shape[:2]:
+        made, given = q.shape, query.shape
+        if len(made) != 4 or made[0] != given[0] or made[1] != given[1]:
             raise ValueError(
                 f"project and process_heads must return (batch, seqlen, heads, head_dim), q with batch and seqlen_q = "
                 f"{tuple(query.shape[:2])}, got {tuple(q.shape)}, {tuple(k.shape)} and {tuple(v.shape)}."
             )
-        q, k, v = autocast(q, k, v)
+        if torch._C._is_any_autocast_enabled():
+            q, k, v = autocast(q, k, v)
     else:
         q, k, v = projection.project(layer, query, key, value, dtype)
-    bias = call.bias
-    if call.columns:  # always visible, and outside position space
+    if columns:  # always visible, and outside position space
         if mask is not None:
             seen = mask.materialize(q.shape[0], q.shape[2], q.shape[1], k.shape[1], q.device)
-            mask = Dense(F.pad(seen, (0, call.columns), value=True))
+            mask = Dense(F.pad(seen, (0, columns), value=True))
         if bias is not None:
-            bias = F.pad(bias, (0, call.columns))
+            bias = F.pad(bias, (0, columns))
         k, v = projection.append_columns(layer, k, v)
     spec = AttentionSpec.of(
         q,
@@ -157,13 +159,6 @@ def computing_dtype(layer: Any, call: Reading, wanted: Wanted) -> torch.dtype | 
     if any(x is not None and x.dtype != dtype for x in tensors):
         return None  # an error of the caller's, which the projection reports
     return torch.float32
-
-
-def may_change(layer: Any, q: Tensor, k: Tensor) -> bool:
-    """Somebody else may hold q or k, as a cache does, and write into them before the weights are looked at."""
-    if not overridden(layer):
-        return False
-    return any(x.is_inference() or x._version > 0 for x in (q, k))
 
 
 def attend_nested(
@@ -209,7 +204,7 @@ def wants_torch_function(layer: Any, *inputs: Tensor) -> bool:
     tensors: Any = (*inputs, *inner.values(), *outer.values())
     if "in_proj_weight" not in inner or "weight" not in outer:  # pruned, parametrized, or put there by hand
         tensors = (*tensors, getattr(layer, "in_proj_weight", None), getattr(out_proj, "weight", None))
-    if not torch.overrides.has_torch_function(tensors):
+    if not has_torch_function(tensors):
         return False
     for tensor in tensors:
         kind = type(tensor)

@@ -263,6 +263,9 @@ class FlashMultiHeadAttention(nn.MultiheadAttention):
         mark(self)
 
 
+projection.PLAIN.append(FlashMultiHeadAttention)
+
+
 def alike(module: nn.MultiheadAttention, kind: type[Any]) -> Any:
     """A module of another class with the same parameters, hooks and attributes; dicts are copied, tensors not."""
     twin: Any = object.__new__(kind)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import platform
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from .backends.base import HALF
 from .heads import WORTH
@@ -25,12 +26,12 @@ def project(
     heads = layer.num_heads
     heads_kv = layer.num_kv_heads or heads
     head_dim = layer.embed_dim // heads
-    weight, bias = layer.in_proj_weight, layer.in_proj_bias
+    weight, bias = parameters(layer, "in_proj_weight", "in_proj_bias")
     if weight is not None and query is key and key is value:
         packed = linear(query, weight, bias, dtype)
         if heads_kv == heads and packed.numel() < WORTH:  # what ``split`` says, in fewer steps, which tiny layers feel
-            q, k, v = packed.view(*packed.shape[:2], 3, heads, head_dim).unbind(2)
-            return q, k, v
+            batch, seqlen, _ = packed.shape
+            return packed.view(batch, seqlen, 3, heads, head_dim).unbind(2)  # type: ignore[return-value]
         return split(packed, head_dim, [heads, heads_kv, heads_kv])  # type: ignore[return-value]
     sizes = [heads, heads_kv, heads_kv]
     rows = [size * head_dim for size in sizes]
@@ -51,11 +52,27 @@ def split(packed: Tensor, head_dim: int, sizes: list[int]) -> tuple[Tensor, ...]
 
 def merge(layer: FlashMultiHeadAttention, out: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """(batch, seqlen_q, embed_dim) of out (batch, seqlen_q, heads, head_dim)."""
-    out, out_proj = out.flatten(2), layer.out_proj
+    out, out_proj = out.flatten(2), layer._modules["out_proj"]
+    assert out_proj is not None
     if layer.call_out_proj:
         projected: Tensor = out_proj(out)
         return projected
-    return linear(out, out_proj.weight, out_proj.bias, dtype)
+    return linear(out, *parameters(out_proj, "weight", "bias"), dtype)
+
+
+PLAIN: list[type] = [nn.Linear, NonDynamicallyQuantizableLinear]
+"""Classes that define nothing under the names of their parameters; the layer's own joins them."""
+
+
+def parameters(module: nn.Module, weight: str, bias: str) -> tuple[Any, Any]:
+    """``getattr`` of two parameters, without the exceptions raised and caught on the way to those of ``nn.Module``.
+
+    A subclass may have a property there, and a module whose weights were replaced holds them elsewhere.
+    """
+    held = module._parameters
+    if type(module) in PLAIN and weight in held and bias in held:
+        return held[weight], held[bias]
+    return getattr(module, weight), getattr(module, bias)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype | None = None) -> Tensor:

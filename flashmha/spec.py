@@ -129,9 +129,13 @@ class AttentionSpec:
         if mask is None and bias is None and sinks is None and plain(q, k, v):
             grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
             if deterministic is None:
-                deterministic = torch.are_deterministic_algorithms_enabled()
-            where = (dtype, k.dtype, v.dtype, device, k.device, v.device)
-            key = (q.shape, k.shape, v.shape, where, grad, softcap, softmax_scale, dropout_p, need_lse, deterministic)
+                deterministic = torch._C._get_deterministic_algorithms()
+            # fmt: off
+            key = (
+                q.shape, k.shape, v.shape, dtype, k.dtype, v.dtype, device, k.device, v.device,
+                grad, softcap, softmax_scale, dropout_p, need_lse, deterministic,
+            )
+            # fmt: on
             known = shared.get(key)
             if known is not None:
                 return known
@@ -267,7 +271,7 @@ shared: dict[tuple[Any, ...], AttentionSpec] = {}
 
 def plain(q: Tensor, k: Tensor, v: Tensor) -> bool:
     """Ordinary tensors that nobody transforms or records: their sizes and flags are all there is to know."""
-    if torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None:
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return False
     return type(q) is Tensor and type(k) is Tensor and type(v) is Tensor
 

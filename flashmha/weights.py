@@ -20,13 +20,15 @@ from torch import Tensor
 
 from . import tiles
 from .backends import Wanted, choose, get, note, preference
+from .backends.base import Backend
 from .backends.naive import probabilities, scores, weigh
 from .deferred import Cell, Deferred
+from .features import overridden
 from .functional import AUTOCAST, run
 from .masks import Mask, normalize, traced
 from .padding import unpack
 from .scores import TensorBias
-from .spec import AttentionSpec
+from .spec import SHARED, AttentionSpec
 
 BLOCK = 2**19
 """Scores computed at a time: about what a core's cache holds."""
@@ -243,65 +245,56 @@ def cut(table: Tensor, heads: slice, rows: slice) -> Tensor:
 
 
 class Weights(torch.autograd.Function):
-    """The weights of a recipe as a function of q, k and the bias."""
+    """A backend's output, and the weights of a recipe beside it, which are a function of q, k and the bias.
 
-    @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, bias: Tensor | None, recipe: Recipe) -> Tensor:
-        ctx.recipe = recipe
-        ctx.save_for_backward(q, k, bias)
-        return defer(recipe)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> Any:
-        q, k, bias = ctx.saved_tensors
-        if torch.is_grad_enabled() or is_batched(grads[0]):
-            wanted = [x for x, needed in zip((q, k, bias), ctx.needs_input_grad) if needed]
-            with torch.enable_grad():
-                made = iter(torch.autograd.grad(ctx.recipe.define(q, k, bias), wanted, grads, create_graph=True))
-            return (*(next(made) if needed else None for needed in ctx.needs_input_grad[:3]), None)
-        return (*ctx.recipe.gradients(grads[0], ctx.needs_input_grad[:3]), None)
-
-
-class Twice(torch.autograd.Function):
-    """q, k, v and the bias as they are, on their way to a backend whose output can then be differentiated twice.
-
-    The stock layer can with ``need_weights=True``, and no fused kernel. A plain backward takes the backend's own
-    gradients; one with ``create_graph`` puts those of the definition in their place.
+    With v the output can be differentiated twice, which the stock layer's can with ``need_weights=True`` and no fused
+    kernel's: a backward with ``create_graph`` takes the gradients of the definition and hands the backend none; a plain
+    one takes the backend's own.
     """
 
     @staticmethod
-    def forward(ctx: Any, spec: AttentionSpec, out: Output, *inputs: Tensor | None) -> Any:
-        ctx.spec, ctx.out = spec, out
-        ctx.save_for_backward(*inputs)
+    def forward(
+        ctx: Any,
+        out: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor | None,
+        bias: Tensor | None,
+        spec: AttentionSpec,
+        recipe: Recipe,
+    ) -> Any:
+        ctx.spec, ctx.recipe = spec, recipe
+        ctx.save_for_backward(q, k, v, bias)
         ctx.set_materialize_grads(False)
-        return tuple(None if x is None else x.view_as(x) for x in inputs)
+        weights = defer(recipe)
+        _, of_q, of_k, _, of_bias, _, _ = ctx.needs_input_grad
+        if not (of_q or of_k or of_bias):
+            ctx.mark_non_differentiable(weights)
+        return out.detach(), weights  # an input returned as it is could not be written in place
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        if not torch.is_grad_enabled():
-            return (None, None, *grads)
-        inputs = ctx.saved_tensors
-        q, k, v, bias = inputs
-        spec = with_bias(ctx.spec, bias)
-        out = weigh(probabilities(*scores(q, k, spec), spec), v, spec)
-        wanted = [x for x, needed in zip(inputs, ctx.needs_input_grad[2:]) if needed]
-        made = iter(torch.autograd.grad(out, wanted, ctx.out.take(), create_graph=True, allow_unused=True))
-        return (None, None, *(next(made) if needed else None for needed in ctx.needs_input_grad[2:]))
-
-
-class Output:
-    """The output's gradient, in a backward that is itself differentiated, on its way to ``Twice``."""
-
-    def __init__(self) -> None:
-        self.grad: Tensor | None = None
-
-    def keep(self, grad: Tensor) -> None:
-        if torch.is_grad_enabled():
-            self.grad = grad
-
-    def take(self) -> Tensor | None:
-        grad, self.grad = self.grad, None
-        return grad
+        of_out, of_weights = grads
+        again = torch.is_grad_enabled()
+        if of_weights is None and not again:
+            return of_out, None, None, None, None, None, None
+        needed = ctx.needs_input_grad[1:5]
+        inputs = q, k, v, bias = ctx.saved_tensors
+        if not (again or is_batched(of_weights)):
+            dq, dk, d_bias = ctx.recipe.gradients(of_weights, (needed[0], needed[1], needed[3]))
+            return of_out, dq, dk, None, d_bias, None, None
+        with torch.enable_grad():
+            defined = [] if of_weights is None else [(ctx.recipe.define(q, k, bias), of_weights)]
+            if v is not None and of_out is not None and again:
+                spec = with_bias(ctx.spec, bias)
+                defined.append((weigh(probabilities(*scores(q, k, spec), spec), v, spec), of_out))
+                of_out = None
+            if not defined:
+                return of_out, None, None, None, None, None, None
+            wanted = [x for x, need in zip(inputs, needed) if need]
+            outputs, gradients = zip(*defined)
+            made = iter(torch.autograd.grad(outputs, wanted, gradients, create_graph=True, allow_unused=True))
+        return (of_out, *(next(made) if need else None for need in needed), None, None)
 
 
 class Padded(NamedTuple):
@@ -323,7 +316,6 @@ def attention_with_weights(
     average: bool = True,
     batched: bool = True,
     dtype: torch.dtype | None = None,
-    at_once: bool = False,
     rows: Tensor | None = None,
     padded: Padded | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -331,47 +323,47 @@ def attention_with_weights(
 
     The weights are (batch, heads, seqlen_q, seqlen_k), or their mean over heads with ``average``, without the batch
     axis unless ``batched``, in ``dtype``, and 0 outside ``rows`` (batch, seqlen_q). ``padded`` for q, k and v that hold
-    the real tokens alone; ``at_once`` for a q or k that somebody else may change.
+    the real tokens alone.
 
     Where PyTorch records what runs (compile, export, torch.func, forward AD) both are ordinary tensors, and a compiler
     drops what nobody reads; the definition makes both in one pass, unless a backend is named.
     """
     dtype = q.dtype if dtype is None else dtype
-    recipe = Recipe(q.detach(), k.detach(), spec, None, average, batched, dtype, rows)
+    free = (q.detach(), k.detach()) if q.requires_grad or k.requires_grad else (q, k)
+    recipe = Recipe(*free, spec, None, average, batched, dtype, rows)
     if recorded(spec):
         return by_definition(q, k, v, spec, wanted, layer, recipe)
     backend = choose(spec, wanted)
     note(layer, spec, backend)
-    # a bias may move all scores of a row far off, as -10000 does, where a log-sum-exp in float32 is coarse
-    asking = spec.with_lse() if spec.bias is None else spec
-    if backend.unsupported(asking) is not None or backend.unbuilt(asking) is not None:
-        asking = spec
     learned: Tensor | None = None
     if spec.bias is not None:  # the caller's own tensor, who may change it before anybody looks
         bias = spec.bias.tensors()[0]
         learned = bias if bias.requires_grad else None
         recipe.spec = with_bias(spec, bias.detach().clone())
-    if not spec.needs_grad or spec.dropout_p > 0.0 or backend.name == "naive":
-        result = backend(q, k, v, asking)
-        out, lse = result if isinstance(result, tuple) else (result, None)
-    else:
-        output = Output()
-        q_, k_, v_, bias_ = Twice.apply(recipe.spec, output, q, k, v, learned)  # type: ignore[no-untyped-call]
-        result = backend(q_, k_, v_, with_bias(asking, bias_))
-        out, lse = result if isinstance(result, tuple) else (result, None)
-        if out.requires_grad:
-            out.register_hook(output.keep)
+    problem = recipe.spec
+    result = backend(q, k, v, asking(spec, backend))
+    out, lse = result if isinstance(result, tuple) else (result, None)
     if padded is not None:
         batch, seqlen = padded.rows.shape
         sizes = {"batch": batch, "seqlen_q": seqlen, "seqlen_k": seqlen}
         recipe.spec = recipe.spec.changed(**sizes, mask=normalize(padded.mask, seqlen, seqlen))
         recipe.places, recipe.rows = padded.places, padded.rows
     elif lse is not None:
-        recipe.lse = lse.detach()
-    weights = Weights.apply(q, k, learned, recipe) if spec.needs_grad else defer(recipe)  # type: ignore[no-untyped-call]
-    if at_once or (spec.device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
+        recipe.lse = lse.detach() if lse.requires_grad else lse
+    if spec.needs_grad:
+        fused = None if spec.dropout_p > 0.0 or backend.name == "naive" else v
+        out, weights = Weights.apply(out, q, k, fused, learned, problem, recipe)  # type: ignore[no-untyped-call]
+    else:
+        weights = defer(recipe)
+    if may_change(layer, q, k) or (q.is_cuda and torch.cuda.is_current_stream_capturing()):
         weights.cell.values()
     return out, weights
+
+
+def may_change(layer: Any, q: Tensor, k: Tensor) -> bool:
+    """A hop of the layer's may hold q or k, as a cache does, and write into them before the weights are looked at."""
+    written = q.is_inference() or k.is_inference() or q._version > 0 or k._version > 0
+    return written and layer is not None and bool(overridden(layer))
 
 
 def by_definition(
@@ -387,6 +379,29 @@ def by_definition(
         note(layer, spec, get("naive"))
         out = weigh(weights, v, spec)
     return out, recipe.shaped(weights)
+
+
+remembered: dict[AttentionSpec, tuple[Backend, AttentionSpec]] = {}
+"""What ``asking`` said about a shared problem, and of which backend."""
+
+
+def asking(spec: AttentionSpec, backend: Backend) -> AttentionSpec:
+    """The problem as the backend is asked for it: with the log-sum-exp too, where it can give that.
+
+    Not beside a bias, which may move all scores of a row far off, as -10000 does, where a log-sum-exp in float32 is
+    coarse.
+    """
+    known = remembered.get(spec) if spec.shared else None
+    if known is not None and known[0] is backend:
+        return known[1]
+    found = spec.with_lse() if spec.bias is None else spec
+    if backend.unsupported(found) is not None or backend.unbuilt(found) is not None:
+        found = spec
+    if spec.shared:
+        if len(remembered) >= SHARED:
+            remembered.clear()
+        remembered[spec] = (backend, found)
+    return found
 
 
 def recorded(spec: AttentionSpec) -> bool:

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import pytest
@@ -11,7 +16,9 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
+import flashmha
 from flashmha import FlashMultiHeadAttention, Window, record
 from flashmha.testing import (
     Blueprint,
@@ -631,6 +638,24 @@ WEIGHTS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
 
 
 @given(problem=problems(layers=blueprints(dtypes=EXACT)))
+def test_a_subclass_may_have_properties_for_weights(problem: tuple[Blueprint, Call]) -> None:
+    class Doubled(FlashMultiHeadAttention):
+        @property
+        def in_proj_weight(self) -> Tensor | None:
+            held = self.__dict__["_parameters"].get("in_proj_weight")
+            return None if held is None else 2 * held
+
+    blueprint, call = problem
+    layer, twin = (blueprint.build(FlashMultiHeadAttention) for _ in range(2))
+    layer.__class__ = Doubled
+    if twin.in_proj_weight is not None:
+        with torch.no_grad():
+            twin.in_proj_weight.mul_(2)
+    tensors = call.tensors(blueprint)
+    assert_same(ask(layer, call, tensors)["output"], ask(twin, call, tensors)["output"], "output")
+
+
+@given(problem=problems(layers=blueprints(dtypes=EXACT)))
 def test_out_proj_may_be_anything_with_a_weight_and_a_bias(problem: tuple[Blueprint, Call]) -> None:
     blueprint, call = problem
     assume(not (call.hint_alone and blueprint.extra_columns))
@@ -639,6 +664,76 @@ def test_out_proj_may_be_anything_with_a_weight_and_a_bias(problem: tuple[Bluepr
         torch.manual_seed(call.seed)
         layer.out_proj = nn.Linear(blueprint.embed_dim, blueprint.embed_dim, dtype=torch.float64)
     assert_layers_agree(ours, stock, call, blueprint)
+
+
+# What a plain call costs beside the layer one writes by hand
+
+
+class Hand(nn.Module):
+    """Self-attention of a batch-first layer, as one writes it by hand."""
+
+    def __init__(self, embed_dim: int, num_heads: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.qkv, self.out = nn.Linear(embed_dim, 3 * embed_dim), nn.Linear(embed_dim, embed_dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (part.transpose(1, 2) for part in self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).unbind(2))
+        return self.out(nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+class Operators(TorchDispatchMode):
+    """The operators that run, in order."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+@given(seqlen=st.integers(1, 9), heads=st.sampled_from((1, 2, 4)), batch=st.integers(1, 3), training=st.booleans())
+def test_a_plain_call_runs_the_operators_of_the_layer_written_by_hand(
+    seqlen: int, heads: int, batch: int, training: bool
+) -> None:
+    layer, hand = FlashMultiHeadAttention(16, heads, batch_first=True).train(training), Hand(16, heads).train(training)
+    ran = []
+    for call in (lambda x: layer(x, x, x, need_weights=False)[0], hand):
+        x = torch.randn(batch, seqlen, 16, requires_grad=training)
+        with Operators() as operators, torch.set_grad_enabled(training):
+            out = call(x)
+            if training:
+                out.backward(torch.ones_like(out))
+        ran.append(operators.names)
+    assert ran[0] == ran[1]
+
+
+@contextlib.contextmanager
+def counted() -> Iterator[list[str]]:
+    """The calls of the package's own functions inside the ``with``."""
+    home, names, before = str(Path(flashmha.__file__).parent), [], sys.getprofile()
+
+    def see(frame: FrameType, event: str, argument: Any) -> None:
+        if event == "call" and frame.f_code.co_filename.startswith(home):
+            names.append(frame.f_code.co_name)
+
+    sys.setprofile(see)
+    try:
+        yield names
+    finally:
+        sys.setprofile(before)
+
+
+@pytest.mark.parametrize("need_weights, training, most", [(False, False, 26), (False, True, 26), (True, False, 38)])
+def test_a_plain_call_takes_few_steps(need_weights: bool, training: bool, most: int) -> None:
+    layer, x = FlashMultiHeadAttention(16, 2, batch_first=True).train(training), torch.randn(1, 3, 16)
+    with torch.set_grad_enabled(training):
+        layer(x, x, x, need_weights=need_weights)  # what is found out once
+        with counted() as names:
+            layer(x, x, x, need_weights=need_weights)
+    assert 0 < len(names) <= most, names
 
 
 # What the stock class does not have

@@ -17,7 +17,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import flashmha
-from flashmha import FlashMultiHeadAttention, weights
+from flashmha import AttentionSpec, Backend, FlashMultiHeadAttention, register, weights
+from flashmha.backends import get, unregister
 from flashmha.deferred import Deferred
 from flashmha.testing import seeds
 
@@ -129,6 +130,52 @@ def test_both_can_be_differentiated_twice(case: Case) -> None:
             assert (theirs if ours is None else ours) is None or not (theirs if ours is None else ours).any()
         else:
             torch.testing.assert_close(ours, theirs, atol=1e-9, rtol=1e-9)
+
+
+class Once(torch.autograd.Function):
+    """Attention as fused kernels are: its backward cannot be differentiated."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> Tensor:
+        ctx.spec = spec
+        ctx.save_for_backward(q, k, v)
+        return get("naive")(q, k, v, spec)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        inputs = [x.detach().requires_grad_() for x in ctx.saved_tensors]
+        with torch.enable_grad():
+            out = get("naive")(*inputs, ctx.spec)
+        return *torch.autograd.grad(out, inputs, grad), None
+
+
+class Fused(Backend):
+    name = "fused"
+    limits = get("naive").limits
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> Tensor:
+        return Once.apply(q, k, v, spec.changed(need_lse=False))
+
+    def refusals(self, spec: AttentionSpec) -> list[str]:
+        return super().refusals(spec) + (["no lse"] if spec.need_lse else [])
+
+
+@given(case=cases(backend="fused", mask="none"), look=st.booleans())
+def test_an_output_of_a_fused_kernel_can_be_differentiated_twice(case: Case, look: bool) -> None:
+    answers = []
+    register(Fused)
+    try:
+        for layer in case.layers():
+            call, wanted = case.call()
+            found = layer(**call)[: 1 + look]
+            once = torch.autograd.grad(found, wanted, cotangents(case, *found), retain_graph=True)
+            first = torch.autograd.grad(found, wanted, cotangents(case, *found), create_graph=True)
+            answers.append((*once, *first, *torch.autograd.grad(first, wanted, cotangents(case, *first))))
+    finally:
+        unregister("fused")
+    for theirs, ours in zip(*answers):
+        torch.testing.assert_close(ours, theirs, atol=1e-9, rtol=1e-9)
 
 
 class Largest(TorchDispatchMode):

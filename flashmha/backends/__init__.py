@@ -56,6 +56,8 @@ __all__ = [
 
 Wanted = str | Sequence[str] | None
 VARIABLE = "FLASHMHA_BACKEND"
+KEY: Any = os.environ.encodekey(VARIABLE)
+"""The name as ``os.environ`` keeps it."""
 
 
 OWN = (Sdpa, Flash4, Flash3, Flash2, Flex, Naive)
@@ -123,7 +125,12 @@ def arranged(entries: dict[str, Backend], first: tuple[str, ...], late: str, anc
 
 def switched(spec: AttentionSpec) -> bool:
     """One of the process-wide switches of SDPA's kernels on a GPU is off."""
-    return spec.device.type == "cuda" and not all(switches())
+    return not all(obeyed(spec))
+
+
+def obeyed(spec: AttentionSpec) -> tuple[bool, ...]:
+    """The process-wide switches of SDPA's kernels, which concern a GPU alone."""
+    return switches() if spec.device.type == "cuda" else ()
 
 
 class State(threading.local):
@@ -142,6 +149,9 @@ def asked(wanted: Wanted = None) -> tuple[str, Wanted]:
         return "backend", wanted
     if state.wanted is not None:
         return "use_backend", state.wanted
+    values = getattr(os.environ, "_data", None)
+    if values is not None and KEY not in values:  # where ``get`` would raise and catch two exceptions, in every call
+        return VARIABLE, None
     named = os.environ.get(VARIABLE)
     return VARIABLE, [name.strip() for name in named.split(",")] if named else None
 
@@ -168,7 +178,7 @@ def reason(backend: Backend, spec: AttentionSpec) -> str | None:
     return backend.unsupported(spec) or backend.unavailable(spec.device) or backend.unbuilt(spec)
 
 
-chosen: dict[AttentionSpec, tuple[object, object, bool, Backend]] = {}
+chosen: dict[AttentionSpec, tuple[object, object, tuple[bool, ...], Backend]] = {}
 """What automatic choice said about a shared problem, and under which list, tuned table and switches.
 
 That stands even where a faster backend has been compiled since: the numbers of a training do not change in its middle.
@@ -180,8 +190,8 @@ def kept(spec: AttentionSpec) -> Backend | None:
     known = chosen.get(spec)
     if known is None:
         return None
-    entries, table, off, backend = known
-    if entries is not registry.entries or table is not tuned.state.table or off != switched(spec):
+    entries, table, under, backend = known
+    if entries is not registry.entries or table is not tuned.state.table or (under and under != switches()):
         return None
     return backend
 
@@ -190,7 +200,7 @@ def keep(spec: AttentionSpec, backend: Backend) -> None:
     """Remember the backend of a shared problem."""
     if len(chosen) >= SHARED:
         chosen.clear()
-    chosen[spec] = (registry.entries, tuned.state.table, switched(spec), backend)
+    chosen[spec] = (registry.entries, tuned.state.table, obeyed(spec), backend)
 
 
 def choose(spec: AttentionSpec, wanted: Wanted = None) -> Backend:

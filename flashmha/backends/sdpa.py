@@ -55,7 +55,7 @@ class Sdpa(Backend):
         return reasons
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> Tensor | tuple[Tensor, Tensor]:
-        if spec.device.type == "cuda":
+        if q.is_cuda:
             return attend_on_cuda(q, k, v, spec)
         if spec.mask is None and spec.bias is None:
             return attend(q, k, v, None, spec)
@@ -82,10 +82,11 @@ def attend_on_cuda(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> Tens
     if spec.batch == 0:
         with sdpa_kernel(SDPBackend.MATH):  # the fused kernels give nothing at all for an empty batch
             return attend(q, k, v, None, spec)
-    if spec.bias is None and top_left_causal(spec):
+    masked = spec.mask is not None or spec.bias is not None
+    if masked and spec.bias is None and top_left_causal(spec):
         return attend_by_choice(q, k, v, None, spec, is_causal=True)
-    mask = dense(spec)
-    if folds(spec):
+    mask = dense(spec) if masked else None
+    if spec.heads != spec.heads_kv and folds(spec):
         groups = spec.heads // spec.heads_kv
         rows = None if mask is None else fold_table(mask, groups, spec.seqlen_q)
         return unfold(attend_by_choice(fold(q, groups), k, v, rows, spec), groups)
@@ -101,9 +102,11 @@ def attend_by_choice(
     """SDPA by those of a GPU's kernels that are switched on and may serve the problem."""
     if by_math(spec):
         kernels: contextlib.AbstractContextManager[None] = sdpa_kernel([SDPBackend.MATH] if switches()[1] else [])
+    elif mask is None:
+        return attend(q, k, v, None, spec, is_causal)  # type: ignore[return-value]
     else:
         # cuDNN must not see a mask: NaN gradients (pytorch#196678), misread float masks (pytorch#191612)
-        kernels = contextlib.nullcontext() if mask is None else without_cudnn()
+        kernels = without_cudnn()
     with kernels:
         out = attend(q, k, v, mask, spec, is_causal)
     assert isinstance(out, Tensor)
@@ -122,7 +125,7 @@ def by_math(spec: AttentionSpec) -> bool:
 def attend(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, spec: AttentionSpec, is_causal: bool = False
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """SDPA in our layout; q may have as many heads as k where they were folded."""
+    """SDPA in our layout."""
     if spec.need_lse:
         return attend_with_lse(q, k, v, mask, spec, is_causal)
     out = F.scaled_dot_product_attention(
@@ -133,7 +136,8 @@ def attend(
         spec.dropout_p,
         is_causal,
         scale=spec.softmax_scale,
-        enable_gqa=True if q.shape[2] != k.shape[2] else False,  # noqa: SIM210  a bool where sizes are symbols
+        # q may have as many heads as k by now; a bool where sizes are symbols
+        enable_gqa=True if spec.heads != spec.heads_kv and q.shape[2] != k.shape[2] else False,  # noqa: SIM210
     )
     return out.transpose(1, 2)
 
@@ -146,7 +150,7 @@ def attend_with_lse(
         k, v = (x.repeat_interleave(spec.heads // spec.heads_kv, dim=2) for x in (k, v))
     if mask is not None and mask.dtype == torch.bool:
         mask = torch.zeros_like(mask, dtype=q.dtype).masked_fill_(~mask, float("-inf"))
-    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+    out, lse = torch._scaled_dot_product_flash_attention_for_cpu(  # type: ignore[attr-defined]
         q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), 0.0, is_causal, attn_mask=mask, scale=spec.scale
     )
     if mask is not None:  # the kernel gives blind rows zeros, and a log-sum-exp of 0
@@ -210,12 +214,12 @@ KERNELS = (
 
 def switches() -> tuple[bool, ...]:
     """Which of ``KERNELS`` the process-wide switches allow; a constant to Dynamo, which cannot trace the question."""
-    cuda = torch.backends.cuda
+    asked = torch._C  # what the functions in torch.backends.cuda call
     return (
-        cuda.mem_efficient_sdp_enabled(),
-        cuda.math_sdp_enabled(),
-        cuda.flash_sdp_enabled(),
-        cuda.cudnn_sdp_enabled(),
+        asked._get_mem_efficient_sdp_enabled(),
+        asked._get_math_sdp_enabled(),
+        asked._get_flash_sdp_enabled(),
+        asked._get_cudnn_sdp_enabled(),
     )
 
 
