@@ -87,7 +87,7 @@ def attend_call(
             layer,
             average=average_attn_weights,
             batched=call.batched,
-            dtype=q.dtype if dtype is None else call.query.dtype,
+            dtype=weights_dtype(q) if dtype is None else call.query.dtype,
             rows=rows,
             padded=padded,
         )
@@ -101,6 +101,13 @@ def attend_call(
     if not layer.batch_first:
         output = output.transpose(0, 1).contiguous()
     return output, weights
+
+
+def weights_dtype(q: Tensor) -> torch.dtype:
+    """What a softmax of scores of q gives: on a GPU autocast takes it to float32."""
+    if q.is_cuda and torch.is_autocast_enabled("cuda"):
+        return torch.promote_types(q.dtype, torch.float32)
+    return q.dtype
 
 
 def prepare(layer: Any, call: Reading, wanted: Wanted, skip_padding: bool) -> Problem:

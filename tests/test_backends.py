@@ -214,7 +214,7 @@ def test_the_gradient_drops_what_the_output_dropped(
     (grad,) = torch.autograd.grad(out, v, toward)
     # for one choice of weights the output is linear in v: both sums are that form at the same place
     forward, backward = ((x.double() * y.double()) for x, y in ((out, toward), (v, grad)))
-    allowed = torch.finfo(out.dtype).eps * forward.norm() * 10
+    allowed = torch.finfo(out.dtype).eps * forward.norm() * 30
     assert abs(forward.sum() - backward.sum()) <= allowed
 
 

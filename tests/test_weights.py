@@ -20,7 +20,8 @@ import flashmha
 from flashmha import AttentionSpec, Backend, FlashMultiHeadAttention, register, weights
 from flashmha.backends import get, unregister
 from flashmha.deferred import Deferred
-from flashmha.testing import seeds
+from flashmha.testing import noise, seeds
+from flashmha.testing.record import placed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,17 +49,18 @@ class Case:
 
     def call(self, dtype: torch.dtype = torch.float64) -> tuple[dict[str, Any], list[Tensor]]:
         """The call's arguments, and what wants a gradient."""
-        generator = torch.Generator().manual_seed(self.seed)
+        generator = torch.Generator("cpu").manual_seed(self.seed)
+        where = {"generator": generator, "device": "cpu"}
 
         def noise(*shape: int) -> Tensor:
-            made = torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+            made = torch.randn(shape, **where, dtype=torch.float64).to(placed(None), dtype)
             return made if self.batched else made[0]
 
         query = noise(self.batch, self.seqlen_q, 4 * self.heads).requires_grad_()
         key = noise(self.batch, self.seqlen_k, 4 * self.heads).requires_grad_()
-        hidden = torch.rand(self.seqlen_q, self.seqlen_k, generator=generator) < 0.5
+        hidden = torch.rand(self.seqlen_q, self.seqlen_k, **where).to(placed(None)) < 0.5
         hidden[:, 0] = False
-        padded = torch.rand(self.batch, self.seqlen_k, generator=generator) < 0.4
+        padded = torch.rand(self.batch, self.seqlen_k, **where).to(placed(None)) < 0.4
         padded[:, 0] = False
         wanted = [query, key]
         call: dict[str, Any] = {"query": query, "key": key, "value": key, "average_attn_weights": self.average}
@@ -67,7 +69,7 @@ class Case:
         elif self.mask == "causal":
             call["attn_mask"] = torch.ones(self.seqlen_q, self.seqlen_k, dtype=torch.bool).triu(1)
         elif self.mask != "none":
-            call["attn_mask"] = torch.randn(hidden.shape, generator=generator, dtype=torch.float64).to(dtype)
+            call["attn_mask"] = torch.randn(hidden.shape, **where, dtype=torch.float64).to(placed(None), dtype)
             if self.mask == "learned":
                 wanted.append(call["attn_mask"].requires_grad_())
         if self.padding != "none":
@@ -99,8 +101,7 @@ def cases(draw: st.DrawFn, **fixed: Any) -> Case:
 
 
 def cotangents(case: Case, *tensors: Tensor) -> list[Tensor]:
-    generator = torch.Generator().manual_seed(case.seed + 1)
-    return [torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x.dtype) for x in tensors]
+    return [noise(case.seed + 1 + place, *x.shape, dtype=x.dtype) for place, x in enumerate(tensors)]
 
 
 @given(case=cases())

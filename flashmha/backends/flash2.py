@@ -81,6 +81,8 @@ class Flash2(FlashAttn):
                 reasons.append(
                     f"window right={window.right} with seqlen_q > seqlen_k={spec.seqlen_k} (flash-attention#895)"
                 )
+        if spec.dropout_p >= 1.0:
+            reasons.append(f"dropout_p={spec.dropout_p} (less than 1: what is kept is divided by 1 - dropout_p)")
         if spec.softcap is not None and spec.dropout_p > 0.0:
             reasons.append("softcap together with dropout")
         if spec.bias is not None:

@@ -82,6 +82,11 @@ def attend_on_cuda(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> Tens
     if spec.batch == 0:
         with sdpa_kernel(SDPBackend.MATH):  # the fused kernels give nothing at all for an empty batch
             return attend(q, k, v, None, spec)
+    if spec.dropout_p == 1.0:
+        # the fused kernels multiply the zeros that are left by 1 / (1 - 1)
+        k, v = (x.repeat_interleave(spec.heads // spec.heads_kv, dim=2) for x in (k, v))
+        with sdpa_kernel(SDPBackend.MATH):
+            return attend(q, k, v, dense(spec), spec)
     masked = spec.mask is not None or spec.bias is not None
     if masked and spec.bias is None and top_left_causal(spec):
         return attend_by_choice(q, k, v, None, spec, is_causal=True)

@@ -9,13 +9,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import TreeSpec, keystr, tree_flatten_with_path, tree_map, tree_unflatten
+from torch.utils._pytree import TreeSpec, keystr, tree_flatten_with_path, tree_unflatten
 
-from .judge import assert_close, gradients
+from .judge import AGAIN, assert_close, gradients, is_floating, nudged
 
 PLAIN = (type(None), bool, int, float, str)
-AGAIN = 5
-"""How often stock is run on inputs moved by a rounding before ours is blamed: one run may err little by luck."""
 
 
 def assert_drop_in(
@@ -156,10 +154,6 @@ def random_state(devices: set[torch.device]) -> list[Tensor]:
     return [torch.get_rng_state(), *(torch.cuda.get_rng_state(device) for device in devices)]
 
 
-def is_floating(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.is_floating_point()
-
-
 def told(thing: Any) -> str:
     return "a tensor" if isinstance(thing, Tensor) else repr(thing)
 
@@ -174,22 +168,6 @@ def assert_same_kind(name: str, found: Any, wanted: Any) -> None:
         assert torch.equal(found, wanted), f"{name} must equal stock's: {wanted}, got {found}"
     else:
         assert found == wanted, f"{name} must be {wanted!r}, got {found!r}"
-
-
-def nudged(call: Any, seed: int) -> Any:
-    """A call whose floating inputs are moved by a rounding, up or down; one tensor given twice stays one."""
-    generator = torch.Generator("cpu").manual_seed(seed)
-    moved: dict[int, Tensor] = {}
-
-    def move(value: Any) -> Any:
-        if not is_floating(value):
-            return value
-        if id(value) not in moved:
-            steps = torch.randint(-1, 2, value.shape, generator=generator, device="cpu").to(value)
-            moved[id(value)] = value.detach() * (1.0 + steps * torch.finfo(value.dtype).eps)
-        return moved[id(value)]
-
-    return tree_map(move, call)
 
 
 def judge(
