@@ -10,8 +10,20 @@ with the multiple (``Backend.tolerance``) and the floor as flash-attention's own
 
 from __future__ import annotations
 
+import torch
+from torch import Tensor
+
 FINEST = 1e-12
 """A dtype with a smaller eps is a reference itself."""
+AGAIN = 5
+"""How often a plain computation runs again, on inputs moved by a rounding, before anybody is blamed: one run may err
+little by luck."""
+
+
+def moved(tensor: Tensor, generator: torch.Generator) -> Tensor:
+    """A tensor with every number moved by a rounding, up or down or not at all."""
+    steps = torch.randint(-1, 2, tensor.shape, generator=generator, device="cpu").to(tensor)
+    return tensor.detach() * (1.0 + steps * torch.finfo(tensor.dtype).eps)
 
 
 def allowed_error(name: str, plain: float, largest: float, eps: float, tolerance: tuple[float, float]) -> float:

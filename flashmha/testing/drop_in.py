@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import TreeSpec, keystr, tree_flatten_with_path, tree_unflatten
 
-from .judge import AGAIN, assert_close, gradients, is_floating, nudged
+from ..tolerance import AGAIN
+from .judge import assert_close, gradients, is_floating, nudged
 
 PLAIN = (type(None), bool, int, float, str)
 

@@ -20,12 +20,8 @@ from torch.utils._pytree import tree_map
 from ..backends import get
 from ..backends.base import Backend
 from ..spec import AttentionSpec
-from ..tolerance import allowed_error
+from ..tolerance import AGAIN, allowed_error, moved
 from .attention import tensors
-
-AGAIN = 5
-"""How often a plain computation runs again, on inputs moved by a rounding, before anybody is blamed: one run may err
-little by luck."""
 
 
 @dataclasses.dataclass
@@ -36,13 +32,13 @@ class Answer:
 
 
 def answer(
-    backend: Backend, spec: AttentionSpec, seed: int, dtype: torch.dtype | None = None, moved: int | None = None
+    backend: Backend, spec: AttentionSpec, seed: int, dtype: torch.dtype | None = None, nudge: int | None = None
 ) -> Answer:
     """Run a problem, in another dtype if one is given; one cotangent a seed, so that answers can be compared.
 
-    ``moved`` is the seed of a rounding by which q, k and v are moved.
+    ``nudge`` is the seed of a rounding by which q, k and v are moved.
     """
-    q, k, v = tensors(spec, seed) if moved is None else nudged(tensors(spec, seed), moved)
+    q, k, v = tensors(spec, seed) if nudge is None else nudged(tensors(spec, seed), nudge)
     learned = [x for x in (*(spec.bias.tensors() if spec.bias else ()), spec.sinks) if x is not None]
     learned = [x for x in learned if x.requires_grad]
     if dtype is not None:
@@ -110,8 +106,8 @@ def assert_agrees(backend: Backend | type[Backend] | str, spec: AttentionSpec, s
     try:
         return worst(actual, pairs, spec, backend)
     except AssertionError:
-        for moved in range(AGAIN):
-            runs = (answer(naive, spec, seed, dtype, moved).named for dtype in (None, torch.float64))
+        for nudge in range(AGAIN):
+            runs = (answer(naive, spec, seed, dtype, nudge).named for dtype in (None, torch.float64))
             pairs.append((next(runs), next(runs)))
     try:
         return worst(actual, pairs, spec, backend)
@@ -143,15 +139,14 @@ def worst(actual: Named, pairs: list[tuple[Named, Named]], spec: AttentionSpec, 
 def nudged(call: Any, seed: int) -> Any:
     """A call whose floating inputs are moved by a rounding, up or down; one tensor given twice stays one."""
     generator = torch.Generator("cpu").manual_seed(seed)
-    moved: dict[int, Tensor] = {}
+    kept: dict[int, Tensor] = {}
 
     def move(value: Any) -> Any:
         if not is_floating(value):
             return value
-        if id(value) not in moved:
-            steps = torch.randint(-1, 2, value.shape, generator=generator, device="cpu").to(value)
-            moved[id(value)] = value.detach() * (1.0 + steps * torch.finfo(value.dtype).eps)
-        return moved[id(value)]
+        if id(value) not in kept:
+            kept[id(value)] = moved(value, generator)
+        return kept[id(value)]
 
     return tree_map(move, call)
 
