@@ -179,6 +179,12 @@ CUDA = [
         ),
         *(
             case
+            for shape, fill in PADDED[1:2]
+            for lengths in [evenly(*shape[:2], fill)]
+            for case in make("padded", "layer", "train eval", shape, lengths=lengths, causal=True, headline=True)
+        ),
+        *(
+            case
             for shape in BIG[1:]
             for causal in (False, True)
             for case in make("weights", "layer", "train", shape, causal=causal, weights=True, headline=True)
