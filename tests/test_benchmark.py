@@ -21,7 +21,7 @@ from flashmha import Backend, Limits, register, table
 from flashmha.__main__ import main
 from flashmha.backends import get, unregister
 from flashmha.backends.naive import Naive
-from flashmha.benchmark import Case, Plan, every_case, run, select
+from flashmha.benchmark import Case, Plan, every_case, run, runner, select
 from flashmha.benchmark.gate import Seat, admit, judge
 from flashmha.benchmark.inputs import draw
 from flashmha.benchmark.kernels import ByHand, Linear, sdpa
@@ -500,7 +500,7 @@ def packages(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
 
     for name in ("flash4", "flash3", "flash2"):
         monkeypatch.setattr(get(name), "unavailable", lambda device: None)
-        monkeypatch.setattr(get(name), "functions", (dense, dense))
+        monkeypatch.setattr(get(name), "public", lambda: dense)
     monkeypatch.setitem(sys.modules, "flash_attn.modules.mha", types.SimpleNamespace(MHA=Mha))  # type: ignore[arg-type]
     kind: str = request.param
     return kind
@@ -537,6 +537,21 @@ def test_a_cache_is_for_decoding(packages: str) -> None:
     inputs = draw(case, CPU, 0)
     assert admit(one, inputs, Reference.of(inputs))[1]["status"] == "ok"
     assert one.refuses(dataclasses.replace(case, suite="dense")) is not None
+
+
+def test_who_finds_no_memory_beside_the_others_takes_no_part(monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = runner.in_a_row
+
+    def starving(seat: Any, device: torch.device) -> int:
+        if seat.contestant.name == "stock":
+            raise torch.OutOfMemoryError("tried to allocate everything")
+        return plain(seat, device)
+
+    monkeypatch.setattr(runner, "in_a_row", starving)
+    plan = Plan(select(every_case(), globs=[TINY])[:1], CPU, rounds=1, peers=["stock*"], backends=[])
+    rows = run(plan, lambda line: None)["cases"][0]["contestants"]
+    assert rows["stock"]["status"] == "refused" and "seconds" not in rows["stock"]
+    assert "OutOfMemoryError: tried" in rows["stock"]["reason"] and "seconds" in rows["stock_best"]
 
 
 def test_ours_that_raises_has_failed_and_a_peer_is_refused() -> None:

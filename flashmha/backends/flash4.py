@@ -83,6 +83,12 @@ class Flash4(FlashAttn):
 
         return _flash_attn_fwd, _flash_attn_bwd
 
+    def public(self) -> Callable[..., Any]:
+        from flash_attn.cute import flash_attn_func
+
+        dense: Callable[..., Any] = flash_attn_func
+        return dense
+
     def refusals(self, spec: AttentionSpec) -> list[str]:
         reasons = super().refusals(spec)
         padded = spec.mask is not None and not spec.features.isdisjoint(("key_padding", "key_lengths"))

@@ -18,9 +18,9 @@ Above, one head fills tiles by itself, and the mask of the folded rows grows whe
 def folds(spec: AttentionSpec) -> bool:
     """Folding gives the answer of the problem itself, and is worth it.
 
-    Not beside dropout, which would drop other places than without.
+    Not beside dropout, which would drop other places than without, nor in an exported graph, which serves every length.
     """
-    if spec.heads == spec.heads_kv or spec.dropout_p > 0.0:
+    if spec.heads == spec.heads_kv or spec.dropout_p > 0.0 or spec.aten_only:
         return False
     return 0 < spec.seqlen_q <= FEW
 

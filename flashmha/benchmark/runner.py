@@ -141,7 +141,7 @@ def measure(
     sweep(plan.device)
     now = time.monotonic()
     with torch.inference_mode(case.mode == "eval"):
-        samples, songs, drifted = race(seats, plan, canary, now + share * max(0.0, end - now))
+        samples, songs, drifted = race(seats, rows, plan, canary, now + share * max(0.0, end - now))
     for name, times in samples.items():
         rows[name]["seconds"] = times
     seats.clear()
@@ -154,11 +154,19 @@ def measure(
 
 
 def race(
-    seats: dict[str, Seat], plan: Plan, canary: Canary, until: float
+    seats: dict[str, Seat], rows: dict[str, dict[str, Any]], plan: Plan, canary: Canary, until: float
 ) -> tuple[dict[str, list[float]], dict[str, list[float]], bool]:
     """Seconds of a call, round by round, everybody once a round in a new order; what the canaries did in each, and
     whether too many rounds drifted."""
-    calls = {name: in_a_row(seat, plan.device) for name, seat in seats.items()}
+    calls: dict[str, int] = {}
+    for name, seat in list(seats.items()):
+        try:
+            calls[name] = in_a_row(seat, plan.device)
+        except torch.OutOfMemoryError as error:  # it fitted alone, and not beside the others
+            rows[name] |= {"status": "refused", "raised": True, "reason": f"OutOfMemoryError: {error}"[:300]}
+            error.__traceback__ = None  # it holds the tensors of the attempt
+            del seats[name], seat
+            sweep(plan.device)
     samples: dict[str, list[float]] = {name: [] for name in seats}
     songs: dict[str, list[float]] = {}
     shuffler, names = random.Random(plan.seed), list(seats)
