@@ -53,7 +53,10 @@ def packed(mask: Mask | None, valid: Tensor) -> Mask:
     """The mask among the real tokens end to end: one document a batch item, and the windows."""
     lengths = valid.sum(dim=1)
     offsets = F.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)
-    documents: Mask = Documents(offsets, max_seqlen=int(lengths.max()) if len(lengths) else 0)
+    bound = valid.shape[1]  # asking a GPU for the longest would wait for it
+    if not valid.is_cuda:
+        bound = int(lengths.max()) if len(lengths) else 0
+    documents: Mask = Documents(offsets, max_seqlen=bound)
     return functools.reduce(operator.and_, (part for part in parts(mask) if type(part) is Window), documents)
 
 

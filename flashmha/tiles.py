@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import importlib.util
 import itertools
 import operator
 from typing import Any
@@ -17,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .backends.compact import has_triton
 from .masks import Dense, KeyLengths, KeyPadding, Window, short
 from .scores import TensorBias
 from .spec import AttentionSpec
@@ -65,7 +65,7 @@ def unavailable(device: torch.device) -> str | None:
     capability = torch.cuda.get_device_capability(device)
     if capability < OLDEST:
         return f"compute capability must be at least {OLDEST}, got {capability}"
-    if importlib.util.find_spec("triton") is None:
+    if not has_triton():
         return "triton is not installed"
     try:
         import triton

@@ -729,6 +729,7 @@ def counted() -> Iterator[list[str]]:
 @pytest.mark.parametrize("need_weights, training, most", [(False, False, 26), (False, True, 26), (True, False, 38)])
 def test_a_plain_call_takes_few_steps(need_weights: bool, training: bool, most: int) -> None:
     layer, x = FlashMultiHeadAttention(16, 2, batch_first=True).train(training), torch.randn(1, 3, 16)
+    most += 4 * x.is_cuda  # SDPA has more kernels there to choose among
     with torch.set_grad_enabled(training):
         layer(x, x, x, need_weights=need_weights)  # what is found out once
         with counted() as names:

@@ -8,11 +8,12 @@ which comes with torch for CUDA and is imported on first use.
 from __future__ import annotations
 
 import functools
-import importlib.util
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from .compact import has_triton
 
 WORTH = 512
 """Sequences as long as this have tiles to skip that pay for the table."""
@@ -43,7 +44,7 @@ def worth(seqlen_q: int, seqlen_k: int) -> bool:
 @functools.cache
 def served(device: torch.device) -> bool:
     """Whether tables are made and taken here: on Hopper; Blackwell's kernels want other blocks."""
-    return importlib.util.find_spec("triton") is not None and torch.cuda.get_device_capability(device)[0] == 9
+    return has_triton() and torch.cuda.get_device_capability(device)[0] == 9
 
 
 def block_tables(first: Tensor, last: Tensor, seqlen_q: int, tile: tuple[int, int], *, by_keys: bool) -> BlockTables:

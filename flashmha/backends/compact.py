@@ -75,9 +75,15 @@ def intervals(valid: Tensor, window: Window, seqlen_q: int) -> Intervals:
     return Intervals(torch.where(valid, first, seqlen_q), torch.where(valid, last, -1))
 
 
+@functools.cache
+def has_triton() -> bool:
+    """Triton is installed; looking takes longer than a kernel."""
+    return importlib.util.find_spec("triton") is not None
+
+
 def missing() -> str | None:
     """Why keys cannot be moved here."""
-    return None if importlib.util.find_spec("triton") else "key_padding moves keys with triton, which is not installed"
+    return None if has_triton() else "key_padding moves keys with triton, which is not installed"
 
 
 missing._dynamo_marked_constant = True  # type: ignore[attr-defined]  # torch.compiler.assume_constant_result, unimported

@@ -270,6 +270,10 @@ def figures(path: Path) -> str:
             "matrix product in the same rounds.",
             *(summary_line(run, one) for one, summary in run["summary"].items() if summary["level"] == "layer"),
         ]
+    if run["unstable"]:
+        said.append(f"Twins differed by up to {run['noise_floor']:.1%} in this run: a ratio nearer to 1 says nothing.")
+    if run["dropped"]:
+        said.append(f"Time ran out for {len(run['dropped'])} more cases, none of them in this table.")
     return f"{markdown_table(*filled(FIGURES, rows))}\n\n{' '.join([*said, origin_line(run)])}"
 
 
