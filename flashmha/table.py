@@ -47,6 +47,8 @@ def row(backend: Backend) -> str:
     for features in dict.fromkeys(limits.not_on.values()):
         where = ", ".join(device for device, absent in limits.not_on.items() if absent == features)
         serves += f"; on {where} no {', no '.join(name for name in FEATURES if name in features)}"
+    if backend.remark is not None:
+        serves += f"; {backend.remark}"
     dtypes = ", ".join(short(dtype) for dtype in limits.dtypes)
     return f"| `{backend.name}` | {devices} | {dtypes} | {head_dim} | {serves} |"
 

@@ -428,11 +428,13 @@ def test_the_definition_never_wins_a_tuned_table(tmp_path: Path) -> None:
 REFUSED = {
     "another torch": ({"env": {**HERE, "torch": "2.11.0"}}, r"measured with torch 2\.11\.0 and this is 2\."),
     "no torch": ({"env": {"packages": {}}}, "measured with torch not installed and this is"),
-    "another schema": ({"schema": 2}, "schema 1, got schema 2; make it with `flashmha tune --save"),
-    "a file of bench": ({"command": "bench"}, "must be of `flashmha tune`"),
+    "another schema": ({"schema": 2}, "schema 1, got command 'tune' and schema 2; make one with `flashmha tune --save"),
+    "a file of bench": ({"command": "bench"}, "must be a file of `flashmha tune` of schema 1, got command 'bench'"),
     "no dtype": ({"dtype": "float33"}, "must be a whole file"),
     "a module for a dtype": ({"dtype": "nn"}, "must be a whole file"),
     "no cells": ({"cells": None}, "must be a whole file"),
+    "nothing measured": ({"cells": []}, "no cell with a time"),
+    "a device nobody has": ({"device": "tpu"}, "device 'tpu', which is none of cpu, cuda"),
     "an unknown kind": ({"cells": [{"kind": "x", "mode": "eval"}]}, "must be a whole file"),
     "half a cell": ({"cells": [{"kind": "dense", "mode": "eval"}]}, "must be a whole file"),
     "times that are none": (
@@ -455,7 +457,7 @@ def test_a_missing_or_damaged_file_is_refused(text: str | None, by: str, tmp_pat
     path = tmp_path / "damaged.json"
     if text is not None:
         path.write_text(text)
-    check_refused(path, "make it with `flashmha tune --save", by, monkeypatch)
+    check_refused(path, "make one with `flashmha tune --save", by, monkeypatch)
 
 
 def check_refused(path: Path, said: str, by: str, monkeypatch: pytest.MonkeyPatch) -> None:

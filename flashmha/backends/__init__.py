@@ -315,14 +315,22 @@ def explain(spec: AttentionSpec, wanted: Wanted = None) -> Explanation:
         notes += [] if row is None else [f"our own are asked in the order of {row.source}"]
     for name in (*candidates, *(name for name in order(spec) if name not in candidates)):
         backend = registry.entries[name]
-        why = backend.unavailable(spec.device)
-        why = (f"not available: {why}" if why else None) or reason(backend, spec)
+        why = absent(backend, spec) or reason(backend, spec)
         if why is None and name in candidates:
             if found is None:
                 found = backend
             why = "chosen" if backend is found else passed.get(name, "could serve")
         rows[name] = why or "could serve, not asked for"
     return Explanation(spec, None if found is None else found.name, rows, tuple(notes))
+
+
+def absent(backend: Backend, spec: AttentionSpec) -> str | None:
+    """Why a backend is not available here, and what else stands against the problem wherever it is."""
+    missing = backend.unavailable(spec.device)
+    if missing is None:
+        return None
+    others = (backend.unsupported(spec) or "").split("; ")
+    return "; ".join([f"not available: {missing}", *(other for other in others if other not in ("", missing))])
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -113,6 +113,8 @@ class Backend(abc.ABC):
     """The version of the contract it was written for; a class that says nothing was written for 1."""
     install: ClassVar[str | None] = None
     """How to get it, said when it is not there."""
+    remark: ClassVar[str | None] = None
+    """What tables say beside the limits, which are not all there is to say."""
     compiles: ClassVar[Literal["kinds", "shapes"] | None] = None
     """Compiles a kernel, which takes seconds, for each kind of problem or each shape: tests draw from a fixed grid."""
     tolerance: ClassVar[tuple[float, float]] = (2.0, 3.0)

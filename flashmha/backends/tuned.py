@@ -24,6 +24,8 @@ from .ranking import KINDS, MODES, PLACE, TABLE, Row, Table, derive, graphics, k
 VARIABLE = "FLASHMHA_TUNED"
 SCHEMA = 1
 """The form of the file; a file of another one is measured again."""
+DEVICES = ("cpu", "cuda", "mps", "xpu")
+"""The device types that ``tune`` measures."""
 PACKAGES = ("triton", "flash-attn", "flash-attn-3", "fa3-fwd", "flash-attn-4", "nvidia-cutlass-dsl")
 """The packages of kernels, whose versions a measurement depends on."""
 
@@ -86,16 +88,19 @@ def replace(new: Tuned, before: Tuned | None = None) -> Tuned:
 def read(file: str | os.PathLike[str]) -> Tuned:
     """A file of ``flashmha tune`` as a table, not yet held against this machine."""
     path = os.fspath(file)
-    again = f"make it with `flashmha tune --save {path}`"
+    again = "make one with `flashmha tune --save FILE`"
     try:
         found = json.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise ValueError(f"{path} must be a file that can be read, got {error.strerror or error}; {again}.") from error
     except ValueError as error:
         raise ValueError(f"{path} must be a file of `flashmha tune`, got no JSON ({error}); {again}.") from error
-    schema = found.get("schema") if isinstance(found, dict) else None
-    if schema != SCHEMA or found.get("command") != "tune":
-        raise ValueError(f"{path} must be of `flashmha tune`, schema {SCHEMA}, got schema {schema!r}; {again}.")
+    command, schema = (found.get(name) if isinstance(found, dict) else None for name in ("command", "schema"))
+    if (command, schema) != ("tune", SCHEMA):
+        raise ValueError(
+            f"{path} must be a file of `flashmha tune` of schema {SCHEMA}, got command {command!r} and schema "
+            f"{schema!r}; {again}."
+        )
     try:
         check(found)
         dtype = getattr(torch, found["dtype"])
@@ -103,15 +108,20 @@ def read(file: str | os.PathLike[str]) -> Tuned:
             f"{path}, of {found['date']}", found["device"], (dtype,), derive(found["cells"], path), gpu=found["gpu"]
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise ValueError(f"{path} must be a whole file of `flashmha tune`, got {error!r}; {again}.") from error
+        said = f"misses {error}" if isinstance(error, KeyError) else f"holds what `tune` does not write: {error}"
+        raise ValueError(f"{path} must be a whole file of `flashmha tune`, but it {said}; {again}.") from error
     return Tuned(table, path, found, settled=True)
 
 
 def check(found: dict[str, Any]) -> None:
-    """Raise where a file's fields are not what ``tune`` writes."""
+    """Raise where a file's fields are not what ``tune`` writes, or nothing was measured."""
     dtype = getattr(torch, found["dtype"])
     if not isinstance(dtype, torch.dtype) or not isinstance(found["env"]["packages"], dict):
         raise ValueError(f"dtype {dtype!r}")
+    if found["device"] not in DEVICES:
+        raise ValueError(f"device {found['device']!r}, which is none of {', '.join(DEVICES)}")
+    if not any(cell["us"] for cell in found["cells"]):
+        raise ValueError("no cell with a time")
     for cell in found["cells"]:
         if cell["kind"] not in KINDS or cell["mode"] not in MODES:
             raise ValueError(f"kind {cell['kind']!r} and mode {cell['mode']!r}")
