@@ -96,12 +96,13 @@ def append_columns(layer: FlashMultiHeadAttention, k: Tensor, v: Tensor) -> tupl
 
 
 def emulated(dtype: torch.dtype) -> bool:
-    """This CPU computes in a half precision dtype more slowly than in float32: an x86 without matrix units for it.
+    """This CPU computes in a half precision dtype more slowly than in float32: an x86 without instructions for it.
 
-    Measured on x86 alone, so other CPUs are left as they are.
+    Those are AMX, and AVX512-BF16 for bfloat16. Measured on x86 alone, so other CPUs are left as they are.
     """
-    known = platform.machine().lower() in ("x86_64", "amd64")
-    return known and dtype in HALF and not torch.cpu._is_amx_tile_supported()
+    if platform.machine().lower() not in ("x86_64", "amd64") or dtype not in HALF or torch.cpu._is_amx_tile_supported():
+        return False
+    return dtype != torch.bfloat16 or not torch.cpu._is_avx512_bf16_supported()
 
 
 emulated._dynamo_marked_constant = True  # type: ignore[attr-defined]

@@ -24,6 +24,21 @@ def emulated(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
     return bool(request.param)
 
 
+@pytest.mark.parametrize("amx", (True, False))
+@pytest.mark.parametrize("avx512_bf16", (True, False))
+@pytest.mark.parametrize("machine", ("x86_64", "aarch64"))
+def test_a_dtype_is_emulated_where_an_x86_has_no_instructions_for_it(
+    amx: bool, avx512_bf16: bool, machine: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512_bf16)
+    monkeypatch.setattr(projection.platform, "machine", lambda: machine)
+    lacking = machine == "x86_64" and not amx
+    assert projection.emulated(torch.float16) == lacking
+    assert projection.emulated(torch.bfloat16) == (lacking and not avx512_bf16)
+    assert not projection.emulated(torch.float32)
+
+
 @pytest.mark.usefixtures("emulated")
 @given(
     dtype=st.sampled_from(HALVES),
