@@ -13,10 +13,14 @@ def lines(rows: Mapping[str, str]) -> str:
     return "\n".join(f"  {name:<{width}}  {text}" for name, text in rows.items())
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of an exception's text."""
+    return (str(error) or repr(error)).strip().splitlines()[0]
+
+
 def in_one_line(error: BaseException) -> str:
     """An exception's type and the first line of its text."""
-    first = (str(error) or repr(error)).strip().splitlines()[0]
-    return f"{type(error).__name__}: {first}"
+    return f"{type(error).__name__}: {first_line(error)}"
 
 
 class NoBackendError(RuntimeError):

@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from ..errors import first_line, in_one_line
 from ..masks import Documents, Window, find
 from ..spec import AttentionSpec
 from .base import Backend
@@ -108,7 +109,7 @@ def trial(backend: FlashAttn, device: torch.device) -> str | None:
         return smoke(backend, device)
     except Exception as error:  # a broken binary fails in many ways, and each is a reason rather than a crash
         hint = f"; install: {backend.install}" if isinstance(error, ModuleNotFoundError) and backend.install else ""
-        return f"{type(error).__name__}: {first_line(error)}{hint}"
+        return f"{in_one_line(error)}{hint}"
 
 
 def smoke(backend: FlashAttn, device: torch.device) -> str | None:
@@ -185,10 +186,6 @@ def clean(device: torch.device, backward: bool = False) -> Iterator[None]:
 
 def same(tensor: Tensor) -> Tensor:
     return tensor
-
-
-def first_line(error: Exception) -> str:
-    return (str(error) or repr(error)).strip().splitlines()[0]
 
 
 def installed(backend: FlashAttn) -> str:
