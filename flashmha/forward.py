@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import has_torch_function
 
-from . import nested, padding, projection
+from . import nested, padding, plain, projection
 from .backends import preference
 from .backends.base import HALF
 from .call import Reading, read_call
@@ -51,6 +51,12 @@ def attend(
     backend: Wanted,
 ) -> tuple[Tensor, Tensor | None]:
     """One forward of a layer."""
+    need_weights = need_weights and layer.need_weights
+    one, unmasked = query is key and key is value, key_padding_mask is None and attn_mask is None
+    if one and unmasked and not need_weights and not is_causal and backend is None:
+        output = plain.attend(layer, query)
+        if output is not None:
+            return output, None
     if query.is_nested or (key is not query and key.is_nested) or (value is not key and value.is_nested):
         nested.check(layer, query, key, value, key_padding_mask, attn_mask)
         return attend_nested(layer, query, key, value, need_weights, average_attn_weights, is_causal, backend)
@@ -59,7 +65,6 @@ def attend(
         return as_stock(
             layer, query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
         )
-    need_weights = need_weights and layer.need_weights
     call = read_call(layer, query, key, value, key_padding_mask, need_weights, attn_mask, is_causal)
     return attend_call(layer, call, need_weights, average_attn_weights, backend, layer.skip_padding)
 
@@ -188,7 +193,6 @@ def attend_nested(
     dense_k, valid_k = nested.padded(key)
     dense_v = dense_k if same_kv else nested.padded(value)[0]
     dense_q, valid_q = (dense_k, valid_k) if same_q else nested.padded(query)
-    need_weights = need_weights and layer.need_weights
     call = read_call(layer, dense_q, dense_k, dense_v, ~valid_k, need_weights, None, is_causal)
     out, weights = attend_call(layer, call, need_weights, average_attn_weights, backend, True, rows=valid_q)
     return nested.like(out, query, valid_q), weights

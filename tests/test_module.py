@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import flashmha
-from flashmha import FlashMultiHeadAttention, Window, record
+from flashmha import FlashMultiHeadAttention, Window, plain, record
 from flashmha.testing import (
     Blueprint,
     Call,
@@ -726,7 +727,7 @@ def counted() -> Iterator[list[str]]:
         sys.setprofile(before)
 
 
-@pytest.mark.parametrize("need_weights, training, most", [(False, False, 26), (False, True, 26), (True, False, 38)])
+@pytest.mark.parametrize("need_weights, training, most", [(False, False, 10), (False, True, 10), (True, False, 38)])
 def test_a_plain_call_takes_few_steps(need_weights: bool, training: bool, most: int) -> None:
     layer, x = FlashMultiHeadAttention(16, 2, batch_first=True).train(training), torch.randn(1, 3, 16)
     most += 4 * x.is_cuda  # SDPA has more kernels there to choose among
@@ -735,6 +736,44 @@ def test_a_plain_call_takes_few_steps(need_weights: bool, training: bool, most: 
         with counted() as names:
             layer(x, x, x, need_weights=need_weights)
     assert 0 < len(names) <= most, names
+
+
+FEATURES: tuple[dict[str, Any], ...] = (
+    {},
+    {"trust_is_causal": True, "need_weights": False},
+    {"window": (1, 0)},
+    {"num_kv_heads": 1},
+    {"backend": "naive"},
+    {"call_out_proj": True},
+)
+
+
+@given(
+    problem=problems(paddings=("none",), attn_masks=("none",), need_weights=(False,)),
+    features=st.sampled_from(FEATURES),
+    change=st.sampled_from((None, "weights", "frozen", "hop")),
+)
+def test_the_shortest_way_through_a_layer_is_the_way_of_every_call(
+    problem: tuple[Blueprint, Call], features: dict[str, Any], change: str | None
+) -> None:
+    blueprint, call = problem
+    layer, found = FlashMultiHeadAttention(**{**blueprint.arguments, **features}), []
+    if change == "hop":
+        layer.process_heads = lambda q, k, v: (q * 2, k, v)  # type: ignore[method-assign]
+    elif change == "frozen":
+        layer.requires_grad_(False)
+    elif change == "weights" and layer.in_proj_weight is not None:
+        held = layer.in_proj_weight
+        del layer.in_proj_weight
+        layer.in_proj_weight = held * 2  # type: ignore[assignment]
+    for shortest in (plain.attend, lambda layer, x: None):
+        with mock.patch.object(plain, "attend", shortest), record() as ran:
+            found.append((ask(layer, call, call.tensors(blueprint)), ran))
+    (short, one), (long, other) = found
+    for name, tensor in long.tensors.items():
+        if tensor is not None:
+            assert_same(short[name], tensor, name)
+    assert [(str(each.spec), each.backend) for each in one] == [(str(each.spec), each.backend) for each in other]
 
 
 # What the stock class does not have
