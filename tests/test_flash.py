@@ -4,6 +4,7 @@ import dataclasses
 import math
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -13,9 +14,13 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from flashmha import AttentionSpec, Documents, KeyLengths, KeyPadding, Mask, Window
+from flashmha.backends import sdpa
+from flashmha.backends.base import HALF
 from flashmha.backends.flash import FlashAttn
 from flashmha.backends.flash2 import Flash2
 from flashmha.backends.flash3 import Flash3
+from flashmha.backends.grouped import FEW
+from flashmha.backends.sdpa import PACKED, Sdpa, attend_packed, is_padding
 from flashmha.testing import assert_agrees, noise, seeds, specs
 
 pytestmark = pytest.mark.cpu("pretends the kernels")
@@ -233,6 +238,35 @@ def test_what_stands_in_padding_reaches_nobody(
         found.append((out, *torch.autograd.grad(out.float().square().sum(), (q, keys))))
     assert all(torch.equal(one, other) for one, other in zip(*found))
     assert not found[0][2][~valid].any()
+
+
+class PretendedSdpa(Sdpa):
+    """``sdpa`` on a CPU, where padding goes to the flash-attn 2 inside torch."""
+
+    name = "pretended sdpa"
+    limits = dataclasses.replace(
+        Sdpa.limits,
+        devices=("cpu",),
+        dtypes=HALF,
+        features=PACKED - {"dropout", "deterministic"},
+        head_dim=192,
+        head_dim_step=8,
+        seqlen_min=FEW + 1,
+    )
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> Tensor | tuple[Tensor, Tensor]:
+        assert is_padding(spec) == (spec.mask is not None)
+        return attend_packed(q, k, v, spec) if spec.mask is not None else super().__call__(q, k, v, spec)
+
+
+@given(data=st.data(), seed=seeds())
+def test_padding_is_packed_for_the_kernel_inside_torch(data: st.DataObject, seed: int) -> None:
+    def kernel(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, **offsets: Any) -> Any:
+        return two(q, k, v, softmax_scale=spec.scale, **offsets)
+
+    spec = data.draw(specs(limits=PretendedSdpa.limits, head_dims=(8, 16), longest=17))
+    with mock.patch.object(sdpa, "varlen", kernel):
+        assert_agrees(PretendedSdpa(), spec, seed)
 
 
 MASKS: dict[str, Mask] = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +13,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from ..spec import AttentionSpec
 from .base import FEATURES, HALF, Backend, Limits
 from .blocks import Item, cut, keep_all, slices
-from .grouped import fold, fold_table, folds, unfold
+from .grouped import FEW, fold, fold_table, folds, unfold
+from .packing import PADDING, pack, unpack
 
 
 def top_left_causal(spec: AttentionSpec) -> bool:
@@ -29,7 +31,8 @@ def top_left_causal(spec: AttentionSpec) -> bool:
 class Sdpa(Backend):
     """``F.scaled_dot_product_attention``; masks and biases become one dense tensor, top-left causality none.
 
-    On a CPU padding is cut off and documents run one by one; and its kernel there returns the log-sum-exp.
+    On a CPU padding is cut off and documents run one by one; and its kernel there returns the log-sum-exp. On a GPU
+    of NVIDIA's padding in half precision goes to torch's own flash-attn 2 as packed documents.
     """
 
     name = "sdpa"
@@ -82,11 +85,15 @@ def attend_on_cuda(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> Tens
     if spec.batch == 0:
         with sdpa_kernel(SDPBackend.MATH):  # the fused kernels give nothing at all for an empty batch
             return attend(q, k, v, None, spec)
+    if not spec.features:  # the commonest call, in the fewest steps
+        return attend(q, k, v, None, spec)
     if spec.dropout_p == 1.0:
         # the fused kernels multiply the zeros that are left by 1 / (1 - 1)
         k, v = (x.repeat_interleave(spec.heads // spec.heads_kv, dim=2) for x in (k, v))
         with sdpa_kernel(SDPBackend.MATH):
             return attend(q, k, v, dense(spec), spec)
+    if is_padding(spec) and not by_math(spec) and has_varlen(spec.device.index) and switches()[2]:
+        return attend_packed(q, k, v, spec)
     masked = spec.mask is not None or spec.bias is not None
     if masked and spec.bias is None and top_left_causal(spec):
         return attend_by_choice(q, k, v, None, spec, is_causal=True)
@@ -99,6 +106,65 @@ def attend_on_cuda(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> Tens
         # with a mask, grouped heads land in the math kernel up to torch 2.13 (pytorch#191085)
         k, v = (x.repeat_interleave(spec.heads // spec.heads_kv, dim=2) for x in (k, v))
     return attend_by_choice(q, k, v, mask, spec)
+
+
+def is_padding(spec: AttentionSpec) -> bool:
+    """Padding is all that is hidden, and torch's packed flash-attn 2 serves what else is asked for.
+
+    Its limits are those of ``mha_varlen_fwd`` in aten; beyond a head_dim of 192 some GPUs have no backward. A few
+    queries are not worth packing their keys.
+    """
+    served = spec.dtype in HALF and spec.head_dim % 8 == 0 and spec.head_dim <= 192 and not spec.aten_only
+    padded = spec.features <= PACKED and not spec.features.isdisjoint(PADDING)
+    return served and padded and spec.seqlen_q > FEW and spec.seqlen_k > 0
+
+
+PACKED = frozenset(("backward", "deterministic", "dropout", "gqa", *PADDING))
+"""What padding may stand beside: nothing that looks at the position of a key."""
+
+
+@functools.cache
+def has_varlen(index: int | None) -> bool:
+    """torch has its packed flash-attn 2 for a GPU: NVIDIA's, Ampere and newer."""
+    if torch.version.hip is not None or not torch.backends.cuda.is_flash_attention_available():
+        return False
+    return torch.cuda.get_device_capability(index)[0] >= 8
+
+
+has_varlen._dynamo_marked_constant = True  # type: ignore[attr-defined]  # torch.compiler.assume_constant_result, unimported
+
+
+def attend_packed(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> Tensor:
+    """Padding as packed documents: SDPA would be handed a mask, and compute what that hides."""
+    q, k, v, offsets = pack(q, k, v, spec)
+    return unpack(varlen(q, k, v, spec, **offsets), spec)
+
+
+def varlen(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    spec: AttentionSpec,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+) -> Tensor:
+    """The flash-attn 2 inside torch, over documents packed as (total, heads, head_dim)."""
+    out: Tensor = torch.ops.aten._flash_attention_forward(
+        q,
+        k,
+        v,
+        cu_seqlens_q,
+        cu_seqlens_k,
+        max_seqlen_q,
+        max_seqlen_k,
+        spec.dropout_p,
+        False,
+        False,
+        scale=spec.scale,
+    )[0]
+    return out
 
 
 def attend_by_choice(
