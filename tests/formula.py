@@ -19,8 +19,12 @@ def seen(q: Tensor, k: Tensor, told: dict[str, Any]) -> tuple[Tensor, Tensor]:
     batch = 1 if q.dim() == 3 else q.shape[0]
     if told.get("mask_mod") is not None:
         assert not told["causal"] and told["window_size_left"] is None and told["window_size_right"] is None
-        first, last = told["aux_tensors"]
-        within = (rows >= first[:, None]) & (rows <= last[:, None])
+        one, two = told["aux_tensors"]
+        if told["mask_mod"] == "within":
+            within = (rows >= one[:, None]) & (rows <= two[:, None])
+        else:
+            assert one.dtype == torch.uint8 and two.dtype == torch.int32 and two.shape == (batch,)
+            within = one[two.long(), : len(rows), : columns.shape[1]].bool()
         if told.get("block_sparse_tensors") is not None:  # full blocks forget the mask, and no others are looked at
             tables, tile = told["block_sparse_tensors"]
             state = spread(states(tables, by_keys="dq" in told), tile, *within.shape[1:])

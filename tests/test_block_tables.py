@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from flashmha.backends import block_tables
-from flashmha.backends.block_tables import BlockTables
+from flashmha.backends.block_tables import EDGE, BlockTables
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 POISON = 1_000_000
@@ -30,14 +30,13 @@ def seen(first: Tensor, last: Tensor, seqlen_q: int) -> Tensor:
     return (rows >= first[:, None]) & (rows <= last[:, None])
 
 
-def defined(first: Tensor, last: Tensor, seqlen_q: int, tile: Tile, *, by_keys: bool) -> BlockTables:
-    """The tables by their definition, tile by tile."""
-    allowed = seen(first, last, seqlen_q)
+def defined(allowed: Tensor, tile: Tile, *, by_keys: bool) -> BlockTables:
+    """The tables of a mask (batch, seqlen_q, seqlen_k) by their definition, tile by tile."""
     if by_keys:
         allowed, tile = allowed.mT, (tile[1], tile[0])
     blocks = [[part.split(tile[1], dim=1) for part in item.split(tile[0])] for item in allowed]
     shape = (len(blocks), 1, len(blocks[0]), len(blocks[0][0]))
-    like = {"dtype": torch.int32, "device": first.device}
+    like = {"dtype": torch.int32, "device": allowed.device}
     made = BlockTables(*(torch.full(shape[:length], POISON, **like) for length in (3, 4, 3, 4)))
     for item, rows in enumerate(blocks):
         for row, tiles in enumerate(rows):
@@ -98,9 +97,9 @@ def problems(draw: st.DrawFn) -> Problem:
 @given(problem=problems(), by_keys=st.booleans())
 def test_every_pair_is_looked_at_once_and_none_too_many(problem: Problem, by_keys: bool) -> None:
     first, last, seqlen_q, tile = problem
-    tables = defined(first, last, seqlen_q, tile, by_keys=by_keys)
-    state = spread(states(tables, by_keys=by_keys), tile, seqlen_q, first.shape[1])
     allowed = seen(first, last, seqlen_q)
+    tables = defined(allowed, tile, by_keys=by_keys)
+    state = spread(states(tables, by_keys=by_keys), tile, seqlen_q, first.shape[1])
     assert state[allowed].all(), "what somebody sees is listed"
     assert allowed[state == 2].all(), "a full tile hides nothing"
     assert (tables.mask_block_cnt + tables.full_block_cnt).min() > 0, "no row is without work"
@@ -124,12 +123,33 @@ def test_the_kernel_lists_what_the_definition_lists(
     machine: torch.device, problem: Problem, by_keys: bool, apart: bool
 ) -> None:
     first, last, seqlen_q, tile = problem
-    wanted = defined(first, last, seqlen_q, tile, by_keys=by_keys)
+    wanted = defined(seen(first, last, seqlen_q), tile, by_keys=by_keys)
     if apart:  # in another order of memory
         first = first.mT.contiguous().mT
     first, last = first.to(machine), last.to(machine)
     found = block_tables.block_tables(first, last, seqlen_q, tile, by_keys=by_keys)
-    found = BlockTables(*(table.cpu() for table in found))
+    assert_lists(BlockTables(*(table.cpu() for table in found)), wanted, by_keys)
+
+
+def assert_lists(found: BlockTables, wanted: BlockTables, by_keys: bool) -> None:
+    """The same counts, and in them the same tiles."""
     assert torch.equal(found.mask_block_cnt, wanted.mask_block_cnt)
     assert torch.equal(found.full_block_cnt, wanted.full_block_cnt)
     assert torch.equal(states(found, by_keys=by_keys), states(wanted, by_keys=by_keys))
+
+
+@given(problem=problems(), by_keys=st.booleans(), broadcast=st.sampled_from(((), (2,), (3,))))
+def test_a_mask_tensor_lists_what_the_definition_lists(
+    device: torch.device, problem: Problem, by_keys: bool, broadcast: tuple[int, ...]
+) -> None:
+    first, last, seqlen_q, tile = problem
+    allowed = seen(first, last, seqlen_q)[:, None]
+    sizes = (seqlen_q, allowed.shape[3])
+    for axis in broadcast:
+        allowed = allowed[:, :, :1] if axis == 2 else allowed[..., :1]
+    table = block_tables.edged(allowed.to(device), *sizes)
+    whole = allowed[:, 0].expand(-1, *sizes)
+    assert torch.equal(table[:, : sizes[0], : sizes[1]].bool().cpu(), whole)
+    assert table.sum() == whole.sum() and min(table.shape[1] - sizes[0], table.shape[2] - sizes[1]) >= EDGE
+    found = block_tables.mask_tables(table, *sizes, tile, by_keys=by_keys)
+    assert_lists(BlockTables(*(each.cpu() for each in found)), defined(whole, tile, by_keys=by_keys), by_keys)

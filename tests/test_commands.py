@@ -416,7 +416,7 @@ def test_a_budget_drops_the_last_cells_and_says_so() -> None:
 def test_the_grid_of_a_gpu_is_the_one_that_is_documented() -> None:
     grid = tune.GRIDS["cuda"]
     found = tune.cells(grid, KINDS, MODES, grid.head_dims, None)
-    assert len({str(cell) for cell in found}) == len(found) == 6 * 2 * 3 * 6 + 6
+    assert len({str(cell) for cell in found}) == len(found) == 7 * 2 * 3 * 6 + 6
     for cell in found:
         if cell.kind != "decode":
             assert cell.batch * cell.seqlen_q == 16384 and cell.heads * cell.head_dim == 2048

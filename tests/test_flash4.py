@@ -13,10 +13,10 @@ import torch
 from formula import Formula
 from hypothesis import given
 from hypothesis import strategies as st
-from test_block_tables import Tile, defined, states
+from test_block_tables import Tile, defined, seen, states
 from torch import Tensor
 
-from flashmha import AttentionSpec, KeyLengths, KeyPadding, Mask, Window, causal
+from flashmha import AttentionSpec, Dense, KeyLengths, KeyPadding, Mask, Window, causal
 from flashmha.backends import block_tables, compact, flash4_kernels, get
 from flashmha.backends.flash4 import Flash4, kind
 from flashmha.testing import assert_agrees, noise, seeds, specs
@@ -103,9 +103,13 @@ TILES: dict[bool, Tile] = {False: (4, 3), True: (2, 5)}
 """Queries and keys of a tile, forward and backward."""
 
 
-def blocks(first: Tensor, last: Tensor, q: Tensor, *, backward: bool) -> tuple[block_tables.BlockTables, Tile]:
+def blocks(told: dict[str, Any], q: Tensor, k: Tensor, *, backward: bool) -> tuple[block_tables.BlockTables, Tile]:
     """Tables for the tiles above, by their definition."""
-    return defined(first, last, q.shape[1], TILES[backward], by_keys=backward), TILES[backward]
+    if told["table"] is None:
+        allowed = seen(told["first"], told["last"], q.shape[1])
+    else:
+        allowed = told["table"][told["items"].long(), : q.shape[1], : k.shape[1]].bool()
+    return defined(allowed, TILES[backward], by_keys=backward), TILES[backward]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -117,7 +121,7 @@ def pretend() -> Iterator[None]:
         patch.setattr(flash4_kernels, "slots", slots)
         patch.setattr(block_tables, "WORTH", 4)
         patch.setattr(flash4_kernels, "served", lambda device: True)
-        mask = types.SimpleNamespace(within="within", blocks=blocks)
+        mask = types.SimpleNamespace(within="within", shown="shown", blocks=blocks)
         patch.setitem(sys.modules, "flashmha.backends.flash4_mask", mask)
         yield
 
@@ -195,25 +199,31 @@ def test_compilers_see_one_operator_with_the_same_numbers(mask: str, needs_grad:
 PADDED = KeyPadding(torch.arange(40)[None] < torch.tensor([[40], [23]]))
 
 
-@pytest.mark.parametrize("mask", (PADDED & causal(), PADDED & Window(7, 2), PADDED, causal()))
+TABLE = Dense(torch.ones(33, 40, dtype=torch.bool).tril(3))
+
+
+@pytest.mark.parametrize("mask", (PADDED & causal(), PADDED & Window(7, 2), TABLE, TABLE & PADDED, PADDED, causal()))
 @pytest.mark.parametrize("seqlen_q", (3, 33))
 @pytest.mark.parametrize("deterministic", (False, True))
 @pytest.mark.parametrize("here", (False, True))
-def test_intervals_come_with_the_tiles_to_look_at(
+def test_a_mask_of_ones_own_comes_with_the_tiles_to_look_at(
     mask: Mask, seqlen_q: int, deterministic: bool, here: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     listed = []
 
-    def spy(first: Tensor, last: Tensor, q: Tensor, *, backward: bool) -> Any:
-        made = blocks(first, last, q, backward=backward)
+    def spy(told: dict[str, Any], q: Tensor, k: Tensor, *, backward: bool) -> Any:
+        made = blocks(told, q, k, backward=backward)
         listed.append((backward, states(made[0], by_keys=backward)))
         return made
 
     monkeypatch.setattr(sys.modules["flashmha.backends.flash4_mask"], "blocks", spy)
     monkeypatch.setattr(flash4_kernels, "served", lambda device: here)
+    if TABLE in mask.parts:  # its rows are as many as there are queries
+        own = Dense(TABLE.allowed[:, :, :seqlen_q])
+        mask = own if len(mask.parts) == 1 else own & PADDED
     spec = AttentionSpec(2, seqlen_q, 40, 4, 2, 24, 24, torch.bfloat16, mask=mask, deterministic=deterministic)
     assert_agrees(Pretended(), dataclasses.replace(spec, needs_grad=True), 0)
-    served = here and seqlen_q == 33 and PADDED in mask.parts and len(mask.parts) == 2
+    served = here and seqlen_q == 33 and ("dense_mask" in spec.features or len(mask.parts) == 2)
     wanted = {False} if deterministic else {False, True}
     assert {backward for backward, _ in listed} == (wanted if served else set())
     for _, state in listed:

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import flashmha
-from flashmha import AttentionSpec, Backend, Documents, KeyLengths, KeyPadding, Limits, Window, attention, causal
+from flashmha import AttentionSpec, Backend, Dense, Documents, KeyLengths, KeyPadding, Limits, Window, attention, causal
 from flashmha.backends import choose, chosen, explain, names, order, ranking, reason, register, tuned, unregister
 from flashmha.backends.ranking import KINDS, MODES, TABLE, Row, agreed, combined, derive, kind
 from flashmha.testing import specs
@@ -114,6 +114,7 @@ KINDS_DRAWN = {
     "window": {"mask": Window(3, 0)},
     "documents": {"mask": Documents(torch.tensor([0, 128])) & causal(), "batch": 1},
     "decode": {"seqlen_q": 1, "seqlen_k": 1024, "mask": Window(512, 0)},
+    "mask tensor": {"mask": Dense(torch.ones(128, 128, dtype=torch.bool)) & causal()},
     "other": {"dropout_p": 0.1},
 }
 

@@ -1,4 +1,5 @@
-"""Which tiles of a problem a kernel has to look at: tables of blocks out of the queries that may look at each key.
+"""Which tiles of a problem a kernel has to look at: tables of blocks out of the queries that may look at each key, or
+out of a mask tensor.
 
 A tile is a block of queries by a block of keys. Nobody sees a key of an empty tile, which is listed nowhere; everybody
 sees every key of a full one, which needs no mask; the rest are partial. Not a backend; the kernel below is Triton's,
@@ -77,6 +78,43 @@ def block_tables(first: Tensor, last: Tensor, seqlen_q: int, tile: tuple[int, in
             BY_KEYS=by_keys,
         )
     return made
+
+
+EDGE = 256
+"""At least as many queries and keys as a tile has, of any kernel."""
+
+
+def edged(allowed: Tensor, seqlen_q: int, seqlen_k: int) -> Tensor:
+    """A mask (batch or 1, 1, seqlen_q or 1, seqlen_k or 1) as bytes, with room for the tiles that reach over its edges.
+
+    (batch or 1, at least seqlen_q + EDGE, at least seqlen_k + EDGE), 0 where nobody may look.
+    """
+    shape = (allowed.shape[0], *(-(-(size + EDGE) // 16) * 16 for size in (seqlen_q, seqlen_k)))
+    table = torch.zeros(shape, dtype=torch.uint8, device=allowed.device)
+    table[:, :seqlen_q, :seqlen_k] = allowed[:, 0]
+    return table
+
+
+def mask_tables(table: Tensor, seqlen_q: int, seqlen_k: int, tile: tuple[int, int], *, by_keys: bool) -> BlockTables:
+    """The tables for a mask as ``edged`` gives it; they are as ``block_tables`` makes them."""
+    rows, columns = -(-seqlen_q // tile[0]), -(-seqlen_k // tile[1])
+    tiles = (
+        table[:, : rows * tile[0], : columns * tile[1]].unflatten(1, (rows, tile[0])).unflatten(3, (columns, tile[1]))
+    )
+    seen = tiles.sum((2, 4), dtype=torch.int32)
+    sizes = [
+        (size - torch.arange(count, device=table.device) * step).clamp(max=step)
+        for size, count, step in ((seqlen_q, rows, tile[0]), (seqlen_k, columns, tile[1]))
+    ]
+    full = seen == sizes[0][:, None] * sizes[1]
+    partial = (seen > 0) & ~full
+    if by_keys:
+        full, partial = full.mT, partial.mT
+    partial = partial | (torch.arange(partial.shape[2], device=table.device) == 0) & ~(partial | full).any(2, True)
+    made = []
+    for those in (partial, full):
+        made += [those.sum(2, dtype=torch.int32), (~those).to(torch.uint8).argsort(dim=2, stable=True).int()]
+    return BlockTables(*(x[:, None].contiguous() for x in made))
 
 
 @functools.cache

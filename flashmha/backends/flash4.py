@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from bisect import bisect_left
 from collections.abc import Callable
 from typing import Any
@@ -9,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..masks import Documents, KeyPadding, find
+from ..masks import Dense, Documents, KeyPadding, find
 from ..spec import AttentionSpec
 from .base import HALF, Limits
-from .block_tables import worth
+from .block_tables import edged, worth
 from .compact import intervals, key_lengths, missing, validity
 from .flash import FlashAttn, normal_lse, packed, trimmed, unpacked, unpacked_lse
 from .flash4_kernels import attend
@@ -22,7 +23,7 @@ STEPS = (64, 80, 128, 192)
 
 
 class Flash4(FlashAttn):
-    """flash-attn 4: half precision on Hopper and Blackwell; padding of any pattern, sinks, no dropout, no mask tensors.
+    """flash-attn 4: half precision on Hopper and Blackwell; padding of any pattern, mask tensors, sinks, no dropout.
 
     The first call of a (dtype, head_dim, causal, ...) combination compiles for some seconds.
     Source: ``flash_attn.cute.interface`` of flash-attn-4 4.0.0b36. Its forward and backward are called rather than its
@@ -58,6 +59,7 @@ class Flash4(FlashAttn):
                 "key_lengths",
                 "key_padding",
                 "documents",
+                "dense_mask",
                 "softcap",
                 "sinks",
                 "gqa",
@@ -93,12 +95,16 @@ class Flash4(FlashAttn):
     def refusals(self, spec: AttentionSpec) -> list[str]:
         reasons = super().refusals(spec)
         padded = spec.mask is not None and not spec.features.isdisjoint(("key_padding", "key_lengths"))
-        if padded and "documents" in spec.features:
+        if padded and "documents" in spec.features and "dense_mask" not in spec.features:
             reasons.append("padding inside Documents")
         if spec.needs_grad and spec.head_dim < 128 and 0 < spec.head_dim % 32 <= 16:
             # seen on a Hopper GPU with 4.0.0b36: gradients of q, and of grouped k and v, are wrong or do not compile
             reasons.append(f"the backward of head_dim={spec.head_dim} (wrong below 128 where it is 1 to 16 modulo 32)")
-        if spec.needs_grad and spec.window is not None and spec.seqlen_k < spec.seqlen_q and not padded:
+        dense = find(spec.mask, Dense)
+        if dense is not None and dense.allowed.shape[1] > 1:
+            reasons.append("a mask tensor that differs from head to head")
+        plain = not padded and dense is None
+        if spec.needs_grad and spec.window is not None and spec.seqlen_k < spec.seqlen_q and plain:
             reasons.append(
                 f"the backward of a window with seqlen_k={spec.seqlen_k} < seqlen_q={spec.seqlen_q} "
                 "(untested by the package)"
@@ -106,6 +112,8 @@ class Flash4(FlashAttn):
         return reasons
 
     def unbuilt(self, spec: AttentionSpec) -> str | None:
+        if "dense_mask" in spec.features:
+            return untried(spec.device.index)
         return missing() if "key_padding" in spec.features and spec.window is None else None
 
     def unready(self, spec: AttentionSpec) -> str | None:
@@ -115,23 +123,23 @@ class Flash4(FlashAttn):
         return "not compiled for this kind of problem yet (3 to 5 seconds a kernel)"
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> Tensor | tuple[Tensor, Tensor]:
-        documents, window = find(spec.mask, Documents), spec.window
         options: dict[str, Any] = {"scale": spec.scale, "softcap": spec.softcap or 0.0}
-        valid = validity(spec.mask, spec)
-        if valid is not None and window is not None:
+        documents, valid, window = find(spec.mask, Documents), validity(spec.mask, spec), spec.window
+        if find(spec.mask, Dense) is not None:
+            documents = None
+            options |= mask_table(spec)
+        elif valid is not None and window is not None:
             options["first"], options["last"] = intervals(valid, window, spec.seqlen_q)
         else:
             k, v, left, right = trimmed(k, v, spec)
             causal = left is None and right == 0
             options |= {"causal": causal, "left": left, "right": None if causal else right}
-        if documents is not None:
-            q, k, v, offsets = packed(q, k, v, documents)
-            options |= offsets
-        elif valid is not None and window is None:
-            if find(spec.mask, KeyPadding) is None:
-                options["lengths"] = key_lengths(spec)
-            else:
-                options["valid"] = valid
+            if documents is not None:
+                q, k, v, offsets = packed(q, k, v, documents)
+                options |= offsets
+            elif valid is not None:
+                padding = find(spec.mask, KeyPadding) is not None
+                options |= {"valid": valid} if padding else {"lengths": key_lengths(spec)}
         out, lse = attend(q, k, v, spec, {**options, "deterministic": spec.deterministic})
         if not torch.compiler.is_compiling():
             self.compiled.add(kind(spec))
@@ -144,10 +152,20 @@ class Flash4(FlashAttn):
         return (out, normal_lse(lse)) if spec.need_lse else out
 
 
+def mask_table(spec: AttentionSpec) -> dict[str, Tensor]:
+    """All that a mask with a tensor in it says, in one table, and which of its items each of the batch looks at."""
+    allowed = spec.allowed()
+    assert allowed is not None
+    items = torch.arange(spec.batch, dtype=torch.int32, device=allowed.device)
+    items = torch.zeros_like(items) if allowed.shape[0] == 1 else items
+    return {"table": edged(allowed, spec.seqlen_q, spec.seqlen_k), "items": items}
+
+
 def kind(spec: AttentionSpec) -> tuple[Any, ...]:
     """What the package compiles a kernel for, as far as a problem shows it."""
     window = spec.window
     padded = not spec.features.isdisjoint(("key_padding", "key_lengths"))
+    dense = "dense_mask" in spec.features
     return (
         spec.device,
         spec.dtype,
@@ -159,5 +177,15 @@ def kind(spec: AttentionSpec) -> tuple[Any, ...]:
         None if spec.sinks is None else spec.sinks.dtype,
         bisect_left(STEPS, spec.seqlen_q),
         bisect_left(STEPS, spec.seqlen_k),
-        padded and window is not None and worth(spec.seqlen_q, spec.seqlen_k),
+        (dense or (padded and window is not None)) and worth(spec.seqlen_q, spec.seqlen_k),
     )
+
+
+@functools.cache
+def untried(index: int | None) -> str | None:
+    """Why mask tensors are not served on a GPU."""
+    major, minor = torch.cuda.get_device_capability(index)
+    return None if major == 9 else f"dense_mask on compute capability {major}.{minor} (tried on 9.x alone)"
+
+
+untried._dynamo_marked_constant = True  # type: ignore[attr-defined]  # torch.compiler.assume_constant_result, unimported

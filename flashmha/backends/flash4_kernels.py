@@ -24,6 +24,8 @@ TOLD: dict[str, tuple[str, Any]] = {
     "valid": ("Tensor?", None),
     "first": ("Tensor?", None),
     "last": ("Tensor?", None),
+    "table": ("Tensor?", None),
+    "items": ("Tensor?", None),
     "max_seqlen_q": ("SymInt", 0),
     "max_seqlen_k": ("SymInt", 0),
     "scale": ("float", 1.0),
@@ -36,8 +38,9 @@ TOLD: dict[str, tuple[str, Any]] = {
 """What the kernels are told beside tensors that may want a gradient, in the order of ``forward``: type and default.
 
 ``lengths`` (batch,) are key lengths; ``valid`` (batch, seqlen_k) is padding, whose real keys are moved to the front;
-``first`` and ``last`` (batch, seqlen_k) are intervals; both bounds of a window are ``None`` where it is causal or there
-is none.
+``first`` and ``last`` (batch, seqlen_k) are intervals; ``table`` is a mask as ``block_tables.edged`` makes it, and
+``items`` (batch,) say which of its items counts for each of the batch; both bounds of a window are ``None`` where it is
+causal or there is none.
 """
 
 
@@ -64,7 +67,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, *arguments: A
     # the package asks the current device, not the tensors', which kernels to build
     with torch.cuda.device(q.device):
         run, more = kernels()[0], {"learnable_sink": sinks, "num_splits": 1, "return_lse": True}
-        out, lse = run(q, k, v, **options(told), **listed(told, q), **more)[:2]
+        out, lse = run(q, k, v, **options(told), **listed(told, q, k), **more)[:2]
     return out, lse, *moved
 
 
@@ -74,7 +77,7 @@ def backward(
     """Gradients of q, k and v into three tensors; that of the sinks is returned."""
     told = dict(zip(TOLD, arguments))
     q, k, v, sinks, out, lse = saved
-    assert q is not None and out is not None
+    assert q is not None and k is not None and out is not None
     dq, dk, dv = into
     to, made = None, (dk, dv)
     if told["valid"] is not None:
@@ -83,7 +86,7 @@ def backward(
     with torch.cuda.device(q.device):
         more: dict[str, Any] = {"deterministic": told["deterministic"], "learnable_sink": sinks, "dlse": d_lse}
         d_out = torch.zeros_like(out) if d_out is None else d_out
-        more |= listed(told, q, backward=True) | {"dq": dq, "dk": made[0], "dv": made[1]}
+        more |= listed(told, q, k, backward=True) | {"dq": dq, "dk": made[0], "dv": made[1]}
         result = kernels()[1](q, k, v, out, d_out, lse, **options(told), **more)
     if to is not None:
         spread(made, (dk, dv), to)
@@ -108,24 +111,28 @@ def options(told: dict[str, Any]) -> dict[str, Any]:
         found |= {name: told[name] for name in ("cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k")}
     elif told["lengths"] is not None:
         found["seqused_k"] = told["lengths"]
-    if told["first"] is not None:  # a mask of one's own makes the kernel forget causality and windows: it holds both
+    # a mask of one's own makes the kernel forget causality and windows: it holds both
+    if told["first"] is not None:
         from .flash4_mask import within
 
         found |= {"mask_mod": within, "aux_tensors": [told["first"], told["last"]]}
+    elif told["table"] is not None:
+        from .flash4_mask import shown
+
+        found |= {"mask_mod": shown, "aux_tensors": [told["table"], told["items"]]}
     return found
 
 
-def listed(told: dict[str, Any], q: Tensor, *, backward: bool = False) -> dict[str, Any]:
-    """The tiles that a direction has to look at, where there are intervals; nothing where it looks at all of them."""
-    first, last = told["first"], told["last"]
-    # flash_bwd_sm90 has no order of writing for a gradient of q that arrives tile by tile
-    if first is None or (backward and told["deterministic"]) or not worth(q.shape[1], first.shape[1]):
+def listed(told: dict[str, Any], q: Tensor, k: Tensor, *, backward: bool = False) -> dict[str, Any]:
+    """The tiles that a direction has to look at beside a mask of one's own; nothing where it looks at all of them."""
+    if told["first"] is None and told["table"] is None:
         return {}
-    if not served(q.device):
+    # flash_bwd_sm90 has no order of writing for a gradient of q that arrives tile by tile
+    if (backward and told["deterministic"]) or not worth(q.shape[1], k.shape[1]) or not served(q.device):
         return {}
     from .flash4_mask import blocks
 
-    found = blocks(first, last, q, backward=backward)
+    found = blocks(told, q, k, backward=backward)
     return {} if found is None else {"block_sparse_tensors": found}
 
 

@@ -1,4 +1,4 @@
-"""The mask of intervals as flash-attn 4 takes it: compiled into a kernel, and as the blocks that a kernel looks at.
+"""Masks as flash-attn 4 takes them: compiled into a kernel, and as the blocks that a kernel looks at.
 
 Imported where one is needed, with the package.
 """
@@ -12,7 +12,7 @@ from flash_attn.cute import interface, utils
 from flash_attn.cute.block_sparsity import BlockSparseTensorsTorch
 from torch import Tensor
 
-from .block_tables import block_tables
+from .block_tables import BlockTables, block_tables, mask_tables
 
 
 @cute.jit  # type: ignore[untyped-decorator]
@@ -23,12 +23,24 @@ def within(batch, head, q_idx, kv_idx, seqlen_info, aux_tensors):  # type: ignor
     return (q_idx >= first) & (q_idx <= last)
 
 
-def blocks(first: Tensor, last: Tensor, q: Tensor, *, backward: bool) -> Any:
+@cute.jit  # type: ignore[untyped-decorator]
+def shown(batch, head, q_idx, kv_idx, seqlen_info, aux_tensors):  # type: ignore[no-untyped-def]
+    """The item's table is not 0 there; see ``block_tables.edged``."""
+    item = aux_tensors[1][batch[0]]
+    value = cutlass.Int32(aux_tensors[0][item, q_idx[0], kv_idx[0]])
+    return utils.scalar_to_ssa(value, cutlass.Int32) > 0
+
+
+def blocks(told: dict[str, Any], q: Tensor, k: Tensor, *, backward: bool) -> Any:
     """The blocks that a direction looks at on Hopper; ``None`` where it cannot be told any."""
     size = tile(q.shape[-1], backward)
     if size is None:
         return None
-    tables = block_tables(first, last, q.shape[1], size, by_keys=backward)
+    if told["table"] is None:
+        tables = block_tables(told["first"], told["last"], q.shape[1], size, by_keys=backward)
+    else:
+        each = mask_tables(told["table"], q.shape[1], k.shape[1], size, by_keys=backward)
+        tables = BlockTables(*(x.index_select(0, told["items"]) for x in each))
     return BlockSparseTensorsTorch(*tables, block_size=size)
 
 

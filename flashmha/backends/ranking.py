@@ -18,7 +18,7 @@ from ..masks import Documents, find
 from ..spec import AttentionSpec
 from .base import HALF
 
-KINDS = ("dense", "causal", "padded", "padded causal", "window", "documents", "decode")
+KINDS = ("dense", "causal", "padded", "padded causal", "window", "documents", "decode", "mask tensor")
 """Kinds of problems that are measured; nothing is known about the others."""
 MODES = ("eval", "train")
 """The forward alone, and the forward with its backward."""
@@ -26,7 +26,7 @@ MODES = ("eval", "train")
 FEW, MANY = 8, 512
 """The most queries and the fewest keys of ``decode``."""
 UNMEASURED = frozenset(
-    "dense_mask rule bias bias_grad alibi softcap sinks dropout head_dim_v deterministic".split()  # noqa: SIM905
+    "rule bias bias_grad alibi softcap sinks dropout head_dim_v deterministic".split()  # noqa: SIM905
 )
 MARGIN = 0.03
 """Two backends whose times differ by less are as fast as one another."""
@@ -120,9 +120,12 @@ def kind(spec: AttentionSpec) -> str:
     if features & UNMEASURED:
         return "other"
     padded = bool(features & {"key_padding", "key_lengths"})
+    decodes = not spec.needs_grad and spec.seqlen_k >= MANY and spec.seqlen_q <= FEW
+    if "dense_mask" in features:
+        return "other" if decodes else "mask tensor"
     if "documents" in features:
         return "other" if padded else "documents"
-    if not spec.needs_grad and spec.seqlen_k >= MANY and spec.seqlen_q <= FEW:
+    if decodes:
         return "decode"
     if padded:
         return "padded causal" if features & {"causal", "window"} else "padded"

@@ -27,7 +27,7 @@ from ..backends.tuned import SCHEMA, read
 from ..benchmark.machine import commit, environment, seconds, wait
 from ..errors import in_one_line
 from ..functional import attention
-from ..masks import Documents, KeyPadding, Mask, Window, causal, find, short
+from ..masks import Dense, Documents, KeyPadding, Mask, Window, causal, find, short
 from ..spec import AttentionSpec
 from .devices import device
 from .explain import DTYPES, at_least
@@ -170,10 +170,15 @@ def cells(
 
 
 def mask_of(cell: Cell, generator: torch.Generator, where: torch.device) -> Mask | None:
-    """The mask of a cell; padding is on the right, as in most models, and half of a sequence at most."""
+    """The mask of a cell; padding is on the right, as in most models, and half of a sequence at most.
+
+    The mask tensor is the causal one, as most of those are that long sequences are called with.
+    """
     if cell.document is not None:
         offsets = torch.arange(0, cell.seqlen_k + 1, cell.document, dtype=torch.int32)
         return Documents(offsets.to(where), max_seqlen=cell.document) & causal()
+    if cell.kind == "mask tensor":
+        return Dense(torch.ones(cell.seqlen_q, cell.seqlen_k, dtype=torch.bool, device=where).tril())
     if cell.kind == "window":
         return Window(min(REACH, cell.seqlen_k // 4), 0)
     if cell.kind == "causal":
@@ -237,7 +242,9 @@ class Definition:
             start = int(documents.cu_seqlens[-2])
             keys, mask = slice(start, None), causal()
             self.queries = slice(max(start, self.queries.start), None)
-        padding = find(mask, KeyPadding)
+        dense, padding = find(mask, Dense), find(mask, KeyPadding)
+        if dense is not None:
+            mask = Dense(dense.allowed[:, :, self.queries])
         if mask is not None and padding is not None:
             first: Mask = KeyPadding(padding.valid[:1])
             mask = first if find(mask, Window) is None else first & causal()
