@@ -138,18 +138,28 @@ def assert_lists(found: BlockTables, wanted: BlockTables, by_keys: bool) -> None
     assert torch.equal(states(found, by_keys=by_keys), states(wanted, by_keys=by_keys))
 
 
-@given(problem=problems(), by_keys=st.booleans(), broadcast=st.sampled_from(((), (2,), (3,))))
-def test_a_mask_tensor_lists_what_the_definition_lists(
-    device: torch.device, problem: Problem, by_keys: bool, broadcast: tuple[int, ...]
-) -> None:
-    first, last, seqlen_q, tile = problem
+@pytest.mark.cpu("judges a definition")
+@given(problem=problems(), broadcast=st.sampled_from((None, 2, 3)))
+def test_a_mask_has_room_behind_its_edges(problem: Problem, broadcast: int | None) -> None:
+    first, last, seqlen_q, _ = problem
     allowed = seen(first, last, seqlen_q)[:, None]
     sizes = (seqlen_q, allowed.shape[3])
-    for axis in broadcast:
-        allowed = allowed[:, :, :1] if axis == 2 else allowed[..., :1]
-    table = block_tables.edged(allowed.to(device), *sizes)
-    whole = allowed[:, 0].expand(-1, *sizes)
-    assert torch.equal(table[:, : sizes[0], : sizes[1]].bool().cpu(), whole)
+    allowed = allowed if broadcast is None else allowed.narrow(broadcast, 0, 1)
+    table, whole = block_tables.edged(allowed, *sizes), allowed[:, 0].expand(-1, *sizes)
+    assert torch.equal(table[:, : sizes[0], : sizes[1]].bool(), whole)
     assert table.sum() == whole.sum() and min(table.shape[1] - sizes[0], table.shape[2] - sizes[1]) >= EDGE
-    found = block_tables.mask_tables(table, *sizes, tile, by_keys=by_keys)
-    assert_lists(BlockTables(*(each.cpu() for each in found)), defined(whole, tile, by_keys=by_keys), by_keys)
+
+
+@given(problem=problems(), by_keys=st.booleans(), shared=st.booleans())
+def test_the_kernels_for_a_mask_list_what_the_definition_lists(
+    machine: torch.device, problem: Problem, by_keys: bool, shared: bool
+) -> None:
+    first, last, seqlen_q, tile = problem
+    allowed = seen(first, last, seqlen_q)
+    items = torch.arange(len(allowed), dtype=torch.int32).flip(0)
+    if shared:
+        allowed, items = allowed[:1], torch.zeros_like(items)
+    table = block_tables.edged(allowed[:, None].to(machine), *allowed.shape[1:])
+    found = block_tables.mask_tables(table, items.to(machine), *allowed.shape[1:], tile, by_keys=by_keys)
+    wanted = defined(allowed[items.long()], tile, by_keys=by_keys)
+    assert_lists(BlockTables(*(each.cpu() for each in found)), wanted, by_keys)

@@ -95,31 +95,121 @@ def edged(allowed: Tensor, seqlen_q: int, seqlen_k: int) -> Tensor:
     return table
 
 
-def mask_tables(table: Tensor, seqlen_q: int, seqlen_k: int, tile: tuple[int, int], *, by_keys: bool) -> BlockTables:
-    """The tables for a mask as ``edged`` gives it; they are as ``block_tables`` makes them."""
+def mask_tables(
+    table: Tensor, items: Tensor, seqlen_q: int, seqlen_k: int, tile: tuple[int, int], *, by_keys: bool
+) -> BlockTables:
+    """The tables for a mask as ``edged`` gives it, as ``block_tables`` makes them.
+
+    ``items`` (batch,) int32 says which of the mask's items counts for each of the batch.
+    """
     rows, columns = -(-seqlen_q // tile[0]), -(-seqlen_k // tile[1])
-    tiles = (
-        table[:, : rows * tile[0], : columns * tile[1]].unflatten(1, (rows, tile[0])).unflatten(3, (columns, tile[1]))
-    )
-    seen = tiles.sum((2, 4), dtype=torch.int32)
-    sizes = [
-        (size - torch.arange(count, device=table.device) * step).clamp(max=step)
-        for size, count, step in ((seqlen_q, rows, tile[0]), (seqlen_k, columns, tile[1]))
-    ]
-    full = seen == sizes[0][:, None] * sizes[1]
-    partial = (seen > 0) & ~full
-    if by_keys:
-        full, partial = full.mT, partial.mT
-    partial = partial | (torch.arange(partial.shape[2], device=table.device) == 0) & ~(partial | full).any(2, True)
-    made = []
-    for those in (partial, full):
-        made += [those.sum(2, dtype=torch.int32), (~those).to(torch.uint8).argsort(dim=2, stable=True).int()]
-    return BlockTables(*(x[:, None].contiguous() for x in made))
+    states = torch.empty((table.shape[0], rows, columns), dtype=torch.uint8, device=table.device)
+    along, across = (columns, rows) if by_keys else (rows, columns)
+    shapes = ((len(items), 1, along), (len(items), 1, along, across)) * 2
+    made = BlockTables(*(torch.empty(shape, dtype=torch.int32, device=table.device) for shape in shapes))
+    judge, enlist = kernels()
+    with torch.cuda.device(table.device):
+        judge[(states.numel(),)](
+            table,
+            states,
+            *table.stride()[:2],
+            seqlen_q,
+            seqlen_k,
+            rows,
+            columns,
+            TILE_Q=tile[0],
+            TILE_K=tile[1],
+            KEYS=1 << (tile[1] - 1).bit_length(),
+            STEP=16,
+        )
+        enlist[(len(items) * along,)](
+            states,
+            items,
+            *made,
+            along,
+            across,
+            states.stride(0),
+            *(states.stride()[:0:-1] if by_keys else states.stride()[1:]),
+            CHUNK=CHUNK,
+        )
+    return made
+
+
+@functools.cache
+def kernels() -> Any:
+    """Two programs for a mask: one judges a tile, one lists the tiles of a row."""
+    import triton
+    import triton.language as tl
+
+    @triton.jit(do_not_specialize=["seqlen_q", "seqlen_k", "rows", "columns"])  # type: ignore[untyped-decorator]
+    def judge(  # type: ignore[no-untyped-def]
+        table,
+        states,
+        stride_b,
+        stride_q,
+        seqlen_q,
+        seqlen_k,
+        rows,
+        columns,
+        TILE_Q: tl.constexpr,
+        TILE_K: tl.constexpr,
+        KEYS: tl.constexpr,
+        STEP: tl.constexpr,
+    ):
+        program = tl.program_id(0)
+        item, row, column = (program // (rows * columns)).to(tl.int64), (program // columns) % rows, program % columns
+        lane, line = tl.arange(0, KEYS), tl.arange(0, STEP)
+        first = table + item * stride_b + (row * TILE_Q).to(tl.int64) * stride_q + column * TILE_K
+        seen = tl.zeros([STEP, KEYS], dtype=tl.int32)
+        for start in range(0, TILE_Q, STEP):
+            query = start + line
+            inside = (query < TILE_Q)[:, None] & (lane < TILE_K)[None, :]
+            seen += tl.load(first + query[:, None] * stride_q + lane[None, :], mask=inside, other=0).to(tl.int32)
+        pairs = tl.sum(tl.sum(seen, axis=1), axis=0)
+        most = tl.minimum(seqlen_q - row * TILE_Q, TILE_Q) * tl.minimum(seqlen_k - column * TILE_K, TILE_K)
+        # 0 is empty, 1 partial, 2 full
+        tl.store(states + program, (pairs > 0).to(tl.uint8) + (pairs == most).to(tl.uint8))
+
+    @triton.jit(do_not_specialize=["rows", "columns", "stride_b", "stride_r", "stride_c"])  # type: ignore[untyped-decorator]
+    def enlist(  # type: ignore[no-untyped-def]
+        states,
+        items,
+        partial_counts,
+        partial_blocks,
+        full_counts,
+        full_blocks,
+        rows,
+        columns,
+        stride_b,
+        stride_r,
+        stride_c,
+        CHUNK: tl.constexpr,
+    ):
+        program = tl.program_id(0)
+        item, row = tl.load(items + program // rows), program % rows
+        lane = tl.arange(0, CHUNK)
+        list_at = program.to(tl.int64) * columns
+        partials, fulls = 0, 0
+        for start in range(0, columns, CHUNK):
+            column = start + lane
+            place = states + item * stride_b + row * stride_r + column * stride_c
+            state = tl.load(place, mask=column < columns, other=0).to(tl.int32)
+            partial, full = (state == 1).to(tl.int32), (state == 2).to(tl.int32)
+            tl.store(partial_blocks + list_at + partials + tl.cumsum(partial) - 1, column, mask=partial > 0)
+            tl.store(full_blocks + list_at + fulls + tl.cumsum(full) - 1, column, mask=full > 0)
+            partials += tl.sum(partial)
+            fulls += tl.sum(full)
+        nothing = (partials + fulls) == 0
+        tl.store(partial_blocks + list_at, 0, mask=nothing)
+        tl.store(partial_counts + program, tl.where(nothing, 1, partials))
+        tl.store(full_counts + program, fulls)
+
+    return judge, enlist
 
 
 @functools.cache
 def kernel() -> Any:
-    """A program makes one row of the tables."""
+    """A program makes one row of the tables of intervals."""
     import triton
     import triton.language as tl
 

@@ -12,7 +12,7 @@ from flash_attn.cute import interface, utils
 from flash_attn.cute.block_sparsity import BlockSparseTensorsTorch
 from torch import Tensor
 
-from .block_tables import BlockTables, block_tables, mask_tables
+from .block_tables import block_tables, mask_tables
 
 
 @cute.jit  # type: ignore[untyped-decorator]
@@ -39,8 +39,7 @@ def blocks(told: dict[str, Any], q: Tensor, k: Tensor, *, backward: bool) -> Any
     if told["table"] is None:
         tables = block_tables(told["first"], told["last"], q.shape[1], size, by_keys=backward)
     else:
-        each = mask_tables(told["table"], q.shape[1], k.shape[1], size, by_keys=backward)
-        tables = BlockTables(*(x.index_select(0, told["items"]) for x in each))
+        tables = mask_tables(told["table"], told["items"], q.shape[1], k.shape[1], size, by_keys=backward)
     return BlockSparseTensorsTorch(*tables, block_size=size)
 
 
