@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from .masks import Documents, Mask, Window, find, normalize, short
+from .masks import Dense, Documents, KeyLengths, KeyPadding, Mask, Window, find, normalize, short
 from .scores import Bias
 
 CPU = torch.device("cpu")
@@ -208,6 +208,33 @@ class AttentionSpec:
     def with_lse(self) -> AttentionSpec:
         """The same problem, asking for the log-sum-exp too, as numbers that nobody differentiates."""
         return self.changed(need_lse=True, features=self.features | {"lse"})
+
+    @property
+    def outline(self) -> tuple[Any, ...] | None:
+        """What is known of a problem whose only tensors are those of padding or a mask tensor, but for their values.
+
+        ``None`` where there are others, and while somebody traces.
+        """
+        if self.bias is not None or self.sinks is not None or torch.compiler.is_compiling():
+            return None
+        if not (type(self.batch) is type(self.seqlen_q) is type(self.seqlen_k) is int):  # symbols have no hash
+            return None
+        rules: list[Any] = []
+        for part in () if self.mask is None else self.mask.parts:
+            if type(part) not in (Window, Dense, KeyPadding, KeyLengths):
+                return None
+            rules.append(type(part))
+            if isinstance(part, Window):
+                rules += (part.left, part.right, part.align)
+            elif isinstance(part, Dense):
+                rules.append(part.allowed.shape)
+        # fmt: off
+        return (
+            self.batch, self.seqlen_q, self.seqlen_k, self.heads, self.heads_kv, self.head_dim, self.head_dim_v,
+            self.dtype, self.device, self.softcap, self.softmax_scale, self.dropout_p, self.needs_grad, self.need_lse,
+            self.deterministic, self.aten_only, *rules,
+        )
+        # fmt: on
 
     @property
     def scale(self) -> float:

@@ -21,9 +21,22 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import flashmha
-from flashmha import AttentionSpec, Backend, Dense, Documents, KeyLengths, KeyPadding, Limits, Window, attention, causal
-from flashmha.backends import choose, chosen, explain, names, order, ranking, reason, register, tuned, unregister
+from flashmha import (
+    AttentionSpec,
+    Backend,
+    Dense,
+    Documents,
+    KeyLengths,
+    KeyPadding,
+    Limits,
+    Mask,
+    Window,
+    attention,
+    causal,
+)
+from flashmha.backends import choose, chosen, explain, get, names, order, ranking, reason, register, tuned, unregister
 from flashmha.backends.ranking import KINDS, MODES, TABLE, Row, agreed, combined, derive, kind
+from flashmha.masks import combine
 from flashmha.testing import specs
 
 ROOT = Path(flashmha.__file__).parents[1]
@@ -60,6 +73,57 @@ def problem(seqlen: int = 128, batch: int = 2, **changes: Any) -> AttentionSpec:
 def on_cuda(spec: AttentionSpec, **changes: Any) -> AttentionSpec:
     """A drawn problem on a GPU; its tensors stay where they are."""
     return spec.changed(device=CUDA, **changes)
+
+
+# What is remembered of a problem with tensors
+
+
+def flipped(part: Mask) -> Mask:
+    """The same rule with other values in its tensors."""
+    if isinstance(part, KeyPadding):
+        return KeyPadding(~part.valid)
+    if isinstance(part, KeyLengths):
+        return KeyLengths(part.lengths.flip(0))
+    return Dense(~part.allowed) if isinstance(part, Dense) else part
+
+
+@given(spec=specs(), cuda=st.booleans(), grad=st.booleans())
+def test_our_own_say_the_same_of_problems_with_one_outline(spec: AttentionSpec, cuda: bool, grad: bool) -> None:
+    outline = spec.outline
+    if outline is None:
+        assert spec.bias is not None or spec.sinks is not None or spec.features & {"documents", "rule"}
+        return
+    hash(outline)
+    parts = () if spec.mask is None else spec.mask.parts
+    twin = spec.changed(mask=combine(tuple(map(flipped, parts))) if parts else None)
+    assert twin.outline == outline
+    if cuda:
+        spec, twin = (on_cuda(one, dtype=torch.bfloat16) for one in (spec, twin))
+    assert [get(name).unsupported(spec) for name in BUILT_IN] == [get(name).unsupported(twin) for name in BUILT_IN]
+    with on():
+        assert order(spec) == order(twin)
+    if grad != spec.needs_grad:
+        assert dataclasses.replace(spec, needs_grad=grad, deterministic=False).outline != spec.outline
+
+
+def test_padding_is_judged_once_and_again_under_another_list(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    judge = type(get("sdpa")).unsupported
+    monkeypatch.setattr(type(get("sdpa")), "unsupported", lambda *this: [asked.append(1), judge(*this)][1])
+
+    def padded(value: bool) -> AttentionSpec:
+        return AttentionSpec(2, 37, 37, 2, 2, 8, 8, mask=KeyPadding(torch.full((2, 37), value)))
+
+    assert [choose(padded(value)).name for value in (True, False, True)] == ["sdpa"] * 3
+    assert len(asked) == 1
+    register(passing("curious"), before="sdpa")
+    try:
+        assert [choose(padded(True)).name for _ in range(3)] == ["curious"] * 3
+        assert not any(entry[3].name == "curious" for entry in chosen.values()), "it may look at the tensors"
+    finally:
+        unregister("curious")
+    assert [choose(padded(True)).name for _ in range(2)] == ["sdpa"] * 2
+    assert len(asked) == 2, "the list is another one"
 
 
 # The order

@@ -111,7 +111,9 @@ def told() -> Iterator[Told]:
             patch.setattr(get(name), "functions", answers)
         for name in FLASH[:2]:
             patch.setattr(get(name), "cached", cached)
-        patch.setitem(sys.modules, "flashmha.backends.flash4_mask", types.SimpleNamespace(within="within"))
+        patch.setitem(
+            sys.modules, "flashmha.backends.flash4_mask", types.SimpleNamespace(within="within", shown="shown")
+        )
         patch.setattr(compact, "move", lambda sources, targets, to, scatter: [t.zero_() for t in targets])
         patch.setattr(
             flash4_kernels, "slots", lambda valid: compact.Slots(valid.int(), valid.sum(1, dtype=torch.int32))

@@ -178,16 +178,22 @@ def reason(backend: Backend, spec: AttentionSpec) -> str | None:
     return backend.unsupported(spec) or backend.unavailable(spec.device) or backend.unbuilt(spec)
 
 
-chosen: dict[AttentionSpec, tuple[object, object, tuple[bool, ...], Backend]] = {}
-"""What automatic choice said about a shared problem, and under which list, tuned table and switches.
+chosen: dict[Any, tuple[object, object, tuple[bool, ...], Backend]] = {}
+"""What automatic choice said about a problem ``known_as`` something, and under which list, tuned table and switches.
 
-That stands even where a faster backend has been compiled since: the numbers of a training do not change in its middle.
+Of a shared problem that stands even where a faster backend has been compiled since: the numbers of a training do not
+change in its middle.
 """
 
 
-def kept(spec: AttentionSpec) -> Backend | None:
-    """The backend that a shared problem was given before."""
-    known = chosen.get(spec)
+def known_as(spec: AttentionSpec) -> Any:
+    """What a problem is remembered under: itself where it is shared, else its outline; ``None`` for not at all."""
+    return spec if spec.shared else spec.outline
+
+
+def kept(name: Any) -> Backend | None:
+    """The backend that a problem of this name was given before."""
+    known = chosen.get(name)
     if known is None:
         return None
     entries, table, under, backend = known
@@ -196,11 +202,28 @@ def kept(spec: AttentionSpec) -> Backend | None:
     return backend
 
 
-def keep(spec: AttentionSpec, backend: Backend) -> None:
-    """Remember the backend of a shared problem."""
+def keep(spec: AttentionSpec, name: Any, backend: Backend, reasons: dict[str, str]) -> None:
+    """Remember the backend of a problem, and for a problem with tensors only what our own have said and will say again.
+
+    Others may look at the tensors. Nothing is remembered that was found while a CUDA graph was captured, where a
+    package that was not tried out yet is refused.
+    """
+    if not spec.shared:
+        asked = (backend, *(registry.entries[name] for name in reasons))
+        if any(type(one) not in OWN for one in asked) or unready(backend, spec) is not None:
+            return
+        if any(why.startswith(WAITS) for why in reasons.values()):
+            return
+    if capturing(spec):
+        return
     if len(chosen) >= SHARED:
         chosen.clear()
-    chosen[spec] = (registry.entries, tuned.state.table, obeyed(spec), backend)
+    chosen[name] = (registry.entries, tuned.state.table, obeyed(spec), backend)
+
+
+def capturing(spec: AttentionSpec) -> bool:
+    """A CUDA graph is being captured around a problem."""
+    return spec.device.type == "cuda" and torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 
 def choose(spec: AttentionSpec, wanted: Wanted = None) -> Backend:
@@ -211,10 +234,6 @@ def choose(spec: AttentionSpec, wanted: Wanted = None) -> Backend:
         ValueError: the file in ``FLASHMHA_TUNED`` is not for this machine.
     """
     said, named = asked(wanted)
-    if named is None and spec.shared:
-        before = kept(spec)
-        if before is not None:
-            return before
     reasons: dict[str, str] = {}
     if named is not None:
         for name in expand(named, said):
@@ -224,13 +243,18 @@ def choose(spec: AttentionSpec, wanted: Wanted = None) -> Backend:
                 return backend
             reasons[name] = why
         raise NoBackendError(spec, reasons, f"{said}={named!r}")
+    outline = known_as(spec)
+    if outline is not None:
+        before = kept(outline)
+        if before is not None:
+            return before
     found, compiles = pick(spec, reasons)
     if found is None:
         raise NoBackendError(spec, reasons)
     if compiles is not None:
         logger.info("%s compiles before it serves %s: %s", found.name, spec, compiles)
-    if spec.shared:
-        keep(spec, found)
+    if outline is not None:
+        keep(spec, outline, found, reasons)
     return found
 
 
@@ -273,9 +297,7 @@ def unready(backend: Backend, spec: AttentionSpec) -> str | None:
 
 def long(spec: AttentionSpec) -> bool:
     """A kernel for the problem is worth the seconds of compiling it. Nothing is, while a CUDA graph is captured."""
-    if spec.device.type == "cuda" and torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
-        return False
-    return work(spec) >= WORTH
+    return not capturing(spec) and work(spec) >= WORTH
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -307,7 +329,7 @@ def explain(spec: AttentionSpec, wanted: Wanted = None) -> Explanation:
     notes: list[str] = []
     found: Backend | None = None
     if named is None:
-        found = kept(spec)
+        found = kept(known_as(spec))
         if found is None:
             found, compiles = pick(spec, passed)
             notes += [] if found is None or compiles is None else [f"{found.name} compiles first: {compiles}"]
