@@ -29,7 +29,8 @@ def project(
     weight, bias = parameters(layer, "in_proj_weight", "in_proj_bias")
     if weight is not None and query is key and key is value:
         packed = linear(query, weight, bias, dtype)
-        if heads_kv == heads and packed.numel() < WORTH:  # what ``split`` says, in fewer steps, which tiny layers feel
+        # what ``split`` says, in fewer steps, where it has no copy to spare
+        if heads_kv == heads and (packed.numel() < WORTH or not packed.requires_grad):
             batch, seqlen, _ = packed.shape
             return packed.view(batch, seqlen, 3, heads, head_dim).unbind(2)  # type: ignore[return-value]
         return split(packed, head_dim, [heads, heads_kv, heads_kv])  # type: ignore[return-value]

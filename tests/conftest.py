@@ -8,6 +8,7 @@ reason, or stand in a file of ``CPU_FILES``, and are left out; tests that need a
 """
 
 import datetime
+import importlib.util
 import json
 import os
 import platform
@@ -82,6 +83,16 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def device(pytestconfig: pytest.Config) -> torch.device:
     """The device the suite runs on."""
     return torch.device(pytestconfig.getoption("--device"))
+
+
+@pytest.fixture(scope="module")
+def machine(device: torch.device) -> torch.device:
+    """A device that runs kernels of Triton: a GPU, or a CPU where ``TRITON_INTERPRET=1`` interprets them."""
+    if importlib.util.find_spec("triton") is None:
+        pytest.skip("triton is not installed")
+    if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+        pytest.skip("needs a GPU, or TRITON_INTERPRET=1")
+    return device
 
 
 class Report:

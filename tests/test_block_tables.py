@@ -1,13 +1,4 @@
-"""Tables of blocks: what they list, by a definition in PyTorch, and the kernel that makes them.
-
-The kernel runs on a GPU (``pytest --device cuda``), and on a CPU where triton is installed and interprets it
-(``TRITON_INTERPRET=1 pytest tests/test_block_tables.py``).
-"""
-
-import contextlib
-import importlib.util
-import os
-from collections.abc import Iterator
+"""Tables of blocks: what they list, by a definition in PyTorch, and the kernel that makes them."""
 
 import pytest
 import torch
@@ -18,7 +9,6 @@ from torch import Tensor
 from flashmha.backends import block_tables
 from flashmha.backends.block_tables import EDGE, BlockTables
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 POISON = 1_000_000
 """What lies behind a count, and nobody may read."""
 Tile = tuple[int, int]
@@ -103,19 +93,6 @@ def test_every_pair_is_looked_at_once_and_none_too_many(problem: Problem, by_key
     assert state[allowed].all(), "what somebody sees is listed"
     assert allowed[state == 2].all(), "a full tile hides nothing"
     assert (tables.mask_block_cnt + tables.full_block_cnt).min() > 0, "no row is without work"
-
-
-@pytest.fixture(scope="module")
-def machine(device: torch.device) -> Iterator[torch.device]:
-    """A device that runs the kernel."""
-    if importlib.util.find_spec("triton") is None:
-        pytest.skip("triton is not installed")
-    if device.type == "cpu" and not INTERPRETED:
-        pytest.skip("needs a GPU, or TRITON_INTERPRET=1")
-    with pytest.MonkeyPatch.context() as patch:
-        if device.type == "cpu":
-            patch.setattr(torch.cuda, "device", contextlib.nullcontext)
-        yield device
 
 
 @given(problem=problems(), by_keys=st.booleans(), apart=st.booleans())

@@ -81,22 +81,20 @@ def pretended_backward(
 Pair = tuple[Tensor, Tensor]
 
 
-def slots(valid: Tensor) -> compact.Slots:
-    """The first kernel of ``compact`` in PyTorch."""
-    order = (~valid).to(torch.int32).argsort(dim=1, stable=True)
-    return compact.Slots(order.argsort(dim=1).to(torch.int32), valid.sum(1, dtype=torch.int32))
-
-
-def move(sources: Pair, targets: Pair, to: compact.Slots, *, scatter: bool) -> None:
-    """The second one; what it does not write is NaN."""
-    real = (to.places < to.lengths[:, None])[:, :, None, None]
+def move(sources: Pair, targets: Pair, valid: Tensor, lengths: Tensor | None, *, scatter: bool) -> None:
+    """The kernel of ``compact`` in PyTorch; what it does not write is NaN."""
+    places = (~valid).to(torch.int32).argsort(dim=1, stable=True).argsort(dim=1)
+    counts = valid.sum(1)
+    if lengths is not None:
+        lengths.copy_(counts)
     for source, target in zip(sources, targets):
-        index = to.places.long()[:, :, None, None].expand(source.shape)
+        index = places[:, :, None, None].expand(source.shape)
+        real = valid[:, :, None, None]
         if not scatter:
             target.copy_(torch.where(real, source.gather(1, index), 0.0))
             continue
         target.scatter_(1, index, torch.where(real, source, 0.0))
-        target[torch.arange(target.shape[1]) >= to.lengths[:, None] + compact.TILE] = math.nan
+        target[torch.arange(target.shape[1], device=target.device) >= counts[:, None] + compact.TILE] = math.nan
 
 
 TILES: dict[bool, Tile] = {False: (4, 3), True: (2, 5)}
@@ -118,7 +116,6 @@ def pretend() -> Iterator[None]:
         patch.setattr(get("flash4"), "functions", (pretended_forward, pretended_backward))
         patch.setattr(torch.cuda, "device", contextlib.nullcontext)
         patch.setattr(compact, "move", move)
-        patch.setattr(flash4_kernels, "slots", slots)
         patch.setattr(block_tables, "WORTH", 4)
         patch.setattr(flash4_kernels, "served", lambda device: True)
         mask = types.SimpleNamespace(within="within", shown="shown", blocks=blocks)

@@ -2,8 +2,8 @@
 out of a mask tensor.
 
 A tile is a block of queries by a block of keys. Nobody sees a key of an empty tile, which is listed nowhere; everybody
-sees every key of a full one, which needs no mask; the rest are partial. Not a backend; the kernel below is Triton's,
-which comes with torch for CUDA and is imported on first use.
+sees every key of a full one, which needs no mask; the rest are partial. Not a backend; the kernels below are Triton's,
+which comes with torch for CUDA and is imported on first use; they run on the current device.
 """
 
 from __future__ import annotations
@@ -62,21 +62,20 @@ def block_tables(first: Tensor, last: Tensor, seqlen_q: int, tile: tuple[int, in
         rows, columns = columns, rows
     shapes = ((batch, 1, rows), (batch, 1, rows, columns)) * 2
     made = BlockTables(*(torch.empty(shape, dtype=torch.int32, device=first.device) for shape in shapes))
-    with torch.cuda.device(first.device):
-        kernel()[(batch * rows,)](
-            first.contiguous(),
-            last.contiguous(),
-            *made,
-            seqlen_q,
-            seqlen_k,
-            rows,
-            columns,
-            TILE_Q=tile[0],
-            TILE_K=tile[1],
-            KEYS=1 << (tile[1] - 1).bit_length(),
-            CHUNK=CHUNK,
-            BY_KEYS=by_keys,
-        )
+    kernel()[(batch * rows,)](
+        first.contiguous(),
+        last.contiguous(),
+        *made,
+        seqlen_q,
+        seqlen_k,
+        rows,
+        columns,
+        TILE_Q=tile[0],
+        TILE_K=tile[1],
+        KEYS=1 << (tile[1] - 1).bit_length(),
+        CHUNK=CHUNK,
+        BY_KEYS=by_keys,
+    )
     return made
 
 
@@ -108,30 +107,29 @@ def mask_tables(
     shapes = ((len(items), 1, along), (len(items), 1, along, across)) * 2
     made = BlockTables(*(torch.empty(shape, dtype=torch.int32, device=table.device) for shape in shapes))
     judge, enlist = kernels()
-    with torch.cuda.device(table.device):
-        judge[(states.numel(),)](
-            table,
-            states,
-            *table.stride()[:2],
-            seqlen_q,
-            seqlen_k,
-            rows,
-            columns,
-            TILE_Q=tile[0],
-            TILE_K=tile[1],
-            KEYS=1 << (tile[1] - 1).bit_length(),
-            STEP=16,
-        )
-        enlist[(len(items) * along,)](
-            states,
-            items,
-            *made,
-            along,
-            across,
-            states.stride(0),
-            *(states.stride()[:0:-1] if by_keys else states.stride()[1:]),
-            CHUNK=CHUNK,
-        )
+    judge[(states.numel(),)](
+        table,
+        states,
+        *table.stride()[:2],
+        seqlen_q,
+        seqlen_k,
+        rows,
+        columns,
+        TILE_Q=tile[0],
+        TILE_K=tile[1],
+        KEYS=1 << (tile[1] - 1).bit_length(),
+        STEP=16,
+    )
+    enlist[(len(items) * along,)](
+        states,
+        items,
+        *made,
+        along,
+        across,
+        states.stride(0),
+        *(states.stride()[:0:-1] if by_keys else states.stride()[1:]),
+        CHUNK=CHUNK,
+    )
     return made
 
 

@@ -25,13 +25,6 @@ TILE = 256
 Pair = tuple[Tensor, Tensor]
 
 
-class Slots(NamedTuple):
-    """Where keys go: ``places`` (batch, seqlen_k), a permutation of each row, and how many are real (batch,)."""
-
-    places: Tensor
-    lengths: Tensor
-
-
 def validity(mask: Mask | None, spec: AttentionSpec) -> Tensor | None:
     """Which keys the padding in a mask leaves, (batch, seqlen_k) bool; ``None`` where there is none."""
     valid: Tensor | None = None
@@ -47,16 +40,6 @@ def key_lengths(spec: AttentionSpec) -> Tensor:
     lengths = find(spec.mask, KeyLengths)
     assert lengths is not None
     return lengths.lengths.clamp(0, spec.seqlen_k).int()
-
-
-def slots(valid: Tensor) -> Slots:
-    """Real keys first, each kind in the order it had."""
-    batch, seqlen = valid.shape
-    made = Slots(*(torch.empty(shape, dtype=torch.int32, device=valid.device) for shape in (valid.shape, (batch,))))
-    if valid.numel():
-        with torch.cuda.device(valid.device):
-            kernels()[0][(batch,)](valid, *made, *valid.stride(), seqlen, BLOCK=1024)
-    return made
 
 
 class Intervals(NamedTuple):
@@ -89,77 +72,70 @@ def missing() -> str | None:
 missing._dynamo_marked_constant = True  # type: ignore[attr-defined]  # torch.compiler.assume_constant_result, unimported
 
 
-def compact(k: Tensor, v: Tensor, to: Slots) -> tuple[Tensor, Tensor]:
-    """Keys and values (batch, seqlen_k, heads_kv, head_dim) with the real ones first; one tile behind them is 0."""
+def compact(k: Tensor, v: Tensor, valid: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Keys and values (batch, seqlen_k, heads_kv, head_dim) with the real ones first, in the order they had.
+
+    Also how many are real, (batch,) int32. One tile behind them is 0. On the current device.
+    """
     made = (k.new_empty(k.shape), v.new_empty(v.shape))
-    move((k, v), made, to, scatter=True)
-    return made
+    lengths = valid.new_empty(valid.shape[0], dtype=torch.int32)
+    move((k, v), made, valid, lengths, scatter=True)
+    return *made, lengths
 
 
-def spread(sources: Pair, targets: Pair, to: Slots) -> None:
+def spread(sources: Pair, targets: Pair, valid: Tensor) -> None:
     """Gradients of compacted keys and values, written where those were; 0 for padding."""
-    move(sources, targets, to, scatter=False)
+    move(sources, targets, valid, None, scatter=False)
 
 
-def move(sources: Pair, targets: Pair, to: Slots, *, scatter: bool) -> None:
+def move(sources: Pair, targets: Pair, valid: Tensor, lengths: Tensor | None, *, scatter: bool) -> None:
     """Rows of two tensors of one shape to their slots, or back from them."""
     batch, seqlen, heads, head_dim = sources[0].shape
-    width = heads * head_dim
     if not sources[0].numel():
+        if lengths is not None:
+            torch.sum(valid, 1, dtype=torch.int32, out=lengths)
         return
-    block = min(1 << (width - 1).bit_length(), 4096)
-    with torch.cuda.device(sources[0].device):
-        kernels()[1][(batch * seqlen, -(-width // block), 2)](
-            *sources,
-            *targets,
-            *to,
-            *sources[0].stride(),
-            *sources[1].stride(),
-            *targets[0].stride(),
-            *targets[1].stride(),
-            seqlen,
-            head_dim,
-            width,
-            TILE=TILE,
-            BLOCK=block,
-            SCATTER=scatter,
-        )
+    kernel()[(batch, -(-seqlen // KEYS), 2)](
+        *sources,
+        *targets,
+        valid,
+        lengths,
+        *valid.stride(),
+        *sources[0].stride(),
+        *sources[1].stride(),
+        *targets[0].stride(),
+        *targets[1].stride(),
+        seqlen,
+        head_dim,
+        heads * head_dim,
+        TILE=TILE,
+        KEYS=KEYS,
+        SCAN=1024,
+        BLOCK=256,
+        SCATTER=scatter,
+    )
+
+
+KEYS = 32
+"""Keys that a program moves; it counts those before them by itself, which spares a kernel that counts them all."""
 
 
 @functools.cache
-def kernels() -> Any:
-    """Two programs: one counts the real keys of a row, one moves a key."""
+def kernel() -> Any:
+    """A program moves some neighbouring keys, or values."""
     import triton
     import triton.language as tl
 
     @triton.jit  # type: ignore[untyped-decorator]
-    def count(valid, places, lengths, stride_b, stride_s, seqlen, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
-        item = tl.program_id(0).to(tl.int64)
-        lane = tl.arange(0, BLOCK)
-        row = valid + item * stride_b
-        total = tl.zeros([BLOCK], dtype=tl.int32)
-        for start in range(0, seqlen, BLOCK):
-            index = start + lane
-            total += tl.load(row + index * stride_s, mask=index < seqlen, other=0).to(tl.int32)
-        length = tl.sum(total)
-        tl.store(lengths + item, length)
-        seen = 0
-        for start in range(0, seqlen, BLOCK):
-            index = start + lane
-            real = tl.load(row + index * stride_s, mask=index < seqlen, other=0).to(tl.int32)
-            before = seen + tl.cumsum(real) - real
-            place = tl.where(real > 0, before, length + index - before)
-            tl.store(places + item * seqlen + index, place, mask=index < seqlen)
-            seen += tl.sum(real)
-
-    @triton.jit  # type: ignore[untyped-decorator]
-    def move_key(  # type: ignore[no-untyped-def]
+    def move_keys(  # type: ignore[no-untyped-def]
         k_source,
         v_source,
         k_target,
         v_target,
-        places,
+        valid,
         lengths,
+        valid_b,
+        valid_s,
         ks_b,
         ks_s,
         ks_h,
@@ -180,29 +156,44 @@ def kernels() -> Any:
         head_dim,
         width,
         TILE: tl.constexpr,
+        KEYS: tl.constexpr,
+        SCAN: tl.constexpr,
         BLOCK: tl.constexpr,
         SCATTER: tl.constexpr,
     ):
-        row = tl.program_id(0)
-        item, place = (row // seqlen).to(tl.int64), (row % seqlen).to(tl.int64)
-        column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-        head, lane = column // head_dim, column % head_dim
-        slot = tl.load(places + row).to(tl.int64)
-        length = tl.load(lengths + item).to(tl.int64)
-        inside = column < width
-        real = inside & (slot < length)
-        reached = inside
-        read, wrote = slot, place
+        item, start, second = tl.program_id(0).to(tl.int64), tl.program_id(1) * KEYS, tl.program_id(2)
+        row = valid + item * valid_b
+        lane = tl.arange(0, SCAN)
+        every, earlier = tl.zeros([SCAN], dtype=tl.int32), tl.zeros([SCAN], dtype=tl.int32)
+        for at in range(0, seqlen, SCAN):
+            index = at + lane
+            one = tl.load(row + index.to(tl.int64) * valid_s, mask=index < seqlen, other=0).to(tl.int32)
+            every += one
+            earlier += tl.where(index < start, one, 0)
+        length = tl.sum(every)
+        key = start + tl.arange(0, KEYS)
+        real = tl.load(row + key.to(tl.int64) * valid_s, mask=key < seqlen, other=0).to(tl.int32)
+        before = tl.sum(earlier) + tl.cumsum(real) - real
+        slot = tl.where(real > 0, before, length + key - before)
+        reached = key < seqlen
+        read, wrote = slot.to(tl.int64), key.to(tl.int64)
         if SCATTER:
-            read, wrote = place, slot
-            reached = inside & (slot < length + TILE)
-        if tl.program_id(2) == 0:
-            source = k_source + item * ks_b + read * ks_s + head * ks_h + lane * ks_d
-            target = k_target + item * kt_b + wrote * kt_s + head * kt_h + lane * kt_d
-            tl.store(target, tl.load(source, mask=real, other=0.0), mask=reached)
-        else:
-            source = v_source + item * vs_b + read * vs_s + head * vs_h + lane * vs_d
-            target = v_target + item * vt_b + wrote * vt_s + head * vt_h + lane * vt_d
-            tl.store(target, tl.load(source, mask=real, other=0.0), mask=reached)
+            read, wrote = wrote, read
+            reached = reached & (slot < length + TILE)
+            tl.store(lengths + item, length, mask=(start + second) == 0)
+        for column in range(0, width, BLOCK):
+            place = column + tl.arange(0, BLOCK)
+            head, part = (place // head_dim)[None, :], (place % head_dim)[None, :]
+            inside = (place < width)[None, :]
+            if second == 0:
+                source = k_source + item * ks_b + read[:, None] * ks_s + head * ks_h + part * ks_d
+                target = k_target + item * kt_b + wrote[:, None] * kt_s + head * kt_h + part * kt_d
+                moved = tl.load(source, mask=(real > 0)[:, None] & inside, other=0.0)
+                tl.store(target, moved, mask=reached[:, None] & inside)
+            else:
+                source = v_source + item * vs_b + read[:, None] * vs_s + head * vs_h + part * vs_d
+                target = v_target + item * vt_b + wrote[:, None] * vt_s + head * vt_h + part * vt_d
+                moved = tl.load(source, mask=(real > 0)[:, None] & inside, other=0.0)
+                tl.store(target, moved, mask=reached[:, None] & inside)
 
-    return count, move_key
+    return move_keys

@@ -5,7 +5,7 @@ Not a backend: ``flash4`` says what a problem needs, and this file calls the pac
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor
 from ..heads import neighbours
 from ..spec import AttentionSpec
 from .block_tables import served, worth
-from .compact import compact, slots, spread
+from .compact import compact, spread
 from .flash import packages
 
 TOLD: dict[str, tuple[str, Any]] = {
@@ -57,15 +57,14 @@ def attend(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, told: dict[str,
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, *arguments: Any) -> tuple[Tensor, ...]:
-    """out, lse, and the keys and values as the kernel saw them, where they were moved; else empty."""
+    """out, lse, and the keys and values as the kernel saw them where they were moved."""
     told = dict(zip(TOLD, arguments))
-    moved = (k.new_empty(0), v.new_empty(0))
-    if told["valid"] is not None:
-        to = slots(told["valid"])
-        k, v = moved = compact(k, v, to)
-        told["lengths"] = to.lengths
-    # the package asks the current device, not the tensors', which kernels to build
+    # the package asks the current device, not the tensors', which kernels to build, and so does triton
     with torch.cuda.device(q.device):
+        moved: tuple[Tensor, ...] = ()
+        if told["valid"] is not None:
+            k, v, told["lengths"] = compact(k, v, told["valid"])
+            moved = (k, v)
         run, more = kernels()[0], {"learnable_sink": sinks, "num_splits": 1, "return_lse": True}
         out, lse = run(q, k, v, **options(told), **listed(told, q, k), **more)[:2]
     return out, lse, *moved
@@ -79,18 +78,18 @@ def backward(
     q, k, v, sinks, out, lse = saved
     assert q is not None and k is not None and out is not None
     dq, dk, dv = into
-    to, made = None, (dk, dv)
-    if told["valid"] is not None:
-        to = slots(told["valid"])  # counted again rather than kept
-        told["lengths"], made = to.lengths, (dk.new_empty(dk.shape), dv.new_empty(dv.shape))
+    valid, made = told["valid"], (dk, dv)
+    if valid is not None:
+        told["lengths"] = valid.sum(1, dtype=torch.int32)  # counted again rather than kept
+        made = (dk.new_empty(dk.shape), dv.new_empty(dv.shape))
     with torch.cuda.device(q.device):
         more: dict[str, Any] = {"deterministic": told["deterministic"], "learnable_sink": sinks, "dlse": d_lse}
         d_out = torch.zeros_like(out) if d_out is None else d_out
         more |= listed(told, q, k, backward=True) | {"dq": dq, "dk": made[0], "dv": made[1]}
         result = kernels()[1](q, k, v, out, d_out, lse, **options(told), **more)
-    if to is not None:
-        spread(made, (dk, dv), to)
-    elif told["lengths"] is not None:
+        if valid is not None:
+            spread(made, (dk, dv), valid)
+    if valid is None and told["lengths"] is not None:
         # gradients of keys past their length are never written (flash-attention#2167)
         past = torch.arange(dk.shape[1], device=dk.device) >= told["lengths"][:, None]
         for grad in (dk, dv):
@@ -149,7 +148,7 @@ class Attend(torch.autograd.Function):
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, arguments: tuple[Any, ...]) -> Any:
         out, lse, *moved = forward(q, k, v, sinks, *arguments)
         ctx.arguments, ctx.side_by_side = arguments, neighbours((q, k, v))
-        ctx.save_for_backward(q, *kernel_keys(k, v, moved), sinks, out, lse)
+        ctx.save_for_backward(q, *(moved or (k, v)), sinks, out, lse)
         ctx.set_materialize_grads(False)
         return out, lse
 
@@ -165,15 +164,16 @@ class Attend(torch.autograd.Function):
         return (*grads, backward(d_out, d_lse, saved, ctx.arguments, grads), None)
 
 
-def kernel_keys(k: Tensor, v: Tensor, moved: Sequence[Tensor]) -> Sequence[Tensor]:
-    """The keys and values that the kernel saw."""
-    return moved if moved[0].dim() > 1 else (k, v)
-
-
 # The same two functions as operators, for compilers.
 
 SCHEMA = ", ".join(f"{type_} {name}" for name, (type_, _) in TOLD.items())
 HEADS = "Tensor q, Tensor k, Tensor v, Tensor? sinks"
+
+
+def four_forward(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, *arguments: Any) -> tuple[Tensor, ...]:
+    """``forward`` with empty keys and values where they were not moved."""
+    made = forward(q, k, v, sinks, *arguments)
+    return made if len(made) == 4 else (*made, k.new_empty(0), v.new_empty(0))
 
 
 def fake_forward(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, *arguments: Any) -> tuple[Tensor, ...]:
@@ -204,10 +204,11 @@ def keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     """What the backward of the operator needs."""
     q, k, v, sinks, *arguments = inputs
     out, lse, *moved = output
+    keys = moved if moved[0].dim() > 1 else (k, v)
     ctx.given = tuple(None if isinstance(x, Tensor) else x for x in arguments)
     ctx.holds = tuple(isinstance(x, Tensor) for x in arguments)
     tensors = [x for x in arguments if isinstance(x, Tensor)]
-    ctx.save_for_backward(q, *kernel_keys(k, v, moved), sinks, out, lse, *tensors)
+    ctx.save_for_backward(q, *keys, sinks, out, lse, *tensors)
     ctx.set_materialize_grads(False)
 
 
@@ -220,7 +221,7 @@ def traced_backward(ctx: Any, d_out: Any, d_lse: Any, *unused: Any) -> Any:
 
 FOUR = "(Tensor, Tensor, Tensor, Tensor)"
 OPERATOR = torch.library.custom_op(
-    "flashmha::flash4", forward, mutates_args=(), schema=f"({HEADS}, {SCHEMA}) -> {FOUR}"
+    "flashmha::flash4", four_forward, mutates_args=(), schema=f"({HEADS}, {SCHEMA}) -> {FOUR}"
 )
 OPERATOR.register_fake(fake_forward)
 OPERATOR.register_autograd(traced_backward, setup_context=keep)
