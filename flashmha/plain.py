@@ -2,6 +2,7 @@
 
 A small layer takes as long as its Python. What ``forward`` finds out step by step about any call is known of this one
 from a look at its layer and its input, so it is one projection, one kernel and one projection, as if written by hand.
+Every look below is a microsecond of a call, so each happens once, in the object's own dictionary.
 """
 
 from __future__ import annotations
@@ -9,8 +10,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+from torch.nn import Parameter
+from torch.nn.functional import linear
 
 from .backends import choose, note
 from .backends.base import HALF
@@ -25,17 +27,45 @@ SPECIAL = (*HOPS, "num_kv_heads", "window", "backend", "call_out_proj")
 problems: dict[tuple[Any, ...], AttentionSpec] = {}
 """The shared problems of plain calls, by what is known before the projection."""
 
+casts, traces = torch._C._is_any_autocast_enabled, torch._C._get_tracing_state
+transforms, is_deterministic = torch._C._are_functorch_transforms_active, torch._C._get_deterministic_algorithms
+
 
 def attend(layer: Any, x: Tensor) -> Tensor | None:
     """The output of ``layer(x, x, x)`` without masks and weights; ``None`` where ``forward`` has to look closer."""
-    if torch.compiler.is_compiling() or not ordinary(layer, x):
+    if torch.compiler.is_compiling() or type(x) is not Tensor or x.is_nested:
         return None
-    inner, outer = layer._parameters, layer._modules["out_proj"]._parameters
-    batch, seqlen, width = x.shape
-    heads = layer.num_heads
-    packed = F.linear(x, inner["in_proj_weight"], inner["in_proj_bias"])
-    q, k, v = packed.view(batch, seqlen, 3, heads, width // heads).unbind(2)
-    key = (x.shape, heads, x.dtype, x.device, q.requires_grad, torch._C._get_deterministic_algorithms())
+    # who casts, traces or transforms wants to see every step
+    if type(layer) not in PLAIN or casts() or transforms() or traces() is not None:
+        return None
+    state, shape = layer.__dict__, x.shape
+    out_proj = state["_modules"]["out_proj"]
+    if len(shape) != 3 or type(out_proj) not in PLAIN or not state.keys().isdisjoint(SPECIAL):
+        return None
+    if not state["batch_first"] or state["add_zero_attn"] or (state["training"] and state["dropout"]):
+        return None
+    if state.get("bias_k", x) is not None or state.get("bias_v", x) is not None:
+        return None
+    # a parameter that was pruned, parametrized or put there by hand lies elsewhere
+    inner, outer, dtype, heads = state["_parameters"], out_proj.__dict__["_parameters"], x.dtype, state["num_heads"]
+    weight, bias = inner.get("in_proj_weight"), inner.get("in_proj_bias", x)
+    weight_out, bias_out = outer.get("weight"), outer.get("bias", x)
+    if not (type(weight) is type(weight_out) is Parameter and weight.dtype == weight_out.dtype == dtype):
+        return None
+    if bias is not None and (type(bias) is not Parameter or bias.dtype != dtype):
+        return None
+    if bias_out is not None and (type(bias_out) is not Parameter or bias_out.dtype != dtype):
+        return None
+    batch, seqlen, width = shape
+    if width != state["embed_dim"] or width % heads:
+        return None
+    if not x.is_cuda:
+        if dtype in HALF:  # which a CPU may only emulate
+            return None
+    elif 3 * x.numel() >= WORTH and torch.is_grad_enabled():  # where ``heads.split`` spares a copy
+        return None
+    q, k, v = linear(x, weight, bias).view(batch, seqlen, 3, heads, width // heads).unbind(2)
+    key = (shape, heads, dtype, x.device, q.requires_grad, is_deterministic())
     spec = problems.get(key)
     if spec is None:
         spec = AttentionSpec.of(q, k, v)
@@ -45,35 +75,4 @@ def attend(layer: Any, x: Tensor) -> Tensor | None:
             problems[key] = spec
     backend = choose(spec)
     note(layer, spec, backend)
-    out = backend(q, k, v, spec)
-    assert isinstance(out, Tensor)
-    return F.linear(out.flatten(2), outer["weight"], outer["bias"])
-
-
-def ordinary(layer: Any, x: Tensor) -> bool:
-    """Layer and input are of the usual kind, size and dtype, and nobody casts, transforms or records them."""
-    out_proj = layer._modules["out_proj"]
-    if type(layer) not in PLAIN or type(out_proj) not in PLAIN or not vars(layer).keys().isdisjoint(SPECIAL):
-        return False
-    if type(x) is not Tensor or x.is_nested or x.dim() != 3 or not layer.batch_first:
-        return False
-    if layer.bias_k is not None or layer.bias_v is not None or layer.add_zero_attn:
-        return False
-    if layer.training and layer.dropout:
-        return False
-    if x.is_cuda and 3 * x.numel() >= WORTH and torch.is_grad_enabled():  # where ``heads.split`` spares a copy
-        return False
-    if x.shape[2] != layer.embed_dim or layer.embed_dim % layer.num_heads:
-        return False
-    inner, outer, dtype = layer._parameters, out_proj._parameters, x.dtype
-    if "in_proj_bias" not in inner or "bias" not in outer:  # pruned, parametrized, or put there by hand
-        return False
-    for parameter in (inner.get("in_proj_weight"), outer.get("weight")):
-        if type(parameter) is not torch.nn.Parameter or parameter.dtype != dtype:
-            return False
-    for parameter in (inner["in_proj_bias"], outer["bias"]):
-        if parameter is not None and (type(parameter) is not torch.nn.Parameter or parameter.dtype != dtype):
-            return False
-    if torch._C._is_any_autocast_enabled() or (dtype in HALF and not x.is_cuda):  # which a CPU may only emulate
-        return False
-    return torch._C._get_tracing_state() is None and not torch._C._are_functorch_transforms_active()
+    return linear(backend(q, k, v, spec).flatten(2), weight_out, bias_out)  # type: ignore[union-attr]

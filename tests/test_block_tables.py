@@ -133,7 +133,7 @@ def test_the_kernels_for_a_mask_list_what_the_definition_lists(
 ) -> None:
     first, last, seqlen_q, tile = problem
     allowed = seen(first, last, seqlen_q)
-    items = torch.arange(len(allowed), dtype=torch.int32).flip(0)
+    items = torch.arange(len(allowed), dtype=torch.int32, device="cpu").flip(0)
     if shared:
         allowed, items = allowed[:1], torch.zeros_like(items)
     table = block_tables.edged(allowed[:, None].to(machine), *allowed.shape[1:])

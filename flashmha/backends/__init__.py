@@ -236,16 +236,16 @@ def choose(spec: AttentionSpec, wanted: Wanted = None) -> Backend:
     said, named = asked(wanted)
     reasons: dict[str, str] = {}
     if named is not None:
-        for name in expand(named, said):
-            backend = registry.entries[name]
+        for one in expand(named, said):
+            backend = registry.entries[one]
             why = reason(backend, spec)
             if why is None:
                 return backend
-            reasons[name] = why
+            reasons[one] = why
         raise NoBackendError(spec, reasons, f"{said}={named!r}")
-    outline = known_as(spec)
-    if outline is not None:
-        before = kept(outline)
+    name: Any = spec if spec.shared else known_as(spec)
+    if name is not None:
+        before = kept(name)
         if before is not None:
             return before
     found, compiles = pick(spec, reasons)
@@ -253,8 +253,8 @@ def choose(spec: AttentionSpec, wanted: Wanted = None) -> Backend:
         raise NoBackendError(spec, reasons)
     if compiles is not None:
         logger.info("%s compiles before it serves %s: %s", found.name, spec, compiles)
-    if outline is not None:
-        keep(spec, outline, found, reasons)
+    if name is not None:
+        keep(spec, name, found, reasons)
     return found
 
 
