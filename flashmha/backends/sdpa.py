@@ -95,7 +95,7 @@ def attend_on_cuda(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> Tens
         k, v = (x.repeat_interleave(spec.heads // spec.heads_kv, dim=2) for x in (k, v))
         with sdpa_kernel(SDPBackend.MATH):
             return attend(q, k, v, dense(spec), spec)
-    if is_padding(spec) and not by_math(spec) and has_varlen(spec.device.index) and switches()[2]:
+    if is_padding(spec) and spec.head_dim <= packs_up_to(spec.device.index) and switches()[2] and not by_math(spec):
         return attend_packed(q, k, v, spec)
     masked = spec.mask is not None or spec.bias is not None
     if masked and spec.bias is None and top_left_causal(spec):
@@ -114,10 +114,9 @@ def attend_on_cuda(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> Tens
 def is_padding(spec: AttentionSpec) -> bool:
     """Padding is all that is hidden, and torch's packed flash-attn 2 serves what else is asked for.
 
-    Its limits are those of ``mha_varlen_fwd`` in aten; beyond a head_dim of 192 some GPUs have no backward. A few
-    queries are not worth packing their keys.
+    A few queries are not worth packing their keys.
     """
-    served = spec.dtype in HALF and spec.head_dim % 8 == 0 and spec.head_dim <= 192 and not spec.aten_only
+    served = spec.dtype in HALF and spec.head_dim % 8 == 0 and not spec.aten_only
     padded = spec.features <= PACKED and not spec.features.isdisjoint(PADDING)
     return served and padded and spec.seqlen_q > FEW and spec.seqlen_k > 0
 
@@ -127,14 +126,19 @@ PACKED = frozenset(("backward", "deterministic", "dropout", "gqa", *PADDING))
 
 
 @functools.cache
-def has_varlen(index: int | None) -> bool:
-    """torch has its packed flash-attn 2 for a GPU: NVIDIA's, Ampere and newer."""
+def packs_up_to(index: int | None) -> int:
+    """The largest head_dim of torch's packed flash-attn 2 on a GPU; 0 where there is none.
+
+    NVIDIA's, Ampere and newer; where shared memory is small, as on 8.6, 8.9 and 12.0, there is no backward beyond 192.
+    Source: ``check_requires_grad_and_head_dim_gt192_constraints_on_sm86_89_or_120`` in aten's sdp_utils.cpp.
+    """
     if torch.version.hip is not None or not torch.backends.cuda.is_flash_attention_available():
-        return False
-    return torch.cuda.get_device_capability(index)[0] >= 8
+        return 0
+    major, minor = torch.cuda.get_device_capability(index)
+    return 0 if major < 8 else 256 if minor == 0 and major < 12 else 192
 
 
-has_varlen._dynamo_marked_constant = True  # type: ignore[attr-defined]  # torch.compiler.assume_constant_result, unimported
+packs_up_to._dynamo_marked_constant = True  # type: ignore[attr-defined]  # torch.compiler.assume_constant_result, unimported
 
 
 def attend_packed(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> Tensor:
