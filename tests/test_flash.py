@@ -252,6 +252,7 @@ class PretendedSdpa(Sdpa):
         head_dim=192,
         head_dim_step=8,
         seqlen_min=FEW + 1,
+        batch_min=1,
     )
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> Tensor | tuple[Tensor, Tensor]:

@@ -16,8 +16,8 @@ from flashmha.testing import assert_same, noise
 pytestmark = pytest.mark.gpu
 
 BACKENDS = ("sdpa", "flash4", "flash3", "flash2", "flex")
-MASKS = ("none", "causal", "padding")
-BATCH, SEQLEN, HEADS, HEAD_DIM = 2, 256, 4, 64
+MASKS = ("none", "causal", "padding", "table")
+BATCH, SEQLEN, HEADS, HEAD_DIM = 2, 512, 4, 64
 
 
 def hidden() -> Tensor:
@@ -32,6 +32,7 @@ def arguments(mask: str) -> dict[str, Any]:
         "none": {},
         "causal": {"attn_mask": future, "is_causal": True},
         "padding": {"key_padding_mask": hidden()},
+        "table": {"attn_mask": future},
     }[mask]
 
 

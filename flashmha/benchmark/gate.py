@@ -45,26 +45,32 @@ class Seat:
         self.captured: Named = {}
 
     def __call__(self) -> None:
-        self.run()
+        self.run(keep=False)
         if self.graph is None:
             self.clear()
 
-    def run(self) -> Named:
-        """Compute the case, reading the weights it asks for; gradients stay on the leaves."""
+    def run(self, keep: bool = True) -> Named:
+        """Compute the case, reading the weights it asks for; gradients stay on the leaves.
+
+        Unless weights are to be kept nobody holds them during the backward, as when they are only looked at.
+        """
         if self.contestant.how != "graph":
-            return self.compute()
+            return self.compute(keep)
         if self.graph is None:
             self.capture()
         assert self.graph is not None
         self.graph.replay()
         return self.captured
 
-    def compute(self) -> Named:
+    def compute(self, keep: bool = True) -> Named:
         out, weights = self.contestant.call(self.module, self.inputs)
         named = {"out": out}
         if weights is not None:
-            named["weights"] = weights.detach()
-            named["weights"].sum()
+            weights = weights.detach()
+            weights.sum()
+            if keep:
+                named["weights"] = weights
+            del weights
         if self.leaves:
             out.backward(self.inputs.cotangent)
         return named
@@ -135,17 +141,17 @@ def tried(contestant: Contestant, inputs: Inputs, row: dict[str, Any]) -> tuple[
     recording: contextlib.AbstractContextManager[list[Call]] = contextlib.nullcontext([])
     if contestant.how == "eager":
         recording = record()
-    seat, named = Seat(contestant, inputs), {}
+    seat = Seat(contestant, inputs)
     with torch.inference_mode(not seat.leaves), contestant.setting():
         began = time.perf_counter()
         with recording as calls:
             seat()
             wait(device)
         row["first_call_ms"] = float(f"{1e3 * (time.perf_counter() - began):.4g}")
-        peak = peak_bytes(lambda: named.update(seat.run()), device)
+        peak = peak_bytes(seat, device)
         if seat.graph is None:  # a graph holds its memory from the first call on
             row["peak_bytes"] = peak
-        named = seat.collect(named)
+        named = seat.collect(seat.run())
         if device.type == "cuda":
             row["host_seconds"] = float(f"{host_seconds(seat, device):.4g}")
     return seat, named, calls
