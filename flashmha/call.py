@@ -21,7 +21,8 @@ class Reading(NamedTuple):
     """One call: inputs (batch, seqlen, features), one object where the caller passed one; who may look at whom.
 
     ``bias`` broadcasts to (batch, heads, seqlen_q, seqlen_k). ``mask`` and ``bias`` know nothing of the ``columns``
-    that ``add_bias_kv`` and ``add_zero_attn`` append. ``valid`` (batch, seqlen_k) is the padding in ``mask``.
+    that ``add_bias_kv`` and ``add_zero_attn`` append. ``valid`` (batch, seqlen_k) is the padding in ``mask``, and
+    ``given`` the argument that said so.
     """
 
     query: Tensor
@@ -32,6 +33,7 @@ class Reading(NamedTuple):
     batched: bool
     columns: int
     valid: Tensor | None
+    given: Tensor | None
 
 
 def read_call(
@@ -69,7 +71,8 @@ def read_call(
     if not (batched and layer.batch_first):
         query, key, value = batch_first(query, key, value, batched)
     if key_padding_mask is None and attn_mask is None:
-        return Reading(query, key, value, mask, bias, batched, columns, None)
+        return Reading(query, key, value, mask, bias, batched, columns, None, None)
+    padding = key_padding_mask
     if key_padding_mask is not None and hides_or_nothing(key_padding_mask):
         check_float_mask(key_padding_mask, "key_padding_mask", query, need_weights)
         key_padding_mask = key_padding_mask != 0
@@ -91,7 +94,7 @@ def read_call(
         else:
             seen = Dense(~four_axes(given, name, query.shape[0], layer.num_heads))
             mask = seen if mask is None else mask & seen
-    return Reading(query, key, value, mask, bias, batched, columns, valid)
+    return Reading(query, key, value, mask, bias, batched, columns, valid, padding)
 
 
 def batch_first(query: Tensor, key: Tensor, value: Tensor, batched: bool) -> tuple[Tensor, Tensor, Tensor]:

@@ -117,19 +117,19 @@ def weights_dtype(q: Tensor) -> torch.dtype:
 
 def prepare(layer: Any, call: Reading, wanted: Wanted, skip_padding: bool) -> Problem:
     """Hops 2 and 3: the heads projected and processed, and the problem they make."""
-    query, key, value, mask, bias, _, columns, valid = call
+    query, key, value, mask, bias, _, columns, valid, given = call
     padded: Padded | None = None
     dtype = computing_dtype(layer, call, wanted) if query.dtype in HALF else None
     if layer.window is not None:
         mask = layer.window if mask is None else mask & layer.window
     if skip_padding and valid is not None and padding.refusal(layer, call) is None:
-        padded = Padded(mask, padding.places(valid), valid)
+        padded = Padded(mask, padding.places(valid, given), valid)
         query = key = value = query.flatten(0, 1).index_select(0, padded.places)[None]
         mask = padding.packed(mask, valid)
     if dtype is None:
         q, k, v = layer.process_heads(*layer.project(query, key, value))
-        made, given = q.shape, query.shape
-        if len(made) != 4 or made[0] != given[0] or made[1] != given[1]:
+        made, wished = q.shape, query.shape
+        if len(made) != 4 or made[0] != wished[0] or made[1] != wished[1]:
             raise ValueError(
                 f"project and process_heads must return (batch, seqlen, heads, head_dim), q with batch and seqlen_q = "
                 f"{tuple(query.shape[:2])}, got {tuple(q.shape)}, {tuple(k.shape)} and {tuple(v.shape)}."

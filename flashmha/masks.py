@@ -328,8 +328,7 @@ class Dense(Mask):
         return (self.allowed,)
 
     def mask_mod(self, seqlen_q: int, seqlen_k: int, documents: Documents | None = None) -> MaskMod:
-        table = self.allowed
-        return lambda batch, head, q_idx, k_idx: table[broadcast_index(table, (batch, head, q_idx, k_idx))]
+        return lookup(self.allowed)
 
     def dense(self, *grid: Any) -> Tensor:
         return self.allowed
@@ -542,6 +541,11 @@ def positional(fn: MaskMod, seqlen_q: int, seqlen_k: int, documents: Documents |
     return lambda batch, head, q_idx, k_idx: fn(batch, head, q_pos[q_idx], k_pos[k_idx])
 
 
-def broadcast_index(tensor: Tensor, index: tuple[Tensor, ...]) -> tuple[Tensor | int, ...]:
-    """An index into a tensor that may have size 1 where the grid is larger."""
-    return tuple(0 if size == 1 else i for size, i in zip(tensor.shape, index))
+def lookup(table: Tensor) -> Callable[..., Tensor]:
+    """A table of four axes as a function of (batch, head, q_idx, k_idx); an axis of size 1 is the same for all.
+
+    Such an axis is gone, since a number among tensors in an index is copied to their device, which waits for it.
+    """
+    axes = [axis for axis, size in enumerate(table.shape) if size != 1]
+    inner = table[tuple(slice(None) if axis in axes else 0 for axis in range(table.dim()))]
+    return lambda *index: inner[tuple(index[axis] for axis in axes)]

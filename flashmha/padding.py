@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
 
 from .backends import FAMILIES, get, preference
 from .call import Reading
@@ -44,8 +45,26 @@ def packs(tensor: Tensor) -> bool:
     return any(tensor.dtype in kernel.limits.dtypes and kernel.unavailable(tensor.device) is None for kernel in able)
 
 
-def places(valid: Tensor) -> Tensor:
-    """Where the real tokens lie in (batch * seqlen)."""
+counted: WeakIdKeyDictionary = WeakIdKeyDictionary()
+"""Masks that were counted: tensor -> (its version, where its real tokens lie)."""
+
+
+def places(valid: Tensor, given: Tensor | None) -> Tensor:
+    """Where the real tokens lie in (batch * seqlen): counted once a mask ``given`` and version.
+
+    Counting waits for a GPU, and the layers of a model are called with one mask.
+    """
+    if given is None or given.is_inference():
+        return real_tokens(valid)
+    known: tuple[int, Tensor] | None = counted.get(given)
+    if known is None or known[0] != given._version:
+        with torch.inference_mode(False), torch.no_grad():  # who counts first may not be who asks next
+            known = (given._version, real_tokens(valid))
+        counted[given] = known
+    return known[1]
+
+
+def real_tokens(valid: Tensor) -> Tensor:
     return valid.flatten().nonzero().squeeze(1)
 
 

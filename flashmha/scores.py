@@ -20,7 +20,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from .masks import Documents, broadcast_index, check_broadcast, index_grid, positional
+from .masks import Documents, check_broadcast, index_grid, lookup, positional
 
 ScoreMod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
@@ -96,8 +96,7 @@ class TensorBias(Bias):
         return (self.tensor,)
 
     def bias_mod(self, seqlen_q: int, seqlen_k: int, documents: Documents | None = None) -> ScoreMod:
-        table = self.tensor
-        return lambda batch, head, q_idx, k_idx: table[broadcast_index(table, (batch, head, q_idx, k_idx))]
+        return lookup(self.tensor)
 
     def materialize(
         self,

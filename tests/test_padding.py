@@ -2,6 +2,7 @@
 
 import dataclasses
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import flashmha
-from flashmha import FlashMultiHeadAttention, KeyLengths, KeyPadding, backends, causal, explain
+from flashmha import FlashMultiHeadAttention, KeyLengths, KeyPadding, backends, causal, explain, padding
 from flashmha.backends import blocks
 from flashmha.testing import assert_agrees, noise, seeds, specs
 
@@ -132,6 +133,27 @@ def test_a_named_backend_serves_the_packed_tokens(batch: Batch, backend: str) ->
 
 
 @pytest.mark.cpu("leaves padding out, which a GPU does in half precision alone")
+@given(batch=batches(window=None, floating=False, pattern="holes"), seed=seeds(), inference=st.booleans())
+def test_tokens_are_counted_once_a_mask_and_anew_once_it_changes(batch: Batch, seed: int, inference: bool) -> None:
+    first, second = batch.layer(skip_padding=True), batch.layer(skip_padding=True)
+    other = dataclasses.replace(batch, seed=seed)
+    call = batch.call()
+    mask = call["key_padding_mask"].clone()
+    with mock.patch.object(padding, "real_tokens", side_effect=padding.real_tokens) as counting:
+        for hidden in (batch.hidden, other.hidden):
+            mask.copy_(hidden)
+            counting.reset_mock()
+            with torch.inference_mode(inference):
+                inside = first(**{**call, "key_padding_mask": mask})[0]
+            after = second(**{**call, "key_padding_mask": mask})[0]
+            if after.device.type == "cpu":
+                assert counting.call_count == 1
+            torch.testing.assert_close(after.detach(), inside.detach().clone())
+            exact = batch.layer()(**{**call, "key_padding_mask": hidden})[0]
+            shown = (~hidden) if batch.batch_first else (~hidden).T
+            torch.testing.assert_close(after[shown], exact[shown], atol=1e-9, rtol=1e-9)
+
+
 def test_an_empty_batch_of_tokens_gives_zeros() -> None:
     batch = Batch()
     call = {**batch.call(), "key_padding_mask": torch.ones(3, 6, dtype=torch.bool)}

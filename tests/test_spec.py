@@ -65,7 +65,12 @@ refused: dict[str, tuple[tuple[str, ...], dict[str, Any], str]] = {
     "a large head": (FLASH, {"head_dim": 320, "head_dim_v": 320}, "head_dim=320 (at most 256)"),
     "an odd head": (FLASH[1:], {"head_dim": 36, "head_dim_v": 36}, "head_dim=36 (a multiple of 8)"),
     "another value dim": (FLASH, {"head_dim_v": 32}, "no head_dim_v"),
-    "a dense mask": (FLASH, {"mask": Dense(torch.ones(128, 128, dtype=torch.bool))}, "no dense_mask"),
+    "a dense mask": (FLASH[:2], {"mask": Dense(torch.ones(128, 128, dtype=torch.bool))}, "no dense_mask"),
+    "a mask for each head": (
+        FLASH[2:],
+        {"mask": Dense(torch.ones(8, 128, 128, dtype=torch.bool))},
+        "a mask tensor that differs from head to head",
+    ),
     "a bias": (FLASH, {"bias": TensorBias(torch.zeros(128, 128))}, "no bias"),
     "sinks": (FLASH[:2], {"sinks": torch.zeros(8)}, "no sinks"),
     "dropout": (FLASH[1:], {"dropout_p": 0.1}, "no dropout"),

@@ -369,7 +369,9 @@ def test_trap_12_sdpa_is_told_a_mask_or_causality_and_never_both(spec: Attention
     assume(get("sdpa").unsupported(spec) is None)
     plain = F.scaled_dot_product_attention
 
-    def watched(q: Tensor, k: Tensor, v: Tensor, mask: Any, dropout_p: float, is_causal: bool, **more: Any) -> Tensor:
+    def watched(
+        q: Tensor, k: Tensor, v: Tensor, mask: Any = None, dropout_p: float = 0.0, is_causal: bool = False, **more: Any
+    ) -> Tensor:
         assert mask is None or not is_causal
         return plain(q, k, v, mask, dropout_p, is_causal, **more)
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..masks import Documents, Rule, find
+from ..masks import Dense, Documents, Rule, find
 from ..spec import AttentionSpec
 from .base import FEATURES, Backend, Limits
 
@@ -201,8 +201,9 @@ def block_mask(spec: AttentionSpec) -> Any:
     from torch.nn.attention.flex_attention import create_block_mask
 
     mod = spec.mask.mask_mod(spec.seqlen_q, spec.seqlen_k)
-    per_batch = spec.mask.features & {"key_padding", "key_lengths", "dense_mask", "rule"}
-    per_head = spec.mask.features & {"dense_mask", "rule"}
+    tables = [part.allowed.shape for part in spec.mask.parts if isinstance(part, Dense)]
+    per_batch = spec.mask.features & {"key_padding", "key_lengths", "rule"} or any(shape[0] > 1 for shape in tables)
+    per_head = "rule" in spec.mask.features or any(shape[1] > 1 for shape in tables)
     made = create_block_mask(
         mod,
         spec.batch if per_batch else None,

@@ -101,7 +101,10 @@ def rule(
     aligns: Sequence[str] = ALIGNMENTS[:1],
     device: torch.device | str | None = None,
 ) -> Mask:
-    """A mask of one kind out of ``MASKS``, or ``top-left causal``: its numbers are chosen, its tensors seeded."""
+    """A mask of one kind out of ``MASKS``, or ``top-left causal``, or ``mask for all heads``.
+
+    Its numbers are chosen, its tensors seeded.
+    """
     where = placed(device)
     generator = torch.Generator("cpu").manual_seed(seed)
 
@@ -119,8 +122,8 @@ def rule(
         return KeyPadding(coin(batch, seqlen_k))
     if kind == "key_lengths":
         return KeyLengths(torch.randint(0, seqlen_k + 1, (batch,), generator=generator, device="cpu").to(where))
-    if kind == "dense_mask":
-        return Dense(coin(choose((1, batch)), choose((1, heads)), seqlen_q, seqlen_k))
+    if kind in ("dense_mask", "mask for all heads"):
+        return Dense(coin(choose((1, batch)), choose((1, heads)) if kind == "dense_mask" else 1, seqlen_q, seqlen_k))
     if kind == "rule":
         return Rule(every(choose((1, 2, 3))), align=choose(aligns))
     number = choose((1, 2, 3, 4))
