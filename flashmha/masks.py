@@ -541,11 +541,16 @@ def positional(fn: MaskMod, seqlen_q: int, seqlen_k: int, documents: Documents |
     return lambda batch, head, q_idx, k_idx: fn(batch, head, q_pos[q_idx], k_pos[k_idx])
 
 
-def lookup(table: Tensor) -> Callable[..., Tensor]:
+def lookup(table: Tensor) -> MaskMod:
     """A table of four axes as a function of (batch, head, q_idx, k_idx); an axis of size 1 is the same for all.
 
     Such an axis is gone, since a number among tensors in an index is copied to their device, which waits for it.
     """
     axes = [axis for axis, size in enumerate(table.shape) if size != 1]
     inner = table[tuple(slice(None) if axis in axes else 0 for axis in range(table.dim()))]
-    return lambda *index: inner[tuple(index[axis] for axis in axes)]
+
+    def read(batch: Tensor, head: Tensor, q_idx: Tensor, k_idx: Tensor) -> Tensor:
+        index = (batch, head, q_idx, k_idx)
+        return inner[tuple([index[axis] for axis in axes])]
+
+    return read

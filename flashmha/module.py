@@ -49,9 +49,9 @@ class FlashMultiHeadAttention(nn.MultiheadAttention):
             ``key_padding_mask`` that only hides): no projection, no attention, and **zeros** in the output rows and
             weights of padded positions, where the default, like the stock class, computes something that nobody should
             use. Every row is computed after all under ``torch.compile``, export and CUDA graph capture, on a GPU
-            without a flash-attn package for the dtype, beside an ``attn_mask`` that is not causal, ``add_bias_kv``,
-            ``add_zero_attn`` or overridden methods; ``flashmha.explain`` says so. Real tokens are counted once a mask
-            and version of it, which torch counts up with every change.
+            without a kernel for packed tokens in the dtype, beside an ``attn_mask`` that is not causal,
+            ``add_bias_kv``, ``add_zero_attn`` or overridden methods; ``flashmha.explain`` says so. Real tokens are
+            counted once a mask and version of it, which torch counts up with every change.
 
     Shapes: query (batch, seqlen_q, embed_dim) with ``batch_first``, else (seqlen_q, batch, embed_dim), or
     (seqlen_q, embed_dim) unbatched; key and value likewise with kdim and vdim.

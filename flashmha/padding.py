@@ -12,6 +12,8 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from .backends import FAMILIES, get, preference
+from .backends.base import HALF
+from .backends.sdpa import packs_up_to
 from .call import Reading
 from .features import overridden
 from .masks import Documents, KeyPadding, Mask, Window, eager
@@ -32,17 +34,21 @@ def refusal(layer: Any, call: Reading) -> str | None:
         return f"{', '.join(hops)} overridden, which may count positions"
     if call.bias is not None or any(type(part) not in (KeyPadding, Window) for part in parts(call.mask)):
         return "an attn_mask beside causality"
-    if call.query.is_cuda and preference(layer.backend) is None and not packs(call.query):
-        return "no flash-attn package for this dtype here: packed tokens would need a dense mask"
+    if call.query.is_cuda and preference(layer.backend) is None and not packs(layer, call):
+        return "no kernel here for packed tokens in this dtype: they would need a dense mask"
     if layer.window is not None and has_holes(call.valid):
         return "a window over padding with holes"
     return None
 
 
-def packs(tensor: Tensor) -> bool:
-    """A flash-attn package runs on this GPU and in this dtype."""
+def packs(layer: Any, call: Reading) -> bool:
+    """A kernel for packed documents runs on this GPU and in this dtype."""
+    tensor, size = call.query, layer.embed_dim // layer.num_heads
     able = (get(name) for name in FAMILIES["flash_attn"])
-    return any(tensor.dtype in kernel.limits.dtypes and kernel.unavailable(tensor.device) is None for kernel in able)
+    if any(tensor.dtype in kernel.limits.dtypes and kernel.unavailable(tensor.device) is None for kernel in able):
+        return True
+    whole = all(part.feature != "window" for part in parts(call.mask)) and layer.window is None
+    return whole and tensor.dtype in HALF and size % 8 == 0 and size <= packs_up_to(tensor.device.index)
 
 
 counted: WeakIdKeyDictionary = WeakIdKeyDictionary()

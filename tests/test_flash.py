@@ -13,14 +13,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from flashmha import AttentionSpec, Documents, KeyLengths, KeyPadding, Mask, Window
+from flashmha import AttentionSpec, Documents, KeyLengths, KeyPadding, Mask, Window, causal
 from flashmha.backends import sdpa
 from flashmha.backends.base import HALF
 from flashmha.backends.flash import FlashAttn
 from flashmha.backends.flash2 import Flash2
 from flashmha.backends.flash3 import Flash3
 from flashmha.backends.grouped import FEW
-from flashmha.backends.sdpa import PACKED, Sdpa, attend_packed, is_padding
+from flashmha.backends.sdpa import Sdpa
 from flashmha.testing import assert_agrees, noise, seeds, specs
 
 pytestmark = pytest.mark.cpu("pretends the kernels")
@@ -241,33 +241,59 @@ def test_what_stands_in_padding_reaches_nobody(
 
 
 class PretendedSdpa(Sdpa):
-    """``sdpa`` on a CPU, where padding goes to the flash-attn 2 inside torch."""
+    """``sdpa`` on a CPU, where documents and padding go to the flash-attn 2 inside torch."""
 
     name = "pretended sdpa"
     limits = dataclasses.replace(
         Sdpa.limits,
         devices=("cpu",),
         dtypes=HALF,
-        features=PACKED - {"dropout", "deterministic"},
-        head_dim=192,
+        features=(sdpa.DOCUMENTS | sdpa.PADDED) - {"dropout", "deterministic"},
         head_dim_step=8,
-        seqlen_min=FEW + 1,
-        batch_min=1,
     )
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> Tensor | tuple[Tensor, Tensor]:
-        assert is_padding(spec) == (spec.mask is not None)
-        return attend_packed(q, k, v, spec) if spec.mask is not None else super().__call__(q, k, v, spec)
+        return sdpa.attend_packed(q, k, v, spec) if sdpa.packable(spec) else super().__call__(q, k, v, spec)
 
 
 @given(data=st.data(), seed=seeds())
-def test_padding_is_packed_for_the_kernel_inside_torch(data: st.DataObject, seed: int) -> None:
-    def kernel(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, **offsets: Any) -> Any:
-        return two(q, k, v, softmax_scale=spec.scale, **offsets)
+def test_documents_are_packed_for_the_kernel_inside_torch(data: st.DataObject, seed: int) -> None:
+    def kernel(q: Tensor, k: Tensor, v: Tensor, *told: Any, scale: float) -> Any:
+        *offsets, dropout_p, is_causal, _ = told
+        return (two(q, k, v, *offsets, dropout_p=dropout_p, softmax_scale=scale, causal=is_causal),)
 
     spec = data.draw(specs(limits=PretendedSdpa.limits, head_dims=(8, 16), longest=17))
-    with mock.patch.object(sdpa, "varlen", kernel):
+    with mock.patch.object(torch.ops.aten, "_flash_attention_forward", kernel):
         assert_agrees(PretendedSdpa(), spec, seed)
+
+
+REAL = KeyPadding(torch.ones(2, 9, dtype=torch.bool))
+APART = Documents(torch.tensor([0, 4, 9]))
+PACKED: dict[str, tuple[Mask | None, dict[str, Any], bool]] = {
+    "padding": (REAL, {"batch": 2}, True),
+    "padding for few queries": (REAL, {"batch": 2, "seqlen_q": FEW}, False),
+    "padding beside causality": (REAL & causal(), {"batch": 2}, False),
+    "documents": (APART, {}, True),
+    "causal documents": (APART & causal(align="top_left"), {}, True),
+    "causal documents of other keys": (
+        Documents(torch.tensor([0, 4, 9]), torch.tensor([0, 2, 9])) & causal(align="top_left"),
+        {},
+        False,
+    ),
+    "documents in a window": (APART & Window(2, 0), {}, False),
+    "nothing": (None, {}, False),
+    "float32": (APART, {"dtype": torch.float32}, False),
+    "export": (APART, {"aten_only": True}, False),
+}
+
+
+@pytest.mark.parametrize("name", PACKED)
+def test_the_kernel_inside_torch_is_for_documents_and_padding(name: str) -> None:
+    mask, changes, packed = PACKED[name]
+    sizes: dict[str, Any] = {"batch": 1, "seqlen_q": 9, "seqlen_k": 9, "heads": 2, "heads_kv": 1, "dtype": torch.half}
+    spec = AttentionSpec(**{**sizes, "head_dim": 8, "head_dim_v": 8, "mask": mask, **changes})
+    assert sdpa.packable(spec) == packed
+    assert not sdpa.packable(dataclasses.replace(spec, head_dim=12, head_dim_v=12))
 
 
 MASKS: dict[str, Mask] = {

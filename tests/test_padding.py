@@ -132,7 +132,6 @@ def test_a_named_backend_serves_the_packed_tokens(batch: Batch, backend: str) ->
     assert calls[0].spec.seqlen_q == int((~batch.hidden).sum()) and "documents" in calls[0].spec.features
 
 
-@pytest.mark.cpu("leaves padding out, which a GPU does in half precision alone")
 @given(batch=batches(window=None, floating=False, pattern="holes"), seed=seeds(), inference=st.booleans())
 def test_tokens_are_counted_once_a_mask_and_anew_once_it_changes(batch: Batch, seed: int, inference: bool) -> None:
     first, second = batch.layer(skip_padding=True), batch.layer(skip_padding=True)
@@ -154,6 +153,7 @@ def test_tokens_are_counted_once_a_mask_and_anew_once_it_changes(batch: Batch, s
             torch.testing.assert_close(after[shown], exact[shown], atol=1e-9, rtol=1e-9)
 
 
+@pytest.mark.cpu("leaves padding out, which a GPU does in half precision alone")
 def test_an_empty_batch_of_tokens_gives_zeros() -> None:
     batch = Batch()
     call = {**batch.call(), "key_padding_mask": torch.ones(3, 6, dtype=torch.bool)}

@@ -29,7 +29,7 @@ from .flex import Flex
 from .naive import Naive
 from .ranking import LAST, WORTH, work
 from .registry import FAMILIES, discover, expand, get, names, origin, register, unregister
-from .sdpa import Sdpa, switches
+from .sdpa import Sdpa, packs, switches
 from .tuned import load_tuned
 
 __all__ = [
@@ -78,7 +78,7 @@ def order(spec: AttentionSpec) -> tuple[str, ...]:
     late = anchor = ""
     if spec.device.type == "cpu":
         late, anchor = "flex", "naive"
-    elif spec.features & BUILDS_MASKS:
+    elif spec.features & BUILDS_MASKS and not packs(spec):
         late, anchor = "sdpa", "flex"
     if torch.compiler.is_compiling():
         return arranged(registry.entries, first, late, anchor)
@@ -86,7 +86,7 @@ def order(spec: AttentionSpec) -> tuple[str, ...]:
 
 
 BUILDS_MASKS = frozenset(("window", "documents", "softcap"))
-"""Where SDPA makes a dense mask on a GPU, or does nothing."""
+"""Where SDPA makes a dense mask on a GPU unless it packs documents, or does nothing."""
 orders: tuple[dict[str, Backend], dict[Any, tuple[str, ...]]] = ({}, {})
 """A list of backends, and the orders that were made of it."""
 
@@ -107,9 +107,9 @@ def remembered(entries: dict[str, Backend], first: tuple[str, ...], late: str, a
 def arranged(entries: dict[str, Backend], first: tuple[str, ...], late: str, anchor: str) -> tuple[str, ...]:
     """The list with one behind another, and then some of our own first among our own.
 
-    On a CPU flex runs unfused, so it waits behind the definition. On a GPU a window, a softcap or packed documents make
-    SDPA build a dense mask, and a deterministic backward takes it to its unfused kernel, which the flash-attn packages
-    and flex never do, so it waits behind flex.
+    On a CPU flex runs unfused, so it waits behind the definition. On a GPU a window, a softcap or documents it cannot
+    pack make SDPA build a dense mask, and a deterministic backward takes it to its unfused kernel, which the flash-attn
+    packages and flex never do, so it waits behind flex.
     """
     names = list(entries)
     if late in entries and anchor in entries:

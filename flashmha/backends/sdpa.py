@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from ..masks import Window
 from ..spec import AttentionSpec
 from .base import FEATURES, HALF, Backend, Limits
 from .blocks import Item, cut, keep_all, slices
@@ -32,7 +33,7 @@ class Sdpa(Backend):
     """``F.scaled_dot_product_attention``; masks and biases become one dense tensor, top-left causality none.
 
     On a CPU padding is cut off and documents run one by one; and its kernel there returns the log-sum-exp. On a GPU
-    of NVIDIA's padding in half precision goes to torch's own flash-attn 2 as packed documents.
+    of NVIDIA's documents, and padding as documents, go to torch's own flash-attn 2 in half precision.
     """
 
     name = "sdpa"
@@ -95,7 +96,7 @@ def attend_on_cuda(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> Tens
         k, v = (x.repeat_interleave(spec.heads // spec.heads_kv, dim=2) for x in (k, v))
         with sdpa_kernel(SDPBackend.MATH):
             return attend(q, k, v, dense(spec), spec)
-    if is_padding(spec) and spec.head_dim <= packs_up_to(spec.device.index) and switches()[2] and not by_math(spec):
+    if packs(spec):
         return attend_packed(q, k, v, spec)
     masked = spec.mask is not None or spec.bias is not None
     if masked and spec.bias is None and top_left_causal(spec):
@@ -111,18 +112,31 @@ def attend_on_cuda(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> Tens
     return attend_by_choice(q, k, v, mask, spec)
 
 
-def is_padding(spec: AttentionSpec) -> bool:
-    """Padding is all that is hidden, and torch's packed flash-attn 2 serves what else is asked for.
+def packs(spec: AttentionSpec) -> bool:
+    """A problem goes to torch's own flash-attn 2 as packed documents, here and now; else SDPA is handed a mask."""
+    if not packable(spec) or spec.head_dim > packs_up_to(spec.device.index):
+        return False
+    return switches()[2] and not by_math(spec)
+
+
+def packable(spec: AttentionSpec) -> bool:
+    """Documents, causal or not, or padding is all that is hidden, and the kernel serves what else is asked for.
 
     A few queries are not worth packing their keys.
     """
-    served = spec.dtype in HALF and spec.head_dim % 8 == 0 and not spec.aten_only
-    padded = spec.features <= PACKED and not spec.features.isdisjoint(PADDING)
-    return served and padded and spec.seqlen_q > FEW and spec.seqlen_k > 0
+    if spec.dtype not in HALF or spec.head_dim % 8 or spec.aten_only or 0 in (spec.batch, spec.seqlen_q, spec.seqlen_k):
+        return False
+    if "documents" in spec.features:
+        assert spec.mask is not None
+        windows = [part for part in spec.mask.parts if isinstance(part, Window)]
+        return spec.features <= DOCUMENTS and all(window.align == "bottom_right" for window in windows)
+    return spec.features <= PADDED and not spec.features.isdisjoint(PADDING) and spec.seqlen_q > FEW
 
 
-PACKED = frozenset(("backward", "deterministic", "dropout", "gqa", *PADDING))
-"""What padding may stand beside: nothing that looks at the position of a key."""
+ANY = ("backward", "deterministic", "dropout", "gqa")
+"""What documents and padding may stand beside in that kernel."""
+DOCUMENTS = frozenset((*ANY, "documents", "causal"))
+PADDED = frozenset((*ANY, *PADDING))
 
 
 @functools.cache
@@ -132,7 +146,7 @@ def packs_up_to(index: int | None) -> int:
     NVIDIA's, Ampere and newer; where shared memory is small, as on 8.6, 8.9 and 12.0, there is no backward beyond 192.
     Source: ``check_requires_grad_and_head_dim_gt192_constraints_on_sm86_89_or_120`` in aten's sdp_utils.cpp.
     """
-    if torch.version.hip is not None or not torch.backends.cuda.is_flash_attention_available():
+    if not torch.cuda.is_available() or torch.version.hip or not torch.backends.cuda.is_flash_attention_available():
         return 0
     major, minor = torch.cuda.get_device_capability(index)
     return 0 if major < 8 else 256 if minor == 0 and major < 12 else 192
@@ -142,7 +156,7 @@ packs_up_to._dynamo_marked_constant = True  # type: ignore[attr-defined]  # torc
 
 
 def attend_packed(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> Tensor:
-    """Padding as packed documents: SDPA would be handed a mask, and compute what that hides."""
+    """A problem as packed documents: SDPA would be handed a mask, and compute what that hides."""
     q, k, v, offsets = pack(q, k, v, spec)
     return unpack(varlen(q, k, v, spec, **offsets), spec)
 
@@ -164,10 +178,11 @@ def varlen(
         v,
         cu_seqlens_q,
         cu_seqlens_k,
-        max_seqlen_q,
+        # a longest document of one query takes a decoding path with wrong shapes (flash-attention#1537)
+        max(2, max_seqlen_q),
         max_seqlen_k,
         spec.dropout_p,
-        False,
+        "causal" in spec.features,
         False,
         scale=spec.scale,
     )[0]
