@@ -508,8 +508,8 @@ def narrower(one: int | None, two: int | None) -> int | None:
 
 def normalize(mask: Mask | None, seqlen_q: int, seqlen_k: int) -> Mask | None:
     """The mask for these lengths: windows bottom-right and merged, rules that hide nothing left out."""
-    if mask is None:
-        return None
+    if mask is None or not any(isinstance(part, (Window, Documents)) for part in mask.parts):
+        return mask
     documents = find(mask, Documents)
     if documents is None:
         mask = combine(

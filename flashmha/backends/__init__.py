@@ -73,13 +73,14 @@ def order(spec: AttentionSpec) -> tuple[str, ...]:
     discover()
     row = tuned.row(spec)
     first = () if row is None else row.order
-    if switched(spec):
-        first = ("sdpa", *first)
     late = anchor = ""
     if spec.device.type == "cpu":
         late, anchor = "flex", "naive"
     elif spec.features & BUILDS_MASKS and not packs(spec):
         late, anchor = "sdpa", "flex"
+        first = tuple([name for name in first if name != late])  # what it was measured at is not what it would do
+    if switched(spec):
+        first = ("sdpa", *first)
     if torch.compiler.is_compiling():
         return arranged(registry.entries, first, late, anchor)
     return remembered(registry.entries, first, late, anchor)
