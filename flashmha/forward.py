@@ -123,9 +123,10 @@ def prepare(layer: Any, call: Reading, wanted: Wanted, skip_padding: bool) -> Pr
     if layer.window is not None:
         mask = layer.window if mask is None else mask & layer.window
     if skip_padding and valid is not None and padding.refusal(layer, call) is None:
-        padded = Padded(mask, padding.places(valid, given), valid)
-        query = key = value = query.flatten(0, 1).index_select(0, padded.places)[None]
-        mask = padding.packed(mask, valid)
+        real = padding.tokens(valid, given)
+        padded = Padded(mask, real.places, valid)
+        query = key = value = query.flatten(0, 1).index_select(0, real.places)[None]
+        mask = padding.packed(mask, real)
     if dtype is None:
         q, k, v = layer.process_heads(*layer.project(query, key, value))
         made, wished = q.shape, query.shape

@@ -551,6 +551,6 @@ def lookup(table: Tensor) -> MaskMod:
 
     def read(batch: Tensor, head: Tensor, q_idx: Tensor, k_idx: Tensor) -> Tensor:
         index = (batch, head, q_idx, k_idx)
-        return inner[tuple([index[axis] for axis in axes])]
+        return inner[tuple([index[axis] for axis in axes])] if axes else inner
 
     return read

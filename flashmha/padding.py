@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import operator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -51,37 +51,43 @@ def packs(layer: Any, call: Reading) -> bool:
     return whole and tensor.dtype in HALF and size % 8 == 0 and size <= packs_up_to(tensor.device.index)
 
 
+class Tokens(NamedTuple):
+    """The real tokens of a batch: where they lie in (batch * seqlen), where each item's start among them, the most of
+    an item."""
+
+    places: Tensor
+    offsets: Tensor
+    longest: int
+
+
 counted: WeakIdKeyDictionary = WeakIdKeyDictionary()
-"""Masks that were counted: tensor -> (its version, where its real tokens lie)."""
+"""Masks that were counted: tensor -> (its version, its tokens)."""
 
 
-def places(valid: Tensor, given: Tensor | None) -> Tensor:
-    """Where the real tokens lie in (batch * seqlen): counted once a mask ``given`` and version.
+def tokens(valid: Tensor, given: Tensor | None) -> Tokens:
+    """The tokens that are real, counted once a mask ``given`` and version.
 
     Counting waits for a GPU, and the layers of a model are called with one mask.
     """
     if given is None or given.is_inference():
-        return real_tokens(valid)
-    known: tuple[int, Tensor] | None = counted.get(given)
+        return count(valid)
+    known: tuple[int, Tokens] | None = counted.get(given)
     if known is None or known[0] != given._version:
         with torch.inference_mode(False), torch.no_grad():  # who counts first may not be who asks next
-            known = (given._version, real_tokens(valid))
+            known = (given._version, count(valid))
         counted[given] = known
     return known[1]
 
 
-def real_tokens(valid: Tensor) -> Tensor:
-    return valid.flatten().nonzero().squeeze(1)
-
-
-def packed(mask: Mask | None, valid: Tensor) -> Mask:
-    """The mask among the real tokens end to end: one document a batch item, and the windows."""
+def count(valid: Tensor) -> Tokens:
     lengths = valid.sum(dim=1)
     offsets = F.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)
-    bound = valid.shape[1]  # asking a GPU for the longest would wait for it
-    if not valid.is_cuda:
-        bound = int(lengths.max()) if len(lengths) else 0
-    documents: Mask = Documents(offsets, max_seqlen=bound)
+    return Tokens(valid.flatten().nonzero().squeeze(1), offsets, int(lengths.max()) if len(lengths) else 0)
+
+
+def packed(mask: Mask | None, real: Tokens) -> Mask:
+    """The mask among the real tokens end to end: one document a batch item, and the windows."""
+    documents: Mask = Documents(real.offsets, max_seqlen=real.longest)
     return functools.reduce(operator.and_, (part for part in parts(mask) if type(part) is Window), documents)
 
 

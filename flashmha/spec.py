@@ -211,7 +211,7 @@ class AttentionSpec:
 
     @property
     def outline(self) -> tuple[Any, ...] | None:
-        """What is known of a problem whose only tensors are those of padding or a mask tensor, but for their values.
+        """What is known of a problem whose only tensors are those of its mask, but for their values.
 
         ``None`` where there are others, and while somebody traces.
         """
@@ -221,13 +221,15 @@ class AttentionSpec:
             return None
         rules: list[Any] = []
         for part in () if self.mask is None else self.mask.parts:
-            if type(part) not in (Window, Dense, KeyPadding, KeyLengths):
+            if type(part) not in (Window, Dense, Documents, KeyPadding, KeyLengths):
                 return None
             rules.append(type(part))
             if isinstance(part, Window):
                 rules += (part.left, part.right, part.align)
             elif isinstance(part, Dense):
                 rules.append(part.allowed.shape)
+            elif isinstance(part, Documents):
+                rules += (part.aligned, part.cu_seqlens.shape, part.max_seqlen, part.max_seqlen_k)
         # fmt: off
         return (
             self.batch, self.seqlen_q, self.seqlen_k, self.heads, self.heads_kv, self.head_dim, self.head_dim_v,

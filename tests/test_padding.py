@@ -138,7 +138,7 @@ def test_tokens_are_counted_once_a_mask_and_anew_once_it_changes(batch: Batch, s
     other = dataclasses.replace(batch, seed=seed)
     call = batch.call()
     mask = call["key_padding_mask"].clone()
-    with mock.patch.object(padding, "real_tokens", side_effect=padding.real_tokens) as counting:
+    with mock.patch.object(padding, "count", side_effect=padding.count) as counting:
         for hidden in (batch.hidden, other.hidden):
             mask.copy_(hidden)
             counting.reset_mock()

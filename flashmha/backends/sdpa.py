@@ -96,9 +96,9 @@ def attend_on_cuda(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> Tens
         k, v = (x.repeat_interleave(spec.heads // spec.heads_kv, dim=2) for x in (k, v))
         with sdpa_kernel(SDPBackend.MATH):
             return attend(q, k, v, dense(spec), spec)
-    if packs(spec):
-        return attend_packed(q, k, v, spec)
     masked = spec.mask is not None or spec.bias is not None
+    if masked and packs(spec):
+        return attend_packed(q, k, v, spec)
     if masked and spec.bias is None and top_left_causal(spec):
         return attend_by_choice(q, k, v, None, spec, is_causal=True)
     mask = dense(spec) if masked else None

@@ -41,6 +41,7 @@ class Seat:
             self.leaves = self.inputs.leaves() | {names[name]: x for name, x in self.module.named_parameters()}
         if contestant.how == "compiled":
             self.module.compile(dynamic=False)
+        self.call = contestant.bind(self.module, self.inputs)
         self.graph: torch.cuda.CUDAGraph | None = None
         self.captured: Named = {}
 
@@ -63,7 +64,7 @@ class Seat:
         return self.captured
 
     def compute(self, keep: bool = True) -> Named:
-        out, weights = self.contestant.call(self.module, self.inputs)
+        out, weights = self.call()
         named = {"out": out}
         if weights is not None:
             weights = weights.detach()

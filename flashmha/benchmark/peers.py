@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import abc
 import contextlib
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -68,9 +69,13 @@ class Contestant(abc.ABC):
     def build(self, case: Case) -> nn.Module:
         """A module with the parameter names of ``nn.MultiheadAttention``, or with none at level core."""
 
-    @abc.abstractmethod
     def call(self, module: nn.Module, inputs: Inputs) -> Answer:
         """One forward."""
+        raise NotImplementedError
+
+    def bind(self, module: nn.Module, inputs: Inputs) -> Callable[[], Answer]:
+        """``call`` of these two, in as few steps as there are in a program that calls its layer."""
+        return functools.partial(self.call, module, inputs)
 
     def setting(self) -> contextlib.AbstractContextManager[None]:
         """The switches of the process that its calls want, set before the clock starts."""
@@ -85,10 +90,21 @@ class Stock(Contestant):
     def build(self, case: Case) -> nn.Module:
         return nn.MultiheadAttention(case.embed_dim, case.heads, batch_first=True)
 
-    def call(self, module: nn.Module, inputs: Inputs) -> Answer:
-        masks = {"key_padding_mask": inputs.padding(), "attn_mask": inputs.attn_mask}
-        out, weights = module(inputs.query, inputs.key, inputs.value, **masks)
-        return out, weights if inputs.case.weights else None
+    def told(self, case: Case) -> dict[str, Any]:
+        """What a call is told beside its tensors."""
+        return {}
+
+    def bind(self, module: nn.Module, inputs: Inputs) -> Callable[[], Answer]:
+        query, key, value, read = inputs.query, inputs.key, inputs.value, inputs.case.weights
+        given = {"attn_mask": inputs.attn_mask, **self.told(inputs.case)}
+
+        def call() -> Answer:
+            if inputs.hidden is not None:
+                given["key_padding_mask"] = inputs.padding()
+            out, weights = module(query, key, value, **given)
+            return out, weights if read else None
+
+        return call
 
 
 class StockBest(Stock):
@@ -96,11 +112,8 @@ class StockBest(Stock):
 
     name = "stock_best"
 
-    def call(self, module: nn.Module, inputs: Inputs) -> Answer:
-        case = inputs.case
-        masks = {"key_padding_mask": inputs.padding(), "attn_mask": inputs.attn_mask, "is_causal": case.causal}
-        answer: Answer = module(inputs.query, inputs.key, inputs.value, need_weights=case.weights, **masks)
-        return answer
+    def told(self, case: Case) -> dict[str, Any]:
+        return {"is_causal": case.causal, "need_weights": case.weights}
 
 
 class StockSlow(Stock):
@@ -139,8 +152,8 @@ class Flashmha(Contestant):
     def build(self, case: Case) -> nn.Module:
         return FlashMultiHeadAttention(case.embed_dim, case.heads, batch_first=True, **self.options)
 
-    def call(self, module: nn.Module, inputs: Inputs) -> Answer:
-        return self.style.call(module, inputs)
+    def bind(self, module: nn.Module, inputs: Inputs) -> Callable[[], Answer]:
+        return self.style.bind(module, inputs)
 
 
 class Attention(Contestant):
@@ -186,8 +199,8 @@ class Through(Contestant):
     def build(self, case: Case) -> nn.Module:
         return self.inner.build(case)
 
-    def call(self, module: nn.Module, inputs: Inputs) -> Answer:
-        return self.inner.call(module, inputs)
+    def bind(self, module: nn.Module, inputs: Inputs) -> Callable[[], Answer]:
+        return self.inner.bind(module, inputs)
 
     def setting(self) -> contextlib.AbstractContextManager[None]:
         return self.inner.setting()
