@@ -55,6 +55,31 @@ def test_a_backend_agrees_with_the_definition(name: str, device: torch.device, d
     assert_agrees(name, spec, seed)
 
 
+WITH_LSE = frozenset(("lse", "causal", "window", "key_padding", "key_lengths", "documents", "gqa"))
+
+
+@pytest.mark.parametrize("name", names())
+@given(data=st.data(), seed=seeds())
+def test_a_log_sum_exp_is_as_fine_as_float32(name: str, device: torch.device, data: st.DataObject, seed: int) -> None:
+    """Whatever the dtype of q and k is: weights are made of it, and partial results are joined by it."""
+    check_available(name, device)
+    if device.type != "cpu" and name in COMPILED:
+        pytest.skip(f"{name} compiles for every problem drawn here")
+    check_built(name, device, "lse")
+    limits, head_dims = built(get(name), device)
+    few = dataclasses.replace(limits, features=limits.features & WITH_LSE, seqlen_min=1, batch_min=1)
+    drawn = data.draw(specs(limits=few, device=device, head_dims=head_dims, longest=40))
+    spec = dataclasses.replace(drawn, need_lse=True)
+    assume(refusal(name, spec) is None)
+    q, k, v = tensors(spec, seed)
+    _, lse = get(name)(q, k, v, spec)
+    _, exact = get("naive")(q.double(), k.double(), v.double(), spec)
+    seen = exact > -math.inf
+    assert torch.equal(lse > -math.inf, seen)
+    off = (lse.double() - exact)[seen].abs()
+    assert (off <= 1e-4 * (1.0 + exact[seen].abs())).all(), off.max()
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize(("name", "kernel"), KERNELS, ids=[f"{name}-{n}" for n, (name, _) in enumerate(KERNELS)])
 @fewer(16)

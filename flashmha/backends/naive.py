@@ -87,4 +87,9 @@ class Naive(Backend):
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> Tensor | tuple[Tensor, Tensor]:
         score, blind = scores(q, k, spec)
         out = weigh(probabilities(score, blind, spec), v, spec)
-        return (out, log_sum_exp(score, blind)) if spec.need_lse else out
+        if not spec.need_lse:
+            return out
+        finer = torch.promote_types(q.dtype, torch.float32)
+        if finer != q.dtype:  # who makes weights of it would see every rounding of a score
+            score, blind = scores(q.to(finer), k.to(finer), spec)
+        return out, log_sum_exp(score, blind)
