@@ -14,8 +14,8 @@ def lines(rows: Mapping[str, str]) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an exception's text."""
-    return (str(error) or repr(error)).strip().splitlines()[0]
+    """The first line of an exception's text, of its representation where that is blank."""
+    return (str(error).strip() or repr(error)).splitlines()[0]
 
 
 def in_one_line(error: BaseException) -> str:

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from flashmha import FlashMultiHeadAttention, NoBackendError, Window, attention, backends, record
+from flashmha.errors import in_one_line
 from flashmha.testing import Blueprint, Call, assert_same, blueprints, problems
 
 Arguments = dict[str, Any]
@@ -403,3 +404,10 @@ def test_the_environment_variable_is_obeyed_and_may_be_wrong(rounds: int) -> Non
         with pytest.raises(ValueError, match="nobody"):
             layer(x, x, x, need_weights=False)
     layer(x, x, x, need_weights=False)
+
+
+@given(text=st.text())
+def test_whatever_an_exception_says_there_is_one_line_of_it(text: str) -> None:
+    line = in_one_line(RuntimeError(text))
+    assert line.startswith("RuntimeError: ") and len(line.splitlines()) == 1
+    assert line.removeprefix("RuntimeError: ").strip()
