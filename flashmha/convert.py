@@ -37,11 +37,14 @@ def replace_mha(model: M, **options: Any) -> M:
 
     Args:
         model: any module; it may itself be an ``nn.MultiheadAttention``.
-        options: ``backend=``, ``window=``, ``call_out_proj=`` of ``FlashMultiHeadAttention``, for every layer.
+        options: ``backend``, ``window``, ``call_out_proj``, ``need_weights``, ``skip_padding`` and
+            ``trust_is_causal`` of ``FlashMultiHeadAttention``, for every layer.
 
     Raises:
         TypeError, ValueError: an option that does not exist or means nothing; the model is as it was.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be an nn.Module, got {model!r}.")
     unknown = sorted(set(options) - set(OPTIONS))
     if unknown:
         raise TypeError(f"options must be among {', '.join(OPTIONS)}, got {', '.join(unknown)}.")

@@ -71,8 +71,8 @@ def keep_forward(layer: nn.Module, arguments: Any) -> None:
 
 def check_features(features: dict[str, Any]) -> None:
     """Raise where a feature's value means nothing, before anything is changed."""
-    if features.get("backend") is not None and not expand(features["backend"]):
-        raise ValueError(f"backend must name at least one backend, got {features['backend']!r}.")
+    if features.get("backend") is not None:
+        expand(features["backend"])
     if features.get("window") is not None:
         as_window(features["window"])
     for name in SWITCHES:

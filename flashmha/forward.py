@@ -128,7 +128,11 @@ def prepare(layer: Any, call: Reading, wanted: Wanted, skip_padding: bool) -> Pr
         query = key = value = query.flatten(0, 1).index_select(0, real.places)[None]
         mask = padding.packed(mask, real)
     if dtype is None:
-        q, k, v = layer.process_heads(*layer.project(query, key, value))
+        heads = layer.process_heads(*layer.project(query, key, value))
+        if not isinstance(heads, (tuple, list)) or len(heads) != 3:
+            kind = f"{len(heads)} of them" if isinstance(heads, (tuple, list)) else type(heads).__name__
+            raise ValueError(f"process_heads must return the three tensors q, k and v, got {kind}.")
+        q, k, v = heads
         made, wished = q.shape, query.shape
         if len(made) != 4 or made[0] != wished[0] or made[1] != wished[1]:
             raise ValueError(

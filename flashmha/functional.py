@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .backends import Wanted, choose, note
+from .backends import OWN, Backend, Wanted, choose, note
 from .masks import Dense, Mask, told
 from .scores import Bias, TensorBias
 from .spec import AttentionSpec
@@ -99,7 +99,22 @@ def run(
     """Choose a backend for a problem, tell ``record``, and call it."""
     backend = choose(spec, wanted)
     note(layer, spec, backend)
-    return backend(q, k, v, spec)
+    result = backend(q, k, v, spec)
+    if type(backend) not in OWN:
+        check_result(result, spec, backend)
+    return result
+
+
+def check_result(result: Any, spec: AttentionSpec, backend: Backend) -> None:
+    """Raise where somebody else's backend returned something of another kind or shape."""
+    parts = result if spec.need_lse and isinstance(result, tuple) else (result,)
+    wanted = [(spec.batch, spec.seqlen_q, spec.heads, spec.head_dim_v), (spec.batch, spec.heads, spec.seqlen_q)]
+    shapes = [tuple(part.shape) if isinstance(part, Tensor) else type(part).__name__ for part in parts]
+    if shapes != wanted[: 1 + spec.need_lse]:
+        raise ValueError(
+            f"the backend {backend.name} must return {'out and lse' if spec.need_lse else 'out'} of shape "
+            f"{' and '.join(map(str, wanted[: 1 + spec.need_lse]))}, got {' and '.join(map(str, shapes))}."
+        )
 
 
 AUTOCAST = tuple(kind for kind in ("cpu", "cuda", "xpu", "mps", "hpu") if torch.amp.is_autocast_available(kind))

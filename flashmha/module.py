@@ -215,6 +215,11 @@ class FlashMultiHeadAttention(nn.MultiheadAttention):
         return projection.merge(self, out)
 
     @torch.jit.unused
+    def extra_repr(self) -> str:
+        """What the layer has beyond the stock class, as ``repr`` shows it."""
+        return ", ".join(f"{name}={getattr(self, name)!r}" for name in changed(self) if name in ABSENT)
+
+    @torch.jit.unused
     def __prepare_scriptable__(self) -> "FlashMultiHeadAttention":
         """What ``torch.jit.script`` asks before it compiles a module."""
         refuse_torchscript(self, None)

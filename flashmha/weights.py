@@ -19,12 +19,12 @@ import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 
 from . import tiles
-from .backends import Wanted, choose, get, note, preference
+from .backends import OWN, Wanted, choose, get, note, preference
 from .backends.base import Backend
 from .backends.naive import probabilities, scores, weigh
 from .deferred import Cell, Deferred
 from .features import overridden
-from .functional import AUTOCAST, run
+from .functional import AUTOCAST, check_result, run
 from .masks import Mask, normalize, traced
 from .padding import unpack
 from .scores import TensorBias
@@ -341,7 +341,10 @@ def attention_with_weights(
         learned = bias if bias.requires_grad else None
         recipe.spec = with_bias(spec, bias.detach().clone())
     problem = recipe.spec
-    result = backend(q, k, v, asking(spec, backend))
+    told = asking(spec, backend)
+    result = backend(q, k, v, told)
+    if type(backend) not in OWN:
+        check_result(result, told, backend)
     out, lse = result if isinstance(result, tuple) else (result, None)
     if padded is not None:
         batch, seqlen = padded.rows.shape

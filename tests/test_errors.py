@@ -14,7 +14,20 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from flashmha import FlashMultiHeadAttention, NoBackendError, Window, attention, backends, record
+from flashmha import (
+    AttentionSpec,
+    Backend,
+    FlashMultiHeadAttention,
+    Limits,
+    NoBackendError,
+    Window,
+    attention,
+    backends,
+    record,
+    register,
+    replace_mha,
+)
+from flashmha.backends import unregister
 from flashmha.errors import in_one_line
 from flashmha.testing import Blueprint, Call, assert_same, blueprints, problems
 
@@ -411,3 +424,55 @@ def test_whatever_an_exception_says_there_is_one_line_of_it(text: str) -> None:
     line = in_one_line(RuntimeError(text))
     assert line.startswith("RuntimeError: ") and len(line.splitlines()) == 1
     assert line.removeprefix("RuntimeError: ").strip()
+
+
+SHAPES: dict[str, Callable[[Tensor], Any]] = {
+    "heads before rows": lambda out: out.transpose(1, 2),
+    "flat": lambda out: out.flatten(2),
+    "nothing": lambda out: None,
+    "a pair": lambda out: (out, out),
+}
+
+
+@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize("need_weights", (True, False))
+def test_a_result_of_another_shape_is_not_passed_on(name: str, need_weights: bool) -> None:
+    class Odd(Backend):
+        """Somebody's backend, which returns something else."""
+
+        limits = Limits(devices=(), dtypes=(torch.float32,), features=frozenset())
+
+        def __call__(self, q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> Any:
+            return SHAPES[name](q)
+
+    Odd.name = "odd"
+    register(Odd)
+    try:
+        layer, x = FlashMultiHeadAttention(8, 2, batch_first=True, backend="odd"), torch.randn(3, 5, 8)
+        with torch.no_grad(), pytest.raises(ValueError, match=r"the backend odd must return out .*\(3, 5, 2, 4\)"):
+            layer(x, x, x, need_weights=need_weights)
+        unregister("odd")
+        register(Odd, before="sdpa")
+        layer.backend = None
+        with torch.no_grad(), pytest.raises(ValueError, match="the backend odd must return"):
+            layer(x, x, x, need_weights=need_weights)
+    finally:
+        unregister("odd")
+
+
+@pytest.mark.parametrize("heads", ((), (1, 2), None, "q"))
+def test_a_hook_that_returns_something_else_is_named(heads: Any) -> None:
+    layer, x = FlashMultiHeadAttention(8, 2, batch_first=True), torch.randn(3, 5, 8)
+    layer.process_heads = lambda q, k, v: heads  # type: ignore[method-assign]
+    with pytest.raises(ValueError, match="process_heads must return the three tensors q, k and v, got "):
+        layer(x, x, x)
+
+
+def test_names_that_mean_nothing_are_refused_where_they_are_said() -> None:
+    q = torch.randn(1, 2, 1, 4)
+    with pytest.raises(ValueError, match=r"backend must name at least one backend, got \[\]"):
+        attention(q, q, q, backend=[])
+    with pytest.raises(ValueError, match=r"before must be one of sdpa, .*, got 'flash_attn'"):
+        register(type("Late", (type(backends.get("naive")),), {"name": "late"}), before="flash_attn")
+    with pytest.raises(TypeError, match=r"model must be an nn\.Module, got 'x'"):
+        replace_mha("x")  # type: ignore[type-var]

@@ -776,6 +776,14 @@ def test_the_shortest_way_through_a_layer_is_the_way_of_every_call(
     assert [(str(each.spec), each.backend) for each in one] == [(str(each.spec), each.backend) for each in other]
 
 
+@given(features=st.sampled_from(FEATURES))
+def test_a_layer_shows_what_it_has_beyond_the_stock_one(features: dict[str, Any]) -> None:
+    shown = repr(FlashMultiHeadAttention(8, 2, **features))
+    bare = repr(nn.MultiheadAttention(8, 2)).replace("MultiheadAttention", "FlashMultiHeadAttention", 1)
+    assert (shown == bare) == (not features)
+    assert all(f"{name}=" in shown for name in features)
+
+
 # What the stock class does not have
 
 

@@ -46,7 +46,9 @@ def register(backend: B, *, before: str | None = None) -> B:
         ValueError: the name is taken, or the class was written for a contract this release does not keep.
     """
     if before is not None and before not in entries:
-        get(before)
+        discover()
+        if before not in entries:
+            raise ValueError(f"before must be one of {', '.join(entries)}, got {before!r}.")
     add(made(backend), before)
     return backend
 
@@ -171,6 +173,8 @@ def expand(wanted: str | Sequence[str], said: str = "backend") -> tuple[str, ...
     if not isinstance(wanted, str):
         if not isinstance(wanted, (list, tuple)):
             raise TypeError(f"{said} must be a name, a family or a list of them, got {wanted!r}.")
+        if not wanted:
+            raise ValueError(f"{said} must name at least one backend, got {wanted!r}.")
         return tuple(name for one in wanted for name in expand(one, said))
     if wanted in FAMILIES:
         return tuple(name for name in FAMILIES[wanted] if name in entries)
