@@ -12,7 +12,7 @@ import torch
 import torch.fx
 from torch import Tensor, nn
 
-from . import projection
+from . import plain, projection
 from .features import ABSENT, HOPS, MARK, as_window, changed, check_features, check_kv_heads, hop, mark
 from .forward import attend, refuse_torchscript
 from .masks import Window
@@ -50,8 +50,9 @@ class FlashMultiHeadAttention(nn.MultiheadAttention):
             weights of padded positions, where the default, like the stock class, computes something that nobody should
             use. Every row is computed after all under ``torch.compile``, export and CUDA graph capture, on a GPU
             without a kernel for packed tokens in the dtype, beside an ``attn_mask`` that is not causal,
-            ``add_bias_kv``, ``add_zero_attn`` or overridden methods; ``flashmha.explain`` says so. Real tokens are
-            counted once a mask and version of it, which torch counts up with every change.
+            ``add_bias_kv``, ``add_zero_attn`` or overridden methods; ``flashmha.explain`` says so. On a GPU
+            real tokens are counted once a mask and version of it; a change that torch does not see, by ``.data`` or a
+            kernel of one's own, calls for a new mask.
 
     Shapes: query (batch, seqlen_q, embed_dim) with ``batch_first``, else (seqlen_q, batch, embed_dim), or
     (seqlen_q, embed_dim) unbatched; key and value likewise with kdim and vdim.
@@ -270,6 +271,7 @@ class FlashMultiHeadAttention(nn.MultiheadAttention):
 
 
 projection.PLAIN.append(FlashMultiHeadAttention)
+plain.expect(FlashMultiHeadAttention)
 
 
 def alike(module: nn.MultiheadAttention, kind: type[Any]) -> Any:

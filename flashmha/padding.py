@@ -13,7 +13,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from .backends import FAMILIES, get, preference
 from .backends.base import HALF
-from .backends.sdpa import packs_up_to
+from .backends.sdpa import packs_up_to, switches
 from .call import Reading
 from .features import overridden
 from .masks import Documents, KeyPadding, Mask, Window, eager
@@ -48,7 +48,8 @@ def packs(layer: Any, call: Reading) -> bool:
     if any(tensor.dtype in kernel.limits.dtypes and kernel.unavailable(tensor.device) is None for kernel in able):
         return True
     whole = all(part.feature != "window" for part in parts(call.mask)) and layer.window is None
-    return whole and tensor.dtype in HALF and size % 8 == 0 and size <= packs_up_to(tensor.device.index)
+    fits = tensor.dtype in HALF and size % 8 == 0 and size <= packs_up_to(tensor.device.index)
+    return whole and fits and switches()[2]
 
 
 class Tokens(NamedTuple):
@@ -65,11 +66,11 @@ counted: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 
 def tokens(valid: Tensor, given: Tensor | None) -> Tokens:
-    """The tokens that are real, counted once a mask ``given`` and version.
+    """The tokens that are real; on a GPU counted once a mask ``given`` and version.
 
-    Counting waits for a GPU, and the layers of a model are called with one mask.
+    Counting waits there, and the layers of a model are called with one mask. One made in inference mode has no version.
     """
-    if given is None or given.is_inference():
+    if given is None or not given.is_cuda or given.is_inference():
         return count(valid)
     known: tuple[int, Tokens] | None = counted.get(given)
     if known is None or known[0] != given._version:

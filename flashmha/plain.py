@@ -7,22 +7,34 @@ Every look below is a microsecond of a call, so each happens once, in the object
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.nn import Parameter
-from torch.nn.functional import linear
 
 from .backends import OWN, choose, note
 from .backends.base import HALF
 from .features import HOPS
+from .functional import check_result
 from .heads import WORTH
 from .projection import PLAIN
 from .spec import SHARED, AttentionSpec
 
 SPECIAL = (*HOPS, "num_kv_heads", "window", "backend", "call_out_proj")
 """What a layer must not have of its own."""
+
+hops_of = operator.attrgetter(*SPECIAL)
+usual: dict[type, tuple[Any, ...]] = {}
+"""A class, and what it has under those names unless somebody patches it."""
+
+
+def expect(kind: type) -> None:
+    """Know a class as it is."""
+    usual[kind] = hops_of(kind)
+
 
 problems: dict[tuple[Any, ...], AttentionSpec] = {}
 """The shared problems of plain calls, by what is known before the projection."""
@@ -35,8 +47,11 @@ def attend(layer: Any, x: Tensor) -> Tensor | None:
     """The output of ``layer(x, x, x)`` without masks and weights; ``None`` where ``forward`` has to look closer."""
     if torch.compiler.is_compiling() or type(x) is not Tensor or x.is_nested:
         return None
+    kind = type(layer)
+    if kind not in usual or usual[kind] != hops_of(kind):
+        return None
     # who casts, traces or transforms wants to see every step
-    if type(layer) not in PLAIN or casts() or transforms() or traces() is not None:
+    if casts() or transforms() or traces() is not None:
         return None
     state, shape = layer.__dict__, x.shape
     out_proj = state["_modules"]["out_proj"]
@@ -64,7 +79,7 @@ def attend(layer: Any, x: Tensor) -> Tensor | None:
             return None
     elif 3 * x.numel() >= WORTH and torch.is_grad_enabled():  # where ``heads.split`` spares a copy
         return None
-    q, k, v = linear(x, weight, bias).view(batch, seqlen, 3, heads, width // heads).unbind(2)
+    q, k, v = F.linear(x, weight, bias).view(batch, seqlen, 3, heads, width // heads).unbind(2)
     key = (shape, heads, dtype, x.device, q.requires_grad, is_deterministic())
     spec = problems.get(key)
     if spec is None:
@@ -74,7 +89,8 @@ def attend(layer: Any, x: Tensor) -> Tensor | None:
                 problems.clear()
             problems[key] = spec
     backend = choose(spec)
-    if type(backend) not in OWN:  # whose result is checked
-        return None
     note(layer, spec, backend)
-    return linear(backend(q, k, v, spec).flatten(2), weight_out, bias_out)  # type: ignore[union-attr]
+    out = backend(q, k, v, spec)
+    if type(backend) not in OWN:
+        check_result(out, spec, backend)
+    return F.linear(out.flatten(2), weight_out, bias_out)  # type: ignore[union-attr]

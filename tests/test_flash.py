@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from flashmha import AttentionSpec, Documents, KeyLengths, KeyPadding, Mask, Window, causal
-from flashmha.backends import sdpa
+from flashmha.backends import get, sdpa
 from flashmha.backends.base import HALF
 from flashmha.backends.flash import FlashAttn
 from flashmha.backends.flash2 import Flash2
@@ -265,6 +265,22 @@ def test_documents_are_packed_for_the_kernel_inside_torch(data: st.DataObject, s
     spec = data.draw(specs(limits=PretendedSdpa.limits, head_dims=(8, 16), longest=17))
     with mock.patch.object(torch.ops.aten, "_flash_attention_forward", kernel):
         assert_agrees(PretendedSdpa(), spec, seed)
+
+
+@pytest.mark.parametrize("mask", (KeyPadding(torch.arange(11)[None] < torch.tensor([[11], [4]])), None))
+def test_the_kernel_inside_torch_gets_dense_heads_and_offsets(mask: Mask | None) -> None:
+    mask = Documents(torch.tensor([0, 0, 4, 4, 11, 11])[::2].int()) if mask is None else mask
+    batch = 1 if isinstance(mask, Documents) else 2
+    q, k, v = (noise(seed, batch, 11, 8, 2, dtype=torch.half).transpose(2, 3) for seed in range(3))
+    spec = AttentionSpec.of(q, k, v, mask=mask)
+
+    def kernel(q: Tensor, k: Tensor, v: Tensor, *told: Any, scale: float) -> Any:
+        assert all(x.stride(-1) == 1 for x in (q, k, v)) and all(x.is_contiguous() for x in told[:2])
+        return (two(q, k, v, *told[:4], softmax_scale=scale, causal=told[5]),)
+
+    with mock.patch.object(torch.ops.aten, "_flash_attention_forward", kernel):
+        out = sdpa.attend_packed(q, k, v, spec)
+    torch.testing.assert_close(out, get("naive")(q, k, v, spec), atol=2e-3, rtol=2e-3)
 
 
 REAL = KeyPadding(torch.ones(2, 9, dtype=torch.bool))

@@ -751,7 +751,7 @@ FEATURES: tuple[dict[str, Any], ...] = (
 @given(
     problem=problems(paddings=("none",), attn_masks=("none",), need_weights=(False,)),
     features=st.sampled_from(FEATURES),
-    change=st.sampled_from((None, "weights", "frozen", "hop")),
+    change=st.sampled_from((None, "weights", "frozen", "hop", "class", "class window")),
 )
 def test_the_shortest_way_through_a_layer_is_the_way_of_every_call(
     problem: tuple[Blueprint, Call], features: dict[str, Any], change: str | None
@@ -766,14 +766,29 @@ def test_the_shortest_way_through_a_layer_is_the_way_of_every_call(
         held = layer.in_proj_weight
         del layer.in_proj_weight
         layer.in_proj_weight = held * 2  # type: ignore[assignment]
+    patch: Any = contextlib.nullcontext()
+    if change == "class":
+        patch = mock.patch.object(FlashMultiHeadAttention, "process_heads", lambda self, q, k, v: (q * 3, k, v))
+    elif change == "class window":
+        patch = mock.patch.object(FlashMultiHeadAttention, "window", Window(0, 0))
     for shortest in (plain.attend, lambda layer, x: None):
-        with mock.patch.object(plain, "attend", shortest), record() as ran:
+        with mock.patch.object(plain, "attend", shortest), patch, record() as ran:
             found.append((ask(layer, call, call.tensors(blueprint)), ran))
     (short, one), (long, other) = found
     for name, tensor in long.tensors.items():
         if tensor is not None:
             assert_same(short[name], tensor, name)
     assert [(str(each.spec), each.backend) for each in one] == [(str(each.spec), each.backend) for each in other]
+
+
+@given(heads=st.sampled_from((1, 2, 4)), bias=st.booleans(), training=st.booleans(), grad=st.booleans())
+def test_the_shortest_way_is_taken_where_nothing_is_asked(heads: int, bias: bool, training: bool, grad: bool) -> None:
+    layer, x = FlashMultiHeadAttention(8, heads, bias=bias, batch_first=True).train(training), torch.randn(2, 3, 8)
+    with torch.set_grad_enabled(grad):
+        out = plain.attend(layer, x)
+        assert out is not None
+        assert_same(out, nn.MultiheadAttention.forward(layer, x, x, x, need_weights=False)[0], "output")
+        assert plain.attend(layer, x[0]) is None and plain.attend(layer, x.double()) is None
 
 
 @given(features=st.sampled_from(FEATURES))

@@ -133,20 +133,19 @@ def test_a_named_backend_serves_the_packed_tokens(batch: Batch, backend: str) ->
 
 
 @given(batch=batches(window=None, floating=False, pattern="holes"), seed=seeds(), inference=st.booleans())
-def test_tokens_are_counted_once_a_mask_and_anew_once_it_changes(batch: Batch, seed: int, inference: bool) -> None:
+def test_tokens_are_counted_anew_once_a_mask_changes(batch: Batch, seed: int, inference: bool) -> None:
     first, second = batch.layer(skip_padding=True), batch.layer(skip_padding=True)
     other = dataclasses.replace(batch, seed=seed)
     call = batch.call()
     mask = call["key_padding_mask"].clone()
     with mock.patch.object(padding, "count", side_effect=padding.count) as counting:
         for hidden in (batch.hidden, other.hidden):
-            mask.copy_(hidden)
+            mask.numpy()[:] = hidden.numpy()  # which torch does not see
             counting.reset_mock()
             with torch.inference_mode(inference):
                 inside = first(**{**call, "key_padding_mask": mask})[0]
             after = second(**{**call, "key_padding_mask": mask})[0]
-            if after.device.type == "cpu":
-                assert counting.call_count == 1
+            assert counting.call_count == 2, "looking is nearly free here"
             torch.testing.assert_close(after.detach(), inside.detach().clone())
             exact = batch.layer()(**{**call, "key_padding_mask": hidden})[0]
             shown = (~hidden) if batch.batch_first else (~hidden).T

@@ -240,6 +240,12 @@ def test_what_was_remembered_holds_for_its_switches_alone() -> None:
             assert choose(spec).name == "sdpa"
             assert explain(spec).chosen == "sdpa"
         assert choose(spec).name == "flash4"
+        remembered = chosen[spec]
+        torch.use_deterministic_algorithms(True)
+        try:
+            assert choose(spec).name == "flash4" and chosen[spec] is not remembered, "it was asked anew"
+        finally:
+            torch.use_deterministic_algorithms(False)
 
 
 # Who has to compile

@@ -125,13 +125,8 @@ def arranged(entries: dict[str, Backend], first: tuple[str, ...], late: str, anc
 
 
 def switched(spec: AttentionSpec) -> bool:
-    """One of the process-wide switches of SDPA's kernels on a GPU is off."""
-    return not all(obeyed(spec))
-
-
-def obeyed(spec: AttentionSpec) -> tuple[bool, ...]:
-    """The process-wide switches of SDPA's kernels, which concern a GPU alone."""
-    return switches() if spec.device.type == "cuda" else ()
+    """One of the process-wide switches of SDPA's kernels, which concern a GPU alone, is off."""
+    return spec.device.type == "cuda" and not all(switches())
 
 
 class State(threading.local):
@@ -180,11 +175,15 @@ def reason(backend: Backend, spec: AttentionSpec) -> str | None:
 
 
 chosen: dict[Any, tuple[object, object, tuple[bool, ...], Backend]] = {}
-"""What automatic choice said about a problem ``known_as`` something, and under which list, tuned table and switches.
+"""What automatic choice said about a problem ``known_as`` something, and under which list, tuned table and switches of
+torch: whether it is to be deterministic, and those of SDPA.
 
 Of a shared problem that stands even where a faster backend has been compiled since: the numbers of a training do not
 change in its middle.
 """
+
+
+is_deterministic = torch._C._get_deterministic_algorithms
 
 
 def known_as(spec: AttentionSpec) -> Any:
@@ -198,9 +197,9 @@ def kept(name: Any) -> Backend | None:
     if known is None:
         return None
     entries, table, under, backend = known
-    if entries is not registry.entries or table is not tuned.state.table or (under and under != switches()):
+    if entries is not registry.entries or table is not tuned.state.table:
         return None
-    return backend
+    return None if under and under != (is_deterministic(), *switches()) else backend
 
 
 def keep(spec: AttentionSpec, name: Any, backend: Backend, reasons: dict[str, str]) -> None:
@@ -213,13 +212,14 @@ def keep(spec: AttentionSpec, name: Any, backend: Backend, reasons: dict[str, st
         asked = (backend, *(registry.entries[name] for name in reasons))
         if any(type(one) not in OWN for one in asked) or unready(backend, spec) is not None:
             return
-        if any(why.startswith(WAITS) for why in reasons.values()):
+        if any(why.startswith(WAITS) or "out of memory" in why for why in reasons.values()):
             return
     if capturing(spec):
         return
     if len(chosen) >= SHARED:
         chosen.clear()
-    chosen[name] = (registry.entries, tuned.state.table, obeyed(spec), backend)
+    under = (is_deterministic(), *switches()) if spec.device.type == "cuda" else ()
+    chosen[name] = (registry.entries, tuned.state.table, under, backend)
 
 
 def capturing(spec: AttentionSpec) -> bool:

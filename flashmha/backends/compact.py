@@ -1,7 +1,7 @@
 """Keys that are real, moved to the front of their row: padding of any pattern as a length, for kernels that take one.
 
 Where no mask depends on a key's position the order of keys does not matter, so a kernel that can stop after the first
-``lengths[b]`` keys serves every pattern of padding. Not a backend; the kernels below are Triton's, which comes with
+``lengths[b]`` keys serves every pattern of padding. Not a backend; the kernel below is Triton's, which comes with
 torch for CUDA and is imported on first use.
 """
 

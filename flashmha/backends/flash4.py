@@ -34,7 +34,9 @@ class Flash4(FlashAttn):
     distribution = "flash-attn-4"
     install = "pip install --pre flash-attn-4"
     compiles = "kinds"
-    remark = "no backward of a head_dim below 128 that is 1 to 16 modulo 32"
+    remark = (
+        "no backward of a head_dim below 128 that is 1 to 16 modulo 32; mask tensors on sm9x alone, one for all heads"
+    )
     keywords = (
         "softmax_scale",
         "causal",

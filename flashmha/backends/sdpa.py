@@ -171,13 +171,17 @@ def varlen(
     max_seqlen_q: int,
     max_seqlen_k: int,
 ) -> Tensor:
-    """The flash-attn 2 inside torch, over documents packed as (total, heads, head_dim)."""
+    """The flash-attn 2 inside torch, over documents packed as (total, heads, head_dim).
+
+    Its own package makes head dims and offsets contiguous; the operator raises.
+    """
+    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     out: Tensor = torch.ops.aten._flash_attention_forward(
         q,
         k,
         v,
-        cu_seqlens_q,
-        cu_seqlens_k,
+        cu_seqlens_q.contiguous(),
+        cu_seqlens_k.contiguous(),
         # a longest document of one query takes a decoding path with wrong shapes (flash-attention#1537)
         max(2, max_seqlen_q),
         max_seqlen_k,
