@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from .functional import AUTOCAST
-from .masks import Dense, KeyPadding, Mask, causal, readable
+from .masks import Dense, KeyPadding, Mask, causal, once_a_version, readable
 
 
 class Reading(NamedTuple):
@@ -115,7 +115,7 @@ def hides_or_nothing(mask: Tensor) -> bool:
 
 
 looked_at: WeakIdKeyDictionary = WeakIdKeyDictionary()
-"""Masks that were looked at: tensor -> (its version, whether it is the causal mask)."""
+"""Whether masks are the causal one, see ``once_a_version``."""
 
 
 def is_causal_mask(mask: Tensor) -> bool:
@@ -125,13 +125,7 @@ def is_causal_mask(mask: Tensor) -> bool:
     """
     if mask.dim() != 2 or not readable(mask) or mask.requires_grad:
         return False
-    if mask.is_inference():
-        return hides_the_future(mask)
-    version, answer = looked_at.get(mask, (None, False))
-    if version != mask._version:
-        answer = hides_the_future(mask)
-        looked_at[mask] = (mask._version, answer)
-    return bool(answer)
+    return once_a_version(looked_at, mask, lambda: hides_the_future(mask))
 
 
 def hides_the_future(mask: Tensor) -> bool:

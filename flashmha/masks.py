@@ -25,8 +25,10 @@ from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
 
 M = TypeVar("M", bound="Mask")
+T = TypeVar("T")
 MaskMod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 ALIGNMENTS = ("bottom_right", "top_left")
 
@@ -433,6 +435,19 @@ def is_vector_of_integers(thing: object) -> bool:
 def readable(tensor: Tensor) -> bool:
     """Looking at a tensor's values waits for no device, breaks no graph and is not itself recorded."""
     return tensor.device.type == "cpu" and eager(tensor)
+
+
+def once_a_version(known: WeakIdKeyDictionary, tensor: Tensor, find_out: Callable[[], T]) -> T:
+    """What is found out about a tensor's values, remembered until torch counts a change of them.
+
+    ``known`` holds tensor -> (its version, what was found out). A tensor made in inference mode has no version.
+    """
+    if tensor.is_inference():
+        return find_out()
+    before: tuple[int, T] | None = known.get(tensor)
+    if before is None or before[0] != tensor._version:
+        before = known[tensor] = (tensor._version, find_out())
+    return before[1]
 
 
 def eager(tensor: Tensor) -> bool:

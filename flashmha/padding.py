@@ -12,11 +12,10 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from .backends import FAMILIES, get, preference
-from .backends.base import HALF
-from .backends.sdpa import packs_up_to, switches
+from .backends.sdpa import runs_packed, takes_packed
 from .call import Reading
 from .features import overridden
-from .masks import Documents, KeyPadding, Mask, Window, eager
+from .masks import Documents, KeyPadding, Mask, Window, eager, once_a_version
 
 
 def refusal(layer: Any, call: Reading) -> str | None:
@@ -48,8 +47,7 @@ def packs(layer: Any, call: Reading) -> bool:
     if any(tensor.dtype in kernel.limits.dtypes and kernel.unavailable(tensor.device) is None for kernel in able):
         return True
     whole = all(part.feature != "window" for part in parts(call.mask)) and layer.window is None
-    fits = tensor.dtype in HALF and size % 8 == 0 and size <= packs_up_to(tensor.device.index)
-    return whole and fits and switches()[2]
+    return whole and takes_packed(tensor.dtype, size) and runs_packed(size, tensor.device.index)
 
 
 class Tokens(NamedTuple):
@@ -62,7 +60,7 @@ class Tokens(NamedTuple):
 
 
 counted: WeakIdKeyDictionary = WeakIdKeyDictionary()
-"""Masks that were counted: tensor -> (its version, its tokens)."""
+"""The tokens of masks, see ``once_a_version``."""
 
 
 def tokens(valid: Tensor, given: Tensor | None) -> Tokens:
@@ -70,17 +68,15 @@ def tokens(valid: Tensor, given: Tensor | None) -> Tokens:
 
     Counting waits there, and the layers of a model are called with one mask. One made in inference mode has no version.
     """
-    if given is None or not given.is_cuda or given.is_inference():
+    if given is None or not given.is_cuda:
         return count(valid)
-    known: tuple[int, Tokens] | None = counted.get(given)
-    if known is None or known[0] != given._version:
-        with torch.inference_mode(False), torch.no_grad():  # who counts first may not be who asks next
-            known = (given._version, count(valid))
-        counted[given] = known
-    return known[1]
+    return once_a_version(counted, given, lambda: count(valid))
 
 
+@torch.inference_mode(False)
+@torch.no_grad()
 def count(valid: Tensor) -> Tokens:
+    """The tokens as plain tensors: who counts first may not be who asks next."""
     lengths = valid.sum(dim=1)
     offsets = F.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)
     return Tokens(valid.flatten().nonzero().squeeze(1), offsets, int(lengths.max()) if len(lengths) else 0)

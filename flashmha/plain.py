@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn import Parameter
 
-from .backends import OWN, choose, note
+from .backends import OWN, choose, is_deterministic, note
 from .backends.base import HALF
 from .features import HOPS
 from .functional import check_result
@@ -40,7 +40,7 @@ problems: dict[tuple[Any, ...], AttentionSpec] = {}
 """The shared problems of plain calls, by what is known before the projection."""
 
 casts, traces = torch._C._is_any_autocast_enabled, torch._C._get_tracing_state
-transforms, is_deterministic = torch._C._are_functorch_transforms_active, torch._C._get_deterministic_algorithms
+transforms = torch._C._are_functorch_transforms_active
 
 
 def attend(layer: Any, x: Tensor) -> Tensor | None:

@@ -175,8 +175,8 @@ def reason(backend: Backend, spec: AttentionSpec) -> str | None:
 
 
 chosen: dict[Any, tuple[object, object, tuple[bool, ...], Backend]] = {}
-"""What automatic choice said about a problem ``known_as`` something, and under which list, tuned table and switches of
-torch: whether it is to be deterministic, and those of SDPA.
+"""What automatic choice said about a problem (itself where it is shared, else its outline), and under which list, tuned
+table and switches of torch: whether it is to be deterministic, and those of SDPA.
 
 Of a shared problem that stands even where a faster backend has been compiled since: the numbers of a training do not
 change in its middle.
@@ -186,14 +186,10 @@ change in its middle.
 is_deterministic = torch._C._get_deterministic_algorithms
 
 
-def known_as(spec: AttentionSpec) -> Any:
-    """What a problem is remembered under: itself where it is shared, else its outline; ``None`` for not at all."""
-    return spec if spec.shared else spec.outline
-
-
-def kept(name: Any) -> Backend | None:
-    """The backend that a problem of this name was given before."""
-    known = chosen.get(name)
+def kept(spec: AttentionSpec) -> Backend | None:
+    """The backend that a problem was given before."""
+    name = spec if spec.shared else spec.outline
+    known = None if name is None else chosen.get(name)
     if known is None:
         return None
     entries, table, under, backend = known
@@ -202,20 +198,21 @@ def kept(name: Any) -> Backend | None:
     return None if under and under != (is_deterministic(), *switches()) else backend
 
 
-def keep(spec: AttentionSpec, name: Any, backend: Backend, reasons: dict[str, str]) -> None:
+def keep(spec: AttentionSpec, backend: Backend, reasons: dict[str, str]) -> None:
     """Remember the backend of a problem, and for a problem with tensors only what our own have said and will say again.
 
     Others may look at the tensors. Nothing is remembered that was found while a CUDA graph was captured, where a
     package that was not tried out yet is refused.
     """
+    name = spec if spec.shared else spec.outline
+    if name is None or capturing(spec):
+        return
     if not spec.shared:
-        asked = (backend, *(registry.entries[name] for name in reasons))
+        asked = (backend, *(registry.entries[other] for other in reasons))
         if any(type(one) not in OWN for one in asked) or unready(backend, spec) is not None:
             return
         if any(why.startswith(WAITS) or "out of memory" in why for why in reasons.values()):
             return
-    if capturing(spec):
-        return
     if len(chosen) >= SHARED:
         chosen.clear()
     under = (is_deterministic(), *switches()) if spec.device.type == "cuda" else ()
@@ -237,25 +234,22 @@ def choose(spec: AttentionSpec, wanted: Wanted = None) -> Backend:
     said, named = asked(wanted)
     reasons: dict[str, str] = {}
     if named is not None:
-        for one in expand(named, said):
-            backend = registry.entries[one]
+        for name in expand(named, said):
+            backend = registry.entries[name]
             why = reason(backend, spec)
             if why is None:
                 return backend
-            reasons[one] = why
+            reasons[name] = why
         raise NoBackendError(spec, reasons, f"{said}={named!r}")
-    name: Any = spec if spec.shared else known_as(spec)
-    if name is not None:
-        before = kept(name)
-        if before is not None:
-            return before
+    before = kept(spec)
+    if before is not None:
+        return before
     found, compiles = pick(spec, reasons)
     if found is None:
         raise NoBackendError(spec, reasons)
     if compiles is not None:
         logger.info("%s compiles before it serves %s: %s", found.name, spec, compiles)
-    if name is not None:
-        keep(spec, name, found, reasons)
+    keep(spec, found, reasons)
     return found
 
 
@@ -330,7 +324,7 @@ def explain(spec: AttentionSpec, wanted: Wanted = None) -> Explanation:
     notes: list[str] = []
     found: Backend | None = None
     if named is None:
-        found = kept(known_as(spec))
+        found = kept(spec)
         if found is None:
             found, compiles = pick(spec, passed)
             notes += [] if found is None or compiles is None else [f"{found.name} compiles first: {compiles}"]

@@ -60,8 +60,7 @@ def block_tables(first: Tensor, last: Tensor, seqlen_q: int, tile: tuple[int, in
     rows, columns = -(-seqlen_q // tile[0]), -(-seqlen_k // tile[1])
     if by_keys:
         rows, columns = columns, rows
-    shapes = ((batch, 1, rows), (batch, 1, rows, columns)) * 2
-    made = BlockTables(*(torch.empty(shape, dtype=torch.int32, device=first.device) for shape in shapes))
+    made = unwritten(batch, rows, columns, first.device)
     kernel()[(batch * rows,)](
         first.contiguous(),
         last.contiguous(),
@@ -77,6 +76,12 @@ def block_tables(first: Tensor, last: Tensor, seqlen_q: int, tile: tuple[int, in
         BY_KEYS=by_keys,
     )
     return made
+
+
+def unwritten(batch: int, rows: int, columns: int, device: torch.device) -> BlockTables:
+    """Tables for a kernel to fill."""
+    shapes = ((batch, 1, rows), (batch, 1, rows, columns)) * 2
+    return BlockTables(*(torch.empty(shape, dtype=torch.int32, device=device) for shape in shapes))
 
 
 EDGE = 256
@@ -104,8 +109,7 @@ def mask_tables(
     rows, columns = -(-seqlen_q // tile[0]), -(-seqlen_k // tile[1])
     states = torch.empty((table.shape[0], rows, columns), dtype=torch.uint8, device=table.device)
     along, across = (columns, rows) if by_keys else (rows, columns)
-    shapes = ((len(items), 1, along), (len(items), 1, along, across)) * 2
-    made = BlockTables(*(torch.empty(shape, dtype=torch.int32, device=table.device) for shape in shapes))
+    made = unwritten(len(items), along, across, table.device)
     judge, enlist = kernels()
     judge[(states.numel(),)](
         table,

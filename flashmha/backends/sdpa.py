@@ -59,11 +59,6 @@ class Sdpa(Backend):
         return reasons
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> Tensor | tuple[Tensor, Tensor]:
-        if not spec.features and (not q.is_cuda or spec.batch):  # the commonest call, in the fewest steps
-            out = F.scaled_dot_product_attention(
-                q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), scale=spec.softmax_scale
-            )
-            return out.transpose(1, 2)
         if q.is_cuda:
             return attend_on_cuda(q, k, v, spec)
         if spec.mask is None and spec.bias is None:
@@ -91,6 +86,8 @@ def attend_on_cuda(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> Tens
     if spec.batch == 0:
         with sdpa_kernel(SDPBackend.MATH):  # the fused kernels give nothing at all for an empty batch
             return attend(q, k, v, None, spec)
+    if not spec.features:  # the commonest call, in the fewest steps
+        return attend(q, k, v, None, spec)
     if spec.dropout_p == 1.0:
         # the fused kernels multiply the zeros that are left by 1 / (1 - 1)
         k, v = (x.repeat_interleave(spec.heads // spec.heads_kv, dim=2) for x in (k, v))
@@ -114,9 +111,7 @@ def attend_on_cuda(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> Tens
 
 def packs(spec: AttentionSpec) -> bool:
     """A problem goes to torch's own flash-attn 2 as packed documents, here and now; else SDPA is handed a mask."""
-    if not packable(spec) or spec.head_dim > packs_up_to(spec.device.index):
-        return False
-    return switches()[2] and not by_math(spec)
+    return packable(spec) and runs_packed(spec.head_dim, spec.device.index) and not by_math(spec)
 
 
 def packable(spec: AttentionSpec) -> bool:
@@ -124,7 +119,9 @@ def packable(spec: AttentionSpec) -> bool:
 
     A few queries are not worth packing their keys.
     """
-    if spec.dtype not in HALF or spec.head_dim % 8 or spec.aten_only or 0 in (spec.batch, spec.seqlen_q, spec.seqlen_k):
+    if not takes_packed(spec.dtype, spec.head_dim) or spec.aten_only:
+        return False
+    if 0 in (spec.batch, spec.seqlen_q, spec.seqlen_k):
         return False
     if "documents" in spec.features:
         assert spec.mask is not None
@@ -137,6 +134,16 @@ ANY = ("backward", "deterministic", "dropout", "gqa")
 """What documents and padding may stand beside in that kernel."""
 DOCUMENTS = frozenset((*ANY, "documents", "causal"))
 PADDED = frozenset((*ANY, *PADDING))
+
+
+def takes_packed(dtype: torch.dtype, head_dim: int) -> bool:
+    """torch's packed flash-attn 2 has kernels for such heads on some GPU."""
+    return dtype in HALF and head_dim % 8 == 0
+
+
+def runs_packed(head_dim: int, index: int | None) -> bool:
+    """It has them for a GPU, and is switched on."""
+    return head_dim <= packs_up_to(index) and switches()[2]
 
 
 @functools.cache
