@@ -11,18 +11,16 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakIdKeyDictionary
 
 from .functional import AUTOCAST
-from .masks import Dense, KeyPadding, Mask, causal, once_a_version, readable
+from .masks import Dense, KeyPadding, Mask, causal, readable
 
 
 class Reading(NamedTuple):
     """One call: inputs (batch, seqlen, features), one object where the caller passed one; who may look at whom.
 
     ``bias`` broadcasts to (batch, heads, seqlen_q, seqlen_k). ``mask`` and ``bias`` know nothing of the ``columns``
-    that ``add_bias_kv`` and ``add_zero_attn`` append. ``valid`` (batch, seqlen_k) is the padding in ``mask``, and
-    ``given`` the argument that said so.
+    that ``add_bias_kv`` and ``add_zero_attn`` append. ``valid`` (batch, seqlen_k) is the padding in ``mask``.
     """
 
     query: Tensor
@@ -33,7 +31,6 @@ class Reading(NamedTuple):
     batched: bool
     columns: int
     valid: Tensor | None
-    given: Tensor | None
 
 
 def read_call(
@@ -71,8 +68,7 @@ def read_call(
     if not (batched and layer.batch_first):
         query, key, value = batch_first(query, key, value, batched)
     if key_padding_mask is None and attn_mask is None:
-        return Reading(query, key, value, mask, bias, batched, columns, None, None)
-    padding = key_padding_mask
+        return Reading(query, key, value, mask, bias, batched, columns, None)
     if key_padding_mask is not None and hides_or_nothing(key_padding_mask):
         check_float_mask(key_padding_mask, "key_padding_mask", query, need_weights)
         key_padding_mask = key_padding_mask != 0
@@ -94,7 +90,7 @@ def read_call(
         else:
             seen = Dense(~four_axes(given, name, query.shape[0], layer.num_heads))
             mask = seen if mask is None else mask & seen
-    return Reading(query, key, value, mask, bias, batched, columns, valid, padding)
+    return Reading(query, key, value, mask, bias, batched, columns, valid)
 
 
 def batch_first(query: Tensor, key: Tensor, value: Tensor, batched: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -114,25 +110,25 @@ def hides_or_nothing(mask: Tensor) -> bool:
     return bool(((mask == 0.0) | (mask == float("-inf"))).all())
 
 
-looked_at: WeakIdKeyDictionary = WeakIdKeyDictionary()
-"""Whether masks are the causal one, see ``once_a_version``."""
-
-
 def is_causal_mask(mask: Tensor) -> bool:
     """A mask (seqlen_q, seqlen_k) that hides exactly the future, aligned to the first key.
 
-    Looked at where that waits for nothing, on a CPU, once per tensor and version.
+    Its values are read at every call, on a CPU alone, where reading waits for nothing. The far corner tells most
+    large masks that are not causal.
     """
-    if mask.dim() != 2 or not readable(mask) or mask.requires_grad:
+    if mask.dim() != 2 or not readable(mask) or mask.requires_grad or not mask.numel():
         return False
-    return once_a_version(looked_at, mask, lambda: hides_the_future(mask))
-
-
-def hides_the_future(mask: Tensor) -> bool:
-    future = torch.ones(mask.shape, dtype=torch.bool).triu_(1)
+    hidden = True if mask.dtype == torch.bool else float("-inf")
+    if mask.numel() > CORNER and mask.shape[1] > 1 and mask[0, -1].item() != hidden:
+        return False
+    future = torch.ones(mask.shape, dtype=torch.bool, device=mask.device).triu_(1)
     if mask.dtype != torch.bool:
-        future = torch.zeros_like(mask).masked_fill_(future, float("-inf"))
+        future = torch.zeros_like(mask).masked_fill_(future, hidden)
     return torch.equal(mask, future)
+
+
+CORNER = 2**14
+"""Entries from which reading one first is cheaper than comparing all."""
 
 
 def check_inputs(layer: Any, query: Tensor, key: Tensor, value: Tensor) -> None:

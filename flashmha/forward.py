@@ -117,15 +117,15 @@ def weights_dtype(q: Tensor) -> torch.dtype:
 
 def prepare(layer: Any, call: Reading, wanted: Wanted, skip_padding: bool) -> Problem:
     """Hops 2 and 3: the heads projected and processed, and the problem they make."""
-    query, key, value, mask, bias, _, columns, valid, given = call
+    query, key, value, mask, bias, _, columns, valid = call
     padded: Padded | None = None
     dtype = computing_dtype(layer, call, wanted) if query.dtype in HALF else None
     if layer.window is not None:
         mask = layer.window if mask is None else mask & layer.window
     if skip_padding and valid is not None and padding.refusal(layer, call) is None:
-        real = padding.tokens(valid, given)
+        real = padding.tokens(valid)
         padded = Padded(mask, real.places, valid)
-        query = key = value = query.flatten(0, 1).index_select(0, real.places)[None]
+        query, key, value = padding.pack(query, key, value, real.places)
         mask = padding.packed(mask, real)
     if dtype is None:
         heads = layer.process_heads(*layer.project(query, key, value))

@@ -20,16 +20,15 @@ from __future__ import annotations
 import abc
 import functools
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakIdKeyDictionary
 
 M = TypeVar("M", bound="Mask")
-T = TypeVar("T")
 MaskMod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+Rebuild = Callable[[Sequence[Tensor]], "Mask"]
 ALIGNMENTS = ("bottom_right", "top_left")
 
 
@@ -52,6 +51,10 @@ class Mask(abc.ABC):
     def tensors(self) -> tuple[Tensor, ...]:
         """The tensors the mask holds."""
         return ()
+
+    def flatten(self) -> tuple[tuple[Tensor, ...], Rebuild]:
+        """The tensors the mask holds, and what makes the same mask of them again and holds none."""
+        return (), lambda tensors: self
 
     @property
     def parts(self) -> tuple[Mask, ...]:
@@ -178,6 +181,9 @@ class KeyPadding(Mask):
     def tensors(self) -> tuple[Tensor, ...]:
         return (self.valid,)
 
+    def flatten(self) -> tuple[tuple[Tensor, ...], Rebuild]:
+        return (self.valid,), lambda tensors: KeyPadding(*tensors)
+
     def mask_mod(self, seqlen_q: int, seqlen_k: int, documents: Documents | None = None) -> MaskMod:
         valid = self.valid
         return lambda batch, head, q_idx, k_idx: valid[batch, k_idx]
@@ -208,6 +214,9 @@ class KeyLengths(Mask):
 
     def tensors(self) -> tuple[Tensor, ...]:
         return (self.lengths,)
+
+    def flatten(self) -> tuple[tuple[Tensor, ...], Rebuild]:
+        return (self.lengths,), lambda tensors: KeyLengths(*tensors)
 
     def mask_mod(self, seqlen_q: int, seqlen_k: int, documents: Documents | None = None) -> MaskMod:
         lengths = self.lengths
@@ -269,6 +278,11 @@ class Documents(Mask):
     def tensors(self) -> tuple[Tensor, ...]:
         return (self.cu_seqlens, self.cu_seqlens_k)
 
+    def flatten(self) -> tuple[tuple[Tensor, ...], Rebuild]:
+        longest, longest_k = self.max_seqlen, self.max_seqlen_k
+        tensors = (self.cu_seqlens,) if self.aligned else (self.cu_seqlens, self.cu_seqlens_k)
+        return tensors, lambda tensors: Documents(*tensors, max_seqlen=longest, max_seqlen_k=longest_k)
+
     @property
     def aligned(self) -> bool:
         """Queries and keys have the same offsets, so that both alignments are one."""
@@ -329,6 +343,9 @@ class Dense(Mask):
     def tensors(self) -> tuple[Tensor, ...]:
         return (self.allowed,)
 
+    def flatten(self) -> tuple[tuple[Tensor, ...], Rebuild]:
+        return (self.allowed,), lambda tensors: Dense(*tensors)
+
     def mask_mod(self, seqlen_q: int, seqlen_k: int, documents: Documents | None = None) -> MaskMod:
         return lookup(self.allowed)
 
@@ -378,6 +395,17 @@ class Intersection(Mask):
 
     def tensors(self) -> tuple[Tensor, ...]:
         return tuple(tensor for part in self._parts for tensor in part.tensors())
+
+    def flatten(self) -> tuple[tuple[Tensor, ...], Rebuild]:
+        held = [part.flatten() for part in self._parts]
+        counts = [len(tensors) for tensors, _ in held]
+        rebuilds = [rebuild for _, rebuild in held]
+
+        def again(tensors: Sequence[Tensor]) -> Mask:
+            rest = iter(tensors)
+            return Intersection(tuple(make([next(rest) for _ in range(n)]) for make, n in zip(rebuilds, counts)))
+
+        return tuple(tensor for tensors, _ in held for tensor in tensors), again
 
     def mask_mod(self, seqlen_q: int, seqlen_k: int, documents: Documents | None = None) -> MaskMod:
         documents = find(self, Documents)
@@ -435,19 +463,6 @@ def is_vector_of_integers(thing: object) -> bool:
 def readable(tensor: Tensor) -> bool:
     """Looking at a tensor's values waits for no device, breaks no graph and is not itself recorded."""
     return tensor.device.type == "cpu" and eager(tensor)
-
-
-def once_a_version(known: WeakIdKeyDictionary, tensor: Tensor, find_out: Callable[[], T]) -> T:
-    """What is found out about a tensor's values, remembered until torch counts a change of them.
-
-    ``known`` holds tensor -> (its version, what was found out). A tensor made in inference mode has no version.
-    """
-    if tensor.is_inference():
-        return find_out()
-    before: tuple[int, T] | None = known.get(tensor)
-    if before is None or before[0] != tensor._version:
-        before = known[tensor] = (tensor._version, find_out())
-    return before[1]
 
 
 def eager(tensor: Tensor) -> bool:

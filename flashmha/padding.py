@@ -9,23 +9,24 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.weak import WeakIdKeyDictionary
 
 from .backends import FAMILIES, get, preference
 from .backends.sdpa import runs_packed, takes_packed
 from .call import Reading
 from .features import overridden
-from .masks import Documents, KeyPadding, Mask, Window, eager, once_a_version
+from .masks import Documents, KeyPadding, Mask, Window, eager
 
 
 def refusal(layer: Any, call: Reading) -> str | None:
     """Why padding cannot be left out of a call, so that every row is computed; ``None`` where it can."""
     if call.valid is None:
         return "no bool key_padding_mask"
-    if not (call.query is call.key and call.key is call.value):
-        return "query, key and value are not one tensor"
     if not eager(call.query) or (call.query.is_cuda and torch.cuda.is_current_stream_capturing()):
         return "PyTorch records the call (compile, export, torch.func, a CUDA graph)"
+    if not (same_memory(call.query, call.key) and same_memory(call.key, call.value)):
+        return "query, key and value are not one tensor"
+    if not call.valid.numel():
+        return "no tokens at all"
     if call.columns:
         return "add_bias_kv or add_zero_attn"
     hops = overridden(layer)
@@ -38,6 +39,14 @@ def refusal(layer: Any, call: Reading) -> str | None:
     if layer.window is not None and has_holes(call.valid):
         return "a window over padding with holes"
     return None
+
+
+def same_memory(one: Tensor, two: Tensor) -> bool:
+    """Two tensors are one, or aliases of one, as hooks on a module's inputs and checkpoints make of it."""
+    if one is two:
+        return True
+    alike = one.shape == two.shape and one.stride() == two.stride() and one.dtype == two.dtype
+    return alike and type(two) in (Tensor, torch.nn.Parameter) and one.data_ptr() == two.data_ptr()
 
 
 def packs(layer: Any, call: Reading) -> bool:
@@ -59,33 +68,30 @@ class Tokens(NamedTuple):
     longest: int
 
 
-counted: WeakIdKeyDictionary = WeakIdKeyDictionary()
-"""The tokens of masks, see ``once_a_version``."""
-
-
-def tokens(valid: Tensor, given: Tensor | None) -> Tokens:
-    """The tokens that are real; on a GPU counted once a mask ``given`` and version.
-
-    Counting waits there, and the layers of a model are called with one mask. One made in inference mode has no version.
-    """
-    if given is None or not given.is_cuda:
-        return count(valid)
-    return once_a_version(counted, given, lambda: count(valid))
-
-
 @torch.inference_mode(False)
 @torch.no_grad()
-def count(valid: Tensor) -> Tokens:
-    """The tokens as plain tensors: who counts first may not be who asks next."""
+def tokens(valid: Tensor) -> Tokens:
+    """The tokens that are real, as plain tensors; the host waits for a GPU once."""
     lengths = valid.sum(dim=1)
-    offsets = F.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)
-    return Tokens(valid.flatten().nonzero().squeeze(1), offsets, int(lengths.max()) if len(lengths) else 0)
+    total, longest = torch.stack((lengths.sum(), lengths.max())).tolist()
+    places = torch.nonzero_static(valid.flatten(), size=total).squeeze(1)
+    return Tokens(places, F.pad(lengths.cumsum(0), (1, 0)).to(torch.int32), longest)
 
 
 def packed(mask: Mask | None, real: Tokens) -> Mask:
     """The mask among the real tokens end to end: one document a batch item, and the windows."""
     documents: Mask = Documents(real.offsets, max_seqlen=real.longest)
     return functools.reduce(operator.and_, (part for part in parts(mask) if type(part) is Window), documents)
+
+
+def pack(query: Tensor, key: Tensor, value: Tensor, places: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The tokens at ``places`` as (1, tokens, features), one object where the inputs were."""
+
+    def taken(x: Tensor) -> Tensor:
+        return x.flatten(0, 1).index_select(0, places)[None]
+
+    k = taken(key)
+    return k if query is key else taken(query), k, k if value is key else taken(value)
 
 
 def unpack(tokens: Tensor, places: Tensor, sizes: tuple[int, int]) -> Tensor:

@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -19,10 +20,10 @@ import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 
 from . import tiles
-from .backends import OWN, Wanted, choose, get, note, preference
+from .backends import OWN, Wanted, capturing, choose, get, note, preference
 from .backends.base import Backend
 from .backends.naive import probabilities, scores, weigh
-from .deferred import Cell, Deferred
+from .deferred import Cell, Deferred, expect_look
 from .features import overridden
 from .functional import AUTOCAST, check_result, run
 from .masks import Mask, normalize, traced
@@ -67,6 +68,12 @@ class Recipe:
         spec = self.spec
         heads = () if self.average else (spec.heads,)
         return ((spec.batch,) if self.batched else ()) + (*heads, spec.seqlen_q, spec.seqlen_k)
+
+    @property
+    def cost(self) -> int:
+        """Bytes that it holds beyond those of the weights, where autograd holds nothing of it."""
+        held = {id(x.untyped_storage()): x.untyped_storage().nbytes() for x in (self.q, self.k)}
+        return sum(held.values()) - math.prod(self.shape) * self.dtype.itemsize
 
     def make(self) -> Tensor:
         """The weights, whatever autocast is on where somebody looks."""
@@ -249,7 +256,7 @@ class Weights(torch.autograd.Function):
 
     With v the output can be differentiated twice, which the stock layer's can with ``need_weights=True`` and no fused
     kernel's: a backward with ``create_graph`` takes the gradients of the definition and hands the backend none; a plain
-    one takes the backend's own.
+    one takes the backend's own. Every tensor is one that autograd saved, so that hooks on those find it.
     """
 
     @staticmethod
@@ -262,13 +269,15 @@ class Weights(torch.autograd.Function):
         bias: Tensor | None,
         spec: AttentionSpec,
         recipe: Recipe,
+        make: Callable[[Recipe], Tensor],
     ) -> Any:
-        ctx.spec, ctx.recipe = spec, recipe
-        ctx.save_for_backward(q, k, v, bias)
+        tensors, ctx.recipe_again = taken_apart(recipe)
+        masks, ctx.spec_again = ((), None) if recipe.places is None else without_tensors(spec)
+        ctx.save_for_backward(q, k, v, bias, *tensors, *masks)
+        ctx.count = len(tensors)
         ctx.set_materialize_grads(False)
-        weights = defer(recipe)
-        _, of_q, of_k, _, of_bias, _, _ = ctx.needs_input_grad
-        if not (of_q or of_k or of_bias):
+        weights = make(recipe)
+        if not any(ctx.needs_input_grad[place] for place in (1, 2, 4)):
             ctx.mark_non_differentiable(weights)
         return out.detach(), weights  # an input returned as it is could not be written in place
 
@@ -276,25 +285,53 @@ class Weights(torch.autograd.Function):
     def backward(ctx: Any, *grads: Any) -> Any:
         of_out, of_weights = grads
         again = torch.is_grad_enabled()
+        rest = (None,) * 3
         if of_weights is None and not again:
-            return of_out, None, None, None, None, None, None
+            return of_out, None, None, None, None, *rest
         needed = ctx.needs_input_grad[1:5]
-        inputs = q, k, v, bias = ctx.saved_tensors
+        q, k, v, bias, *tensors = ctx.saved_tensors
+        recipe = ctx.recipe_again(q, k, tensors[: ctx.count])
         if not (again or is_batched(of_weights)):
-            dq, dk, d_bias = ctx.recipe.gradients(of_weights, (needed[0], needed[1], needed[3]))
-            return of_out, dq, dk, None, d_bias, None, None
+            dq, dk, d_bias = recipe.gradients(of_weights, (needed[0], needed[1], needed[3]))
+            return of_out, dq, dk, None, d_bias, *rest
         with torch.enable_grad():
-            defined = [] if of_weights is None else [(ctx.recipe.define(q, k, bias), of_weights)]
+            defined = [] if of_weights is None else [(recipe.define(q, k, bias), of_weights)]
             if v is not None and of_out is not None and again:
-                spec = with_bias(ctx.spec, bias)
+                spec = recipe.spec if ctx.spec_again is None else ctx.spec_again(tensors[ctx.count :])
+                spec = with_bias(spec, bias)
                 defined.append((weigh(probabilities(*scores(q, k, spec), spec), v, spec), of_out))
                 of_out = None
             if not defined:
-                return of_out, None, None, None, None, None, None
-            wanted = [x for x, need in zip(inputs, needed) if need]
+                return of_out, None, None, None, None, *rest
+            wanted = [x for x, need in zip((q, k, v, bias), needed) if need]
             outputs, gradients = zip(*defined)
             made = iter(torch.autograd.grad(outputs, wanted, gradients, create_graph=True, allow_unused=True))
-        return (of_out, *(next(made) if need else None for need in needed), None, None)
+        return (of_out, *(next(made) if need else None for need in needed), *rest)
+
+
+def without_tensors(spec: AttentionSpec) -> tuple[tuple[Tensor, ...], Callable[[Sequence[Tensor]], AttentionSpec]]:
+    """The tensors that a problem's mask and bias hold, and what makes the problem of them again."""
+    masks, again = ((), None) if spec.mask is None else spec.mask.flatten()
+    biases = () if spec.bias is None else spec.bias.tensors()
+    bare, count = spec.changed(mask=None, bias=None), len(masks)
+
+    def whole(tensors: Sequence[Tensor]) -> AttentionSpec:
+        mask = None if again is None else again(tensors[:count])
+        return with_bias(bare.changed(mask=mask), tensors[count] if len(tensors) > count else None)
+
+    return (*masks, *biases), whole
+
+
+def taken_apart(recipe: Recipe) -> tuple[list[Tensor | None], Callable[..., Recipe]]:
+    """The tensors that a recipe holds beside q and k, and what makes the recipe of all of them again."""
+    held, again = without_tensors(recipe.spec)
+    average, batched, dtype = recipe.average, recipe.batched, recipe.dtype
+
+    def whole(q: Tensor, k: Tensor, tensors: Sequence[Any]) -> Recipe:
+        lse, rows, places, *rest = tensors
+        return Recipe(q.detach(), k.detach(), again(rest), lse, average, batched, dtype, rows, places)
+
+    return [recipe.lse, recipe.rows, recipe.places, *held], whole
 
 
 class Padded(NamedTuple):
@@ -334,9 +371,11 @@ def attention_with_weights(
     if recorded(spec):
         return by_definition(q, k, v, spec, wanted, layer, recipe)
     backend = choose(spec, wanted)
+    if padded is None and is_small(spec) and type(backend) in OWN and preference(wanted) is None:
+        return by_definition(q, k, v, spec, wanted, layer, recipe)
     note(layer, spec, backend)
     learned: Tensor | None = None
-    if spec.bias is not None:  # the caller's own tensor, who may change it before anybody looks
+    if spec.bias is not None:  # the caller's own tensor, which may change before the weights are read
         bias = spec.bias.tensors()[0]
         learned = bias if bias.requires_grad else None
         recipe.spec = with_bias(spec, bias.detach().clone())
@@ -353,14 +392,25 @@ def attention_with_weights(
         recipe.places, recipe.rows = padded.places, padded.rows
     elif lse is not None:
         recipe.lse = lse.detach() if lse.requires_grad else lse
+    at_once = is_small(spec) or may_change(layer, q, k) or capturing(spec)
+    make = Recipe.make if at_once else defer
     if spec.needs_grad:
         fused = None if spec.dropout_p > 0.0 or backend.name == "naive" else v
-        out, weights = Weights.apply(out, q, k, fused, learned, problem, recipe)  # type: ignore[no-untyped-call]
+        out, weights = Weights.apply(out, q, k, fused, learned, problem, recipe, make)  # type: ignore[no-untyped-call]
     else:
-        weights = defer(recipe)
-    if may_change(layer, q, k) or (q.is_cuda and torch.cuda.is_current_stream_capturing()):
-        weights.cell.values()
+        with torch.no_grad():
+            weights = make(recipe)
     return out, weights
+
+
+SMALL = 2**12
+"""Scores, all heads counted, up to which the definition makes output and weights in one pass: as fast as a kernel, and
+with no memory to speak of."""
+
+
+def is_small(spec: AttentionSpec) -> bool:
+    """The weights of a problem are made at once, as ordinary tensors."""
+    return spec.batch * spec.heads * spec.seqlen_q * spec.seqlen_k <= SMALL
 
 
 def may_change(layer: Any, q: Tensor, k: Tensor) -> bool:
@@ -413,7 +463,10 @@ def recorded(spec: AttentionSpec) -> bool:
 
 
 def defer(recipe: Recipe) -> Deferred:
-    made: Deferred = Deferred(Cell(recipe.make), recipe.shape, recipe.dtype, recipe.spec.device)
+    """The weights of a recipe, computed when they are read."""
+    cell = Cell(recipe.make, recipe.spec.device, recipe.cost)
+    made: Deferred = Deferred(cell, recipe.shape, recipe.dtype, recipe.spec.device)
+    expect_look(cell)
     return made
 
 

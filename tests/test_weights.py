@@ -290,8 +290,8 @@ def test_a_look_sees_an_ordinary_tensor(name: str) -> None:
         torch.testing.assert_close(found, wanted)
 
 
-def test_shapes_aliases_and_hooks_compute_nothing() -> None:
-    case = Case()
+def test_shapes_and_hooks_compute_nothing() -> None:
+    case = Case(seqlen_q=64, seqlen_k=64)
     layer = case.layers()[1]
     fired = []
     layer.register_full_backward_hook(lambda *_: fired.append(True))
@@ -299,16 +299,14 @@ def test_shapes_aliases_and_hooks_compute_nothing() -> None:
     call, _ = case.call()
     out, seen = layer(**call)
     assert (seen.shape, seen.dtype, seen.device.type, seen.requires_grad) == (
-        (2, 5, 7),
+        (2, 64, 64),
         torch.float64,
         placed(None).type,
         True,
     )
-    alias = seen.detach()
-    assert not alias.requires_grad and alias.cell is seen.cell
     out.sum().backward()
     assert fired and seen.cell.made is None
-    torch.testing.assert_close(alias.sum(dim=-1), torch.ones(2, 5, dtype=torch.float64))
+    torch.testing.assert_close(seen.detach().sum(dim=-1), torch.ones(2, 64, dtype=torch.float64))
 
 
 def test_saved_weights_load_as_an_ordinary_tensor() -> None:
