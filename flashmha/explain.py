@@ -15,6 +15,9 @@ from .functional import as_bias, as_mask, autocast
 from .masks import short
 from .module import FlashMultiHeadAttention
 from .spec import AttentionSpec
+from .weights import is_defined
+
+NAIVE = "naive"
 
 
 def explain(subject: AttentionSpec | FlashMultiHeadAttention | Tensor, *args: Any, **kwargs: Any) -> Explanation:
@@ -69,4 +72,9 @@ def explain_layer(
     if problem.dtype is not None:
         notes.append(f"computed in {short(problem.dtype)}: this CPU is slower in {short(call.query.dtype)}")
     said = backends.explain(problem.spec, wanted)
+    plain = need_weights and problem.padded is None and said.chosen is not None
+    if plain and is_defined(problem.spec, backends.get(str(said.chosen)), wanted):
+        rows = {**said.rows, str(said.chosen): "could serve", NAIVE: "chosen"}
+        said = dataclasses.replace(said, chosen=NAIVE, rows=rows)
+        notes.append("attention weights of a small problem: the definition makes them and the output in one pass")
     return dataclasses.replace(said, notes=(*said.notes, *notes))

@@ -371,7 +371,7 @@ def attention_with_weights(
     if recorded(spec):
         return by_definition(q, k, v, spec, wanted, layer, recipe)
     backend = choose(spec, wanted)
-    if padded is None and is_small(spec) and type(backend) in OWN and preference(wanted) is None:
+    if padded is None and is_defined(spec, backend, wanted):
         return by_definition(q, k, v, spec, wanted, layer, recipe)
     note(layer, spec, backend)
     learned: Tensor | None = None
@@ -411,6 +411,11 @@ with no memory to speak of."""
 def is_small(spec: AttentionSpec) -> bool:
     """The weights of a problem are made at once, as ordinary tensors."""
     return spec.batch * spec.heads * spec.seqlen_q * spec.seqlen_k <= SMALL
+
+
+def is_defined(spec: AttentionSpec, backend: Backend, wanted: Wanted) -> bool:
+    """The definition makes output and weights, though automatic choice found a backend for the output alone."""
+    return is_small(spec) and type(backend) in OWN and preference(wanted) is None
 
 
 def may_change(layer: Any, q: Tensor, k: Tensor) -> bool:

@@ -45,7 +45,15 @@ OTHERWISE = {
     *("bernoulli", "bernoulli_", "cauchy_", "exponential_", "geometric_", "log_normal_", "multinomial", "normal_"),
     *("random_", "uniform_", "empty_like"),  # random
     *("data_ptr", "const_data_ptr", "_cdata", "__hash__", "__sizeof__", "__dir__", "_python_dispatch"),  # who it is
-    *("storage", "untyped_storage", "_typed_storage", "__dlpack__", "__iter__", "__dlpack_c_exchange_api__"),  # below
+    *(
+        "__cuda_array_interface__",
+        "storage",
+        "untyped_storage",
+        "_typed_storage",
+        "__dlpack__",
+        "__iter__",
+        "__dlpack_c_exchange_api__",
+    ),  # below
     *("__class__", "__dict__", "__weakref__", "__new__", "__init_subclass__", "__subclasshook__", "__module__"),
     *("__doc__", "__annotations__", "__reduce__", "__getstate__", "grad_fn", "_grad_fn", "output_nr", "backward"),
     *("cell", "foreign", "plain", "is_shared"),

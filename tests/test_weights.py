@@ -409,3 +409,19 @@ def test_a_nan_stays_a_nan(mask: str) -> None:
     strange = wanted.isnan().any(dim=-1)
     assert strange.any() and torch.equal(found.isnan().any(dim=-1), strange)
     torch.testing.assert_close(found[~strange], wanted[~strange])
+
+
+@given(case=cases(backend=None), training=st.booleans())
+def test_explain_names_the_backend_that_runs(case: Case, training: bool) -> None:
+    layer = case.layers()[1].train(training)
+    call, _ = case.call()
+    with torch.set_grad_enabled(training):
+        said = flashmha.explain(layer, call["query"], call["key"], call["key"], **others(call))
+        with flashmha.record() as calls:
+            layer(**call)
+    assert [one.backend for one in calls] == [said.chosen]
+    assert said.rows[said.chosen] == "chosen" and list(said.rows.values()).count("chosen") == 1
+
+
+def others(call: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in call.items() if name not in ("query", "key", "value")}
