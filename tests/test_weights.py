@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from conftest import fewer
+from functorch.compile import aot_function, nop
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -425,3 +427,26 @@ def test_explain_names_the_backend_that_runs(case: Case, training: bool) -> None
 
 def others(call: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in call.items() if name not in ("query", "key", "value")}
+
+
+@fewer(4)
+@given(case=cases(backend=None))
+def test_gradients_that_are_traced_are_those_of_a_call(case: Case) -> None:
+    """PyTorch's own test of AOTAutograd over nn.MultiheadAttention: both ways run the same operators."""
+    layer, answers = case.layers(torch.float32)[1], []
+    names = [name for name, _ in layer.named_parameters()]
+    for traced in (False, True):
+        call, wanted = case.call(torch.float32)
+        given = {name: value for name, value in call.items() if name != "value" and isinstance(value, Tensor)}
+        rest = {name: value for name, value in call.items() if name not in ("value", *given)}
+
+        def run(*tensors: Tensor, given: Any = given, rest: Any = rest) -> tuple[Tensor, Tensor]:
+            inputs = dict(zip(given, tensors))
+            parameters = dict(zip(names, tensors[len(given) :]))
+            return torch.func.functional_call(layer, parameters, kwargs={**rest, **inputs, "value": inputs["key"]})
+
+        out, seen = (aot_function(run, nop) if traced else run)(*given.values(), *layer.parameters())
+        leaves = [*wanted, *layer.parameters()]
+        answers.append((out, seen, *torch.autograd.grad((out, seen), leaves, cotangents(case, out, seen))))
+    for eager, other in zip(*answers):
+        torch.testing.assert_close(other, eager, atol=1e-6, rtol=1e-6)
