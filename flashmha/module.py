@@ -51,8 +51,7 @@ class FlashMultiHeadAttention(nn.MultiheadAttention):
             use. Every row is computed after all under ``torch.compile``, export and CUDA graph capture, on a GPU
             without a kernel for packed tokens in the dtype, beside an ``attn_mask`` that is not causal,
             ``add_bias_kv``, ``add_zero_attn`` or overridden methods; ``flashmha.explain`` says so. On a GPU
-            real tokens are counted once a mask and version of it; a change that torch does not see, by ``.data`` or a
-            kernel of one's own, calls for a new mask.
+            each call waits once, for the number of real tokens.
 
     Shapes: query (batch, seqlen_q, embed_dim) with ``batch_first``, else (seqlen_q, batch, embed_dim), or
     (seqlen_q, embed_dim) unbatched; key and value likewise with kdim and vdim.
@@ -132,7 +131,7 @@ class FlashMultiHeadAttention(nn.MultiheadAttention):
             query, key, value: see the class.
             key_padding_mask: (batch, seqlen_k), or (seqlen_k) unbatched; bool with ``True`` = *hidden*, or float,
                 added to the scores.
-            need_weights: also return the attention weights. They cost nothing until somebody looks at them.
+            need_weights: also return the attention weights. They are computed when they are first read.
             attn_mask: (seqlen_q, seqlen_k), (batch * heads, seqlen_q, seqlen_k), (batch, 1, seqlen_q, seqlen_k) or
                 (batch, heads, seqlen_q, seqlen_k); bool with ``True`` = *hidden*, or float, added to the scores.
             average_attn_weights: return their mean over the heads.

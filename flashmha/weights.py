@@ -1,4 +1,4 @@
-"""Attention weights beside a fused output, computed when somebody looks at them.
+"""Attention weights beside a fused output, computed when they are first read.
 
 The output comes from a backend. The weights are made of q, k and the log-sum-exp, tile by tile where a GPU can
 (``tiles``), elsewhere a block of rows of some heads at a time, so that a mean over heads never holds
@@ -76,7 +76,7 @@ class Recipe:
         return sum(held.values()) - math.prod(self.shape) * self.dtype.itemsize
 
     def make(self) -> Tensor:
-        """The weights, whatever autocast is on where somebody looks."""
+        """The weights, whatever autocast is on where they are read."""
         with without_autocast(self.spec.device):
             return self.compute()
 
@@ -356,7 +356,7 @@ def attention_with_weights(
     rows: Tensor | None = None,
     padded: Padded | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The output, and the attention weights before dropout, 0 in blind rows, which cost nothing until somebody looks.
+    """The output, and the attention weights before dropout, 0 in blind rows, which are computed when read.
 
     The weights are (batch, heads, seqlen_q, seqlen_k), or their mean over heads with ``average``, without the batch
     axis unless ``batched``, in ``dtype``, and 0 outside ``rows`` (batch, seqlen_q). ``padded`` for q, k and v that hold
