@@ -185,14 +185,14 @@ class Score:
         self.spec = spec
         if spec.heads != spec.heads_kv:
             k = k.repeat_interleave(spec.heads // spec.heads_kv, dim=2)
-        dtype = finer(q.dtype)
+        allowed, added = spec.allowed(), spec.added()
+        dtype = finer(q.dtype) if added is None else torch.promote_types(finer(q.dtype), added.dtype)
         self.q, self.k = (x.to(dtype).permute(2, 0, 1, 3) for x in (q, k))
         self.lse: Tensor | None = None
         if lse is not None:  # a blind row has no weights: exp(anything - inf) is 0
             self.lse = (lse.to(dtype).masked_fill(lse == float("-inf"), float("inf")) * LOG2_E).transpose(0, 1)
         self.buffer = q.new_empty(0, dtype=dtype)
         self.block = BLOCK_ON_GPU if spec.device.type == "cuda" else BLOCK
-        allowed, added = spec.allowed(), spec.added()
         self.hidden = None if allowed is None else ~allowed.transpose(0, 1)
         self.bias = None if added is None else added.detach().to(dtype).transpose(0, 1)
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..masks import Window
+from ..scores import narrowed
 from ..spec import AttentionSpec
 from .base import FEATURES, HALF, Backend, Limits
 from .blocks import Item, cut, keep_all, slices
@@ -76,9 +77,11 @@ def dense(spec: AttentionSpec) -> Tensor | None:
     mask, bias = spec.allowed(), spec.added()
     if bias is None:
         return mask
-    mask = bias if mask is None else torch.where(mask, bias, float("-inf"))
-    finer = mask.dtype == torch.float32 and spec.dtype in HALF and spec.device.type == "cpu"
-    return mask if finer else mask.to(spec.dtype)  # a finer mask is used as it is on a CPU, and misread on a GPU
+    table = bias if mask is None else torch.where(mask, bias, float("-inf"))
+    dtype = spec.dtype
+    if spec.device.type == "cpu" and dtype in HALF and table.dtype != dtype:
+        dtype = torch.float32  # used as it is on a CPU, and misread on a GPU
+    return narrowed(table, dtype, shift=not spec.need_lse)
 
 
 def attend_on_cuda(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> Tensor | tuple[Tensor, Tensor]:
