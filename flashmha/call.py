@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .functional import AUTOCAST
 from .masks import Dense, KeyPadding, Mask, causal, readable
+from .scores import plus
 
 
 class Reading(NamedTuple):
@@ -83,7 +84,7 @@ def read_call(
         if given.is_floating_point():
             check_float_mask(given, name, query, need_weights)
             added = four_axes(given, name, query.shape[0], layer.num_heads)
-            bias = added if bias is None else bias + added
+            bias = added if bias is None else plus(bias, added)
         elif name == "key_padding_mask":
             valid = ~given if given.dim() == 2 else ~given[None]
             mask = KeyPadding(valid) if mask is None else mask & KeyPadding(valid)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import torch
@@ -47,7 +48,8 @@ def attention(
         sinks: (heads,), one more score per head that takes its share of the softmax and gives nothing.
         softmax_scale: default ``head_dim ** -0.5``.
         dropout_p: probability of dropping a weight; always applied, so pass 0 in eval.
-        deterministic: default ``torch.are_deterministic_algorithms_enabled()``.
+        deterministic: the same gradients bit by bit; default where ``torch.use_deterministic_algorithms(True)`` says so,
+            and not with ``warn_only``, under which torch's own kernels do no more than warn.
         return_lse: also return the log-sum-exp of the scores, (batch, heads, seqlen_q), ``-inf`` in blind rows.
         backend: a name, a family (``"flash_attn"``) or a list in order; default automatic.
 
@@ -99,7 +101,16 @@ def run(
     """Choose a backend for a problem, tell ``record``, and call it."""
     backend = choose(spec, wanted)
     note(layer, spec, backend)
-    result = backend(q, k, v, spec)
+    return answer(backend, q, k, v, spec)
+
+
+def answer(backend: Backend, q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> Tensor | tuple[Tensor, Tensor]:
+    """What a backend makes of a problem, checked unless it is our own."""
+    if torch._C._is_any_autocast_enabled():  # it would cast masks and sums, which are finer than q, k and v on purpose
+        with without_autocast(spec.device):
+            result = backend(q, k, v, spec)
+    else:
+        result = backend(q, k, v, spec)
     if type(backend) not in OWN:
         check_result(result, spec, backend)
     return result
@@ -128,3 +139,9 @@ def autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         return q, k, v
     dtype = torch.get_autocast_dtype(device)
     return tuple(x.to(dtype) if x.dtype != torch.float64 else x for x in (q, k, v))  # type: ignore[return-value]
+
+
+def without_autocast(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """Autocast off, as it is behind the door, where q, k and v have been cast; nothing is entered where it is off."""
+    on = device.type in AUTOCAST and torch.is_autocast_enabled(device.type)
+    return torch.autocast(device.type, enabled=False) if on else contextlib.nullcontext()

@@ -15,13 +15,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn import Parameter
 
-from .backends import OWN, choose, is_deterministic, note
+from .backends import OWN, choose, note
 from .backends.base import HALF
 from .features import HOPS
 from .functional import check_result
 from .heads import WORTH
 from .projection import PLAIN
-from .spec import SHARED, AttentionSpec
+from .spec import SHARED, AttentionSpec, is_deterministic
 
 SPECIAL = (*HOPS, "num_kv_heads", "window", "backend", "call_out_proj")
 """What a layer must not have of its own."""

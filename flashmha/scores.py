@@ -9,6 +9,9 @@ file; then the mask; and sinks join the softmax last, as one more column per hea
     p     = exp(score) / (exp(score).sum() + exp(sink))
 
 Positions are those of ``masks``: the last query sits at the last key.
+
+A key is hidden where the mask says so, or where the bias is ``-inf`` in the bias's own dtype. Any other number counts as
+it is: a row of nothing but -1e9 gives the mean, also beside heads whose dtype has no such number (``narrowed``).
 """
 
 from __future__ import annotations
@@ -211,10 +214,33 @@ class Sum(Bias):
         def total(batch: Tensor, head: Tensor, q_idx: Tensor, k_idx: Tensor) -> Tensor:
             bias = mods[0](batch, head, q_idx, k_idx)
             for mod in mods[1:]:
-                bias = bias + mod(batch, head, q_idx, k_idx)
+                bias = plus(bias, mod(batch, head, q_idx, k_idx))
             return bias
 
         return total
 
     def __repr__(self) -> str:
         return " + ".join(map(repr, self._parts))
+
+
+def plus(one: Tensor, two: Tensor) -> Tensor:
+    """Two biases added, in float32 at least; what neither hides stays finite, as two masks of the lowest number do not."""
+    dtype = torch.promote_types(torch.promote_types(one.dtype, two.dtype), torch.float32)
+    total = one.to(dtype) + two
+    hidden = (one == float("-inf")) | (two == float("-inf"))
+    return torch.where(hidden, float("-inf"), total.clamp(min=torch.finfo(dtype).min))
+
+
+def narrowed(bias: Tensor, dtype: torch.dtype, *, shift: bool) -> Tensor:
+    """A bias in the dtype that a kernel takes, which hides what it hid and nothing else.
+
+    ``shift`` moves every row so that its largest number is 0: a softmax does not notice, and the numbers that matter are
+    those that a narrow dtype holds best. Not where a log-sum-exp or sinks count on the numbers themselves.
+    """
+    if torch.promote_types(bias.dtype, dtype) == dtype:
+        return bias.to(dtype)
+    hidden, limits = bias == float("-inf"), torch.finfo(dtype)
+    if shift and bias.shape[-1]:
+        largest = bias.detach().amax(dim=-1, keepdim=True)
+        bias = bias - largest.masked_fill(largest == float("-inf"), 0.0)
+    return bias.clamp(limits.min, limits.max).masked_fill(hidden, float("-inf")).to(dtype)

@@ -121,15 +121,14 @@ class AttentionSpec:
         A problem without tensors of its own is made once and shared by every call that asks for it again.
 
         Shapes: q (batch, seqlen_q, heads, head_dim), k (batch, seqlen_k, heads_kv, head_dim),
-        v (batch, seqlen_k, heads_kv, head_dim_v). ``deterministic=None`` follows
-        ``torch.use_deterministic_algorithms``.
+        v (batch, seqlen_k, heads_kv, head_dim_v). ``deterministic=None`` follows torch, see ``is_deterministic``.
         """
         dtype, device = q.dtype, q.device
         key: tuple[Any, ...] | None = None
         if mask is None and bias is None and sinks is None and plain(q, k, v):
             grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
             if deterministic is None:
-                deterministic = torch._C._get_deterministic_algorithms()
+                deterministic = is_deterministic()
             # fmt: off
             key = (
                 q.shape, k.shape, v.shape, dtype, k.dtype, v.dtype, device, k.device, v.device,
@@ -165,7 +164,7 @@ class AttentionSpec:
             or (sinks is not None and sinks.requires_grad)
         )
         if deterministic is None:
-            deterministic = torch.are_deterministic_algorithms_enabled()
+            deterministic = is_deterministic()
         fields: dict[str, Any] = {
             "batch": batch,
             "seqlen_q": seqlen_q,
@@ -291,6 +290,16 @@ def refuse_tensors(q: Tensor, k: Tensor, v: Tensor) -> NoReturn:
         "q, k and v must have one dtype and device, "
         f"got {q.dtype} on {q.device} for q and {other.dtype} on {other.device} for {name}."
     )
+
+
+def is_deterministic() -> bool:
+    """``torch.use_deterministic_algorithms(True)`` holds; with ``warn_only`` torch's kernels promise nothing."""
+    asked = torch._C
+    return asked._get_deterministic_algorithms() and not asked._get_deterministic_algorithms_warn_only()
+
+
+# a constant to Dynamo, which guards both switches
+is_deterministic._dynamo_marked_constant = True  # type: ignore[attr-defined]  # torch.compiler.assume_constant_result
 
 
 SHARED = 1024

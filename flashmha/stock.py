@@ -62,7 +62,7 @@ def stock_forward(
     if (attn_mask is not None or key_padding_mask is not None) and not extra_columns and not hint_alone:
         total = summed_masks(attn_mask, key_padding_mask, num_heads, query, key)
         blind = (total == float("-inf")).all(dim=-1, keepdim=True)  # (batch * heads, seqlen_q, 1)
-        attn_mask, key_padding_mask, is_causal = total.masked_fill(blind, 0.0), None, False
+        attn_mask, key_padding_mask, is_causal = narrowed(total.masked_fill(blind, 0.0), query), None, False
 
     # the output projection waits where rows have to be zeroed in between
     weight = out_proj_weight if blind is None else torch.eye(embed_dim, dtype=query.dtype, device=query.device)
@@ -117,8 +117,22 @@ def summed_masks(
         padding = float_mask(key_padding_mask, query)
         padding = padding if padding.dim() == 2 else padding.unsqueeze(0)
         columns = padding[:, None, None, :].expand(-1, num_heads, -1, -1).flatten(0, 1)
-        total = total + columns.expand_as(total)
+        columns = columns.expand_as(total)
+        hidden = (total == float("-inf")) | (columns == float("-inf"))
+        # two finite numbers whose sum is beyond the dtype hide nothing
+        total = torch.where(hidden, float("-inf"), torch.maximum(total + columns, torch.minimum(total, columns)))
     return total
+
+
+def narrowed(total: Tensor, query: Tensor) -> Tensor:
+    """A mask without blind rows in the dtype of the heads where that is a narrow one, as ``scores.narrowed`` makes it."""
+    one = torch.zeros(1, 1, dtype=query.dtype, device=query.device)
+    dtype = torch.matmul(one, one).dtype  # autocast may choose another than the query's
+    if dtype == total.dtype or (dtype != torch.float16 and dtype != torch.bfloat16) or total.size(-1) == 0:
+        return total
+    hidden = total == float("-inf")
+    total = (total - total.detach().amax(-1, keepdim=True)).clamp(-65504.0, 65504.0)  # what float16 holds
+    return total.masked_fill(hidden, float("-inf")).to(dtype)
 
 
 def float_mask(mask: Tensor, query: Tensor) -> Tensor:

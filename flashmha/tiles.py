@@ -43,6 +43,8 @@ def unsupported(spec: AttentionSpec) -> str | None:
             return f"no kernel has the mask {part!r}"
     if spec.bias is not None and not isinstance(spec.bias, TensorBias):
         return f"no kernel has the bias {spec.bias!r}"
+    if spec.bias is not None and spec.bias.tensor.dtype not in DTYPES:
+        return f"no kernel has a bias of {short(spec.bias.tensor.dtype)}"
     if spec.softcap is not None:
         return "no kernel has a softcap"
     return None if spec.sinks is None else "no kernel has sinks"

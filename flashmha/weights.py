@@ -9,11 +9,11 @@ The output comes from a backend. The weights are made of q, k and the log-sum-ex
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.autograd.forward_ad as forward_ad
@@ -25,7 +25,7 @@ from .backends.base import Backend
 from .backends.naive import probabilities, scores, weigh
 from .deferred import Cell, Deferred, expect_look
 from .features import overridden
-from .functional import AUTOCAST, check_result, run
+from .functional import answer, run, without_autocast
 from .masks import Mask, normalize, traced
 from .padding import unpack
 from .scores import TensorBias
@@ -36,6 +36,20 @@ BLOCK = 2**19
 BLOCK_ON_GPU = 2**26
 """The same on a GPU, which a small block leaves idle."""
 LOG2_E = 1.4426950408889634
+
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def behind_the_door(method: F) -> F:
+    """A method of a recipe without autocast, whatever is on where somebody looks or calls backward."""
+
+    @functools.wraps(method)
+    def inside(recipe: Recipe, *args: Any) -> Any:
+        with without_autocast(recipe.spec.device):
+            return method(recipe, *args)
+
+    return inside  # type: ignore[return-value]
 
 
 @dataclasses.dataclass
@@ -72,15 +86,12 @@ class Recipe:
     @property
     def cost(self) -> int:
         """Bytes that it holds beyond those of the weights, where autograd holds nothing of it."""
-        held = {id(x.untyped_storage()): x.untyped_storage().nbytes() for x in (self.q, self.k)}
+        held = {x.data_ptr(): x.nbytes() for x in (self.q.untyped_storage(), self.k.untyped_storage())}
         return sum(held.values()) - math.prod(self.shape) * self.dtype.itemsize
 
+    @behind_the_door
     def make(self) -> Tensor:
-        """The weights, whatever autocast is on where they are read."""
-        with without_autocast(self.spec.device):
-            return self.compute()
-
-    def compute(self) -> Tensor:
+        """The weights."""
         spec = self.spec
         q, k = self.spread(self.q, self.k)
         if tiles.unavailable(spec.device) is None and tiles.unsupported(spec) is None:
@@ -112,6 +123,7 @@ class Recipe:
                 made[:, rows] = total.div_(spec.heads)
         return made
 
+    @behind_the_door
     def gradients(self, grad: Tensor, wanted: tuple[bool, bool, bool]) -> tuple[Tensor | None, ...]:
         """Gradients of q, k and the bias for a gradient of the weights::
 
@@ -161,6 +173,7 @@ class Recipe:
             dk = dk.unflatten(2, (spec.heads_kv, -1)).sum(dim=3)
         return dq, dk, None if d_bias is None or bias is None else d_bias.transpose(0, 1).to(bias.dtype)
 
+    @behind_the_door
     def define(self, q: Tensor, k: Tensor, bias: Tensor | None) -> Tensor:
         """The weights by the definition, in the autograd graph."""
         q, k = self.spread(q, k)
@@ -192,14 +205,14 @@ class Score:
         self.spec = spec
         if spec.heads != spec.heads_kv:
             k = k.repeat_interleave(spec.heads // spec.heads_kv, dim=2)
-        dtype = finer(q.dtype)
+        allowed, added = spec.allowed(), spec.added()
+        dtype = finer(q.dtype) if added is None else torch.promote_types(finer(q.dtype), added.dtype)
         self.q, self.k = (x.to(dtype).permute(2, 0, 1, 3) for x in (q, k))
         self.lse: Tensor | None = None
         if lse is not None:  # a blind row has no weights: exp(anything - inf) is 0
             self.lse = (lse.to(dtype).masked_fill(lse == float("-inf"), float("inf")) * LOG2_E).transpose(0, 1)
         self.buffer = q.new_empty(0, dtype=dtype)
         self.block = BLOCK_ON_GPU if spec.device.type == "cuda" else BLOCK
-        allowed, added = spec.allowed(), spec.added()
         self.hidden = None if allowed is None else ~allowed.transpose(0, 1)
         self.bias = None if added is None else added.detach().to(dtype).transpose(0, 1)
 
@@ -381,9 +394,7 @@ def attention_with_weights(
         recipe.spec = with_bias(spec, bias.detach().clone())
     problem = recipe.spec
     told = asking(spec, backend)
-    result = backend(q, k, v, told)
-    if type(backend) not in OWN:
-        check_result(result, told, backend)
+    result = answer(backend, q, k, v, told)
     out, lse = result if isinstance(result, tuple) else (result, None)
     if padded is not None:
         batch, seqlen = padded.rows.shape
@@ -428,14 +439,16 @@ def by_definition(
     q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, wanted: Wanted, layer: Any, recipe: Recipe
 ) -> tuple[Tensor, Tensor]:
     """Output and weights as ordinary tensors."""
-    score, blind = scores(q, k, spec)
-    weights = probabilities(score, blind, spec)
+    with without_autocast(spec.device):
+        score, blind = scores(q, k, spec)
+        weights = probabilities(score, blind, spec)
     if preference(wanted) is not None or torch.compiler.is_compiling():
         out = run(q, k, v, spec, wanted, layer)
         assert isinstance(out, Tensor)
     else:
         note(layer, spec, get("naive"))
-        out = weigh(weights, v, spec)
+        with without_autocast(spec.device):
+            out = weigh(weights, v, spec)
     return out, recipe.shaped(weights)
 
 
@@ -483,10 +496,6 @@ def with_bias(spec: AttentionSpec, bias: Tensor | None) -> AttentionSpec:
 def finer(dtype: torch.dtype) -> torch.dtype:
     """At least float32."""
     return torch.promote_types(dtype, torch.float32)
-
-
-def without_autocast(device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    return torch.autocast(device.type, enabled=False) if device.type in AUTOCAST else contextlib.nullcontext()
 
 
 def is_batched(grad: Tensor) -> bool:

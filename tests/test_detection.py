@@ -1,6 +1,7 @@
 """Why a flash-attn package does not run here: every way it can be missing or broken, provoked on a pretended GPU."""
 
 import contextlib
+import dataclasses
 import importlib
 import io
 import sys
@@ -31,8 +32,8 @@ Install = Callable[[dict[str, str]], None]
 
 def problem(**changes: Any) -> AttentionSpec:
     """A problem that every flash-attn serves, with changes."""
-    usual: dict[str, Any] = {"dtype": torch.bfloat16, "device": CUDA}
-    return AttentionSpec(2, 128, 128, 8, 8, 64, 64, **(usual | changes))
+    usual: dict[str, Any] = {"dtype": torch.bfloat16, "device": CUDA, "heads_kv": 8, "head_dim": 64, "head_dim_v": 64}
+    return AttentionSpec(2, 128, 128, 8, **(usual | changes))
 
 
 def forget() -> None:
@@ -178,8 +179,15 @@ def test_a_forward_only_build_serves_inference_and_says_why_no_more(install: Ins
 
 PART = """
 import torch
+import torch.nn.functional as F
 
 calls = []
+
+wrong = set()
+
+def plain(q, k, v):
+    k, v = (x.repeat_interleave(q.shape[2] // x.shape[2], dim=2) for x in (k, v))
+    return F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)
 
 class Attention(torch.autograd.Function):
     @staticmethod
@@ -187,15 +195,22 @@ class Attention(torch.autograd.Function):
         calls.append(("forward", q.shape[-1], q.dtype))
         if not (32 < q.shape[-1] <= 128):
             raise RuntimeError("no forward kernel\\nfor this")
-        ctx.save_for_backward(q)
-        return q * 1
+        ctx.save_for_backward(q, k, v)
+        return plain(q, k, v) * (2 if "out" in wrong else 1)
 
     @staticmethod
     def backward(ctx, grad):
         calls.append(("backward", grad.shape[-1], grad.dtype))
+        q, k, v = (x.detach().requires_grad_() for x in ctx.saved_tensors)
         if grad.shape[-1] > 64:
             raise RuntimeError("no backward kernel")
-        return grad, grad, grad
+        if q.shape != k.shape and "raises" in wrong:
+            raise RuntimeError("aten::sum has no kernel")
+        with torch.enable_grad():
+            grads = torch.autograd.grad(plain(q, k, v), (q, k, v), grad)
+        if q.shape != k.shape and "dq" in wrong:
+            grads = (torch.zeros_like(q), *grads[1:])
+        return grads
 
 def flash_attn_func(q, k, v, *, alibi_slopes=None, {0}, return_attn_probs=False):
     return Attention.apply(q, k, v)
@@ -234,6 +249,25 @@ def test_a_build_of_flash2_serves_the_head_dims_it_has(head_dim: int, needs_grad
     assert get("flash2").unbuilt(spec) == said and part == before  # asked once
     with pytest.raises(NoBackendError, match="this build has no") if said else contextlib.nullcontext():
         assert choose(spec, "flash2").name == "flash2"
+
+
+@pytest.mark.parametrize(
+    ("wrong", "grouped", "reason"),
+    (
+        ("out", False, "this build has no kernel: the output of a trial run is off by"),
+        ("raises", True, "this build has no grouped backward: aten::sum has no kernel"),
+        ("dq", True, "this build has no grouped backward: the gradient of q of a trial run is off by 1 "),
+    ),
+)
+def test_a_build_of_flash2_whose_numbers_or_grouped_backward_are_wrong(
+    wrong: str, grouped: bool, reason: str, part: list[Any]
+) -> None:
+    """kernels-community#1085: a build that runs a backward, and fails where heads are grouped."""
+    sys.modules["flash_attn"].wrong.add(wrong)
+    equal, group = (problem(heads_kv=heads_kv, needs_grad=True) for heads_kv in (8, 2))
+    assert reason in (get("flash2").unbuilt(group) or "")
+    assert get("flash2").unbuilt(dataclasses.replace(group, needs_grad=False)) is None or not grouped
+    assert (get("flash2").unbuilt(equal) is None) == grouped
 
 
 def test_each_dtype_of_flash2_is_tried_by_itself_and_one_head_dim_for_its_kernel(part: list[Any]) -> None:

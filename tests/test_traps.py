@@ -11,6 +11,7 @@ import sys
 import types
 from collections.abc import Callable, Iterator
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -34,7 +35,7 @@ from flashmha import (
     attention,
     causal,
 )
-from flashmha.backends import compact, get, names
+from flashmha.backends import compact, get, names, sdpa
 from flashmha.backends.base import HALF
 from flashmha.backends.grouped import FEW
 from flashmha.backends.sdpa import attend_on_cuda, kernels_for_masks, without_cudnn
@@ -300,13 +301,14 @@ def test_trap_10_a_call_takes_no_kernel_that_is_switched_off_and_cudnn_no_mask(
     plain = F.scaled_dot_product_attention
 
     def watched(q: Tensor, k: Tensor, v: Tensor, mask: Any, *rest: Any, **more: Any) -> Tensor:
-        seen.append((mask is not None, set(torch.nn.attention._cur_sdpa_kernel_backends()) & set(KERNELS)))
+        barred = mask is not None or (sdpa.overflows(spec) and not rest[1])
+        seen.append((barred, set(torch.nn.attention._cur_sdpa_kernel_backends()) & set(KERNELS)))
         with sdpa_kernel(list(KERNELS)):
             return plain(q, k, v, mask, *rest, **more)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(F, "scaled_dot_product_attention", watched)
-        patch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: switched)
+        patch.setattr(sdpa, "is_deterministic", lambda: switched)
         with sdpa_kernel(list(allowed)):
             refused = get("sdpa").unsupported(on_gpu(spec))
             if refused is None:
@@ -314,9 +316,40 @@ def test_trap_10_a_call_takes_no_kernel_that_is_switched_off_and_cudnn_no_mask(
     math = deterministic and spec.needs_grad and not switched
     if refused is not None:
         assert allowed == {SDPBackend.CUDNN_ATTENTION} or (math and SDPBackend.MATH not in allowed)
-    for masked, on in seen if spec.batch else []:
-        wanted = {SDPBackend.MATH} if math else allowed - ({SDPBackend.CUDNN_ATTENTION} if masked else set())
+    for barred, on in seen if spec.batch else []:
+        wanted = {SDPBackend.MATH} if math else allowed - ({SDPBackend.CUDNN_ATTENTION} if barred else set())
         assert on == wanted and on
+
+
+@pytest.mark.cpu("watches what sdpa leaves switched on for a GPU")
+@given(
+    seqlen_q=st.integers(1, 3),
+    seqlen_k=st.sampled_from((64, 192, 320, 1, 63, 65, 128)) | st.integers(1, 400),
+    heads=st.sampled_from((1, 2)),
+    dtype=st.sampled_from((*HALF, torch.float32)),
+    needs_grad=st.booleans(),
+    is_causal=st.booleans(),
+)
+def test_trap_10_cudnn_makes_no_gradients_of_a_last_tile_that_is_half_empty(
+    seqlen_q: int, seqlen_k: int, heads: int, dtype: torch.dtype, needs_grad: bool, is_causal: bool
+) -> None:
+    mask = causal(align="top_left") if is_causal else None
+    spec = AttentionSpec(1, seqlen_q, seqlen_k, heads, 1, 8, 8, dtype, mask=mask, needs_grad=needs_grad)
+    seen: list[bool] = []
+    plain = F.scaled_dot_product_attention
+
+    def watched(*args: Any, **more: Any) -> Tensor:
+        seen.append(torch.backends.cuda.cudnn_sdp_enabled())
+        return plain(*args, **more)
+
+    barred = spec.mask is None and needs_grad and dtype in HALF and (seqlen_q == 1 or seqlen_k % 128 == 64)
+    with mock.patch.object(F, "scaled_dot_product_attention", watched):
+        q, k, v = tensors(spec, seqlen_k)
+        attend_on_cuda(q, k, v, spec)
+        with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+            refused = get("sdpa").unsupported(on_gpu(spec))
+    assert seen == [not barred]
+    assert (refused or "").count("cudnn-frontend#1072") == barred
 
 
 @pytest.mark.parametrize("dtype", HALF)

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from ..errors import NoBackendError, lines
-from ..spec import SHARED, AttentionSpec
+from ..spec import SHARED, AttentionSpec, is_deterministic
 from . import registry, tuned
 from .base import FEATURES, Backend, Limits
 from .flash2 import Flash2
@@ -181,9 +181,6 @@ table and switches of torch: whether it is to be deterministic, and those of SDP
 Of a shared problem that stands even where a faster backend has been compiled since: the numbers of a training do not
 change in its middle.
 """
-
-
-is_deterministic = torch._C._get_deterministic_algorithms
 
 
 def kept(spec: AttentionSpec) -> Backend | None:

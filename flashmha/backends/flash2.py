@@ -66,7 +66,7 @@ class Flash2(FlashAttn):
         bucket = [size for size in BUCKETS if spec.head_dim <= size][0]  # noqa: RUF015  Dynamo reads it
         why = lacks(self.name, spec.device.index, bucket, spec.dtype, False)
         if why is None and spec.needs_grad:
-            why = lacks(self.name, spec.device.index, bucket, spec.dtype, True)
+            why = lacks(self.name, spec.device.index, bucket, spec.dtype, True, spec.heads != spec.heads_kv)
         return None if why is None else f"head_dim={spec.head_dim} ({why})"
 
     def refusals(self, spec: AttentionSpec) -> list[str]:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..spec import AttentionSpec
 from .base import HALF, Limits
-from .flash import FlashAttn, normal_lse, trimmed, window_options
+from .flash import FlashAttn, lacks, normal_lse, trimmed, window_options
 from .packing import is_cache, pack, packs, read_cache, refusals, unpack, unpack_lse
 
 BUILDS = (
@@ -98,7 +98,11 @@ class Flash3(FlashAttn):
         features["VARLEN"] = packs(spec)
         features["FP16"] = spec.dtype == torch.float16
         off = [name for name, wanted in features.items() if wanted and self.flags.get(f"FLASHATTENTION_DISABLE_{name}")]
-        return f"this build has no {', no '.join(name.lower() for name in off)}" if off else None
+        if off or not spec.needs_grad:
+            return f"this build has no {', no '.join(name.lower() for name in off)}" if off else None
+        bucket = [size for size in there if spec.head_dim <= size][0]  # noqa: RUF015  Dynamo reads it
+        why = lacks(self.name, spec.device.index, bucket, spec.dtype, True, spec.heads != spec.heads_kv)
+        return None if why is None else f"head_dim={spec.head_dim} ({why})"
 
     def refusals(self, spec: AttentionSpec) -> list[str]:
         reasons = super().refusals(spec) + refusals(spec)

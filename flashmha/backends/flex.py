@@ -69,11 +69,14 @@ class Flex(Backend):
         )
         out, lse = result if need_lse else (result, None)
         lse = getattr(lse, "lse", lse)
+        if spec.bias is not None and lse is not None:
+            lse = lowest(lse)
         out = out.transpose(1, 2)
         if spec.sinks is not None and lse is not None:
             # a sink is one more column: it takes its share of every row and gives nothing back
             sink = spec.sinks.to(lse.dtype)[:, None]
-            out = out * torch.sigmoid(lse - sink).transpose(1, 2).unsqueeze(-1).to(out.dtype)
+            share = torch.sigmoid(lse - sink).masked_fill(lse == float("-inf"), 0.0)  # even beside a sink of -inf
+            out = out * share.transpose(1, 2).unsqueeze(-1).to(out.dtype)
             lse = torch.logaddexp(lse, sink)
         return out if not spec.need_lse or lse is None else (out, lse)
 
@@ -189,9 +192,23 @@ def score_mod(spec: AttentionSpec) -> Callable[..., Tensor] | None:
     def modify(score: Tensor, batch: Tensor, head: Tensor, q_idx: Tensor, k_idx: Tensor) -> Tensor:
         if cap is not None:
             score = cap * torch.tanh(score / cap)
-        return score if bias is None else score + bias(batch, head, q_idx, k_idx)
+        if bias is None:
+            return score
+        added = bias(batch, head, q_idx, k_idx)
+        return score + torch.where(added == float("-inf"), float("-inf"), added.to(torch.float32).clamp(LEAST, MOST))
 
     return modify
+
+
+MOST, LEAST = torch.finfo(torch.float32).max, torch.finfo(torch.float32).min / 2
+"""The most and the least that is added to a score. The kernel takes scores to powers of two: lower ones would be
+``-inf`` there, which hides."""
+
+
+def lowest(lse: Tensor) -> Tensor:
+    """The log-sum-exp of rows that hold nothing above ``LEAST``: the lowest number there is."""
+    low = (lse < 0.999 * LEAST) & (lse != float("-inf"))
+    return lse + torch.where(low, torch.finfo(lse.dtype).min - lse.detach(), 0.0)
 
 
 def block_mask(spec: AttentionSpec) -> Any:

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..masks import readable
+from ..scores import narrowed
 from ..spec import AttentionSpec
 from .base import FEATURES, Backend, Limits
 
@@ -16,7 +17,7 @@ def scores(q: Tensor, k: Tensor, spec: AttentionSpec) -> tuple[Tensor, Tensor | 
 
     Returns the scores (batch, heads, seqlen_q, seqlen_k, one column more with sinks), ``-inf`` where a query may
     not look, and a bool tensor (batch, heads, seqlen_q, 1) of blind rows, whose scores are 0 so that no NaN
-    arises; ``None`` where no row can be blind.
+    arises; ``None`` where no row can be blind. A bias or sinks that are finer than the heads make finer scores.
     """
     k = k.repeat_interleave(spec.heads // spec.heads_kv, dim=2) if spec.heads != spec.heads_kv else k
     score = torch.einsum("bqhd,bkhd->bhqk", q * spec.scale, k)
@@ -24,20 +25,25 @@ def scores(q: Tensor, k: Tensor, spec: AttentionSpec) -> tuple[Tensor, Tensor | 
         score = spec.softcap * torch.tanh(score / spec.softcap)
     bias, allowed = spec.added(), spec.allowed()
     if bias is not None:
-        score = score + bias.to(score.dtype)
+        score = at_least_single(score) + bias  # float16 has no room for its lowest number and a score
     if allowed is not None:
         score = score.masked_fill(~allowed, float("-inf"))
     if spec.sinks is not None:
-        sink = spec.sinks.to(score.dtype).view(1, -1, 1, 1).expand(*score.shape[:3], 1)
-        return torch.cat((score, sink), dim=-1), None
-    blind = blind_rows(allowed, bias)
+        sink = spec.sinks.view(1, -1, 1, 1).expand(*score.shape[:3], 1)
+        score = torch.cat((score, sink), dim=-1)
+    blind = blind_rows(allowed, bias, spec.sinks)
     return (score if blind is None else score.masked_fill(blind, 0.0)), blind
 
 
-def blind_rows(allowed: Tensor | None, bias: Tensor | None) -> Tensor | None:
+def at_least_single(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def blind_rows(allowed: Tensor | None, bias: Tensor | None, sinks: Tensor | None) -> Tensor | None:
     """Rows that may look at nothing, as a bool tensor that broadcasts; ``None`` where there are none.
 
-    Read off the mask and the bias, which are small where they broadcast, rather than off the scores.
+    Read off the mask and the bias, which are small where they broadcast, rather than off the scores. A sink is there to
+    look at, unless it is ``-inf``.
     """
     if bias is not None:
         open_keys = bias.detach() != float("-inf")
@@ -45,6 +51,8 @@ def blind_rows(allowed: Tensor | None, bias: Tensor | None) -> Tensor | None:
     if allowed is None:
         return None
     blind = ~allowed.any(dim=-1, keepdim=True)
+    if sinks is not None:
+        blind = blind & (sinks.detach() == float("-inf")).view(1, -1, 1, 1)
     # looking costs nothing on a CPU and spares two passes over the scores; elsewhere it would wait or break a graph
     if readable(blind) and not blind.any():
         return None
@@ -61,13 +69,14 @@ def probabilities(score: Tensor, blind: Tensor | None, spec: AttentionSpec) -> T
 
 def log_sum_exp(score: Tensor, blind: Tensor | None) -> Tensor:
     """The log-sum-exp of every row (batch, heads, seqlen_q), at least float32, ``-inf`` in blind rows."""
-    lse = score.to(torch.promote_types(score.dtype, torch.float32)).logsumexp(dim=-1)
+    lse = at_least_single(score).logsumexp(dim=-1)
     return lse if blind is None else lse.masked_fill(blind.squeeze(-1), float("-inf"))
 
 
 def weigh(weights: Tensor, v: Tensor, spec: AttentionSpec) -> Tensor:
     """Dropout on the weights, and their sum over the values: (batch, seqlen_q, heads, head_dim_v)."""
     v = v.repeat_interleave(spec.heads // spec.heads_kv, dim=2) if spec.heads != spec.heads_kv else v
+    weights = weights.to(v.dtype)
     if spec.dropout_p > 0.0:
         weights = F.dropout(weights, spec.dropout_p)
     return torch.einsum("bhqk,bkhd->bqhd", weights, v)
@@ -89,7 +98,7 @@ class Naive(Backend):
         out = weigh(probabilities(score, blind, spec), v, spec)
         if not spec.need_lse:
             return out
-        finer = torch.promote_types(q.dtype, torch.float32)
-        if finer != q.dtype:  # who makes weights of it would see every rounding of a score
-            score, blind = scores(q.to(finer), k.to(finer), spec)
-        return out, log_sum_exp(score, blind)
+        q, k = at_least_single(q), at_least_single(k)
+        if q.dtype != out.dtype:  # weights made of it would show every rounding of a score
+            score, blind = scores(q, k, spec)
+        return out, narrowed(log_sum_exp(score, blind), q.dtype, shift=False)

@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..masks import Window
-from ..spec import AttentionSpec
+from ..scores import narrowed
+from ..spec import AttentionSpec, is_deterministic
 from .base import FEATURES, HALF, Backend, Limits
 from .blocks import Item, cut, keep_all, slices
 from .grouped import FEW, fold, fold_table, folds, unfold
@@ -51,6 +52,11 @@ class Sdpa(Backend):
             reasons += refusals_of_lse(spec)
         if spec.device.type == "cuda" and needs_tensor(spec) and not kernels_for_masks():
             reasons.append("only cuDNN is enabled, which must not see a mask (pytorch#196678)")
+        elif spec.device.type == "cuda" and unmasked(spec) and overflows(spec) and not kernels_for_masks():
+            reasons.append(
+                f"only cuDNN is enabled, whose backward of seqlen_q={spec.seqlen_q}, seqlen_k={spec.seqlen_k} may give "
+                "NaN (cudnn-frontend#1072)"
+            )
         if spec.device.type == "cuda" and by_math(spec) and not switches()[1]:
             reasons.append(
                 "a deterministic backward with the math kernel switched off (torch.use_deterministic_algorithms(True) "
@@ -61,7 +67,7 @@ class Sdpa(Backend):
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> Tensor | tuple[Tensor, Tensor]:
         if q.is_cuda:
             return attend_on_cuda(q, k, v, spec)
-        if spec.mask is None and spec.bias is None:
+        if unmasked(spec):
             return attend(q, k, v, None, spec)
         if spec.bias is None and top_left_causal(spec):
             return attend(q, k, v, None, spec, is_causal=True)
@@ -76,9 +82,11 @@ def dense(spec: AttentionSpec) -> Tensor | None:
     mask, bias = spec.allowed(), spec.added()
     if bias is None:
         return mask
-    mask = bias if mask is None else torch.where(mask, bias, float("-inf"))
-    finer = mask.dtype == torch.float32 and spec.dtype in HALF and spec.device.type == "cpu"
-    return mask if finer else mask.to(spec.dtype)  # a finer mask is used as it is on a CPU, and misread on a GPU
+    table = bias if mask is None else torch.where(mask, bias, float("-inf"))
+    dtype = spec.dtype
+    if spec.device.type == "cpu" and dtype in HALF and table.dtype != dtype:
+        dtype = torch.float32  # used as it is on a CPU, and misread on a GPU
+    return narrowed(table, dtype, shift=not spec.need_lse)
 
 
 def attend_on_cuda(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> Tensor | tuple[Tensor, Tensor]:
@@ -93,7 +101,7 @@ def attend_on_cuda(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> Tens
         k, v = (x.repeat_interleave(spec.heads // spec.heads_kv, dim=2) for x in (k, v))
         with sdpa_kernel(SDPBackend.MATH):
             return attend(q, k, v, dense(spec), spec)
-    masked = spec.mask is not None or spec.bias is not None
+    masked = not unmasked(spec)
     if masked and packs(spec):
         return attend_packed(q, k, v, spec)
     if masked and spec.bias is None and top_left_causal(spec):
@@ -206,7 +214,7 @@ def attend_by_choice(
     """SDPA by those of a GPU's kernels that are switched on and may serve the problem."""
     if by_math(spec):
         kernels: contextlib.AbstractContextManager[None] = sdpa_kernel([SDPBackend.MATH] if switches()[1] else [])
-    elif mask is None:
+    elif mask is None and (is_causal or not overflows(spec)):
         return attend(q, k, v, None, spec, is_causal)  # type: ignore[return-value]
     else:
         # cuDNN must not see a mask: NaN gradients (pytorch#196678), misread float masks (pytorch#191612)
@@ -217,13 +225,30 @@ def attend_by_choice(
     return out
 
 
+def overflows(spec: AttentionSpec) -> bool:
+    """cuDNN's backward without a mask and causality gives NaN where a row's scores are all far below 0.
+
+    Half of its last tile of keys is padding then, whose exp(0 - lse) overflows below a log-sum-exp of -88.7: gradients
+    of q at seqlen_k % 128 == 64, seen on an H200 with cuDNN 9.19, whatever the head_dim. A single query gives NaN in
+    those of k and v with cuDNN 9.25 and 9.26.
+    Source: NVIDIA/cudnn-frontend, issue 1072 and pull request 628.
+    """
+    if not spec.needs_grad or spec.dtype not in HALF:
+        return False
+    if spec.aten_only and torch.compiler.is_compiling():
+        return True  # an exported graph serves every length
+    if spec.seqlen_q == 1 or spec.seqlen_k % 128 == 64:  # noqa: SIM103  symbols that a branch makes a bool
+        return True
+    return False
+
+
 def by_math(spec: AttentionSpec) -> bool:
     """Only the math kernel's backward is deterministic for this problem.
 
-    The fused ones ask torch's own switch when the backward runs, and add gradients up in any order where it is off.
-    With ``warn_only`` torch's word stands: they warn.
+    The fused ones ask torch's own switch when the backward runs, and add gradients up in any order where it is off or
+    no more than a warning.
     """
-    return "deterministic" in spec.features and not torch.are_deterministic_algorithms_enabled()
+    return "deterministic" in spec.features and not is_deterministic()
 
 
 def attend(
@@ -301,6 +326,10 @@ def attend_piece(
         return blank, blank.new_full((1, spec.heads, q.shape[1]), float("-inf"))
     result = attend(q, ks[where], vs[where], None, spec, is_causal=causal)
     return result if isinstance(result, tuple) else (result, result.new_empty(0))
+
+
+def unmasked(spec: AttentionSpec) -> bool:
+    return spec.mask is None and spec.bias is None
 
 
 def needs_tensor(spec: AttentionSpec) -> bool:
