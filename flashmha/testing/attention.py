@@ -39,7 +39,7 @@ MASKS = {
 HEAD_DIMS = (1, 3, 8, 16, 40, 64, 72, 96, 128, 192, 256)
 BLOCK = 64
 """Features and rows that a kernel takes at once; a longer problem is what it puts together."""
-SHORT, LONGEST = 33, 260
+SHORT, LONGEST = 24, 260
 """The most queries and keys of most problems, and of any."""
 EDGES = (65, 66, 130, 64, 100, 127, 128, 129, 150, 192, 200, 255, 256, 257, 63, 260, 300)
 """Lengths around the tiles that kernels work in; the first few show what goes wrong in a second or third tile."""
@@ -52,9 +52,9 @@ REACH = (0, 1, 2, 3, 5)
 FAR = (63, 64, 100, 128)
 """How far it may reach in a long problem, beside that."""
 BIASES = (*("none",) * 4, *("tensor",) * 3, *("alibi",) * 2, *("relative",) * 2)
-FINER_BIASES = True
+FINER_BIASES = False
 """Numbers of float32 stand beside heads in half precision, which cannot hold them."""
-DROPOUT = (*(0.0,) * 10, 0.5, 0.5, 0.1, 0.9, 1.0)
+DROPOUT = (*(0.0,) * 25, 0.5, 0.5, 0.1, 0.9, 1.0)
 
 
 class Problem(AttentionSpec):
@@ -239,7 +239,7 @@ def specs(
         limits: a backend's, to keep the draw to what that backend serves; without it every problem may come.
         device: where the problems live.
         head_dims: the head dims that are drawn, as far as the limits take them; those beyond 64 now and then.
-        longest: the most queries and keys. Most problems have at most 33, on a GPU half of them.
+        longest: the most queries and keys. Most problems have at most 24.
     """
     choose = Choices(draw, "problem")
     limits = get("naive").limits if limits is None else limits
@@ -256,7 +256,7 @@ def specs(
     head_dim_v = choose((head_dim, other)) if "head_dim_v" in features else head_dim
     dtype = choose(limits.dtypes)
     needs_grad = "backward" in features and choose((False, True, True, True))
-    readable = sizes["seqlen_k"] <= 8 * head_dim_v  # in so many calls are dropped weights read
+    readable = sizes["seqlen_k"] <= 4 * head_dim_v  # in so many calls are dropped weights read
     dropout_p = choose(DROPOUT) if "dropout" in features and readable else 0.0
     need_lse = "lse" in features and choose((False, True) if dropout_p else (False, True, True))
     return Problem(
@@ -284,15 +284,13 @@ def drawn_sizes(
     """Batch, heads and lengths; one axis may be stretched, which costs little on some devices."""
     least, short = max(1, limits.seqlen_min), min(SHORT, longest)
     long = [size for size in EDGES if short < size <= longest] or [longest]
-    if not cheap:  # a problem of two long axes costs as much as twenty others
-        long_q = [size for size in long if size <= max(short, longest // 2)] or [short]
-    else:
-        long_q = long
+    long_q = long if cheap else [size for size in long if size <= max(short, longest // 2)] or [short]
     lengthy = stretched in ("keys", "queries", "both")
-    beside = range(least, max(least, 9) + 1) if lengthy and not cheap else range(least, max(least, short) + 1)
+    most = short if cheap or stretched is None else 9 if lengthy else 14
+    beside = range(least, max(least, min(short, most)) + 1)
     seqlen_q = choose(long_q) if stretched in ("queries", "both") else choose(beside)
     seqlen_k = choose(long) if stretched in ("keys", "both") else choose((seqlen_q, *(choose(beside),) * 2))
-    few = (1, 2) if lengthy and not cheap else (1, 2, 3)
+    few = (1, 2, 3) if cheap or stretched is None else (1, 2)
     heads_kv = choose((4, 5, 8, 9)) if stretched == "heads_kv" else choose(few[: 1 if stretched == "both" else 3])
     group = choose((4, 5, 7, 8)) if stretched == "group" else choose(few)
     batch = choose((4, 5, 6)) if stretched == "batch" else choose((1, 2, 1, *few[2:]))
@@ -311,7 +309,7 @@ def drawn_head_dim(choose: Choose, limits: Limits, head_dims: Sequence[int], few
     fit = [d for d in head_dims if limits.head_dim_min <= d <= largest and d % limits.head_dim_step == 0]
     small, large = [d for d in fit if d <= BLOCK], [d for d in fit if d > BLOCK]
     if small and large:
-        fit = large if choose((False, False, True)) and not few else small
+        fit = large if choose((False,) * 4 + (True,)) and not few else small
     size: int = choose(fit)
     return size
 

@@ -57,9 +57,18 @@ def drawing(spec: AttentionSpec, seed: int) -> Iterator[None]:
     if spec.dropout_p == 0.0:
         yield
         return
-    with torch.random.fork_rng([spec.device] if spec.device.type == "cuda" else []):
-        torch.manual_seed(seed)
+    generators = [torch.default_generator]
+    if spec.device.type == "cuda":
+        index = torch.cuda.current_device() if spec.device.index is None else spec.device.index
+        generators.append(torch.cuda.default_generators[index])
+    before = [generator.get_state() for generator in generators]
+    try:
+        for generator in generators:  # torch.manual_seed asks every kind of device, which takes a millisecond
+            generator.manual_seed(seed)
         yield
+    finally:
+        for generator, state in zip(generators, before):
+            generator.set_state(state)
 
 
 def read_weights(backend: Backend, q: Tensor, k: Tensor, spec: AttentionSpec, seed: int) -> Tensor:
@@ -89,10 +98,17 @@ def assert_drops(backend: Backend, spec: AttentionSpec, seed: int) -> None:
     two that are half an axis apart, must not be alike more often than chance has it. A right backend fails with a
     probability below 1e-12 a problem.
     """
+    q, k, _ = tensors(spec, seed)
+    check_drops(read_weights(backend, q, k, spec, seed), backend, spec, seed)
+
+
+def check_drops(weights: Tensor, backend: Backend, spec: AttentionSpec, seed: int) -> None:
+    """``assert_drops``, where the weights under the seed were read already."""
     if spec.dropout_p in (0.0, 1.0):
         return
     q, k, _ = tensors(spec, seed)
-    one, again, *others = (read_weights(backend, q, k, spec, s) != 0 for s in (seed, *range(seed, seed + SEEDS)))
+    one = weights != 0
+    again, *others = (read_weights(backend, q, k, spec, s) != 0 for s in range(seed, seed + SEEDS))
     assert torch.equal(one, again), "the same torch.manual_seed must drop the same weights"
     kept = torch.stack((one, *others)).cpu()
     seen = visible(q, k, spec).cpu().expand_as(kept)
