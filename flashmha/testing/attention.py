@@ -192,7 +192,14 @@ def biases(
     for kind in (first, second):
         if kind != "none" and ("alibi" if kind == "alibi" else "bias") in features:
             learned = learns and choose((False, True, True))
-            part = added(kind, choose, choose(SEEDS), dtype=dtype, learned=learned, device=device, **sizes)
+            more: dict[str, Any] = {
+                **sizes,
+                "dtype": dtype,
+                "learned": learned,
+                "first": bias is None,
+                "device": device,
+            }
+            part = added(kind, choose, choose(SEEDS), **more)
             bias = part if bias is None else bias + part
     return bias
 
@@ -208,18 +215,21 @@ def added(
     seqlen_k: int,
     dtype: torch.dtype,
     learned: bool,
+    first: bool = True,
     device: torch.device | str | None = None,
 ) -> Bias:
-    """A bias of one kind: ``tensor``, ``relative`` or ``alibi``."""
+    """A bias of one kind: ``tensor``, ``relative`` or ``alibi``; only the first of a sum may hide a key, or seem to."""
     if kind == "alibi":
         shape = choose(((heads,), (heads,), (batch, heads)))
         return ALiBi(numbers(seed, "slopes", *shape, device=device).requires_grad_(learned))
     if kind == "relative":
         width = 2 * choose((0, 1, 2, 3, 4, BLOCK)) + 1
         return RelativeBias(numbers(seed, "normal", heads, width, device=device).requires_grad_(learned))
-    shape = (choose((1, batch)), choose((1, heads)), choose((seqlen_q,) * 3 + (1,)), choose((seqlen_k,) * 3 + (1,)))
+    of = choose(("normal", "normal", "normal", *(NUMBERS[3:] if first else ())))
+    shape = [choose((1, batch)), choose((1, heads)), choose((seqlen_q,) * 3 + (1,)), seqlen_k]
+    if of == "normal" and not learned:  # what moves a whole row has no gradient, but the rounding of what cancels
+        shape[-1] = choose((seqlen_k,) * 3 + (1,))
     finer = FINER_BIASES and dtype in HALF and choose((False, True))
-    of = choose(("normal", "normal", "normal", *NUMBERS[3:]))
     tensor = numbers(seed, of, *shape, dtype=torch.float32 if finer else dtype, device=device)
     return TensorBias(tensor.requires_grad_(learned))
 
