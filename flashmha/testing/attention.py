@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -269,8 +270,9 @@ def specs(
     readable = sizes["seqlen_k"] <= 4 * head_dim_v  # in so many calls are dropped weights read
     dropout_p = choose(DROPOUT) if "dropout" in features and readable else 0.0
     need_lse = "lse" in features and choose((False, True) if dropout_p else (False, True, True))
+    more: dict[str, Any] = sizes
     return Problem(
-        **sizes,
+        **more,
         heads_kv=heads_kv,
         head_dim=head_dim,
         head_dim_v=head_dim_v,
@@ -293,24 +295,32 @@ def drawn_sizes(
 ) -> dict[str, int]:
     """Batch, heads and lengths; one axis may be stretched, which costs little on some devices."""
     least, short = max(1, limits.seqlen_min), min(SHORT, longest)
-    long = [size for size in EDGES if short < size <= longest] or [longest]
-    long_q = long if cheap else [size for size in long if size <= max(short, longest // 2)] or [short]
+    long = [size for size in EDGES if short < size <= longest]
+    long_q = long if cheap else [size for size in long if size <= longest // 2]
     lengthy = stretched in ("keys", "queries", "both")
     most = short if cheap or stretched is None else 9 if lengthy else 14
     beside = range(least, max(least, min(short, most)) + 1)
-    seqlen_q = choose(long_q) if stretched in ("queries", "both") else choose(beside)
-    seqlen_k = choose(long) if stretched in ("keys", "both") else choose((seqlen_q, *(choose(beside),) * 2))
     few = (1, 2, 3) if cheap or stretched is None else (1, 2)
-    heads_kv = choose((4, 5, 8, 9)) if stretched == "heads_kv" else choose(few[: 1 if stretched == "both" else 3])
-    group = choose((4, 5, 7, 8)) if stretched == "group" else choose(few)
-    batch = choose((4, 5, 6)) if stretched == "batch" else choose((1, 2, 1, *few[2:]))
+    alone = few[:1] if stretched == "both" and not cheap else few
+    seqlen_q = choose(longer(beside, long_q, stretched in ("queries", "both")))
+    seqlen_k = choose(longer(beside, long, stretched in ("keys", "both")))
+    equal = choose((True, False, False)) and not (lengthy and long)
+    heads_kv = choose(longer(alone, (4, 5, 8, 9), stretched == "heads_kv"))
+    group = choose(longer(few, (4, 5, 7, 8), stretched == "group"))
+    batch = choose(longer((1, 2, 1, *few[2:]), (4, 5, 6), stretched == "batch"))
     return {
-        "batch": max(1 if stretched == "both" and not cheap else batch, limits.batch_min),
+        "batch": max(batch if len(alone) > 1 else 1, limits.batch_min),
         "heads": heads_kv * (group if grouped else 1),
         "heads_kv": heads_kv,
         "seqlen_q": seqlen_q,
-        "seqlen_k": seqlen_k,
+        "seqlen_k": seqlen_q if equal else seqlen_k,
     }
+
+
+def longer(usual: Sequence[int], long: Sequence[int], wanted: bool) -> Sequence[int]:
+    """The usual sizes, and where they are wanted three times as many long ones; behind them, so that a size shrinks."""
+    times = math.ceil(3 * len(usual) / len(long)) if wanted and long else 0
+    return (*usual, *tuple(long) * times)
 
 
 def drawn_head_dim(choose: Choose, limits: Limits, head_dims: Sequence[int], few: bool) -> int:

@@ -83,9 +83,9 @@ def read_weights(backend: Backend, q: Tensor, k: Tensor, spec: AttentionSpec, se
         places = range(min(width, spec.seqlen_k - start))
         for place in places:
             v[:, start + place, :, place] = 1.0
-        leaves = [x.detach().requires_grad_(spec.needs_grad) for x in (q, k, v)]
+        one, two, three = (x.detach().requires_grad_(spec.needs_grad) for x in (q, k, v))
         with torch.set_grad_enabled(spec.needs_grad), drawing(spec, seed):
-            result = backend(*leaves, spec)
+            result = backend(one, two, three, spec)
         out = result[0] if isinstance(result, tuple) else result
         parts.append(out.detach().transpose(1, 2)[..., : len(places)])
     return torch.cat(parts, dim=-1)
