@@ -26,9 +26,10 @@ kinds where each costs seconds of compiling.
 """
 
 from .anatomy import anatomy
-from .attention import biases, masks, seeds, specs, tensors
+from .attention import biases, every, masks, seeds, specs, tensors
 from .call import Call, Reply, ask, calls, problems
 from .drop_in import assert_drop_in
+from .dropout import assert_drops
 from .encoder import Architecture, EncoderMasks, architectures, encoder_masks, without_fast_path
 from .judge import Answer, answer, assert_agrees, assert_close, assert_same
 from .kernels import served
@@ -36,6 +37,7 @@ from .layer import Blueprint, blueprints
 from .record import noise, randomized
 from .transformer import Transformer, models, transformers
 from .tree import Tree, trees
+from .values import coins, numbers
 
 __all__ = [
     "Answer",
@@ -53,14 +55,18 @@ __all__ = [
     "assert_agrees",
     "assert_close",
     "assert_drop_in",
+    "assert_drops",
     "assert_same",
     "biases",
     "blueprints",
     "calls",
+    "coins",
     "encoder_masks",
+    "every",
     "masks",
     "models",
     "noise",
+    "numbers",
     "problems",
     "randomized",
     "seeds",

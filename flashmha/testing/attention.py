@@ -1,18 +1,20 @@
-"""Problems of attention as Hypothesis strategies: sizes, masks, biases, whole specs, and the tensors of a seed."""
+"""Problems of attention as Hypothesis strategies: sizes, masks, biases, and whole specs."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..backends import get
-from ..backends.base import FEATURES, Limits
+from ..backends.base import FEATURES, HALF, Limits
 from ..masks import ALIGNMENTS, Dense, Documents, KeyLengths, KeyPadding, Mask, MaskMod, Rule, Window, causal
 from ..scores import ALiBi, Bias, RelativeBias, TensorBias
 from ..spec import AttentionSpec
+from .paste import pasted
 from .record import placed
 
 try:
@@ -20,33 +22,50 @@ try:
 except ModuleNotFoundError as error:
     raise ModuleNotFoundError("flashmha.testing draws with hypothesis: pip install 'flashmha[test]'") from error
 
-MASKS = {
-    "causal": 3,
-    "window": 4,  # two bounds
-    "key_padding": 3,
-    "key_lengths": 3,
-    "dense_mask": 3,
-    "rule": 2,
-    "documents": 5,  # only a batch of 1 can hold them
-}
-"""Kinds of masks, and how many problems in six have one.
+from .choice import Choices, Choose
+from .values import NUMBERS, SEEDS, coins, generator, numbers, seeds, tensors
 
-Hypothesis makes most examples by changing a few things in one before, so that of fifty no more than a dozen are
-strangers to one another. What is to be met in every run must be common.
-"""
+__all__ = ["biases", "masks", "seeds", "specs", "tensors"]
+
+MASKS = {
+    "causal": 2,
+    "window": 3,  # two bounds
+    "key_padding": 2,
+    "key_lengths": 2,
+    "dense_mask": 2,
+    "rule": 1,
+    "documents": 4,  # only a batch of 1 can hold them
+}
+"""Kinds of masks, and how many problems in six have one, of those that may have several."""
+HEAD_DIMS = (1, 3, 8, 16, 40, 64, 72, 96, 128, 192, 256)
+BLOCK = 64
+"""Features and rows that a kernel takes at once; a longer problem is what it puts together."""
+SHORT, LONGEST = 24, 260
+"""The most queries and keys of most problems, and of any."""
+EDGES = (65, 66, 130, 64, 100, 127, 128, 129, 150, 192, 200, 255, 256, 257, 63, 260, 300)
+"""Lengths around the tiles that kernels work in; the first few show what goes wrong in a second or third tile."""
+STRETCHED = (*(None,) * 8, "batch", "heads_kv", "group", "keys", "keys", "queries", "queries", "both", "both")
+"""The axis that is longer than it mostly is; the others are short beside it, for the sake of time."""
 EMPTY = (*(None,) * 37, "batch", "seqlen_q", "seqlen_k")
 """Which axis is as short as the limits allow, 0 where they can: one problem in thirteen."""
 REACH = (0, 1, 2, 3, 5)
 """How far a window may reach, where it ends at all."""
-LAYOUTS = ("contiguous", "heads first", "packed", "expanded")
-"""How the memory of q, k and v may lie: as named, as SDPA's transposed, as slices of one tensor, with a stride of 0."""
-Choose = Callable[[Sequence[Any]], Any]
-"""Takes one of some options: drawn, or always the same."""
+FAR = (63, 64, 100, 128)
+"""How far it may reach in a long problem, beside that."""
+BIASES = (*("none",) * 4, *("tensor",) * 3, *("alibi",) * 2, *("relative",) * 2)
+FINER_BIASES = False
+"""Numbers of float32 stand beside heads in half precision, which cannot hold them."""
+DROPOUT = (*(0.0,) * 25, 0.5, 0.5, 0.1, 0.9, 1.0)
 
 
-def seeds() -> st.SearchStrategy[int]:
-    """Seeds of the tensors of one problem."""
-    return st.integers(0, 2**16)
+class Problem(AttentionSpec):
+    """A drawn problem: its repr is an expression that builds it again."""
+
+    def __repr__(self) -> str:
+        return pasted(self)
+
+    def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
+        printer.text(repr(self))
 
 
 @st.composite
@@ -61,23 +80,22 @@ def masks(
     device: torch.device | str | None = None,
 ) -> Mask | None:
     """Masks of every kind out of ``features`` for a problem of these sizes, alone and combined."""
-    seed = draw(seeds())
+    choose = Choices(draw, "mask")
     kinds = [kind for kind in MASKS if kind in features and (kind != "documents" or batch == 1)]
-    if kinds and draw(st.sampled_from((False, False, False, True))):
-        chosen = [draw(st.sampled_from([kind for kind in kinds for _ in range(4 if kind == "causal" else 1)]))]
-    else:
-        chosen = [kind for kind in kinds if draw(st.integers(1, 6)) > 6 - MASKS[kind]]
-    if "causal" in chosen and "window" in features and draw(st.booleans()):
+    how = choose(("none", "several", "several", "several", "one")) if kinds else "none"
+    chosen: list[str] = []
+    if how == "one":
+        chosen = [choose([kind for kind in kinds for _ in range(4 if kind == "causal" else 1)])]
+    elif how == "several":
+        chosen = [kind for kind in kinds if choose(range(6)) > 5 - MASKS[kind]]
+    if "causal" in chosen and "window" in features and choose((False, True)):
         chosen[chosen.index("causal")] = "top-left causal"
     sizes = {"batch": batch, "heads": heads, "seqlen_q": seqlen_q, "seqlen_k": seqlen_k}
-    ends = (*REACH, max(seqlen_q, seqlen_k), None)
+    longest = max(seqlen_q, seqlen_k)
+    ends = (*REACH, longest, None, *(FAR if longest >= BLOCK else ()))
     return joined(
-        [rule(kind, chooser(draw), seed, reach=ends, aligns=ALIGNMENTS, device=device, **sizes) for kind in chosen]
+        [rule(kind, choose, choose(SEEDS), reach=ends, aligns=ALIGNMENTS, device=device, **sizes) for kind in chosen]
     )
-
-
-def chooser(draw: st.DrawFn) -> Choose:
-    return lambda options: draw(st.sampled_from(options))
 
 
 def joined(parts: Sequence[Mask]) -> Mask | None:
@@ -106,11 +124,9 @@ def rule(
     Its numbers are chosen, its tensors seeded.
     """
     where = placed(device)
-    generator = torch.Generator("cpu").manual_seed(seed)
 
     def coin(*shape: int) -> Tensor:
-        share: float = choose((0.7, 0.4, 0.9))
-        return (torch.rand(shape, generator=generator, device="cpu") < share).to(where)
+        return coins(seed, choose((0.7, 0.4, 0.9)), *shape, device=where)
 
     if kind == "causal":
         return causal()
@@ -121,23 +137,37 @@ def rule(
     if kind == "key_padding":
         return KeyPadding(coin(batch, seqlen_k))
     if kind == "key_lengths":
-        return KeyLengths(torch.randint(0, seqlen_k + 1, (batch,), generator=generator, device="cpu").to(where))
-    if kind in ("dense_mask", "mask for all heads"):
-        return Dense(coin(choose((1, batch)), choose((1, heads)) if kind == "dense_mask" else 1, seqlen_q, seqlen_k))
+        return KeyLengths(lengths(batch, seqlen_k, generator(seed), choose((False, True, True))).to(where))
+    if kind == "mask for all heads":
+        return Dense(coin(choose((1, batch)), 1, seqlen_q, seqlen_k))
+    if kind == "dense_mask":
+        shape = [choose((1, size)) for size in (batch, heads)]
+        return Dense(coin(*shape, *(choose((size, size, size, 1)) for size in (seqlen_q, seqlen_k))))
     if kind == "rule":
         return Rule(every(choose((1, 2, 3))), align=choose(aligns))
-    number = choose((1, 2, 3, 4))
-    return Documents(*(offsets(number, total, generator).to(where) for total in (seqlen_q, seqlen_k)))
+    number, random = choose((1, 2, 3, 4)), generator(seed)
+    return Documents(*(offsets(number, total, random).to(where) for total in (seqlen_q, seqlen_k)))
 
 
 def every(step: int) -> MaskMod:
     """A rule: every ``step``-th diagonal, another one for each batch item and head."""
-    return lambda batch, head, q_pos, k_pos: (q_pos + k_pos + batch + head) % step == 0
+
+    def diagonals(batch: Tensor, head: Tensor, q_pos: Tensor, k_pos: Tensor) -> Tensor:
+        return (q_pos + k_pos + batch + head) % step == 0
+
+    diagonals.__name__ = f"every({step})"
+    return diagonals
 
 
-def offsets(documents: int, total: int, generator: torch.Generator) -> Tensor:
+def lengths(batch: int, longest: int, random: torch.Generator, rounded: bool) -> Tensor:
+    """Numbers of keys; rounded to whole tiles where there is one."""
+    made = torch.randint(0, longest + 1, (batch,), generator=random, device="cpu")
+    return ((made + BLOCK // 2) // BLOCK * BLOCK).clamp(max=longest) if rounded and longest >= BLOCK else made
+
+
+def offsets(documents: int, total: int, random: torch.Generator) -> Tensor:
     """Where documents start, with empty ones among them and at times a rest that belongs to none."""
-    ends = torch.randint(0, total + 1, (documents,), generator=generator, device="cpu").sort().values
+    ends = torch.randint(0, total + 1, (documents,), generator=random, device="cpu").sort().values
     return torch.cat((torch.zeros(1, dtype=ends.dtype, device="cpu"), ends)).to(torch.int32)
 
 
@@ -154,14 +184,25 @@ def biases(
     features: frozenset[str] = frozenset(FEATURES),
     device: torch.device | str | None = None,
 ) -> Bias | None:
-    """Biases of every kind out of ``features``; tensors may hold ``-inf`` and want a gradient."""
-    kind = draw(st.sampled_from(("none", "none", "tensor", "alibi", "relative")))
-    seed = draw(seeds())
-    learned = needs_grad and "bias_grad" in features and draw(st.booleans())
-    if kind == "none" or ("alibi" if kind == "alibi" else "bias") not in features:
-        return None
+    """Biases of every kind out of ``features``, one or two; what they hold may be ``-inf``, and want a gradient."""
+    choose = Choices(draw, "bias")
+    first, learns = choose(BIASES), needs_grad and "bias_grad" in features
+    second = choose((*("none",) * 5, "tensor", "alibi", "relative")) if first != "none" else "none"
     sizes = {"batch": batch, "heads": heads, "seqlen_q": seqlen_q, "seqlen_k": seqlen_k}
-    return added(kind, chooser(draw), seed, dtype=dtype, learned=learned, device=device, **sizes)
+    bias: Bias | None = None
+    for kind in (first, second):
+        if kind != "none" and ("alibi" if kind == "alibi" else "bias") in features:
+            learned = learns and choose((False, True, True))
+            more: dict[str, Any] = {
+                **sizes,
+                "dtype": dtype,
+                "learned": learned,
+                "first": bias is None,
+                "device": device,
+            }
+            part = added(kind, choose, choose(SEEDS), **more)
+            bias = part if bias is None else bias + part
+    return bias
 
 
 def added(
@@ -175,22 +216,23 @@ def added(
     seqlen_k: int,
     dtype: torch.dtype,
     learned: bool,
+    first: bool = True,
     device: torch.device | str | None = None,
 ) -> Bias:
-    """A bias of one kind: ``tensor``, ``relative`` or ``alibi``, which nobody learns."""
-    device = placed(device)
-    generator = torch.Generator("cpu").manual_seed(seed)
-    if kind == "tensor":
-        shape = (choose((1, batch)), choose((1, heads)), seqlen_q, seqlen_k)
-        tensor = torch.randn(shape, generator=generator, device="cpu").to(dtype)
-        if choose((False, True)):
-            hidden = torch.rand(shape, generator=generator, device="cpu") < 0.3
-            tensor = tensor.masked_fill(hidden, float("-inf"))
-        return TensorBias(tensor.to(device).requires_grad_(learned))
+    """A bias of one kind: ``tensor``, ``relative`` or ``alibi``; only the first of a sum may hide a key, or seem to."""
+    if kind == "alibi":
+        shape = choose(((heads,), (heads,), (batch, heads)))
+        return ALiBi(numbers(seed, "slopes", *shape, device=device).requires_grad_(learned))
     if kind == "relative":
-        table = torch.randn(heads, 2 * choose(range(5)) + 1, generator=generator, device="cpu")
-        return RelativeBias(table.to(device).requires_grad_(learned))
-    return ALiBi(torch.rand(heads, generator=generator, device="cpu").to(device))
+        width = 2 * choose((0, 1, 2, 3, 4, BLOCK)) + 1
+        return RelativeBias(numbers(seed, "normal", heads, width, device=device).requires_grad_(learned))
+    of = choose(("normal", "normal", "normal", *(NUMBERS[3:] if first else ())))
+    shape = [choose((1, batch)), choose((1, heads)), choose((seqlen_q,) * 3 + (1,)), seqlen_k]
+    if of == "normal" and not learned:  # what moves a whole row has no gradient, but the rounding of what cancels
+        shape[-1] = choose((seqlen_k,) * 3 + (1,))
+    finer = FINER_BIASES and dtype in HALF and choose((False, True))
+    tensor = numbers(seed, of, *shape, dtype=torch.float32 if finer else dtype, device=device)
+    return TensorBias(tensor.requires_grad_(learned))
 
 
 @st.composite
@@ -199,76 +241,106 @@ def specs(
     *,
     limits: Limits | None = None,
     device: torch.device | str | None = None,
-    head_dims: Sequence[int] = (1, 3, 8, 16, 40, 64),
-    longest: int = 33,
+    head_dims: Sequence[int] = HEAD_DIMS,
+    longest: int = LONGEST,
 ) -> AttentionSpec:
-    """Problems: sizes (0 and 1 among them), dtypes, grouped heads, masks, biases, softcap, sinks, gradients.
+    """Problems: sizes (0 and 1 among them), dtypes, grouped heads, masks, biases, softcap, sinks, dropout, gradients.
 
-    ``limits`` (a backend's) keeps the draw to what that backend serves; without it every problem may come.
+    Args:
+        limits: a backend's, to keep the draw to what that backend serves; without it every problem may come.
+        device: where the problems live.
+        head_dims: the head dims that are drawn, as far as the limits take them; those beyond 64 now and then.
+        longest: the most queries and keys. Most problems have at most 24.
     """
+    choose = Choices(draw, "problem")
     limits = get("naive").limits if limits is None else limits
     device = placed(device)
     features = limits.features - limits.not_on.get(device.type, frozenset())
-    largest = max(head_dims) if limits.head_dim is None else limits.head_dim
-    sizes_d = [d for d in head_dims if limits.head_dim_min <= d <= largest and d % limits.head_dim_step == 0]
-    heads_kv, group = draw(st.integers(1, 3)), draw(st.integers(1, 3)) if "gqa" in features else 1
-    seqlens = st.integers(max(1, limits.seqlen_min), longest)
-    empty = draw(st.sampled_from(EMPTY))
-    heads, dtype = heads_kv * group, draw(st.sampled_from(limits.dtypes))
-    likely = st.sampled_from((False, True, True))
-    needs_grad = "backward" in features and draw(likely)
-    seqlen_q = draw(seqlens)
-    sizes: dict[str, Any] = {
-        "batch": max(draw(st.sampled_from((1, 2, 1, 3))), limits.batch_min),
-        "heads": heads,
-        "seqlen_q": seqlen_q,
-        "seqlen_k": draw(st.just(seqlen_q) | seqlens | seqlens),
-    }
+    stretched = choose(STRETCHED)
+    sizes = drawn_sizes(choose, limits, "gqa" in features, stretched, longest, cheap=device.type != "cpu")
+    heads_kv = sizes.pop("heads_kv")
+    empty = choose(EMPTY)
     if empty is not None:
         sizes[empty] = limits.batch_min if empty == "batch" else limits.seqlen_min
-    head_dim = draw(st.sampled_from(sizes_d))
-    sinks = sink_values(heads, draw(seeds()), device)
-    need_lse = "lse" in features and draw(likely)
-    return AttentionSpec(
-        **sizes,
+    few = stretched == "both" and device.type == "cpu"
+    head_dim, other = (drawn_head_dim(choose, limits, head_dims, few) for _ in range(2))
+    head_dim_v = choose((head_dim, other)) if "head_dim_v" in features else head_dim
+    dtype = choose(limits.dtypes)
+    needs_grad = "backward" in features and choose((False, True, True, True))
+    readable = sizes["seqlen_k"] <= 4 * head_dim_v  # in so many calls are dropped weights read
+    dropout_p = choose(DROPOUT) if "dropout" in features and readable else 0.0
+    need_lse = "lse" in features and choose((False, True) if dropout_p else (False, True, True))
+    more: dict[str, Any] = sizes
+    return Problem(
+        **more,
         heads_kv=heads_kv,
         head_dim=head_dim,
-        head_dim_v=draw(st.just(head_dim) | st.sampled_from(sizes_d)) if "head_dim_v" in features else head_dim,
+        head_dim_v=head_dim_v,
         dtype=dtype,
         device=device,
         mask=draw(masks(**sizes, features=features, device=device)),
         bias=draw(biases(**sizes, dtype=dtype, needs_grad=needs_grad, features=features, device=device)),
-        softcap=draw(st.none() | st.sampled_from((1.0, 20.0))) if "softcap" in features else None,
-        sinks=draw(st.none() | st.just(sinks)) if "sinks" in features else None,
-        softmax_scale=draw(st.none() | st.sampled_from((0.05, 1.0))),
+        softcap=choose((None, None, None, 1.0, 20.0)) if "softcap" in features else None,
+        sinks=drawn_sinks(choose, sizes["heads"], needs_grad, device) if "sinks" in features else None,
+        softmax_scale=choose((None, None, 0.05, 1.0)),
+        dropout_p=dropout_p,
         needs_grad=needs_grad,
         need_lse=need_lse and not (needs_grad and "lse_grad" not in features),
-        deterministic=needs_grad and "deterministic" in features and draw(st.sampled_from((False, False, True))),
+        deterministic=needs_grad and "deterministic" in features and choose((False, False, True)),
     )
 
 
-def sink_values(heads: int, seed: int, device: torch.device) -> Tensor:
-    return torch.randn(heads, generator=torch.Generator("cpu").manual_seed(seed), device="cpu").to(device)
+def drawn_sizes(
+    choose: Choose, limits: Limits, grouped: bool, stretched: str | None, longest: int, cheap: bool
+) -> dict[str, int]:
+    """Batch, heads and lengths; one axis may be stretched, which costs little on some devices."""
+    least, short = max(1, limits.seqlen_min), min(SHORT, longest)
+    long = [size for size in EDGES if short < size <= longest]
+    long_q = long if cheap else [size for size in long if size <= longest // 2]
+    lengthy = stretched in ("keys", "queries", "both")
+    most = short if cheap or stretched is None else 9 if lengthy else 14
+    beside = range(least, max(least, min(short, most)) + 1)
+    few = (1, 2, 3) if cheap or stretched is None else (1, 2)
+    alone = few[:1] if stretched == "both" and not cheap else few
+    seqlen_q = choose(longer(beside, long_q, stretched in ("queries", "both")))
+    seqlen_k = choose(longer(beside, long, stretched in ("keys", "both")))
+    equal = choose((True, False, False)) and not (lengthy and long)
+    heads_kv = choose(longer(alone, (4, 5, 8, 9), stretched == "heads_kv"))
+    group = choose(longer(few, (4, 5, 7, 8), stretched == "group"))
+    batch = choose(longer((1, 2, 1, *few[2:]), (4, 5, 6), stretched == "batch"))
+    return {
+        "batch": max(batch if len(alone) > 1 else 1, limits.batch_min),
+        "heads": heads_kv * (group if grouped else 1),
+        "heads_kv": heads_kv,
+        "seqlen_q": seqlen_q,
+        "seqlen_k": seqlen_q if equal else seqlen_k,
+    }
 
 
-def tensors(spec: AttentionSpec, seed: int) -> tuple[Tensor, Tensor, Tensor]:
-    """q, k and v of a problem, out of a seed that also says how their memory lies."""
-    generator = torch.Generator("cpu").manual_seed(seed)
-    layout = LAYOUTS[seed % len(LAYOUTS)]
-    shapes = (
-        (spec.batch, spec.seqlen_q, spec.heads, spec.head_dim),
-        (spec.batch, spec.seqlen_k, spec.heads_kv, spec.head_dim),
-        (spec.batch, spec.seqlen_k, spec.heads_kv, spec.head_dim_v),
-    )
-    made = []
-    for batch, seqlen, heads, head_dim in shapes:
-        if layout == "heads first":
-            x = torch.randn(batch, heads, seqlen, head_dim, generator=generator, device="cpu").transpose(1, 2)
-        elif layout == "packed":
-            x = torch.randn(batch, seqlen, heads + 1, head_dim, generator=generator, device="cpu")[:, :, 1:]
-        elif layout == "expanded":
-            x = torch.randn(1, seqlen, heads, head_dim, generator=generator, device="cpu").expand(batch, -1, -1, -1)
-        else:
-            x = torch.randn(batch, seqlen, heads, head_dim, generator=generator, device="cpu")
-        made.append(x.to(device=spec.device, dtype=spec.dtype))
-    return made[0], made[1], made[2]
+def longer(usual: Sequence[int], long: Sequence[int], wanted: bool) -> Sequence[int]:
+    """The usual sizes, and where they are wanted three times as many long ones; behind them, so that a size shrinks."""
+    times = math.ceil(3 * len(usual) / len(long)) if wanted and long else 0
+    return (*usual, *tuple(long) * times)
+
+
+def drawn_head_dim(choose: Choose, limits: Limits, head_dims: Sequence[int], few: bool) -> int:
+    """A head dim inside the limits; a large one where not few are wanted, and where there is no other."""
+    largest = max(head_dims) if limits.head_dim is None else limits.head_dim
+    fit = [d for d in head_dims if limits.head_dim_min <= d <= largest and d % limits.head_dim_step == 0]
+    small, large = [d for d in fit if d <= BLOCK], [d for d in fit if d > BLOCK]
+    if small and large:
+        fit = large if choose((False,) * 4 + (True,)) and not few else small
+    size: int = choose(fit)
+    return size
+
+
+def drawn_sinks(choose: Choose, heads: int, needs_grad: bool, device: torch.device) -> Tensor | None:
+    """Sinks of a middle size or, among them, very large and very negative ones; they may want a gradient."""
+    kind = choose((None, None, "normal", "normal", "wide"))
+    if kind is None:
+        return None
+    return sink_values(choose(SEEDS), heads, device, kind, learned=needs_grad and choose((False, True)))
+
+
+def sink_values(seed: int, heads: int, device: torch.device, kind: str = "normal", *, learned: bool = False) -> Tensor:
+    return numbers(seed, kind, heads, device=device).requires_grad_(learned)

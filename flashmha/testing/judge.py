@@ -17,16 +17,21 @@ from hypothesis import assume, currently_in_test_context, event
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from ..backends import get
+from ..backends import get, names
 from ..backends.base import Backend
 from ..spec import AttentionSpec
 from ..tolerance import AGAIN, allowed_error, moved
-from .attention import tensors
+from .dropout import WEIGHTS, Kept, check_drops, drawing, read_weights
+from .paste import pasted
+from .values import tensors
 
 
 @dataclasses.dataclass
 class Answer:
-    """What a backend makes of a problem: out, lse where asked for, and the gradients of everything that wants one."""
+    """What a backend makes of a problem: out, lse where asked for, and the gradients of everything that wants one.
+
+    Under dropout the weights, too, as ``dropout`` reads them.
+    """
 
     named: dict[str, Tensor]
 
@@ -45,7 +50,7 @@ def answer(
         q, k, v = (x.to(dtype) for x in (q, k, v))
         spec = dataclasses.replace(spec, dtype=dtype)
     leaves = {name: x.detach().requires_grad_(spec.needs_grad) for name, x in (("q", q), ("k", k), ("v", v))}
-    with torch.set_grad_enabled(spec.needs_grad):
+    with torch.set_grad_enabled(spec.needs_grad), drawing(spec, seed):
         result = backend(leaves["q"], leaves["k"], leaves["v"], spec)
     outputs = dict(zip(("out", "lse"), result if isinstance(result, tuple) else (result,)))
     named = {name: tensor.detach() for name, tensor in outputs.items()}
@@ -53,6 +58,8 @@ def answer(
         leaves |= {f"learned {place}": tensor for place, tensor in enumerate(learned)}
         for name, grad in gradients(outputs, leaves, seed + 1).items():
             named[f"gradient of {name}"] = torch.zeros_like(leaves[name]) if grad is None else grad
+    if spec.dropout_p:
+        named[WEIGHTS] = read_weights(backend, q, k, spec, seed)
     return Answer(named)
 
 
@@ -83,8 +90,9 @@ def assert_agrees(backend: Backend | type[Backend] | str, spec: AttentionSpec, s
 
     ``backend`` is an object, its class, or the name of one on the list. A problem it refuses is set aside with
     ``hypothesis.assume``, so a backend that refuses everything fails Hypothesis's health check rather than passing.
+    Under dropout the definition drops the weights that the backend dropped, and ``assert_drops`` judges which.
 
-    Returns the largest error, as a share of what is allowed.
+    Returns the largest error, as a share of what is allowed. What is raised ends in the line that raises it again.
     """
     if isinstance(backend, str):
         backend = get(backend)
@@ -96,23 +104,36 @@ def assert_agrees(backend: Backend | type[Backend] | str, spec: AttentionSpec, s
         assume(refusal is None)
     elif refusal is not None:  # somebody replays one problem by hand
         raise ValueError(f"{backend.name} refuses this problem: {refusal}")
-    naive = get("naive")
+    try:
+        return judged(backend, spec, seed)
+    except AssertionError as error:
+        message = f"{backend.name} on {spec}, seed {seed}: {error}\nagain: {again(backend, spec, seed)}"
+        raise AssertionError(message) from None
+
+
+def again(backend: Backend, spec: AttentionSpec, seed: int) -> str:
+    """The line that judges a backend on a problem again."""
+    known = backend.name in names() and get(backend.name) is backend
+    return f"assert_agrees({repr(backend.name) if known else type(backend).__name__}, {pasted(spec)}, {seed})"
+
+
+def judged(backend: Backend, spec: AttentionSpec, seed: int) -> float:
+    """The largest error of a backend, as a share of what is allowed."""
     actual = answer(backend, spec, seed).named
-    plain = answer(naive, spec, seed).named
-    exact = answer(naive, spec, seed, torch.float64).named
-    where = f"{backend.name} on {spec}, seed {seed}"
-    assert actual.keys() == exact.keys(), f"{where}: must return {list(exact)}, got {list(actual)}"
+    if spec.dropout_p:
+        check_drops(actual[WEIGHTS], backend, spec, seed)
+    right = Kept(actual[WEIGHTS] != 0) if spec.dropout_p else get("naive")
+    plain = answer(right, spec, seed).named
+    exact = answer(right, spec, seed, torch.float64).named
+    assert actual.keys() == exact.keys(), f"must return {list(exact)}, got {list(actual)}"
     pairs = [(plain, exact)]
     try:
         return worst(actual, pairs, spec, backend)
     except AssertionError:
         for nudge in range(AGAIN):
-            runs = (answer(naive, spec, seed, dtype, nudge).named for dtype in (None, torch.float64))
+            runs = (answer(right, spec, seed, dtype, nudge).named for dtype in (None, torch.float64))
             pairs.append((next(runs), next(runs)))
-    try:
-        return worst(actual, pairs, spec, backend)
-    except AssertionError as error:
-        raise AssertionError(f"{where}: {error}") from None
+    return worst(actual, pairs, spec, backend)
 
 
 Named = dict[str, Tensor]

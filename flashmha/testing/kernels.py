@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,12 +12,14 @@ from hypothesis import strategies as st
 from ..backends.base import Backend, Limits
 from ..masks import Documents, Window, causal
 from ..spec import AttentionSpec
-from .attention import Choose, added, chooser, joined, rule, seeds, sink_values, specs
+from .attention import HEAD_DIMS, LONGEST, Problem, added, joined, rule, sink_values, specs
+from .choice import Choices, Choose
 from .record import placed
+from .values import SEEDS
 
 HALF, SINGLE = torch.float16, torch.float32
-HEAD_DIMS = {"cpu": (1, 3, 8, 16, 40, 64), "cuda": (1, 8, 16, 36, 40, 64, 80, 96, 112, 128, 160, 192, 256)}
-LONGEST = {"cpu": 33, "cuda": 300}
+ON_A_GPU = (1, 8, 16, 36, 40, 64, 80, 96, 112, 128, 160, 192, 256)
+LONGEST_ON_A_GPU = 300
 """A GPU's kernels work in tiles of up to 192 rows: what is shorter shows no bug between two of them."""
 ONE, FEW, SHORT, LONG = range(1, 2), range(1, 4), range(1, 65), range(129, 301)
 
@@ -66,7 +69,7 @@ class Kernel:
         bias = None
         if self.bias is not None:
             bias = added(self.bias, choose, seed, dtype=self.dtype, learned=self.needs_grad, **more)
-        return AttentionSpec(
+        return Problem(
             **more,
             heads_kv=heads_kv,
             head_dim=self.head_dim,
@@ -75,7 +78,7 @@ class Kernel:
             mask=joined([rule(kind, choose, seed, **more) for kind in self.mask]),
             bias=bias,
             softcap=self.softcap,
-            sinks=sink_values(sizes["heads"], seed, device) if self.sinks else None,
+            sinks=sink_values(seed, sizes["heads"], device, learned=self.needs_grad) if self.sinks else None,
             needs_grad=self.needs_grad,
             need_lse=self.need_lse,
             deterministic=self.deterministic,
@@ -147,19 +150,27 @@ SHAPES = (
 """For a backend that compiles for shapes."""
 
 
-def served(backend: Backend, device: torch.device | str | None = None) -> st.SearchStrategy[AttentionSpec]:
+def served(
+    backend: Backend,
+    device: torch.device | str | None = None,
+    *,
+    head_dims: Sequence[int] | None = None,
+    longest: int | None = None,
+) -> st.SearchStrategy[AttentionSpec]:
     """The problems to judge a backend by on a device where it is available.
 
-    They lie inside its limits and what its build has. On a GPU a backend that ``compiles`` gets problems of a grid
-    of at most 24 kernels, as many of them as it serves.
+    They lie inside its limits and what its build has; ``head_dims`` and ``longest`` are those of ``specs``. On a GPU a
+    backend that ``compiles`` gets problems of a grid of at most 24 kernels, as many of them as it serves, whatever
+    ``head_dims`` and ``longest`` say.
     """
     where = placed(device)
     if where.type != "cpu" and backend.compiles is not None:
         kernels = grid(backend, where)
         if kernels:
             return drawn(st.sampled_from(kernels), where)
-    limits, head_dims = built(backend, where)
-    return specs(limits=limits, device=where, head_dims=head_dims, longest=LONGEST.get(where.type, 300))
+    limits, built_dims = built(backend, where, head_dims)
+    longest = (LONGEST if where.type == "cpu" else LONGEST_ON_A_GPU) if longest is None else longest
+    return specs(limits=limits, device=where, head_dims=built_dims, longest=longest)
 
 
 def grid(backend: Backend, device: torch.device) -> list[Kernel]:
@@ -172,7 +183,8 @@ def grid(backend: Backend, device: torch.device) -> list[Kernel]:
 @st.composite
 def drawn(draw: st.DrawFn, kernels: st.SearchStrategy[Kernel], device: torch.device) -> AttentionSpec:
     """Problems of some kernels."""
-    return draw(kernels).problem(chooser(draw), draw(seeds()), device)
+    choose = Choices(draw, "kernel")
+    return draw(kernels).problem(choose, choose(SEEDS), device)
 
 
 ALONE: dict[str, dict[str, Any]] = {
@@ -186,12 +198,13 @@ ALONE: dict[str, dict[str, Any]] = {
 """Features that builds leave out, and a problem that needs each."""
 
 
-def built(backend: Backend, device: torch.device) -> tuple[Limits, list[int]]:
+def built(backend: Backend, device: torch.device, wanted: Sequence[int] | None = None) -> tuple[Limits, list[int]]:
     """A backend's limits less what its build lacks, asked for one thing at a time, and the head dims there are."""
     limits = backend.limits
-    largest = limits.head_dim or 256
-    head_dims = [d for d in HEAD_DIMS.get(device.type, HEAD_DIMS["cuda"]) if limits.head_dim_min <= d <= largest]
-    head_dims = [d for d in head_dims if d % limits.head_dim_step == 0]
+    if wanted is None:
+        wanted = HEAD_DIMS if device.type == "cpu" else ON_A_GPU
+    largest = limits.head_dim or max(wanted)
+    head_dims = [d for d in wanted if limits.head_dim_min <= d <= largest and d % limits.head_dim_step == 0]
 
     def has(dtype: torch.dtype, head_dim: int, **more: Any) -> bool:
         spec = AttentionSpec(1, 3, 3, 1, 1, head_dim, head_dim, dtype, device, **more)
