@@ -1,5 +1,6 @@
 """One forward of a layer, from the call to the output."""
 
+import operator
 from collections.abc import Sequence
 from typing import Any, NamedTuple, Union
 
@@ -213,13 +214,19 @@ def refuse_torchscript(layer: Any, backend: Wanted) -> None:
         )
 
 
+tensors_of = operator.attrgetter(
+    "in_proj_weight", "in_proj_bias", "q_proj_weight", "k_proj_weight", "v_proj_weight", "bias_k", "bias_v"
+)
+"""Every tensor that a layer itself holds."""
+
+
 def wants_torch_function(layer: Any, *inputs: Tensor) -> bool:
     """Some input or weight is a tensor subclass that wants to see the call (a mode alone does not count)."""
-    out_proj = layer._modules["out_proj"]  # an adapter may stand there
-    inner, outer = layer._parameters, out_proj._parameters
-    tensors: Any = (*inputs, *inner.values(), *outer.values())
-    if "in_proj_weight" not in inner or "weight" not in outer:  # pruned, parametrized, or put there by hand
-        tensors = (*tensors, getattr(layer, "in_proj_weight", None), getattr(out_proj, "weight", None))
+    out_proj = layer.out_proj  # an adapter may stand there, or anything with a weight and a bias
+    inner, outer = layer._parameters, (getattr(out_proj, "weight", None), getattr(out_proj, "bias", None))
+    usual = type(layer) in projection.PLAIN and "in_proj_weight" in inner and "in_proj_bias" in inner
+    held = (*inner.values(), layer.bias_k, layer.bias_v) if usual else tensors_of(layer)
+    tensors: Any = (*inputs, *held, *outer)
     if not has_torch_function(tensors):
         return False
     for tensor in tensors:
@@ -267,4 +274,5 @@ def as_stock(
         average_attn_weights,
         is_causal,
         layer.batch_first,
+        not layer._qkv_same_embed_dim,
     )

@@ -39,7 +39,9 @@ def check(
 
 
 def wants_grad(layer: nn.MultiheadAttention, *inputs: Tensor) -> bool:
-    return any(tensor.requires_grad for tensor in (*inputs, *layer.parameters()))
+    out_proj = layer.out_proj
+    weights = (layer.in_proj_weight, layer.in_proj_bias, out_proj.weight, out_proj.bias)
+    return any(isinstance(tensor, Tensor) and tensor.requires_grad for tensor in (*inputs, *weights))
 
 
 def padded(tensor: Tensor) -> tuple[Tensor, Tensor]:

@@ -26,7 +26,8 @@ def project(
     heads = layer.num_heads
     heads_kv = layer.num_kv_heads or heads
     head_dim = layer.embed_dim // heads
-    weight, bias = parameters(layer, "in_proj_weight", "in_proj_bias")
+    packed_weight, bias = parameters(layer, "in_proj_weight", "in_proj_bias")
+    weight = packed_weight if layer._qkv_same_embed_dim else None  # which of the two sets counts is the flag's to say
     if weight is not None and query is key and key is value:
         packed = linear(query, weight, bias, dtype)
         # what ``split`` says, in fewer steps, where it has no copy to spare
@@ -53,26 +54,34 @@ def split(packed: Tensor, head_dim: int, sizes: list[int]) -> tuple[Tensor, ...]
 
 def merge(layer: FlashMultiHeadAttention, out: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """(batch, seqlen_q, embed_dim) of out (batch, seqlen_q, heads, head_dim)."""
-    out, out_proj = out.flatten(2), layer._modules["out_proj"]
-    assert out_proj is not None
+    out, out_proj = out.flatten(2), layer.out_proj
     if layer.call_out_proj:
         projected: Tensor = out_proj(out)
         return projected
-    return linear(out, *parameters(out_proj, "weight", "bias"), dtype)
+    weight, bias = parameters(out_proj, "weight", "bias")
+    if not isinstance(weight, Tensor):
+        raise TypeError(
+            f"out_proj must have a tensor as its weight, got {type(weight).__name__} in {type(out_proj).__name__}. "
+            "Quantise the stock layer: flashmha.restore_mha(model) comes before prepare and convert. Or set "
+            "call_out_proj=True, which calls out_proj as it is."
+        )
+    return linear(out, weight, bias, dtype)
 
 
 PLAIN: list[type] = [nn.Linear, NonDynamicallyQuantizableLinear]
 """Classes that define nothing under the names of their parameters; the layer's own joins them."""
 
 
-def parameters(module: nn.Module, weight: str, bias: str) -> tuple[Any, Any]:
+def parameters(module: Any, weight: str, bias: str) -> tuple[Any, Any]:
     """``getattr`` of two parameters, without the exceptions raised and caught on the way to those of ``nn.Module``.
 
-    A subclass may have a property there, and a module whose weights were replaced holds them elsewhere.
+    A subclass may have a property there, a module whose weights were replaced holds them elsewhere, and anything with
+    a weight and a bias may stand for a module.
     """
-    held = module._parameters
-    if type(module) in PLAIN and weight in held and bias in held:
-        return held[weight], held[bias]
+    if type(module) in PLAIN:
+        held, own = module._parameters, module.__dict__
+        if weight in held and bias in held and weight not in own and bias not in own:
+            return held[weight], held[bias]
     return getattr(module, weight), getattr(module, bias)
 
 
