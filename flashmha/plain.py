@@ -29,6 +29,9 @@ SPECIAL = (*HOPS, "num_kv_heads", "window", "backend", "call_out_proj")
 ELSEWHERE = (*SPECIAL, "in_proj_weight", "in_proj_bias", "out_proj")
 """What an instance must not have in its own dictionary: hops and features, and what belongs among its parameters."""
 
+AWAY = ("weight", "bias", "forward")
+"""The same of ``out_proj``."""
+
 hops_of = operator.attrgetter(*SPECIAL)
 usual: dict[type, tuple[Any, ...]] = {}
 """A class, and what it has under those names unless somebody patches it."""
@@ -67,11 +70,12 @@ def attend(layer: Any, x: Tensor) -> Tensor | None:
     if state.get("bias_k", x) is not None or state.get("bias_v", x) is not None:
         return None
     # a parameter that was pruned, parametrized or put there by hand lies elsewhere
-    inner, outer, dtype, heads = state["_parameters"], out_proj.__dict__["_parameters"], x.dtype, state["num_heads"]
+    behind = out_proj.__dict__
+    if behind["_forward_hooks"] or behind["_forward_pre_hooks"] or not behind.keys().isdisjoint(AWAY):
+        return None
+    inner, outer, dtype, heads = state["_parameters"], behind["_parameters"], x.dtype, state["num_heads"]
     weight, bias = inner.get("in_proj_weight"), inner.get("in_proj_bias", x)
     weight_out, bias_out = outer.get("weight"), outer.get("bias", x)
-    if "weight" in out_proj.__dict__ or "bias" in out_proj.__dict__:
-        return None
     if not (type(weight) is type(weight_out) is Parameter and weight.dtype == weight_out.dtype == dtype):
         return None
     if bias is not None and (type(bias) is not Parameter or bias.dtype != dtype):

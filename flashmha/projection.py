@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import platform
+import warnings
+import weakref
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from .backends.base import HALF
+from .features import is_own
 from .heads import WORTH
 from .heads import split as split_heads
 
@@ -58,6 +61,8 @@ def merge(layer: FlashMultiHeadAttention, out: Tensor, dtype: torch.dtype | None
     if layer.call_out_proj:
         projected: Tensor = out_proj(out)
         return projected
+    if type(out_proj) not in PLAIN or hears(out_proj):
+        warn_unheard(layer)
     weight, bias = parameters(out_proj, "weight", "bias")
     if not isinstance(weight, Tensor):
         raise TypeError(
@@ -66,6 +71,42 @@ def merge(layer: FlashMultiHeadAttention, out: Tensor, dtype: torch.dtype | None
             "call_out_proj=True, which calls out_proj as it is."
         )
     return linear(out, weight, bias, dtype)
+
+
+def hears(module: Any) -> bool:
+    """Something of its own runs when a module is called: forward hooks, a forward of the instance's."""
+    return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__)
+
+
+def unheard(layer: FlashMultiHeadAttention) -> str | None:
+    """What stands at ``out_proj`` and never runs, since its weight and bias are read instead; ``None`` for nothing."""
+    out_proj: Any = layer.out_proj
+    if layer.call_out_proj or not is_own(layer, "merge") or not isinstance(out_proj, nn.Module):
+        return None
+    if getattr(out_proj, "merged", False):  # an adapter that counts by its weight, as PEFT's does
+        return None
+    kind = type(out_proj)
+    if kind.forward is not nn.Linear.forward:
+        what = f"the forward of out_proj ({kind.__name__})"
+    elif hears(out_proj):
+        what = "hooks on out_proj"
+    else:
+        return None
+    return f"{what} never run{'s' * what.startswith('the')}, as in nn.MultiheadAttention; call_out_proj=True calls it"
+
+
+warned: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+"""Layers that ``warn_unheard`` spoke of."""
+
+
+def warn_unheard(layer: FlashMultiHeadAttention) -> None:
+    """Say at a layer's first forward that something at its ``out_proj`` does not run."""
+    if torch.compiler.is_compiling() or layer in warned:
+        return
+    why = unheard(layer)
+    if why is not None:
+        warned.add(layer)
+        warnings.warn(f"{type(layer).__name__}: {why}.", stacklevel=2)
 
 
 PLAIN: list[type] = [nn.Linear, NonDynamicallyQuantizableLinear]
