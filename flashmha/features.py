@@ -45,6 +45,15 @@ def is_own(layer: nn.Module, name: str) -> bool:
     return name not in layer.__dict__ and getattr(type(layer), name) is OWN[name]
 
 
+def has_hops(layer: nn.Module) -> bool:
+    """Some hop is not the package's own; asked in each call, so in one step."""
+    kind, instance = type(layer), layer.__dict__
+    for name in HOPS:
+        if name in instance or getattr(kind, name) is not OWN[name]:
+            return True
+    return False
+
+
 def overridden(layer: nn.Module) -> list[str]:
     """The hops that are not the package's own."""
     return [name for name in HOPS if not is_own(layer, name)]

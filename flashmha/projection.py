@@ -61,7 +61,12 @@ def merge(layer: FlashMultiHeadAttention, out: Tensor, dtype: torch.dtype | None
     if layer.call_out_proj:
         projected: Tensor = out_proj(out)
         return projected
-    if type(out_proj) not in PLAIN or hears(out_proj):
+    if (
+        type(out_proj) not in PLAIN
+        or out_proj._forward_hooks
+        or out_proj._forward_pre_hooks
+        or "forward" in out_proj.__dict__
+    ):
         warn_unheard(layer)
     weight, bias = parameters(out_proj, "weight", "bias")
     if not isinstance(weight, Tensor):
@@ -73,11 +78,6 @@ def merge(layer: FlashMultiHeadAttention, out: Tensor, dtype: torch.dtype | None
     return linear(out, weight, bias, dtype)
 
 
-def hears(module: Any) -> bool:
-    """Something of its own runs when a module is called: forward hooks, a forward of the instance's."""
-    return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__)
-
-
 def unheard(layer: FlashMultiHeadAttention) -> str | None:
     """What stands at ``out_proj`` and never runs, since its weight and bias are read instead; ``None`` for nothing."""
     out_proj: Any = layer.out_proj
@@ -86,13 +86,13 @@ def unheard(layer: FlashMultiHeadAttention) -> str | None:
     if getattr(out_proj, "merged", False):  # an adapter that counts by its weight, as PEFT's does
         return None
     kind = type(out_proj)
-    if kind.forward is not nn.Linear.forward:
-        what = f"the forward of out_proj ({kind.__name__})"
-    elif hears(out_proj):
-        what = "hooks on out_proj"
+    if kind.forward is not nn.Linear.forward or "forward" in vars(out_proj):
+        what = f"the forward of out_proj ({kind.__name__}) never runs"
+    elif out_proj._forward_hooks or out_proj._forward_pre_hooks:
+        what = "hooks on out_proj never run"
     else:
         return None
-    return f"{what} never run{'s' * what.startswith('the')}, as in nn.MultiheadAttention; call_out_proj=True calls it"
+    return f"{what}, as in nn.MultiheadAttention, which reads its weight and bias; call_out_proj=True calls it"
 
 
 warned: weakref.WeakSet[nn.Module] = weakref.WeakSet()
@@ -131,19 +131,6 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype | 
     if dtype is not None:
         x, weight = x.to(dtype), weight.to(dtype)
     return F.linear(x, weight, bias if bias is None or bias.dtype == weight.dtype else bias.to(weight.dtype))
-
-
-def append_columns(layer: FlashMultiHeadAttention, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """Keys and values with the learned column of ``add_bias_kv`` and the zero column of ``add_zero_attn``."""
-    batch, _, heads, _ = k.shape
-    ks, vs = [k], [v]
-    if layer.bias_k is not None and layer.bias_v is not None:
-        ks.append(layer.bias_k.unflatten(-1, (heads, -1)).expand(batch, -1, -1, -1).to(k.dtype))
-        vs.append(layer.bias_v.unflatten(-1, (heads, -1)).expand(batch, -1, -1, -1).to(v.dtype))
-    if layer.add_zero_attn:
-        ks.append(k.new_zeros(batch, 1, heads, k.shape[-1]))
-        vs.append(v.new_zeros(batch, 1, heads, v.shape[-1]))
-    return torch.cat(ks, dim=1), torch.cat(vs, dim=1)
 
 
 def emulated(dtype: torch.dtype) -> bool:
