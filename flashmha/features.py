@@ -77,7 +77,12 @@ def replaced(layer: nn.Module) -> list[str]:
 
 def has_to_run(layer: nn.Module) -> bool:
     """Something about a layer is lost where its weights are used and its ``forward`` is never called."""
-    return bool(changed(layer) or replaced(layer))
+    return bool(changed(layer) or replaced(layer) or is_quantised(layer.__dict__["_modules"].get("out_proj")))
+
+
+def is_quantised(out_proj: nn.Module | None) -> bool:
+    """An ``out_proj`` of ``torch.ao``, whose weight is a method."""
+    return callable(getattr(type(out_proj), "weight", None))
 
 
 def mark(layer: nn.Module) -> None:

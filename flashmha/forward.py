@@ -188,7 +188,7 @@ def computing_dtype(layer: Any, call: Reading, wanted: Wanted) -> torch.dtype | 
         return None
     weights = (layer.in_proj_weight, layer.q_proj_weight, layer.k_proj_weight, layer.v_proj_weight)
     tensors = (call.key, call.value, getattr(layer.out_proj, "weight", None), *weights)
-    if any(x is not None and x.dtype != dtype for x in tensors):
+    if any(isinstance(x, Tensor) and x.dtype != dtype for x in tensors):
         return None  # an error of the caller's, which the projection reports
     return torch.float32
 

@@ -40,7 +40,8 @@ def check(
 
 def wants_grad(layer: nn.MultiheadAttention, *inputs: Tensor) -> bool:
     out_proj = layer.out_proj
-    weights = (layer.in_proj_weight, layer.in_proj_bias, out_proj.weight, out_proj.bias)
+    outer = (getattr(out_proj, "weight", None), getattr(out_proj, "bias", None))
+    weights = (layer.in_proj_weight, layer.in_proj_bias, *outer)
     return any(isinstance(tensor, Tensor) and tensor.requires_grad for tensor in (*inputs, *weights))
 
 

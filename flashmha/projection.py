@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from .backends.base import HALF
-from .features import is_own
+from .features import is_own, is_quantised
 from .heads import WORTH
 from .heads import split as split_heads
 
@@ -59,7 +59,15 @@ def merge(layer: FlashMultiHeadAttention, out: Tensor, dtype: torch.dtype | None
     """(batch, seqlen_q, embed_dim) of out (batch, seqlen_q, heads, head_dim)."""
     out, out_proj = out.flatten(2), layer.out_proj
     if layer.call_out_proj:
-        projected: Tensor = out_proj(out)
+        try:
+            projected: Tensor = out_proj(out)
+        except NotImplementedError as error:
+            if not is_quantised(out_proj):
+                raise
+            raise TypeError(
+                f"out_proj must take the heads as they are, got {type(out_proj).__name__}, which takes quantised ones. "
+                f"{QUANTISE}, or quantise out_proj dynamically."
+            ) from error
         return projected
     if (
         type(out_proj) not in PLAIN
@@ -72,10 +80,12 @@ def merge(layer: FlashMultiHeadAttention, out: Tensor, dtype: torch.dtype | None
     if not isinstance(weight, Tensor):
         raise TypeError(
             f"out_proj must have a tensor as its weight, got {type(weight).__name__} in {type(out_proj).__name__}. "
-            "Quantise the stock layer: flashmha.restore_mha(model) comes before prepare and convert. Or set "
-            "call_out_proj=True, which calls out_proj as it is."
+            f"{QUANTISE}, or set call_out_proj=True, which calls out_proj as it is."
         )
     return linear(out, weight, bias, dtype)
+
+
+QUANTISE = "Quantise the stock layer: flashmha.restore_mha(model) comes before prepare and convert"
 
 
 def unheard(layer: FlashMultiHeadAttention) -> str | None:
