@@ -21,7 +21,9 @@ def check_kinds(query: Any, key: Any, value: Any, key_padding_mask: Any, attn_ma
         if not is_tensor(given):
             raise TypeError(f"{name} must be a tensor, got {told(given)}.")
     if key_padding_mask is not None and not is_tensor(key_padding_mask):
-        where = "; a flashmha mask is given as attn_mask" if isinstance(key_padding_mask, Mask) else hint(key_padding_mask)
+        where = (
+            "; a flashmha mask is given as attn_mask" if isinstance(key_padding_mask, Mask) else hint(key_padding_mask)
+        )
         raise TypeError(
             f"key_padding_mask must be a tensor (batch, seqlen_k), True = hidden, or None, got "
             f"{told(key_padding_mask)}{where}."

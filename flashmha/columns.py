@@ -41,7 +41,7 @@ def number(layer: Any, name: str) -> int:
     keys = getattr(layer, name)
     if isinstance(keys, bool) or not isinstance(keys, (int, torch.SymInt)) or keys < 0:
         raise ValueError(f"{name} must be a number of keys, 0 or more, got {keys!r}.")
-    return int(keys) if isinstance(keys, int) else keys
+    return keys  # type: ignore[return-value]
 
 
 def widen(

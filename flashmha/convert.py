@@ -13,7 +13,7 @@ import fnmatch
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 from torch import nn
 
@@ -71,20 +71,21 @@ def replace_mha(
     if unknown:
         raise TypeError(f"options must be among {', '.join(OPTIONS)}, got {', '.join(unknown)}.")
     check_features(options)
-    layers = {id(module) for _, module in chosen(model, where)}
+    layers = {id(module): name for name, module in chosen(model, where)}
     with all_or_nothing(model):
         for _, module, fsdp in walk(model):
             if id(module) in layers:
                 swap(module, fsdp, to, options)
         keep_encoders_calling(model)
-    warn_of_silence(model, layers)
+    warn_of_silence(model, layers, to, named=where is not None)
     return model
 
 
 def swap(module: nn.Module, fsdp: bool, to: type[FlashMultiHeadAttention], options: dict[str, Any]) -> None:
     """One layer: its class, where it may change, and its options, where it is ours."""
-    stock = type(module) is nn.MultiheadAttention and refusal(cast(nn.MultiheadAttention, module), fsdp) is None
-    if stock or (type(module) is FlashMultiHeadAttention and to is not FlashMultiHeadAttention):
+    given, _ = vars(module).get(UNDO, {}).get(CLASS, (FlashMultiHeadAttention, None))
+    stock = type(module) is nn.MultiheadAttention and refusal(module, fsdp) is None
+    if stock or (type(module) is given and to is not FlashMultiHeadAttention):
         set_class(module, to)
     if isinstance(module, FlashMultiHeadAttention):
         for name, value in options.items():
@@ -217,7 +218,7 @@ def check_target(to: Any) -> None:
         )
 
 
-def chosen(model: nn.Module, where: Where) -> list[tuple[str, nn.Module]]:
+def chosen(model: nn.Module, where: Where) -> list[tuple[str, nn.MultiheadAttention]]:
     """The attention layers of a model that ``where`` speaks of."""
     names: dict[int, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
@@ -231,7 +232,9 @@ def chosen(model: nn.Module, where: Where) -> list[tuple[str, nn.Module]]:
     else:
         patterns = [where] if isinstance(where, str) or not isinstance(where, Iterable) else list(where)
         if not all(isinstance(pattern, str) for pattern in patterns):
-            raise TypeError(f"where must be names, patterns of names or a function (name, module) -> bool, got {where!r}.")
+            raise TypeError(
+                f"where must be names, patterns of names or a function (name, module) -> bool, got {where!r}."
+            )
 
         def called(module: nn.Module, pattern: str) -> bool:
             return any(fnmatch.fnmatchcase(name, pattern) for name in names[id(module)])
@@ -246,24 +249,31 @@ def chosen(model: nn.Module, where: Where) -> list[tuple[str, nn.Module]]:
     return found
 
 
-def warn_of_silence(model: nn.Module, layers: set[int]) -> None:
-    """Warn of what a caller may take for done: a model without a layer to swap, adapters that do not run."""
+def warn_of_silence(model: nn.Module, layers: dict[int, str], to: type[FlashMultiHeadAttention], named: bool) -> None:
+    """Warn of what a caller may take for done: nothing to swap, layers that stayed, adapters that do not run."""
     if not layers:
-        looks = [
-            f"{name or '(root)'} ({type(module).__name__})"
-            for name, module in model.named_modules()
-            if "attention" in type(module).__name__.lower() or "attn" in type(module).__name__.lower()
-        ]
-        several = f", but {', '.join(looks[:3])}{' ...' if len(looks) > 3 else ''}, whose own code stays" if looks else ""
-        warnings.warn(
-            f"replace_mha changed nothing: there is no nn.MultiheadAttention in this {type(model).__name__}{several}.",
-            stacklevel=3,
-        )
-    for name, module, _ in walk(model):
-        if isinstance(module, FlashMultiHeadAttention) and id(module) in layers:
+        warnings.warn(nothing_swapped(model), stacklevel=3)
+    for _, module, fsdp in walk(model):
+        why: str | None = None
+        if id(module) not in layers or not isinstance(module, nn.MultiheadAttention):
+            continue
+        name = layers[id(module)]
+        if not isinstance(module, FlashMultiHeadAttention):
+            why = f"stays as it is: {refusal(module, fsdp)}" if named else None
+        elif not isinstance(module, to):
+            why = f"stays a {type(module).__name__}, whose own code {to.__name__} would replace"
+        else:
             why = silent(name, module)
-            if why is not None:
-                warnings.warn(f"{name or type(module).__name__}: {why}.", stacklevel=3)
+        if why is not None:
+            warnings.warn(f"{name or type(module).__name__}: {why}.", stacklevel=3)
+
+
+def nothing_swapped(model: nn.Module) -> str:
+    """What a model has in place of a stock layer."""
+    kinds = ((name or "(root)", type(module).__name__) for name, module in model.named_modules())
+    looks = [f"{name} ({kind})" for name, kind in kinds if "attention" in kind.lower() or "attn" in kind.lower()]
+    several = f", but {', '.join(looks[:3])}{', ...' * (len(looks) > 3)}, whose own code stays" if looks else ""
+    return f"replace_mha changed nothing: there is no nn.MultiheadAttention in this {type(model).__name__}{several}."
 
 
 @contextlib.contextmanager
@@ -271,17 +281,20 @@ def all_or_nothing(model: nn.Module) -> Iterator[None]:
     """Every module's class and attributes are as they were before, if something is raised inside."""
     kinds = (nn.MultiheadAttention, nn.TransformerEncoderLayer, nn.TransformerEncoder)
     before = [
-        (module, type(module), {**vars(module), **{UNDO: dict(vars(module)[UNDO]) for _ in [0] if UNDO in vars(module)}})
+        (module, type(module), vars(module).copy(), dict(vars(module).get(UNDO, {})))
         for module in model.modules()
         if isinstance(module, kinds)
     ]
     try:
         yield
     except BaseException:
-        for module, kind, attributes in before:
+        for module, kind, attributes, undo in before:
             module.__class__ = kind
             vars(module).clear()
             vars(module).update(attributes)
+            if UNDO in attributes:
+                attributes[UNDO].clear()
+                attributes[UNDO].update(undo)
         raise
 
 

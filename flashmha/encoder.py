@@ -60,7 +60,12 @@ def found_causal(mask: Optional[Tensor], key_padding_mask: Optional[Tensor]) -> 
 
     Not asked beside a padding mask, which makes every layer read both, nor where the answer would break a graph.
     """
-    if not isinstance(mask, Tensor) or key_padding_mask is not None or torch.compiler.is_compiling() or torch.jit.is_tracing():
+    if (
+        not isinstance(mask, Tensor)
+        or key_padding_mask is not None
+        or torch.compiler.is_compiling()
+        or torch.jit.is_tracing()
+    ):
         return False
     if mask.dim() != 2 or mask.shape[0] != mask.shape[1] or mask.is_meta:
         return False

@@ -48,7 +48,7 @@ def is_own(layer: nn.Module, name: str) -> bool:
 def has_hops(layer: nn.Module) -> bool:
     """Some hop is not the package's own; asked in each call, so in one step."""
     kind, instance = type(layer), layer.__dict__
-    for name in HOPS:
+    for name in HOPS:  # noqa: SIM110
         if name in instance or getattr(kind, name) is not OWN[name]:
             return True
     return False
@@ -92,12 +92,12 @@ def mark(layer: nn.Module) -> None:
     module inside has a forward hook. So a layer that has to run carries one that does nothing. The encoder layer looks
     for hooks on every ``modules()`` of its own, in each call; that is when a layer is marked, as it is then.
     """
-    hooks = layer._forward_pre_hooks
+    hooks: dict[Any, Any] = layer._forward_pre_hooks
     if has_to_run(layer):
         if MARK not in hooks:
-            hooks[MARK] = keep_forward  # type: ignore[index]
+            hooks[MARK] = keep_forward
     elif MARK in hooks:
-        del hooks[MARK]  # type: ignore[arg-type]
+        del hooks[MARK]
 
 
 MARK = "flashmha"
@@ -108,9 +108,26 @@ def keep_forward(layer: nn.Module, arguments: Any) -> None:
 
 
 HARMLESS = frozenset(
-    "__module__ __qualname__ __doc__ __dict__ __weakref__ __annotations__ __annotate__ __annotate_func__ "
-    "__annotations_cache__ __firstlineno__ __static_attributes__ __orig_bases__ __parameters__ __init__ __repr__ "
-    "extra_repr __constants__ __jit_ignored_attributes__".split()
+    [
+        "__module__",
+        "__qualname__",
+        "__doc__",
+        "__dict__",
+        "__weakref__",
+        "__annotations__",
+        "__annotate__",
+        "__annotate_func__",
+        "__annotations_cache__",
+        "__firstlineno__",
+        "__static_attributes__",
+        "__orig_bases__",
+        "__parameters__",
+        "__init__",
+        "__repr__",
+        "extra_repr",
+        "__constants__",
+        "__jit_ignored_attributes__",
+    ]
 )
 """What a subclass may define without computing anything else."""
 

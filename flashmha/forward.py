@@ -293,7 +293,7 @@ def as_stock(
 
 
 def as_tensor(layer: Any, mask: Mask, query: Tensor, key: Tensor) -> Tensor:
-    """A rule as the mask tensor of ``nn.MultiheadAttention``: (batch * heads, seqlen_q, seqlen_k), ``True`` = hidden."""
+    """A rule as a mask tensor of the stock class: (batch * heads, seqlen_q, seqlen_k), ``True`` = hidden."""
     axis = 1 if layer.batch_first and query.dim() == 3 else 0
     batch = query.shape[1 - axis] if query.dim() == 3 else 1
     sizes = batch, layer.num_heads, query.shape[axis], key.shape[axis]

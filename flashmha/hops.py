@@ -45,10 +45,8 @@ def check_output(layer: Any, output: Any, batch: int, seqlen_q: int) -> None:
     right = isinstance(output, Tensor) and output.dim() == 3 and output.shape[:2] == (batch, seqlen_q)
     if right and (own or output.shape[2] == layer.embed_dim):
         return
-    width = "features" if own else f"embed_dim={layer.embed_dim}"
-    raise ValueError(
-        f"{'out_proj' if own else 'merge'} must return (batch={batch}, seqlen_q={seqlen_q}, {width}), got {shape(output)}."
-    )
+    name, width = ("out_proj", "features") if own else ("merge", f"embed_dim={layer.embed_dim}")
+    raise ValueError(f"{name} must return (batch={batch}, seqlen_q={seqlen_q}, {width}), got {shape(output)}.")
 
 
 def check_weights(layer: Any, weights: Any, sizes: tuple[int, int, int]) -> None:
@@ -56,7 +54,9 @@ def check_weights(layer: Any, weights: Any, sizes: tuple[int, int, int]) -> None
     right = isinstance(weights, Tensor) and weights.dim() == 4
     if not right or (weights.shape[0], weights.shape[2], weights.shape[3]) != sizes:
         raise ValueError(
-            "process_weights must return (batch={}, heads, seqlen_q={}, seqlen_k={}), got {}.".format(*sizes, shape(weights))
+            "process_weights must return (batch={}, heads, seqlen_q={}, seqlen_k={}), got {}.".format(
+                *sizes, shape(weights)
+            )
         )
 
 
@@ -64,8 +64,8 @@ def refuse_weights(layer: Any, heads: int) -> None:
     """Raise where the weights of the heads are not the layer's, and the layer does not say what its weights are."""
     raise ValueError(
         f"need_weights must be False for this {type(layer).__name__}, got True: its {' and '.join(overridden(layer))} "
-        f"make {heads} heads where the layer has num_heads={layer.num_heads}, so the weights of these heads are not the "
-        "layer's. Override process_weights, which says what they are, or build the layer with need_weights=False."
+        f"make {heads} heads where the layer has num_heads={layer.num_heads}, so the weights of these heads are not "
+        "the layer's. Override process_weights, which says what they are, or build the layer with need_weights=False."
     )
 
 

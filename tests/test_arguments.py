@@ -91,7 +91,9 @@ RULES: dict[str, Callable[[], Any]] = {
 
 @given(
     name=st.sampled_from(tuple(RULES)),
-    options=st.sampled_from(({}, {"add_bias_kv": True}, {"window": (1, 1)}, {"skip_padding": True}, {"backend": "naive"})),
+    options=st.sampled_from(
+        ({}, {"add_bias_kv": True}, {"window": (1, 1)}, {"skip_padding": True}, {"backend": "naive"})
+    ),
     padded=st.booleans(),
     hint=st.booleans(),
     trust=st.booleans(),
@@ -115,7 +117,9 @@ def test_a_rule_is_taken_as_the_mask_that_it_is(
     x = X if batched else X[0]
     x = x.transpose(0, 1) if batched and not batch_first else x
     rule, padding = RULES[name](), torch.arange(5) >= torch.tensor([[4], [2]])
-    hidden = ~rule.materialize(len(X) if batched else 1, HEADS, 5, 5, None).expand(len(X) if batched else 1, HEADS, 5, 5)
+    hidden = ~rule.materialize(len(X) if batched else 1, HEADS, 5, 5, None).expand(
+        len(X) if batched else 1, HEADS, 5, 5
+    )
     given = {"key_padding_mask": (padding if batched else padding[0]) if padded else None, "need_weights": need_weights}
     out, weights = ours(x, x, x, attn_mask=rule, is_causal=hint, **given)
     ours.skip_padding = False
@@ -208,7 +212,11 @@ GIVEN_BACK: dict[str, tuple[str, Callable[..., Any], str]] = {
     "project, two": ("project", lambda *x: x[:2], "project must return the three tensors q, k and v, got 2 of them"),
     "project, one": ("project", lambda q, k, v: q, "project must return the three tensors q, k and v, got Tensor"),
     "project, none": ("project", lambda q, k, v: None, "project must return the three .* got NoneType"),
-    "project, features": ("project", lambda q, k, v: (q, k, v), r"project must return q \(batch=2, seqlen_q=5, .*\(2, 5, 8\)"),
+    "project, features": (
+        "project",
+        lambda q, k, v: (q, k, v),
+        r"project must return q \(batch=2, seqlen_q=5, .*\(2, 5, 8\)",
+    ),
     "heads, two": ("process_heads", lambda q, k, v: (q, k), "process_heads must return the three tensors"),
     "heads, a number": ("process_heads", lambda q, k, v: (q, k, 3), "process_heads must return q .* got .* int"),
     "heads, no q": ("process_heads", lambda q, k, v: (None, k, v), "process_heads must return q .* got NoneType"),
@@ -217,13 +225,21 @@ GIVEN_BACK: dict[str, tuple[str, Callable[..., Any], str]] = {
     "heads, batch": ("process_heads", lambda q, k, v: (q, k[:1], v[:1]), "process_heads must return q"),
     "heads, short v": ("process_heads", lambda q, k, v: (q, k, v[:, :3]), "process_heads must return q"),
     "heads, wide k": ("process_heads", lambda q, k, v: (q, k.repeat(1, 1, 1, 2), v), "process_heads must return q"),
-    "merge, heads": ("merge", lambda out: out, r"merge must return \(batch=2, seqlen_q=5, embed_dim=8\), got \(2, 5, 2, 4\)"),
+    "merge, heads": (
+        "merge",
+        lambda out: out,
+        r"merge must return \(batch=2, seqlen_q=5, embed_dim=8\), got \(2, 5, 2, 4\)",
+    ),
     "merge, narrow": ("merge", lambda out: out.flatten(2)[..., :3], r"merge must .* got \(2, 5, 3\)"),
     "merge, tokens": ("merge", lambda out: out.flatten(2)[:, :2], r"merge must .* got \(2, 2, 8\)"),
     "merge, batch": ("merge", lambda out: out.flatten(2)[:1], r"merge must .* got \(1, 5, 8\)"),
     "merge, turned": ("merge", lambda out: out.flatten(2).transpose(0, 1), r"merge must .* got \(5, 2, 8\)"),
     "merge, a pair": ("merge", lambda out: (out.flatten(2), None), "merge must .* got tuple"),
-    "weights, mean": ("process_weights", lambda w: w.mean(1), r"process_weights must return \(batch=2, heads, .* got \(2, 5, 5\)"),
+    "weights, mean": (
+        "process_weights",
+        lambda w: w.mean(1),
+        r"process_weights must return \(batch=2, heads, .* got \(2, 5, 5\)",
+    ),
     "weights, fewer": ("process_weights", lambda w: w[..., :3], "process_weights must return"),
     "weights, none": ("process_weights", lambda w: None, "process_weights must return .* got NoneType"),
 }
@@ -301,7 +317,7 @@ def test_weights_are_those_that_the_layer_says(
 @pytest.mark.parametrize("given", [{}, {"attn_mask": CAUSAL}, {"average_attn_weights": False}])
 def test_weights_of_a_layer_that_does_not_say_what_they_are_are_refused(given: dict[str, Any]) -> None:
     ours = layer(Differential)
-    with pytest.raises(ValueError, match="need_weights must be False for this Differential.*process_weights"):
+    with pytest.raises(ValueError, match=r"need_weights must be False for this Differential.*process_weights"):
         ours(X, X, X, **given)
     ours(X, X, X, need_weights=False, **{name: value for name, value in given.items() if name == "attn_mask"})
     assert layer(Differential, need_weights=False)(X, X, X)[1] is None

@@ -123,7 +123,10 @@ class Twice(nn.Module):
 OUT_PROJ: dict[str, Callable[[Any], Any]] = {
     "a plain object": put_plain,
     "a plain object without a bias": lambda layer: put_plain(layer, bias=False),
-    "a namespace": lambda layer: (delattr(layer, "out_proj"), setattr(layer, "out_proj", types.SimpleNamespace(**vars(Plain(True))))),
+    "a namespace": lambda layer: (
+        delattr(layer, "out_proj"),
+        setattr(layer, "out_proj", types.SimpleNamespace(**vars(Plain(True)))),
+    ),
     "a computed weight": lambda layer: setattr(layer, "out_proj", Computed()),
     "of another width": lambda layer: setattr(layer, "out_proj", narrow()),
     "tensors": tensors_in_out_proj,

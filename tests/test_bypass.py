@@ -204,7 +204,6 @@ def test_no_layer_shows_that_it_is_looked_at() -> None:
     assert [name for name, _ in layer.self_attn.named_modules()] == ["", "out_proj"]
 
 
-
 class Helper(FlashMultiHeadAttention):
     def helper(self) -> Tensor:
         return self.in_proj_weight.sum()
@@ -268,7 +267,7 @@ def test_an_instance_with_a_forward_of_its_own_is_not_swapped(change: Callable[[
     layer, x = nn.MultiheadAttention(WIDTH, 2), torch.randn(3, 2, WIDTH)
     change(layer)
     expected = layer(x, x, x)[0]
-    with pytest.raises(ValueError, match="forward|_call_impl"):
+    with pytest.raises(ValueError, match=r"forward|_call_impl"):
         FlashMultiHeadAttention.from_torch(layer)
     assert type(replace_mha(layer)) is nn.MultiheadAttention
     assert_same(layer(x, x, x)[0], expected)

@@ -116,7 +116,9 @@ KINDS = (
     keys=st.tuples(st.integers(0, 2), st.integers(0, 2)),
     padded=st.booleans(),
     window=st.sampled_from((None, (1, 0), (0, 1))),
-    columns=st.sampled_from(({}, {"add_bias_kv": True}, {"add_zero_attn": True}, {"add_bias_kv": True, "add_zero_attn": True})),
+    columns=st.sampled_from(
+        ({}, {"add_bias_kv": True}, {"add_zero_attn": True}, {"add_bias_kv": True, "add_zero_attn": True})
+    ),
     need_weights=st.booleans(),
     average=st.booleans(),
     training=st.booleans(),

@@ -307,6 +307,20 @@ def test_layers_change_class_once_more_and_go_back_to_stock() -> None:
     assert anatomy(model) == before
 
 
+def test_what_was_chosen_and_stays_is_said() -> None:
+    model = nn.ModuleDict({"left": Doubling(WIDTH, 2), "built": Half(WIDTH, 2), "stock": attention()})
+    with pytest.warns(UserWarning) as said:
+        replace_mha(model, where="*", to=Ours)
+    assert [
+        str(each.message)[: len(start)]
+        for each, start in zip(said, ("left: stays as it is", "built: stays a Half"), strict=True)
+    ] == ["left: stays as it is", "built: stays a Half"]
+    again = type("Again", (Ours,), {})
+    replace_mha(model, where="stock", to=again)
+    assert type(model["stock"]) is again
+    assert type(restore_mha(model)["stock"]) is nn.MultiheadAttention
+
+
 class Grown(FlashMultiHeadAttention):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
