@@ -41,10 +41,10 @@ def read_call(
     value: Tensor,
     key_padding_mask: Tensor | None,
     need_weights: bool,
-    attn_mask: Tensor | None,
+    attn_mask: Mask | Tensor | None,
     is_causal: bool,
 ) -> Reading:
-    """Read and check one call.
+    """Read and check one call. A flashmha mask is taken as it is, whatever the hint says.
 
     Raises:
         AssertionError, RuntimeError: what the stock module raises for the same input.
@@ -53,9 +53,11 @@ def read_call(
     check_inputs(layer, query, key, value)
     mask: Mask | None = None
     bias: Tensor | None = None
+    if isinstance(attn_mask, Mask):
+        mask, attn_mask, is_causal = attn_mask, None, False
     if key_padding_mask is not None or attn_mask is not None or is_causal:
         check_masks(layer, query, key, key_padding_mask, attn_mask, columns)
-        if is_causal and attn_mask is None:
+        if is_causal and attn_mask is None and not layer.trust_is_causal:
             raise RuntimeError(
                 "Need attn_mask if specifying the is_causal hint. You may use the Transformer module method "
                 "`generate_square_subsequent_mask` to create this mask."
@@ -136,6 +138,8 @@ def check_inputs(layer: Any, query: Tensor, key: Tensor, value: Tensor) -> None:
     """The errors of ``nn.MultiheadAttention`` for query, key and value."""
     embed_dim = layer.embed_dim
     one = query is key and key is value and layer._qkv_same_embed_dim
+    if layer._qkv_same_embed_dim and layer.in_proj_weight is None:
+        raise AssertionError("use_separate_proj_weight is False but in_proj_weight is None")
     if one and query.dim() == 3 and query.shape[2] == embed_dim and embed_dim % layer.num_heads == 0:
         return  # nothing is left that could differ
     if query.dim() not in (2, 3):
@@ -165,6 +169,9 @@ def check_inputs(layer: Any, query: Tensor, key: Tensor, value: Tensor) -> None:
             raise AssertionError(
                 f"key's sequence and batch dims {key.shape[:-1]} do not match value's {value.shape[:-1]}"
             )
+        for name in ("q_proj_weight", "k_proj_weight", "v_proj_weight"):
+            if getattr(layer, name) is None:
+                raise AssertionError(f"use_separate_proj_weight is True but {name} is None")
         for name, x, weight in (("key", key, layer.k_proj_weight), ("value", value, layer.v_proj_weight)):
             if weight.shape[1] != x.shape[-1]:
                 want = (weight.shape[0], x.shape[-1])
@@ -236,7 +243,8 @@ def check_attn_mask_shape(layer: Any, query: Tensor, key: Tensor, attn_mask: Ten
     axes = attn_mask.dim()
     if axes == 4:
         heads = layer.num_heads if attn_mask.shape[1] != 1 else 1
-        sizes: tuple[int, ...] = (batch, heads, seqlen_q, seqlen_k)
+        items = batch if attn_mask.shape[0] != 1 else 1
+        sizes: tuple[int, ...] = (items, heads, seqlen_q, seqlen_k)
     else:
         sizes = (seqlen_q, seqlen_k) if axes == 2 else (batch * layer.num_heads, seqlen_q, seqlen_k)
     if attn_mask.shape != sizes:

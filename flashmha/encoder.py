@@ -9,7 +9,10 @@ annotation here may be postponed: TorchScript reads them.
 from typing import Optional
 
 import torch
+import torch.fx
 from torch import Tensor, nn
+
+torch.fx.wrap("found_causal")  # FX sees one call, which looks when the graph runs
 
 
 class FlashTransformerEncoderLayer(nn.TransformerEncoderLayer):
@@ -57,7 +60,12 @@ def found_causal(mask: Optional[Tensor], key_padding_mask: Optional[Tensor]) -> 
 
     Not asked beside a padding mask, which makes every layer read both, nor where the answer would break a graph.
     """
-    if mask is None or key_padding_mask is not None or torch.compiler.is_compiling() or torch.jit.is_tracing():
+    if (
+        not isinstance(mask, Tensor)
+        or key_padding_mask is not None
+        or torch.compiler.is_compiling()
+        or torch.jit.is_tracing()
+    ):
         return False
     if mask.dim() != 2 or mask.shape[0] != mask.shape[1] or mask.is_meta:
         return False

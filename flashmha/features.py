@@ -4,16 +4,13 @@ The class's values mean *absent*, since the state of a stock module has none of 
 postponed: TorchScript reads them.
 """
 
-from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from collections.abc import Sequence
+from typing import Any
 
-import torch
 from torch import nn
 
 from .backends import expand
 from .masks import Window
-
-F = TypeVar("F", bound=Callable[..., Any])
 
 ABSENT: dict[str, Any] = {
     "num_kv_heads": None,
@@ -26,22 +23,40 @@ ABSENT: dict[str, Any] = {
 }
 """Every feature, and its value in a layer that has none."""
 
-HOPS = ("project", "process_heads", "merge")
+HOPS = ("project", "process_heads", "process_weights", "merge")
 """What a subclass overrides."""
+
+EXTRA_KEYS = ("keys_before", "keys_after")
+"""What a subclass says about the keys that its ``process_heads`` adds."""
 
 SWITCHES = tuple(name for name, value in ABSENT.items() if isinstance(value, bool))
 
+OWN: dict[str, Any] = {}
+"""The package's own methods of a layer, as they were written; the class fills it in."""
 
-def hop(method: F) -> F:
-    """A step of the forward that a subclass may override; TorchScript leaves it alone."""
-    method.flashmha_hop = True  # type: ignore[attr-defined]
-    ignored: F = torch.jit.unused(method)  # type: ignore[assignment]
-    return ignored
+
+def expect(kind: type[nn.Module]) -> None:
+    """Know the methods of a class as they are."""
+    OWN.update({name: getattr(kind, name) for name in (*HOPS, "forward")})
+
+
+def is_own(layer: nn.Module, name: str) -> bool:
+    """A method is the package's own, neither overridden by a subclass nor patched on the class or the instance."""
+    return name not in layer.__dict__ and getattr(type(layer), name) is OWN[name]
+
+
+def has_hops(layer: nn.Module) -> bool:
+    """Some hop is not the package's own; asked in each call, so in one step."""
+    kind, instance = type(layer), layer.__dict__
+    for name in HOPS:  # noqa: SIM110
+        if name in instance or getattr(kind, name) is not OWN[name]:
+            return True
+    return False
 
 
 def overridden(layer: nn.Module) -> list[str]:
     """The hops that are not the package's own."""
-    return [name for name in HOPS if not hasattr(getattr(layer, name), "flashmha_hop")]
+    return [name for name in HOPS if not is_own(layer, name)]
 
 
 def changed(layer: nn.Module) -> list[str]:
@@ -49,17 +64,40 @@ def changed(layer: nn.Module) -> list[str]:
     return [name for name, absent in ABSENT.items() if getattr(layer, name) != absent] + overridden(layer)
 
 
+def replaced(layer: nn.Module) -> list[str]:
+    """The methods around the hops that are not the package's own: ``forward``, and what calls it."""
+    kind = type(layer)
+    found = [] if is_own(layer, "forward") else ["forward"]
+    if kind.__call__ is not nn.Module.__call__:
+        found.append("__call__")
+    if kind._call_impl is not nn.Module._call_impl or "_call_impl" in layer.__dict__:
+        found.append("_call_impl")
+    return found
+
+
+def has_to_run(layer: nn.Module) -> bool:
+    """Something about a layer is lost where its weights are used and its ``forward`` is never called."""
+    return bool(changed(layer) or replaced(layer) or is_quantised(layer.__dict__["_modules"].get("out_proj")))
+
+
+def is_quantised(out_proj: nn.Module | None) -> bool:
+    """An ``out_proj`` of ``torch.ao``, whose weight is a method."""
+    return callable(getattr(type(out_proj), "weight", None))
+
+
 def mark(layer: nn.Module) -> None:
     """Keep ``nn.TransformerEncoderLayer`` from computing a layer's attention behind its back.
 
     In eval the encoder layer hands the weights of ``self_attn`` to one fused operator and never calls it, unless a
-    module inside has a forward hook. So a layer with something to lose carries one that does nothing.
+    module inside has a forward hook. So a layer that has to run carries one that does nothing. The encoder layer looks
+    for hooks on every ``modules()`` of its own, in each call; that is when a layer is marked, as it is then.
     """
-    hooks = layer._forward_pre_hooks
-    if changed(layer):
-        hooks[MARK] = keep_forward  # type: ignore[index]
-    else:
-        hooks.pop(MARK, None)  # type: ignore[call-overload]
+    hooks: dict[Any, Any] = layer._forward_pre_hooks
+    if has_to_run(layer):
+        if MARK not in hooks:
+            hooks[MARK] = keep_forward
+    elif MARK in hooks:
+        del hooks[MARK]
 
 
 MARK = "flashmha"
@@ -67,6 +105,45 @@ MARK = "flashmha"
 
 def keep_forward(layer: nn.Module, arguments: Any) -> None:
     """A forward pre-hook that does nothing; see ``mark``."""
+
+
+HARMLESS = frozenset(
+    [
+        "__module__",
+        "__qualname__",
+        "__doc__",
+        "__dict__",
+        "__weakref__",
+        "__annotations__",
+        "__annotate__",
+        "__annotate_func__",
+        "__annotations_cache__",
+        "__firstlineno__",
+        "__static_attributes__",
+        "__orig_bases__",
+        "__parameters__",
+        "__init__",
+        "__repr__",
+        "extra_repr",
+        "__constants__",
+        "__jit_ignored_attributes__",
+    ]
+)
+"""What a subclass may define without computing anything else."""
+
+
+def own_code(module: nn.Module, kind: type[nn.Module]) -> list[str]:
+    """What a module has in place of the methods and attributes of a class that it is of: its subclass's, its own."""
+    classes = type(module).__mro__
+    above = classes[: classes.index(kind)]
+    names = [name for each in above for name in vars(each) if name not in HARMLESS]
+    return list(dict.fromkeys(names + shadows(module)))
+
+
+def shadows(module: nn.Module) -> list[str]:
+    """Methods of a module's class that the instance has another one for."""
+    methods = (name for name in vars(module) if callable(getattr(type(module), name, None)))
+    return [name for name in methods if name != "_compiled_call_impl"]
 
 
 def check_features(features: dict[str, Any]) -> None:

@@ -4,17 +4,19 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple, Union
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import has_torch_function
 
 from . import nested, padding, plain, projection
+from .arguments import check_flags, check_kinds
 from .backends import preference
 from .backends.base import HALF
 from .call import Reading, read_call
-from .features import changed, overridden
+from .columns import added, append, widen
+from .features import changed, has_hops, is_own
 from .functional import autocast, run
-from .masks import Dense
+from .hops import check_heads, check_output, check_weights, refuse_weights, three
+from .masks import Mask
 from .scores import TensorBias
 from .spec import AttentionSpec, needs_aten
 from .stock import stock_forward
@@ -27,7 +29,7 @@ class Problem(NamedTuple):
     """What one call of a layer asks of attention.
 
     ``dtype`` is what it is computed in where that is not the layer's own; ``padded`` says where the tokens lie if
-    padding was left out.
+    padding was left out, ``custom`` whether the layer has hops of its own.
     """
 
     q: Tensor
@@ -36,6 +38,7 @@ class Problem(NamedTuple):
     spec: AttentionSpec
     dtype: torch.dtype | None = None
     padded: Padded | None = None
+    custom: bool = False
 
 
 def attend(
@@ -51,12 +54,16 @@ def attend(
     backend: Wanted,
 ) -> tuple[Tensor, Tensor | None]:
     """One forward of a layer."""
+    if not (type(need_weights) is type(average_attn_weights) is type(is_causal) is bool):
+        check_flags(need_weights=need_weights, average_attn_weights=average_attn_weights, is_causal=is_causal)
     need_weights = need_weights and layer.need_weights
     one, unmasked = query is key and key is value, key_padding_mask is None and attn_mask is None
     if one and unmasked and not need_weights and not is_causal and backend is None:
         output = plain.attend(layer, query)
         if output is not None:
             return output, None
+    if not (isinstance(query, Tensor) and isinstance(key, Tensor) and isinstance(value, Tensor) and unmasked):
+        check_kinds(query, key, value, key_padding_mask, attn_mask)
     if query.is_nested or (key is not query and key.is_nested) or (value is not key and value.is_nested):
         nested.check(layer, query, key, value, key_padding_mask, attn_mask)
         return attend_nested(layer, query, key, value, need_weights, average_attn_weights, is_causal, backend)
@@ -80,8 +87,11 @@ def attend_call(
 ) -> tuple[Tensor, Tensor | None]:
     """A call that was read: hops 2 to 5. Weights count for ``rows`` (batch, seqlen_q) alone."""
     wanted = layer.backend if backend is None else backend
-    q, k, v, spec, dtype, padded = prepare(layer, call, wanted, skip_padding)
+    q, k, v, spec, dtype, padded, custom = prepare(layer, call, wanted, skip_padding)
     weights: Tensor | None = None
+    says = need_weights and custom and not is_own(layer, "process_weights")
+    if need_weights and not says and q.shape[2] != layer.num_heads:
+        refuse_weights(layer, q.shape[2])
     if need_weights:
         out, weights = attention_with_weights(
             q,
@@ -90,15 +100,23 @@ def attend_call(
             spec,
             wanted,
             layer,
-            average=average_attn_weights,
-            batched=call.batched,
+            average=average_attn_weights and not says,
+            batched=call.batched or says,
             dtype=weights_dtype(q) if dtype is None else call.query.dtype,
             rows=rows,
             padded=padded,
         )
     else:
         out = run(q, k, v, spec, wanted, layer)  # type: ignore[assignment]
+    if weights is not None and says:
+        sizes = weights.shape[0], weights.shape[2], weights.shape[3]
+        weights = layer.process_weights(weights)
+        check_weights(layer, weights, sizes)
+        weights = weights.mean(dim=1) if average_attn_weights else weights
+        weights = weights if call.batched else weights.squeeze(0)
     output = layer.merge(out) if dtype is None else projection.merge(layer, out, dtype).to(call.query.dtype)
+    if not isinstance(output, Tensor) or output.shape != (q.shape[0], q.shape[1], layer.embed_dim):
+        check_output(layer, output, q.shape[0], q.shape[1])
     if padded is not None:
         output = padding.unpack(output, padded.places, (call.query.shape[0], call.query.shape[1]))
     if not call.batched:
@@ -119,6 +137,7 @@ def prepare(layer: Any, call: Reading, wanted: Wanted, skip_padding: bool) -> Pr
     """Hops 2 and 3: the heads projected and processed, and the problem they make."""
     query, key, value, mask, bias, _, columns, valid = call
     padded: Padded | None = None
+    custom = has_hops(layer)
     dtype = computing_dtype(layer, call, wanted) if query.dtype in HALF else None
     if layer.window is not None:
         mask = layer.window if mask is None else mask & layer.window
@@ -128,28 +147,24 @@ def prepare(layer: Any, call: Reading, wanted: Wanted, skip_padding: bool) -> Pr
         query, key, value = padding.pack(query, key, value, real.places)
         mask = padding.packed(mask, real)
     if dtype is None:
-        heads = layer.process_heads(*layer.project(query, key, value))
-        if not isinstance(heads, (tuple, list)) or len(heads) != 3:
-            kind = f"{len(heads)} of them" if isinstance(heads, (tuple, list)) else type(heads).__name__
-            raise ValueError(f"process_heads must return the three tensors q, k and v, got {kind}.")
+        projected = layer.project(query, key, value)
+        heads = layer.process_heads(*(three("project", projected) if custom else projected))
+        if custom:
+            heads = three("process_heads", heads)
+            check_heads(layer, projected, heads, query.shape[0], query.shape[1])
         q, k, v = heads
-        made, wished = q.shape, query.shape
-        if len(made) != 4 or made[0] != wished[0] or made[1] != wished[1]:
-            raise ValueError(
-                f"project and process_heads must return (batch, seqlen, heads, head_dim), q with batch and seqlen_q = "
-                f"{tuple(query.shape[:2])}, got {tuple(q.shape)}, {tuple(k.shape)} and {tuple(v.shape)}."
-            )
         if torch._C._is_any_autocast_enabled():
             q, k, v = autocast(q, k, v)
     else:
         q, k, v = projection.project(layer, query, key, value, dtype)
-    if columns:  # always visible, and outside position space
-        if mask is not None:
-            seen = mask.materialize(q.shape[0], q.shape[2], q.shape[1], k.shape[1], q.device)
-            mask = Dense(F.pad(seen, (0, columns), value=True))
-        if bias is not None:
-            bias = F.pad(bias, (0, columns))
-        k, v = projection.append_columns(layer, k, v)
+    before = after = 0
+    if custom or layer.keys_before or layer.keys_after:
+        before, after = added(layer, key.shape[1], k.shape[1], mask is not None or bias is not None)
+    if before or after or columns:
+        sizes = q.shape[0], q.shape[2], q.shape[1], k.shape[1] - before - after
+        mask, bias = widen(mask, bias, before, after + columns, sizes, q)
+    if columns:
+        k, v = append(layer, k, v)
     spec = AttentionSpec.of(
         q,
         k,
@@ -158,7 +173,7 @@ def prepare(layer: Any, call: Reading, wanted: Wanted, skip_padding: bool) -> Pr
         bias=None if bias is None else TensorBias(bias),
         dropout_p=layer.dropout if layer.training else 0.0,
     )
-    return Problem(q, k, v, spec, dtype, padded)
+    return Problem(q, k, v, spec, dtype, padded, custom)
 
 
 def computing_dtype(layer: Any, call: Reading, wanted: Wanted) -> torch.dtype | None:
@@ -169,11 +184,11 @@ def computing_dtype(layer: Any, call: Reading, wanted: Wanted) -> torch.dtype | 
     query, dtype = call.query, call.query.dtype
     if query.device.type != "cpu" or torch.is_autocast_enabled("cpu") or not projection.emulated(dtype):
         return None
-    if layer.call_out_proj or overridden(layer) or preference(wanted) is not None or needs_aten(query):
+    if layer.call_out_proj or has_hops(layer) or preference(wanted) is not None or needs_aten(query):
         return None
     weights = (layer.in_proj_weight, layer.q_proj_weight, layer.k_proj_weight, layer.v_proj_weight)
     tensors = (call.key, call.value, getattr(layer.out_proj, "weight", None), *weights)
-    if any(x is not None and x.dtype != dtype for x in tensors):
+    if any(isinstance(x, Tensor) and x.dtype != dtype for x in tensors):
         return None  # an error of the caller's, which the projection reports
     return torch.float32
 
@@ -213,13 +228,17 @@ def refuse_torchscript(layer: Any, backend: Wanted) -> None:
         )
 
 
+TENSORS = ("in_proj_weight", "in_proj_bias", "q_proj_weight", "k_proj_weight", "v_proj_weight", "bias_k", "bias_v")
+"""Every tensor that a layer itself holds."""
+
+
 def wants_torch_function(layer: Any, *inputs: Tensor) -> bool:
     """Some input or weight is a tensor subclass that wants to see the call (a mode alone does not count)."""
-    out_proj = layer._modules["out_proj"]  # an adapter may stand there
-    inner, outer = layer._parameters, out_proj._parameters
-    tensors: Any = (*inputs, *inner.values(), *outer.values())
-    if "in_proj_weight" not in inner or "weight" not in outer:  # pruned, parametrized, or put there by hand
-        tensors = (*tensors, getattr(layer, "in_proj_weight", None), getattr(out_proj, "weight", None))
+    out_proj = layer.out_proj  # an adapter may stand there, or anything with a weight and a bias
+    inner, outer = layer._parameters, (getattr(out_proj, "weight", None), getattr(out_proj, "bias", None))
+    usual = type(layer) in projection.PLAIN and "in_proj_weight" in inner and "in_proj_bias" in inner
+    held = (*inner.values(), layer.bias_k, layer.bias_v) if usual else [getattr(layer, name) for name in TENSORS]
+    tensors: Any = (*inputs, *held, *outer)
     if not has_torch_function(tensors):
         return False
     for tensor in tensors:
@@ -243,6 +262,8 @@ def as_stock(
     is_causal: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """The call as ``F.multi_head_attention_forward``."""
+    if isinstance(attn_mask, Mask):
+        attn_mask, is_causal = as_tensor(layer, attn_mask, query, key), False
     return stock_forward(
         query,
         key,
@@ -267,4 +288,14 @@ def as_stock(
         average_attn_weights,
         is_causal,
         layer.batch_first,
+        not layer._qkv_same_embed_dim,
     )
+
+
+def as_tensor(layer: Any, mask: Mask, query: Tensor, key: Tensor) -> Tensor:
+    """A rule as a mask tensor of the stock class: (batch * heads, seqlen_q, seqlen_k), ``True`` = hidden."""
+    axis = 1 if layer.batch_first and query.dim() == 3 else 0
+    batch = query.shape[1 - axis] if query.dim() == 3 else 1
+    sizes = batch, layer.num_heads, query.shape[axis], key.shape[axis]
+    mask.check(*sizes)
+    return ~mask.materialize(*sizes, query.device).expand(sizes).flatten(0, 1)

@@ -5,15 +5,27 @@ The class below only projects, calls and projects. What the arguments of ``nn.Mu
 reads them.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Optional, Union
 
 import torch
 import torch.fx
 from torch import Tensor, nn
 
-from . import plain, projection
-from .features import ABSENT, HOPS, MARK, as_window, changed, check_features, check_kv_heads, hop, mark
+from . import features, plain, projection
+from .features import (
+    ABSENT,
+    EXTRA_KEYS,
+    HOPS,
+    MARK,
+    as_window,
+    changed,
+    check_features,
+    check_kv_heads,
+    own_code,
+    replaced,
+    shadows,
+)
 from .forward import attend, refuse_torchscript
 from .masks import Window
 from .stock import stock_forward
@@ -58,7 +70,7 @@ class FlashMultiHeadAttention(nn.MultiheadAttention):
     """
 
     __constants__ = ["batch_first"]
-    __jit_ignored_attributes__ = list(ABSENT)
+    __jit_ignored_attributes__ = [*ABSENT, *EXTRA_KEYS]
     bias_k: Optional[Tensor]
     bias_v: Optional[Tensor]
 
@@ -70,6 +82,11 @@ class FlashMultiHeadAttention(nn.MultiheadAttention):
     need_weights: bool = True
     trust_is_causal: bool = False
     skip_padding: bool = False
+
+    keys_before: int = 0
+    """How many keys ``process_heads`` puts in front of the call's own, as a prefix does: see there."""
+    keys_after: int = 0
+    """How many it puts behind them, as a sink may."""
 
     def __init__(
         self,
@@ -111,7 +128,6 @@ class FlashMultiHeadAttention(nn.MultiheadAttention):
         for name, value in {"window": window, "backend": backend, **switches}.items():
             if value != ABSENT[name]:
                 setattr(self, name, value)
-        mark(self)
 
     def forward(
         self,
@@ -174,6 +190,7 @@ class FlashMultiHeadAttention(nn.MultiheadAttention):
                 average_attn_weights,
                 is_causal,
                 self.batch_first,
+                not self._qkv_same_embed_dim,
             )
         return attend(
             self,
@@ -188,7 +205,7 @@ class FlashMultiHeadAttention(nn.MultiheadAttention):
             backend,
         )
 
-    @hop
+    @torch.jit.unused
     def project(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values of every head. Override for another projection.
 
@@ -197,16 +214,28 @@ class FlashMultiHeadAttention(nn.MultiheadAttention):
         """
         return projection.project(self, query, key, value)
 
-    @hop
+    @torch.jit.unused
     def process_heads(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """What happens to the heads between projection and attention: nothing. Override for rotary, norms, ...
 
         q (batch, seqlen_q, heads, head_dim), k and v (batch, seqlen_k, heads_kv, head_dim), whatever
-        ``batch_first`` says; batch and seqlen_q must stay.
+        ``batch_first`` says; batch and seqlen_q must stay. Keys put in front of the call's own, or behind, are
+        declared as ``keys_before`` and ``keys_after``, on the class or the instance: every query sees them, and masks,
+        windows and causality go on to speak of the call's own keys alone.
         """
         return q, k, v
 
-    @hop
+    @torch.jit.unused
+    def process_weights(self, weights: Tensor) -> Tensor:
+        """The attention weights of the layer, of those of its heads: the same. Override where ``merge`` combines heads.
+
+        weights (batch, heads, seqlen_q, seqlen_k) in, with the heads of ``process_heads`` and the keys it adds;
+        (batch, heads of the layer's own, seqlen_q, seqlen_k) out, whose mean over the heads is returned by default.
+        Where it is overridden, weights that a call asks for are made at once.
+        """
+        return weights
+
+    @torch.jit.unused
     def merge(self, out: Tensor) -> Tensor:
         """The output projection. Override for another one.
 
@@ -230,9 +259,12 @@ class FlashMultiHeadAttention(nn.MultiheadAttention):
         """The stock module with the same parameter objects, hooks and attributes.
 
         Raises:
-            ValueError: the layer has features the stock class lacks.
+            ValueError: the layer has features the stock class lacks, or code of its own (a subclass's, a patched
+                method, a parametrization) that would be lost.
         """
-        lacking = [name for name in changed(self) if name not in ("backend", "call_out_proj", "trust_is_causal")]
+        kept = ("backend", "call_out_proj", "trust_is_causal")
+        lacking = [name for name in changed(self) if name not in kept]
+        lacking += [name for name in replaced(self) + own_code(self, FlashMultiHeadAttention) if name not in lacking]
         if lacking:
             raise ValueError(
                 f"to_torch must not lose anything: nn.MultiheadAttention has no {', no '.join(lacking)}, "
@@ -246,10 +278,15 @@ class FlashMultiHeadAttention(nn.MultiheadAttention):
         """The layer of a stock module, with the same parameter objects, hooks and attributes.
 
         Raises:
-            TypeError: the module is a subclass, whose own code would be lost.
+            TypeError: the module is a subclass (a parametrized one is), whose own code would be lost.
+            ValueError: the module or the stock class has a forward of its own, or an attribute that would mean
+                something else.
         """
         if type(module) is not nn.MultiheadAttention:
             raise TypeError(f"module must be exactly an nn.MultiheadAttention, got {type(module).__name__}.")
+        why = taken(module)
+        if why is not None:
+            raise ValueError(f"module must lose nothing as a {cls.__name__}, got one that {why}.")
         twin: FlashMultiHeadAttention = alike(module, cls)
         return twin
 
@@ -260,29 +297,47 @@ class FlashMultiHeadAttention(nn.MultiheadAttention):
         if name in ABSENT:
             check_features({name: value})
         super().__setattr__(name, value)
-        if name in ABSENT or name in HOPS:
-            mark(self)
 
     @torch.jit.unused
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)  # type: ignore[no-untyped-call]
-        mark(self)
+    def named_modules(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Module]]:
+        """As in ``nn.Module``; a layer that has to run is marked first, see ``features.mark``."""
+        if isinstance(self, FlashMultiHeadAttention):  # a scripted layer borrows this method
+            features.mark(self)
+        yield from nn.MultiheadAttention.named_modules(self, *args, **kwargs)
 
 
+features.expect(FlashMultiHeadAttention)
 projection.PLAIN.append(FlashMultiHeadAttention)
 plain.expect(FlashMultiHeadAttention)
+
+
+STOCK_FORWARD = nn.MultiheadAttention.forward
+"""PyTorch's own, as it was when this package was imported."""
+
+
+def taken(module: nn.MultiheadAttention) -> Optional[str]:
+    """Why a stock module cannot be a layer of ours without losing something; ``None`` where it can."""
+    if nn.MultiheadAttention.forward is not STOCK_FORWARD:
+        return "runs a patched nn.MultiheadAttention.forward, which would not run after a swap"
+    own = shadows(module)
+    if own:
+        return f"has a {', '.join(own)} of its own on the instance, which would run in place of ours"
+    names = (*ABSENT, *HOPS, *EXTRA_KEYS, "to_torch", "from_torch")
+    used = [name for name in names if hasattr(module, name)]
+    if used:
+        return f"has an attribute {', '.join(used)} of its own, which would mean something else after a swap"
+    return None
 
 
 def alike(module: nn.MultiheadAttention, kind: type[Any]) -> Any:
     """A module of another class with the same parameters, hooks and attributes; dicts are copied, tensors not."""
     twin: Any = object.__new__(kind)
     twin.__dict__.update({name: copied(value) for name, value in vars(module).items()})
+    vars(twin).pop("_compiled_call_impl", None)  # what ``compile()`` made of the other module
     if kind is nn.MultiheadAttention:
         for name in ABSENT:
             vars(twin).pop(name, None)
         twin._forward_pre_hooks.pop(MARK, None)
-    else:
-        mark(twin)
     return twin
 
 

@@ -39,7 +39,10 @@ def check(
 
 
 def wants_grad(layer: nn.MultiheadAttention, *inputs: Tensor) -> bool:
-    return any(tensor.requires_grad for tensor in (*inputs, *layer.parameters()))
+    out_proj = layer.out_proj
+    outer = (getattr(out_proj, "weight", None), getattr(out_proj, "bias", None))
+    weights = (layer.in_proj_weight, layer.in_proj_bias, *outer)
+    return any(isinstance(tensor, Tensor) and tensor.requires_grad for tensor in (*inputs, *weights))
 
 
 def padded(tensor: Tensor) -> tuple[Tensor, Tensor]:

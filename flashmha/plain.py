@@ -26,6 +26,12 @@ from .spec import SHARED, AttentionSpec, is_deterministic
 SPECIAL = (*HOPS, "num_kv_heads", "window", "backend", "call_out_proj")
 """What a layer must not have of its own."""
 
+ELSEWHERE = (*SPECIAL, "in_proj_weight", "in_proj_bias", "out_proj")
+"""What an instance must not have in its own dictionary: hops and features, and what belongs among its parameters."""
+
+AWAY = ("weight", "bias", "forward")
+"""The same of ``out_proj``."""
+
 hops_of = operator.attrgetter(*SPECIAL)
 usual: dict[type, tuple[Any, ...]] = {}
 """A class, and what it has under those names unless somebody patches it."""
@@ -54,15 +60,20 @@ def attend(layer: Any, x: Tensor) -> Tensor | None:
     if casts() or transforms() or traces() is not None:
         return None
     state, shape = layer.__dict__, x.shape
-    out_proj = state["_modules"]["out_proj"]
-    if len(shape) != 3 or type(out_proj) not in PLAIN or not state.keys().isdisjoint(SPECIAL):
+    out_proj = state["_modules"].get("out_proj")
+    if len(shape) != 3 or type(out_proj) not in PLAIN or not state.keys().isdisjoint(ELSEWHERE):
         return None
-    if not state["batch_first"] or state["add_zero_attn"] or (state["training"] and state["dropout"]):
+    if not state["batch_first"] or not state["_qkv_same_embed_dim"] or state["add_zero_attn"]:
+        return None
+    if state["training"] and state["dropout"]:
         return None
     if state.get("bias_k", x) is not None or state.get("bias_v", x) is not None:
         return None
     # a parameter that was pruned, parametrized or put there by hand lies elsewhere
-    inner, outer, dtype, heads = state["_parameters"], out_proj.__dict__["_parameters"], x.dtype, state["num_heads"]
+    behind = out_proj.__dict__
+    if behind["_forward_hooks"] or behind["_forward_pre_hooks"] or not behind.keys().isdisjoint(AWAY):
+        return None
+    inner, outer, dtype, heads = state["_parameters"], behind["_parameters"], x.dtype, state["num_heads"]
     weight, bias = inner.get("in_proj_weight"), inner.get("in_proj_bias", x)
     weight_out, bias_out = outer.get("weight"), outer.get("bias", x)
     if not (type(weight) is type(weight_out) is Parameter and weight.dtype == weight_out.dtype == dtype):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import platform
+import warnings
+import weakref
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from .backends.base import HALF
+from .features import is_own, is_quantised
 from .heads import WORTH
 from .heads import split as split_heads
 
@@ -26,7 +29,8 @@ def project(
     heads = layer.num_heads
     heads_kv = layer.num_kv_heads or heads
     head_dim = layer.embed_dim // heads
-    weight, bias = parameters(layer, "in_proj_weight", "in_proj_bias")
+    packed_weight, bias = parameters(layer, "in_proj_weight", "in_proj_bias")
+    weight = packed_weight if layer._qkv_same_embed_dim else None  # which of the two sets counts is the flag's to say
     if weight is not None and query is key and key is value:
         packed = linear(query, weight, bias, dtype)
         # what ``split`` says, in fewer steps, where it has no copy to spare
@@ -53,26 +57,82 @@ def split(packed: Tensor, head_dim: int, sizes: list[int]) -> tuple[Tensor, ...]
 
 def merge(layer: FlashMultiHeadAttention, out: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """(batch, seqlen_q, embed_dim) of out (batch, seqlen_q, heads, head_dim)."""
-    out, out_proj = out.flatten(2), layer._modules["out_proj"]
-    assert out_proj is not None
+    out, out_proj = out.flatten(2), layer.out_proj
     if layer.call_out_proj:
-        projected: Tensor = out_proj(out)
+        try:
+            projected: Tensor = out_proj(out)
+        except NotImplementedError as error:
+            if not is_quantised(out_proj):
+                raise
+            raise TypeError(
+                f"out_proj must take the heads as they are, got {type(out_proj).__name__}, which takes quantised ones. "
+                f"{QUANTISE}, or quantise out_proj dynamically."
+            ) from error
         return projected
-    return linear(out, *parameters(out_proj, "weight", "bias"), dtype)
+    if (
+        type(out_proj) not in PLAIN
+        or out_proj._forward_hooks
+        or out_proj._forward_pre_hooks
+        or "forward" in out_proj.__dict__
+    ):
+        warn_unheard(layer)
+    weight, bias = parameters(out_proj, "weight", "bias")
+    if not isinstance(weight, Tensor):
+        raise TypeError(
+            f"out_proj must have a tensor as its weight, got {type(weight).__name__} in {type(out_proj).__name__}. "
+            f"{QUANTISE}, or set call_out_proj=True, which calls out_proj as it is."
+        )
+    return linear(out, weight, bias, dtype)
+
+
+QUANTISE = "Quantise the stock layer: flashmha.restore_mha(model) comes before prepare and convert"
+
+
+def unheard(layer: FlashMultiHeadAttention) -> str | None:
+    """What stands at ``out_proj`` and never runs, since its weight and bias are read instead; ``None`` for nothing."""
+    out_proj: Any = layer.out_proj
+    if layer.call_out_proj or not is_own(layer, "merge") or not isinstance(out_proj, nn.Module):
+        return None
+    if getattr(out_proj, "merged", False):  # an adapter that counts by its weight, as PEFT's does
+        return None
+    kind = type(out_proj)
+    if kind.forward is not nn.Linear.forward or "forward" in vars(out_proj):
+        what = f"the forward of out_proj ({kind.__name__}) never runs"
+    elif out_proj._forward_hooks or out_proj._forward_pre_hooks:
+        what = "hooks on out_proj never run"
+    else:
+        return None
+    return f"{what}, as in nn.MultiheadAttention, which reads its weight and bias; call_out_proj=True calls it"
+
+
+warned: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+"""Layers that ``warn_unheard`` spoke of."""
+
+
+def warn_unheard(layer: FlashMultiHeadAttention) -> None:
+    """Say at a layer's first forward that something at its ``out_proj`` does not run."""
+    if torch.compiler.is_compiling() or layer in warned:
+        return
+    why = unheard(layer)
+    if why is not None:
+        warned.add(layer)
+        warnings.warn(f"{type(layer).__name__}: {why}.", stacklevel=2)
 
 
 PLAIN: list[type] = [nn.Linear, NonDynamicallyQuantizableLinear]
 """Classes that define nothing under the names of their parameters; the layer's own joins them."""
 
 
-def parameters(module: nn.Module, weight: str, bias: str) -> tuple[Any, Any]:
+def parameters(module: Any, weight: str, bias: str) -> tuple[Any, Any]:
     """``getattr`` of two parameters, without the exceptions raised and caught on the way to those of ``nn.Module``.
 
-    A subclass may have a property there, and a module whose weights were replaced holds them elsewhere.
+    A subclass may have a property there, a module whose weights were replaced holds them elsewhere, and anything with
+    a weight and a bias may stand for a module.
     """
-    held = module._parameters
-    if type(module) in PLAIN and weight in held and bias in held:
-        return held[weight], held[bias]
+    if type(module) in PLAIN:
+        held, own = module._parameters, module.__dict__
+        if weight in held and bias in held and weight not in own and bias not in own:
+            return held[weight], held[bias]
     return getattr(module, weight), getattr(module, bias)
 
 
@@ -81,19 +141,6 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype | 
     if dtype is not None:
         x, weight = x.to(dtype), weight.to(dtype)
     return F.linear(x, weight, bias if bias is None or bias.dtype == weight.dtype else bias.to(weight.dtype))
-
-
-def append_columns(layer: FlashMultiHeadAttention, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """Keys and values with the learned column of ``add_bias_kv`` and the zero column of ``add_zero_attn``."""
-    batch, _, heads, _ = k.shape
-    ks, vs = [k], [v]
-    if layer.bias_k is not None and layer.bias_v is not None:
-        ks.append(layer.bias_k.unflatten(-1, (heads, -1)).expand(batch, -1, -1, -1).to(k.dtype))
-        vs.append(layer.bias_v.unflatten(-1, (heads, -1)).expand(batch, -1, -1, -1).to(v.dtype))
-    if layer.add_zero_attn:
-        ks.append(k.new_zeros(batch, 1, heads, k.shape[-1]))
-        vs.append(v.new_zeros(batch, 1, heads, v.shape[-1]))
-    return torch.cat(ks, dim=1), torch.cat(vs, dim=1)
 
 
 def emulated(dtype: torch.dtype) -> bool:

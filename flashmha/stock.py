@@ -37,6 +37,7 @@ def stock_forward(
     average_attn_weights: bool,
     is_causal: bool,
     batch_first: bool,
+    use_separate_proj_weight: bool,
 ) -> tuple[Tensor, Optional[Tensor]]:
     """``nn.MultiheadAttention.forward`` without its fast path, with zeros for rows that may look at nothing."""
     batched = query.dim() == 3
@@ -50,7 +51,7 @@ def stock_forward(
         else:
             query, key, value = query.transpose(0, 1), key.transpose(0, 1), value.transpose(0, 1)
     if attn_mask is not None and attn_mask.dim() == 4:
-        attn_mask = attn_mask.expand(-1, num_heads, -1, -1).flatten(0, 1)
+        attn_mask = attn_mask.expand(query.shape[1], num_heads, -1, -1).flatten(0, 1)
 
     blind: Optional[Tensor] = None
     hint_alone = is_causal and key_padding_mask is None and not need_weights  # the mask will not be read
@@ -84,7 +85,7 @@ def stock_forward(
         key_padding_mask=key_padding_mask,
         need_weights=need_weights,
         attn_mask=attn_mask,
-        use_separate_proj_weight=in_proj_weight is None,
+        use_separate_proj_weight=use_separate_proj_weight,
         q_proj_weight=q_proj_weight,
         k_proj_weight=k_proj_weight,
         v_proj_weight=v_proj_weight,

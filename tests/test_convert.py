@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 import flashmha
 from flashmha import FlashMultiHeadAttention, Window, replace_mha, restore_mha, swap_report
+from flashmha.features import ABSENT
 from flashmha.testing import (
     Architecture,
     Tree,
@@ -216,14 +217,149 @@ def test_a_layer_held_outside_the_tree_is_the_same_layer(tree: Tree) -> None:
     assert all(type(layer) is nn.MultiheadAttention for layer in held)
 
 
-def test_layers_that_were_built_as_flashmha_s_stay_through_swap_and_restore() -> None:
-    built = FlashMultiHeadAttention(WIDTH, 2, window=(1, 0))
-    model = nn.ModuleDict({"built": built, "stock": attention()})
-    before, inside = anatomy(model), anatomy(built)
-    replace_mha(model, backend="naive", window=(2, 2))
-    assert anatomy(built) == inside
+class Ours(FlashMultiHeadAttention):
+    """A subclass of ours, with a hop of its own."""
+
+    def process_heads(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return q, k, v.flip(1)
+
+
+@pytest.mark.parametrize("kind", [FlashMultiHeadAttention, Ours])
+@pytest.mark.parametrize("own", [{}, {"window": (3, 0)}, {"backend": "sdpa", "need_weights": False}])
+@given(options=st.sampled_from(({}, {"backend": "naive", "window": (1, 0)}, {"call_out_proj": True})))
+def test_options_reach_layers_that_were_built_as_flashmha_s_and_restoring_brings_back_what_was(
+    kind: type[FlashMultiHeadAttention], own: dict[str, Any], options: dict[str, Any]
+) -> None:
+    model = nn.ModuleDict({"built": kind(WIDTH, 2, **own), "stock": attention()})
+    before = anatomy(model)
+    replace_mha(model, **options)
+    replace_mha(model, **options)
+    alike = kind(WIDTH, 2, **(own | options))
+    for name in ABSENT:
+        assert repr(getattr(model["built"], name)) == repr(getattr(alike, name)), name
+    told = {row.name: row.why for row in swap_report(model)}
+    assert "built" in told["built"] and all(name in told["built"] for name in options)
     restore_mha(model)
     assert anatomy(model) == before
+
+
+class Half(FlashMultiHeadAttention):
+    """A subclass that takes one option and refuses another."""
+
+    @property
+    def window(self) -> Any:  # type: ignore[override]
+        return None
+
+
+@pytest.mark.parametrize("swapped", [False, True])
+def test_nothing_is_half_changed_where_a_layer_refuses_an_option(swapped: bool) -> None:
+    model = nn.ModuleDict({"stock": attention(), "halved": Half(WIDTH, 2), "last": attention()})
+    if swapped:
+        replace_mha(model, backend="sdpa")
+    before = anatomy(model)
+    with pytest.raises(AttributeError):
+        replace_mha(model, backend="naive", window=(1, 0))
+    assert anatomy(model) == before
+    assert anatomy(restore_mha(model)) == anatomy(restore_mha(model))
+
+
+def several() -> nn.ModuleDict:
+    return nn.ModuleDict(
+        {"early": attention(), "late": nn.ModuleDict({"a": attention(), "b": attention()}), "built": Half(WIDTH, 2)}
+    )
+
+
+CHOICES: dict[str, tuple[Any, set[str]]] = {
+    "a name": ("early", {"early"}),
+    "a pattern": ("late.*", {"late.a", "late.b"}),
+    "several": (["early", "*.b"], {"early", "late.b"}),
+    "a function": (lambda name, module: name.endswith("a"), {"late.a"}),
+    "a function of the module": (lambda name, module: type(module) is Half, {"built"}),
+}
+
+
+@pytest.mark.parametrize(("where", "names"), CHOICES.values(), ids=CHOICES.keys())
+def test_a_choice_of_layers_is_swapped_and_no_other(where: Any, names: set[str]) -> None:
+    model = several()
+    before = anatomy(model)
+    replace_mha(model, where=where, to=Ours, backend="naive")
+    for name, module in model.named_modules():
+        if isinstance(module, nn.MultiheadAttention):
+            kinds = (Half,) if name == "built" else (Ours,) if name in names else (nn.MultiheadAttention,)
+            assert type(module) in kinds
+            assert (getattr(module, "backend", None) == "naive") == (name in names)
+    rows = {row.name: row for row in swap_report(model)}
+    assert all(rows[name].swapped for name in names)
+    assert all(rows[name].kind == "Ours" for name in names - {"built"})
+    restore_mha(model)
+    assert anatomy(model) == before
+
+
+def test_layers_change_class_once_more_and_go_back_to_stock() -> None:
+    model, x = nn.ModuleDict({"a": attention(), "b": attention()}), inputs()
+    before = anatomy(model)
+    replace_mha(model)
+    replace_mha(model, where="a", to=Ours)
+    assert [type(layer) for layer in model.values()] == [Ours, FlashMultiHeadAttention]
+    a, b = (self_attend(layer, x) for layer in model.values())
+    assert not torch.allclose(a, b)
+    restore_mha(model)
+    assert anatomy(model) == before
+
+
+def test_what_was_chosen_and_stays_is_said() -> None:
+    model = nn.ModuleDict({"left": Doubling(WIDTH, 2), "built": Half(WIDTH, 2), "stock": attention()})
+    with pytest.warns(UserWarning) as said:
+        replace_mha(model, where="*", to=Ours)
+    assert [
+        str(each.message)[: len(start)]
+        for each, start in zip(said, ("left: stays as it is", "built: stays a Half"), strict=True)
+    ] == ["left: stays as it is", "built: stays a Half"]
+    again = type("Again", (Ours,), {})
+    replace_mha(model, where="stock", to=again)
+    assert type(model["stock"]) is again
+    assert type(restore_mha(model)["stock"]) is nn.MultiheadAttention
+
+
+class Grown(FlashMultiHeadAttention):
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.norm = nn.LayerNorm(4)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"where": "nowhere"},
+        {"where": ["early", "nowhere"]},
+        {"where": lambda name, module: False},
+        {"where": 3},
+        {"where": [3]},
+        {"where": []},
+        {"to": nn.MultiheadAttention},
+        {"to": FlashMultiHeadAttention(8, 2)},
+        {"to": Grown},
+        {"to": None},
+    ],
+)
+def test_a_choice_that_means_nothing_raises_and_leaves_the_model_untouched(arguments: dict[str, Any]) -> None:
+    model = several()
+    before = anatomy(model)
+    with pytest.raises((TypeError, ValueError), match="must"):
+        replace_mha(model, **arguments)
+    assert anatomy(model) == before
+
+
+class TimmAttention(nn.Module):
+    """An attention layer of another library."""
+
+
+@pytest.mark.parametrize("model", [nn.Linear(2, 2), nn.Sequential(TimmAttention(), TimmAttention())])
+def test_a_model_without_a_stock_layer_is_said_to_have_none(model: nn.Module) -> None:
+    with pytest.warns(UserWarning, match="no nn.MultiheadAttention") as said:
+        replace_mha(model)
+    assert len(said) == 1
+    assert isinstance(model, nn.Linear) or "TimmAttention" in str(said[0].message)
 
 
 def test_tied_projections_stay_one_parameter_and_get_both_gradients() -> None:
