@@ -17,14 +17,14 @@ from flashmha.__main__ import main
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "flashmha"
 ORDER = """
-    masks scores spec errors heads
+    extras masks scores spec errors heads
     backends.base backends.flash backends.blocks backends.compact backends.block_tables backends.grouped
     backends.packing backends.plugins backends.ranking backends.tuned
     backends.flash4_mask backends.flash4_kernels
     backends.naive backends.sdpa backends.flex backends.flash2 backends.flash3 backends.flash4
     backends.registry backends functional deferred
     features stock nested call padding kernels tiles weights projection plain forward module encoder convert explain
-    commands commands.devices commands.screen commands.picture tolerance
+    commands commands.devices commands.screen commands.destination commands.variables commands.picture tolerance
     testing.record testing.attention testing.kernels testing.judge testing.drop_in testing.anatomy testing.tree
     testing.layer testing.encoder testing.transformer testing.call testing
     benchmark.cases benchmark.inputs benchmark.reference benchmark.machine benchmark.peers benchmark.kernels

@@ -28,7 +28,7 @@ from .flash4 import Flash4
 from .flex import Flex
 from .naive import Naive
 from .ranking import LAST, WORTH, work
-from .registry import FAMILIES, discover, expand, get, names, origin, register, unregister
+from .registry import FAMILIES, discover, expand, get, names, origin, prefer, register, unregister
 from .sdpa import Sdpa, packs, switches
 from .tuned import load_tuned
 
@@ -48,6 +48,7 @@ __all__ = [
     "note",
     "order",
     "origin",
+    "prefer",
     "record",
     "register",
     "unregister",
@@ -67,8 +68,8 @@ OWN = (Sdpa, Flash4, Flash3, Flash2, Flex, Naive)
 def order(spec: AttentionSpec) -> tuple[str, ...]:
     """The order in which automatic choice asks: the list's, in which our own backends stand as they were measured.
 
-    Others stay where they were registered. SDPA comes first of our own while one of its switches is off, as inside
-    ``sdpa_kernel(...)``: it alone obeys them.
+    Others stay where they were registered, and what ``prefer`` moved stays there. SDPA comes first of our own while one
+    of its switches is off, as inside ``sdpa_kernel(...)``: it alone obeys them.
     """
     discover()
     row = tuned.row(spec)
@@ -79,6 +80,8 @@ def order(spec: AttentionSpec) -> tuple[str, ...]:
     elif spec.features & BUILDS_MASKS and not packs(spec):
         late, anchor = "sdpa", "flex"
         first = tuple([name for name in first if name != late])  # what it was measured at is not what it would do
+    if late in registry.preferred:
+        late = ""
     if switched(spec):
         first = ("sdpa", *first)
     if torch.compiler.is_compiling():
@@ -118,7 +121,7 @@ def arranged(entries: dict[str, Backend], first: tuple[str, ...], late: str, anc
         names.insert(names.index(anchor) + 1, late)
     if not first:
         return tuple(names)
-    own = [name for name in names if type(entries[name]) in OWN]
+    own = [name for name in names if type(entries[name]) in OWN and name not in registry.preferred]
     ahead = [name for name in dict.fromkeys(first) if name in own]
     ranked = iter([*ahead, *[name for name in own if name not in ahead]])
     return tuple([next(ranked) if name in own else name for name in names])
@@ -148,8 +151,13 @@ def asked(wanted: Wanted = None) -> tuple[str, Wanted]:
     values = getattr(os.environ, "_data", None)
     if values is not None and KEY not in values:  # where ``get`` would raise and catch two exceptions, in every call
         return VARIABLE, None
+    return VARIABLE, read_variable()
+
+
+def read_variable() -> list[str] | None:
+    """The names in ``FLASHMHA_BACKEND``; ``None`` where it is not set, or to nothing."""
     named = os.environ.get(VARIABLE)
-    return VARIABLE, [name.strip() for name in named.split(",")] if named else None
+    return [name.strip() for name in named.split(",")] if named else None
 
 
 def preference(wanted: Wanted = None) -> Wanted:

@@ -62,7 +62,7 @@ def levels(run: Run) -> list[str]:
 
 
 def verdict_table(run: Run, level: str) -> Table:
-    """One row a case of a level, and one more for each other way that ours was run."""
+    """One row a case of a level, and one more for each other way that ours was run, and for each named backend."""
     rows = []
     eager = next(one for one, kind in HEADLINES.items() if kind == (level, "eager"))
     for case in run["cases"]:
@@ -72,6 +72,8 @@ def verdict_table(run: Run, level: str) -> Table:
             rows += [verdict_row(case, one, case["id"] + KINDS[how(one)]) for one in others if one in case["verdicts"]]
             if "flashmha_skip" in case["ratios"]:
                 rows.append(verdict_row(case, "flashmha_skip", f"{case['id']}, skip_padding"))
+            named = [one for one in run.get("named", ()) if one in case["contestants"]]
+            rows += [verdict_row(case, one, f"{case['id']}, {one.partition(':')[2]}") for one in named]
     return filled(COLUMNS, rows)
 
 
@@ -218,8 +220,8 @@ def markdown(run: Run) -> str:
     parts = ["# Benchmark", origin_line(run), "\n".join(f"- {line}" for line in summary_lines(run)), LEGEND]
     for level in levels(run):
         parts += [f"## Level {level}", markdown_table(*verdict_table(run, level))]
-    parts += ["## Everybody", markdown_table(*everybody_table(run))]
-    parts += ["## Not timed", markdown_table(*absences_table(run))]
+    for title, (columns, rows) in (("All that took part", everybody_table(run)), ("Not timed", absences_table(run))):
+        parts += [f"## {title}", markdown_table(columns, rows)] if rows else []
     if run["absent"]:
         parts += ["Not here: " + "; ".join(f"`{name}` ({why})" for name, why in run["absent"].items()) + "."]
     return "\n\n".join(parts) + "\n"

@@ -16,7 +16,7 @@ from .. import __version__
 from .cases import Case
 from .gate import Seat, admit, sweep
 from .inputs import draw
-from .lineup import contestants, everybody
+from .lineup import contestants, everybody, shown_by_name
 from .machine import Canary, commit, environment, quiet, seconds
 from .peers import Contestant
 from .reference import Reference
@@ -86,6 +86,7 @@ def run(plan: Plan, tell: Tell) -> dict[str, Any]:
             taking_part = contestants(everyone, case, plan.device, plan.peers, plan.backends)
             measured.append(measure(case, taking_part, plan, canary, began + plan.budget, share))
             tell(f"{case.id}: {spoken(measured[-1])}")
+        env = environment(plan.device)
     places = [case.id for case in plan.cases]
     measured.sort(key=lambda row: places.index(row["id"]))
     judged = judge(measured)
@@ -103,8 +104,9 @@ def run(plan: Plan, tell: Tell) -> dict[str, Any]:
             "budget": plan.budget,
             "seed": plan.seed,
         },
-        "env": environment(plan.device),
+        "env": env,
         "absent": absent,
+        "named": shown_by_name(everyone, plan.backends),
         "dropped": dropped,
         "unstable": bool(drifted) or floor > UNSTABLE.get(plan.device.type, 0.1),
         **judged,

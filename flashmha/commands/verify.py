@@ -7,16 +7,11 @@ import dataclasses
 
 import torch
 
-try:
-    import hypothesis
-except ModuleNotFoundError as error:
-    raise ModuleNotFoundError("verify draws problems with hypothesis: pip install 'flashmha[verify]'") from error
-
 from ..backends import Backend, expand, get, names
 from ..backends.base import FEATURES
 from ..errors import in_one_line
+from ..extras import wanted_by
 from ..spec import AttentionSpec
-from ..testing import assert_agrees, seeds, served
 from .devices import device, devices
 from .screen import Advance, add_json, print_json, print_table, progress
 
@@ -75,6 +70,10 @@ class Verdict:
 
 def judge(backend: Backend, where: torch.device, examples: int, seed: int, advance: Advance) -> Verdict:
     """One backend on one device, on that many problems that it serves."""
+    with wanted_by("verify"):
+        import hypothesis
+
+        from ..testing import assert_agrees, seeds, served
     absent = backend.limits.not_on.get(where.type, frozenset())
     verdict = Verdict(backend.name, str(where))
     reason = backend.unavailable(where)

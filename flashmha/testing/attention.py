@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from hypothesis import strategies as st
 from torch import Tensor
 
 from ..backends import get
@@ -14,11 +15,6 @@ from ..masks import ALIGNMENTS, Dense, Documents, KeyLengths, KeyPadding, Mask, 
 from ..scores import ALiBi, Bias, RelativeBias, TensorBias
 from ..spec import AttentionSpec
 from .record import placed
-
-try:
-    from hypothesis import strategies as st
-except ModuleNotFoundError as error:
-    raise ModuleNotFoundError("flashmha.testing draws with hypothesis: pip install 'flashmha[test]'") from error
 
 MASKS = {
     "causal": 3,
