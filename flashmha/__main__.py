@@ -54,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except (ValueError, OSError, ModuleNotFoundError) as error:  # a wrong call, a missing file, a missing extra
-        rooms[called].error(" ".join(str(error).split()))
+        rooms[called].exit(2, f"{rooms[called].prog}: {' '.join(str(error).split())}\n")
 
 
 if __name__ == "__main__":
