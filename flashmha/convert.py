@@ -43,8 +43,7 @@ def replace_mha(model: M, **options: Any) -> M:
     Raises:
         TypeError, ValueError: an option that does not exist or means nothing; the model is as it was.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be an nn.Module, got {model!r}.")
+    check_model(model)
     unknown = sorted(set(options) - set(OPTIONS))
     if unknown:
         raise TypeError(f"options must be among {', '.join(OPTIONS)}, got {', '.join(unknown)}.")
@@ -86,6 +85,7 @@ def restore_mha(model: M) -> M:
 
     A layer that was parametrized or sharded after the swap waits until that is undone (``swap_report`` says so).
     """
+    check_model(model)
     for _, module, _ in walk(model):
         if UNDO not in vars(module) or (isinstance(module, OURS) and type(module) not in STOCK):
             continue
@@ -134,6 +134,7 @@ class SwapReport(tuple[SwapRow, ...]):
 
 def swap_report(model: nn.Module) -> SwapReport:
     """What ``replace_mha`` swapped in a model, what not, and why; before a swap, what it would leave."""
+    check_model(model)
     rows = []
     for name, module, fsdp in walk(model):
         kind = type(module).__name__
@@ -153,6 +154,12 @@ def swap_report(model: nn.Module) -> SwapReport:
             kept = [f"{attribute} set to {getattr(module, attribute)}" for attribute in vars(module)[UNDO]]
             rows.append(SwapRow(name, kind, True, "; ".join(kept) or "calls self_attn in eval too"))
     return SwapReport(rows)
+
+
+def check_model(model: object) -> None:
+    """Raise ``TypeError`` unless a model is one."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be an nn.Module, got {model!r}.")
 
 
 def refusal(module: nn.MultiheadAttention, fsdp: bool) -> str | None:

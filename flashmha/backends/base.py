@@ -97,6 +97,12 @@ class Limits:
     def __post_init__(self) -> None:
         bounds = (self.head_dim, self.head_dim_min, self.head_dim_step, self.seqlen_min, self.batch_min)
         object.__setattr__(self, "sized", bounds != (None, 1, 1, 0, 0))
+        for name, kind in (("devices", str), ("dtypes", torch.dtype)):
+            values = getattr(self, name)
+            if not isinstance(values, tuple) or not all(isinstance(value, kind) for value in values):
+                raise TypeError(f"{name} must be a tuple of {kind.__name__}, got {values!r}.")
+        if not isinstance(self.features, frozenset):
+            raise TypeError(f"features must be a frozenset of names, got {self.features!r}.")
         unknown = sorted(self.features.union(*self.not_on.values()) - frozenset(FEATURES))
         if unknown:
             raise ValueError(f"features must be among {', '.join(FEATURES)}, got {', '.join(unknown)}.")

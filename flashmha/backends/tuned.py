@@ -73,6 +73,8 @@ def load_tuned(file: str | os.PathLike[str] | None) -> None:
     Raises:
         ValueError: there is no such file, it is damaged, or it was measured with another GPU, torch or kernel package.
     """
+    if file is not None and not isinstance(file, (str, os.PathLike)):
+        raise TypeError(f"file must be a path, or None for the built-in table alone, got {file!r}.")
     replace(Tuned(settled=True) if file is None else held(read(file)))
 
 
