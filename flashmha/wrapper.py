@@ -116,7 +116,7 @@ def benchmark_attention(
     sizes = {"seq_len": seq_len, "num_heads": num_heads, "batch_size": batch_size, "num_iterations": num_iterations}
     for name, size in sizes.items():
         if not isinstance(size, int) or size < 1:
-            raise ValueError(f"{name} must be a whole number of at least 1, got {size!r}.")
+            raise ValueError(f"{name} must be at least 1, got {size!r}.")
     if not isinstance(d_model, int) or d_model < 1 or d_model % num_heads:
         raise ValueError(f"d_model must be a multiple of num_heads, got d_model={d_model} and num_heads={num_heads}.")
     from .benchmark.machine import peak_bytes, quiet, seconds

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import io
+import itertools
 import json
 import math
 import os
@@ -88,11 +89,58 @@ def test_info_says_what_every_backend_says_of_every_device(terminal: bool) -> No
     assert all(name in out for name in names()) and torch.__version__ in out
 
 
-def test_info_shows_the_variable_even_where_it_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("FLASHMHA_BACKEND", "nobody")
-    assert answer("info")["FLASHMHA_BACKEND"] == "nobody"
-    status, out, _ = run("info")
-    assert status == 0 and "nobody" in out
+WRONG_VARIABLES = {
+    "FLASHMHA_BACKEND": ("nonsense", "sdpa,nonsense", "sdpa,", ",", " "),
+    "FLASHMHA_TUNED": ("nowhere.json", ".", "pyproject.toml", "[]", "{}"),
+}
+"""What cannot be followed; of a table, the name of a file or what stands in one."""
+
+
+@pytest.fixture
+def untuned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No tuned table, before and after."""
+    monkeypatch.delenv(tuned.VARIABLE, raising=False)
+    monkeypatch.setattr(tuned, "state", tuned.Tuned())
+
+
+CALLS = {
+    "info": (),
+    "explain": ("--device", "cpu"),
+    "verify": ("--backend", "naive", "--device", "cpu", "--examples", 1),
+    "bench": ("--list",),
+    "table": (),
+}
+
+
+@pytest.mark.usefixtures("untuned")
+@pytest.mark.parametrize("command", CALLS)
+@pytest.mark.parametrize(
+    ("name", "value"), [(name, value) for name, those in WRONG_VARIABLES.items() for value in those]
+)
+def test_a_variable_that_cannot_be_followed_is_an_error_of_every_command(
+    name: str, value: str, command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if value in ("[]", "{}"):
+        (tmp_path / "tuned.json").write_text(value)
+        value = str(tmp_path / "tuned.json")
+    monkeypatch.setenv(name, value)
+    status, out, err = run(command, *CALLS[command])
+    assert status == 2 and err.count("\n") == 1 and name in err and "Traceback" not in err
+    assert (value in out and "sdpa" in out) if command == "info" else not out, "info shows what there is all the same"
+    assert run(command, "--help")[0] == 0
+
+
+@pytest.mark.usefixtures("untuned")
+def test_a_table_is_made_anew_whatever_the_variable_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FLASHMHA_TUNED", str(tmp_path / "tuned.json"))
+    status, _, err = run("tune", *TINY, "--kinds", "dense", "--save", tmp_path / "tuned.json")
+    assert status == 0, err
+    assert run("info")[0] == 0
+
+
+def test_a_variable_set_to_nothing_is_not_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FLASHMHA_BACKEND", "")
+    assert run("info")[0] == run("explain", "--device", "cpu")[0] == 0
 
 
 def test_table_holds_the_limits_as_data() -> None:
@@ -303,15 +351,8 @@ def test_nothing_judged_is_no_success() -> None:
 
 # tune
 
-TINY = ("--device", "cpu", "--head-dims", 8, "--seqlens", 16, 32, "--rounds", 1)
-"""A grid that takes no time."""
-
-
-@pytest.fixture
-def untuned(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No tuned table, before and after."""
-    monkeypatch.delenv(tuned.VARIABLE, raising=False)
-    monkeypatch.setattr(tuned, "state", tuned.Tuned())
+TINY = ("--device", "cpu", "--head-dims", 8, "--seqlens", 16, 32, "--rounds", 1, "--budget", "1e9")
+"""A small grid, and all the time there is for it: no machine is too slow."""
 
 
 @pytest.mark.usefixtures("untuned")
@@ -345,7 +386,8 @@ def test_tune_shows_the_fastest_and_names_flags_in_the_table() -> None:
     status, out, err = run("tune", *TINY, "--kinds", "dense", "decode", "--pass", "eval", "--backends", "naive", "flex")
     lines = out.splitlines()
     assert (status, err) == (0, "") and lines[0].split()[-4:] == ["flex", "us", "naive", "us"]
-    assert len(lines) == 1 + 2 + 4 and all("*" in line for line in lines[1:])
+    assert len(lines) == 1 + 2 + 4 + tune.LEGEND.count("\n") + 1
+    assert all(line.count("*") == 1 for line in lines[1:7])
 
 
 class Later(Right):
@@ -407,8 +449,10 @@ def test_the_definition_of_a_cell_is_that_of_its_last_queries(kind: str, seqlen:
         assert tune.Definition(inputs).error([x * 1.2 for x in inputs.run("naive")]) > tune.WRONG
 
 
-def test_a_budget_drops_the_last_cells_and_says_so() -> None:
-    status, out, err = run("tune", *TINY, "--budget", "1e-9")
+def test_a_budget_drops_the_last_cells_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    ticks = itertools.count()
+    monkeypatch.setattr(tune.time, "monotonic", lambda: float(next(ticks)))
+    status, out, err = run("tune", *TINY, "--budget", "0.5")
     assert status == 0 and "problems were dropped: the budget is spent" in err
     assert len(out.splitlines()) == 1
 
@@ -570,7 +614,7 @@ def test_an_installed_backend_is_benchmarked(python: Path, tmp_path: Path) -> No
     cases = [case["id"] for case in json.loads(listed) if "attention:einsum" in case["contestants"]]
     assert cases, "einsum takes part in no case"
     smallest = min(cases, key=lambda name: math.prod(int(size) for size in sizes(name)))
-    call = ("--case", smallest, "--rounds", "1", "--no-plots", "--json", "--backends", "einsum")
+    call = ("--case", smallest, "--rounds", "1", "--budget", "1e9", "--no-plots", "--json", "--backends", "einsum")
     found = json.loads(said(python, "-m", "flashmha", "bench", *call, folder=tmp_path, accept=(0, 3)))
     assert "attention:einsum" in json.dumps(found["cases"])
 

@@ -130,20 +130,15 @@ def add(backend: Backend, before: str | None = None) -> None:
         if name in FAMILIES:
             raise ValueError(f"name must not be taken, got {name!r}, which stands for {', '.join(FAMILIES[name])}.")
         if name in entries:
-            raise ValueError(f"name must not be taken, got {name!r}, of {origin(name)}; {way_out(backend, before)}.")
+            where = "" if before is None else f", before={before!r}"
+            raise ValueError(
+                f"name must not be taken, got {name!r}; unregister({name!r}) first to replace it, "
+                f"or prefer({name!r}{where}) to move it."
+            )
         rows = list(entries.items())
         place = len(rows) if before is None else list(entries).index(before)
         rows.insert(place, (name, backend))
         entries = dict(rows)
-
-
-def way_out(backend: Backend, before: str | None) -> str:
-    """What to do instead of registering a backend whose name is on the list."""
-    name = backend.name
-    if type(entries[name]) is type(backend):
-        where = "" if before is None else f", before={before!r}"
-        return f"it is on the list: flashmha.prefer({name!r}{where}) moves it there"
-    return f"flashmha.unregister({name!r}) first to replace it"
 
 
 def taken(name: str) -> bool:
