@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -115,6 +116,38 @@ def test_the_readme_shows_the_tables_of_the_code(tmp_path: Path) -> None:
     assert copy.read_text(encoding="utf-8") == (ROOT / "README.md").read_text(encoding="utf-8"), (
         "run: python -m flashmha table --write README.md"
     )
+
+
+def test_no_hint_installs_the_package_of_the_same_name_on_the_index() -> None:
+    """FlashMHA on the package index is another project's; ours is torch-flashmha, and imported as flashmha."""
+    metadata = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    assert re.search(r'^name = "torch-flashmha"$', metadata, re.MULTILINE)
+    texts = [
+        *PACKAGE.rglob("*.py"),
+        *ROOT.glob("*.md"),
+        *(ROOT / "docs").glob("*.md"),
+        *(ROOT / "examples").glob("*.py"),
+    ]
+    texts += [ROOT / "pyproject.toml", ROOT / "tests" / "backend_package" / "pyproject.toml"]
+    for path in texts:
+        for line in path.read_text(encoding="utf-8").splitlines():
+            assert not re.search(r"(?<![\w-])flashmha\[", line), f"{path.name}: {line}"
+            assert not re.search(r"pip install\b.*[\s'\"](?<!torch-)flashmha(?![\w./-])", line), f"{path.name}: {line}"
+            assert not re.search(r'dependencies = .*"flashmha', line), f"{path.name}: {line}"
+
+
+def test_a_wheel_holds_the_package_under_its_import_name(tmp_path: Path) -> None:
+    pytest.importorskip("hatchling")
+    build = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(tmp_path)]
+    subprocess.run(build, capture_output=True, text=True, check=True, cwd=ROOT)
+    (wheel,) = tmp_path.iterdir()
+    assert wheel.name.startswith(f"torch_flashmha-{flashmha.__version__}-")
+    with zipfile.ZipFile(wheel) as archive:
+        names = archive.namelist()
+        (about,) = [archive.read(name).decode() for name in names if name.endswith(".dist-info/METADATA")]
+    assert {name.split("/")[0] for name in names} == {"flashmha", f"torch_flashmha-{flashmha.__version__}.dist-info"}
+    assert {f"flashmha/{path.relative_to(PACKAGE).as_posix()}" for path in PACKAGE.rglob("*.py")} <= set(names)
+    assert "Name: torch-flashmha" in about
 
 
 def test_a_file_without_marks_is_refused(tmp_path: Path) -> None:
