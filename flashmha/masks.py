@@ -251,8 +251,9 @@ class Documents(Mask):
         max_seqlen: int | None = None,
         max_seqlen_k: int | None = None,
     ) -> None:
-        for name, offsets in (("cu_seqlens", cu_seqlens), ("cu_seqlens_k", cu_seqlens_k)):
-            if offsets is not None and (not is_vector_of_integers(offsets) or offsets.shape[0] < 2):
+        both = (("cu_seqlens", cu_seqlens), ("cu_seqlens_k", cu_seqlens if cu_seqlens_k is None else cu_seqlens_k))
+        for name, offsets in both:
+            if not is_vector_of_integers(offsets) or offsets.shape[0] < 2:
                 raise ValueError(
                     f"{name} must be an int32 or int64 tensor of shape (documents + 1,), at least (2,), "
                     f"got {told(offsets)}."

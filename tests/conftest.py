@@ -39,6 +39,7 @@ CPU_FILES = {
     "test_errors": "errors raised before any kernel",
     "test_examples": "runs the examples, which choose their device",
     "test_flex": "pretends a GPU",
+    "test_kinds": "errors raised before any kernel",
     "test_package": "reads files",
     "test_ranking": "judges problems without tensors",
     "test_registry": "the list, which no device changes",

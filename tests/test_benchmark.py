@@ -9,6 +9,7 @@ import types
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -30,7 +31,7 @@ from flashmha.benchmark.lineup import contestants, everybody
 from flashmha.benchmark.machine import peak_bytes
 from flashmha.benchmark.peers import CONTROL, Contestant, Flashmha, StockBest, how
 from flashmha.benchmark.reference import Reference, definition
-from flashmha.benchmark.report import figures, load, markdown, save
+from flashmha.benchmark.report import absences_table, figures, load, markdown, save
 from flashmha.benchmark.verdicts import judge as judge_cases
 from flashmha.benchmark.verdicts import middle, noise_floor, ratio, share_of_gemm, verdict
 
@@ -375,6 +376,23 @@ def test_a_third_partys_backend_takes_part_by_itself_and_only_if_right(
         assert status in (0, 3) and all(len(row["seconds"]) == 1 for row in mine)
 
 
+def test_a_named_backend_has_a_row_of_its_own(
+    third_party: type[Backend], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["bench", "--case", TINY, "overhead/*", "--rounds", "1", "--no-plots", "--out", str(tmp_path), *ENDLESS]
+    for named, shown in ((["mine"], {"mine"}), (["mine", "naive"], {"mine", "naive"}), (["naive"], {"naive"})):
+        main([*arguments, "--backends", *named])
+        printed = capsys.readouterr().out
+        page = (tmp_path / "table.md").read_text().partition("## All that took part")[0]
+        for case in (TINY, "overhead/core/eval/b1s8e64h4"):
+            rows = {line.split(", ")[1].split()[0] for line in printed.splitlines() if line.startswith(f"{case}, ")}
+            assert rows == shown and all(f"| {case}, {name} |" in page for name in shown)
+        assert (" wrong " in printed) == ("mine" in named and third_party is Wrong)
+    main(arguments)  # where nothing is said, those of other packages alone
+    printed = capsys.readouterr().out
+    assert f"{TINY}, mine " in printed and "overhead/core/eval/b1s8e64h4, naive" not in printed
+
+
 def test_one_command_writes_every_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("matplotlib")
     folder, again = tmp_path / "made", tmp_path / "again"
@@ -387,6 +405,28 @@ def test_one_command_writes_every_file(tmp_path: Path, capsys: pytest.CaptureFix
     assert capsys.readouterr().out == printed
     for name in ("table.md", *PLOTS):
         assert (again / name).read_bytes() == (folder / name).read_bytes()
+
+
+@fewer(5)
+@given(runs())
+def test_no_marker_is_cut_and_no_table_is_empty(found: dict[str, Any]) -> None:
+    pytest.importorskip("matplotlib")
+    from flashmha.benchmark import plots
+
+    figures: list[Any] = []
+    with mock.patch.object(plots.Figure, "savefig", lambda figure, *where, **options: figures.append(figure)):
+        plots.draw(found, Path("nowhere"))
+    for figure in figures:
+        for ax in figure.axes:
+            for line in ax.lines:
+                (left, right), (low, high) = sorted(ax.get_xlim()), sorted(ax.get_ylim())
+                inside = [left <= x <= right and low <= y <= high for x, y in line.get_xydata().tolist()]
+                assert all(inside) and not line.get_clip_on()
+    page = markdown(found)
+    lines = page.splitlines()
+    for line, following in itertools.pairwise([*lines, ""]):
+        assert not line.startswith("| --- |") or following.startswith("| ")
+    assert ("## Not timed" in page) == bool(absences_table(found)[1])
 
 
 def test_a_run_on_a_gpu_has_one_more_plot(tmp_path: Path) -> None:
