@@ -77,7 +77,7 @@ def attention(
 
 
 def check_kinds(**tensors: Any) -> None:
-    """Raise ``TypeError`` where something is no tensor; ``None`` is left to whoever needs one."""
+    """Raise ``TypeError`` where something is no tensor; ``None`` is fine for sinks alone."""
     for name, tensor in tensors.items():
         if not isinstance(tensor, Tensor) and (tensor is not None or name != "sinks"):
             raise TypeError(f"{name} must be a tensor, got {told(tensor)}.")

@@ -331,7 +331,11 @@ def test_the_share_of_a_matrix_product_is_that_of_the_time(found: dict[str, Any]
             assert math.isclose(share_of_gemm(case, CONTROL) or 0.0, slower)
 
 
-@pytest.mark.parametrize("text", ("", "[]", "{}", '{"schema": 2}'))
+WHOLE = '{"schema": 1, "run": {}, "env": {}, "absent": {}, "dropped": [], "unstable": false, "cases": %s}'
+NO_RUNS = ("", "[]", "{}", '{"schema": 2}', '{"schema": 1}', "[" * 100_000, WHOLE % "[3]", WHOLE % '[{"id": "a"}]')
+
+
+@pytest.mark.parametrize("text", NO_RUNS, ids=range(len(NO_RUNS)))
 def test_a_file_that_is_no_run_is_refused(text: str, tmp_path: Path) -> None:
     (tmp_path / "run.json").write_text(text)
     with pytest.raises(ValueError, match="must hold"):

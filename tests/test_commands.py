@@ -30,6 +30,7 @@ from flashmha import ALiBi, AttentionSpec, Backend, KeyLengths, Limits, Mask, Wi
 from flashmha.__main__ import COMMANDS, main
 from flashmha.backends import get, names, ranking, tuned
 from flashmha.backends.ranking import KINDS, MODES, Row
+from flashmha.benchmark import runner
 from flashmha.commands import tune
 from flashmha.commands.destination import check_file, check_folder
 
@@ -749,6 +750,32 @@ def test_a_destination_is_tried_and_left_as_it_was(tmp_path: Path) -> None:
     made = tmp_path / "made" / "deeper"
     check_folder(made, "--out", ("run.json",))
     assert list(made.iterdir()) == []
+
+
+def stopping(measure: Any, after: int) -> Any:
+    """A function that is interrupted from the keyboard at a later call."""
+    calls = itertools.count(1)
+
+    def measured(*arguments: Any) -> Any:
+        if next(calls) > after:
+            raise KeyboardInterrupt
+        return measure(*arguments)
+
+    return measured
+
+
+def test_a_run_that_is_stopped_keeps_what_was_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tune, "measure", stopping(tune.measure, 2))
+    status, out, err = run("tune", *TINY, "--kinds", "dense", "--save", tmp_path / "tuned.json")
+    found = json.loads((tmp_path / "tuned.json").read_text())
+    assert status == 1 and len(found["cells"]) == 2 and set(found["dropped"].values()) == {tune.STOPPED}
+    assert len(found["cells"]) + len(found["dropped"]) == 4 and tune.STOPPED in err
+    monkeypatch.setattr(runner, "measure", stopping(runner.measure, 1))
+    call = ("bench", "--case", SMALLEST_CASE, "small/layer/train/b1s8e64h4", *SMALLEST_BENCH[3:], "--no-plots")
+    status, out, _ = run(*call, "--out", tmp_path / "made")
+    found = json.loads((tmp_path / "made" / "run.json").read_text())
+    assert status == 1 and len(found["cases"]) == len(found["dropped"]) == 1
+    assert "Dropped, since the run was stopped" in out
 
 
 def full(*arguments: Any, **options: Any) -> Any:

@@ -427,7 +427,7 @@ def test_a_preferred_backend_is_moved_and_the_others_stay(moves: list[tuple[str,
             assert names() == tuple(model)
         asked = list(backends.order(SPEC))
         late = "flex" not in {name for name, before in moves if name != before}
-        if late:  # on a CPU flex waits behind the definition, unless somebody put it elsewhere
+        if late:  # on a CPU flex waits behind the definition, unless it was put elsewhere
             model.remove("flex")
             model.insert(model.index("naive") + 1, "flex")
         assert asked == model

@@ -95,7 +95,7 @@ def read(file: str | os.PathLike[str]) -> Tuned:
         found = json.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise ValueError(f"{path} must be a file that can be read, got {error.strerror or error}; {again}.") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} must be a file of `flashmha tune`, got no JSON ({error}); {again}.") from error
     command, schema = (found.get(name) if isinstance(found, dict) else None for name in ("command", "schema"))
     if (command, schema) != ("tune", SCHEMA):

@@ -71,8 +71,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(options: argparse.Namespace) -> int:
-    """Measure and report: 0, or 1 where a contestant of ours was wrong or a file was not written, or 3 where the
-    machine was too unsteady to tell."""
+    """Measure and report: 0, or 1 where a contestant of ours was wrong, a file was not written or the run was stopped,
+    or 3 where the machine was too unsteady to tell."""
     if options.rounds < 1 or (options.budget is not None and not options.budget > 0):
         raise ValueError(f"rounds and budget must be positive, got {options.rounds} and {options.budget}.")
     if options.list:
@@ -179,6 +179,8 @@ def show(found: Run, json: bool) -> int:
             print_table(*verdict_table(found, level))
             print()
         print("\n".join([*summary_lines(found), origin_line(found)]))
+    if found.get("stopped"):
+        return WRONG
     ours = [name for _, name, _, _ in faults(found) if name.startswith(("flashmha", "attention", "control"))]
     if ours:
         return WRONG

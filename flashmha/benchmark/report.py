@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..errors import in_one_line
 from .cases import Case
 from .peers import HEADLINES, how
 from .verdicts import best_peer, judge, middle, share_of_gemm
@@ -32,6 +33,10 @@ KINDS = {"eager": "", "compiled": ", compiled", "graph": ", in a CUDA graph"}
 """How a contestant runs, behind the name of a case."""
 
 
+PARTS = ("run", "env", "absent", "dropped", "unstable", "cases")
+"""What a file of a run holds beside what its cases say."""
+
+
 def save(run: Run, path: Path) -> None:
     """Write a run as JSON, one line a case."""
     head = {name: value for name, value in run.items() if name != "cases"}
@@ -48,12 +53,20 @@ def load(path: Path) -> Run:
     """
     try:
         run = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} must hold JSON, got {error}.") from None
     schema = run.get("schema") if isinstance(run, dict) else None
     if schema != 1:
         raise ValueError(f"{path} must hold a benchmark run of schema 1, got schema {schema}.")
-    return {**run, **judge(run["cases"])}
+    missing = [name for name in PARTS if name not in run]
+    if missing:
+        raise ValueError(f"{path} must hold a whole benchmark run, got one without {', '.join(missing)}.")
+    try:
+        return {**run, **judge(run["cases"])}
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{path} must hold what `bench` writes, got cases that are not: {in_one_line(error)}."
+        ) from error
 
 
 def levels(run: Run) -> list[str]:
@@ -167,7 +180,8 @@ def summary_lines(run: Run) -> list[str]:
     said = [summary_line(run, one) for one in run["summary"]]
     said += [f"{case_id}: {name} is {status}: {reason}." for case_id, name, status, reason in faults(run)]
     if run["dropped"]:
-        said.append(f"Dropped, since the budget was spent: {', '.join(run['dropped'])}.")
+        why = "the run was stopped" if run.get("stopped") else "the budget was spent"
+        said.append(f"Dropped, since {why}: {', '.join(run['dropped'])}.")
     if run["unstable"]:
         said.append(f"UNSTABLE: twins differ by up to {run['noise_floor']:.1%}; measure again on a quieter machine.")
     return said

@@ -95,7 +95,7 @@ ROWS = 64
 WRONG = 0.05
 """How far from the definition an answer may lie, as a share of its largest value. No judge of precision, as ``verify``
 is: it keeps a kernel that computes something else from winning."""
-SPENT = "the budget is spent"
+SPENT, STOPPED = "the budget is spent", "stopped by hand"
 LEFT_OUT = {"cpu": frozenset(("flex",))}
 """Who is left out where nobody names them, by device type."""
 ELSEWHERE = frozenset(("flex", LAST))
@@ -355,7 +355,9 @@ def tune(options: argparse.Namespace) -> dict[str, Any]:
     env, share = environment(where), grid.budget / max(1, len(todo))
     with progress(f"{len(todo)} problems", len(todo)) as advance:
         for cell in todo:
-            if time.monotonic() - began < grid.budget:
+            if STOPPED in dropped.values():
+                dropped[str(cell)] = STOPPED
+            elif time.monotonic() - began < grid.budget:
                 try:
                     measured.append(measure(cell, wanted, dtype, where, grid, share, options.seed))
                     gc.collect()
@@ -363,6 +365,8 @@ def tune(options: argparse.Namespace) -> dict[str, Any]:
                         torch.cuda.empty_cache()
                 except RuntimeError as error:  # no memory for its tensors, or a kernel has left the GPU in ruins
                     dropped[str(cell)] = in_one_line(error)
+                except KeyboardInterrupt:  # what was measured before is kept
+                    dropped[str(cell)] = STOPPED
             else:
                 dropped[str(cell)] = SPENT
             advance()
@@ -419,16 +423,17 @@ def main(options: argparse.Namespace) -> int:
         except OSError:  # the disk is full by now: what took minutes must not be lost
             print_json(found)
             raise
+    status = 1 if STOPPED in found["dropped"].values() else 0
     if options.json:
         print_json(found)
-        return 0
+        return status
     print_table(*shown(found["cells"]))
     print(LEGEND if found["cells"] else "", end="\n" if found["cells"] else "")
     for why, many in collections.Counter(found["dropped"].values()).items():
         print(f"{many} of {len(found['dropped']) + len(found['cells'])} problems were dropped: {why}", file=sys.stderr)
     if options.save is not None:
         print(f"\nflashmha.load_tuned({str(options.save)!r}) or FLASHMHA_TUNED={options.save} follows it")
-    return 0
+    return status
 
 
 LEGEND = (
