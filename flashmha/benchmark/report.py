@@ -64,9 +64,7 @@ def load(path: Path) -> Run:
     try:
         return {**run, **judge(run["cases"])}
     except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(
-            f"{path} must hold what `bench` writes, got cases that are not: {in_one_line(error)}."
-        ) from error
+        raise ValueError(f"{path} must hold cases as `bench` writes them, got {in_one_line(error)}.") from error
 
 
 def levels(run: Run) -> list[str]:
