@@ -5,8 +5,10 @@ from .backends import (
     Explanation,
     Limits,
     load_tuned,
+    prefer,
     record,
     register,
+    unregister,
     use_backend,
 )
 from .convert import SwapReport, replace_mha, restore_mha, swap_report
@@ -51,10 +53,12 @@ __all__ = [
     "explain",
     "has_flash_attention",
     "load_tuned",
+    "prefer",
     "record",
     "register",
     "replace_mha",
     "restore_mha",
     "swap_report",
+    "unregister",
     "use_backend",
 ]

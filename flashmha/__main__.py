@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from . import __version__
+from .commands.variables import check_variables
 
 COMMANDS = {
     "info": ("flashmha.commands.info", "versions, devices, and what stands against each backend"),
@@ -45,13 +46,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
             room = importlib.import_module(COMMANDS[called][0])
             room.add_arguments(rooms[called])
         options = parser.parse_args(arguments)
+        if called != "info":  # which shows what there is first
+            check_variables(table=called != "tune")  # which makes the table anew
         status: int = room.main(options)
         return status
     except BrokenPipeError:  # whoever read our output has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except (ValueError, OSError, ModuleNotFoundError) as error:  # a wrong call, a missing file, a missing extra
-        rooms[called].error(" ".join(str(error).split()))
+        rooms[called].exit(2, f"{rooms[called].prog}: {' '.join(str(error).split())}\n")
 
 
 if __name__ == "__main__":

@@ -64,8 +64,7 @@ def replace_mha(
         TypeError, ValueError: an option or a class that does not exist or means nothing, or a ``where`` that chooses
             no layer; the model is as it was.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be an nn.Module, got {model!r}.")
+    check_model(model)
     check_target(to)
     unknown = sorted(set(options) - set(OPTIONS))
     if unknown:
@@ -120,6 +119,7 @@ def restore_mha(model: M) -> M:
 
     A layer that was parametrized or sharded after the swap waits until that is undone (``swap_report`` says so).
     """
+    check_model(model)
     for _, module, _ in walk(model):
         if UNDO not in vars(module) or waits(module) is not None:
             continue
@@ -161,6 +161,7 @@ class SwapReport(tuple[SwapRow, ...]):
 
 def swap_report(model: nn.Module) -> SwapReport:
     """What ``replace_mha`` swapped in a model, what not, and why; before a swap, what it would leave."""
+    check_model(model)
     rows = []
     for name, module, fsdp in walk(model):
         kind, undo = type(module).__name__, vars(module).get(UNDO, {})
@@ -177,6 +178,12 @@ def swap_report(model: nn.Module) -> SwapReport:
             kept = [f"{attribute} set to {getattr(module, attribute)}" for attribute in undo if attribute != CLASS]
             rows.append(SwapRow(name, kind, True, "; ".join(kept) or "calls self_attn in eval too"))
     return SwapReport(rows)
+
+
+def check_model(model: object) -> None:
+    """Raise ``TypeError`` unless a model is one."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be an nn.Module, got {model!r}.")
 
 
 def refusal(module: nn.MultiheadAttention, fsdp: bool) -> str | None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
@@ -11,7 +13,7 @@ from . import backends, padding
 from .backends import Explanation, Wanted
 from .call import read_call
 from .forward import prepare
-from .functional import as_bias, as_mask, autocast
+from .functional import as_bias, as_mask, attention, autocast, check_kinds
 from .masks import short
 from .module import FlashMultiHeadAttention
 from .spec import AttentionSpec
@@ -23,22 +25,32 @@ NAIVE = "naive"
 def explain(subject: AttentionSpec | FlashMultiHeadAttention | Tensor, *args: Any, **kwargs: Any) -> Explanation:
     """Which backend would serve a problem, and why not the others: one line a backend. Nothing is computed.
 
-    ``explain(spec, backend=None)`` for an ``AttentionSpec``; ``explain(q, k, v, mask=..., ...)`` for a call of
-    ``attention``; ``explain(layer, query, key, value, ...)`` for a call of a layer, which projects its inputs to
-    see the problem, and says in ``notes`` what it does about padding and precision.
+    ``explain(spec, backend=None)`` for an ``AttentionSpec``, where ``capability=(9, 0)`` asks on paper, for a GPU that
+    need not be here; ``explain(q, k, v, mask=..., ...)`` for a call of ``attention``; ``explain(layer, query, key,
+    value, ...)`` for a call of a layer, which projects its inputs to see the problem, and says in ``notes`` what it
+    does about padding and precision.
     """
-    if isinstance(subject, AttentionSpec):
-        return backends.explain(subject, *args, **kwargs)
-    if isinstance(subject, FlashMultiHeadAttention):
-        return explain_layer(subject, *args, **kwargs)
-    if isinstance(subject, Tensor):
-        return explain_call(subject, *args, **kwargs)
+    for kind, answer, form in FORMS:
+        if isinstance(subject, kind):
+            try:
+                inspect.signature(answer).bind(subject, *args, **kwargs)
+            except TypeError as error:
+                raise TypeError(f"the call must be {form}, got one with {error}.") from None
+            return answer(subject, *args, **kwargs)
     raise TypeError(
         f"subject must be an AttentionSpec, a FlashMultiHeadAttention or the tensor q, got {type(subject).__name__}."
     )
 
 
+def explain_spec(spec: AttentionSpec, backend: Wanted = None, capability: tuple[int, int] | None = None) -> Explanation:
+    return backends.explain(spec, backend, capability)
+
+
 def explain_call(q: Tensor, k: Tensor, v: Tensor, *, backend: Wanted = None, **options: Any) -> Explanation:
+    unknown = sorted(set(options) - set(OPTIONS))
+    if unknown:
+        raise TypeError(f"options must be among {', '.join(OPTIONS)}, got {', '.join(unknown)}.")
+    check_kinds(q=q, k=k, v=v, sinks=options.get("sinks"))
     options["mask"], options["bias"] = as_mask(options.get("mask")), as_bias(options.get("bias"))
     options["need_lse"] = options.pop("return_lse", False)
     return backends.explain(AttentionSpec.of(*autocast(q, k, v), **options), backend)
@@ -56,6 +68,7 @@ def explain_layer(
     is_causal: bool = False,
     backend: Wanted = None,
 ) -> Explanation:
+    check_kinds(query=query, key=key, value=value)
     wanted = layer.backend if backend is None else backend
     need_weights = need_weights and layer.need_weights
     call = read_call(layer, query, key, value, key_padding_mask, need_weights, attn_mask, is_causal)
@@ -78,3 +91,14 @@ def explain_layer(
         said = dataclasses.replace(said, chosen=NAIVE, rows=rows)
         notes.append("attention weights of a small problem: the definition makes them and the output in one pass")
     return dataclasses.replace(said, notes=(*said.notes, *notes))
+
+
+OPTIONS = tuple(inspect.signature(attention).parameters)[3:]
+"""What ``attention`` takes by name."""
+
+FORMS: tuple[tuple[type, Callable[..., Explanation], str], ...] = (
+    (AttentionSpec, explain_spec, "explain(spec, backend=None, capability=None)"),
+    (FlashMultiHeadAttention, explain_layer, "explain(layer, query, key, value, ...), as the layer is called"),
+    (Tensor, explain_call, "explain(q, k, v, ...), as attention is called"),
+)
+"""Kinds of subjects, what answers for each, and how that is called."""

@@ -60,6 +60,7 @@ def attention(
         ValueError: shapes, dtypes or numbers that make no problem.
         NoBackendError: no backend can serve, or the named one cannot; with every reason.
     """
+    check_kinds(q=q, k=k, v=v, sinks=sinks)
     q, k, v = autocast(q, k, v)
     spec = AttentionSpec.of(
         q,
@@ -75,6 +76,13 @@ def attention(
         deterministic=deterministic,
     )
     return run(q, k, v, spec, backend)
+
+
+def check_kinds(**tensors: Any) -> None:
+    """Raise ``TypeError`` where something is no tensor; ``None`` is fine for sinks alone."""
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, Tensor) and (tensor is not None or name != "sinks"):
+            raise TypeError(f"{name} must be a tensor, got {told(tensor)}.")
 
 
 def as_mask(mask: Mask | Tensor | None) -> Mask | None:

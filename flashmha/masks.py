@@ -99,10 +99,24 @@ class Mask(abc.ABC):
         return self.mask_mod(seqlen_q, seqlen_k, documents)(*index_grid(batch, heads, seqlen_q, seqlen_k, device))
 
     def picture(self, seqlen_q: int = 8, seqlen_k: int = 8, *, batch: int = 0, head: int = 0) -> str:
-        """A small drawing for one batch item and head: one line a query, ``■`` may attend, ``·`` may not."""
+        """A small drawing for one batch item and head: one line a query, ``■`` may attend, ``·`` may not.
+
+        Raises:
+            ValueError: a length, a batch item or a head that the mask does not have.
+        """
+        sizes = {"seqlen_q": seqlen_q, "seqlen_k": seqlen_k, "batch": batch, "head": head}
+        for name, size in sizes.items():
+            if type(size) is not int or size < 0:
+                raise ValueError(f"{name} must be a whole number of at least 0, got {size!r}.")
+        if batch and find(self, Documents) is not None:
+            raise ValueError(f"batch must be 0 with Documents, which are packed into one item, got {batch}.")
         device = next((tensor.device for tensor in self.tensors()), None)
-        seen = self.materialize(batch + 1, head + 1, seqlen_q, seqlen_k, device)
-        rows = seen.expand(batch + 1, head + 1, seqlen_q, seqlen_k)[batch, head].tolist()
+        try:
+            seen = self.materialize(batch + 1, head + 1, seqlen_q, seqlen_k, device)
+            rows = seen.expand(batch + 1, head + 1, seqlen_q, seqlen_k)[batch, head].tolist()
+        except (IndexError, RuntimeError) as error:
+            said = ", ".join(f"{name}={size}" for name, size in sizes.items())
+            raise ValueError(f"{', '.join(sizes)} must lie within the mask {self!r}, got {said}.") from error
         return "\n".join(" ".join("■" if allowed else "·" for allowed in row) for row in rows)
 
 
@@ -246,8 +260,9 @@ class Documents(Mask):
         max_seqlen: int | None = None,
         max_seqlen_k: int | None = None,
     ) -> None:
-        for name, offsets in (("cu_seqlens", cu_seqlens), ("cu_seqlens_k", cu_seqlens_k)):
-            if offsets is not None and (not is_vector_of_integers(offsets) or offsets.shape[0] < 2):
+        both = (("cu_seqlens", cu_seqlens), ("cu_seqlens_k", cu_seqlens if cu_seqlens_k is None else cu_seqlens_k))
+        for name, offsets in both:
+            if not is_vector_of_integers(offsets) or offsets.shape[0] < 2:
                 raise ValueError(
                     f"{name} must be an int32 or int64 tensor of shape (documents + 1,), at least (2,), "
                     f"got {told(offsets)}."
@@ -368,6 +383,8 @@ class Rule(Mask):
     def __init__(self, fn: MaskMod, *, align: str = "bottom_right") -> None:
         if align not in ALIGNMENTS:
             raise ValueError(f"align must be one of {ALIGNMENTS}, got {align!r}.")
+        if not callable(fn):
+            raise TypeError(f"fn must be a function of batch, head, q_pos and k_pos, got {told(fn)}.")
         self.fn, self.align = fn, align
 
     def mask_mod(self, seqlen_q: int, seqlen_k: int, documents: Documents | None = None) -> MaskMod:

@@ -23,7 +23,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from .masks import Documents, check_broadcast, index_grid, lookup, positional
+from .masks import Documents, check_broadcast, index_grid, lookup, positional, told
 
 ScoreMod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
@@ -85,10 +85,10 @@ class TensorBias(Bias):
     feature = "bias"
 
     def __init__(self, tensor: Tensor) -> None:
-        if not tensor.is_floating_point() or not 2 <= tensor.dim() <= 4:
+        if not isinstance(tensor, Tensor) or not tensor.is_floating_point() or not 2 <= tensor.dim() <= 4:
             raise ValueError(
                 "bias must be a floating point tensor that broadcasts to (batch, heads, seqlen_q, seqlen_k), "
-                f"got {tensor.dtype} of shape {tuple(tensor.shape)}; a bool tensor is a mask: Dense(tensor)."
+                f"got {told(tensor)}; a bool tensor is a mask: Dense(tensor)."
             )
         self.tensor = tensor[(None,) * (4 - tensor.dim())]
 
@@ -126,10 +126,9 @@ class ALiBi(Bias):
     feature = "alibi"
 
     def __init__(self, slopes: Tensor) -> None:
-        if not slopes.is_floating_point() or slopes.dim() not in (1, 2):
+        if not isinstance(slopes, Tensor) or not slopes.is_floating_point() or slopes.dim() not in (1, 2):
             raise ValueError(
-                "slopes must be a floating point tensor of shape (heads,) or (batch, heads), "
-                f"got {slopes.dtype} of shape {tuple(slopes.shape)}."
+                f"slopes must be a floating point tensor of shape (heads,) or (batch, heads), got {told(slopes)}."
             )
         self.slopes = slopes
 
@@ -163,10 +162,10 @@ class RelativeBias(Bias):
     feature = "bias"
 
     def __init__(self, table: Tensor) -> None:
-        if not table.is_floating_point() or table.dim() != 2 or table.shape[1] % 2 == 0:
+        floating = isinstance(table, Tensor) and table.is_floating_point()
+        if not floating or table.dim() != 2 or table.shape[1] % 2 == 0:
             raise ValueError(
-                "table must be a floating point tensor of shape (heads, 2 * reach + 1), "
-                f"got {table.dtype} of shape {tuple(table.shape)}."
+                f"table must be a floating point tensor of shape (heads, 2 * reach + 1), got {told(table)}."
             )
         self.table = table
 

@@ -17,6 +17,7 @@ from .masks import Dense, Documents, KeyLengths, KeyPadding, Mask, Window, find,
 from .scores import Bias
 
 CPU = torch.device("cpu")
+NUMBER = (int, float, torch.SymFloat, Tensor)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -51,6 +52,30 @@ class AttentionSpec:
     shared: bool = dataclasses.field(init=False, repr=False, default=False)
 
     def __post_init__(self) -> None:
+        if not torch.compiler.is_compiling():
+            self.check_kinds()
+        self.settle()
+
+    def check_kinds(self) -> None:
+        """Raise where a field is no such thing; ``of``, which takes them from tensors, need not ask."""
+        for name in ("batch", "seqlen_q", "seqlen_k", "heads", "heads_kv", "head_dim", "head_dim_v"):
+            size = getattr(self, name)
+            if not isinstance(size, (int, torch.SymInt)) or (type(size) is int and size < 0):
+                raise ValueError(f"{name} must be a whole number of at least 0, got {size!r}.")
+        kinds: tuple[tuple[str, type, bool], ...] = (
+            ("dtype", torch.dtype, False),
+            ("device", torch.device, False),
+            ("mask", Mask, True),
+            ("bias", Bias, True),
+            ("sinks", Tensor, True),
+        )
+        for name, kind, optional in kinds:
+            value = getattr(self, name)
+            if not isinstance(value, kind) and not (optional and value is None):
+                raise TypeError(f"{name} must be a {kind.__name__}{' or None' * optional}, got {value!r}.")
+
+    def settle(self) -> None:
+        """Check that the fields make one problem, and fill in what follows from them."""
         self.check()
         fill = object.__setattr__
         if self.softmax_scale is None:
@@ -68,6 +93,10 @@ class AttentionSpec:
             raise ValueError(
                 f"heads must be a multiple of heads_kv, got heads={self.heads} and heads_kv={self.heads_kv}."
             )
+        numbers = (("dropout_p", self.dropout_p), ("softcap", self.softcap), ("softmax_scale", self.softmax_scale))
+        for name, number in numbers:
+            if not isinstance(number, NUMBER) and (number is not None or name == "dropout_p"):
+                raise TypeError(f"{name} must be a number, got {number!r}.")
         if not 0.0 <= self.dropout_p <= 1.0:
             raise ValueError(f"dropout_p must be between 0 and 1, got {self.dropout_p}.")
         if self.softcap is not None and not self.softcap > 0.0:
@@ -135,7 +164,10 @@ class AttentionSpec:
                 grad, softcap, softmax_scale, dropout_p, need_lse, deterministic,
             )
             # fmt: on
-            known = shared.get(key)
+            try:
+                known = shared.get(key)
+            except TypeError:  # what has no hash is no number, and is refused below
+                key = known = None
             if known is not None:
                 return known
         if not (q.dim() == k.dim() == v.dim() == 4 and dtype == k.dtype == v.dtype and device == k.device == v.device):
@@ -190,7 +222,7 @@ class AttentionSpec:
             return cls(**fields)
         spec: AttentionSpec = object.__new__(cls)  # as the line above, without a call for each field
         spec.__dict__.update(fields)
-        spec.__post_init__()
+        spec.settle()
         if key is not None:
             if len(shared) >= SHARED:
                 shared.clear()

@@ -40,8 +40,8 @@ class FlashAttentionWrapper(nn.Module):
 
     def __init__(self, dropout_p: float = 0.0, causal: bool = False) -> None:
         super().__init__()
-        if not 0.0 <= dropout_p <= 1.0:
-            raise ValueError(f"dropout_p must be between 0 and 1, got {dropout_p}.")
+        if not isinstance(dropout_p, (int, float)) or not 0.0 <= dropout_p <= 1.0:
+            raise ValueError(f"dropout_p must be between 0 and 1, got {dropout_p!r}.")
         self.dropout_p = dropout_p
         self.causal = causal
 
@@ -115,9 +115,9 @@ def benchmark_attention(
     """
     sizes = {"seq_len": seq_len, "num_heads": num_heads, "batch_size": batch_size, "num_iterations": num_iterations}
     for name, size in sizes.items():
-        if size < 1:
-            raise ValueError(f"{name} must be at least 1, got {size}.")
-    if d_model < 1 or d_model % num_heads:
+        if not isinstance(size, int) or size < 1:
+            raise ValueError(f"{name} must be at least 1, got {size!r}.")
+    if not isinstance(d_model, int) or d_model < 1 or d_model % num_heads:
         raise ValueError(f"d_model must be a multiple of num_heads, got d_model={d_model} and num_heads={num_heads}.")
     from .benchmark.machine import peak_bytes, quiet, seconds
 

@@ -12,6 +12,7 @@ import importlib.util
 import json
 import os
 import platform
+import sys
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -19,11 +20,13 @@ from typing import Any
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
+from hypothesis.internal.conjecture import engine
 
 slow = (HealthCheck.too_slow, HealthCheck.data_too_large)
 settings.register_profile("default", max_examples=50, deadline=None, suppress_health_check=slow)
 settings.register_profile("ci", settings.get_profile("default"), derandomize=True, print_blob=True)
 settings.register_profile("thorough", settings.get_profile("default"), max_examples=1000)
+engine.MAX_SHRINKING_SECONDS = sys.maxsize  # a slow machine finds the same smallest example, only later
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci" if os.environ.get("CI") else "default"))
 
 torch.set_num_threads(1)  # drawn tensors are small: a second thread costs more than it brings
@@ -36,6 +39,7 @@ CPU_FILES = {
     "test_errors": "errors raised before any kernel",
     "test_examples": "runs the examples, which choose their device",
     "test_flex": "pretends a GPU",
+    "test_kinds": "errors raised before any kernel",
     "test_package": "reads files",
     "test_ranking": "judges problems without tensors",
     "test_registry": "the list, which no device changes",

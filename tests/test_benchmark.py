@@ -1,6 +1,7 @@
 """The benchmark: verdicts, the gate, who takes part, and a small run from the command to its files."""
 
 import dataclasses
+import itertools
 import json
 import math
 import sys
@@ -8,10 +9,11 @@ import types
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
-from conftest import fewer
+from conftest import fewer, slow
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -29,13 +31,15 @@ from flashmha.benchmark.lineup import contestants, everybody
 from flashmha.benchmark.machine import peak_bytes
 from flashmha.benchmark.peers import CONTROL, Contestant, Flashmha, StockBest, how
 from flashmha.benchmark.reference import Reference, definition
-from flashmha.benchmark.report import figures, load, markdown, save
+from flashmha.benchmark.report import absences_table, figures, load, markdown, save
 from flashmha.benchmark.verdicts import judge as judge_cases
 from flashmha.benchmark.verdicts import middle, noise_floor, ratio, share_of_gemm, verdict
 
 CPU = torch.device("cpu")
 TINY = "small/layer/train/b1s8e64h4"
 PLOTS = {"ratios.png", "time.png", "memory.png"}
+ENDLESS = ("--budget", "1e9")
+"""However slow a machine is, no case is dropped."""
 CASES = [*every_case("cpu"), *every_case("cuda")]
 
 times = st.floats(1e-6, 10.0)
@@ -327,7 +331,11 @@ def test_the_share_of_a_matrix_product_is_that_of_the_time(found: dict[str, Any]
             assert math.isclose(share_of_gemm(case, CONTROL) or 0.0, slower)
 
 
-@pytest.mark.parametrize("text", ("", "[]", "{}", '{"schema": 2}'))
+WHOLE = '{"schema": 1, "run": {}, "env": {}, "absent": {}, "dropped": [], "unstable": false, "cases": %s}'
+NO_RUNS = ("", "[]", "{}", '{"schema": 2}', '{"schema": 1}', "[" * 100_000, WHOLE % "[3]", WHOLE % '[{"id": "a"}]')
+
+
+@pytest.mark.parametrize("text", NO_RUNS, ids=range(len(NO_RUNS)))
 def test_a_file_that_is_no_run_is_refused(text: str, tmp_path: Path) -> None:
     (tmp_path / "run.json").write_text(text)
     with pytest.raises(ValueError, match="must hold"):
@@ -360,8 +368,8 @@ def third_party(request: pytest.FixtureRequest) -> Iterator[type[Backend]]:
 def test_a_third_partys_backend_takes_part_by_itself_and_only_if_right(
     third_party: type[Backend], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    arguments = ["bench", "--case", TINY, "overhead/*", "--rounds", "1", "--no-plots", "--out", str(tmp_path), "--json"]
-    status = main(arguments)
+    arguments = ["bench", "--case", TINY, "overhead/*", "--rounds", "1", "--no-plots", "--out", str(tmp_path)]
+    status = main([*arguments, *ENDLESS, "--json"])
     found = json.loads(capsys.readouterr().out)
     assert found == load(tmp_path / "run.json")
     rows = [case["contestants"] for case in found["cases"]]
@@ -372,10 +380,28 @@ def test_a_third_partys_backend_takes_part_by_itself_and_only_if_right(
         assert status in (0, 3) and all(len(row["seconds"]) == 1 for row in mine)
 
 
+def test_a_named_backend_has_a_row_of_its_own(
+    third_party: type[Backend], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["bench", "--case", TINY, "overhead/*", "--rounds", "1", "--no-plots", "--out", str(tmp_path), *ENDLESS]
+    for named, shown in ((["mine"], {"mine"}), (["mine", "naive"], {"mine", "naive"}), (["naive"], {"naive"})):
+        main([*arguments, "--backends", *named])
+        printed = capsys.readouterr().out
+        page = (tmp_path / "table.md").read_text().partition("## All that took part")[0]
+        for case in (TINY, "overhead/core/eval/b1s8e64h4"):
+            rows = {line.split(", ")[1].split()[0] for line in printed.splitlines() if line.startswith(f"{case}, ")}
+            assert rows == shown and all(f"| {case}, {name} |" in page for name in shown)
+        assert (" wrong " in printed) == ("mine" in named and third_party is Wrong)
+    main(arguments)  # where nothing is said, those of other packages alone
+    printed = capsys.readouterr().out
+    assert f"{TINY}, mine " in printed and "overhead/core/eval/b1s8e64h4, naive" not in printed
+
+
 def test_one_command_writes_every_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("matplotlib")
     folder, again = tmp_path / "made", tmp_path / "again"
-    assert main(["bench", "--case", TINY, "overhead/*", "--rounds", "2", "--out", str(folder)]) in (0, 3)
+    call = ["bench", "--case", TINY, "overhead/*", "--rounds", "2", "--out", str(folder), *ENDLESS]
+    assert main(call) in (0, 3)
     assert {path.name for path in folder.iterdir()} == {"run.json", "table.md", *PLOTS}
     printed = capsys.readouterr().out
     assert TINY in printed and "geometric mean" in printed
@@ -385,9 +411,31 @@ def test_one_command_writes_every_file(tmp_path: Path, capsys: pytest.CaptureFix
         assert (again / name).read_bytes() == (folder / name).read_bytes()
 
 
+@fewer(5)
+@given(runs())
+def test_no_marker_is_cut_and_no_table_is_empty(found: dict[str, Any]) -> None:
+    pytest.importorskip("matplotlib")
+    from flashmha.benchmark import plots
+
+    figures: list[Any] = []
+    with mock.patch.object(plots.Figure, "savefig", lambda figure, *where, **options: figures.append(figure)):
+        plots.draw(found, Path("nowhere"))
+    for figure in figures:
+        for ax in figure.axes:
+            for line in ax.lines:
+                (left, right), (low, high) = sorted(ax.get_xlim()), sorted(ax.get_ylim())
+                inside = [left <= x <= right and low <= y <= high for x, y in line.get_xydata().tolist()]
+                assert all(inside) and not line.get_clip_on()
+    page = markdown(found)
+    lines = page.splitlines()
+    for line, following in itertools.pairwise([*lines, ""]):
+        assert not line.startswith("| --- |") or following.startswith("| ")
+    assert ("## Not timed" in page) == bool(absences_table(found)[1])
+
+
 def test_a_run_on_a_gpu_has_one_more_plot(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
-    main(["bench", "--case", TINY, "--rounds", "2", "--no-plots", "--out", str(tmp_path)])
+    main(["bench", "--case", TINY, "--rounds", "2", "--no-plots", "--out", str(tmp_path), *ENDLESS])
     found = json.loads((tmp_path / "run.json").read_text())
     for case in found["cases"]:
         case["canaries"] = {"gemm_tflops": [0.1, 0.2], "copy_tbs": [0.1, 0.2]}
@@ -396,9 +444,11 @@ def test_a_run_on_a_gpu_has_one_more_plot(tmp_path: Path) -> None:
     assert {path.name for path in (tmp_path / "shown").iterdir()} == {"table.md", "gemm.png", *PLOTS}
 
 
-def test_a_spent_budget_drops_cases_and_says_which() -> None:
+def test_a_spent_budget_drops_cases_and_says_which(monkeypatch: pytest.MonkeyPatch) -> None:
+    ticks = itertools.count()
+    monkeypatch.setattr(runner.time, "monotonic", lambda: float(next(ticks)))
     cases = select(every_case(), ["small", "overhead"])
-    found = run(Plan(cases, CPU, budget=1e-6, peers=["sdpa"], backends=[]), lambda line: None)
+    found = run(Plan(cases, CPU, budget=0.5, peers=["sdpa"], backends=[]), lambda line: None)
     assert sorted(found["dropped"]) == sorted(case.id for case in cases)
     assert found["cases"] == [] and not found["unstable"]
     assert all(case.id in markdown(found) for case in cases)
@@ -408,7 +458,10 @@ def test_threads_and_the_collector_come_back() -> None:
     import gc
 
     before = torch.get_num_threads(), gc.isenabled()
-    run(Plan(select(every_case(), ["overhead"]), CPU, rounds=1, peers=["sdpa"], backends=[]), lambda line: None)
+    run(
+        Plan(select(every_case(), ["overhead"]), CPU, rounds=1, budget=1e9, peers=["sdpa"], backends=[]),
+        lambda line: None,
+    )
     assert (torch.get_num_threads(), gc.isenabled()) == before
 
 
@@ -506,7 +559,7 @@ def packages(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
     return kind
 
 
-@settings(fewer(5), suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(fewer(5), suppress_health_check=[HealthCheck.function_scoped_fixture, *slow])
 @given(case=drawn.map(lambda case: dataclasses.replace(case, dtype="bfloat16")))
 def test_a_package_called_by_hand_is_timed_if_right_and_else_says_why(packages: str, case: Case) -> None:
     inputs = draw(case, CPU, 0)
@@ -548,7 +601,7 @@ def test_who_finds_no_memory_beside_the_others_takes_no_part(monkeypatch: pytest
         return plain(seat, device)
 
     monkeypatch.setattr(runner, "in_a_row", starving)
-    plan = Plan(select(every_case(), globs=[TINY])[:1], CPU, rounds=1, peers=["stock*"], backends=[])
+    plan = Plan(select(every_case(), globs=[TINY])[:1], CPU, rounds=1, budget=1e9, peers=["stock*"], backends=[])
     rows = run(plan, lambda line: None)["cases"][0]["contestants"]
     assert rows["stock"]["status"] == "refused" and "seconds" not in rows["stock"]
     assert "OutOfMemoryError: tried" in rows["stock"]["reason"] and "seconds" in rows["stock_best"]
@@ -593,7 +646,7 @@ def test_a_section_is_replaced_and_nothing_else(
 
 
 def test_the_figures_come_from_the_results_beside_the_page(tmp_path: Path) -> None:
-    main(["bench", "--case", TINY, "--rounds", "1", "--no-plots", "--out", str(tmp_path / "made")])
+    main(["bench", "--case", TINY, "--rounds", "1", "--no-plots", "--out", str(tmp_path / "made"), *ENDLESS])
     results = tmp_path / table.RESULTS["speed"]
     results.parent.mkdir(parents=True)
     results.write_bytes((tmp_path / "made" / "run.json").read_bytes())

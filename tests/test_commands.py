@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import io
+import itertools
 import json
 import math
 import os
@@ -29,9 +30,13 @@ from flashmha import ALiBi, AttentionSpec, Backend, KeyLengths, Limits, Mask, Wi
 from flashmha.__main__ import COMMANDS, main
 from flashmha.backends import get, names, ranking, tuned
 from flashmha.backends.ranking import KINDS, MODES, Row
+from flashmha.benchmark import runner
 from flashmha.commands import tune
+from flashmha.commands.destination import check_file, check_folder
 
 ROOT = Path(flashmha.__file__).parents[1]
+SMALLEST_CASE = "overhead/core/eval/b1s8e64h4"
+SMALLEST_BENCH = ("bench", "--case", SMALLEST_CASE, "--rounds", 1, "--budget", "1e9")
 
 
 class Terminal(io.StringIO):
@@ -88,11 +93,58 @@ def test_info_says_what_every_backend_says_of_every_device(terminal: bool) -> No
     assert all(name in out for name in names()) and torch.__version__ in out
 
 
-def test_info_shows_the_variable_even_where_it_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("FLASHMHA_BACKEND", "nobody")
-    assert answer("info")["FLASHMHA_BACKEND"] == "nobody"
-    status, out, _ = run("info")
-    assert status == 0 and "nobody" in out
+WRONG_VARIABLES = {
+    "FLASHMHA_BACKEND": ("nonsense", "sdpa,nonsense", "sdpa,", ",", " "),
+    "FLASHMHA_TUNED": ("nowhere.json", ".", "pyproject.toml", "[]", "{}"),
+}
+"""What cannot be followed; of a table, the name of a file or what stands in one."""
+
+
+@pytest.fixture
+def untuned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No tuned table, before and after."""
+    monkeypatch.delenv(tuned.VARIABLE, raising=False)
+    monkeypatch.setattr(tuned, "state", tuned.Tuned())
+
+
+CALLS = {
+    "info": (),
+    "explain": ("--device", "cpu"),
+    "verify": ("--backend", "naive", "--device", "cpu", "--examples", 1),
+    "bench": ("--list",),
+    "table": (),
+}
+
+
+@pytest.mark.usefixtures("untuned")
+@pytest.mark.parametrize("command", CALLS)
+@pytest.mark.parametrize(
+    ("name", "value"), [(name, value) for name, those in WRONG_VARIABLES.items() for value in those]
+)
+def test_a_variable_that_cannot_be_followed_is_an_error_of_every_command(
+    name: str, value: str, command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if value in ("[]", "{}"):
+        (tmp_path / "tuned.json").write_text(value)
+        value = str(tmp_path / "tuned.json")
+    monkeypatch.setenv(name, value)
+    status, out, err = run(command, *CALLS[command])
+    assert status == 2 and err.count("\n") == 1 and name in err and "Traceback" not in err
+    assert (value in out and "sdpa" in out) if command == "info" else not out, "info shows what there is all the same"
+    assert run(command, "--help")[0] == 0
+
+
+@pytest.mark.usefixtures("untuned")
+def test_a_table_is_made_anew_whatever_the_variable_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FLASHMHA_TUNED", str(tmp_path / "tuned.json"))
+    status, _, err = run("tune", *TINY, "--kinds", "dense", "--save", tmp_path / "tuned.json")
+    assert status == 0, err
+    assert run("info")[0] == 0
+
+
+def test_a_variable_set_to_nothing_is_not_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FLASHMHA_BACKEND", "")
+    assert run("info")[0] == run("explain", "--device", "cpu")[0] == 0
 
 
 def test_table_holds_the_limits_as_data() -> None:
@@ -195,6 +247,56 @@ def test_documents_and_padding_are_given_by_lengths(lengths: list[int], counts: 
     for count, drawing in zip(counts, said["mask"]["items"]):
         real = [cell == "■" for cell in drawing[0].split(" ")]
         assert real == [key >= 7 + count if count < 0 else key < count for key in range(7)]
+
+
+@given(
+    drawn=flags(), major=st.integers(5, 13), minor=st.integers(0, 9), wanted=st.sampled_from((None, "flash_attn, sdpa"))
+)
+def test_on_paper_the_limits_answer_and_nothing_is_tried(
+    drawn: tuple[list[str], AttentionSpec], major: int, minor: int, wanted: str | None
+) -> None:
+    arguments, spec = drawn
+    place = arguments.index("--device")
+    arguments = [*arguments[:place], *arguments[place + 2 :], "--capability", f"{major}.{minor}"]
+    arguments += [] if wanted is None else ["--backend", wanted]
+    there = dataclasses.replace(spec, device=torch.device("cuda"))
+    tried = mock.Mock(side_effect=AssertionError("asked the machine"))
+    with contextlib.ExitStack() as stack:
+        for name in names():
+            stack.enter_context(mock.patch.multiple(get(name), unavailable=tried, unbuilt=tried, unready=tried))
+        said = answer("explain", *arguments)
+        status, out, _ = run("explain", *arguments)
+    asked_for = names() if wanted is None else ("flash4", "flash3", "flash2", "sdpa")
+    able = []
+    for name, row in said["backends"].items():
+        limits = get(name).limits
+        fits = limits.capability is None or major in limits.capability
+        fits = fits and (name != "flash4" or "dense_mask" not in spec.features or major == 9)
+        if fits and get(name).unsupported(there) is None:
+            assert row == ("could serve by its limits" if name in asked_for else "could serve, not asked for")
+            able += [name] if name in asked_for else []
+        else:
+            assert "could serve" not in row and (fits or f"compute capability {major}.{minor} (only" in row)
+    assert said["chosen"] is None and status == (0 if able else 1)
+    listed = ", ".join(name for name in said["backends"] if name in able) or "none"
+    assert said["conclusion"] in out.splitlines()
+    assert said["conclusion"].endswith(f"{major}.{minor}: {listed}; this is on paper, nothing was tried")
+    explained = flashmha.explain(there, None if wanted is None else wanted.split(", "), (major, minor))
+    assert explained.rows == said["backends"] and str(explained).endswith(said["conclusion"])
+
+
+@given(drawn=flags(), wanted=st.sampled_from((None, "sdpa", "flash2", "naive")))
+def test_the_last_word_is_what_was_chosen_or_why_not(
+    drawn: tuple[list[str], AttentionSpec], wanted: str | None
+) -> None:
+    arguments, _ = drawn
+    said = answer("explain", *arguments, *([] if wanted is None else ["--backend", wanted]))
+    if said["chosen"] is not None:
+        assert said["conclusion"] == f"chosen: {said['chosen']}"
+    else:
+        others = [name for name, row in said["backends"].items() if row.startswith("could serve")]
+        assert said["conclusion"].startswith(f"chosen: none, backend={[wanted]!r} cannot serve this problem")
+        assert all(name in said["conclusion"] for name in others)
 
 
 def test_explain_names_the_variable_that_asked(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -303,15 +405,8 @@ def test_nothing_judged_is_no_success() -> None:
 
 # tune
 
-TINY = ("--device", "cpu", "--head-dims", 8, "--seqlens", 16, 32, "--rounds", 1)
-"""A grid that takes no time."""
-
-
-@pytest.fixture
-def untuned(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No tuned table, before and after."""
-    monkeypatch.delenv(tuned.VARIABLE, raising=False)
-    monkeypatch.setattr(tuned, "state", tuned.Tuned())
+TINY = ("--device", "cpu", "--head-dims", 8, "--seqlens", 16, 32, "--rounds", 1, "--budget", "1e9")
+"""A small grid, and all the time there is for it: no machine is too slow."""
 
 
 @pytest.mark.usefixtures("untuned")
@@ -345,7 +440,85 @@ def test_tune_shows_the_fastest_and_names_flags_in_the_table() -> None:
     status, out, err = run("tune", *TINY, "--kinds", "dense", "decode", "--pass", "eval", "--backends", "naive", "flex")
     lines = out.splitlines()
     assert (status, err) == (0, "") and lines[0].split()[-4:] == ["flex", "us", "naive", "us"]
-    assert len(lines) == 1 + 2 + 4 and all("*" in line for line in lines[1:])
+    assert len(lines) == 1 + 2 + 4 + tune.LEGEND.count("\n") + 1
+    assert all(line.count("*") == 1 for line in lines[1:7])
+
+
+@given(data=st.data())
+def test_a_star_is_what_the_rows_of_the_figures_choose(data: st.DataObject) -> None:
+    cells = data.draw(measured_cells())
+    table = ranking.Table("", "cpu", (torch.float32,), ranking.derive(cells, ""))
+    columns, rows = tune.shown(cells)
+    for cell, row in zip(cells, rows):
+        stars = [column.split()[0] for column, text in zip(columns, row) if "*" in text]
+        (first,) = [
+            one for one in table.places[cell["kind"], cell["mode"]] if one.covers(cell["head_dim"], cell["keys"])
+        ][:1]
+        assert stars == [name for name in first.order if name in cell["us"]][:1]
+
+
+@st.composite
+def measured_cells(draw: st.DrawFn) -> list[dict[str, Any]]:
+    """Cells as ``tune`` measures them, of a few problems, with times and spreads of any size."""
+    grid = tune.GRIDS["cpu"]
+    kinds = draw(st.lists(st.sampled_from(KINDS), min_size=1, max_size=3, unique=True))
+    found = []
+    for cell in tune.cells(grid, kinds, MODES, [8, 16], [16, 32, 64]):
+        here = draw(st.lists(st.sampled_from(("sdpa", "flash2", "naive")), unique=True))
+        found.append(
+            {
+                **dataclasses.asdict(cell),
+                "keys": cell.document or cell.seqlen_k,
+                "us": {name: draw(st.floats(1.0, 100.0)) for name in sorted(here)},
+                "spread": {name: draw(st.floats(0.0, 0.5)) for name in here},
+                "absent": {},
+            }
+        )
+    return found
+
+
+@given(
+    times=st.lists(st.floats(0.5, 2.0), min_size=2, max_size=4),
+    noise=st.lists(st.lists(st.floats(-1.0, 1.0), min_size=2, max_size=2), min_size=4, max_size=4),
+    spread=st.floats(0.05, 0.3),
+)
+def test_a_lead_within_the_spread_is_a_tie(times: list[float], noise: list[list[float]], spread: float) -> None:
+    """Two runs whose times differ by less than they say they may never put two backends in opposite orders."""
+    names = [f"b{place}" for place in range(len(times))]
+    orders = []
+    for turn in range(2):
+        us = {name: time * (1 + spread * wave[turn] / 2.5) for name, time, wave in zip(names, times, noise)}
+        cell = {"us": us, "spread": dict.fromkeys(names, spread)}
+        orders.append([(one, two) for one in names for two in names if ranking.beaten(one, two, cell)])
+    assert not any((two, one) in orders[1] for one, two in orders[0])
+
+
+def test_equal_times_keep_the_order_of_the_list_and_clear_ones_do_not() -> None:
+    close = {"us": {"sdpa": 11.0, "flash2": 10.0}, "spread": {"sdpa": 0.06, "flash2": 0.06}}
+    assert ranking.agreed([close]) == ("sdpa", "flash2")
+    assert ranking.agreed([{**close, "spread": {"sdpa": 0.01, "flash2": 0.01}}]) == ("flash2", "sdpa")
+    assert ranking.agreed([{"us": close["us"]}]) == ("flash2", "sdpa"), "an older file has no spread"
+
+
+@pytest.mark.parametrize("threads", (1, 2))
+def test_tune_records_the_threads_it_times_with(threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: set[int] = set()
+    plain = tune.taken
+
+    def taken(*arguments: Any) -> float:
+        seen.add(torch.get_num_threads())
+        return plain(*arguments)
+
+    monkeypatch.setattr(tune, "taken", taken)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        said = answer("tune", *TINY, "--kinds", "dense", "--rounds", 3)
+    finally:
+        torch.set_num_threads(before)
+    assert seen == {said["env"]["threads"]} == {threads}
+    for cell in said["cells"]:
+        assert cell["spread"].keys() == cell["us"].keys() and min(cell["spread"].values()) >= 0.0
 
 
 class Later(Right):
@@ -407,8 +580,10 @@ def test_the_definition_of_a_cell_is_that_of_its_last_queries(kind: str, seqlen:
         assert tune.Definition(inputs).error([x * 1.2 for x in inputs.run("naive")]) > tune.WRONG
 
 
-def test_a_budget_drops_the_last_cells_and_says_so() -> None:
-    status, out, err = run("tune", *TINY, "--budget", "1e-9")
+def test_a_budget_drops_the_last_cells_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    ticks = itertools.count()
+    monkeypatch.setattr(tune.time, "monotonic", lambda: float(next(ticks)))
+    status, out, err = run("tune", *TINY, "--budget", "0.5")
     assert status == 0 and "problems were dropped: the budget is spent" in err
     assert len(out.splitlines()) == 1
 
@@ -437,12 +612,189 @@ def test_a_terminal_shows_the_same_answers_with_rich_and_without(installed: bool
     assert ("─" in out) == installed
 
 
-def test_verify_without_hypothesis_says_how_to_get_it() -> None:
-    gone = {"hypothesis": None, "flashmha.commands.verify": None}
-    kept = {name: module for name, module in sys.modules.items() if name not in gone}
-    with mock.patch.dict(sys.modules, {**kept, "hypothesis": None}, clear=True):
-        status, out, err = run("verify")
-    assert (status, out) == (2, "") and "pip install 'flashmha[verify]'" in err
+BARE = """
+import sys
+for name in ("hypothesis", "matplotlib", "rich"):
+    sys.modules[name] = None
+"""
+"""A process without extras."""
+
+
+def bare(code: str) -> subprocess.CompletedProcess[str]:
+    """What a process does where no extra is installed."""
+    return subprocess.run([sys.executable, "-c", BARE + code], capture_output=True, text=True, cwd=ROOT)
+
+
+def test_help_needs_no_extra() -> None:
+    code = f"from flashmha.__main__ import main\nfor command in {tuple(COMMANDS)}:\n"
+    ran = bare(
+        code + "    try: main([command, '--help'])\n    except SystemExit as left: assert not left.code, command"
+    )
+    assert ran.returncode == 0 and ran.stdout.count("print JSON and nothing else") == len(COMMANDS), ran.stderr
+
+
+@pytest.mark.parametrize(
+    ("command", "package", "instead"),
+    (
+        ("verify --device cpu", "hypothesis", ""),
+        ("bench", "matplotlib", ", or --no-plots"),
+        ("bench --report run.json", "matplotlib", ", or --no-plots"),
+    ),
+)
+def test_a_command_names_the_package_it_misses(command: str, package: str, instead: str) -> None:
+    ran = bare(f"from flashmha.__main__ import main\nmain({command.split()})")
+    assert (ran.returncode, ran.stdout) == (2, "") and ran.stderr.count("\n") == 1
+    assert ran.stderr.endswith(f"{package}, which is not installed: pip install {package}{instead}\n")
+
+
+@pytest.mark.parametrize("command", ("info", "explain --device cpu --causal", "table", "bench --list --device cpu"))
+def test_the_other_commands_need_no_extra(command: str) -> None:
+    ran = bare(f"import sys\nfrom flashmha.__main__ import main\nsys.exit(main({command.split()}))")
+    assert ran.returncode == 0 and "sdpa" in ran.stdout, ran.stderr
+
+
+def test_the_kit_judges_layers_without_hypothesis() -> None:
+    ran = bare(
+        """
+import torch, flashmha, flashmha.testing as testing
+stock = torch.nn.MultiheadAttention(8, 2, batch_first=True)
+ours = flashmha.FlashMultiHeadAttention.from_torch(stock)
+x = torch.randn(2, 3, 8)
+testing.assert_drop_in(stock, ours, (x, x, x))
+testing.assert_same(x, x)
+testing.anatomy(ours)
+testing.randomized(ours, 0), testing.noise(0, 3)
+try:
+    testing.assert_drop_in(stock, torch.nn.MultiheadAttention(8, 2, batch_first=True), (x, x, x))
+except AssertionError:
+    pass
+else:
+    raise SystemExit("two layers that differ pass")
+found = []
+for name in testing.__all__:
+    try:
+        getattr(testing, name)
+    except ModuleNotFoundError as error:
+        assert str(error).endswith("hypothesis, which is not installed: pip install hypothesis"), error
+        assert error.name == "hypothesis" and name in str(error)
+        found.append(name)
+for call in (
+    lambda: testing.assert_agrees("sdpa", flashmha.AttentionSpec(1, 3, 3, 2, 2, 4, 4), 0),
+    lambda: testing.specs,
+):
+    try:
+        call()
+    except ModuleNotFoundError as error:
+        assert "pip install hypothesis" in str(error)
+    else:
+        raise SystemExit("drew without hypothesis")
+assert not hasattr(testing, "nonsense")
+print(len(found))
+"""
+    )
+    assert ran.returncode == 0 and int(ran.stdout) > 10, ran.stderr
+
+
+# Where a command writes
+
+
+WRITERS = {
+    "tune --save": (["tune", *TINY], "a file"),
+    "bench --out": (["bench", "--case", "small/layer/train/b1s8e64h4"], "a folder"),
+}
+"""Commands that measure and then write, and what they write."""
+
+
+def bad_destinations(kind: str, folder: Path) -> dict[str, Path]:
+    """Paths where nothing can be written."""
+    (folder / "taken").mkdir()
+    (folder / "file").write_text("kept")
+    found = {
+        "inside a file": folder / "file" / "below",
+        "a name too long": folder / ("x" * 300),
+        "nowhere to write": Path("/proc/nowhere/at/all"),
+    }
+    if kind == "a file":
+        return {
+            **found,
+            "a folder": folder / "taken",
+            "no folder": folder / "missing" / "tuned.json",
+            "here": Path("."),
+        }
+    for name in ("run.json", "table.md", "time.png"):
+        (folder / name / name).mkdir(parents=True)
+        found[f"{name} is a folder"] = folder / name
+    return {**found, "a file": folder / "file"}
+
+
+@pytest.mark.parametrize("writer", WRITERS)
+def test_nothing_is_measured_for_a_destination_that_cannot_be_written(writer: str, tmp_path: Path) -> None:
+    arguments, kind = WRITERS[writer]
+    flag = writer.split()[1]
+    measured = mock.Mock(side_effect=AssertionError("measured"))
+    for what, path in bad_destinations(kind, tmp_path).items():
+        before = sorted(tmp_path.rglob("*"))
+        with mock.patch.object(tune, "tune", measured), mock.patch("flashmha.benchmark.command.run", measured):
+            status, out, err = run(*arguments, flag, path)
+        assert (status, out, err.count("\n")) == (2, "", 1) and "Traceback" not in err, (what, err)
+        assert sorted(tmp_path.rglob("*")) == before, f"{what}: something was left behind"
+    assert (tmp_path / "file").read_text() == "kept"
+
+
+def test_a_destination_is_tried_and_left_as_it_was(tmp_path: Path) -> None:
+    old, new = tmp_path / "old.json", tmp_path / "new.json"
+    old.write_text("old")
+    for path in (old, new):
+        check_file(path, "--save")
+    assert old.read_text() == "old" and not new.exists()
+    made = tmp_path / "made" / "deeper"
+    check_folder(made, "--out", ("run.json",))
+    assert list(made.iterdir()) == []
+
+
+def stopping(measure: Any, after: int) -> Any:
+    """A function that is interrupted from the keyboard at a later call."""
+    calls = itertools.count(1)
+
+    def measured(*arguments: Any) -> Any:
+        if next(calls) > after:
+            raise KeyboardInterrupt
+        return measure(*arguments)
+
+    return measured
+
+
+def test_a_run_that_is_stopped_keeps_what_was_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tune, "measure", stopping(tune.measure, 2))
+    status, out, err = run("tune", *TINY, "--kinds", "dense", "--save", tmp_path / "tuned.json")
+    found = json.loads((tmp_path / "tuned.json").read_text())
+    assert status == 1 and len(found["cells"]) == 2 and set(found["dropped"].values()) == {tune.STOPPED}
+    assert len(found["cells"]) + len(found["dropped"]) == 4 and tune.STOPPED in err
+    monkeypatch.setattr(runner, "measure", stopping(runner.measure, 1))
+    call = ("bench", "--case", SMALLEST_CASE, "small/layer/train/b1s8e64h4", *SMALLEST_BENCH[3:], "--no-plots")
+    status, out, _ = run(*call, "--out", tmp_path / "made")
+    found = json.loads((tmp_path / "made" / "run.json").read_text())
+    assert status == 1 and len(found["cases"]) == len(found["dropped"]) == 1
+    assert "Dropped, since the run was stopped" in out
+
+
+def full(*arguments: Any, **options: Any) -> Any:
+    raise OSError(28, "No space left on device")
+
+
+def test_a_disk_that_is_full_at_the_end_loses_no_measurement(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Path, "write_text", full)
+    status, out, err = run("tune", *TINY, "--kinds", "dense", "--save", tmp_path / "tuned.json")
+    assert status == 2 and "No space left" in err and json.loads(out)["cells"]
+    status, out, err = run(*SMALLEST_BENCH, "--no-plots", "--out", tmp_path / "made")
+    assert status == 1 and "No space left" in err and SMALLEST_CASE in out
+
+
+def test_a_plot_that_fails_loses_no_measurement(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("flashmha.benchmark.plots.draw", mock.Mock(side_effect=RuntimeError("no fonts")))
+    status, out, err = run(*SMALLEST_BENCH, "--out", tmp_path)
+    assert status == 1 and SMALLEST_CASE in out and "no fonts" in err and str(tmp_path / "run.json") in err
+    assert json.loads((tmp_path / "run.json").read_text())["cases"] and (tmp_path / "table.md").exists()
 
 
 # Wrong calls
@@ -467,6 +819,12 @@ WRONG = {
     "explain --device cuda:99": "device must be one of cpu",
     "explain --device toaster": "device must be one of cpu",
     "explain --dtype int8": "invalid choice: 'int8'",
+    "explain --capability 9.0 --device cpu": "--capability must come with --device cuda",
+    "explain --capability sm90": "must be a compute capability such as 9.0, got 'sm90'",
+    "explain --capability 9.x": "must be a compute capability such as 9.0, got '9.x'",
+    "tune --rows tuned.json --save other.json": "--rows measures nothing that --save could write",
+    "tune --budget nan --device cpu": "--budget must be positive, got nan.",
+    "bench --budget nan": "rounds and budget must be positive",
     "verify --backend falsh": "backend must be one of sdpa, ",
     "verify --device cpu,cuda:99": "device must be one of cpu",
     "verify --examples 0": "--examples must be at least 1, got 0.",
@@ -570,7 +928,7 @@ def test_an_installed_backend_is_benchmarked(python: Path, tmp_path: Path) -> No
     cases = [case["id"] for case in json.loads(listed) if "attention:einsum" in case["contestants"]]
     assert cases, "einsum takes part in no case"
     smallest = min(cases, key=lambda name: math.prod(int(size) for size in sizes(name)))
-    call = ("--case", smallest, "--rounds", "1", "--no-plots", "--json", "--backends", "einsum")
+    call = ("--case", smallest, "--rounds", "1", "--budget", "1e9", "--no-plots", "--json", "--backends", "einsum")
     found = json.loads(said(python, "-m", "flashmha", "bench", *call, folder=tmp_path, accept=(0, 3)))
     assert "attention:einsum" in json.dumps(found["cases"])
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ from flashmha.testing import Architecture, EncoderMasks, assert_same
 
 RANKS = 2
 STEPS = 2
+PATIENCE = datetime.timedelta(days=1)
+"""However slow a machine is, the ranks wait for each other."""
 ORDERS = ("stock", "swap, wrap", "wrap, swap", "wrap, swap, restore", "step, swap")
 ARCHITECTURE = Architecture(num_layers=1, norm=True, nested=False, seed=5)
 
@@ -58,7 +61,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 def one_rank(rank: int, folder: str) -> None:
     """Every order in one process of the group, written to a file."""
     store = dist.FileStore(str(Path(folder) / "store"), RANKS)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=RANKS)
+    store.set_timeout(PATIENCE)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=RANKS, timeout=PATIENCE)
     torch.set_num_threads(1)
     results = {}
     for order in ORDERS:

@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ from flashmha.__main__ import main
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "flashmha"
 ORDER = """
-    masks scores spec errors heads
+    extras masks scores spec errors heads
     backends.base backends.flash backends.blocks backends.compact backends.block_tables backends.grouped
     backends.packing backends.plugins backends.ranking backends.tuned
     backends.flash4_mask backends.flash4_kernels
@@ -25,8 +26,9 @@ ORDER = """
     backends.registry backends functional deferred
     features stock nested arguments call columns hops padding kernels tiles weights projection plain forward module
     encoder convert explain
-    commands commands.devices commands.screen commands.picture tolerance
-    testing.record testing.attention testing.kernels testing.judge testing.drop_in testing.anatomy testing.tree
+    commands commands.devices commands.screen commands.destination commands.variables commands.picture tolerance
+    testing.record testing.values testing.paste testing.choice testing.dropout testing.attention testing.kernels
+    testing.judge testing.drop_in testing.anatomy testing.tree
     testing.layer testing.encoder testing.transformer testing.call testing
     benchmark.cases benchmark.inputs benchmark.reference benchmark.machine benchmark.peers benchmark.kernels
     benchmark.lineup benchmark.verdicts benchmark.gate benchmark.runner benchmark.report benchmark.plots
@@ -116,6 +118,38 @@ def test_the_readme_shows_the_tables_of_the_code(tmp_path: Path) -> None:
     assert copy.read_text(encoding="utf-8") == (ROOT / "README.md").read_text(encoding="utf-8"), (
         "run: python -m flashmha table --write README.md"
     )
+
+
+def test_no_hint_installs_the_package_of_the_same_name_on_the_index() -> None:
+    """FlashMHA on the package index is another project's; ours is torch-flashmha, and imported as flashmha."""
+    metadata = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    assert re.search(r'^name = "torch-flashmha"$', metadata, re.MULTILINE)
+    texts = [
+        *PACKAGE.rglob("*.py"),
+        *ROOT.glob("*.md"),
+        *(ROOT / "docs").glob("*.md"),
+        *(ROOT / "examples").glob("*.py"),
+    ]
+    texts += [ROOT / "pyproject.toml", ROOT / "tests" / "backend_package" / "pyproject.toml"]
+    for path in texts:
+        for line in path.read_text(encoding="utf-8").splitlines():
+            assert not re.search(r"(?<![\w-])flashmha\[", line), f"{path.name}: {line}"
+            assert not re.search(r"pip install\b.*[\s'\"](?<!torch-)flashmha(?![\w./-])", line), f"{path.name}: {line}"
+            assert not re.search(r'dependencies = .*"flashmha', line), f"{path.name}: {line}"
+
+
+def test_a_wheel_holds_the_package_under_its_import_name(tmp_path: Path) -> None:
+    pytest.importorskip("hatchling")
+    build = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(tmp_path)]
+    subprocess.run(build, capture_output=True, text=True, check=True, cwd=ROOT)
+    (wheel,) = tmp_path.iterdir()
+    assert wheel.name.startswith(f"torch_flashmha-{flashmha.__version__}-")
+    with zipfile.ZipFile(wheel) as archive:
+        names = archive.namelist()
+        (about,) = [archive.read(name).decode() for name in names if name.endswith(".dist-info/METADATA")]
+    assert {name.split("/")[0] for name in names} == {"flashmha", f"torch_flashmha-{flashmha.__version__}.dist-info"}
+    assert {f"flashmha/{path.relative_to(PACKAGE).as_posix()}" for path in PACKAGE.rglob("*.py")} <= set(names)
+    assert "Name: torch-flashmha" in about
 
 
 def test_a_file_without_marks_is_refused(tmp_path: Path) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import io
+import json
 import os
 import subprocess
 import sys
@@ -18,13 +20,14 @@ from unittest import mock
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import flashmha
 from flashmha import AttentionSpec, Backend, FlashMultiHeadAttention, Limits, NoBackendError, attention, backends
-from flashmha.backends import explain, get, names, registry, use_backend
+from flashmha.__main__ import main
+from flashmha.backends import explain, get, names, ranking, registry, tuned, use_backend
 from flashmha.backends.plugins import GROUP
 
 CPU = torch.device("cpu")
@@ -40,7 +43,7 @@ def q() -> torch.Tensor:
 def fresh_list() -> Iterator[None]:
     """The list as it is before its first use: our own backends, no plug-in looked for."""
     own = {name: backend for name, backend in registry.entries.items() if name in BUILT_IN}
-    with mock.patch.multiple(registry, entries=own, packages={}, complete=False):
+    with mock.patch.multiple(registry, entries=own, packages={}, complete=False, preferred=frozenset()):
         yield
 
 
@@ -161,6 +164,7 @@ ASKING = {
     "a layer": lambda: FlashMultiHeadAttention(8, 2, backend="mine"),
     "use_backend": enter_use_backend,
     "unregister": lambda: backends.unregister("mine"),
+    "prefer": lambda: flashmha.prefer("mine"),
     "before": lambda: backends.register(kind_of("early"), before="mine"),
 }
 
@@ -301,6 +305,172 @@ def test_a_family_without_one_of_its_backends_is_the_rest() -> None:
         with pytest.raises(NoBackendError) as caught:
             attention(q(), q(), q(), backend="flash_attn")
         assert tuple(caught.value.reasons) == ("flash3", "flash2")
+
+
+# Questions that raise
+
+QUESTIONS = ("unavailable", "unsupported", "unbuilt", "refusals")
+FAULTS: dict[str, Any] = {
+    "KeyError: 'gpu'": KeyError("gpu"),
+    "AttributeError: no such thing": AttributeError("no such thing"),
+    "OutOfMemoryError: too large": torch.OutOfMemoryError("too large"),
+    "RuntimeError: RuntimeError()": RuntimeError(),
+    "SystemExit: 3": SystemExit(3),
+    "AssertionError: two": AssertionError("two\nlines"),
+}
+"""What a reason says of an exception, and that."""
+NO_TEXT: dict[str, Any] = {"must give text or None, got 3": 3, "must give text or None, got True": True}
+"""What a reason says of an answer that is none."""
+
+
+def faulty(question: str, fault: Any) -> type[Backend]:
+    """A backend of which one question raises, or is answered with something else."""
+
+    def answer(self: Backend, about: Any) -> Any:
+        if isinstance(fault, BaseException):
+            raise fault
+        return fault
+
+    return kind_of("mine", **{question: answer})
+
+
+@contextlib.contextmanager
+def on_the_list(kind: type[Backend], before: str | None = None) -> Iterator[None]:
+    with fresh_list():
+        backends.register(kind, before=before)
+        yield
+
+
+def output(*arguments: str) -> tuple[int, str]:
+    """The status and stdout of a command."""
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said):
+        status = main(list(arguments))
+    return status, said.getvalue()
+
+
+@given(
+    question=st.sampled_from(QUESTIONS),
+    text=st.sampled_from((*FAULTS, *NO_TEXT)),
+    before=st.sampled_from((None, "sdpa")),
+)
+def test_a_question_that_raises_is_a_reason_against_its_backend_alone(
+    question: str, text: str, before: str | None
+) -> None:
+    fault = FAULTS.get(text, NO_TEXT.get(text))
+    assume(question != "refusals" or text in FAULTS)
+    text = f"unsupported raised {text}" if question == "refusals" else text
+    expected = attention(q(), q(), q())
+    with on_the_list(faulty(question, fault), before):
+        assert torch.equal(attention(q(), q(), q()), expected)
+        said = explain(SPEC)
+        assert said.chosen == "sdpa" and text in said.rows["mine"]
+        assert all("raised" not in row for name, row in said.rows.items() if name != "mine")
+        with pytest.raises(NoBackendError) as caught:
+            attention(q(), q(), q(), backend="mine")
+        assert list(caught.value.reasons) == ["mine"] and text in caught.value.reasons["mine"]
+        assert torch.equal(attention(q(), q(), q(), backend=["mine", "sdpa"]), expected)
+
+
+@pytest.mark.parametrize("question", (*QUESTIONS, "unready"))
+def test_no_command_falls_over_a_question_that_raises(question: str) -> None:
+    with on_the_list(faulty(question, KeyError("gpu")), "sdpa"):
+        status, out = output("info", "--json")
+        rows = json.loads(out)["devices"][0]["backends"]
+        assert status == 0 and rows["sdpa"]["available"]
+        assert rows["mine"]["available"] == (question != "unavailable")
+        assert output("info")[0] == output("table")[0] == 0
+        status, out = output("explain", "--device", "cpu")
+        assert status == 0 and "raised KeyError: 'gpu'" in out and out.count("raised") == 1
+        call = ("verify", "--backend", "mine,naive", "--device", "cpu", "--examples", "3", "--json")
+        mine, naive = json.loads(output(*call)[1])
+        assert naive["verdict"] == "agrees"
+        assert "raised KeyError: 'gpu'" in str(mine["why"]) or (question, mine["verdict"]) == ("unready", "FAILS")
+        assert json.loads(output("bench", "--list", "--json", "--device", "cpu")[1])
+        call = ("tune", "--device", "cpu", "--kinds", "dense", "--head-dims", "8", "--seqlens", "8", "--rounds", "1")
+        if question != "unavailable":
+            found = json.loads(output(*call, "--budget", "1e9", "--backends", "mine", "sdpa", "--json")[1])
+            assert all("sdpa" in cell["us"] for cell in found["cells"])
+        assert json.loads(output(*call, "--budget", "1e9", "--json")[1])["cells"]
+
+
+def test_ones_own_object_still_raises() -> None:
+    with pytest.raises(KeyError):
+        faulty("unsupported", KeyError("gpu"))().unsupported(SPEC)
+
+
+# The order that users give
+
+
+def serving(name: str) -> type[Backend]:
+    """A backend that serves the problem, and doubles."""
+    return kind_of(name, __call__=lambda self, q, k, v, spec: q * 2)
+
+
+moves = st.lists(st.tuples(st.sampled_from((*BUILT_IN, "a", "b")), st.none() | st.sampled_from((*BUILT_IN, "a", "b"))))
+
+
+@given(moves=moves)
+def test_a_preferred_backend_is_moved_and_the_others_stay(moves: list[tuple[str, str | None]]) -> None:
+    with fresh_list():
+        for name in "ab":
+            backends.register(serving(name))
+        model = list(names())
+        for name, before in moves:
+            if name == before:
+                with pytest.raises(ValueError, match="before must be another backend"):
+                    flashmha.prefer(name, before=before)
+                continue
+            flashmha.prefer(name, before=before)
+            model.remove(name)
+            model.insert(0 if before is None else model.index(before), name)
+            assert names() == tuple(model)
+        asked = list(backends.order(SPEC))
+        late = "flex" not in {name for name, before in moves if name != before}
+        if late:  # on a CPU flex waits behind the definition, unless it was put elsewhere
+            model.remove("flex")
+            model.insert(model.index("naive") + 1, "flex")
+        assert asked == model
+
+
+@given(name=st.sampled_from(("mine", "flex", "naive")), before=st.sampled_from((None, "sdpa")))
+def test_a_preference_is_stronger_than_a_measurement(name: str, before: str | None) -> None:
+    row = ranking.Row(("dense",), ("eval",), ("sdpa", "flash2", "flex"), "somewhere")
+    with fresh_list(), mock.patch.object(tuned, "row", lambda spec: row):
+        backends.register(serving("mine"))
+        assert explain(SPEC).chosen == "sdpa"
+        flashmha.prefer(name, before=before)
+        assert explain(SPEC).chosen == name and backends.choose(SPEC).name == name
+        flashmha.unregister(name)
+        assert explain(SPEC).chosen == "sdpa"
+
+
+def test_a_plug_in_is_chosen_automatically_once_it_is_preferred() -> None:
+    with environment({"first_package": ("mine", source("mine"))}):
+        assert not torch.equal(attention(q(), q(), q()), q() * 2)
+        with pytest.raises(
+            ValueError,
+            match=r"name must not be taken, got 'mine'; unregister\('mine'\) .* "
+            r"or prefer\('mine', before='sdpa'\) to move it",
+        ):
+            backends.register(type(get("mine")), before="sdpa")
+        flashmha.prefer("mine", before="sdpa")
+        assert torch.equal(attention(q(), q(), q()), q() * 2)
+        compiled = torch.compile(lambda x: attention(x, x, x), fullgraph=True, backend="eager")
+        torch._dynamo.reset()
+        assert torch.equal(compiled(q()), q() * 2)
+        assert backends.origin("mine") == "first_package 1.5"
+        flashmha.unregister("mine")
+        assert "mine" not in names() and not torch.equal(attention(q(), q(), q()), q() * 2)
+
+
+@pytest.mark.parametrize("change", (flashmha.prefer, flashmha.unregister))
+@pytest.mark.parametrize("name", ("nobody", "flash_attn", 3, None, ["sdpa"]))
+def test_only_a_backend_on_the_list_is_moved_or_taken_off(change: Any, name: Any) -> None:
+    with fresh_list():
+        with pytest.raises(ValueError, match="name must be one of sdpa, flash4") as caught:
+            change(name)
+        assert repr(name) in str(caught.value) and names() == BUILT_IN
 
 
 # Where a wish was said

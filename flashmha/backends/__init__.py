@@ -21,14 +21,14 @@ import torch
 from ..errors import NoBackendError, lines
 from ..spec import SHARED, AttentionSpec, is_deterministic
 from . import registry, tuned
-from .base import FEATURES, Backend, Limits
+from .base import FEATURES, Backend, Limits, written
 from .flash2 import Flash2
 from .flash3 import Flash3
 from .flash4 import Flash4
 from .flex import Flex
 from .naive import Naive
 from .ranking import LAST, WORTH, work
-from .registry import FAMILIES, discover, expand, get, names, origin, register, unregister
+from .registry import FAMILIES, discover, expand, get, names, origin, prefer, register, unregister
 from .sdpa import Sdpa, packs, switches
 from .tuned import load_tuned
 
@@ -48,6 +48,7 @@ __all__ = [
     "note",
     "order",
     "origin",
+    "prefer",
     "record",
     "register",
     "unregister",
@@ -67,8 +68,8 @@ OWN = (Sdpa, Flash4, Flash3, Flash2, Flex, Naive)
 def order(spec: AttentionSpec) -> tuple[str, ...]:
     """The order in which automatic choice asks: the list's, in which our own backends stand as they were measured.
 
-    Others stay where they were registered. SDPA comes first of our own while one of its switches is off, as inside
-    ``sdpa_kernel(...)``: it alone obeys them.
+    Others stay where they were registered, and what ``prefer`` moved stays there. SDPA comes first of our own while one
+    of its switches is off, as inside ``sdpa_kernel(...)``: it alone obeys them.
     """
     discover()
     row = tuned.row(spec)
@@ -79,6 +80,8 @@ def order(spec: AttentionSpec) -> tuple[str, ...]:
     elif spec.features & BUILDS_MASKS and not packs(spec):
         late, anchor = "sdpa", "flex"
         first = tuple([name for name in first if name != late])  # what it was measured at is not what it would do
+    if late in registry.preferred:
+        late = ""
     if switched(spec):
         first = ("sdpa", *first)
     if torch.compiler.is_compiling():
@@ -118,7 +121,7 @@ def arranged(entries: dict[str, Backend], first: tuple[str, ...], late: str, anc
         names.insert(names.index(anchor) + 1, late)
     if not first:
         return tuple(names)
-    own = [name for name in names if type(entries[name]) in OWN]
+    own = [name for name in names if type(entries[name]) in OWN and name not in registry.preferred]
     ahead = [name for name in dict.fromkeys(first) if name in own]
     ranked = iter([*ahead, *[name for name in own if name not in ahead]])
     return tuple([next(ranked) if name in own else name for name in names])
@@ -148,8 +151,13 @@ def asked(wanted: Wanted = None) -> tuple[str, Wanted]:
     values = getattr(os.environ, "_data", None)
     if values is not None and KEY not in values:  # where ``get`` would raise and catch two exceptions, in every call
         return VARIABLE, None
+    return VARIABLE, read_variable()
+
+
+def read_variable() -> list[str] | None:
+    """The names in ``FLASHMHA_BACKEND``; ``None`` where it is not set, or to nothing."""
     named = os.environ.get(VARIABLE)
-    return VARIABLE, [name.strip() for name in named.split(",")] if named else None
+    return [name.strip() for name in named.split(",")] if named else None
 
 
 def preference(wanted: Wanted = None) -> Wanted:
@@ -298,23 +306,31 @@ class Explanation:
 
     Attributes:
         spec: the problem.
-        chosen: the backend that would run, ``None`` if nobody can.
+        chosen: the backend that would run, ``None`` if none can, or where the answer is on paper.
         rows: backend name -> ``"chosen"``, ``"could serve"`` or the reason against it.
         notes: what a layer does beside that.
+        conclusion: the answer in a line.
     """
 
     spec: AttentionSpec
     chosen: str | None
     rows: dict[str, str]
     notes: tuple[str, ...] = ()
+    conclusion: str = ""
 
     def __str__(self) -> str:
-        return "\n".join((f"{self.spec}\n{lines(self.rows)}", *self.notes))
+        return "\n".join((f"{self.spec}\n{lines(self.rows)}", *self.notes, self.conclusion))
 
 
-def explain(spec: AttentionSpec, wanted: Wanted = None) -> Explanation:
-    """One line a backend for a problem, in the order they are asked."""
+def explain(spec: AttentionSpec, wanted: Wanted = None, capability: tuple[int, int] | None = None) -> Explanation:
+    """One line a backend for a problem, in the order they are asked.
+
+    With a CUDA compute capability, such as ``(9, 0)``, the answer is on paper: what the limits of each backend say of
+    a GPU that need not be here. Nothing is tried then, neither a package nor the machine.
+    """
     said, named = asked(wanted)
+    if capability is not None:
+        return on_paper(spec, capability, said, named)
     candidates = order(spec) if named is None else expand(named, said)
     rows: dict[str, str] = {}
     passed: dict[str, str] = {}
@@ -334,8 +350,36 @@ def explain(spec: AttentionSpec, wanted: Wanted = None) -> Explanation:
             if found is None:
                 found = backend
             why = "chosen" if backend is found else passed.get(name, "could serve")
-        rows[name] = why or "could serve, not asked for"
-    return Explanation(spec, None if found is None else found.name, rows, tuple(notes))
+        rows[name] = why or OTHERWISE
+    if found is not None:
+        return Explanation(spec, found.name, rows, tuple(notes), f"chosen: {found.name}")
+    able = ", ".join(name for name, text in rows.items() if text == OTHERWISE)
+    who = "no backend can serve this problem" if named is None else f"{said}={named!r} cannot serve this problem"
+    others = f"; without that name {able} could" if able else ""
+    return Explanation(spec, None, rows, tuple(notes), f"chosen: none, {who}{others}")
+
+
+OTHERWISE, BY_LIMITS = "could serve, not asked for", "could serve by its limits"
+"""What is said of backends that were not chosen."""
+
+
+def on_paper(spec: AttentionSpec, capability: tuple[int, int], said: str, named: Wanted) -> Explanation:
+    """What the limits say of a problem on a GPU of some CUDA compute capability."""
+    if spec.device.type != "cuda":
+        raise ValueError(f"capability must come with a problem on a CUDA device, got one on {spec.device}.")
+    if not (isinstance(capability, tuple) and len(capability) == 2 and all(type(part) is int for part in capability)):
+        raise ValueError(f"capability must be (major, minor), such as (9, 0), got {capability!r}.")
+    candidates = names() if named is None else expand(named, said)
+    rows = {}
+    for name in (*candidates, *(name for name in names() if name not in candidates)):
+        backend = registry.entries[name]
+        against = backend.unsupported(spec)
+        reasons = [] if against is None else [against]
+        reasons += backend.limits.refusals_on(capability, spec.features)
+        rows[name] = "; ".join(reasons) or (BY_LIMITS if name in candidates else OTHERWISE)
+    able = ", ".join(name for name in candidates if rows[name] == BY_LIMITS) or "none"
+    where = f"on compute capability {written(capability)}"
+    return Explanation(spec, None, rows, (), f"could serve {where}: {able}; this is on paper, nothing was tried")
 
 
 def absent(backend: Backend, spec: AttentionSpec) -> str | None:

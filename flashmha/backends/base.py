@@ -75,6 +75,7 @@ class Limits:
         seqlen_min: the fewest queries and keys.
         batch_min: the fewest batch items.
         capability: the CUDA compute capabilities (major versions) it has kernels for.
+        only_on: feature -> those of them it serves it on, where that is not all.
         aten: made of PyTorch operators alone, as export, torch.func and tensor subclasses want it.
     """
 
@@ -88,6 +89,7 @@ class Limits:
     seqlen_min: int = 0
     batch_min: int = 0
     capability: tuple[int, ...] | None = None
+    only_on: dict[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
     aten: bool = False
     sized: bool = dataclasses.field(init=False, repr=False)
     """Some size is limited."""
@@ -95,9 +97,36 @@ class Limits:
     def __post_init__(self) -> None:
         bounds = (self.head_dim, self.head_dim_min, self.head_dim_step, self.seqlen_min, self.batch_min)
         object.__setattr__(self, "sized", bounds != (None, 1, 1, 0, 0))
+        for name, kind in (("devices", str), ("dtypes", torch.dtype)):
+            values = getattr(self, name)
+            if not isinstance(values, tuple) or not all(isinstance(value, kind) for value in values):
+                raise TypeError(f"{name} must be a tuple of {kind.__name__}, got {values!r}.")
+        if not isinstance(self.features, frozenset):
+            raise TypeError(f"features must be a frozenset of names, got {self.features!r}.")
         unknown = sorted(self.features.union(*self.not_on.values()) - frozenset(FEATURES))
         if unknown:
             raise ValueError(f"features must be among {', '.join(FEATURES)}, got {', '.join(unknown)}.")
+
+    def refusals_on(self, capability: tuple[int, int], features: frozenset[str]) -> list[str]:
+        """One phrase for each reason that speaks against a CUDA compute capability, of a GPU that need not be here."""
+        found = []
+        if self.capability is not None and capability[0] not in self.capability:
+            found.append(f"compute capability {written(capability)} (only {of_majors(self.capability)})")
+        for name in FEATURES:
+            majors = self.only_on.get(name)
+            if majors is not None and name in features and capability[0] not in majors:
+                found.append(f"{name} on compute capability {written(capability)} (only {of_majors(majors)})")
+        return found
+
+
+def written(capability: tuple[int, int]) -> str:
+    """``9.0``."""
+    return ".".join(map(str, capability))
+
+
+def of_majors(majors: tuple[int, ...]) -> str:
+    """``9.x, 10.x``."""
+    return ", ".join(f"{major}.x" for major in majors)
 
 
 class Backend(abc.ABC):

@@ -95,10 +95,9 @@ probe._dynamo_marked_constant = True  # type: ignore[attr-defined]  # torch.comp
 
 def trial(backend: FlashAttn, device: torch.device) -> str | None:
     """Find, import and run a package on a device: the reason it does not work, with the exception's own text."""
-    capability = torch.cuda.get_device_capability(device)
-    majors = backend.limits.capability
-    if majors is not None and capability[0] not in majors:
-        return f"compute capability {capability[0]}.{capability[1]} (only {', '.join(f'{m}.x' for m in majors)})"
+    wrong = backend.limits.refusals_on(torch.cuda.get_device_capability(device), frozenset())
+    if wrong:
+        return wrong[0]
     try:
         functions = backend.functions or backend.load()
         for function in functions:

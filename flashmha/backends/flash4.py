@@ -76,6 +76,7 @@ class Flash4(FlashAttn):
         seqlen_min=1,
         batch_min=1,
         capability=(9, 10, 11),
+        only_on={"dense_mask": (9,)},
     )
 
     def __init__(self) -> None:
@@ -186,8 +187,10 @@ def kind(spec: AttentionSpec) -> tuple[Any, ...]:
 @functools.cache
 def untried(index: int | None) -> str | None:
     """Why mask tensors are not served on a GPU."""
-    major, minor = torch.cuda.get_device_capability(index)
-    return None if major == 9 else f"dense_mask on compute capability {major}.{minor} (tried on 9.x alone)"
+    return (
+        "; ".join(Flash4.limits.refusals_on(torch.cuda.get_device_capability(index), frozenset(("dense_mask",))))
+        or None
+    )
 
 
 untried._dynamo_marked_constant = True  # type: ignore[attr-defined]  # torch.compiler.assume_constant_result, unimported

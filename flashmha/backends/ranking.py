@@ -29,7 +29,7 @@ UNMEASURED = frozenset(
     "rule bias bias_grad alibi softcap sinks dropout head_dim_v deterministic".split()  # noqa: SIM905
 )
 MARGIN = 0.03
-"""Two backends whose times differ by less are as fast as one another."""
+"""Two backends whose times differ by less, or by no more than chance, are as fast as one another (see ``beaten``)."""
 WORTH = 1e11
 """Operations of a forward from which a kernel is worth seconds of compiling: a fifth of a millisecond on an H200, so
 that a tenth of it, in every layer and step, brings the seconds back within an epoch."""
@@ -154,8 +154,9 @@ def work(spec: AttentionSpec) -> float:
 def derive(cells: Iterable[dict[str, Any]], source: str) -> tuple[Row, ...]:
     """The rows of what ``flashmha tune`` measured, as few as say the same within ``MARGIN``.
 
-    A cell has its ``kind``, ``mode``, ``head_dim``, ``keys``, and the microseconds ``us`` of each backend, in the order
-    of the list. A size between two that were measured counts as the larger; beyond the largest, as the largest.
+    A cell has its ``kind``, ``mode``, ``head_dim``, ``keys``, the microseconds ``us`` of each backend, in the order of
+    the list, and the ``spread`` of those: half the middle half of the rounds, as a share of the time. A size between
+    two that were measured counts as the larger; beyond the largest, as the largest.
     """
     places: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for cell in combined(cells):
@@ -167,7 +168,8 @@ def derive(cells: Iterable[dict[str, Any]], source: str) -> tuple[Row, ...]:
 
 
 def combined(cells: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """One cell a place: where several were measured there, as with one query and with eight, the mean of each time."""
+    """One cell a place: where several were measured there, as with one query and with eight, the mean of each time, and
+    the largest of each spread."""
     places: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     for cell in cells:
         places.setdefault(tuple(cell[name] for name in PLACE), []).append(cell)
@@ -175,7 +177,9 @@ def combined(cells: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     for those in places.values():
         names = dict.fromkeys(name for cell in those for name in cell["us"])
         times = {name: [cell["us"][name] for cell in those if name in cell["us"]] for name in names}
-        found.append({**those[0], "us": {name: statistics.geometric_mean(each) for name, each in times.items()}})
+        means = {name: statistics.geometric_mean(each) for name, each in times.items()}
+        spread = {name: max(cell.get("spread", {}).get(name, 0.0) for cell in those) for name in names}
+        found.append({**those[0], "us": means, "spread": spread})
     return found
 
 
@@ -265,7 +269,7 @@ def by_keys(cells: Sequence[dict[str, Any]]) -> list[tuple[int, tuple[str, ...]]
 
 
 def agreed(cells: Sequence[dict[str, Any]]) -> tuple[str, ...] | None:
-    """One order for some cells: nobody stands in front of another who is faster by more than ``MARGIN`` in one of them.
+    """One order for some cells: none stands in front of another that beats it in one of them.
 
     Where the times leave a choice the order of the list stays; ``None`` where they leave none.
     """
@@ -273,7 +277,7 @@ def agreed(cells: Sequence[dict[str, Any]]) -> tuple[str, ...] | None:
     order: list[str] = []
     while left:
         for name in left:
-            if not any(beaten(name, other, cell["us"]) for other in left for cell in cells):
+            if not any(beaten(name, other, cell) for other in left for cell in cells):
                 break
         else:
             return None
@@ -282,9 +286,13 @@ def agreed(cells: Sequence[dict[str, Any]]) -> tuple[str, ...] | None:
     return tuple(order)
 
 
-def beaten(name: str, other: str, times: dict[str, float]) -> bool:
-    """Somebody is slower than another by more than ``MARGIN``."""
-    return name in times and other in times and times[name] > times[other] * (1 + MARGIN)
+def beaten(name: str, other: str, cell: dict[str, Any]) -> bool:
+    """One is slower than another by more than ``MARGIN``, and by more than chance: the middle halves lie apart."""
+    times, spread = cell["us"], cell.get("spread", {})
+    if name not in times or other not in times:
+        return False
+    fast, slow = times[other] * (1 + spread.get(other, 0.0)), times[name] * (1 - spread.get(name, 0.0))
+    return bool(slow > fast * (1 + MARGIN))
 
 
 SOURCE = "benchmarks/results/ranking_h100.json"

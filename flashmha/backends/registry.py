@@ -2,15 +2,16 @@
 
 Everything on the list came through ``register``: this package's own classes, and those of others by decorator or by
 entry point (``plugins``). An entry point puts a backend at the end, behind ``naive``, which serves everything: being
-installed changes nobody's numbers, being named does.
+installed changes no number, being named or preferred does.
 """
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
+from ..errors import in_one_line
 from . import plugins
 from .base import CONTRACTS, Backend, Limits
 from .plugins import Unusable
@@ -23,6 +24,8 @@ entries: dict[str, Backend] = {}
 """The list. It is replaced and never changed, so that a thread reads one state of it."""
 packages: dict[str, str] = {}
 """Backend name -> the package whose entry point brought it."""
+preferred: frozenset[str] = frozenset()
+"""Backends that stay where ``prefer`` put them, whatever was measured. It is replaced before ``entries`` is."""
 complete = False
 """The plug-ins are on the list."""
 lock = threading.RLock()
@@ -47,10 +50,32 @@ def register(backend: B, *, before: str | None = None) -> B:
     """
     if before is not None and before not in entries:
         discover()
-        if before not in entries:
-            raise ValueError(f"before must be one of {', '.join(entries)}, got {before!r}.")
+        find(before, "before", families=False)
     add(made(backend), before)
     return backend
+
+
+def prefer(name: str, *, before: str | None = None) -> None:
+    """Move a backend in front of another on the list, or of all of them: automatic choice asks it there.
+
+    It stays there, in this process, whatever was measured. ``prefer("mine", before="sdpa")`` is how a backend that a
+    package brought is chosen without being named; ``unregister`` takes one off the list.
+
+    Raises:
+        ValueError: there is no backend of that name.
+    """
+    global entries, preferred
+    discover()
+    find(name, "name", families=False)
+    if before is not None:
+        find(before, "before", families=False)
+        if before == name:
+            raise ValueError(f"before must be another backend, got {before!r}.")
+    with lock:
+        rest = [row for row in entries.items() if row[0] != name]
+        place = 0 if before is None else [other for other, _ in rest].index(before)
+        preferred |= {name}
+        entries = dict([*rest[:place], (name, entries[name]), *rest[place:]])
 
 
 def made(backend: object) -> Backend:
@@ -69,7 +94,32 @@ def made(backend: object) -> Backend:
         raise TypeError(f"name must be a string without commas or outer spaces, got {name!r} on {who}.")
     if not isinstance(limits, Limits):
         raise TypeError(f"limits must be a Limits, got {limits!r} on {who}.")
+    if not is_own(instance):
+        for question in QUESTIONS:
+            setattr(instance, question, guarded(question, getattr(instance, question)))
     return instance
+
+
+QUESTIONS = ("unavailable", "unsupported", "unbuilt", "unready")
+"""What a backend is asked beside others, which its faults must not reach."""
+
+
+def guarded(question: str, ask: Callable[[Any], Any]) -> Callable[[Any], str | None]:
+    """A question that always gives a reason or ``None``: what it raises is a reason against its backend."""
+
+    def answer(about: Any) -> str | None:
+        try:
+            said = ask(about)
+        except (Exception, SystemExit) as error:
+            return f"{question} raised {in_one_line(error)}"
+        return said if said is None or isinstance(said, str) else f"{question} must give text or None, got {said!r}"
+
+    return answer
+
+
+def is_own(backend: Backend) -> bool:
+    """It comes with this package."""
+    return type(backend).__module__.startswith(f"{__package__}.")
 
 
 def add(backend: Backend, before: str | None = None) -> None:
@@ -77,8 +127,14 @@ def add(backend: Backend, before: str | None = None) -> None:
     global entries
     name = backend.name
     with lock:
-        if taken(name):
-            raise ValueError(f"name must not be taken, got {name!r}; unregister({name!r}) first to replace it.")
+        if name in FAMILIES:
+            raise ValueError(f"name must not be taken, got {name!r}, which stands for {', '.join(FAMILIES[name])}.")
+        if name in entries:
+            where = "" if before is None else f", before={before!r}"
+            raise ValueError(
+                f"name must not be taken, got {name!r}; unregister({name!r}) first to replace it, "
+                f"or prefer({name!r}{where}) to move it."
+            )
         rows = list(entries.items())
         place = len(rows) if before is None else list(entries).index(before)
         rows.insert(place, (name, backend))
@@ -90,10 +146,16 @@ def taken(name: str) -> bool:
 
 
 def unregister(name: str) -> None:
-    """Take a backend off the list."""
-    global entries
-    get(name)
+    """Take a backend off the list, so that no call asks it; another class may have its name then.
+
+    Raises:
+        ValueError: there is no backend of that name.
+    """
+    global entries, preferred
+    discover()
+    find(name, "name", families=False)
     with lock:
+        preferred -= {name}
         entries = {other: backend for other, backend in entries.items() if other != name}
         packages.pop(name, None)
 
@@ -160,10 +222,11 @@ def get(name: str) -> Backend:
     return find(name, "backend")
 
 
-def find(name: str, said: str) -> Backend:
-    """The backend of a name; ``said`` is where the name stood, for the error."""
-    if name not in entries:
-        raise ValueError(f"{said} must be one of {', '.join((*entries, *FAMILIES))}, got {name!r}.")
+def find(name: str, said: str, families: bool = True) -> Backend:
+    """The backend of a name; ``said`` is where the name stood, and whether a family could, for the error."""
+    if not isinstance(name, str) or name not in entries:
+        known = (*entries, *FAMILIES) if families else tuple(entries)
+        raise ValueError(f"{said} must be one of {', '.join(known)}, got {name!r}.")
     return entries[name]
 
 
@@ -183,5 +246,5 @@ def expand(wanted: str | Sequence[str], said: str = "backend") -> tuple[str, ...
 
 def origin(name: str) -> str:
     """Who registered a backend: flashmha, a package and its version, or the module of the class."""
-    module = type(get(name)).__module__
-    return packages.get(name) or ("flashmha" if module.startswith(f"{__package__}.") else module)
+    backend = get(name)
+    return packages.get(name) or ("flashmha" if is_own(backend) else type(backend).__module__)

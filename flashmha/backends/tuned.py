@@ -73,6 +73,8 @@ def load_tuned(file: str | os.PathLike[str] | None) -> None:
     Raises:
         ValueError: there is no such file, it is damaged, or it was measured with another GPU, torch or kernel package.
     """
+    if file is not None and not isinstance(file, (str, os.PathLike)):
+        raise TypeError(f"file must be a path, or None for the built-in table alone, got {file!r}.")
     replace(Tuned(settled=True) if file is None else held(read(file)))
 
 
@@ -93,7 +95,7 @@ def read(file: str | os.PathLike[str]) -> Tuned:
         found = json.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise ValueError(f"{path} must be a file that can be read, got {error.strerror or error}; {again}.") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} must be a file of `flashmha tune`, got no JSON ({error}); {again}.") from error
     command, schema = (found.get(name) if isinstance(found, dict) else None for name in ("command", "schema"))
     if (command, schema) != ("tune", SCHEMA):

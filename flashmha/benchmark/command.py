@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
+from ..commands.destination import check_folder
 from ..commands.devices import device
 from ..commands.screen import add_json, print_json, print_table, progress
+from ..commands.variables import check_variables
+from ..errors import in_one_line
+from ..extras import wanted_by
 from .cases import LEVELS, PASSES, SUITES, every_case, select
 from .lineup import contestants, everybody
 from .report import Run, faults, levels, load, markdown, origin_line, save, summary_lines, verdict_table
@@ -22,6 +26,11 @@ CHOICES = ("suites", "case", "level", "passes", "peers", "backends")
 
 WRONG, UNSTABLE = 1, 3
 """Exit statuses beside 0."""
+
+RECORD, PAGE = "run.json", "table.md"
+PLOTS = ("ratios.png", "time.png", "memory.png", "gemm.png")
+"""The files of a run."""
+Draw = Callable[[Run, Path], None]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -62,20 +71,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(options: argparse.Namespace) -> int:
-    """Measure and report; 0, 1 where a contestant of ours was wrong, 3 where the machine was too unsteady to tell."""
-    if options.rounds < 1 or (options.budget is not None and options.budget <= 0):
+    """Measure and report: 0, or 1 where a contestant of ours was wrong, a file was not written or the run was stopped,
+    or 3 where the machine was too unsteady to tell."""
+    if options.rounds < 1 or (options.budget is not None and not options.budget > 0):
         raise ValueError(f"rounds and budget must be positive, got {options.rounds} and {options.budget}.")
-    if not options.no_plots and not options.list and importlib.util.find_spec("matplotlib") is None:
-        raise ModuleNotFoundError("plots need matplotlib: pip install 'flashmha[bench]', or --no-plots")
+    if options.list:
+        return show_cases(planned(options), options.json)
+    draw = None if options.no_plots else plots()
     if options.report is not None:
         found = load(options.report)
-        write(found, options.out or options.report.with_suffix(""), plots=not options.no_plots, again=True)
-        return show(found, options.json)
+        folder = options.out or options.report.with_suffix("")
+        check_folder(folder, "--out", (PAGE, *PLOTS))
+        written = write(found, folder, draw, again=True)
+        return show(found, options.json) if written else WRONG
     plan = planned(options)
-    if options.list:
-        return show_cases(plan, options.json)
     folder = options.out or Path("flashmha-bench")
-    folder.mkdir(parents=True, exist_ok=True)
+    check_folder(folder, "--out", (RECORD, PAGE, *PLOTS))
     with progress(f"{len(plan.cases)} cases", len(plan.cases)) as advance:
 
         def tell(line: str) -> None:
@@ -84,8 +95,16 @@ def main(options: argparse.Namespace) -> int:
                 print(line, file=sys.stderr, flush=True)
 
         found = run(plan, tell)
-    write(found, folder, plots=not options.no_plots)
-    return show(found, options.json)
+    written = write(found, folder, draw)
+    status = show(found, options.json)
+    return status if written else WRONG
+
+
+def plots() -> Draw:
+    """What draws the plots, imported before anything is measured for them."""
+    with wanted_by("bench", ", or --no-plots"):
+        from .plots import draw  # matplotlib
+    return draw
 
 
 def planned(options: argparse.Namespace) -> Plan:
@@ -95,6 +114,7 @@ def planned(options: argparse.Namespace) -> Plan:
         ValueError: a flag names what there is not.
     """
     where = device(options.device)
+    check_variables(where.type)
     everyone, absent = everybody(where)
     known = [one.name for one in everyone]
     for name in options.backends or ():
@@ -132,16 +152,22 @@ def show_cases(plan: Plan, json: bool) -> int:
     return 0
 
 
-def write(found: Run, folder: Path, plots: bool, again: bool = False) -> None:
-    """Every file of a run in a folder; ``again`` leaves the JSON where it is."""
-    folder.mkdir(parents=True, exist_ok=True)
-    if not again:
-        save(found, folder / "run.json")
-    (folder / "table.md").write_text(markdown(found), encoding="utf-8")
-    if plots:
-        from .plots import draw  # matplotlib
+def write(found: Run, folder: Path, draw: Draw | None, again: bool = False) -> bool:
+    """Every file of a run in a folder, what was measured first; ``again`` leaves the JSON where it is.
 
-        draw(found, folder)
+    ``False`` where one could not be written, which is said: nothing that follows may be lost by it.
+    """
+    try:
+        if not again:
+            save(found, folder / RECORD)
+        (folder / PAGE).write_text(markdown(found), encoding="utf-8")
+        if draw is not None:
+            draw(found, folder)
+    except Exception as error:  # a full disk, or whatever the library of the plots raises
+        hint = "" if again else f"; what was measured is in {folder / RECORD}" * (folder / RECORD).exists()
+        print(f"flashmha bench: {in_one_line(error)}{hint}", file=sys.stderr)
+        return False
+    return True
 
 
 def show(found: Run, json: bool) -> int:
@@ -153,6 +179,8 @@ def show(found: Run, json: bool) -> int:
             print_table(*verdict_table(found, level))
             print()
         print("\n".join([*summary_lines(found), origin_line(found)]))
+    if found.get("stopped"):
+        return WRONG
     ours = [name for _, name, _, _ in faults(found) if name.startswith(("flashmha", "attention", "control"))]
     if ours:
         return WRONG

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import math
 import time
 from typing import Any
 
@@ -188,5 +189,6 @@ def judge(named: Named, reference: Reference, real: Tensor | None = None) -> tup
             faults.append(f"{name} is off by {off.abs().max().item():.3g}, at most {bound:.3g} allowed")
         short = "gradient" if gradient else name
         relative = ((actual.double() - exact).norm() / exact.double().norm().clamp_min(1e-30)).item()
-        errors[short] = max(errors.get(short, 0.0), float(f"{relative:.3g}"))
+        if math.isfinite(relative):  # else it is among the faults, and JSON knows no such number
+            errors[short] = max(errors.get(short, 0.0), float(f"{relative:.3g}"))
     return faults, errors

@@ -147,5 +147,11 @@ def hidden(backend: str, case: Case, device: torch.device) -> bool:
     return backend == "naive" or (backend == "flex" and not fits(case, FEW["cuda"]))
 
 
+def shown_by_name(everyone: Sequence[Contestant], backends: Sequence[str] | None = None) -> list[str]:
+    """The contestants that get rows of their own beside automatic choice: what was asked for, and other packages'."""
+    pairs = [(one.name, backend) for one in everyone if (backend := one.name.partition(":")[2])]
+    return [name for name, backend in pairs if backend in (backends or ()) or origin(backend) != "flashmha"]
+
+
 def fits(case: Case, globs: Sequence[str]) -> bool:
     return any(fnmatchcase(case.id, glob) for glob in globs)

@@ -124,12 +124,12 @@ class Canary:
 
 
 def environment(device: torch.device) -> dict[str, Any]:
-    """What the numbers depend on."""
+    """What the numbers depend on, asked under the conditions they are measured in."""
     found: dict[str, Any] = {
         "device": str(device),
         "cpu": processor(),
         "amx": bool(getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)()),
-        "threads": 1 if device.type == "cpu" else torch.get_num_threads(),
+        "threads": torch.get_num_threads(),
         "system": platform.system(),
         "python": platform.python_version(),
         "torch": str(torch.__version__),

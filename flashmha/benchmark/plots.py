@@ -178,6 +178,7 @@ def draw_lines(run: Run, path: Path, unit: str, measure: Callable[[dict[str, Any
     axes = figure.subplots(down, across, squeeze=False).flatten()
     handles: dict[str, Any] = {}
     for ax, (title, family) in zip(axes, families.items()):
+        highest = 0.0
         for name, (color, marker, dashes) in LINES.items():
             points = [
                 (length, measure(case, case["contestants"][name]))
@@ -185,10 +186,17 @@ def draw_lines(run: Run, path: Path, unit: str, measure: Callable[[dict[str, Any
                 if {"seconds", "peak_bytes"} <= set(case["contestants"].get(name, ()))
             ]
             if points:
+                highest = max(highest, *(value for _, value in points))
                 (handles[name],) = ax.plot(
-                    *zip(*points), color=color, marker=marker, linestyle=dashes, markersize=4.5, linewidth=1.5
+                    *zip(*points),
+                    color=color,
+                    marker=marker,
+                    linestyle=dashes,
+                    markersize=4.5,
+                    linewidth=1.5,
+                    clip_on=False,
                 )
-        dress(ax, title, family)
+        dress(ax, title, family, highest)
     for ax in axes[len(families) :]:
         ax.set_visible(False)
     figure.supylabel(unit)
@@ -198,8 +206,8 @@ def draw_lines(run: Run, path: Path, unit: str, measure: Callable[[dict[str, Any
     figure.savefig(path, dpi=130)
 
 
-def dress(ax: Axes, title: str, family: dict[int, dict[str, Any]]) -> None:
-    """A panel's title, scales and grid: the lengths as powers of 2, values from 0."""
+def dress(ax: Axes, title: str, family: dict[int, dict[str, Any]], highest: float) -> None:
+    """A panel's title, scales and grid: the lengths as powers of 2, values from 0 to a little above the highest."""
     heads = {length: case["case"]["heads"] for length, case in sorted(family.items())}
     same = len(set(heads.values())) == 1
     ax.set_title(f"{title} H{min(heads.values())}" if same else title, fontsize=9)
@@ -207,7 +215,7 @@ def dress(ax: Axes, title: str, family: dict[int, dict[str, Any]]) -> None:
     ax.set_xscale("log", base=2)
     ax.set_xticks(list(heads), [str(length) if same else f"{length}\nH{each}" for length, each in heads.items()])
     ax.xaxis.set_minor_locator(matplotlib.ticker.NullLocator())
-    ax.set_ylim(bottom=0)
+    ax.set_ylim(0, 1.08 * highest or 1.0)
     ax.grid(alpha=0.25)
 
 
@@ -227,13 +235,17 @@ def draw_shares(run: Run, path: Path) -> None:
     figure = Figure(figsize=(9, 1.6 + 0.25 * len(rows)))
     ax = figure.subplots()
     handles: dict[str, Any] = {}
+    highest = 100.0
     for y, (_, case, names) in enumerate(rows):
         for name, run_as in names.items():
             color, marker, _ = LINES[name]
             share = share_of_gemm(case, run_as)
             if share is not None:
-                (handles[name],) = ax.plot(100 * share, y, color=color, marker=marker, linestyle="", markersize=6)
-    ax.set(xlim=(0, 100), ylim=(len(rows) - 0.5, -0.5), xlabel="% of the rate of a large bfloat16 matrix product")
+                (handles[name],) = ax.plot(
+                    100 * share, y, color=color, marker=marker, linestyle="", markersize=6, clip_on=False
+                )
+                highest = max(highest, 100 * share)
+    ax.set(xlim=(0, highest), ylim=(len(rows) - 0.5, -0.5), xlabel="% of the rate of a large bfloat16 matrix product")
     ax.set_yticks(range(len(rows)), [title for title, _, _ in rows])
     ax.grid(alpha=0.25)
     figure.legend(handles.values(), handles.keys(), loc="outside upper center", ncols=4, frameon=False)

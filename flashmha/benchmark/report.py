@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..errors import in_one_line
 from .cases import Case
 from .peers import HEADLINES, how
 from .verdicts import best_peer, judge, middle, share_of_gemm
@@ -32,6 +33,10 @@ KINDS = {"eager": "", "compiled": ", compiled", "graph": ", in a CUDA graph"}
 """How a contestant runs, behind the name of a case."""
 
 
+PARTS = ("run", "env", "absent", "dropped", "unstable", "cases")
+"""What a file of a run holds beside what its cases say."""
+
+
 def save(run: Run, path: Path) -> None:
     """Write a run as JSON, one line a case."""
     head = {name: value for name, value in run.items() if name != "cases"}
@@ -48,12 +53,18 @@ def load(path: Path) -> Run:
     """
     try:
         run = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} must hold JSON, got {error}.") from None
     schema = run.get("schema") if isinstance(run, dict) else None
     if schema != 1:
         raise ValueError(f"{path} must hold a benchmark run of schema 1, got schema {schema}.")
-    return {**run, **judge(run["cases"])}
+    missing = [name for name in PARTS if name not in run]
+    if missing:
+        raise ValueError(f"{path} must hold a whole benchmark run, got one without {', '.join(missing)}.")
+    try:
+        return {**run, **judge(run["cases"])}
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} must hold cases as `bench` writes them, got {in_one_line(error)}.") from error
 
 
 def levels(run: Run) -> list[str]:
@@ -62,7 +73,7 @@ def levels(run: Run) -> list[str]:
 
 
 def verdict_table(run: Run, level: str) -> Table:
-    """One row a case of a level, and one more for each other way that ours was run."""
+    """One row a case of a level, and one more for each other way that ours was run, and for each named backend."""
     rows = []
     eager = next(one for one, kind in HEADLINES.items() if kind == (level, "eager"))
     for case in run["cases"]:
@@ -72,6 +83,8 @@ def verdict_table(run: Run, level: str) -> Table:
             rows += [verdict_row(case, one, case["id"] + KINDS[how(one)]) for one in others if one in case["verdicts"]]
             if "flashmha_skip" in case["ratios"]:
                 rows.append(verdict_row(case, "flashmha_skip", f"{case['id']}, skip_padding"))
+            named = [one for one in run.get("named", ()) if one in case["contestants"]]
+            rows += [verdict_row(case, one, f"{case['id']}, {one.partition(':')[2]}") for one in named]
     return filled(COLUMNS, rows)
 
 
@@ -165,7 +178,8 @@ def summary_lines(run: Run) -> list[str]:
     said = [summary_line(run, one) for one in run["summary"]]
     said += [f"{case_id}: {name} is {status}: {reason}." for case_id, name, status, reason in faults(run)]
     if run["dropped"]:
-        said.append(f"Dropped, since the budget was spent: {', '.join(run['dropped'])}.")
+        why = "the run was stopped" if run.get("stopped") else "the budget was spent"
+        said.append(f"Dropped, since {why}: {', '.join(run['dropped'])}.")
     if run["unstable"]:
         said.append(f"UNSTABLE: twins differ by up to {run['noise_floor']:.1%}; measure again on a quieter machine.")
     return said
@@ -218,8 +232,8 @@ def markdown(run: Run) -> str:
     parts = ["# Benchmark", origin_line(run), "\n".join(f"- {line}" for line in summary_lines(run)), LEGEND]
     for level in levels(run):
         parts += [f"## Level {level}", markdown_table(*verdict_table(run, level))]
-    parts += ["## Everybody", markdown_table(*everybody_table(run))]
-    parts += ["## Not timed", markdown_table(*absences_table(run))]
+    for title, (columns, rows) in (("All that took part", everybody_table(run)), ("Not timed", absences_table(run))):
+        parts += [f"## {title}", markdown_table(columns, rows)] if rows else []
     if run["absent"]:
         parts += ["Not here: " + "; ".join(f"`{name}` ({why})" for name, why in run["absent"].items()) + "."]
     return "\n\n".join(parts) + "\n"

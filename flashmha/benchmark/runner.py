@@ -16,7 +16,7 @@ from .. import __version__
 from .cases import Case
 from .gate import Seat, admit, sweep
 from .inputs import draw
-from .lineup import contestants, everybody
+from .lineup import contestants, everybody, shown_by_name
 from .machine import Canary, commit, environment, quiet, seconds
 from .peers import Contestant
 from .reference import Reference
@@ -72,20 +72,27 @@ def run(plan: Plan, tell: Tell) -> dict[str, Any]:
     began, utc = time.monotonic(), datetime.datetime.now(datetime.timezone.utc)
     measured: list[dict[str, Any]] = []
     dropped: list[str] = []
+    stopped = False
     canary = Canary(plan.device)
     with quiet(plan.device), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         queue = sorted(plan.cases, key=lambda case: not case.headline)
         for place, case in enumerate(queue):
             left = plan.budget - (time.monotonic() - began)
-            if left <= 0:
+            if left <= 0 or stopped:
                 dropped.append(case.id)
-                tell(f"{case.id}: dropped, the budget is spent")
+                tell(f"{case.id}: dropped, {'stopped' if stopped else 'the budget is spent'}")
                 continue
             share = effort(case, plan) / sum(effort(other, plan) for other in queue[place:])
             taking_part = contestants(everyone, case, plan.device, plan.peers, plan.backends)
-            measured.append(measure(case, taking_part, plan, canary, began + plan.budget, share))
-            tell(f"{case.id}: {spoken(measured[-1])}")
+            try:
+                measured.append(measure(case, taking_part, plan, canary, began + plan.budget, share))
+                tell(f"{case.id}: {spoken(measured[-1])}")
+            except KeyboardInterrupt:  # what was measured before is kept
+                stopped = True
+                dropped.append(case.id)
+                tell(f"{case.id}: stopped")
+        env = environment(plan.device)
     places = [case.id for case in plan.cases]
     measured.sort(key=lambda row: places.index(row["id"]))
     judged = judge(measured)
@@ -103,9 +110,11 @@ def run(plan: Plan, tell: Tell) -> dict[str, Any]:
             "budget": plan.budget,
             "seed": plan.seed,
         },
-        "env": environment(plan.device),
+        "env": env,
         "absent": absent,
+        "named": shown_by_name(everyone, plan.backends),
         "dropped": dropped,
+        "stopped": stopped,
         "unstable": bool(drifted) or floor > UNSTABLE.get(plan.device.type, 0.1),
         **judged,
         "cases": measured,

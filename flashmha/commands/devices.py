@@ -32,7 +32,8 @@ def device(name: str | None = None) -> torch.device:
 def description(one: torch.device) -> str:
     """A device with what decides which kernels it has."""
     if one.type == "cpu":
-        return f"cpu: {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
+        threads = torch.get_num_threads()
+        return f"cpu: {torch.backends.cpu.get_cpu_capability()}, {threads} thread{'s' * (threads != 1)}"
     if one.type == "cuda":
         major, minor = torch.cuda.get_device_capability(one)
         return f"{one}: {torch.cuda.get_device_name(one)}, compute capability {major}.{minor}"

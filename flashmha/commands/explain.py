@@ -9,7 +9,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ..backends import asked, explain, origin
+from ..backends import BY_LIMITS, asked, explain, origin
 from ..masks import ALIGNMENTS, Dense, Documents, KeyLengths, KeyPadding, Mask, Window, causal, short
 from ..scores import ALiBi, Bias, TensorBias
 from ..spec import AttentionSpec
@@ -29,6 +29,14 @@ def at_least(smallest: int) -> Callable[[str], int]:
         return int(text)
 
     return read
+
+
+def version(text: str) -> tuple[int, int]:
+    """Reads ``9.0``, or ``9``."""
+    major, _, minor = text.partition(".")
+    if not major.isdecimal() or not (minor or "0").isdecimal():
+        raise argparse.ArgumentTypeError(f"must be a compute capability such as 9.0, got {text!r}")
+    return int(major), int(minor or 0)
 
 
 def whole_numbers(text: str) -> list[int]:
@@ -56,6 +64,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     sizes.add_argument("--head-dim-v", type=size, help="default: head_dim")
     sizes.add_argument("--dtype", choices=DTYPES, default=DTYPES[0], help=f"default {DTYPES[0]}")
     sizes.add_argument("--device", help="default: the first accelerator, or cpu")
+    sizes.add_argument(
+        "--capability",
+        type=version,
+        metavar="9.0",
+        help="answer on paper, out of limits, for a CUDA GPU of this compute capability that need not be here",
+    )
     masks = parser.add_argument_group("mask: all of these have to hold")
     masks.add_argument("--causal", action="store_true", help="no key after the query")
     masks.add_argument("--window", nargs=2, type=bound, metavar=("LEFT", "RIGHT"), help="keys around it; none: all")
@@ -83,8 +97,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def problem(options: argparse.Namespace) -> AttentionSpec:
-    """The problem of the flags; ``ValueError`` where they contradict each other."""
-    where = device(options.device)
+    """The problem of the flags; ``ValueError`` where they contradict each other.
+
+    On paper its tensors are on the CPU, where the mask can be looked at, and it says that it is on a GPU.
+    """
+    paper = options.capability is not None
+    if paper and options.device not in (None, "cuda"):
+        raise ValueError(f"--capability must come with --device cuda or without it, got --device {options.device}.")
+    where = torch.device("cpu") if paper else place(options.device)
     counts = options.key_lengths or options.key_padding
     batch = options.batch if options.batch is not None else len(counts) if counts else 1
     total = sum(options.documents) if options.documents else 128
@@ -100,7 +120,7 @@ def problem(options: argparse.Namespace) -> AttentionSpec:
         head_dim=options.head_dim,
         head_dim_v=options.head_dim if options.head_dim_v is None else options.head_dim_v,
         dtype=getattr(torch, options.dtype),
-        device=where,
+        device=torch.device("cuda") if paper else where,
         mask=read_mask(options, seqlen_q, seqlen_k, where),
         bias=read_bias(options, seqlen_q, seqlen_k, where),
         softcap=options.softcap,
@@ -110,6 +130,16 @@ def problem(options: argparse.Namespace) -> AttentionSpec:
         need_lse=options.lse,
         deterministic=options.deterministic,
     )
+
+
+def place(name: str | None) -> torch.device:
+    """The device of the flag, with what to do about a GPU that is not here."""
+    try:
+        return device(name)
+    except ValueError as error:
+        if not str(name).startswith("cuda"):
+            raise
+        raise ValueError(f"{error} For one that is not here, on paper: --capability 9.0.") from error
 
 
 def read_mask(options: argparse.Namespace, seqlen_q: int, seqlen_k: int, where: torch.device) -> Mask | None:
@@ -164,7 +194,7 @@ def main(options: argparse.Namespace) -> int:
     spec = problem(options)
     wanted = None if options.backend is None else [name.strip() for name in options.backend.split(",")]
     said, named = asked(wanted)
-    answer = explain(spec, wanted)
+    answer = explain(spec, wanted, options.capability)
     picture = None if spec.mask is None else Picture.of(spec, spec.mask)
     if options.json:
         print_json(
@@ -172,6 +202,7 @@ def main(options: argparse.Namespace) -> int:
                 "problem": data(spec),
                 "asked": None if named is None else {"by": said, "backends": named},
                 "chosen": answer.chosen,
+                "conclusion": answer.conclusion,
                 "backends": answer.rows,
                 "notes": answer.notes,
                 "registered_by": {name: origin(name) for name in answer.rows},
@@ -183,9 +214,11 @@ def main(options: argparse.Namespace) -> int:
         if named is not None:
             print(f"{said}={named!r}")
         print_table(("backend", "answer"), list(answer.rows.items()))
-        print("\n".join(answer.notes), end="\n" if answer.notes else "")
+        print("\n".join((*answer.notes, answer.conclusion)))
         if picture is not None:
             print(f"\n{spec.mask!r}, ■ may attend\n{picture}")
+    if options.capability is not None:
+        return 0 if BY_LIMITS in answer.rows.values() else 1
     return 0 if answer.chosen else 1
 
 

@@ -14,6 +14,7 @@ from ..backends import VARIABLE, get, names, origin, tuned
 from ..errors import lines
 from .devices import description, devices
 from .screen import add_json, print_json, print_table
+from .variables import check_variables
 
 PACKAGES = ("einops", "flash-attn", "flash-attn-3", "flash-attn-4", "hypothesis", "rich", "matplotlib")
 
@@ -23,9 +24,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(options: argparse.Namespace) -> int:
+    """Show what there is, whatever the variables say, and then refuse those that cannot be followed."""
     here = devices()
+    show(here, options.json)
+    check_variables(*(device.type for device in here))
+    return 0
+
+
+def show(here: list[torch.device], json: bool) -> None:
+    """Everything, as text or as JSON."""
     reasons = {str(device): {name: get(name).unavailable(device) for name in names()} for device in here}
-    if options.json:
+    if json:
         backends = [
             {"name": name, "registered_by": origin(name), "contract": get(name).contract, "install": get(name).install}
             for name in names()
@@ -42,7 +51,7 @@ def main(options: argparse.Namespace) -> int:
         ]
         variables = {name: os.environ.get(name) for name in (VARIABLE, tuned.VARIABLE)}
         print_json({"versions": versions(), **variables, "backends": backends, "devices": found})
-        return 0
+        return
     rows = {name: version or "not installed" for name, version in versions().items()}
     print(lines({**rows, **{name: os.environ.get(name, "not set") for name in (VARIABLE, tuned.VARIABLE)}}))
     for device in here:
@@ -53,7 +62,6 @@ def main(options: argparse.Namespace) -> int:
             ("backend", "registered by", "on this device"),
             [(name, origin(name), reason or "available") for name, reason in answers.items()],
         )
-    return 0
 
 
 def followed(device: torch.device) -> list[str]:

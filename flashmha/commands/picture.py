@@ -23,13 +23,15 @@ class Picture:
 
     @classmethod
     def of(cls, spec: AttentionSpec, mask: Mask) -> Picture:
+        tensors = mask.tensors()
+        device = tensors[0].device if tensors else torch.device("cpu")  # a problem on paper is on no device at all
         differ = mask.features & {"key_lengths", "key_padding"}
         many = min(spec.batch, ITEMS if differ else 1)
         step = max(1, math.ceil(spec.seqlen_q * many / ROWS), math.ceil(spec.seqlen_k / COLUMNS))
-        queries = torch.arange(0, spec.seqlen_q, step, device=spec.device)
-        keys = torch.arange(0, spec.seqlen_k, step, device=spec.device)
+        queries = torch.arange(0, spec.seqlen_q, step, device=device)
+        keys = torch.arange(0, spec.seqlen_k, step, device=device)
         rule = mask.mask_mod(spec.seqlen_q, spec.seqlen_k)
-        head = torch.zeros((), dtype=torch.int64, device=spec.device)
+        head = torch.zeros((), dtype=torch.int64, device=device)
         items = []
         for item in range(many):
             seen = rule(head + item, head, queries[:, None], keys[None, :]).expand(len(queries), len(keys))

@@ -22,13 +22,14 @@ from torch import Tensor
 
 from .. import __version__
 from ..backends import FAMILIES, expand, get, names, origin, reason
-from ..backends.ranking import KINDS, LAST, MARGIN, MODES, Row, derive, graphics, keys
+from ..backends.ranking import KINDS, LAST, MARGIN, MODES, Row, Table, derive, graphics, keys
 from ..backends.tuned import SCHEMA, read
 from ..benchmark.machine import commit, environment, seconds, wait
 from ..errors import in_one_line
 from ..functional import attention
 from ..masks import Dense, Documents, KeyPadding, Mask, Window, causal, find, short
 from ..spec import AttentionSpec
+from .destination import check_file
 from .devices import device
 from .explain import DTYPES, at_least
 from .screen import add_json, print_json, print_table, progress
@@ -94,7 +95,7 @@ ROWS = 64
 WRONG = 0.05
 """How far from the definition an answer may lie, as a share of its largest value. No judge of precision, as ``verify``
 is: it keeps a kernel that computes something else from winning."""
-SPENT = "the budget is spent"
+SPENT, STOPPED = "the budget is spent", "stopped by hand"
 LEFT_OUT = {"cpu": frozenset(("flex",))}
 """Who is left out where nobody names them, by device type."""
 ELSEWHERE = frozenset(("flex", LAST))
@@ -269,11 +270,11 @@ class Definition:
 def measure(
     cell: Cell, wanted: Sequence[str], dtype: torch.dtype, where: torch.device, grid: Grid, share: float, seed: int
 ) -> dict[str, Any]:
-    """A cell measured in a share of the budget: microseconds of a call, and why nothing of the others."""
+    """A cell measured in a share of the budget: microseconds of a call, their spread, and why nothing of the others."""
     inputs = Inputs.of(cell, dtype, where, seed)
     spec = inputs.spec()
     definition = Definition(inputs)
-    row: dict[str, Any] = {**dataclasses.asdict(cell), "keys": keys(spec), "us": {}, "absent": {}}
+    row: dict[str, Any] = {**dataclasses.asdict(cell), "keys": keys(spec), "absent": {}}
     calls: dict[str, int] = {}
     for name in wanted:
         why = reason(get(name), spec) or too_large(name, spec, where)
@@ -300,7 +301,16 @@ def measure(
                 row["absent"][name] = in_one_line(error)
                 del times[name]
     row["us"] = {name: float(f"{statistics.median(each) * 1e6:.5g}") for name, each in times.items()}
+    row["spread"] = {name: float(f"{spread(each):.3g}") for name, each in times.items()}
     return row
+
+
+def spread(times: Sequence[float]) -> float:
+    """Half the width of the middle half, as a share of the median."""
+    if len(times) < 2:
+        return 0.0
+    low, median, high = statistics.quantiles(times, n=4, method="inclusive")
+    return (high - low) / 2 / median
 
 
 def too_large(name: str, spec: AttentionSpec, where: torch.device) -> str | None:
@@ -313,8 +323,8 @@ def too_large(name: str, spec: AttentionSpec, where: torch.device) -> str | None
 
 
 def taken(run: Callable[[], object], calls: int, where: torch.device) -> float:
-    """Seconds of one of several calls in a row; on a CPU with all its threads, as a model runs."""
-    if where.type == "cuda":
+    """Seconds of one of several calls in a row; on a CPU with the threads torch has, as a model runs."""
+    if where.type == "cuda" or torch.get_num_threads() == 1:
         return seconds(run, calls, where)
     began = time.perf_counter()
     for _ in range(calls):
@@ -345,7 +355,9 @@ def tune(options: argparse.Namespace) -> dict[str, Any]:
     env, share = environment(where), grid.budget / max(1, len(todo))
     with progress(f"{len(todo)} problems", len(todo)) as advance:
         for cell in todo:
-            if time.monotonic() - began < grid.budget:
+            if STOPPED in dropped.values():
+                dropped[str(cell)] = STOPPED
+            elif time.monotonic() - began < grid.budget:
                 try:
                     measured.append(measure(cell, wanted, dtype, where, grid, share, options.seed))
                     gc.collect()
@@ -353,6 +365,8 @@ def tune(options: argparse.Namespace) -> dict[str, Any]:
                         torch.cuda.empty_cache()
                 except RuntimeError as error:  # no memory for its tensors, or a kernel has left the GPU in ruins
                     dropped[str(cell)] = in_one_line(error)
+                except KeyboardInterrupt:  # what was measured before is kept
+                    dropped[str(cell)] = STOPPED
             else:
                 dropped[str(cell)] = SPENT
             advance()
@@ -395,33 +409,52 @@ def backends(named: Sequence[str] | None, where: torch.device) -> tuple[str, ...
 
 def main(options: argparse.Namespace) -> int:
     if options.rows is not None:
+        if options.save is not None:
+            raise ValueError(f"--rows measures nothing that --save could write, got --save {options.save}.")
         return show_rows(options.rows, options.json)
-    if options.budget is not None and options.budget <= 0:
+    if options.budget is not None and not options.budget > 0:
         raise ValueError(f"--budget must be positive, got {options.budget}.")
-    if options.save is not None and not options.save.absolute().parent.is_dir():
-        raise ValueError(f"--save must name a file in a folder that exists, got {options.save}.")
+    if options.save is not None:
+        check_file(options.save, "--save")
     found = tune(options)
     if options.save is not None:
-        options.save.write_text(json.dumps(found, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+        try:
+            options.save.write_text(json.dumps(found, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+        except OSError:  # the disk is full by now: what took minutes must not be lost
+            print_json(found)
+            raise
+    status = 1 if STOPPED in found["dropped"].values() else 0
     if options.json:
         print_json(found)
-        return 0
+        return status
     print_table(*shown(found["cells"]))
+    print(LEGEND if found["cells"] else "", end="\n" if found["cells"] else "")
     for why, many in collections.Counter(found["dropped"].values()).items():
         print(f"{many} of {len(found['dropped']) + len(found['cells'])} problems were dropped: {why}", file=sys.stderr)
     if options.save is not None:
         print(f"\nflashmha.load_tuned({str(options.save)!r}) or FLASHMHA_TUNED={options.save} follows it")
-    return 0
+    return status
+
+
+LEGEND = (
+    "* what automatic choice takes by these figures; ± half the middle half of the rounds. Where that\n"
+    f"or {MARGIN:.0%} is all that tells two apart, the order of the list stands; {LAST} is never put in front."
+)
 
 
 def shown(cells: Sequence[dict[str, Any]]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
-    """A table: a cell a line, microseconds, the fastest of each marked, and who else is as fast."""
+    """A table: a cell a line, microseconds and their spread, and a mark at what the rows of these cells choose."""
     names = tuple(dict.fromkeys(name for cell in cells for name in (*cell["us"], *cell["absent"])))
+    table = Table("", "", (), derive(cells, ""))
     rows = []
     for row in cells:
-        times, best = row["us"], min(row["us"].values(), default=math.inf) * (1 + MARGIN)
-        figures = [f"{times[name]:.0f}{'*' * (times[name] <= best)}" if name in times else "-" for name in names]
         cell = Cell(**{field.name: row[field.name] for field in dataclasses.fields(Cell)})
+        covering = [one for one in table.places[cell.kind, cell.mode] if one.covers(cell.head_dim, row["keys"])]
+        chosen = next((name for one in covering[:1] for name in one.order if name in row["us"]), None)
+        figures = [
+            f"{row['us'][name]:.0f}{'*' * (name == chosen)} ±{row['spread'][name]:.0%}" if name in row["us"] else "-"
+            for name in names
+        ]
         rows.append((cell.kind, cell.mode, str(cell.head_dim), cell.sizes, *figures))
     return ("kind", "pass", "head_dim", "seqlen", *(f"{name} us" for name in names)), rows
 

@@ -7,16 +7,11 @@ import dataclasses
 
 import torch
 
-try:
-    import hypothesis
-except ModuleNotFoundError as error:
-    raise ModuleNotFoundError("verify draws problems with hypothesis: pip install 'flashmha[verify]'") from error
-
 from ..backends import Backend, expand, get, names
 from ..backends.base import FEATURES
 from ..errors import in_one_line
+from ..extras import wanted_by
 from ..spec import AttentionSpec
-from ..testing import assert_agrees, seeds, served
 from .devices import device, devices
 from .screen import Advance, add_json, print_json, print_table, progress
 
@@ -75,6 +70,10 @@ class Verdict:
 
 def judge(backend: Backend, where: torch.device, examples: int, seed: int, advance: Advance) -> Verdict:
     """One backend on one device, on that many problems that it serves."""
+    with wanted_by("verify"):
+        import hypothesis
+
+        from ..testing import assert_agrees, seeds, served
     absent = backend.limits.not_on.get(where.type, frozenset())
     verdict = Verdict(backend.name, str(where))
     reason = backend.unavailable(where)
@@ -83,6 +82,7 @@ def judge(backend: Backend, where: torch.device, examples: int, seed: int, advan
         return verdict
     verdict.refuses = [name for name in FEATURES if name not in backend.limits.features - absent]
     last: list[tuple[AttentionSpec, int]] = []
+    refusals: list[str] = []
 
     @hypothesis.seed(seed)
     @hypothesis.settings(
@@ -98,7 +98,9 @@ def judge(backend: Backend, where: torch.device, examples: int, seed: int, advan
     @hypothesis.given(served(backend, where), seeds())
     def law(spec: AttentionSpec, seed: int) -> None:
         last[:] = [(spec, seed)]
-        hypothesis.assume(backend.unbuilt(spec) is None)
+        refusal = backend.unsupported(spec) or backend.unbuilt(spec)
+        refusals[:] = [refusal] if refusal else refusals
+        hypothesis.assume(refusal is None)
         share = assert_agrees(backend, spec, seed)
         verdict.examples += 1
         verdict.worst = share if verdict.worst is None else max(verdict.worst, share)
@@ -107,7 +109,7 @@ def judge(backend: Backend, where: torch.device, examples: int, seed: int, advan
     try:
         law()
     except hypothesis.errors.Unsatisfiable:
-        verdict.verdict, verdict.why = FAILS, "it serves no problem inside its limits"
+        verdict.verdict, verdict.why = FAILS, f"it serves no problem inside its limits ({', '.join(refusals)})"
     except Exception as error:  # a wrong answer, or whatever a kernel raises: what came last is the smallest problem
         verdict.verdict, verdict.why = FAILS, in_one_line(error)
         if last:

@@ -22,22 +22,30 @@ A layer, or a model, is right when it can stand where the stock one stands::
 
 Every tensor is made from a drawn seed, on torch's default device; ``device="cuda"`` puts what ``specs``, ``masks``,
 ``biases``, ``blueprints`` and ``models`` draw on a GPU. ``served`` draws what a backend serves on a device, of a few
-kinds where each costs seconds of compiling.
+kinds where each costs seconds of compiling. Whatever draws needs Hypothesis; ``assert_drop_in`` does not.
 """
 
+from typing import Any
+
+from ..extras import wanted_by
 from .anatomy import anatomy
-from .attention import biases, every, masks, seeds, specs, tensors
-from .call import Call, Reply, ask, calls, problems
 from .drop_in import assert_drop_in
 from .dropout import assert_drops
-from .encoder import Architecture, EncoderMasks, architectures, encoder_masks, without_fast_path
 from .judge import Answer, answer, assert_agrees, assert_close, assert_same
-from .kernels import served
-from .layer import Blueprint, blueprints
 from .record import noise, randomized
-from .transformer import Transformer, models, transformers
-from .tree import Tree, trees
 from .values import coins, numbers
+
+try:
+    from .attention import biases, every, masks, seeds, specs, tensors
+    from .call import Call, Reply, ask, calls, problems
+    from .encoder import Architecture, EncoderMasks, architectures, encoder_masks, without_fast_path
+    from .kernels import served
+    from .layer import Blueprint, blueprints
+    from .transformer import Transformer, models, transformers
+    from .tree import Tree, trees
+except ModuleNotFoundError as error:
+    if error.name != "hypothesis":
+        raise
 
 __all__ = [
     "Answer",
@@ -77,3 +85,11 @@ __all__ = [
     "trees",
     "without_fast_path",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """What draws is missing where Hypothesis is: say so when it is asked for, since assertions do without."""
+    if name in __all__:
+        with wanted_by(f"flashmha.testing.{name}"):
+            import hypothesis  # noqa: F401
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

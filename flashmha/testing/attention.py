@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from hypothesis import strategies as st
 from torch import Tensor
 
 from ..backends import get
@@ -14,15 +15,9 @@ from ..backends.base import FEATURES, HALF, Limits
 from ..masks import ALIGNMENTS, Dense, Documents, KeyLengths, KeyPadding, Mask, MaskMod, Rule, Window, causal
 from ..scores import ALiBi, Bias, RelativeBias, TensorBias
 from ..spec import AttentionSpec
+from .choice import Choices, Choose
 from .paste import pasted
 from .record import placed
-
-try:
-    from hypothesis import strategies as st
-except ModuleNotFoundError as error:
-    raise ModuleNotFoundError("flashmha.testing draws with hypothesis: pip install 'flashmha[test]'") from error
-
-from .choice import Choices, Choose
 from .values import NUMBERS, SEEDS, coins, generator, numbers, seeds, tensors
 
 __all__ = ["biases", "masks", "seeds", "specs", "tensors"]

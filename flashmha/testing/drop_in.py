@@ -43,8 +43,12 @@ def assert_drop_in(
     Raises:
         AssertionError: ours differs; the text names the output, the parameter or the input.
         ValueError: stock draws random numbers, as dropout does, so that there is nothing to compare with.
-        TypeError: an output is neither a tensor nor a number, a text, ``None`` or a container of them.
+        TypeError: one of the two is no module, or an output is neither a tensor nor a number, a text, ``None`` or a
+            container of them.
     """
+    for name, module in (("stock", stock), ("ours", ours)):
+        if not isinstance(module, nn.Module):
+            raise TypeError(f"{name} must be an nn.Module, got {module!r}.")
     assert_same_state(stock, ours)
     copied = copy.deepcopy(stock).double()
     call = (tuple(args), dict(kwargs or {}))

@@ -13,17 +13,16 @@ import torch
 
 # The first torch.autograd.grad of a process imports this for most of a second, which Hypothesis would blame on a test.
 import torch.fx.experimental.symbolic_shapes
-from hypothesis import assume, currently_in_test_context, event
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from ..backends import get, names
 from ..backends.base import Backend
+from ..extras import wanted_by
 from ..spec import AttentionSpec
 from ..tolerance import AGAIN, allowed_error, moved
 from .dropout import WEIGHTS, Kept, check_drops, drawing, read_weights
 from .paste import pasted
-from .values import tensors
 
 
 @dataclasses.dataclass
@@ -43,6 +42,9 @@ def answer(
 
     ``nudge`` is the seed of a rounding by which q, k and v are moved.
     """
+    with wanted_by("answer"):  # here alone: a layer is judged without drawing
+        from .attention import tensors
+
     q, k, v = tensors(spec, seed) if nudge is None else nudged(tensors(spec, seed), nudge)
     learned = [x for x in (*(spec.bias.tensors() if spec.bias else ()), spec.sinks) if x is not None]
     learned = [x for x in learned if x.requires_grad]
@@ -94,6 +96,9 @@ def assert_agrees(backend: Backend | type[Backend] | str, spec: AttentionSpec, s
 
     Returns the largest error, as a share of what is allowed. What is raised ends in the line that raises it again.
     """
+    with wanted_by("assert_agrees"):
+        from hypothesis import assume, currently_in_test_context, event
+
     if isinstance(backend, str):
         backend = get(backend)
     elif isinstance(backend, type):

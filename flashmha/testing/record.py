@@ -5,11 +5,13 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterable
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
-from hypothesis import strategies as st
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from hypothesis import strategies as st
 
 T = TypeVar("T")
 
@@ -34,6 +36,8 @@ class Record:
 
 def one(values: Iterable[T]) -> st.SearchStrategy[T]:
     """One of some values; the first is what Hypothesis shrinks to."""
+    from hypothesis import strategies as st  # here alone: what else is in this file draws nothing
+
     return st.sampled_from(tuple(values))
 
 

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
 import torch
-from hypothesis import strategies as st
 from torch import Tensor
 
 from ..spec import AttentionSpec
 from .record import placed
+
+if TYPE_CHECKING:
+    from hypothesis import strategies as st
 
 SEEDS = range(2**16)
 """The seeds that problems are made of."""
@@ -34,6 +37,8 @@ LOW = {"low": -1e4, "lower": -1e9, "lowest": -math.inf}
 
 def seeds(scores: str | None = None) -> st.SearchStrategy[int]:
     """Seeds of the tensors of one problem; ``scores`` is a regime out of ``SCORES``, default any."""
+    from hypothesis import strategies as st  # here alone: what else is in this file draws nothing
+
     if scores is None:
         return st.integers(0, len(SEEDS))
     if scores not in SCORES:
