@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from .functional import AUTOCAST
-from .masks import Dense, KeyPadding, Mask, causal, once_a_version, readable
+from .masks import Dense, KeyPadding, Mask, causal, joined, once_a_version, readable
 
 
 class Reading(NamedTuple):
@@ -90,10 +90,9 @@ def read_call(
             bias = added if bias is None else bias + added
         elif name == "key_padding_mask":
             valid = ~given if given.dim() == 2 else ~given[None]
-            mask = KeyPadding(valid) if mask is None else mask & KeyPadding(valid)
+            mask = joined(mask, KeyPadding(valid))
         else:
-            seen = Dense(~four_axes(given, name, query.shape[0], layer.num_heads))
-            mask = seen if mask is None else mask & seen
+            mask = joined(mask, Dense(~four_axes(given, name, query.shape[0], layer.num_heads)))
     return Reading(query, key, value, mask, bias, batched, columns, valid, padding)
 
 

@@ -14,7 +14,7 @@ from .backends.base import HALF
 from .call import Reading, read_call
 from .features import changed, overridden
 from .functional import autocast, run
-from .masks import Dense
+from .masks import Dense, joined
 from .scores import TensorBias
 from .spec import AttentionSpec, needs_aten
 from .stock import stock_forward
@@ -121,7 +121,7 @@ def prepare(layer: Any, call: Reading, wanted: Wanted, skip_padding: bool) -> Pr
     padded: Padded | None = None
     dtype = computing_dtype(layer, call, wanted) if query.dtype in HALF else None
     if layer.window is not None:
-        mask = layer.window if mask is None else mask & layer.window
+        mask = joined(mask, layer.window)
     if skip_padding and valid is not None and padding.refusal(layer, call) is None:
         real = padding.tokens(valid, given)
         padded = Padded(mask, real.places, valid)

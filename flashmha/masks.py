@@ -61,7 +61,7 @@ class Mask(abc.ABC):
     @property
     def features(self) -> frozenset[str]:
         """What a backend must be able to do to serve this mask."""
-        return frozenset(part.feature for part in self.parts)
+        return frozenset([part.feature for part in self.parts])
 
     def __and__(self, other: Mask | Tensor) -> Mask:
         if isinstance(other, Tensor):
@@ -482,6 +482,12 @@ def find(mask: Mask | None, kind: type[M]) -> M | None:
             if isinstance(part, kind):
                 return part
     return None
+
+
+def joined(*masks: Mask | None) -> Mask | None:
+    """``&`` of all that are there. (Dynamo traces no ``&`` of objects before torch 2.9.)"""
+    parts = [part for mask in masks if mask is not None for part in mask.parts]
+    return combine(tuple(parts)) if parts else None
 
 
 def combine(parts: tuple[Mask, ...]) -> Mask:

@@ -77,27 +77,21 @@ class AttentionSpec:
 
     def needed(self) -> frozenset[str]:
         """What a backend must be able to do."""
-        names: set[str] = set() if self.mask is None else set(self.mask.features)
-        if self.bias is not None:
-            names |= self.bias.features
-        if self.softcap is not None:
-            names.add("softcap")
-        if self.sinks is not None:
-            names.add("sinks")
-        if self.dropout_p > 0.0:
-            names.add("dropout")
-        if self.heads != self.heads_kv:
-            names.add("gqa")
-        if self.head_dim != self.head_dim_v:
-            names.add("head_dim_v")
-        if self.needs_grad:
-            names.add("backward")
-        if self.need_lse:
-            names.add("lse")
-            if self.needs_grad:
-                names.add("lse_grad")
-        if self.deterministic and self.needs_grad:
-            names.add("deterministic")
+        asked = {
+            "softcap": self.softcap is not None,
+            "sinks": self.sinks is not None,
+            "dropout": self.dropout_p > 0.0,
+            "gqa": self.heads != self.heads_kv,
+            "head_dim_v": self.head_dim != self.head_dim_v,
+            "backward": self.needs_grad,
+            "lse": self.need_lse,
+            "lse_grad": self.need_lse and self.needs_grad,
+            "deterministic": self.deterministic and self.needs_grad,
+        }
+        names = [name for name, wanted in asked.items() if wanted]
+        for holder in (self.mask, self.bias):
+            if holder is not None:
+                names.extend(holder.features)
         return frozenset(names)
 
     @classmethod

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..backends import get
 from ..backends.base import FEATURES, Limits
-from ..masks import ALIGNMENTS, Dense, Documents, KeyLengths, KeyPadding, Mask, MaskMod, Rule, Window, causal
+from ..masks import ALIGNMENTS, Dense, Documents, KeyLengths, KeyPadding, Mask, MaskMod, Rule, Window, causal, joined
 from ..scores import ALiBi, Bias, RelativeBias, TensorBias
 from ..spec import AttentionSpec
 from .record import placed
@@ -72,20 +72,12 @@ def masks(
     sizes = {"batch": batch, "heads": heads, "seqlen_q": seqlen_q, "seqlen_k": seqlen_k}
     ends = (*REACH, max(seqlen_q, seqlen_k), None)
     return joined(
-        [rule(kind, chooser(draw), seed, reach=ends, aligns=ALIGNMENTS, device=device, **sizes) for kind in chosen]
+        *[rule(kind, chooser(draw), seed, reach=ends, aligns=ALIGNMENTS, device=device, **sizes) for kind in chosen]
     )
 
 
 def chooser(draw: st.DrawFn) -> Choose:
     return lambda options: draw(st.sampled_from(options))
-
-
-def joined(parts: Sequence[Mask]) -> Mask | None:
-    """The rules that all have to hold."""
-    mask: Mask | None = None
-    for part in parts:
-        mask = part if mask is None else mask & part
-    return mask
 
 
 def rule(

@@ -9,9 +9,9 @@ import torch
 from hypothesis import strategies as st
 
 from ..backends.base import Backend, Limits
-from ..masks import Documents, Window, causal
+from ..masks import Documents, Window, causal, joined
 from ..spec import AttentionSpec
-from .attention import Choose, added, chooser, joined, rule, seeds, sink_values, specs
+from .attention import Choose, added, chooser, rule, seeds, sink_values, specs
 from .record import placed
 
 HALF, SINGLE = torch.float16, torch.float32
@@ -72,7 +72,7 @@ class Kernel:
             head_dim=self.head_dim,
             head_dim_v=self.head_dim,
             dtype=self.dtype,
-            mask=joined([rule(kind, choose, seed, **more) for kind in self.mask]),
+            mask=joined(*[rule(kind, choose, seed, **more) for kind in self.mask]),
             bias=bias,
             softcap=self.softcap,
             sinks=sink_values(sizes["heads"], seed, device) if self.sinks else None,
