@@ -485,7 +485,7 @@ def find(mask: Mask | None, kind: type[M]) -> M | None:
 
 
 def joined(*masks: Mask | None) -> Mask | None:
-    """``&`` of all that are there. (Dynamo traces no ``&`` of objects before torch 2.9.)"""
+    """``&`` of all that are there. (The Dynamo of torch 2.8 and 2.9 traces no ``&`` of objects.)"""
     parts = [part for mask in masks if mask is not None for part in mask.parts]
     return combine(tuple(parts)) if parts else None
 
