@@ -77,8 +77,9 @@ class Mask(abc.ABC):
     ) -> Tensor:
         """The mask as a bool tensor that broadcasts to (batch, heads, seqlen_q, seqlen_k).
 
-        Axes on which no rule depends have size 1.
+        Axes on which no rule depends have size 1. Without a ``device`` it is made where the mask's tensors are.
         """
+        device = home(self.tensors()) if device is None else device
         documents = find(self, Documents)
         tables = [part.dense(batch, heads, seqlen_q, seqlen_k, device, documents) for part in self.parts]
         return functools.reduce(operator.and_, tables)
@@ -97,7 +98,7 @@ class Mask(abc.ABC):
 
     def picture(self, seqlen_q: int = 8, seqlen_k: int = 8, *, batch: int = 0, head: int = 0) -> str:
         """A small drawing for one batch item and head: one line a query, ``■`` may attend, ``·`` may not."""
-        device = next((tensor.device for tensor in self.tensors()), None)
+        device = home(self.tensors()) or torch.device("cpu")
         seen = self.materialize(batch + 1, head + 1, seqlen_q, seqlen_k, device)
         rows = seen.expand(batch + 1, head + 1, seqlen_q, seqlen_k)[batch, head].tolist()
         return "\n".join(" ".join("■" if allowed else "·" for allowed in row) for row in rows)
@@ -414,6 +415,11 @@ def check_broadcast(name: str, tensor: Tensor, want: tuple[int, ...], hint: str 
                 f"{name} must broadcast to (batch, heads, seqlen_q, seqlen_k) = {want}, "
                 f"got {tuple(tensor.shape)}{hint}."
             )
+
+
+def home(tensors: tuple[Tensor, ...]) -> torch.device | None:
+    """Where tensors are; ``None`` where there are none."""
+    return tensors[0].device if tensors else None
 
 
 def index_grid(

@@ -13,7 +13,7 @@ from ..backends.base import FEATURES, Limits
 from ..masks import ALIGNMENTS, Dense, Documents, KeyLengths, KeyPadding, Mask, MaskMod, Rule, Window, causal, joined
 from ..scores import ALiBi, Bias, RelativeBias, TensorBias
 from ..spec import AttentionSpec
-from .record import placed
+from .record import DRAWN, placed
 
 try:
     from hypothesis import strategies as st
@@ -102,7 +102,7 @@ def rule(
 
     def coin(*shape: int) -> Tensor:
         share: float = choose((0.7, 0.4, 0.9))
-        return (torch.rand(shape, generator=generator, device="cpu") < share).to(where)
+        return (torch.rand(shape, generator=generator, **DRAWN) < share).to(where)
 
     if kind == "causal":
         return causal()
@@ -174,15 +174,15 @@ def added(
     generator = torch.Generator("cpu").manual_seed(seed)
     if kind == "tensor":
         shape = (choose((1, batch)), choose((1, heads)), seqlen_q, seqlen_k)
-        tensor = torch.randn(shape, generator=generator, device="cpu").to(dtype)
+        tensor = torch.randn(shape, generator=generator, **DRAWN).to(dtype)
         if choose((False, True)):
-            hidden = torch.rand(shape, generator=generator, device="cpu") < 0.3
+            hidden = torch.rand(shape, generator=generator, **DRAWN) < 0.3
             tensor = tensor.masked_fill(hidden, float("-inf"))
         return TensorBias(tensor.to(device).requires_grad_(learned))
     if kind == "relative":
-        table = torch.randn(heads, 2 * choose(range(5)) + 1, generator=generator, device="cpu")
+        table = torch.randn(heads, 2 * choose(range(5)) + 1, generator=generator, **DRAWN)
         return RelativeBias(table.to(device).requires_grad_(learned))
-    return ALiBi(torch.rand(heads, generator=generator, device="cpu").to(device))
+    return ALiBi(torch.rand(heads, generator=generator, **DRAWN).to(device))
 
 
 @st.composite
@@ -240,7 +240,7 @@ def specs(
 
 
 def sink_values(heads: int, seed: int, device: torch.device) -> Tensor:
-    return torch.randn(heads, generator=torch.Generator("cpu").manual_seed(seed), device="cpu").to(device)
+    return torch.randn(heads, generator=torch.Generator("cpu").manual_seed(seed), **DRAWN).to(device)
 
 
 def tensors(spec: AttentionSpec, seed: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -255,12 +255,12 @@ def tensors(spec: AttentionSpec, seed: int) -> tuple[Tensor, Tensor, Tensor]:
     made = []
     for batch, seqlen, heads, head_dim in shapes:
         if layout == "heads first":
-            x = torch.randn(batch, heads, seqlen, head_dim, generator=generator, device="cpu").transpose(1, 2)
+            x = torch.randn(batch, heads, seqlen, head_dim, generator=generator, **DRAWN).transpose(1, 2)
         elif layout == "packed":
-            x = torch.randn(batch, seqlen, heads + 1, head_dim, generator=generator, device="cpu")[:, :, 1:]
+            x = torch.randn(batch, seqlen, heads + 1, head_dim, generator=generator, **DRAWN)[:, :, 1:]
         elif layout == "expanded":
-            x = torch.randn(1, seqlen, heads, head_dim, generator=generator, device="cpu").expand(batch, -1, -1, -1)
+            x = torch.randn(1, seqlen, heads, head_dim, generator=generator, **DRAWN).expand(batch, -1, -1, -1)
         else:
-            x = torch.randn(batch, seqlen, heads, head_dim, generator=generator, device="cpu")
+            x = torch.randn(batch, seqlen, heads, head_dim, generator=generator, **DRAWN)
         made.append(x.to(device=spec.device, dtype=spec.dtype))
     return made[0], made[1], made[2]

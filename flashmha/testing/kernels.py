@@ -179,7 +179,7 @@ ALONE: dict[str, dict[str, Any]] = {
     "backward": {"needs_grad": True},
     "causal": {"mask": causal()},
     "window": {"mask": Window(1, 1)},
-    "documents": {"mask": Documents(torch.tensor([0, 3]))},
+    "documents": {"mask": Documents(torch.tensor([0, 3], device="cpu"))},
     "softcap": {"softcap": 1.0},
     "deterministic": {"needs_grad": True, "deterministic": True},
 }

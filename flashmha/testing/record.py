@@ -12,6 +12,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 T = TypeVar("T")
+DRAWN: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}
+"""What the values of a seed are made as, whatever torch makes by default."""
 
 
 class Record:
