@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .functional import AUTOCAST
-from .masks import Dense, KeyPadding, Mask, causal, readable
+from .masks import Dense, KeyPadding, Mask, causal, joined, readable
 from .scores import plus
 
 
@@ -89,10 +89,9 @@ def read_call(
             bias = added if bias is None else plus(bias, added)
         elif name == "key_padding_mask":
             valid = ~given if given.dim() == 2 else ~given[None]
-            mask = KeyPadding(valid) if mask is None else mask & KeyPadding(valid)
+            mask = joined(mask, KeyPadding(valid))
         else:
-            seen = Dense(~four_axes(given, name, query.shape[0], layer.num_heads))
-            mask = seen if mask is None else mask & seen
+            mask = joined(mask, Dense(~four_axes(given, name, query.shape[0], layer.num_heads)))
     return Reading(query, key, value, mask, bias, batched, columns, valid)
 
 

@@ -16,7 +16,7 @@ from .columns import added, append, widen
 from .features import changed, has_hops, is_own
 from .functional import autocast, run
 from .hops import check_heads, check_output, check_weights, refuse_weights, three
-from .masks import Mask
+from .masks import Mask, joined
 from .scores import TensorBias
 from .spec import AttentionSpec, needs_aten
 from .stock import stock_forward
@@ -140,7 +140,7 @@ def prepare(layer: Any, call: Reading, wanted: Wanted, skip_padding: bool) -> Pr
     custom = has_hops(layer)
     dtype = computing_dtype(layer, call, wanted) if query.dtype in HALF else None
     if layer.window is not None:
-        mask = layer.window if mask is None else mask & layer.window
+        mask = joined(mask, layer.window)
     if skip_padding and valid is not None and padding.refusal(layer, call) is None:
         real = padding.tokens(valid)
         padded = Padded(mask, real.places, valid)

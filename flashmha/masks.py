@@ -64,7 +64,7 @@ class Mask(abc.ABC):
     @property
     def features(self) -> frozenset[str]:
         """What a backend must be able to do to serve this mask."""
-        return frozenset(part.feature for part in self.parts)
+        return frozenset([part.feature for part in self.parts])
 
     def __and__(self, other: Mask | Tensor) -> Mask:
         if isinstance(other, Tensor):
@@ -80,8 +80,9 @@ class Mask(abc.ABC):
     ) -> Tensor:
         """The mask as a bool tensor that broadcasts to (batch, heads, seqlen_q, seqlen_k).
 
-        Axes on which no rule depends have size 1.
+        Axes on which no rule depends have size 1. Without a ``device`` it is made where the mask's tensors are.
         """
+        device = home(self.tensors()) if device is None else device
         documents = find(self, Documents)
         tables = [part.dense(batch, heads, seqlen_q, seqlen_k, device, documents) for part in self.parts]
         return functools.reduce(operator.and_, tables)
@@ -110,7 +111,7 @@ class Mask(abc.ABC):
                 raise ValueError(f"{name} must be a whole number of at least 0, got {size!r}.")
         if batch and find(self, Documents) is not None:
             raise ValueError(f"batch must be 0 with Documents, which are packed into one item, got {batch}.")
-        device = next((tensor.device for tensor in self.tensors()), None)
+        device = home(self.tensors()) or torch.device("cpu")
         try:
             seen = self.materialize(batch + 1, head + 1, seqlen_q, seqlen_k, device)
             rows = seen.expand(batch + 1, head + 1, seqlen_q, seqlen_k)[batch, head].tolist()
@@ -461,6 +462,11 @@ def check_broadcast(name: str, tensor: Tensor, want: tuple[int, ...], hint: str 
             )
 
 
+def home(tensors: tuple[Tensor, ...]) -> torch.device | None:
+    """Where tensors are; ``None`` where there are none."""
+    return tensors[0].device if tensors else None
+
+
 def index_grid(
     batch: int, heads: int, seqlen_q: int, seqlen_k: int, device: torch.device | str | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -514,6 +520,12 @@ def find(mask: Mask | None, kind: type[M]) -> M | None:
             if isinstance(part, kind):
                 return part
     return None
+
+
+def joined(*masks: Mask | None) -> Mask | None:
+    """``&`` of all that are there. (The Dynamo of torch 2.8 and 2.9 traces no ``&`` of objects.)"""
+    parts = [part for mask in masks if mask is not None for part in mask.parts]
+    return combine(tuple(parts)) if parts else None
 
 
 def combine(parts: tuple[Mask, ...]) -> Mask:

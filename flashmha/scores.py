@@ -23,7 +23,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from .masks import Documents, check_broadcast, index_grid, lookup, positional, told
+from .masks import Documents, check_broadcast, home, index_grid, lookup, positional, told
 
 ScoreMod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
@@ -71,7 +71,8 @@ class Bias(abc.ABC):
         device: torch.device | str | None = None,
         documents: Documents | None = None,
     ) -> Tensor:
-        """The bias as a tensor that broadcasts to (batch, heads, seqlen_q, seqlen_k)."""
+        """The bias as a tensor that broadcasts to (batch, heads, seqlen_q, seqlen_k), made where its tensors are."""
+        device = home(self.tensors()) if device is None else device
         return self.bias_mod(seqlen_q, seqlen_k, documents)(*index_grid(batch, heads, seqlen_q, seqlen_k, device))
 
 

@@ -48,7 +48,7 @@ class AttentionSpec:
     need_lse: bool = False
     deterministic: bool = False
     aten_only: bool = False
-    features: frozenset[str] = dataclasses.field(init=False, repr=False)
+    needs: frozenset[str] | tuple[str, ...] = dataclasses.field(init=False, repr=False)
     shared: bool = dataclasses.field(init=False, repr=False, default=False)
 
     def __post_init__(self) -> None:
@@ -85,7 +85,7 @@ class AttentionSpec:
             fill(self, "mask", normalize(self.mask, self.seqlen_q, self.seqlen_k))
         if self.bias is not None:
             self.bias.check(self.batch, self.heads, self.seqlen_q, self.seqlen_k)
-        fill(self, "features", self.needed())
+        fill(self, "needs", held(self.needed()))
 
     def check(self) -> None:
         """Raise ``ValueError`` where the numbers do not make one problem."""
@@ -104,30 +104,29 @@ class AttentionSpec:
         if self.sinks is not None and self.sinks.shape != (self.heads,):
             raise ValueError(f"sinks must have shape (heads,) = ({self.heads},), got {tuple(self.sinks.shape)}.")
 
-    def needed(self) -> frozenset[str]:
+    @property
+    def features(self) -> frozenset[str]:
         """What a backend must be able to do."""
-        names: set[str] = set() if self.mask is None else set(self.mask.features)
-        if self.bias is not None:
-            names |= self.bias.features
-        if self.softcap is not None:
-            names.add("softcap")
-        if self.sinks is not None:
-            names.add("sinks")
-        if self.dropout_p > 0.0:
-            names.add("dropout")
-        if self.heads != self.heads_kv:
-            names.add("gqa")
-        if self.head_dim != self.head_dim_v:
-            names.add("head_dim_v")
-        if self.needs_grad:
-            names.add("backward")
-        if self.need_lse:
-            names.add("lse")
-            if self.needs_grad:
-                names.add("lse_grad")
-        if self.deterministic and self.needs_grad:
-            names.add("deterministic")
-        return frozenset(names)
+        return frozenset(self.needs)
+
+    def needed(self) -> list[str]:
+        """The names of the features."""
+        asked = {
+            "softcap": self.softcap is not None,
+            "sinks": self.sinks is not None,
+            "dropout": self.dropout_p > 0.0,
+            "gqa": self.heads != self.heads_kv,
+            "head_dim_v": self.head_dim != self.head_dim_v,
+            "backward": self.needs_grad,
+            "lse": self.need_lse,
+            "lse_grad": self.need_lse and self.needs_grad,
+            "deterministic": self.deterministic and self.needs_grad,
+        }
+        names = [name for name, wanted in asked.items() if wanted]
+        for holder in (self.mask, self.bias):
+            if holder is not None:
+                names.extend(holder.features)
+        return names
 
     @classmethod
     def of(
@@ -238,7 +237,7 @@ class AttentionSpec:
 
     def with_lse(self) -> AttentionSpec:
         """The same problem, asking for the log-sum-exp too, as numbers that nobody differentiates."""
-        return self.changed(need_lse=True, features=self.features | {"lse"})
+        return self.changed(need_lse=True, needs=held([*self.needs, "lse"]))
 
     @property
     def outline(self) -> tuple[Any, ...] | None:
@@ -310,6 +309,11 @@ class AttentionSpec:
             shape += f", bias {self.bias!r}"
         rest = sorted(self.features - (self.mask.features if self.mask else frozenset()))
         return shape + (f", needs {' '.join(rest)}" if rest else "")
+
+
+def held(names: list[str]) -> frozenset[str] | tuple[str, ...]:
+    """Features as a problem holds them: where a graph breaks, Dynamo 2.8 cannot hand on a frozenset it has traced."""
+    return tuple(names) if torch.compiler.is_compiling() else frozenset(names)
 
 
 def refuse_tensors(q: Tensor, k: Tensor, v: Tensor) -> NoReturn:

@@ -205,7 +205,10 @@ def test_one_extra_key_without_its_value_is_refused_as_in_stock(problem: tuple[B
         setattr(layer, f"bias_{lost}", None)
     good = call.arguments(blueprint)
     theirs, mine = error_of(stock, good), error_of(ours, good)
-    assert (type(mine), str(mine)) == (type(theirs), str(theirs))
+    assert type(mine) is type(theirs)
+    assert str(mine) == (str(theirs) or str(mine))  # the assertion of torch 2.8 and 2.9 has no text
+    given, absent = ("v", "k") if lost == "k" else ("k", "v")
+    assert str(mine) == f"bias_{given} is set but bias_{absent} is None"
 
 
 @given(

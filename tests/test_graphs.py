@@ -24,6 +24,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
 from flashmha import FlashMultiHeadAttention
+from flashmha.backends import register, unregister
+from flashmha.backends.naive import Naive
 from flashmha.testing import Blueprint, Call, ask, assert_same, blueprints, problems
 
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.*is deprecated:DeprecationWarning")
@@ -143,6 +145,46 @@ def test_a_compiled_layer_reads_attributes_set_between_calls(training: bool) -> 
     for num_heads, window in ((2, None), (3, None), (3, (0, 0)), (2, None)):
         layer.num_heads, layer.window = num_heads, window
         assert_outputs_agree(compiled(**arguments(blueprint, call)), layer(**arguments(blueprint, call)))
+
+
+def broken(name: str) -> Any:
+    """A method of the layer, or of a backend, that breaks the graph first, as one that prints does."""
+
+    def method(self: Any, *given: Any) -> Any:
+        torch._dynamo.graph_break()
+        return getattr(super(type(self), self), name)(*given)
+
+    return method
+
+
+class BrokenBackend(Naive):
+    name = "broken"
+    __call__ = broken("__call__")
+
+
+@pytest.fixture(scope="module")
+def broken_backend() -> Iterator[str]:
+    """The name of a backend that nothing traces."""
+    register(BrokenBackend)
+    yield BrokenBackend.name
+    unregister(BrokenBackend.name)
+
+
+@pytest.mark.parametrize("broke", ["project", "process_heads", "merge", "backend"])
+@given(problem=problems(layers=blueprints(dtypes=(torch.float32,)), **SIZED, blind=True))
+@slow
+def test_a_graph_broken_inside_a_layer_gives_the_numbers_of_the_eager_one(
+    broken_backend: str, broke: str, problem: tuple[Blueprint, Call]
+) -> None:
+    blueprint, call = problem
+    assume(not call.mixed)
+    torch._dynamo.reset()
+    kind = type("Broken", (FlashMultiHeadAttention,), {} if broke == "backend" else {broke: broken(broke)})
+    layer = blueprint.build(kind, backend=broken_backend if broke == "backend" else None).train(call.training)
+    counter = CompileCounterWithBackend("aot_eager")
+    found = torch.compile(layer, backend=counter)(**arguments(blueprint, call))
+    assert_outputs_agree(found, layer(**arguments(blueprint, call)))
+    assert counter.frame_count > 1
 
 
 # torch.export

@@ -13,6 +13,7 @@ from flashmha.backends import get
 from flashmha.backends.base import Backend
 from flashmha.backends.grouped import FEW, fold, fold_table, folds, unfold, unfold_lse
 from flashmha.backends.sdpa import attend_on_cuda
+from flashmha.masks import joined
 from flashmha.testing import assert_agrees, assert_same, noise, seeds, specs
 
 
@@ -101,7 +102,7 @@ def test_flash2_folds_two_queries_and_more_and_leaves_one_to_the_package(
 @pytest.mark.parametrize("deterministic", (False, True))
 def test_a_call_on_a_gpu_is_one_graph_for_sizes_that_are_symbols(deterministic: bool) -> None:
     def call(q: Tensor, k: Tensor, valid: Tensor) -> Tensor:
-        spec = AttentionSpec.of(q, k, k, mask=KeyPadding(valid) & causal(), deterministic=deterministic)
+        spec = AttentionSpec.of(q, k, k, mask=joined(KeyPadding(valid), causal()), deterministic=deterministic)
         out = attend_on_cuda(q, k, k, spec)
         assert isinstance(out, Tensor)
         return out

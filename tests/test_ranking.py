@@ -335,7 +335,7 @@ def test_nothing_is_compiled_while_a_graph_is_captured(slow: type[Backend], monk
 
 
 def test_the_definition_is_no_somebody_else(slow: type[Backend]) -> None:
-    only_naive = SHORT.changed(features=SHORT.features | {"softcap", "dropout"}, softcap=5.0, dropout_p=0.1)
+    only_naive = SHORT.changed(needs=SHORT.features | {"softcap", "dropout"}, softcap=5.0, dropout_p=0.1)
     assert reason(flashmha.backends.get("naive"), only_naive) is None
     assert choose(only_naive).name == explain(only_naive).chosen == "slow"
     type(flashmha.backends.get("slow")).compiled = True  # type: ignore[attr-defined]

@@ -122,7 +122,7 @@ def test_bounds_are_no_larger_than_the_problem(left: int, right: int, seqlen_q: 
     assert found is not None and max(map(abs, found)) <= max(seqlen_q, seqlen_k)
 
 
-@settings(fewer(8) if INTERPRETED else settings())
+@settings(fewer(3) if INTERPRETED else settings())
 @given(spec=problems(), average=st.booleans(), with_lse=st.booleans(), wide=st.booleans(), seed=seeds())
 def test_weights_are_those_of_the_definition(
     machine: torch.device, spec: AttentionSpec, average: bool, with_lse: bool, wide: bool, seed: int
@@ -137,7 +137,7 @@ def test_weights_are_those_of_the_definition(
     assert not actual[exact.sum(dim=-1) == 0.0].any(), "a blind row has weights"
 
 
-@settings(fewer(8) if INTERPRETED else settings())
+@settings(fewer(3) if INTERPRETED else settings())
 @given(spec=problems(), average=st.booleans(), with_lse=st.booleans(), expanded=st.booleans(), seed=seeds())
 def test_gradients_are_those_of_the_definition(
     machine: torch.device, spec: AttentionSpec, average: bool, with_lse: bool, expanded: bool, seed: int
@@ -162,7 +162,7 @@ def test_gradients_are_those_of_the_definition(
         assert_close(f"gradient of {name}", ours, plain, exact, spec.dtype)
 
 
-@settings(fewer(8) if INTERPRETED else settings())
+@settings(fewer(3) if INTERPRETED else settings())
 @given(spec=problems(), seed=seeds())
 def test_rows_sum_to_one(machine: torch.device, spec: AttentionSpec, seed: int) -> None:
     spec = spec.changed(dtype=torch.float32)
@@ -172,7 +172,7 @@ def test_rows_sum_to_one(machine: torch.device, spec: AttentionSpec, seed: int) 
     torch.testing.assert_close(total, exact.sum(dim=-1).round(), atol=1e-5, rtol=0.0)
 
 
-@settings(fewer(8) if INTERPRETED else fewer(2))
+@settings(fewer(3) if INTERPRETED else fewer(2))
 @given(spec=problems(), average=st.booleans(), batched=st.booleans(), some=st.booleans(), seed=seeds())
 def test_a_recipe_gives_what_its_blocks_give(
     machine: torch.device, spec: AttentionSpec, average: bool, batched: bool, some: bool, seed: int

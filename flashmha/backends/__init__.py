@@ -117,7 +117,7 @@ def arranged(entries: dict[str, Backend], first: tuple[str, ...], late: str, anc
     """
     names = list(entries)
     if late in entries and anchor in entries:
-        names.remove(late)
+        names = [name for name in names if name != late]  # Dynamo 2.8 does not trace list.remove
         names.insert(names.index(anchor) + 1, late)
     if not first:
         return tuple(names)

@@ -55,6 +55,8 @@ class Flex(Backend):
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> Tensor | tuple[Tensor, Tensor]:
         need_lse = spec.need_lse or spec.sinks is not None
+        if need_lse and spec.device.type == "cpu":  # torch 2.8 and 2.9 make lse of half-precision scores
+            q, k, v = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (q, k, v))
         out: Tensor
         lse: Tensor | None
         result = self.kernel(q, k, v, spec)(
@@ -71,7 +73,7 @@ class Flex(Backend):
         lse = getattr(lse, "lse", lse)
         if spec.bias is not None and lse is not None:
             lse = lowest(lse)
-        out = out.transpose(1, 2)
+        out = out.transpose(1, 2).to(spec.dtype)
         if spec.sinks is not None and lse is not None:
             # a sink is one more column: it takes its share of every row and gives nothing back
             sink = spec.sinks.to(lse.dtype)[:, None]

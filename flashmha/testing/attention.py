@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..backends import get
 from ..backends.base import FEATURES, HALF, Limits
-from ..masks import ALIGNMENTS, Dense, Documents, KeyLengths, KeyPadding, Mask, MaskMod, Rule, Window, causal
+from ..masks import ALIGNMENTS, Dense, Documents, KeyLengths, KeyPadding, Mask, MaskMod, Rule, Window, causal, joined
 from ..scores import ALiBi, Bias, RelativeBias, TensorBias
 from ..spec import AttentionSpec
 from .choice import Choices, Choose
@@ -89,16 +89,8 @@ def masks(
     longest = max(seqlen_q, seqlen_k)
     ends = (*REACH, longest, None, *(FAR if longest >= BLOCK else ()))
     return joined(
-        [rule(kind, choose, choose(SEEDS), reach=ends, aligns=ALIGNMENTS, device=device, **sizes) for kind in chosen]
+        *[rule(kind, choose, choose(SEEDS), reach=ends, aligns=ALIGNMENTS, device=device, **sizes) for kind in chosen]
     )
-
-
-def joined(parts: Sequence[Mask]) -> Mask | None:
-    """The rules that all have to hold."""
-    mask: Mask | None = None
-    for part in parts:
-        mask = part if mask is None else mask & part
-    return mask
 
 
 def rule(

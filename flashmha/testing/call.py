@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from .attention import seeds
 from .judge import gradients
 from .layer import BOTH, Blueprint, blueprints
-from .record import Record, one, placed
+from .record import DRAWN, Record, one, placed
 
 SHARINGS = ("abc", "aaa", "abb", "aab", "aba")
 """Which of query, key and value are one object: equal letters."""
@@ -157,9 +157,9 @@ class Call(Record):
         anchor = 0 if "causal" in self.attn_mask else self.seed % max(seqlen_k, 1)
 
         def drawn(*shape: int) -> Tensor:
-            hidden = torch.rand(shape, generator=generator, device="cpu") < 0.4
+            hidden = torch.rand(shape, generator=generator, **DRAWN) < 0.4
             if self.blind:
-                return hidden | (torch.rand((*shape[:-1], 1), generator=generator, device="cpu") < 0.4)
+                return hidden | (torch.rand((*shape[:-1], 1), generator=generator, **DRAWN) < 0.4)
             hidden[..., anchor : anchor + 1] = False
             return hidden
 
@@ -195,7 +195,7 @@ def strided(values: Tensor, layout: str, requires_grad: bool) -> tuple[Tensor, T
 def added(hidden: Tensor, generator: torch.Generator, plain: bool) -> Tensor:
     """A float mask that hides the same, and beside that adds something unless ``plain``."""
     values = torch.randn(hidden.shape, generator=generator, dtype=torch.float64, device="cpu")
-    values = values.masked_fill(torch.rand(hidden.shape, generator=generator, device="cpu") < 0.1, -1e4)
+    values = values.masked_fill(torch.rand(hidden.shape, generator=generator, **DRAWN) < 0.1, -1e4)
     return (torch.zeros_like(values) if plain else values).masked_fill(hidden, -INF)
 
 

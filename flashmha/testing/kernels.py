@@ -10,9 +10,9 @@ import torch
 from hypothesis import strategies as st
 
 from ..backends.base import Backend, Limits
-from ..masks import Documents, Window, causal
+from ..masks import Documents, Window, causal, joined
 from ..spec import AttentionSpec
-from .attention import HEAD_DIMS, LONGEST, Problem, added, joined, rule, sink_values, specs
+from .attention import HEAD_DIMS, LONGEST, Problem, added, rule, sink_values, specs
 from .choice import Choices, Choose
 from .record import placed
 from .values import SEEDS
@@ -75,7 +75,7 @@ class Kernel:
             head_dim=self.head_dim,
             head_dim_v=self.head_dim,
             dtype=self.dtype,
-            mask=joined([rule(kind, choose, seed, **more) for kind in self.mask]),
+            mask=joined(*[rule(kind, choose, seed, **more) for kind in self.mask]),
             bias=bias,
             softcap=self.softcap,
             sinks=sink_values(seed, sizes["heads"], device, learned=self.needs_grad) if self.sinks else None,
@@ -191,7 +191,7 @@ ALONE: dict[str, dict[str, Any]] = {
     "backward": {"needs_grad": True},
     "causal": {"mask": causal()},
     "window": {"mask": Window(1, 1)},
-    "documents": {"mask": Documents(torch.tensor([0, 3]))},
+    "documents": {"mask": Documents(torch.tensor([0, 3], device="cpu"))},
     "softcap": {"softcap": 1.0},
     "deterministic": {"needs_grad": True, "deterministic": True},
 }

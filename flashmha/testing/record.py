@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from hypothesis import strategies as st
 
 T = TypeVar("T")
+DRAWN: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}
+"""What the values of a seed are made as, whatever torch makes by default."""
 
 
 class Record:

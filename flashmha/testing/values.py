@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..spec import AttentionSpec
-from .record import placed
+from .record import DRAWN, placed
 
 if TYPE_CHECKING:
     from hypothesis import strategies as st
@@ -50,7 +50,7 @@ def seeds(scores: str | None = None) -> st.SearchStrategy[int]:
 
 def coins(seed: int, share: float, *shape: int, device: torch.device | str | None = None) -> Tensor:
     """Bools of one seed, that share of them ``True``."""
-    made = (torch.rand(shape, generator=generator(seed), device="cpu") < share).to(placed(device))
+    made = (torch.rand(shape, generator=generator(seed), **DRAWN) < share).to(placed(device))
     return noted(made, f"coins({', '.join(map(str, (seed, share, *shape)))}{place(made)})")
 
 
@@ -85,7 +85,7 @@ def lowered(made: Tensor, kind: str, least: float, random: torch.Generator) -> T
     """Some numbers and some rows that hide a key, or seem to."""
 
     def some(share: float, *shape: int) -> Tensor:
-        return torch.rand(shape, generator=random, device="cpu") < share
+        return torch.rand(shape, generator=random, **DRAWN) < share
 
     rows = (*made.shape[:-1], 1)
     if kind == "hidden":
@@ -93,7 +93,7 @@ def lowered(made: Tensor, kind: str, least: float, random: torch.Generator) -> T
     if not made.numel():
         return made
     low = max(LOW[kind], least)
-    one = torch.rand(made.shape, generator=random, device="cpu").argmax(dim=-1, keepdim=True)
+    one = torch.rand(made.shape, generator=random, **DRAWN).argmax(dim=-1, keepdim=True)
     beside = torch.where(some(0.5, *rows), -math.inf, made)
     return torch.where(some(0.7, *rows), beside.scatter(-1, one, low), made)
 
@@ -136,7 +136,7 @@ def tensors(spec: AttentionSpec, seed: int) -> tuple[Tensor, Tensor, Tensor]:
             "packed": (spec.batch, seqlen, heads + 1, head_dim),
             "expanded": (1, seqlen, heads, head_dim),
         }
-        x = torch.randn(sizes[layout], generator=random, device="cpu")
+        x = torch.randn(sizes[layout], generator=random, **DRAWN)
         if sign is not None:
             move(x, scores, sign, spec)
         if layout == "heads first":
