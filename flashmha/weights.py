@@ -178,14 +178,7 @@ class Recipe:
         """The weights by the definition, in the autograd graph."""
         q, k = self.spread(q, k)
         weights = probabilities(*scores(q, k, with_bias(self.spec, bias)), self.spec)
-        return self.shaped(weights)
-
-    def shaped(self, weights: Tensor) -> Tensor:
-        """The weights (batch, heads, seqlen_q, seqlen_k) of the definition as the caller wants them."""
-        weights = weights.mean(dim=1) if self.average else weights
-        if self.rows is not None:
-            weights = weights.masked_fill(~spread(self.rows, self.average), 0.0)
-        return (weights if self.batched else weights[0]).to(self.dtype)
+        return shaped(weights, self.average, self.batched, self.dtype, self.rows)
 
     def spread(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         """q and k with every token in its place."""
@@ -379,14 +372,13 @@ def attention_with_weights(
     drops what nobody reads; the definition makes both in one pass, unless a backend is named.
     """
     dtype = q.dtype if dtype is None else dtype
+    backend = None if recorded(spec) else choose(spec, wanted)
+    if backend is None or (padded is None and is_defined(spec, backend, wanted)):
+        out, weights = by_definition(q, k, v, spec, wanted, layer)
+        return out, shaped(weights, average, batched, dtype, rows)
+    note(layer, spec, backend)
     free = (q.detach(), k.detach()) if q.requires_grad or k.requires_grad else (q, k)
     recipe = Recipe(*free, spec, None, average, batched, dtype, rows)
-    if recorded(spec):
-        return by_definition(q, k, v, spec, wanted, layer, recipe)
-    backend = choose(spec, wanted)
-    if padded is None and is_defined(spec, backend, wanted):
-        return by_definition(q, k, v, spec, wanted, layer, recipe)
-    note(layer, spec, backend)
     learned: Tensor | None = None
     if spec.bias is not None:  # the caller's own tensor, which may change before the weights are read
         bias = spec.bias.tensors()[0]
@@ -436,9 +428,9 @@ def may_change(layer: Any, q: Tensor, k: Tensor) -> bool:
 
 
 def by_definition(
-    q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, wanted: Wanted, layer: Any, recipe: Recipe
+    q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, wanted: Wanted, layer: Any
 ) -> tuple[Tensor, Tensor]:
-    """Output and weights as ordinary tensors."""
+    """Output and weights (batch, heads, seqlen_q, seqlen_k) as ordinary tensors."""
     with without_autocast(spec.device):
         score, blind = scores(q, k, spec)
         weights = probabilities(score, blind, spec)
@@ -449,7 +441,15 @@ def by_definition(
         note(layer, spec, get("naive"))
         with without_autocast(spec.device):
             out = weigh(weights, v, spec)
-    return out, recipe.shaped(weights)
+    return out, weights
+
+
+def shaped(weights: Tensor, average: bool, batched: bool, dtype: torch.dtype, rows: Tensor | None) -> Tensor:
+    """The weights (batch, heads, seqlen_q, seqlen_k) of the definition as the caller wants them."""
+    weights = weights.mean(dim=1) if average else weights
+    if rows is not None:
+        weights = weights.masked_fill(~spread(rows, average), 0.0)
+    return (weights if batched else weights[0]).to(dtype)
 
 
 remembered: dict[AttentionSpec, tuple[Backend, AttentionSpec]] = {}
