@@ -10,15 +10,18 @@ file; then the mask; and sinks join the softmax last, as one more column per hea
 
 Positions are those of ``masks``: the last query sits at the last key.
 
-A key is hidden where the mask says so, or where the bias is ``-inf`` in the bias's own dtype. Any other number counts as
-it is: a row of nothing but -1e9 gives the mean, also beside heads whose dtype has no such number (``narrowed``).
+A key is hidden where the mask says so, or where the bias is ``-inf`` in the bias's own dtype. Every other number is one
+to compute with, also beside heads whose dtype has no such number: scores are added to it in float32 at least, where -1e9
+swallows them, so that a row of nothing else gives the mean. A kernel that takes no finer dtype than the heads' is told
+the numbers by ``narrowed``.
 """
 
 from __future__ import annotations
 
 import abc
+import functools
 from collections.abc import Callable
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -219,6 +222,9 @@ class Sum(Bias):
 
         return total
 
+    def materialize(self, *problem: Any) -> Tensor:
+        return functools.reduce(plus, [part.materialize(*problem) for part in self._parts])
+
     def __repr__(self) -> str:
         return " + ".join(map(repr, self._parts))
 
@@ -231,16 +237,24 @@ def plus(one: Tensor, two: Tensor) -> Tensor:
     return torch.where(hidden, float("-inf"), total.clamp(min=torch.finfo(dtype).min))
 
 
-def narrowed(bias: Tensor, dtype: torch.dtype, *, shift: bool) -> Tensor:
-    """A bias in the dtype that a kernel takes, which hides what it hid and nothing else.
+def narrowed(bias: Tensor, dtype: torch.dtype, *, level: bool = False) -> Tensor:
+    """A bias in the dtype that a kernel takes, which hides what it hid and nothing else; its rows ``levelled`` or not."""
+    moved = levelled(bias)[0] if level else bias
+    if torch.promote_types(moved.dtype, dtype) == dtype:
+        return moved.to(dtype)
+    moved, limits = moved.to(torch.promote_types(moved.dtype, torch.float32)), torch.finfo(dtype)
+    return moved.clamp(limits.min, limits.max).masked_fill(bias == float("-inf"), float("-inf")).to(dtype)
 
-    ``shift`` moves every row so that its largest number is 0: a softmax does not notice, and the numbers that matter are
-    those that a narrow dtype holds best. Not where a log-sum-exp or sinks count on the numbers themselves.
+
+def levelled(bias: Tensor) -> tuple[Tensor, Tensor]:
+    """A bias, in float32 at least, each of whose rows was moved so that its largest number is 0; and what that was.
+
+    A softmax does not notice. The numbers that matter are then those that a narrow dtype holds best, and the log-sum-exp
+    that a kernel's backward starts from is small: -1e9 in float32 has no room for the logarithm of a sum.
     """
-    if torch.promote_types(bias.dtype, dtype) == dtype:
-        return bias.to(dtype)
-    hidden, limits = bias == float("-inf"), torch.finfo(dtype)
-    if shift and bias.shape[-1]:
-        largest = bias.detach().amax(dim=-1, keepdim=True)
-        bias = bias - largest.masked_fill(largest == float("-inf"), 0.0)
-    return bias.clamp(limits.min, limits.max).masked_fill(hidden, float("-inf")).to(dtype)
+    bias = bias.to(torch.promote_types(bias.dtype, torch.float32))
+    if not bias.shape[-1]:
+        return bias, bias.new_zeros(*bias.shape[:-1], 1)
+    largest = bias.detach().amax(dim=-1, keepdim=True)
+    largest = largest.masked_fill(largest == float("-inf"), 0.0)
+    return plus(bias, -largest), largest

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ..masks import Window
+from ..masks import Window, readable
 from ..scores import narrowed
 from ..spec import AttentionSpec, is_deterministic
 from .base import FEATURES, HALF, Backend, Limits
@@ -74,7 +74,9 @@ class Sdpa(Backend):
         items = cut(spec)
         if items is not None:
             return attend(q, k, v, None, spec) if keep_all(items, spec) else attend_items(q, k, v, items, spec)
-        return attend(q, k, v, dense(spec), spec)
+        mask = dense(spec)
+        with sdpa_kernel(SDPBackend.MATH) if mask is not None and coarse(mask, spec) else contextlib.nullcontext():
+            return attend(q, k, v, mask, spec)
 
 
 def dense(spec: AttentionSpec) -> Tensor | None:
@@ -86,7 +88,23 @@ def dense(spec: AttentionSpec) -> Tensor | None:
     dtype = spec.dtype
     if spec.device.type == "cpu" and dtype in HALF and table.dtype != dtype:
         dtype = torch.float32  # used as it is on a CPU, and misread on a GPU
-    return narrowed(table, dtype, shift=not spec.need_lse)
+    finer = torch.promote_types(table.dtype, dtype) != dtype
+    return narrowed(table, dtype, level=(finer or spec.needs_grad) and not readable(table) and not spec.need_lse)
+
+
+COARSE = 1000.0
+"""A log-sum-exp further from 0 makes the weights of a backward, which is in float32, err by more than 3e-5."""
+
+
+def coarse(mask: Tensor, spec: AttentionSpec) -> bool:
+    """Some row holds no number near 0, so that a backward from its log-sum-exp is off: for -1e9, by as many as its keys.
+
+    Looked at where that waits for nothing; elsewhere ``dense`` has levelled the rows.
+    """
+    if spec.bias is None or not spec.needs_grad or not mask.numel() or not readable(mask):
+        return False
+    largest = mask.detach().amax(dim=-1)
+    return bool(((largest.abs() > COARSE) & largest.isfinite()).any())
 
 
 def attend_on_cuda(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> Tensor | tuple[Tensor, Tensor]:

@@ -6,7 +6,8 @@ Shapes, dtypes and the places of non-finite values are compared first.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from torch.utils._pytree import tree_map
 
 from ..backends import get
 from ..backends.base import Backend
+from ..scores import TensorBias, narrowed
 from ..spec import AttentionSpec
 from ..tolerance import AGAIN, allowed_error, moved
 from .attention import tensors
@@ -32,11 +34,16 @@ class Answer:
 
 
 def answer(
-    backend: Backend, spec: AttentionSpec, seed: int, dtype: torch.dtype | None = None, nudge: int | None = None
+    backend: Backend,
+    spec: AttentionSpec,
+    seed: int,
+    dtype: torch.dtype | None = None,
+    nudge: int | None = None,
+    told: Callable[[Tensor], Tensor] | None = None,
 ) -> Answer:
     """Run a problem, in another dtype if one is given; one cotangent a seed, so that answers can be compared.
 
-    ``nudge`` is the seed of a rounding by which q, k and v are moved.
+    ``nudge`` is the seed of a rounding by which q, k, v and the bias are moved; ``told`` changes the bias.
     """
     q, k, v = tensors(spec, seed) if nudge is None else nudged(tensors(spec, seed), nudge)
     learned = [x for x in (*(spec.bias.tensors() if spec.bias else ()), spec.sinks) if x is not None]
@@ -44,6 +51,9 @@ def answer(
     if dtype is not None:
         q, k, v = (x.to(dtype) for x in (q, k, v))
         spec = dataclasses.replace(spec, dtype=dtype)
+    if nudge is not None:
+        spec = with_bias(spec, functools.partial(nudged_bias, seed=nudge))
+    spec = spec if told is None else with_bias(spec, told)
     leaves = {name: x.detach().requires_grad_(spec.needs_grad) for name, x in (("q", q), ("k", k), ("v", v))}
     with torch.set_grad_enabled(spec.needs_grad):
         result = backend(leaves["q"], leaves["k"], leaves["v"], spec)
@@ -54,6 +64,23 @@ def answer(
         for name, grad in gradients(outputs, leaves, seed + 1).items():
             named[f"gradient of {name}"] = torch.zeros_like(leaves[name]) if grad is None else grad
     return Answer(named)
+
+
+def tellings(spec: AttentionSpec) -> list[Callable[[Tensor], Tensor]]:
+    """How a kernel may be told a bias that is finer than what it computes in: float32, or the dtype of the heads.
+
+    Where no log-sum-exp and no sinks count on the numbers themselves, its rows may be moved.
+    """
+    found = [functools.partial(narrowed, dtype=torch.promote_types(spec.dtype, torch.float32))]
+    if not spec.need_lse and spec.sinks is None:
+        found.append(functools.partial(narrowed, dtype=spec.dtype, level=True))
+    return list(found)
+
+
+def with_bias(spec: AttentionSpec, change: Callable[[Tensor], Tensor]) -> AttentionSpec:
+    """The problem with another tensor for its bias, if it has one."""
+    bias = spec.added()
+    return spec if bias is None else dataclasses.replace(spec, bias=TensorBias(change(bias)))
 
 
 def gradients(outputs: Mapping[str, Tensor], leaves: Mapping[str, Tensor], seed: int) -> dict[str, Tensor | None]:
@@ -100,9 +127,11 @@ def assert_agrees(backend: Backend | type[Backend] | str, spec: AttentionSpec, s
     actual = answer(backend, spec, seed).named
     plain = answer(naive, spec, seed).named
     exact = answer(naive, spec, seed, torch.float64).named
+    pairs = [(plain, exact)]
+    if spec.bias is not None:
+        pairs += [(answer(naive, spec, seed, told=told).named, exact) for told in tellings(spec)]
     where = f"{backend.name} on {spec}, seed {seed}"
     assert actual.keys() == exact.keys(), f"{where}: must return {list(exact)}, got {list(actual)}"
-    pairs = [(plain, exact)]
     try:
         return worst(actual, pairs, spec, backend)
     except AssertionError:
@@ -149,6 +178,13 @@ def nudged(call: Any, seed: int) -> Any:
         return kept[id(value)]
 
     return tree_map(move, call)
+
+
+def nudged_bias(bias: Tensor, seed: int) -> Tensor:
+    """A bias moved by a rounding, in its graph; what is finite stays finite, what hides stays hidden."""
+    limits, generator = torch.finfo(bias.dtype), torch.Generator("cpu").manual_seed(seed)
+    step = moved(torch.ones_like(bias), generator)
+    return torch.where(bias.isfinite(), (bias * step).clamp(limits.min, limits.max), bias)
 
 
 def is_floating(value: Any) -> bool:
