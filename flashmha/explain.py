@@ -11,7 +11,7 @@ from . import backends, padding
 from .backends import Explanation, Wanted
 from .call import read_call
 from .forward import prepare
-from .functional import as_bias, as_mask, autocast
+from .functional import as_bias, as_mask, autocast, check_kinds
 from .masks import short
 from .module import FlashMultiHeadAttention
 from .spec import AttentionSpec
@@ -37,6 +37,8 @@ def explain(subject: AttentionSpec | FlashMultiHeadAttention | Tensor, *args: An
 
 def explain_call(q: Tensor, k: Tensor, v: Tensor, *, backend: Wanted = None, **options: Any) -> Explanation:
     options["mask"], options["bias"] = as_mask(options.get("mask")), as_bias(options.get("bias"))
+    plain = ("sinks", "softcap", "softmax_scale", "dropout_p", "deterministic", "return_lse")
+    check_kinds(q, k, v, **{name: options[name] for name in plain if name in options})
     options["need_lse"] = options.pop("return_lse", False)
     return backends.explain(AttentionSpec.of(*autocast(q, k, v), **options), backend)
 

@@ -11,9 +11,9 @@ file; then the mask; and sinks join the softmax last, as one more column per hea
 Positions are those of ``masks``: the last query sits at the last key.
 
 A key is hidden where the mask says so, or where the bias is ``-inf`` in the bias's own dtype. Every other number is one
-to compute with, also beside heads whose dtype has no such number: scores are added to it in float32 at least, where -1e9
-swallows them, so that a row of nothing else gives the mean. A kernel that takes no finer dtype than the heads' is told
-the numbers by ``narrowed``.
+to compute with, also beside heads whose dtype has no such number: scores are added to it in float32 at least, where
+-1e9 swallows them, so that a row of nothing else gives the mean. A kernel that takes no finer dtype than the heads' is
+told the numbers by ``narrowed``.
 """
 
 from __future__ import annotations
@@ -26,9 +26,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from .masks import Documents, check_broadcast, index_grid, lookup, positional
+from .masks import Documents, check_broadcast, index_grid, is_dense, lookup, positional, told
 
 ScoreMod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+"""Of biases and sinks."""
 
 
 class Bias(abc.ABC):
@@ -88,10 +90,11 @@ class TensorBias(Bias):
     feature = "bias"
 
     def __init__(self, tensor: Tensor) -> None:
-        if not tensor.is_floating_point() or not 2 <= tensor.dim() <= 4:
+        if not is_dense(tensor) or tensor.dtype not in DTYPES or not 2 <= tensor.dim() <= 4:
+            hint = "; a bool tensor is a mask: Dense(tensor)" if getattr(tensor, "dtype", None) == torch.bool else ""
             raise ValueError(
                 "bias must be a floating point tensor that broadcasts to (batch, heads, seqlen_q, seqlen_k), "
-                f"got {tensor.dtype} of shape {tuple(tensor.shape)}; a bool tensor is a mask: Dense(tensor)."
+                f"got {told(tensor)}{hint}."
             )
         self.tensor = tensor[(None,) * (4 - tensor.dim())]
 
@@ -129,10 +132,9 @@ class ALiBi(Bias):
     feature = "alibi"
 
     def __init__(self, slopes: Tensor) -> None:
-        if not slopes.is_floating_point() or slopes.dim() not in (1, 2):
+        if not is_dense(slopes) or slopes.dtype not in DTYPES or slopes.dim() not in (1, 2):
             raise ValueError(
-                "slopes must be a floating point tensor of shape (heads,) or (batch, heads), "
-                f"got {slopes.dtype} of shape {tuple(slopes.shape)}."
+                f"slopes must be a floating point tensor of shape (heads,) or (batch, heads), got {told(slopes)}."
             )
         self.slopes = slopes
 
@@ -166,10 +168,9 @@ class RelativeBias(Bias):
     feature = "bias"
 
     def __init__(self, table: Tensor) -> None:
-        if not table.is_floating_point() or table.dim() != 2 or table.shape[1] % 2 == 0:
+        if not is_dense(table) or table.dtype not in DTYPES or table.dim() != 2 or table.shape[1] % 2 == 0:
             raise ValueError(
-                "table must be a floating point tensor of shape (heads, 2 * reach + 1), "
-                f"got {table.dtype} of shape {tuple(table.shape)}."
+                f"table must be a floating point tensor of shape (heads, 2 * reach + 1), got {told(table)}."
             )
         self.table = table
 
@@ -230,7 +231,7 @@ class Sum(Bias):
 
 
 def plus(one: Tensor, two: Tensor) -> Tensor:
-    """Two biases added, in float32 at least; what neither hides stays finite, as two masks of the lowest number do not."""
+    """Two biases added, in float32 at least; what neither hides stays finite, as the lowest number twice would not."""
     dtype = torch.promote_types(torch.promote_types(one.dtype, two.dtype), torch.float32)
     total = one.to(dtype) + two
     hidden = (one == float("-inf")) | (two == float("-inf"))
@@ -238,7 +239,7 @@ def plus(one: Tensor, two: Tensor) -> Tensor:
 
 
 def narrowed(bias: Tensor, dtype: torch.dtype, *, level: bool = False) -> Tensor:
-    """A bias in the dtype that a kernel takes, which hides what it hid and nothing else; its rows ``levelled`` or not."""
+    """A bias in the dtype that a kernel takes, which hides what it hid and nothing else; ``level``: see ``levelled``."""
     moved = levelled(bias)[0] if level else bias
     if torch.promote_types(moved.dtype, dtype) == dtype:
         return moved.to(dtype)
@@ -249,8 +250,8 @@ def narrowed(bias: Tensor, dtype: torch.dtype, *, level: bool = False) -> Tensor
 def levelled(bias: Tensor) -> tuple[Tensor, Tensor]:
     """A bias, in float32 at least, each of whose rows was moved so that its largest number is 0; and what that was.
 
-    A softmax does not notice. The numbers that matter are then those that a narrow dtype holds best, and the log-sum-exp
-    that a kernel's backward starts from is small: -1e9 in float32 has no room for the logarithm of a sum.
+    A softmax does not notice. The numbers that matter are then those that a narrow dtype holds best, and the
+    log-sum-exp that a kernel's backward starts from is small: float32 has no room for a logarithm beside -1e9.
     """
     bias = bias.to(torch.promote_types(bias.dtype, torch.float32))
     if not bias.shape[-1]:

@@ -62,7 +62,8 @@ def problems(draw: st.DrawFn, *, features: frozenset[str]) -> AttentionSpec:
     if not need_lse and draw(st.sampled_from((False, False, True))):
         other = draw(st.sampled_from(("low", "alibi", "relative")))
         if other == "low":
-            bias = bias + TensorBias(table(number, draw(st.sampled_from(DTYPES)), "(1, 1, q, k)", 0, heads=heads, **sizes))
+            dtype = draw(st.sampled_from(DTYPES))
+            bias = bias + TensorBias(table(number, dtype, "(1, 1, q, k)", 0, heads=heads, **sizes))
         elif other == "alibi" and "alibi" in features:
             bias = bias + ALiBi(torch.rand(heads))
         else:

@@ -97,7 +97,7 @@ COARSE = 1000.0
 
 
 def coarse(mask: Tensor, spec: AttentionSpec) -> bool:
-    """Some row holds no number near 0, so that a backward from its log-sum-exp is off: for -1e9, by as many as its keys.
+    """Some row holds no number near 0: a backward from its log-sum-exp is off, by a factor of its keys beside -1e9.
 
     Looked at where that waits for nothing; elsewhere ``dense`` has levelled the rows.
     """
