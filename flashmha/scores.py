@@ -239,7 +239,7 @@ def plus(one: Tensor, two: Tensor) -> Tensor:
 
 
 def narrowed(bias: Tensor, dtype: torch.dtype, *, level: bool = False) -> Tensor:
-    """A bias in the dtype that a kernel takes, which hides what it hid and nothing else; ``level``: see ``levelled``."""
+    """A bias in the dtype that a kernel takes, which hides what it hid and no more; ``level``: see ``levelled``."""
     moved = levelled(bias)[0] if level else bias
     if torch.promote_types(moved.dtype, dtype) == dtype:
         return moved.to(dtype)

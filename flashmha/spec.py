@@ -72,14 +72,12 @@ class AttentionSpec:
         if not 0.0 <= self.dropout_p <= 1.0:
             raise ValueError(f"dropout_p must be between 0 and 1, got {self.dropout_p}.")
         if self.softcap is not None and not 0.0 < self.softcap < math.inf:
-            raise ValueError(f"softcap must be finite and greater than 0 (None for no cap), got {self.softcap}.")
+            raise ValueError(f"softcap must be greater than 0 and finite (None for no cap), got {self.softcap}.")
         if self.softmax_scale is not None and not -math.inf < self.softmax_scale < math.inf:
             raise ValueError(f"softmax_scale must be finite, got {self.softmax_scale}.")
         sinks = self.sinks
         if sinks is not None and (not is_dense(sinks) or sinks.dtype not in DTYPES or sinks.shape != (self.heads,)):
-            raise ValueError(
-                f"sinks must be a floating point tensor of shape (heads,) = ({self.heads},), got {told(sinks)}."
-            )
+            raise ValueError(f"sinks must have shape (heads,) = ({self.heads},), floating point, got {told(sinks)}.")
 
     def needed(self) -> frozenset[str]:
         """What a backend must be able to do."""

@@ -118,9 +118,10 @@ def summed_masks(
         padding = padding if padding.dim() == 2 else padding.unsqueeze(0)
         columns = padding[:, None, None, :].expand(-1, num_heads, -1, -1).flatten(0, 1)
         columns = columns.expand_as(total)
-        hidden = (total == float("-inf")) | (columns == float("-inf"))
+        both = total + columns
         # two finite numbers whose sum is beyond the dtype hide nothing
-        total = torch.where(hidden, float("-inf"), torch.maximum(total + columns, torch.minimum(total, columns)))
+        hidden = (total == float("-inf")) | (columns == float("-inf"))
+        total = torch.where((both == float("-inf")) & ~hidden, torch.minimum(total, columns), both)
     return total
 
 
