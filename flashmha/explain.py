@@ -10,10 +10,11 @@ from typing import Any
 from torch import Tensor
 
 from . import backends, padding
+from .arguments import check_kinds
 from .backends import Explanation, Wanted
 from .call import read_call
 from .forward import prepare
-from .functional import as_bias, as_mask, attention, autocast, check_kinds
+from .functional import as_bias, as_mask, attention, autocast, check_arguments
 from .masks import short
 from .module import FlashMultiHeadAttention
 from .spec import AttentionSpec
@@ -50,8 +51,9 @@ def explain_call(q: Tensor, k: Tensor, v: Tensor, *, backend: Wanted = None, **o
     unknown = sorted(set(options) - set(OPTIONS))
     if unknown:
         raise TypeError(f"options must be among {', '.join(OPTIONS)}, got {', '.join(unknown)}.")
-    check_kinds(q=q, k=k, v=v, sinks=options.get("sinks"))
     options["mask"], options["bias"] = as_mask(options.get("mask")), as_bias(options.get("bias"))
+    plain = ("sinks", "softcap", "softmax_scale", "dropout_p", "deterministic", "return_lse")
+    check_arguments(q, k, v, **{name: options[name] for name in plain if name in options})
     options["need_lse"] = options.pop("return_lse", False)
     return backends.explain(AttentionSpec.of(*autocast(q, k, v), **options), backend)
 
@@ -68,7 +70,7 @@ def explain_layer(
     is_causal: bool = False,
     backend: Wanted = None,
 ) -> Explanation:
-    check_kinds(query=query, key=key, value=value)
+    check_kinds(query, key, value, key_padding_mask, attn_mask)
     wanted = layer.backend if backend is None else backend
     need_weights = need_weights and layer.need_weights
     call = read_call(layer, query, key, value, key_padding_mask, need_weights, attn_mask, is_causal)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .backends import OWN, Backend, Wanted, choose, note
-from .masks import Dense, Mask, told
+from .masks import Dense, Mask, is_dense, told
 from .scores import Bias, TensorBias
 from .spec import AttentionSpec
 
@@ -48,9 +48,10 @@ def attention(
         sinks: (heads,), one more score per head that takes its share of the softmax and gives nothing.
         softmax_scale: default ``head_dim ** -0.5``.
         dropout_p: probability of dropping a weight; always applied, so pass 0 in eval.
-        deterministic: the same gradients bit by bit; default where ``torch.use_deterministic_algorithms(True)`` says so,
-            and not with ``warn_only``, under which torch's own kernels do no more than warn.
-        return_lse: also return the log-sum-exp of the scores, (batch, heads, seqlen_q), ``-inf`` in blind rows.
+        deterministic: the same gradients bit by bit; the default is what ``torch.use_deterministic_algorithms`` says,
+            but not with ``warn_only``, under which torch's own kernels do no more than warn.
+        return_lse: also return the log-sum-exp of the scores, (batch, heads, seqlen_q), in float32 at least. Of a row
+            that may look at nothing it is ``-inf``, or its sink where there are sinks.
         backend: a name, a family (``"flash_attn"``) or a list in order; default automatic.
 
     Returns:
@@ -60,7 +61,7 @@ def attention(
         ValueError: shapes, dtypes or numbers that make no problem.
         NoBackendError: no backend can serve, or the named one cannot; with every reason.
     """
-    check_kinds(q=q, k=k, v=v, sinks=sinks)
+    check_arguments(q, k, v, sinks, softcap, softmax_scale, dropout_p, deterministic, return_lse)
     q, k, v = autocast(q, k, v)
     spec = AttentionSpec.of(
         q,
@@ -78,18 +79,38 @@ def attention(
     return run(q, k, v, spec, backend)
 
 
-def check_kinds(**tensors: Any) -> None:
-    """Raise ``TypeError`` where something is no tensor; ``None`` is fine for sinks alone."""
-    for name, tensor in tensors.items():
-        if not isinstance(tensor, Tensor) and (tensor is not None or name != "sinks"):
-            raise TypeError(f"{name} must be a tensor, got {told(tensor)}.")
+NUMBERS = (float, int, torch.SymFloat, torch.SymInt)
+
+
+def check_arguments(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    sinks: Tensor | None = None,
+    softcap: float | None = None,
+    softmax_scale: float | None = None,
+    dropout_p: float = 0.0,
+    deterministic: bool | None = None,
+    return_lse: bool = False,
+) -> None:
+    """Raise ``TypeError`` where an argument of ``attention`` is not even of the kind it has to be."""
+    for name, tensor in (("q", q), ("k", k), ("v", v), ("sinks", sinks)):
+        if not is_dense(tensor) and (tensor is not None or name != "sinks"):
+            raise TypeError(f"{name} must be a dense tensor, got {told(tensor)}.")
+    for name, number in (("softcap", softcap), ("softmax_scale", softmax_scale), ("dropout_p", dropout_p)):
+        if not isinstance(number, NUMBERS) and (number is not None or name == "dropout_p"):
+            hint = "; multiply q by a tensor instead" if name == "softmax_scale" else ""
+            raise TypeError(f"{name} must be a number, got {told(number)}{hint}.")
+    for name, said in (("deterministic", deterministic), ("return_lse", return_lse)):
+        if not isinstance(said, bool) and (said is not None or name == "return_lse"):
+            raise TypeError(f"{name} must be True or False, got {told(said)}.")
 
 
 def as_mask(mask: Mask | Tensor | None) -> Mask | None:
     """A bool tensor as a mask."""
     if mask is None or isinstance(mask, Mask):
         return mask
-    if isinstance(mask, Tensor):
+    if is_dense(mask):
         return Dense(mask)
     raise TypeError(f"mask must be a Mask, such as causal(), or a bool tensor, got {told(mask)}.")
 
@@ -98,7 +119,7 @@ def as_bias(bias: Bias | Tensor | None) -> Bias | None:
     """A floating point tensor as a bias."""
     if bias is None or isinstance(bias, Bias):
         return bias
-    if isinstance(bias, Tensor):
+    if is_dense(bias):
         return TensorBias(bias)
     raise TypeError(f"bias must be a Bias, such as ALiBi(slopes), or a floating point tensor, got {told(bias)}.")
 

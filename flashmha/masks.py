@@ -181,7 +181,7 @@ class KeyPadding(Mask):
     feature = "key_padding"
 
     def __init__(self, valid: Tensor) -> None:
-        if not isinstance(valid, Tensor) or valid.dtype != torch.bool or valid.dim() != 2:
+        if not is_dense(valid) or valid.dtype != torch.bool or valid.dim() != 2:
             raise ValueError(
                 f"valid must be a bool tensor of shape (batch, seqlen_k), True = may attend, got {told(valid)}."
             )
@@ -345,7 +345,7 @@ class Dense(Mask):
     feature = "dense_mask"
 
     def __init__(self, allowed: Tensor) -> None:
-        if not isinstance(allowed, Tensor) or allowed.dtype != torch.bool or not 2 <= allowed.dim() <= 4:
+        if not is_dense(allowed) or allowed.dtype != torch.bool or not 2 <= allowed.dim() <= 4:
             raise ValueError(
                 "a dense mask must be a bool tensor that broadcasts to (batch, heads, seqlen_q, seqlen_k), "
                 f"True = may attend (what is added to the scores goes to bias=), got {told(allowed)}."
@@ -385,7 +385,7 @@ class Rule(Mask):
         if align not in ALIGNMENTS:
             raise ValueError(f"align must be one of {ALIGNMENTS}, got {align!r}.")
         if not callable(fn):
-            raise TypeError(f"fn must be a function of batch, head, q_pos and k_pos, got {told(fn)}.")
+            raise TypeError(f"fn must be a function of (batch, head, q_pos, k_pos), got {told(fn)}.")
         self.fn, self.align = fn, align
 
     def mask_mod(self, seqlen_q: int, seqlen_k: int, documents: Documents | None = None) -> MaskMod:
@@ -442,14 +442,27 @@ class Intersection(Mask):
 
 
 def told(thing: object) -> str:
-    """What somebody passed, in a few words."""
+    """What a caller passed, in a few words."""
+    if type(thing).__name__ == "CausalBias":
+        upper = thing.variant.name == "UPPER_LEFT"  # type: ignore[attr-defined]
+        return f"torch's CausalBias (say mask=causal({'align=' + repr('top_left') if upper else ''}))"
+    if isinstance(thing, Tensor) and not is_dense(thing):
+        return f"a {'nested' if thing.is_nested else short(thing.layout)} tensor of {short(thing.dtype)}"
     if isinstance(thing, Tensor):
         return f"{short(thing.dtype)} of shape {tuple(thing.shape)}"
-    return f"{type(thing).__name__} {thing!r}"
+    words = " ".join(repr(thing).split())
+    return f"{type(thing).__name__} {words if len(words) <= 80 else words[:77] + '...'}"
 
 
-def short(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
+def is_dense(thing: object) -> bool:
+    """A tensor whose numbers are there to read: neither sparse nor nested, nor torch's CausalBias, which has none."""
+    if not isinstance(thing, Tensor) or type(thing).__name__ == "CausalBias":
+        return False
+    return thing.layout == torch.strided and not thing.is_nested
+
+
+def short(name: torch.dtype | torch.layout) -> str:
+    return str(name).removeprefix("torch.")
 
 
 def check_broadcast(name: str, tensor: Tensor, want: tuple[int, ...], hint: str = "") -> None:
@@ -480,7 +493,9 @@ def index_grid(
 
 
 def is_vector_of_integers(thing: object) -> bool:
-    return isinstance(thing, Tensor) and thing.dtype in (torch.int32, torch.int64) and thing.dim() == 1
+    return (
+        isinstance(thing, Tensor) and is_dense(thing) and thing.dtype in (torch.int32, torch.int64) and thing.dim() == 1
+    )
 
 
 def readable(tensor: Tensor) -> bool:

@@ -10,22 +10,27 @@ file; then the mask; and sinks join the softmax last, as one more column per hea
 
 Positions are those of ``masks``: the last query sits at the last key.
 
-A key is hidden where the mask says so, or where the bias is ``-inf`` in the bias's own dtype. Any other number counts as
-it is: a row of nothing but -1e9 gives the mean, also beside heads whose dtype has no such number (``narrowed``).
+A key is hidden where the mask says so, or where the bias is ``-inf`` in the bias's own dtype. Every other number is one
+to compute with, also beside heads whose dtype has no such number: scores are added to it in float32 at least, where
+-1e9 swallows them, so that a row of nothing else gives the mean. A kernel that takes no finer dtype than the heads' is
+told the numbers by ``narrowed``.
 """
 
 from __future__ import annotations
 
 import abc
+import functools
 from collections.abc import Callable
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from .masks import Documents, check_broadcast, home, index_grid, lookup, positional, told
+from .masks import Documents, check_broadcast, home, index_grid, is_dense, lookup, positional, told
 
 ScoreMod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+"""Of biases and sinks."""
 
 
 class Bias(abc.ABC):
@@ -86,10 +91,11 @@ class TensorBias(Bias):
     feature = "bias"
 
     def __init__(self, tensor: Tensor) -> None:
-        if not isinstance(tensor, Tensor) or not tensor.is_floating_point() or not 2 <= tensor.dim() <= 4:
+        if not is_dense(tensor) or tensor.dtype not in DTYPES or not 2 <= tensor.dim() <= 4:
+            hint = "; a bool tensor is a mask: Dense(tensor)" if getattr(tensor, "dtype", None) == torch.bool else ""
             raise ValueError(
                 "bias must be a floating point tensor that broadcasts to (batch, heads, seqlen_q, seqlen_k), "
-                f"got {told(tensor)}; a bool tensor is a mask: Dense(tensor)."
+                f"got {told(tensor)}{hint}."
             )
         self.tensor = tensor[(None,) * (4 - tensor.dim())]
 
@@ -127,7 +133,7 @@ class ALiBi(Bias):
     feature = "alibi"
 
     def __init__(self, slopes: Tensor) -> None:
-        if not isinstance(slopes, Tensor) or not slopes.is_floating_point() or slopes.dim() not in (1, 2):
+        if not is_dense(slopes) or slopes.dtype not in DTYPES or slopes.dim() not in (1, 2):
             raise ValueError(
                 f"slopes must be a floating point tensor of shape (heads,) or (batch, heads), got {told(slopes)}."
             )
@@ -163,8 +169,7 @@ class RelativeBias(Bias):
     feature = "bias"
 
     def __init__(self, table: Tensor) -> None:
-        floating = isinstance(table, Tensor) and table.is_floating_point()
-        if not floating or table.dim() != 2 or table.shape[1] % 2 == 0:
+        if not is_dense(table) or table.dtype not in DTYPES or table.dim() != 2 or table.shape[1] % 2 == 0:
             raise ValueError(
                 f"table must be a floating point tensor of shape (heads, 2 * reach + 1), got {told(table)}."
             )
@@ -219,28 +224,39 @@ class Sum(Bias):
 
         return total
 
+    def materialize(self, *problem: Any) -> Tensor:
+        return functools.reduce(plus, [part.materialize(*problem) for part in self._parts])
+
     def __repr__(self) -> str:
         return " + ".join(map(repr, self._parts))
 
 
 def plus(one: Tensor, two: Tensor) -> Tensor:
-    """Two biases added, in float32 at least; what neither hides stays finite, as two masks of the lowest number do not."""
+    """Two biases added, in float32 at least; what neither hides stays finite, as the lowest number twice would not."""
     dtype = torch.promote_types(torch.promote_types(one.dtype, two.dtype), torch.float32)
     total = one.to(dtype) + two
     hidden = (one == float("-inf")) | (two == float("-inf"))
     return torch.where(hidden, float("-inf"), total.clamp(min=torch.finfo(dtype).min))
 
 
-def narrowed(bias: Tensor, dtype: torch.dtype, *, shift: bool) -> Tensor:
-    """A bias in the dtype that a kernel takes, which hides what it hid and nothing else.
+def narrowed(bias: Tensor, dtype: torch.dtype, *, level: bool = False) -> Tensor:
+    """A bias in the dtype that a kernel takes, which hides what it hid and no more; ``level``: see ``levelled``."""
+    moved = levelled(bias)[0] if level else bias
+    if torch.promote_types(moved.dtype, dtype) == dtype:
+        return moved.to(dtype)
+    moved, limits = moved.to(torch.promote_types(moved.dtype, torch.float32)), torch.finfo(dtype)
+    return moved.clamp(limits.min, limits.max).masked_fill(bias == float("-inf"), float("-inf")).to(dtype)
 
-    ``shift`` moves every row so that its largest number is 0: a softmax does not notice, and the numbers that matter are
-    those that a narrow dtype holds best. Not where a log-sum-exp or sinks count on the numbers themselves.
+
+def levelled(bias: Tensor) -> tuple[Tensor, Tensor]:
+    """A bias, in float32 at least, each of whose rows was moved so that its largest number is 0; and what that was.
+
+    A softmax does not notice. The numbers that matter are then those that a narrow dtype holds best, and the
+    log-sum-exp that a kernel's backward starts from is small: float32 has no room for a logarithm beside -1e9.
     """
-    if torch.promote_types(bias.dtype, dtype) == dtype:
-        return bias.to(dtype)
-    hidden, limits = bias == float("-inf"), torch.finfo(dtype)
-    if shift and bias.shape[-1]:
-        largest = bias.detach().amax(dim=-1, keepdim=True)
-        bias = bias - largest.masked_fill(largest == float("-inf"), 0.0)
-    return bias.clamp(limits.min, limits.max).masked_fill(hidden, float("-inf")).to(dtype)
+    bias = bias.to(torch.promote_types(bias.dtype, torch.float32))
+    if not bias.shape[-1]:
+        return bias, bias.new_zeros(*bias.shape[:-1], 1)
+    largest = bias.detach().amax(dim=-1, keepdim=True)
+    largest = largest.masked_fill(largest == float("-inf"), 0.0)
+    return plus(bias, -largest), largest

@@ -8,13 +8,14 @@ kernel can be tested on a laptop.
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
-from .masks import Dense, Documents, KeyLengths, KeyPadding, Mask, Window, find, normalize, short
-from .scores import Bias
+from .masks import Dense, Documents, KeyLengths, KeyPadding, Mask, Window, find, is_dense, normalize, short, told
+from .scores import DTYPES, Bias
 
 CPU = torch.device("cpu")
 NUMBER = (int, float, torch.SymFloat, Tensor)
@@ -99,10 +100,13 @@ class AttentionSpec:
                 raise TypeError(f"{name} must be a number, got {number!r}.")
         if not 0.0 <= self.dropout_p <= 1.0:
             raise ValueError(f"dropout_p must be between 0 and 1, got {self.dropout_p}.")
-        if self.softcap is not None and not self.softcap > 0.0:
-            raise ValueError(f"softcap must be greater than 0 (None for no cap), got {self.softcap}.")
-        if self.sinks is not None and self.sinks.shape != (self.heads,):
-            raise ValueError(f"sinks must have shape (heads,) = ({self.heads},), got {tuple(self.sinks.shape)}.")
+        if self.softcap is not None and not 0.0 < self.softcap < math.inf:
+            raise ValueError(f"softcap must be greater than 0 and finite (None for no cap), got {self.softcap}.")
+        if self.softmax_scale is not None and not -math.inf < self.softmax_scale < math.inf:
+            raise ValueError(f"softmax_scale must be finite, got {self.softmax_scale}.")
+        sinks = self.sinks
+        if sinks is not None and (not is_dense(sinks) or sinks.dtype not in DTYPES or sinks.shape != (self.heads,)):
+            raise ValueError(f"sinks must have shape (heads,) = ({self.heads},), floating point, got {told(sinks)}.")
 
     @property
     def features(self) -> frozenset[str]:
@@ -187,6 +191,8 @@ class AttentionSpec:
                 raise ValueError(
                     f"{name} must be on the device of q, {device}, got {holder.tensors()[0].device}: {holder!r}."
                 )
+        if sinks is not None and isinstance(sinks, Tensor) and sinks.device != device:
+            raise ValueError(f"sinks must be on the device of q, {device}, got {sinks.device}.")
         needs_grad = torch.is_grad_enabled() and (
             q.requires_grad
             or k.requires_grad

@@ -119,14 +119,15 @@ def summed_masks(
         padding = padding if padding.dim() == 2 else padding.unsqueeze(0)
         columns = padding[:, None, None, :].expand(-1, num_heads, -1, -1).flatten(0, 1)
         columns = columns.expand_as(total)
-        hidden = (total == float("-inf")) | (columns == float("-inf"))
+        both = total + columns
         # two finite numbers whose sum is beyond the dtype hide nothing
-        total = torch.where(hidden, float("-inf"), torch.maximum(total + columns, torch.minimum(total, columns)))
+        hidden = (total == float("-inf")) | (columns == float("-inf"))
+        total = torch.where((both == float("-inf")) & ~hidden, torch.minimum(total, columns), both)
     return total
 
 
 def narrowed(total: Tensor, query: Tensor) -> Tensor:
-    """A mask without blind rows in the dtype of the heads where that is a narrow one, as ``scores.narrowed`` makes it."""
+    """A mask without blind rows as heads of half precision can be told it; see ``scores.narrowed``."""
     one = torch.zeros(1, 1, dtype=query.dtype, device=query.device)
     dtype = torch.matmul(one, one).dtype  # autocast may choose another than the query's
     if dtype == total.dtype or (dtype != torch.float16 and dtype != torch.bfloat16) or total.size(-1) == 0:

@@ -1,13 +1,18 @@
 """AttentionSpec, the limits of every backend, and the choice among them: a GPU kernel's limits, judged on a laptop."""
 
 import dataclasses
+import math
 import pickle
+import re
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.nn.attention.bias import causal_lower_right, causal_upper_left
+from torch.nn.attention.flex_attention import create_block_mask
 
 import flashmha
 from flashmha import (
@@ -31,6 +36,8 @@ from flashmha import (
 )
 from flashmha.backends import choose, get, names, order, register
 from flashmha.backends.base import FEATURES
+from flashmha.backends.sdpa import by_math
+from flashmha.spec import is_deterministic
 from flashmha.testing import seeds, specs, tensors
 
 FLASH = ("flash2", "flash3", "flash4")
@@ -357,6 +364,90 @@ def test_a_bad_call_is_told_what_was_wrong(name: str) -> None:
     with pytest.raises(ValueError, match=message):
         attention(call.pop("q"), call.pop("k"), call.pop("v"), **call)
     assert torch.equal(torch.get_rng_state(), state)
+
+
+THINGS: dict[str, Any] = {
+    "a list": [[0.0] * 3] * 3,
+    "an array": np.zeros((3, 3)),
+    "a word": "causal",
+    "a function": causal,
+    "a pair": (1, 0),
+    "nan": math.nan,
+    "a block mask": create_block_mask(lambda b, h, q, k: q >= k, None, None, 3, 3, device="cpu"),
+    "torch's causal bias": causal_upper_left(3, 3),
+    "torch's other causal bias": causal_lower_right(3, 5),
+    "integers": torch.zeros(3, 3, dtype=torch.int64),
+    "complex numbers": torch.zeros(3, 3, dtype=torch.complex64),
+    "eight bits": torch.zeros(3, 3).to(torch.float8_e4m3fn),
+    "another device": torch.zeros(2, device="meta"),
+    "a sparse tensor": torch.zeros(3, 3).to_sparse(),
+    "a nested tensor": torch.nested.nested_tensor([torch.zeros(3, 3)]),
+    "a module": torch.nn.Linear(2, 2),
+}
+"""Nothing of which is a mask, a bias, sinks, a number or a tensor of four axes."""
+ARGUMENTS = ("mask", "bias", "sinks", "softcap", "softmax_scale", "dropout_p", "deterministic", "return_lse")
+
+
+@pytest.mark.parametrize("argument", (*"qkv", *ARGUMENTS))
+@pytest.mark.parametrize("thing", THINGS)
+def test_an_argument_of_another_kind_is_named(argument: str, thing: str) -> None:
+    call = {**{name: torch.zeros(1, 3, 2, 8) for name in "qkv"}, argument: THINGS[thing]}
+    q, k, v = (call.pop(name) for name in "qkv")
+    for asked in (attention, explain):
+        if asked is explain and not isinstance(q, torch.Tensor):
+            continue  # says what else it explains
+        with pytest.raises((TypeError, ValueError), match=r"must ((?!\n).){1,250}$"):
+            asked(q, k, v, **call)
+
+
+@pytest.mark.parametrize(("made", "align"), ((causal_upper_left, "align='top_left'"), (causal_lower_right, "")))
+def test_torchs_causal_bias_is_told_which_mask_it_is(made: Any, align: str) -> None:
+    q = torch.zeros(1, 3, 2, 8)
+    for argument in ("mask", "bias"):
+        with pytest.raises(TypeError, match=re.escape(f"(say mask=causal({align}))")):
+            attention(q, q, q, **{argument: made(3, 3)})
+    for holder in (Dense, TensorBias):
+        with pytest.raises(ValueError, match="CausalBias"):
+            holder(made(3, 3))
+
+
+@pytest.mark.parametrize("warn_only", (False, True))
+def test_a_mode_that_only_warns_asks_for_nothing(warn_only: bool) -> None:
+    q = torch.zeros(1, 3, 2, 8, requires_grad=True)
+    layer = flashmha.FlashMultiHeadAttention(16, 2, batch_first=True)
+    x = torch.randn(1, 3, 16)
+
+    def claimed() -> list[bool]:
+        with record() as calls:
+            attention(q, q, q)
+            attention(q, q, q, mask=causal())
+            layer(x, x, x, need_weights=False)
+            layer(x, x, x)
+        return ["deterministic" in call.spec.features for call in calls]
+
+    assert claimed() == [False] * 4
+    torch.use_deterministic_algorithms(True, warn_only=warn_only)
+    try:
+        assert claimed() == [not warn_only] * 4
+        asked = torch.compile(lambda x: x + is_deterministic(), backend="eager", fullgraph=True)(torch.zeros(1))
+        assert asked == (not warn_only)
+        told = AttentionSpec.of(q, q, q, deterministic=True)
+        assert "deterministic" in told.features and by_math(told) == warn_only  # fused kernels only warn
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert claimed() == [False] * 4
+
+
+@pytest.mark.parametrize("name", names())
+def test_the_log_sum_exp_of_a_blind_row_is_its_sink(name: str) -> None:
+    q = torch.zeros(1, 3, 2, 16, dtype=torch.bfloat16)
+    sinks = torch.tensor([0.5, -2.0])
+    spec = AttentionSpec.of(q, q, q, mask=KeyPadding(torch.zeros(1, 3, dtype=torch.bool)), sinks=sinks, need_lse=True)
+    backend = get(name)
+    if backend.unsupported(spec) or backend.unavailable(spec.device):
+        pytest.skip("does not serve it here")
+    out, lse = backend(q, q, q, spec)
+    assert not out.any() and torch.equal(lse, sinks[None, :, None].expand(1, 2, 3))
 
 
 @given(spec=specs())

@@ -217,7 +217,7 @@ class Backend(abc.ABC):
         """Attention: (batch, seqlen, heads, head_dim) in, (batch, seqlen_q, heads, head_dim_v) out.
 
         With ``spec.need_lse`` the pair (out, lse), lse (batch, heads, seqlen_q) in float32 (float64 for float64),
-        ``-inf`` for a row that may look at nothing.
+        ``-inf`` for a row that may look at nothing, its sink where there are sinks.
         """
 
     def __repr__(self) -> str:

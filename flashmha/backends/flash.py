@@ -157,7 +157,7 @@ def run(
     with clean(device, backward):
         q, k, v = waves(device, head_dim, dtype)
         k, v = (x[:, :, :1] if grouped else x for x in (k, v))
-        found = results(lambda *x: backend(*x, AttentionSpec.of(*x)), q, k, v, backward)
+        found = results(lambda q, k, v: backend(q, k, v, AttentionSpec.of(q, k, v)), q, k, v, backward)
         exact = results(definition, q.double(), k.double(), v.double(), backward)
         for name, one, other in zip(("the output", *(f"the gradient of {x}" for x in "qkv")), found, exact):
             largest = other.abs().max()

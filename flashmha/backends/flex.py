@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import functools
 import itertools
+import operator
 import threading
 import types
 import warnings
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ..masks import Dense, Documents, Rule, find
+from ..scores import Bias, TensorBias, levelled, narrowed
 from ..spec import AttentionSpec
 from .base import FEATURES, Backend, Limits
 
@@ -57,6 +59,7 @@ class Flex(Backend):
         need_lse = spec.need_lse or spec.sinks is not None
         if need_lse and spec.device.type == "cpu":  # torch 2.8 and 2.9 make lse of half-precision scores
             q, k, v = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (q, k, v))
+        spec, shift = levelled_spec(spec) if spec.bias is not None and spec.needs_grad else (spec, None)
         out: Tensor
         lse: Tensor | None
         result = self.kernel(q, k, v, spec)(
@@ -71,15 +74,18 @@ class Flex(Backend):
         )
         out, lse = result if need_lse else (result, None)
         lse = getattr(lse, "lse", lse)
-        if spec.bias is not None and lse is not None:
-            lse = lowest(lse)
+        if lse is not None and spec.bias is not None:
+            lse = lowest(lse, spec.bias)
         out = out.transpose(1, 2).to(spec.dtype)
         if spec.sinks is not None and lse is not None:
             # a sink is one more column: it takes its share of every row and gives nothing back
-            sink = spec.sinks.to(lse.dtype)[:, None]
+            sink = spec.sinks[:, None] if shift is None else spec.sinks[:, None] - shift
+            sink = narrowed(sink, lse.dtype)
             share = torch.sigmoid(lse - sink).masked_fill(lse == float("-inf"), 0.0)  # even beside a sink of -inf
             out = out * share.transpose(1, 2).unsqueeze(-1).to(out.dtype)
             lse = torch.logaddexp(lse, sink)
+        if lse is not None and shift is not None:
+            lse = narrowed(lse + shift, lse.dtype)
         return out if not spec.need_lse or lse is None else (out, lse)
 
     def kernel(self, q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> Callable[..., Any]:
@@ -182,6 +188,18 @@ def asking_for_lse() -> dict[str, Any]:
     return {"return_lse": True} if request is None else {"return_aux": request(lse=True)}
 
 
+def levelled_spec(spec: AttentionSpec) -> tuple[AttentionSpec, Tensor]:
+    """The problem with the tensors among its biases ``levelled`` for a backward, and by how much in all."""
+    assert spec.bias is not None
+    parts, shift = [], torch.zeros(1, 1, 1, 1, device=spec.device)
+    for part in spec.bias.parts:
+        if isinstance(part, TensorBias):
+            tensor, largest = levelled(part.tensor)
+            part, shift = TensorBias(tensor), shift + largest
+        parts.append(part)
+    return spec.changed(bias=functools.reduce(operator.add, parts)), shift.squeeze(-1)
+
+
 def score_mod(spec: AttentionSpec) -> Callable[..., Tensor] | None:
     """Softcap and biases as flex's ``score_mod``."""
     cap = spec.softcap
@@ -202,15 +220,16 @@ def score_mod(spec: AttentionSpec) -> Callable[..., Tensor] | None:
     return modify
 
 
+def lowest(lse: Tensor, bias: Bias) -> Tensor:
+    """The log-sum-exp of rows that hold nothing above ``LEAST``: the lowest number of the bias."""
+    there = max(MOST * -1.0, min(torch.finfo(tensor.dtype).min for tensor in bias.tensors()))
+    low = (lse < 0.999 * LEAST) & (lse != float("-inf"))
+    return lse + torch.where(low, there - lse.detach(), 0.0)
+
+
 MOST, LEAST = torch.finfo(torch.float32).max, torch.finfo(torch.float32).min / 2
 """The most and the least that is added to a score. The kernel takes scores to powers of two: lower ones would be
 ``-inf`` there, which hides."""
-
-
-def lowest(lse: Tensor) -> Tensor:
-    """The log-sum-exp of rows that hold nothing above ``LEAST``: the lowest number there is."""
-    low = (lse < 0.999 * LEAST) & (lse != float("-inf"))
-    return lse + torch.where(low, torch.finfo(lse.dtype).min - lse.detach(), 0.0)
 
 
 def block_mask(spec: AttentionSpec) -> Any:

@@ -101,4 +101,4 @@ class Naive(Backend):
         q, k = at_least_single(q), at_least_single(k)
         if q.dtype != out.dtype:  # weights made of it would show every rounding of a score
             score, blind = scores(q, k, spec)
-        return out, narrowed(log_sum_exp(score, blind), q.dtype, shift=False)
+        return out, narrowed(log_sum_exp(score, blind), q.dtype)

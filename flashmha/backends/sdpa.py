@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ..masks import Window
+from ..masks import Window, readable
 from ..scores import narrowed
 from ..spec import AttentionSpec, is_deterministic
 from .base import FEATURES, HALF, Backend, Limits
@@ -77,7 +77,9 @@ class Sdpa(Backend):
         items = cut(spec)
         if items is not None:
             return attend(q, k, v, None, spec) if keep_all(items, spec) else attend_items(q, k, v, items, spec)
-        return attend(q, k, v, dense(spec), spec)
+        mask = dense(spec)
+        with sdpa_kernel(SDPBackend.MATH) if coarse(mask, spec) else contextlib.nullcontext():
+            return attend(q, k, v, mask, spec)
 
 
 def dense(spec: AttentionSpec) -> Tensor | None:
@@ -86,10 +88,27 @@ def dense(spec: AttentionSpec) -> Tensor | None:
     if bias is None:
         return mask
     table = bias if mask is None else torch.where(mask, bias, float("-inf"))
-    dtype = spec.dtype
-    if spec.device.type == "cpu" and dtype in HALF and table.dtype != dtype:
-        dtype = torch.float32  # used as it is on a CPU, and misread on a GPU
-    return narrowed(table, dtype, shift=not spec.need_lse)
+    if spec.device.type == "cpu":  # a mask of float32 is used as it is there, and misread on a GPU
+        return narrowed(table, torch.float32 if spec.dtype in HALF and table.dtype != spec.dtype else spec.dtype)
+    finer = torch.promote_types(table.dtype, spec.dtype) != spec.dtype
+    return narrowed(table, spec.dtype, level=finer or spec.needs_grad)
+
+
+COARSE = 1000.0
+"""A log-sum-exp further from 0 makes the weights of a backward, which is in float32, err by more than 3e-5."""
+
+
+def coarse(mask: Tensor | None, spec: AttentionSpec) -> bool:
+    """On a CPU a backward from the log-sum-exp of a row may be off: by a factor of its keys, beside nothing but -1e9.
+
+    Looked at where that is possible. On a GPU ``dense`` levels the rows.
+    """
+    if mask is None or spec.bias is None or not spec.needs_grad:
+        return False
+    if not mask.numel() or not readable(mask):
+        return True
+    largest = mask.detach().amax(dim=-1)
+    return bool(((largest.abs() > COARSE) & largest.isfinite()).any())
 
 
 def attend_on_cuda(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> Tensor | tuple[Tensor, Tensor]:

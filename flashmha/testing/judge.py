@@ -6,7 +6,8 @@ Shapes, dtypes and the places of non-finite values are compared first.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from torch.utils._pytree import tree_map
 from ..backends import get, names
 from ..backends.base import Backend
 from ..extras import wanted_by
+from ..scores import TensorBias, narrowed
 from ..spec import AttentionSpec
 from ..tolerance import AGAIN, allowed_error, moved
 from .dropout import WEIGHTS, Kept, check_drops, drawing, read_weights
@@ -36,11 +38,16 @@ class Answer:
 
 
 def answer(
-    backend: Backend, spec: AttentionSpec, seed: int, dtype: torch.dtype | None = None, nudge: int | None = None
+    backend: Backend,
+    spec: AttentionSpec,
+    seed: int,
+    dtype: torch.dtype | None = None,
+    nudge: int | None = None,
+    told: Callable[[Tensor], Tensor] | None = None,
 ) -> Answer:
     """Run a problem, in another dtype if one is given; one cotangent a seed, so that answers can be compared.
 
-    ``nudge`` is the seed of a rounding by which q, k and v are moved.
+    ``nudge`` is the seed of a rounding by which q, k, v and the bias are moved; ``told`` changes the bias.
     """
     with wanted_by("answer"):  # here alone: a layer is judged without drawing
         from .attention import tensors
@@ -51,6 +58,9 @@ def answer(
     if dtype is not None:
         q, k, v = (x.to(dtype) for x in (q, k, v))
         spec = dataclasses.replace(spec, dtype=dtype)
+    if nudge is not None:
+        spec = with_bias(spec, functools.partial(nudged_bias, seed=nudge))
+    spec = spec if told is None else with_bias(spec, told)
     leaves = {name: x.detach().requires_grad_(spec.needs_grad) for name, x in (("q", q), ("k", k), ("v", v))}
     with torch.set_grad_enabled(spec.needs_grad), drawing(spec, seed):
         result = backend(leaves["q"], leaves["k"], leaves["v"], spec)
@@ -63,6 +73,23 @@ def answer(
     if spec.dropout_p:
         named[WEIGHTS] = read_weights(backend, q, k, spec, seed)
     return Answer(named)
+
+
+def tellings(spec: AttentionSpec) -> list[Callable[[Tensor], Tensor]]:
+    """How a kernel may be told a bias that is finer than what it computes in: float32, or the dtype of the heads.
+
+    Where no log-sum-exp and no sinks count on the numbers themselves, its rows may be moved.
+    """
+    found = [functools.partial(narrowed, dtype=torch.promote_types(spec.dtype, torch.float32))]
+    if not spec.need_lse and spec.sinks is None:
+        found.append(functools.partial(narrowed, dtype=spec.dtype, level=True))
+    return list(found)
+
+
+def with_bias(spec: AttentionSpec, change: Callable[[Tensor], Tensor]) -> AttentionSpec:
+    """The problem with another tensor for its bias, if it has one."""
+    bias = spec.added()
+    return spec if bias is None else dataclasses.replace(spec, bias=TensorBias(change(bias)))
 
 
 def gradients(outputs: Mapping[str, Tensor], leaves: Mapping[str, Tensor], seed: int) -> dict[str, Tensor | None]:
@@ -135,6 +162,8 @@ def judged(backend: Backend, spec: AttentionSpec, seed: int) -> float:
     try:
         return worst(actual, pairs, spec, backend)
     except AssertionError:
+        if spec.bias is not None:
+            pairs += [(answer(right, spec, seed, told=told).named, exact) for told in tellings(spec)]
         for nudge in range(AGAIN):
             runs = (answer(right, spec, seed, dtype, nudge).named for dtype in (None, torch.float64))
             pairs.append((next(runs), next(runs)))
@@ -175,6 +204,13 @@ def nudged(call: Any, seed: int) -> Any:
         return kept[id(value)]
 
     return tree_map(move, call)
+
+
+def nudged_bias(bias: Tensor, seed: int) -> Tensor:
+    """A bias moved by a rounding, in its graph; what is finite stays finite, what hides stays hidden."""
+    limits, generator = torch.finfo(bias.dtype), torch.Generator("cpu").manual_seed(seed)
+    step = moved(torch.ones_like(bias), generator)
+    return torch.where(bias.isfinite(), (bias * step).clamp(limits.min, limits.max), bias)
 
 
 def is_floating(value: Any) -> bool:
