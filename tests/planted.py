@@ -195,9 +195,9 @@ def window_of_tiles(part: Mask) -> Mask:
     if not isinstance(part, Window):
         return part
     other = Window(None, None, align=part.align)
-    other.left, other.right = (
-        None if bound is None or bound >= BLOCK - 1 else bound for bound in (part.left, part.right)
-    )
+    for name in ("left", "right"):
+        bound = getattr(part, name)
+        setattr(other, name, None if bound is None or bound >= BLOCK - 1 else bound)
     return other
 
 
@@ -289,6 +289,12 @@ def of_one_seed(weights: Tensor, spec: AttentionSpec) -> Tensor:
         return F.dropout(weights, spec.dropout_p)
 
 
+def too_many(weights: Tensor, spec: AttentionSpec) -> Tensor:
+    """The scale is right, and a fifth too many are dropped."""
+    rate = min(1.0, 1.2 * spec.dropout_p)
+    return weights * (F.dropout(torch.ones_like(weights), rate) > 0) / max(1 - spec.dropout_p, 1e-9)
+
+
 OWN = torch.Generator().manual_seed(0)
 
 
@@ -358,16 +364,8 @@ PLANTED: dict[str, Bug] = {
     "values hear of the first tile of queries": gradient_of_the_first_tile(2),
     "dropout ignored": asked(lambda spec: spec.changed(dropout_p=0.0)),
     "dropout not scaled": dropping(unscaled),
-    "dropout of twice as many": dropping(
-        lambda weights, spec: dropped(weights, spec, rate=min(1.0, 2 * spec.dropout_p))
-    ),
-    "dropout of a fifth too many": dropping(
-        lambda weights, spec: (
-            dropped(weights, spec, rate=min(1.0, 1.2 * spec.dropout_p))
-            * (1 - min(1.0, 1.2 * spec.dropout_p))
-            / max(1 - spec.dropout_p, 1e-9)
-        )
-    ),
+    "dropout of twice as many": dropping(lambda weights, spec: dropped(weights, spec, rate=min(1, 2 * spec.dropout_p))),
+    "dropout of a fifth too many": dropping(too_many),
     "dropout alike in all batch items": alike(0),
     "dropout alike in all heads": alike(1),
     "dropout alike in all queries": alike(2),

@@ -20,7 +20,7 @@ from flashmha.backends import get
 from flashmha.backends.base import FEATURES, Limits
 from flashmha.backends.naive import log_sum_exp, probabilities, scores
 from flashmha.masks import Documents, Rule, Window
-from flashmha.scores import ALiBi, RelativeBias, TensorBias
+from flashmha.scores import RelativeBias, TensorBias
 from flashmha.spec import AttentionSpec
 from flashmha.testing import assert_close, seeds, specs, tensors
 
@@ -69,7 +69,10 @@ def defined(
 @given(spec=specs())
 def test_a_problem_is_served_unless_a_layer_never_has_it(spec: AttentionSpec) -> None:
     parts = () if spec.mask is None else spec.mask.parts
-    strange = any(isinstance(part, (Rule, Documents)) for part in parts) or isinstance(spec.bias, (ALiBi, RelativeBias))
+    biases = () if spec.bias is None else spec.bias.parts
+    strange = any(isinstance(part, (Rule, Documents)) for part in parts) or (
+        not isinstance(spec.bias, TensorBias) and bool(biases)
+    )
     strange = strange or spec.softcap is not None or spec.sinks is not None or spec.dtype == torch.float64
     assert (tiles.unsupported(spec) is not None) == strange
 

@@ -55,7 +55,7 @@ FAR = (63, 64, 100, 128)
 """How far it may reach in a long problem, beside that."""
 BIASES = (*("none",) * 3, *("tensor",) * 4, *("alibi",) * 2, *("relative",) * 2)
 FINER_BIASES = False
-"""Numbers of float32 stand beside heads in half precision, which cannot hold them."""
+"""Numbers of float32 stand beside heads in half precision, which cannot hold them, and the lowest ones of float16."""
 DROPOUT = (*(0.0,) * 25, 0.5, 0.5, 0.1, 0.9, 1.0)
 
 
@@ -87,7 +87,7 @@ def masks(
     how = choose(("none", "several", "several", "one", "one")) if kinds else "none"
     chosen: list[str] = []
     if how == "one":
-        often = {"causal": 3, "window": 3, "key_lengths": 2} if longest >= BLOCK else {"causal": 3}
+        often = {"causal": 3, "window": 4, "key_lengths": 4} if longest >= BLOCK else {"causal": 3}
         chosen = [choose([kind for kind in kinds for _ in range(often.get(kind, 1))])]
     elif how == "several":
         chosen = [kind for kind in kinds if choose(range(6)) > 5 - MASKS[kind]]
@@ -139,7 +139,7 @@ def rule(
     if kind == "key_padding":
         return KeyPadding(coin(batch, seqlen_k))
     if kind == "key_lengths":
-        return KeyLengths(lengths(batch, seqlen_k, generator(seed), choose((False, True, True, True))).to(where))
+        return KeyLengths(lengths(batch, seqlen_k, generator(seed), choose((False, *(True,) * 5))).to(where))
     if kind == "mask for all heads":
         return Dense(coin(choose((1, batch)), 1, seqlen_q, seqlen_k))
     if kind == "dense_mask":
@@ -228,7 +228,10 @@ def added(
     if kind == "relative":
         width = 2 * choose((0, 1, 2, 3, 4, BLOCK)) + 1
         return RelativeBias(numbers(seed, "normal", heads, width, device=device).requires_grad_(learned))
-    of = choose(("normal", "normal", "normal", *((*NUMBERS[3:], "lowest") if first else ())))
+    strange: tuple[str, ...] = (*NUMBERS[3:], "lowest") if first else ()
+    if not FINER_BIASES and dtype == torch.float16:
+        strange = strange[:1]
+    of = choose(("normal", "normal", "normal", *strange))
     shape = [choose((1, batch)), choose((1, heads)), choose((seqlen_q,) * 3 + (1,)), seqlen_k]
     if of in ("normal", "hidden") and not learned:  # what moves a whole row has no gradient but of what cancels
         shape[-1] = choose((seqlen_k, 1))

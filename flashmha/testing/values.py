@@ -60,7 +60,7 @@ def numbers(
 
     ``normal``; ``wide`` is 40 times that; ``slopes`` lie between 0 and 1. What is added to scores may be ``hidden``:
     some are ``-inf``, and whole rows. In ``low`` (-1e4), ``lower`` (-1e9) and ``lowest`` (the dtype's) one number of
-    most rows is that low, and in half of them all there is beside ``-inf``: no other key takes its part there. Two in a
+    most rows is that low, and in most of them all there is beside ``-inf``: no other key takes its part there. Two in a
     row would not be told apart by their scores, which such numbers swallow.
     """
     random = generator(seed)
@@ -89,8 +89,8 @@ def lowered(made: Tensor, kind: str, least: float, random: torch.Generator) -> T
         return made
     low = max(LOW[kind], least)
     one = torch.rand(made.shape, generator=random, device="cpu").argmax(dim=-1, keepdim=True)
-    beside = torch.where(some(0.5, *rows), -math.inf, made)
-    return torch.where(some(0.7, *rows), beside.scatter(-1, one, low), made)
+    beside = torch.where(some(0.7, *rows), -math.inf, made)
+    return torch.where(some(0.85, *rows), beside.scatter(-1, one, low), made)
 
 
 def generator(seed: int) -> torch.Generator:
