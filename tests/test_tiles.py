@@ -20,7 +20,7 @@ from flashmha.backends import get
 from flashmha.backends.base import FEATURES, Limits
 from flashmha.backends.naive import log_sum_exp, probabilities, scores
 from flashmha.masks import Documents, Rule, Window
-from flashmha.scores import ALiBi, RelativeBias, TensorBias
+from flashmha.scores import TensorBias
 from flashmha.spec import AttentionSpec
 from flashmha.testing import assert_close, seeds, specs, tensors
 
@@ -38,7 +38,7 @@ SHARED_MEMORY = {"A100": 166912, "RTX 4090": 101376, "H200": 232448}
 def problems(draw: st.DrawFn) -> AttentionSpec:
     """Problems that the kernels serve, longer than a tile."""
     spec = draw(specs(limits=LIMITS, head_dims=(1, 3, 16, 40, 64, 128, 256), longest=150))
-    return spec.changed(bias=None) if isinstance(spec.bias, RelativeBias) else spec
+    return spec if isinstance(spec.bias, TensorBias) else spec.changed(bias=None)
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +69,8 @@ def defined(
 @given(spec=specs())
 def test_a_problem_is_served_unless_a_layer_never_has_it(spec: AttentionSpec) -> None:
     parts = () if spec.mask is None else spec.mask.parts
-    strange = any(isinstance(part, (Rule, Documents)) for part in parts) or isinstance(spec.bias, (ALiBi, RelativeBias))
+    strange = any(isinstance(part, (Rule, Documents)) for part in parts)
+    strange = strange or not (spec.bias is None or isinstance(spec.bias, TensorBias))
     strange = strange or spec.softcap is not None or spec.sinks is not None or spec.dtype == torch.float64
     assert (tiles.unsupported(spec) is not None) == strange
 

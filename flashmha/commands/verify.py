@@ -12,6 +12,7 @@ from ..backends.base import FEATURES
 from ..errors import in_one_line
 from ..extras import wanted_by
 from ..spec import AttentionSpec
+from ..testing.values import HEAD_DIMS, LONGEST
 from .devices import device, devices
 from .screen import Advance, add_json, print_json, print_table, progress
 
@@ -21,7 +22,16 @@ AGREES, FAILS, ABSENT = "agrees", "FAILS", "not available"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--backend", metavar="NAME[,NAME]", help="default: every backend on the list")
     parser.add_argument("--device", metavar="NAME[,NAME]", help="default: every device of this machine")
-    parser.add_argument("--examples", type=int, default=50, help="problems to serve, a backend and device, default 50")
+    parser.add_argument(
+        "--examples", type=int, default=100, help="problems to serve, a backend and device, default 100"
+    )
+    parser.add_argument("--longest", type=int, help=f"the most queries and keys, default {LONGEST}, more on a GPU")
+    parser.add_argument(
+        "--head-dims",
+        metavar="D[,D]",
+        help=f"default {','.join(map(str, HEAD_DIMS))}, as far as the backend takes them, and others on a GPU; a "
+        "backend that compiles has fixed problems there, whatever these two say",
+    )
     parser.add_argument("--seed", type=int, default=0, help="another seed draws other problems, default 0")
     add_json(parser)
 
@@ -37,6 +47,7 @@ class Verdict:
         verdict: ``agrees``, ``FAILS`` or ``not available``.
         why: what failed, or why it is not available.
         problem, tensors: the smallest problem it fails, and the seed of its q, k and v.
+        paste: the line of Python that judges it on that problem again.
         replay: the command that draws the same problems again.
     """
 
@@ -49,6 +60,7 @@ class Verdict:
     why: str | None = None
     problem: str | None = None
     tensors: int | None = None
+    paste: str | None = None
     replay: str | None = None
 
     @property
@@ -64,16 +76,51 @@ class Verdict:
     def __str__(self) -> str:
         parts = [f"{self.backend} on {self.device} {self.verdict}: {self.why}"]
         if self.problem is not None:
-            parts += [f"  problem: {self.problem}", f"  tensors: seed {self.tensors}"]
+            parts += [f"  problem: {self.problem}", f"  tensors: seed {self.tensors}", f"  paste:   {self.paste}"]
         return "\n".join((*parts, f"  again:   {self.replay}"))
 
 
-def judge(backend: Backend, where: torch.device, examples: int, seed: int, advance: Advance) -> Verdict:
-    """One backend on one device, on that many problems that it serves."""
+@dataclasses.dataclass(frozen=True)
+class Draw:
+    """Which problems are drawn: how many, of which seed, and how large; ``None`` leaves that to the kit."""
+
+    examples: int
+    seed: int
+    longest: int | None = None
+    head_dims: tuple[int, ...] | None = None
+
+    @classmethod
+    def of(cls, options: argparse.Namespace) -> Draw:
+        """What the flags say."""
+        sizes = None if options.head_dims is None else tuple(map(whole, options.head_dims.split(",")))
+        drawn = cls(options.examples, options.seed, options.longest, sizes)
+        smallest = None if sizes is None else min(sizes)
+        for name, least in (("examples", drawn.examples), ("longest", drawn.longest), ("head-dims", smallest)):
+            if least is not None and least < 1:
+                raise ValueError(f"--{name} must be at least 1, got {least}.")
+        return drawn
+
+    @property
+    def flags(self) -> str:
+        """The flags that say it."""
+        more = "" if self.longest is None else f" --longest {self.longest}"
+        more += "" if self.head_dims is None else f" --head-dims {','.join(map(str, self.head_dims))}"
+        return f"--examples {self.examples} --seed {self.seed}{more}"
+
+
+def whole(word: str) -> int:
+    if not word.strip().isdecimal():
+        raise ValueError(f"--head-dims must be whole numbers, separated by commas, got {word!r}.")
+    return int(word)
+
+
+def judge(backend: Backend, where: torch.device, drawn: Draw, advance: Advance) -> Verdict:
+    """One backend on one device, on as many problems as wanted that it serves."""
     with wanted_by("verify"):
         import hypothesis
 
         from ..testing import assert_agrees, seeds, served
+        from ..testing.judge import again
     absent = backend.limits.not_on.get(where.type, frozenset())
     verdict = Verdict(backend.name, str(where))
     reason = backend.unavailable(where)
@@ -84,9 +131,9 @@ def judge(backend: Backend, where: torch.device, examples: int, seed: int, advan
     last: list[tuple[AttentionSpec, int]] = []
     refusals: list[str] = []
 
-    @hypothesis.seed(seed)
+    @hypothesis.seed(drawn.seed)
     @hypothesis.settings(
-        max_examples=examples,
+        max_examples=drawn.examples,
         deadline=None,
         database=None,
         derandomize=False,
@@ -95,7 +142,7 @@ def judge(backend: Backend, where: torch.device, examples: int, seed: int, advan
         suppress_health_check=list(hypothesis.HealthCheck),
         verbosity=hypothesis.Verbosity.quiet,
     )
-    @hypothesis.given(served(backend, where), seeds())
+    @hypothesis.given(served(backend, where, head_dims=drawn.head_dims, longest=drawn.longest), seeds())
     def law(spec: AttentionSpec, seed: int) -> None:
         last[:] = [(spec, seed)]
         refusal = backend.unsupported(spec) or backend.unbuilt(spec)
@@ -114,26 +161,25 @@ def judge(backend: Backend, where: torch.device, examples: int, seed: int, advan
         verdict.verdict, verdict.why = FAILS, in_one_line(error)
         if last:
             verdict.problem, verdict.tensors = str(last[0][0]), last[0][1]
+            verdict.paste = again(backend, *last[0])
     else:
-        if verdict.examples < examples:  # Hypothesis stops looking after ten times as many
+        if verdict.examples < drawn.examples:  # Hypothesis stops looking after ten times as many
             verdict.verdict = FAILS
-            verdict.why = f"it served {verdict.examples} of {examples} problems, and refused nearly all that were drawn"
+            served_of = f"it served {verdict.examples} of {drawn.examples} problems"
+            verdict.why = f"{served_of}, and refused nearly all that were drawn"
     if verdict.verdict == FAILS:
-        verdict.replay = (
-            f"python -m flashmha verify --backend {backend.name} --device {where} --examples {examples} --seed {seed}"
-        )
+        verdict.replay = f"python -m flashmha verify --backend {backend.name} --device {where} {drawn.flags}"
     return verdict
 
 
 def main(options: argparse.Namespace) -> int:
-    if options.examples < 1:
-        raise ValueError(f"--examples must be at least 1, got {options.examples}.")
+    drawn = Draw.of(options)
     wanted = names() if options.backend is None else expand([name.strip() for name in options.backend.split(",")])
     where = devices() if options.device is None else [device(name.strip()) for name in options.device.split(",")]
     pairs = [(get(name), one) for one in where for name in wanted]
     able = sum(backend.unavailable(one) is None for backend, one in pairs)
-    with progress("judging", able * options.examples) as advance:
-        verdicts = [judge(backend, one, options.examples, options.seed, advance) for backend, one in pairs]
+    with progress("judging", able * drawn.examples) as advance:
+        verdicts = [judge(backend, one, drawn, advance) for backend, one in pairs]
     if options.json:
         print_json([dataclasses.asdict(verdict) for verdict in verdicts])
     else:

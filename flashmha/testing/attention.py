@@ -18,7 +18,7 @@ from ..spec import AttentionSpec
 from .choice import Choices, Choose
 from .paste import pasted
 from .record import placed
-from .values import NUMBERS, SEEDS, coins, generator, numbers, seeds, tensors
+from .values import HEAD_DIMS, LONGEST, NUMBERS, SEEDS, coins, generator, numbers, seeds, tensors
 
 __all__ = ["biases", "masks", "seeds", "specs", "tensors"]
 
@@ -26,20 +26,21 @@ MASKS = {
     "causal": 2,
     "window": 3,  # two bounds
     "key_padding": 2,
-    "key_lengths": 2,
+    "key_lengths": 3,
     "dense_mask": 2,
     "rule": 1,
     "documents": 4,  # only a batch of 1 can hold them
 }
 """Kinds of masks, and how many problems in six have one, of those that may have several."""
-HEAD_DIMS = (1, 3, 8, 16, 40, 64, 72, 96, 128, 192, 256)
+HEAD_DIMS = (1, 3, 8, 16, 20, 40, 64, 72, 96, 100, 128, 192, 256)
 BLOCK = 64
 """Features and rows that a kernel takes at once; a longer problem is what it puts together."""
-SHORT, LONGEST = 24, 260
-"""The most queries and keys of most problems, and of any."""
+SHORT = 24
+"""The most queries and keys of most problems."""
 EDGES = (65, 66, 130, 64, 100, 127, 128, 129, 150, 192, 200, 255, 256, 257, 63, 260, 300)
 """Lengths around the tiles that kernels work in; the first few show what goes wrong in a second or third tile."""
-STRETCHED = (*(None,) * 8, "batch", "heads_kv", "group", "keys", "keys", "queries", "queries", "both", "both")
+AXES = {None: 4, "batch": 2, "heads_kv": 1, "group": 2, "keys": 4, "queries": 3, "both": 3}
+STRETCHED = tuple(axis for axis, often in AXES.items() for _ in range(often))
 """The axis that is longer than it mostly is; the others are short beside it, for the sake of time."""
 EMPTY = (*(None,) * 37, "batch", "seqlen_q", "seqlen_k")
 """Which axis is as short as the limits allow, 0 where they can: one problem in thirteen."""
@@ -47,9 +48,9 @@ REACH = (0, 1, 2, 3, 5)
 """How far a window may reach, where it ends at all."""
 FAR = (63, 64, 100, 128)
 """How far it may reach in a long problem, beside that."""
-BIASES = (*("none",) * 4, *("tensor",) * 3, *("alibi",) * 2, *("relative",) * 2)
+BIASES = (*("none",) * 3, *("tensor",) * 4, *("alibi",) * 2, *("relative",) * 2)
 FINER_BIASES = False
-"""Numbers of float32 stand beside heads in half precision, which cannot hold them."""
+"""Numbers of float32 stand beside heads in half precision, which cannot hold them, and the lowest ones of float16."""
 DROPOUT = (*(0.0,) * 25, 0.5, 0.5, 0.1, 0.9, 1.0)
 
 
@@ -77,17 +78,18 @@ def masks(
     """Masks of every kind out of ``features`` for a problem of these sizes, alone and combined."""
     choose = Choices(draw, "mask")
     kinds = [kind for kind in MASKS if kind in features and (kind != "documents" or batch == 1)]
-    how = choose(("none", "several", "several", "several", "one")) if kinds else "none"
+    longest = max(seqlen_q, seqlen_k)
+    how = choose(("none", "several", "several", "one", "one")) if kinds else "none"
     chosen: list[str] = []
     if how == "one":
-        chosen = [choose([kind for kind in kinds for _ in range(4 if kind == "causal" else 1)])]
+        often = {"causal": 3, "window": 4, "key_lengths": 4} if longest >= BLOCK else {"causal": 3}
+        chosen = [choose([kind for kind in kinds for _ in range(often.get(kind, 1))])]
     elif how == "several":
         chosen = [kind for kind in kinds if choose(range(6)) > 5 - MASKS[kind]]
     if "causal" in chosen and "window" in features and choose((False, True)):
         chosen[chosen.index("causal")] = "top-left causal"
     sizes = {"batch": batch, "heads": heads, "seqlen_q": seqlen_q, "seqlen_k": seqlen_k}
-    longest = max(seqlen_q, seqlen_k)
-    ends = (*REACH, longest, None, *(FAR if longest >= BLOCK else ()))
+    ends = (*REACH, longest, None, *(2 * FAR if longest >= BLOCK else ()))
     return joined(
         *[rule(kind, choose, choose(SEEDS), reach=ends, aligns=ALIGNMENTS, device=device, **sizes) for kind in chosen]
     )
@@ -124,7 +126,7 @@ def rule(
     if kind == "key_padding":
         return KeyPadding(coin(batch, seqlen_k))
     if kind == "key_lengths":
-        return KeyLengths(lengths(batch, seqlen_k, generator(seed), choose((False, True, True))).to(where))
+        return KeyLengths(lengths(batch, seqlen_k, generator(seed), choose((False, *(True,) * 5))).to(where))
     if kind == "mask for all heads":
         return Dense(coin(choose((1, batch)), 1, seqlen_q, seqlen_k))
     if kind == "dense_mask":
@@ -208,15 +210,18 @@ def added(
 ) -> Bias:
     """A bias of one kind: ``tensor``, ``relative`` or ``alibi``; only the first of a sum may hide a key, or seem to."""
     if kind == "alibi":
-        shape = choose(((heads,), (heads,), (batch, heads)))
+        shape = choose(((heads,), (batch, heads)))
         return ALiBi(numbers(seed, "slopes", *shape, device=device).requires_grad_(learned))
     if kind == "relative":
         width = 2 * choose((0, 1, 2, 3, 4, BLOCK)) + 1
         return RelativeBias(numbers(seed, "normal", heads, width, device=device).requires_grad_(learned))
-    of = choose(("normal", "normal", "normal", *(NUMBERS[3:] if first else ())))
+    strange: tuple[str, ...] = (*NUMBERS[3:], "lowest") if first else ()
+    if not FINER_BIASES and dtype == torch.float16:
+        strange = strange[:1]
+    of = choose(("normal", "normal", "normal", *strange))
     shape = [choose((1, batch)), choose((1, heads)), choose((seqlen_q,) * 3 + (1,)), seqlen_k]
-    if of == "normal" and not learned:  # what moves a whole row has no gradient, but the rounding of what cancels
-        shape[-1] = choose((seqlen_k,) * 3 + (1,))
+    if of in ("normal", "hidden") and not learned:  # what moves a whole row has no gradient but of what cancels
+        shape[-1] = choose((seqlen_k, 1))
     finer = FINER_BIASES and dtype in HALF and choose((False, True))
     tensor = numbers(seed, of, *shape, dtype=torch.float32 if finer else dtype, device=device)
     return TensorBias(tensor.requires_grad_(learned))
@@ -292,7 +297,7 @@ def drawn_sizes(
     seqlen_q = choose(longer(beside, long_q, stretched in ("queries", "both")))
     seqlen_k = choose(longer(beside, long, stretched in ("keys", "both")))
     equal = choose((True, False, False)) and not (lengthy and long)
-    heads_kv = choose(longer(alone, (4, 5, 8, 9), stretched == "heads_kv"))
+    heads_kv = choose((1, 2, 2) if stretched == "group" else longer(alone, (4, 5, 8, 9), stretched == "heads_kv"))
     group = choose(longer(few, (4, 5, 7, 8), stretched == "group"))
     batch = choose(longer((1, 2, 1, *few[2:]), (4, 5, 6), stretched == "batch"))
     return {
@@ -305,8 +310,8 @@ def drawn_sizes(
 
 
 def longer(usual: Sequence[int], long: Sequence[int], wanted: bool) -> Sequence[int]:
-    """The usual sizes, and where they are wanted three times as many long ones; behind them, so that a size shrinks."""
-    times = math.ceil(3 * len(usual) / len(long)) if wanted and long else 0
+    """The usual sizes, and where they are wanted six times as many long ones; behind them, so that a size shrinks."""
+    times = math.ceil(6 * len(usual) / len(long)) if wanted and long else 0
     return (*usual, *tuple(long) * times)
 
 

@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from ..backends.base import Backend, Limits
 from ..masks import Documents, Window, causal, joined
 from ..spec import AttentionSpec
-from .attention import HEAD_DIMS, LONGEST, Problem, added, rule, sink_values, specs
+from .attention import Problem, added, rule, sink_values, specs
 from .choice import Choices, Choose
 from .record import placed
-from .values import SEEDS
+from .values import HEAD_DIMS, LONGEST, SEEDS
 
 HALF, SINGLE = torch.float16, torch.float32
 ON_A_GPU = (1, 8, 16, 36, 40, 64, 80, 96, 112, 128, 160, 192, 256)

@@ -16,6 +16,10 @@ if TYPE_CHECKING:
 
 SEEDS = range(2**16)
 """The seeds that problems are made of."""
+HEAD_DIMS = (1, 3, 8, 16, 40, 64, 72, 96, 128, 192, 256)
+"""The head dims that are drawn unless others are named."""
+LONGEST = 260
+"""The most queries and keys of any problem."""
 LAYOUTS = ("contiguous", "heads first", "packed", "expanded")
 """How the memory of q, k and v may lie: as named, as SDPA's transposed, as slices of one tensor, with a stride of 0."""
 SCORES = ("plain", "plain", "plain", "near zero", "wide", "low", "high")
@@ -65,7 +69,7 @@ def numbers(
 
     ``normal``; ``wide`` is 40 times that; ``slopes`` lie between 0 and 1. What is added to scores may be ``hidden``:
     some are ``-inf``, and whole rows. In ``low`` (-1e4), ``lower`` (-1e9) and ``lowest`` (the dtype's) one number of
-    most rows is that low, and in half of them all there is beside ``-inf``: no other key takes its part there. Two in a
+    most rows is that low, and in most of them all there is beside ``-inf``: no other key takes its part there. Two in a
     row would not be told apart by their scores, which such numbers swallow.
     """
     random = generator(seed)
@@ -94,8 +98,8 @@ def lowered(made: Tensor, kind: str, least: float, random: torch.Generator) -> T
         return made
     low = max(LOW[kind], least)
     one = torch.rand(made.shape, generator=random, **DRAWN).argmax(dim=-1, keepdim=True)
-    beside = torch.where(some(0.5, *rows), -math.inf, made)
-    return torch.where(some(0.7, *rows), beside.scatter(-1, one, low), made)
+    beside = torch.where(some(0.7, *rows), -math.inf, made)
+    return torch.where(some(0.85, *rows), beside.scatter(-1, one, low), made)
 
 
 def generator(seed: int) -> torch.Generator:
