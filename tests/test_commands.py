@@ -580,12 +580,14 @@ def test_the_definition_of_a_cell_is_that_of_its_last_queries(kind: str, seqlen:
         assert tune.Definition(inputs).error([x * 1.2 for x in inputs.run("naive")]) > tune.WRONG
 
 
-def test_a_budget_drops_the_last_cells_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_budget_drops_the_last_cells_and_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ticks = itertools.count()
     monkeypatch.setattr(tune.time, "monotonic", lambda: float(next(ticks)))
     status, out, err = run("tune", *TINY, "--budget", "0.5")
     assert status == 0 and "problems were dropped: the budget is spent" in err
     assert len(out.splitlines()) == 1
+    status, out, err = run("tune", *TINY, "--budget", "0.5", "--save", tmp_path / "tuned.json")
+    assert status == 1 and "nothing was measured" in err and list(tmp_path.iterdir()) == []
 
 
 def test_the_grid_of_a_gpu_is_the_one_that_is_documented() -> None:
@@ -830,7 +832,13 @@ WRONG = {
     "verify --examples 0": "--examples must be at least 1, got 0.",
     "bench --device cuda:99": "device must be one of cpu",
     "bench --suites nothing": "invalid choice: 'nothing'",
-    "table --write nowhere/at/all.md": "nowhere/at/all.md",
+    "table --write nowhere/at/all.md": "--write must name a file that exists, got nowhere/at/all.md.",
+    "table --write .": "--write must name a file that exists, got ..",
+    "bench --report . --no-plots": ". must be a file that can be read",
+    "bench --report nowhere.json --no-plots": "nowhere.json must be a file that can be read",
+    f"explain --seqlen-k {10**30}": "must be at most 281474976710656, got",
+    f"explain --window {10**30} 0": "must be at most 281474976710656, got",
+    f"explain --key-lengths 3,{10**30}": "must be at most 281474976710656, got",
     "tune --device cuda:99": "device must be one of cpu",
     "tune --kinds sparse": "invalid choice: 'sparse'",
     "tune --backends falsh --device cpu": "--backends must be one of sdpa, ",

@@ -309,14 +309,19 @@ class Explanation:
         chosen: the backend that would run, ``None`` if none can, or where the answer is on paper.
         rows: backend name -> ``"chosen"``, ``"could serve"`` or the reason against it.
         notes: what a layer does beside that.
-        conclusion: the answer in a line.
+        otherwise: what to conclude where none was chosen.
     """
 
     spec: AttentionSpec
     chosen: str | None
     rows: dict[str, str]
     notes: tuple[str, ...] = ()
-    conclusion: str = ""
+    otherwise: str = ""
+
+    @property
+    def conclusion(self) -> str:
+        """The answer in a line."""
+        return self.otherwise if self.chosen is None else f"chosen: {self.chosen}"
 
     def __str__(self) -> str:
         return "\n".join((f"{self.spec}\n{lines(self.rows)}", *self.notes, self.conclusion))
@@ -352,7 +357,7 @@ def explain(spec: AttentionSpec, wanted: Wanted = None, capability: tuple[int, i
             why = "chosen" if backend is found else passed.get(name, "could serve")
         rows[name] = why or OTHERWISE
     if found is not None:
-        return Explanation(spec, found.name, rows, tuple(notes), f"chosen: {found.name}")
+        return Explanation(spec, found.name, rows, tuple(notes))
     able = ", ".join(name for name, text in rows.items() if text == OTHERWISE)
     who = "no backend can serve this problem" if named is None else f"{said}={named!r} cannot serve this problem"
     others = f"; without that name {able} could" if able else ""

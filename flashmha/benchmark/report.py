@@ -53,6 +53,8 @@ def load(path: Path) -> Run:
     """
     try:
         run = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"{path} must be a file that can be read, got {error.strerror or error}.") from None
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} must hold JSON, got {error}.") from None
     schema = run.get("schema") if isinstance(run, dict) else None
@@ -211,10 +213,11 @@ def origin_line(run: Run) -> str:
     env, meta = run["env"], run["run"]
     device = env.get("gpu", env["cpu"])
     threads = f", {env['threads']} thread{'s' * (env['threads'] != 1)}" if env["device"] == "cpu" else ""
+    rounds = f"{meta['rounds']} round{'s' * (meta['rounds'] != 1)}"
     revision = f" at {meta['git'][:10]}{' with changes' if meta['dirty'] else ''}" if meta["git"] else ""
     return (
         f"{device}{threads}, torch {env['torch']}, Python {env['python']}, flashmha {meta['version']}{revision}, "
-        f"{meta['utc'][:10]}; up to {meta['rounds']} rounds, noise floor {run['noise_floor']:.1%}{canary_words(run)}."
+        f"{meta['utc'][:10]}; up to {rounds}, noise floor {run['noise_floor']:.1%}{canary_words(run)}."
     )
 
 

@@ -26,9 +26,20 @@ def at_least(smallest: int) -> Callable[[str], int]:
     def read(text: str) -> int:
         if not text.isdecimal() or int(text) < smallest:
             raise argparse.ArgumentTypeError(f"must be a whole number of at least {smallest}, got {text!r}")
-        return int(text)
+        return within(int(text))
 
     return read
+
+
+LARGEST = 2**48
+"""Beyond any size, and within the integers of a tensor."""
+
+
+def within(number: int) -> int:
+    """A number that tensors can hold."""
+    if abs(number) > LARGEST:
+        raise argparse.ArgumentTypeError(f"must be at most {LARGEST}, got {number}")
+    return number
 
 
 def version(text: str) -> tuple[int, int]:
@@ -42,9 +53,10 @@ def version(text: str) -> tuple[int, int]:
 def whole_numbers(text: str) -> list[int]:
     """Reads ``5,3``."""
     try:
-        return [int(one) for one in text.split(",")]
+        numbers = [int(one) for one in text.split(",")]
     except ValueError:
         raise argparse.ArgumentTypeError(f"must be whole numbers between commas, got {text!r}") from None
+    return [within(number) for number in numbers]
 
 
 def bound(text: str) -> int | None:
@@ -124,7 +136,7 @@ def problem(options: argparse.Namespace) -> AttentionSpec:
         mask=read_mask(options, seqlen_q, seqlen_k, where),
         bias=read_bias(options, seqlen_q, seqlen_k, where),
         softcap=options.softcap,
-        sinks=torch.zeros(heads, device=where) if options.sinks else None,
+        sinks=torch.zeros(1, device=where).expand(heads) if options.sinks else None,
         dropout_p=options.dropout,
         needs_grad=options.grad or options.bias == "learned",
         need_lse=options.lse,
@@ -179,7 +191,7 @@ def read_bias(options: argparse.Namespace, seqlen_q: int, seqlen_k: int, where: 
     """The bias of the flags."""
     parts: list[Bias] = []
     if options.alibi:
-        parts.append(ALiBi(torch.ones(options.heads, device=where)))
+        parts.append(ALiBi(torch.ones(1, device=where).expand(options.heads)))
     if options.bias is not None:
         zero = torch.zeros((), dtype=getattr(torch, options.dtype), device=where)
         zero.requires_grad_(options.bias == "learned")
@@ -215,7 +227,7 @@ def main(options: argparse.Namespace) -> int:
             print(f"{said}={named!r}")
         print_table(("backend", "answer"), list(answer.rows.items()))
         print("\n".join((*answer.notes, answer.conclusion)))
-        if picture is not None:
+        if picture is not None and picture.items:
             print(f"\n{spec.mask!r}, ■ may attend\n{picture}")
     if options.capability is not None:
         return 0 if BY_LIMITS in answer.rows.values() else 1

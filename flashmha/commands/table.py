@@ -11,6 +11,7 @@ from ..backends import get, names, origin
 from ..backends.base import FEATURES, Limits
 from ..masks import short
 from ..table import table, write
+from .destination import check_file
 from .screen import add_json, print_json
 
 
@@ -21,6 +22,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(options: argparse.Namespace) -> int:
     if options.write is not None:
+        if not options.write.is_file():
+            raise ValueError(f"--write must name a file that exists, got {options.write}.")
+        check_file(options.write, "--write")
         changed = write(options.write)
         if options.json:
             print_json({"file": str(options.write), "rewritten": changed})

@@ -417,13 +417,16 @@ def main(options: argparse.Namespace) -> int:
     if options.save is not None:
         check_file(options.save, "--save")
     found = tune(options)
-    if options.save is not None:
+    measured = any(cell["us"] for cell in found["cells"])
+    if options.save is not None and measured:
         try:
             options.save.write_text(json.dumps(found, indent=1, allow_nan=False) + "\n", encoding="utf-8")
         except OSError:  # the disk is full by now: what took minutes must not be lost
             print_json(found)
             raise
-    status = 1 if STOPPED in found["dropped"].values() else 0
+    if options.save is not None and not measured:
+        print(f"nothing was measured, so that {options.save} was not written", file=sys.stderr)
+    status = 1 if (options.save is not None and not measured) or STOPPED in found["dropped"].values() else 0
     if options.json:
         print_json(found)
         return status
@@ -431,7 +434,7 @@ def main(options: argparse.Namespace) -> int:
     print(LEGEND if found["cells"] else "", end="\n" if found["cells"] else "")
     for why, many in collections.Counter(found["dropped"].values()).items():
         print(f"{many} of {len(found['dropped']) + len(found['cells'])} problems were dropped: {why}", file=sys.stderr)
-    if options.save is not None:
+    if options.save is not None and measured:
         print(f"\nflashmha.load_tuned({str(options.save)!r}) or FLASHMHA_TUNED={options.save} follows it")
     return status
 
