@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from . import backends, padding
+from .arguments import check_kinds
 from .backends import Explanation, Wanted
 from .call import read_call
 from .forward import prepare
@@ -55,6 +56,7 @@ def explain_layer(
 ) -> Explanation:
     wanted = layer.backend if backend is None else backend
     need_weights = need_weights and layer.need_weights
+    check_kinds(query, key, value, key_padding_mask, attn_mask)
     call = read_call(layer, query, key, value, key_padding_mask, need_weights, attn_mask, is_causal)
     problem = prepare(layer, call, wanted, layer.skip_padding)
     notes = []

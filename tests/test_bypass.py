@@ -195,6 +195,12 @@ def test_a_compiled_encoder_layer_runs_what_was_changed_before_and_after() -> No
             assert_same(compiled.eval()(x), expected)
 
 
+@pytest.mark.parametrize("kind", [Tripled, Inherited, Called])
+def test_a_scripted_encoder_layer_that_would_bypass_a_layer_is_refused(kind: type[FlashMultiHeadAttention]) -> None:
+    with pytest.raises(RuntimeError, match=r"torch\.compile or torch\.export"):
+        torch.jit.script(encoder_layer(kind))
+
+
 def test_no_layer_shows_that_it_is_looked_at() -> None:
     layer = encoder_layer().eval()
     before = pickle.dumps(layer)
