@@ -259,8 +259,8 @@ class FlashMultiHeadAttention(nn.MultiheadAttention):
         own = replaced(self)
         if own:
             raise RuntimeError(
-                f"TorchScript has no forward hooks that keep nn.TransformerEncoderLayer from bypassing {', '.join(own)} "
-                f"of this {type(self).__name__} in eval; use torch.compile or torch.export."
+                f"TorchScript has no hooks that keep nn.TransformerEncoderLayer from bypassing {', '.join(own)} of "
+                f"this {type(self).__name__} in eval; use torch.compile or torch.export."
             )
         return self
 
