@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-from .encoder import FlashTransformerEncoder, FlashTransformerEncoderLayer
+from .encoder import FlashTransformerEncoder, FlashTransformerEncoderLayer, is_stock
 from .features import ABSENT, EXTRA_KEYS, MARK, changed, check_features, shadows
 from .module import FlashMultiHeadAttention, taken
 from .projection import unheard
@@ -99,14 +99,14 @@ def keep_encoders_calling(model: nn.Module) -> None:
         if isinstance(module, nn.TransformerEncoderLayer) and holds(
             getattr(module, "self_attn", None), FlashMultiHeadAttention
         ):
-            if type(module) is nn.TransformerEncoderLayer:
+            if is_stock(module, nn.TransformerEncoderLayer):
                 set_class(module, FlashTransformerEncoderLayer)
             elif type(module) is not FlashTransformerEncoderLayer and getattr(module, "activation_relu_or_gelu", False):
                 remember(module, "activation_relu_or_gelu")
                 module.activation_relu_or_gelu = 0
     for _, module, _ in walk(model):
         if isinstance(module, nn.TransformerEncoder) and holds(module, FlashMultiHeadAttention):
-            if type(module) is nn.TransformerEncoder and all(
+            if is_stock(module, nn.TransformerEncoder) and all(
                 holds(layer, FlashTransformerEncoderLayer) for layer in module.layers
             ):
                 set_class(module, FlashTransformerEncoder)

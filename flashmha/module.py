@@ -345,7 +345,7 @@ def alike(module: nn.MultiheadAttention, kind: type[Any]) -> Any:
     twin.__dict__.update({name: copied(value) for name, value in vars(module).items()})
     vars(twin).pop("_compiled_call_impl", None)  # what ``compile()`` made of the other module
     if kind is nn.MultiheadAttention:
-        for name in ABSENT:
+        for name in (*ABSENT, *EXTRA_KEYS):
             vars(twin).pop(name, None)
         twin._forward_pre_hooks.pop(MARK, None)
     return twin
