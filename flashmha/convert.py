@@ -252,7 +252,10 @@ def chosen(model: nn.Module, where: Where) -> list[tuple[str, nn.MultiheadAttent
 def warn_of_silence(model: nn.Module, layers: dict[int, str], to: type[FlashMultiHeadAttention], named: bool) -> None:
     """Warn of what a caller may take for done: nothing to swap, layers that stayed, adapters that do not run."""
     if not layers:
-        warnings.warn(nothing_swapped(model), stacklevel=3)
+        warnings.warn(nothing_there(model), stacklevel=3)
+    elif not named and not holds(model, FlashMultiHeadAttention):
+        left = [f"{row.name or '(root)'}: {row.why}" for row in swap_report(model)]
+        warnings.warn(f"replace_mha changed nothing: {left[0]}{' ...' * (len(left) > 1)}.", stacklevel=3)
     for _, module, fsdp in walk(model):
         why: str | None = None
         if id(module) not in layers or not isinstance(module, nn.MultiheadAttention):
@@ -268,7 +271,7 @@ def warn_of_silence(model: nn.Module, layers: dict[int, str], to: type[FlashMult
             warnings.warn(f"{name or type(module).__name__}: {why}.", stacklevel=3)
 
 
-def nothing_swapped(model: nn.Module) -> str:
+def nothing_there(model: nn.Module) -> str:
     """What a model has in place of a stock layer."""
     kinds = ((name or "(root)", type(module).__name__) for name, module in model.named_modules())
     looks = [f"{name} ({kind})" for name, kind in kinds if "attention" in kind.lower() or "attn" in kind.lower()]

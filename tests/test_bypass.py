@@ -202,6 +202,18 @@ def test_a_scripted_encoder_layer_that_would_bypass_a_layer_is_refused(kind: typ
         torch.jit.script(encoder_layer(kind))
 
 
+def test_a_backend_named_for_a_while_serves_in_eval_too() -> None:
+    layer, x = encoder_layer().eval(), torch.randn(2, 5, WIDTH, dtype=torch.float64)
+    with torch.no_grad(), flashmha.record() as calls:
+        expected = layer(x)
+        assert not calls
+        with flashmha.use_backend("naive"):
+            assert_same(layer(x), expected)
+        assert [call.backend for call in calls] == ["naive"]
+        assert_same(layer(x), expected)
+        assert len(calls) == 1
+
+
 def test_no_layer_shows_that_it_is_looked_at() -> None:
     layer = encoder_layer().eval()
     before = pickle.dumps(layer)

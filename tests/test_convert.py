@@ -321,6 +321,12 @@ def test_what_was_chosen_and_stays_is_said() -> None:
     assert type(restore_mha(model)["stock"]) is nn.MultiheadAttention
 
 
+@pytest.mark.parametrize("build", [lambda: quantizable(), lambda: Doubling(WIDTH, 2)])
+def test_a_swap_that_changes_nothing_says_why(build: Callable) -> None:
+    with pytest.warns(UserWarning, match="changed nothing: one: a subclass"):
+        replace_mha(nn.ModuleDict({"one": build(), "two": build()}))
+
+
 class Grown(FlashMultiHeadAttention):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
