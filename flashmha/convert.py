@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 from torch import nn
 
 from .encoder import FlashTransformerEncoder, FlashTransformerEncoderLayer, is_stock
-from .features import ABSENT, EXTRA_KEYS, MARK, changed, check_features, shadows
+from .features import ABSENT, EXTRA_KEYS, MARK, changed, check_features, is_own, shadows
 from .module import FlashMultiHeadAttention, taken
 from .projection import unheard
 
@@ -204,8 +204,12 @@ def own_forward(module: nn.Module) -> str | None:
 
 
 def silent(name: str, module: FlashMultiHeadAttention) -> str | None:
-    """What does not run at a layer's ``out_proj``, unless an adapter around the layer puts it into the weights."""
-    return None if name.rpartition(".")[2] == "base_layer" else unheard(module)
+    """What does not run at a layer's ``out_proj``, as far as it can be known.
+
+    An adapter around the layer puts it into the weights, and a ``merge`` of the layer's own may call it.
+    """
+    wrapped = name.rpartition(".")[2] == "base_layer"
+    return None if wrapped or not is_own(module, "merge") else unheard(module)
 
 
 def check_target(to: Any) -> None:
