@@ -192,10 +192,11 @@ def refusal(module: nn.MultiheadAttention, fsdp: bool) -> str | None:
 
 def waits(module: nn.Module) -> str | None:
     """Why a layer or an encoder that was swapped cannot be restored yet."""
-    given, _ = vars(module).get(UNDO, {}).get(CLASS, (None, None))
+    given, before = vars(module).get(UNDO, {}).get(CLASS, (None, None))
     if given is not None and type(module) is not given:
         return "changed class since, which has to be undone before restore_mha can"
-    return None
+    grouped = before is nn.MultiheadAttention and getattr(module, "num_kv_heads", None) not in (None, module.num_heads)
+    return "got grouped heads since, which nn.MultiheadAttention has not" if grouped else None
 
 
 def own_forward(module: nn.Module) -> str | None:
