@@ -55,6 +55,7 @@ def read_call(
     bias: Tensor | None = None
     if isinstance(attn_mask, Mask):
         mask, attn_mask, is_causal = attn_mask, None, False
+    pads = mask is not None and any(type(part) is KeyPadding for part in mask.parts)
     if key_padding_mask is not None or attn_mask is not None or is_causal:
         check_masks(layer, query, key, key_padding_mask, attn_mask, columns)
         if is_causal and attn_mask is None and not layer.trust_is_causal:
@@ -92,7 +93,8 @@ def read_call(
             mask = joined(mask, KeyPadding(valid))
         else:
             mask = joined(mask, Dense(~four_axes(given, name, query.shape[0], layer.num_heads)))
-    return Reading(query, key, value, mask, bias, batched, columns, valid)
+    # padding of a rule's own is no padding of the call's: its queries are as real as any
+    return Reading(query, key, value, mask, bias, batched, columns, None if pads else valid)
 
 
 def batch_first(query: Tensor, key: Tensor, value: Tensor, batched: bool) -> tuple[Tensor, Tensor, Tensor]:

@@ -17,8 +17,8 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-from .encoder import FlashTransformerEncoder, FlashTransformerEncoderLayer
-from .features import ABSENT, EXTRA_KEYS, MARK, changed, check_features, shadows
+from .encoder import FlashTransformerEncoder, FlashTransformerEncoderLayer, is_stock
+from .features import ABSENT, EXTRA_KEYS, MARK, changed, check_features, is_own, shadows
 from .module import FlashMultiHeadAttention, taken
 from .projection import unheard
 
@@ -98,14 +98,14 @@ def keep_encoders_calling(model: nn.Module) -> None:
         if isinstance(module, nn.TransformerEncoderLayer) and holds(
             getattr(module, "self_attn", None), FlashMultiHeadAttention
         ):
-            if type(module) is nn.TransformerEncoderLayer:
+            if is_stock(module, nn.TransformerEncoderLayer):
                 set_class(module, FlashTransformerEncoderLayer)
             elif type(module) is not FlashTransformerEncoderLayer and getattr(module, "activation_relu_or_gelu", False):
                 remember(module, "activation_relu_or_gelu")
                 module.activation_relu_or_gelu = 0
     for _, module, _ in walk(model):
         if isinstance(module, nn.TransformerEncoder) and holds(module, FlashMultiHeadAttention):
-            if type(module) is nn.TransformerEncoder and all(
+            if is_stock(module, nn.TransformerEncoder) and all(
                 holds(layer, FlashTransformerEncoderLayer) for layer in module.layers
             ):
                 set_class(module, FlashTransformerEncoder)
@@ -199,10 +199,11 @@ def refusal(module: nn.MultiheadAttention, fsdp: bool) -> str | None:
 
 def waits(module: nn.Module) -> str | None:
     """Why a layer or an encoder that was swapped cannot be restored yet."""
-    given, _ = vars(module).get(UNDO, {}).get(CLASS, (None, None))
+    given, before = vars(module).get(UNDO, {}).get(CLASS, (None, None))
     if given is not None and type(module) is not given:
         return "changed class since, which has to be undone before restore_mha can"
-    return None
+    grouped = before is nn.MultiheadAttention and getattr(module, "num_kv_heads", None) not in (None, module.num_heads)
+    return "got grouped heads since, which nn.MultiheadAttention has not" if grouped else None
 
 
 def own_forward(module: nn.Module) -> str | None:
@@ -211,8 +212,12 @@ def own_forward(module: nn.Module) -> str | None:
 
 
 def silent(name: str, module: FlashMultiHeadAttention) -> str | None:
-    """What does not run at a layer's ``out_proj``, unless an adapter around the layer puts it into the weights."""
-    return None if name.rpartition(".")[2] == "base_layer" else unheard(module)
+    """What does not run at a layer's ``out_proj``, as far as it can be known.
+
+    An adapter around the layer puts it into the weights, and a ``merge`` of the layer's own may call it.
+    """
+    wrapped = name.rpartition(".")[2] == "base_layer"
+    return None if wrapped or not is_own(module, "merge") else unheard(module)
 
 
 def check_target(to: Any) -> None:
@@ -259,7 +264,10 @@ def chosen(model: nn.Module, where: Where) -> list[tuple[str, nn.MultiheadAttent
 def warn_of_silence(model: nn.Module, layers: dict[int, str], to: type[FlashMultiHeadAttention], named: bool) -> None:
     """Warn of what a caller may take for done: nothing to swap, layers that stayed, adapters that do not run."""
     if not layers:
-        warnings.warn(nothing_swapped(model), stacklevel=3)
+        warnings.warn(nothing_there(model), stacklevel=3)
+    elif not named and not holds(model, FlashMultiHeadAttention):
+        left = [f"{row.name or '(root)'}: {row.why}" for row in swap_report(model)]
+        warnings.warn(f"replace_mha changed nothing: {left[0]}{' ...' * (len(left) > 1)}.", stacklevel=3)
     for _, module, fsdp in walk(model):
         why: str | None = None
         if id(module) not in layers or not isinstance(module, nn.MultiheadAttention):
@@ -275,7 +283,7 @@ def warn_of_silence(model: nn.Module, layers: dict[int, str], to: type[FlashMult
             warnings.warn(f"{name or type(module).__name__}: {why}.", stacklevel=3)
 
 
-def nothing_swapped(model: nn.Module) -> str:
+def nothing_there(model: nn.Module) -> str:
     """What a model has in place of a stock layer."""
     kinds = ((name or "(root)", type(module).__name__) for name, module in model.named_modules())
     looks = [f"{name} ({kind})" for name, kind in kinds if "attention" in kind.lower() or "attn" in kind.lower()]

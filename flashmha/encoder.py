@@ -6,13 +6,24 @@ never nest and always call the layer. They add no state: a stock instance become
 annotation here may be postponed: TorchScript reads them.
 """
 
-from typing import Optional
+from typing import Any, Optional
 
 import torch
 import torch.fx
 from torch import Tensor, nn
 
 torch.fx.wrap("found_causal")  # FX sees one call, which looks when the graph runs
+
+
+STOCK_FORWARDS: dict[type[nn.Module], Any] = {
+    kind: kind.forward for kind in (nn.TransformerEncoderLayer, nn.TransformerEncoder)
+}
+"""PyTorch's own, as they were when this package was imported."""
+
+
+def is_stock(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """A module is exactly of a stock class, whose forward is PyTorch's, as is the instance's."""
+    return type(module) is kind and kind.forward is STOCK_FORWARDS[kind] and "forward" not in vars(module)
 
 
 class FlashTransformerEncoderLayer(nn.TransformerEncoderLayer):

@@ -73,6 +73,7 @@ def explain_layer(
     check_kinds(query, key, value, key_padding_mask, attn_mask)
     wanted = layer.backend if backend is None else backend
     need_weights = need_weights and layer.need_weights
+    check_kinds(query, key, value, key_padding_mask, attn_mask)
     call = read_call(layer, query, key, value, key_padding_mask, need_weights, attn_mask, is_causal)
     problem = prepare(layer, call, wanted, layer.skip_padding)
     notes = []

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from .backends import expand
+from .backends import expand, preference
 from .masks import Window
 
 ABSENT: dict[str, Any] = {
@@ -76,8 +76,13 @@ def replaced(layer: nn.Module) -> list[str]:
 
 
 def has_to_run(layer: nn.Module) -> bool:
-    """Something about a layer is lost where its weights are used and its ``forward`` is never called."""
-    return bool(changed(layer) or replaced(layer) or is_quantised(layer.__dict__["_modules"].get("out_proj")))
+    """Something is lost where a layer's weights are used and its ``forward`` is never called.
+
+    That is a feature, a method of its own, an ``out_proj`` that cannot be read, or a backend that is named at present.
+    """
+    if changed(layer) or replaced(layer) or is_quantised(layer.__dict__["_modules"].get("out_proj")):
+        return True
+    return preference(None) is not None
 
 
 def is_quantised(out_proj: nn.Module | None) -> bool:

@@ -48,7 +48,7 @@ def attend(
     value: Tensor,
     key_padding_mask: Tensor | None,
     need_weights: bool,
-    attn_mask: Tensor | None,
+    attn_mask: Mask | Tensor | None,
     average_attn_weights: bool,
     is_causal: bool,
     backend: Wanted,
@@ -257,7 +257,7 @@ def as_stock(
     value: Tensor,
     key_padding_mask: Tensor | None,
     need_weights: bool,
-    attn_mask: Tensor | None,
+    attn_mask: Mask | Tensor | None,
     average_attn_weights: bool,
     is_causal: bool,
 ) -> tuple[Tensor, Tensor | None]:

@@ -38,10 +38,10 @@ class FlashMultiHeadAttention(nn.MultiheadAttention):
 
     Differences, all on purpose: a query that may look at nothing gets zeros (``out_proj.bias`` after the output
     projection) and zero gradients where the stock class has NaN; train and eval run the same code; ``attn_mask``
-    may be (batch, 1, seqlen_q, seqlen_k) or (batch, heads, seqlen_q, seqlen_k); jagged nested tensors are
-    accepted; returned weights are those before dropout.
+    may be (batch or 1, heads or 1, seqlen_q, seqlen_k) or a flashmha mask; jagged nested tensors are accepted;
+    returned weights are those before dropout.
 
-    For custom heads override ``project``, ``process_heads`` or ``merge``, never ``forward``.
+    For custom heads override ``project``, ``process_heads``, ``merge`` or ``process_weights``, never ``forward``.
 
     Args:
         embed_dim, num_heads, dropout, bias, add_bias_kv, add_zero_attn, kdim, vdim, batch_first, device, dtype:
@@ -55,8 +55,8 @@ class FlashMultiHeadAttention(nn.MultiheadAttention):
         call_out_proj: call ``out_proj`` as a module, so that hooks and adapters on it run. ``nn.MultiheadAttention``
             reads its weight and bias instead, and so does the default.
         need_weights: ``False`` returns ``None`` for the weights of every call, whatever the call asks for.
-        trust_is_causal: believe ``is_causal=True`` in every call, so that ``attn_mask`` is never read; else it is
-            read beside a ``key_padding_mask`` and for weights, as in the stock class.
+        trust_is_causal: believe ``is_causal=True`` in every call, so that ``attn_mask`` is never read and need not be
+            given; else it is read beside a ``key_padding_mask`` and for weights, as in the stock class.
         skip_padding: leave padding out of self-attention altogether (``query is key is value`` and a
             ``key_padding_mask`` that only hides): no projection, no attention, and **zeros** in the output rows and
             weights of padded positions, where the default, like the stock class, computes something that nobody should
@@ -148,8 +148,9 @@ class FlashMultiHeadAttention(nn.MultiheadAttention):
             key_padding_mask: (batch, seqlen_k), or (seqlen_k) unbatched; bool with ``True`` = *hidden*, or float,
                 added to the scores.
             need_weights: also return the attention weights. They are computed when they are first read.
-            attn_mask: (seqlen_q, seqlen_k), (batch * heads, seqlen_q, seqlen_k), (batch, 1, seqlen_q, seqlen_k) or
-                (batch, heads, seqlen_q, seqlen_k); bool with ``True`` = *hidden*, or float, added to the scores.
+            attn_mask: (seqlen_q, seqlen_k), (batch * heads, seqlen_q, seqlen_k) or (batch or 1, heads or 1,
+                seqlen_q, seqlen_k); bool with ``True`` = *hidden*, or float, added to the scores. Or a flashmha mask,
+                such as ``causal()``, whose ``True`` = may attend, taken as it is whatever ``is_causal`` says.
             average_attn_weights: return their mean over the heads.
             is_causal: a promise that ``attn_mask`` is the causal mask, which therefore need not be read; aligned
                 to the first key.
@@ -162,6 +163,8 @@ class FlashMultiHeadAttention(nn.MultiheadAttention):
 
         Raises:
             AssertionError, RuntimeError: what ``nn.MultiheadAttention`` raises for the same input.
+            TypeError: an argument of another kind.
+            ValueError: a hop returned something else, or changed the heads and does not say what the weights are.
             NoBackendError: the named backend cannot serve; with every reason.
         """
         if torch.jit.is_scripting():
@@ -252,6 +255,12 @@ class FlashMultiHeadAttention(nn.MultiheadAttention):
     def __prepare_scriptable__(self) -> "FlashMultiHeadAttention":
         """What ``torch.jit.script`` asks before it compiles a module."""
         refuse_torchscript(self, None)
+        own = replaced(self)
+        if own:
+            raise RuntimeError(
+                f"TorchScript has no hooks that keep nn.TransformerEncoderLayer from bypassing {', '.join(own)} of "
+                f"this {type(self).__name__} in eval; use torch.compile or torch.export."
+            )
         return self
 
     @torch.jit.unused
@@ -335,7 +344,7 @@ def alike(module: nn.MultiheadAttention, kind: type[Any]) -> Any:
     twin.__dict__.update({name: copied(value) for name, value in vars(module).items()})
     vars(twin).pop("_compiled_call_impl", None)  # what ``compile()`` made of the other module
     if kind is nn.MultiheadAttention:
-        for name in ABSENT:
+        for name in (*ABSENT, *EXTRA_KEYS):
             vars(twin).pop(name, None)
         twin._forward_pre_hooks.pop(MARK, None)
     return twin

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from .masks import Mask
+
 
 def check(
     layer: nn.MultiheadAttention,
@@ -12,7 +14,7 @@ def check(
     key: Tensor,
     value: Tensor,
     key_padding_mask: Tensor | None,
-    attn_mask: Tensor | None,
+    attn_mask: Mask | Tensor | None,
 ) -> None:
     """Raise ``nn.MultiheadAttention``'s error for what a nested call cannot be."""
     if query.dim() != 3:

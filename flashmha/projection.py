@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from .backends.base import HALF
-from .features import is_own, is_quantised
+from .features import is_quantised
 from .heads import WORTH
 from .heads import split as split_heads
 
@@ -91,7 +91,7 @@ QUANTISE = "Quantise the stock layer: flashmha.restore_mha(model) comes before p
 def unheard(layer: FlashMultiHeadAttention) -> str | None:
     """What stands at ``out_proj`` and never runs, since its weight and bias are read instead; ``None`` for nothing."""
     out_proj: Any = layer.out_proj
-    if layer.call_out_proj or not is_own(layer, "merge") or not isinstance(out_proj, nn.Module):
+    if layer.call_out_proj or not isinstance(out_proj, nn.Module):
         return None
     if getattr(out_proj, "merged", False):  # an adapter that counts by its weight, as PEFT's does
         return None

@@ -121,6 +121,28 @@ def test_what_runs_or_is_called_is_passed_over(change: Callable[[Any], Any]) -> 
     assert "never run" not in str(swap_report(net))
 
 
+class Scaled(FlashMultiHeadAttention):
+    def merge(self, out: Tensor) -> Tensor:
+        return 2 * super().merge(out)
+
+
+class Calling(FlashMultiHeadAttention):
+    def merge(self, out: Tensor) -> Tensor:
+        return self.out_proj(out.flatten(2))
+
+
+@pytest.mark.parametrize("kind", [Scaled, Calling])
+def test_a_merge_of_one_s_own_is_warned_of_where_it_reads_the_weight(kind: type[FlashMultiHeadAttention]) -> None:
+    layer, x = kind(WIDTH, 2), torch.randn(3, 2, WIDTH)
+    hook(layer)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        replace_mha(layer)
+        assert not said and "never run" not in str(swap_report(layer))
+        layer(x, x, x)
+    assert len(said) == (kind is Scaled)
+
+
 def test_called_adapters_count() -> None:
     net, x = model(), torch.randn(3, 2, WIDTH)
     expected = net["one"](x, x, x)[0]

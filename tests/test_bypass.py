@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import flashmha
 from flashmha import FlashMultiHeadAttention, replace_mha, restore_mha
 from flashmha.features import MARK
 from flashmha.testing import assert_same
@@ -50,8 +51,8 @@ def tripled(method: Callable[..., Any]) -> Callable[..., Any]:
 
 def shifted(method: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(method)
-    def wrapper(*args: Any) -> Any:
-        return method(*args) + 1
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        return method(*args, **kwargs) + 1
 
     return wrapper
 
@@ -195,6 +196,24 @@ def test_a_compiled_encoder_layer_runs_what_was_changed_before_and_after() -> No
             assert_same(compiled.eval()(x), expected)
 
 
+@pytest.mark.parametrize("kind", [Tripled, Inherited, Called])
+def test_a_scripted_encoder_layer_that_would_bypass_a_layer_is_refused(kind: type[FlashMultiHeadAttention]) -> None:
+    with pytest.raises(RuntimeError, match=r"torch\.compile or torch\.export"):
+        torch.jit.script(encoder_layer(kind))
+
+
+def test_a_backend_named_for_a_while_serves_in_eval_too() -> None:
+    layer, x = encoder_layer().eval(), torch.randn(2, 5, WIDTH, dtype=torch.float64)
+    with torch.no_grad(), flashmha.record() as calls:
+        expected = layer(x)
+        assert not calls
+        with flashmha.use_backend("naive"):
+            assert_same(layer(x), expected)
+        assert [call.backend for call in calls] == ["naive"]
+        assert_same(layer(x), expected)
+        assert len(calls) == 1
+
+
 def test_no_layer_shows_that_it_is_looked_at() -> None:
     layer = encoder_layer().eval()
     before = pickle.dumps(layer)
@@ -280,6 +299,29 @@ def test_a_patched_stock_class_is_not_swapped() -> None:
         assert_same(replace_mha(layer)(x, x, x)[0], expected)
         with pytest.raises(ValueError, match="patched"):
             FlashMultiHeadAttention.from_torch(layer)
+
+
+@pytest.mark.parametrize("how", ["instance", "class"])
+@pytest.mark.parametrize("kind", [nn.TransformerEncoderLayer, nn.TransformerEncoder])
+def test_an_encoder_with_a_forward_of_its_own_keeps_it_and_calls_its_attention(kind: Any, how: str) -> None:
+    layer = nn.TransformerEncoderLayer(WIDTH, 2, 16, 0.0, batch_first=True, dtype=torch.float64)
+    with mock.patch("warnings.warn"):
+        model = layer if kind is nn.TransformerEncoderLayer else nn.TransformerEncoder(layer, 2)
+    x = torch.randn(2, 5, WIDTH, dtype=torch.float64)
+    padding = torch.arange(5) >= torch.tensor([[4], [2]])
+    patch: Any = mock.patch.object(kind, "forward", shifted(kind.forward))
+    if how == "instance":
+        patch = mock.patch.object(model, "forward", shifted(model.forward))
+    before = {id(module): type(module) for module in model.modules()}
+    with patch:
+        expected = model.train()(x, src_key_padding_mask=padding)
+        replace_mha(model, backend="naive")
+        with torch.no_grad(), flashmha.record() as calls:
+            found = model.eval()(x, src_key_padding_mask=padding)
+        assert_same(found[~padding], expected[~padding])
+        assert len(calls) == (1 if model is layer else 2)
+        restore_mha(model)
+        assert {id(module): type(module) for module in model.modules()} == before
 
 
 def test_a_feature_set_after_the_swap_does_not_outlive_it() -> None:

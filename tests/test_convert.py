@@ -321,6 +321,23 @@ def test_what_was_chosen_and_stays_is_said() -> None:
     assert type(restore_mha(model)["stock"]) is nn.MultiheadAttention
 
 
+@pytest.mark.parametrize("build", [lambda: quantizable(), lambda: Doubling(WIDTH, 2)])
+def test_a_swap_that_changes_nothing_says_why(build: Callable) -> None:
+    with pytest.warns(UserWarning, match="changed nothing: one: a subclass"):
+        replace_mha(nn.ModuleDict({"one": build(), "two": build()}))
+
+
+def test_a_layer_that_got_grouped_heads_since_waits() -> None:
+    model = nn.ModuleDict({"grouped": attention(), "other": attention()})
+    replace_mha(model)
+    model["grouped"].num_kv_heads = 1
+    restore_mha(model)
+    assert [type(layer) for layer in model.values()] == [FlashMultiHeadAttention, nn.MultiheadAttention]
+    assert "grouped heads" in str(swap_report(model))
+    model["grouped"].num_kv_heads = None
+    assert type(restore_mha(model)["grouped"]) is nn.MultiheadAttention
+
+
 class Grown(FlashMultiHeadAttention):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)

@@ -32,7 +32,6 @@ MASKS = {
     "documents": 4,  # only a batch of 1 can hold them
 }
 """Kinds of masks, and how many problems in six have one, of those that may have several."""
-HEAD_DIMS = (1, 3, 8, 16, 20, 40, 64, 72, 96, 100, 128, 192, 256)
 BLOCK = 64
 """Features and rows that a kernel takes at once; a longer problem is what it puts together."""
 SHORT = 24

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 SEEDS = range(2**16)
 """The seeds that problems are made of."""
-HEAD_DIMS = (1, 3, 8, 16, 40, 64, 72, 96, 128, 192, 256)
+HEAD_DIMS = (1, 3, 8, 16, 20, 40, 64, 72, 96, 100, 128, 192, 256)
 """The head dims that are drawn unless others are named."""
 LONGEST = 260
 """The most queries and keys of any problem."""
