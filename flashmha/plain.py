@@ -1,4 +1,4 @@
-"""The plain call: self-attention that asks for the output alone, by the shortest way through a layer.
+"""The plain call: self-attention without masks, by the shortest way through a layer.
 
 A small layer takes as long as its Python. What ``forward`` finds out step by step about any call is known of this one
 from a look at its layer and its input, so it is one projection, one kernel and one projection, as if written by hand.
@@ -22,6 +22,7 @@ from .functional import check_result
 from .heads import WORTH
 from .projection import PLAIN
 from .spec import SHARED, AttentionSpec, is_deterministic
+from .weights import attention_with_weights
 
 SPECIAL = (*HOPS, "num_kv_heads", "window", "backend", "call_out_proj")
 """What a layer must not have of its own."""
@@ -49,8 +50,8 @@ casts, traces = torch._C._is_any_autocast_enabled, torch._C._get_tracing_state
 transforms = torch._C._are_functorch_transforms_active
 
 
-def attend(layer: Any, x: Tensor) -> Tensor | None:
-    """The output of ``layer(x, x, x)`` without masks and weights; ``None`` where ``forward`` has to look closer."""
+def attend(layer: Any, x: Tensor, need_weights: bool, average: bool) -> tuple[Tensor, Tensor | None] | None:
+    """What ``layer(x, x, x)`` without masks returns; ``None`` where ``forward`` has to look closer."""
     if torch.compiler.is_compiling() or type(x) is not Tensor or x.is_nested:
         return None
     kind = type(layer)
@@ -99,9 +100,13 @@ def attend(layer: Any, x: Tensor) -> Tensor | None:
             if len(problems) >= SHARED:
                 problems.clear()
             problems[key] = spec
-    backend = choose(spec)
-    note(layer, spec, backend)
-    out = backend(q, k, v, spec)
-    if type(backend) not in OWN:
-        check_result(out, spec, backend)
-    return F.linear(out.flatten(2), weight_out, bias_out)  # type: ignore[union-attr]
+    weights: Tensor | None = None
+    if need_weights:
+        out, weights = attention_with_weights(q, k, v, spec, None, layer, average=average)
+    else:
+        backend = choose(spec)
+        note(layer, spec, backend)
+        out = backend(q, k, v, spec)  # type: ignore[assignment]
+        if type(backend) not in OWN:
+            check_result(out, spec, backend)
+    return F.linear(out.flatten(2), weight_out, bias_out), weights  # type: ignore[union-attr]

@@ -20,7 +20,7 @@ def scores(q: Tensor, k: Tensor, spec: AttentionSpec) -> tuple[Tensor, Tensor | 
     arises; ``None`` where no row can be blind. A bias or sinks that are finer than the heads make finer scores.
     """
     k = k.repeat_interleave(spec.heads // spec.heads_kv, dim=2) if spec.heads != spec.heads_kv else k
-    score = torch.einsum("bqhd,bkhd->bhqk", q * spec.scale, k)
+    score = (q * spec.scale).transpose(1, 2) @ k.permute(0, 2, 3, 1)
     if spec.softcap is not None:
         score = spec.softcap * torch.tanh(score / spec.softcap)
     bias, allowed = spec.added(), spec.allowed()
@@ -79,7 +79,7 @@ def weigh(weights: Tensor, v: Tensor, spec: AttentionSpec) -> Tensor:
     weights = weights.to(v.dtype)
     if spec.dropout_p > 0.0:
         weights = F.dropout(weights, spec.dropout_p)
-    return torch.einsum("bhqk,bkhd->bqhd", weights, v)
+    return (weights @ v.transpose(1, 2)).transpose(1, 2)
 
 
 class Naive(Backend):
