@@ -113,8 +113,10 @@ class Mask(abc.ABC):
             raise ValueError(f"batch must be 0 with Documents, which are packed into one item, got {batch}.")
         device = home(self.tensors()) or torch.device("cpu")
         try:
-            seen = self.materialize(batch + 1, head + 1, seqlen_q, seqlen_k, device)
-            rows = seen.expand(batch + 1, head + 1, seqlen_q, seqlen_k)[batch, head].tolist()
+            item, one = (torch.tensor(place, device=device) for place in (batch, head))
+            queries, keys = (torch.arange(size, device=device) for size in (seqlen_q, seqlen_k))
+            seen = self.mask_mod(seqlen_q, seqlen_k)(item, one, queries[:, None], keys[None, :])
+            rows = seen.expand(seqlen_q, seqlen_k).tolist()
         except (IndexError, RuntimeError) as error:
             said = ", ".join(f"{name}={size}" for name, size in sizes.items())
             raise ValueError(f"{', '.join(sizes)} must lie within the mask {self!r}, got {said}.") from error

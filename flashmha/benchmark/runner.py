@@ -126,7 +126,7 @@ def spoken(case: dict[str, Any]) -> str:
     rows = case["contestants"]
     rounds = max((len(row.get("seconds", ())) for row in rows.values()), default=0)
     bad = [f"{name} {row['status']}" for name, row in rows.items() if row["status"] == "wrong" or "raised" in row]
-    return ", ".join([f"{rounds} rounds", *bad])
+    return ", ".join([f"{rounds} round{'s' * (rounds != 1)}", *bad])
 
 
 def effort(case: Case, plan: Plan) -> float:
