@@ -25,7 +25,8 @@ ORDER = """
     backends.registry backends functional deferred
     features stock nested call padding kernels tiles weights projection plain forward module encoder convert explain
     commands commands.devices commands.screen commands.picture tolerance
-    testing.record testing.attention testing.kernels testing.judge testing.drop_in testing.anatomy testing.tree
+    testing.record testing.choice testing.values testing.paste testing.attention testing.kernels testing.dropout
+    testing.judge testing.drop_in testing.anatomy testing.tree
     testing.layer testing.encoder testing.transformer testing.call testing
     benchmark.cases benchmark.inputs benchmark.reference benchmark.machine benchmark.peers benchmark.kernels
     benchmark.lineup benchmark.verdicts benchmark.gate benchmark.runner benchmark.report benchmark.plots
