@@ -78,7 +78,8 @@ class Bias(abc.ABC):
     ) -> Tensor:
         """The bias as a tensor that broadcasts to (batch, heads, seqlen_q, seqlen_k), made where its tensors are."""
         device = home(self.tensors()) if device is None else device
-        return self.bias_mod(seqlen_q, seqlen_k, documents)(*index_grid(batch, heads, seqlen_q, seqlen_k, device))
+        made = self.bias_mod(seqlen_q, seqlen_k, documents)(*index_grid(batch, heads, seqlen_q, seqlen_k, device))
+        return made if made.dim() else made.view(1, 1, 1, 1)  # the sum of single numbers
 
 
 class TensorBias(Bias):

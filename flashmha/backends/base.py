@@ -14,10 +14,12 @@ The contract, version 1. A backend may rely on this, and whatever breaks it gets
 - ``spec.mask`` is normalised: windows are bottom-right and merged, with bounds that may be negative; a rule that hides
   nothing is gone. ``spec.allowed()`` and ``spec.added()`` give mask and bias as tensors, ``spec.scale`` a number.
 - What it said about a problem without tensors (no mask, bias or sinks) may be remembered while the list stays as it is.
-- Gradients are asked for only with ``"backward"`` among the features, and go through autograd.
+- Gradients are asked for only with ``"backward"`` among the features, and go through autograd: those of q, k and v, and
+  of sinks that want one. What a bias holds (slopes, a table, a tensor) wants one only with ``"bias_grad"``.
 
 What it owes: the answer of ``naive`` within ``tolerance``, zeros (and zero gradients) in rows that may look at nothing,
-dropout wherever ``spec.dropout_p`` is not 0, no fallback in silence, and reasons that cost nothing to ask for.
+dropout wherever ``spec.dropout_p`` is not 0, which under one seed of torch's generator drops the same weights whatever
+the values are, no fallback in silence, and reasons that cost nothing to ask for.
 """
 
 from __future__ import annotations

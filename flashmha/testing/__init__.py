@@ -20,6 +20,8 @@ A layer, or a model, is right when it can stand where the stock one stands::
         with testing.without_fast_path():
             testing.assert_drop_in(model.build(), my_swap(model.build()), kwargs=model.arguments())
 
+A failure prints a line that fails again after ``from flashmha import *; from flashmha.testing import *; import torch``.
+
 Every tensor is made from a drawn seed, on torch's default device; ``device="cuda"`` puts what ``specs``, ``masks``,
 ``biases``, ``blueprints`` and ``models`` draw on a GPU. ``served`` draws what a backend serves on a device, of a few
 kinds where each costs seconds of compiling. Whatever draws needs Hypothesis; ``assert_drop_in`` does not.

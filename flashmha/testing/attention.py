@@ -81,8 +81,8 @@ def masks(
     how = choose(("none", "several", "several", "one", "one")) if kinds else "none"
     chosen: list[str] = []
     if how == "one":
-        often = {"causal": 3, "window": 4, "key_lengths": 4} if longest >= BLOCK else {"causal": 3}
-        chosen = [choose([kind for kind in kinds for _ in range(often.get(kind, 1))])]
+        often = ["causal"] * 2 + (["window", "key_lengths"] * 3 if longest >= BLOCK else [])
+        chosen = [choose(kinds + [kind for kind in often if kind in kinds])]
     elif how == "several":
         chosen = [kind for kind in kinds if choose(range(6)) > 5 - MASKS[kind]]
     if "causal" in chosen and "window" in features and choose((False, True)):
@@ -121,7 +121,7 @@ def rule(
     if kind == "top-left causal":
         return causal(align="top_left")
     if kind == "window":
-        return Window(choose(reach), choose((*(0,) * len(reach), *reach)), align=choose(aligns))
+        return Window(choose(reach), choose((*(0,) * 7, *reach)), align=choose(aligns))
     if kind == "key_padding":
         return KeyPadding(coin(batch, seqlen_k))
     if kind == "key_lengths":
@@ -214,7 +214,7 @@ def added(
     if kind == "relative":
         width = 2 * choose((0, 1, 2, 3, 4, BLOCK)) + 1
         return RelativeBias(numbers(seed, "normal", heads, width, device=device).requires_grad_(learned))
-    strange: tuple[str, ...] = (*NUMBERS[3:], "lowest") if first else ()
+    strange: tuple[str, ...] = (*NUMBERS[3:], "lower", "lowest", "lowest") if first else ()
     if not FINER_BIASES and dtype == torch.float16:
         strange = strange[:1]
     of = choose(("normal", "normal", "normal", *strange))
