@@ -409,8 +409,8 @@ def attention_with_weights(
 SMALL = 2**12
 """Scores of all heads, up to which the definition makes output and weights in one pass, as ordinary tensors.
 
-On one thread of a CPU that trains in the time of the stock layer (0.95 to 1.04 of it, 1 x 8 to 4 x 16 tokens), and costs
-an eval whose weights are thrown away 20 to 50 us, which being ordinary is worth.
+On one thread of a CPU that trains in the time of the stock layer (0.95 to 1.04 of it, 1 x 8 to 4 x 16 tokens); an eval
+whose weights are thrown away takes 20 to 50 us more, which being ordinary is worth.
 """
 
 
