@@ -12,6 +12,8 @@ import torch
 import torch.fx
 from torch import Tensor, nn
 
+from .masks import eager
+
 torch.fx.wrap("found_causal")  # FX sees one call, which looks when the graph runs
 
 
@@ -77,6 +79,8 @@ def found_causal(mask: Optional[Tensor], key_padding_mask: Optional[Tensor]) -> 
         or torch.compiler.is_compiling()
         or torch.jit.is_tracing()
     ):
+        return False
+    if not torch.jit.is_scripting() and not eager(mask):  # a script has no modes, and knows none of our functions
         return False
     if mask.dim() != 2 or mask.shape[0] != mask.shape[1] or mask.is_meta:
         return False
