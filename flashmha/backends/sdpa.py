@@ -52,7 +52,7 @@ class Sdpa(Backend):
             reasons += refusals_of_lse(spec)
         if spec.device.type == "cuda" and needs_tensor(spec) and not kernels_for_masks():
             reasons.append("only cuDNN is enabled, which must not see a mask (pytorch#196678)")
-        elif spec.device.type == "cuda" and unmasked(spec) and overflows(spec) and not kernels_for_masks():
+        elif spec.device.type == "cuda" and spec.mask is None and overflows(spec) and not kernels_for_masks():
             reasons.append(
                 f"only cuDNN is enabled, whose backward of seqlen_q={spec.seqlen_q}, seqlen_k={spec.seqlen_k} may give "
                 "NaN (cudnn-frontend#1072)"
@@ -67,7 +67,7 @@ class Sdpa(Backend):
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> Tensor | tuple[Tensor, Tensor]:
         if q.is_cuda:
             return attend_on_cuda(q, k, v, spec)
-        if unmasked(spec):
+        if spec.mask is None and spec.bias is None:
             return attend(q, k, v, None, spec)
         if spec.bias is None and top_left_causal(spec):
             return attend(q, k, v, None, spec, is_causal=True)
@@ -120,7 +120,7 @@ def attend_on_cuda(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> Tens
         k, v = (x.repeat_interleave(spec.heads // spec.heads_kv, dim=2) for x in (k, v))
         with sdpa_kernel(SDPBackend.MATH):
             return attend(q, k, v, dense(spec), spec)
-    masked = not unmasked(spec)
+    masked = spec.mask is not None or spec.bias is not None
     if masked and packs(spec):
         return attend_packed(q, k, v, spec)
     if masked and spec.bias is None and top_left_causal(spec):
@@ -345,10 +345,6 @@ def attend_piece(
         return blank, blank.new_full((1, spec.heads, q.shape[1]), float("-inf"))
     result = attend(q, ks[where], vs[where], None, spec, is_causal=causal)
     return result if isinstance(result, tuple) else (result, result.new_empty(0))
-
-
-def unmasked(spec: AttentionSpec) -> bool:
-    return spec.mask is None and spec.bias is None
 
 
 def needs_tensor(spec: AttentionSpec) -> bool:
