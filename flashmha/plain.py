@@ -21,7 +21,7 @@ from .features import HOPS
 from .functional import check_result
 from .heads import WORTH
 from .projection import PLAIN
-from .spec import SHARED, AttentionSpec, is_deterministic
+from .spec import SHARED, AttentionSpec, asks_deterministic, only_warns
 from .weights import attention_with_weights
 
 SPECIAL = (*HOPS, "num_kv_heads", "window", "backend", "call_out_proj")
@@ -92,7 +92,7 @@ def attend(layer: Any, x: Tensor, need_weights: bool, average: bool) -> tuple[Te
     elif 3 * x.numel() >= WORTH and torch.is_grad_enabled():  # where ``heads.split`` spares a copy
         return None
     q, k, v = F.linear(x, weight, bias).view(batch, seqlen, 3, heads, width // heads).unbind(2)
-    key = (shape, heads, dtype, x.device, q.requires_grad, is_deterministic())
+    key = (shape, heads, dtype, x.device, q.requires_grad, asks_deterministic(), only_warns())
     spec = problems.get(key)
     if spec is None:
         spec = AttentionSpec.of(q, k, v)

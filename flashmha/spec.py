@@ -160,7 +160,7 @@ class AttentionSpec:
         if mask is None and bias is None and sinks is None and plain(q, k, v):
             grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
             if deterministic is None:
-                deterministic = is_deterministic()
+                deterministic = asks_deterministic() and is_deterministic()  # the second takes a step in Python
             # fmt: off
             key = (
                 q.shape, k.shape, v.shape, dtype, k.dtype, v.dtype, device, k.device, v.device,
@@ -334,10 +334,13 @@ def refuse_tensors(q: Tensor, k: Tensor, v: Tensor) -> NoReturn:
     )
 
 
+asks_deterministic = torch._C._get_deterministic_algorithms
+only_warns = torch._C._get_deterministic_algorithms_warn_only
+
+
 def is_deterministic() -> bool:
     """``torch.use_deterministic_algorithms(True)`` holds; with ``warn_only`` torch's kernels promise nothing."""
-    asked = torch._C
-    return asked._get_deterministic_algorithms() and not asked._get_deterministic_algorithms_warn_only()
+    return asks_deterministic() and not only_warns()
 
 
 # a constant to Dynamo, which guards both switches

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from flashmha import AttentionSpec, FlashMultiHeadAttention, KeyPadding, attention, causal
 from flashmha.backends import get, names
+from flashmha.backends.sdpa import attend_on_cuda, dense
 from flashmha.scores import ALiBi, Bias, RelativeBias, TensorBias, narrowed, plus
 from flashmha.testing import assert_agrees, noise, seeds
 from flashmha.testing.judge import answer
@@ -275,3 +276,23 @@ def test_two_float_masks_of_a_layer_add_up_to_finite_numbers() -> None:
     out, weights = layer(x, x, x, torch.full((2, 5), LOWEST[2]), attn_mask=low)
     assert weights is not None and torch.allclose(weights, torch.full((2, 5, 5), 0.2))
     assert torch.allclose(out, layer(x, x, x, attn_mask=low)[0], atol=1e-6)
+
+
+@pytest.mark.cpu("pretends a GPU, which is told a mask in the dtype of the heads")
+@given(bias=drawn_tables, dtype=st.sampled_from(DTYPES[:3]), seed=seeds())
+def test_a_gpu_is_told_levelled_rows_and_the_gradient_comes_back(bias: Tensor, dtype: torch.dtype, seed: int) -> None:
+    bias.requires_grad_()
+    q, k, v = heads(dtype, seed)
+    spec = AttentionSpec.of(q, k, v, bias=TensorBias(bias)).changed(device=torch.device("cuda"))
+    told = dense(spec)
+    assert told is not None and told.dtype == dtype and torch.equal(told == -math.inf, bias == -math.inf)
+    assert not (told.amax(-1).abs() > 0.0).logical_and(told.amax(-1) > -math.inf).any()
+    out = attend_on_cuda(q, k, v, spec)
+    assert isinstance(out, Tensor)
+    exact = bias.detach().double()  # rows in whose numbers float64 sees the scores, as moved rows do
+    exact = exact - exact.amax(-1, keepdim=True).nan_to_num(0.0, neginf=0.0)
+    learned = exact.requires_grad_()
+    expected = textbook(q.double(), k, v, learned)[0]
+    close(out, expected, torch.bfloat16)
+    made, wanted = (torch.autograd.grad(x.double().square().sum(), y)[0] for x, y in ((out, bias), (expected, learned)))
+    close(made.nan_to_num(0.0), wanted.nan_to_num(0.0), torch.bfloat16)

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from ..errors import NoBackendError, lines
-from ..spec import SHARED, AttentionSpec, is_deterministic
+from ..spec import SHARED, AttentionSpec, asks_deterministic, only_warns
 from . import registry, tuned
 from .base import FEATURES, Backend, Limits, written
 from .flash2 import Flash2
@@ -200,7 +200,7 @@ def kept(spec: AttentionSpec) -> Backend | None:
     entries, table, under, backend = known
     if entries is not registry.entries or table is not tuned.state.table:
         return None
-    return None if under and under != (is_deterministic(), *switches()) else backend
+    return None if under and under != (asks_deterministic(), only_warns(), *switches()) else backend
 
 
 def keep(spec: AttentionSpec, backend: Backend, reasons: dict[str, str]) -> None:
@@ -220,7 +220,7 @@ def keep(spec: AttentionSpec, backend: Backend, reasons: dict[str, str]) -> None
             return
     if len(chosen) >= SHARED:
         chosen.clear()
-    under = (is_deterministic(), *switches()) if spec.device.type == "cuda" else ()
+    under = (asks_deterministic(), only_warns(), *switches()) if spec.device.type == "cuda" else ()
     chosen[name] = (registry.entries, tuned.state.table, under, backend)
 
 
