@@ -228,7 +228,7 @@ def added(
     if kind == "relative":
         width = 2 * choose((0, 1, 2, 3, 4, BLOCK)) + 1
         return RelativeBias(numbers(seed, "normal", heads, width, device=device).requires_grad_(learned))
-    strange: tuple[str, ...] = (*NUMBERS[3:], "lower", "lowest", "lowest") if first else ()
+    strange: tuple[str, ...] = (*NUMBERS[3:], "low", "low", "lowest", "lowest") if first else ()
     if not FINER_BIASES and dtype == torch.float16:
         strange = strange[:1]
     of = choose(("normal", "normal", "normal", *strange))
