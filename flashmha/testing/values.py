@@ -31,8 +31,8 @@ NUMBERS = ("normal", "wide", "slopes", "hidden", "low", "lowest")
 LOW = {"low": -1e9, "lowest": -math.inf}
 """What hides a key by convention and is a number all the same; the lowest is that of the dtype.
 
-Not -1e4, beside which float32 keeps three digits of a score: a kernel that computes scores again in its backward may round
-them another way, and would be blamed for it.
+Not -1e4, beside which float32 keeps three digits of a score: a kernel that computes scores again in its backward rounds
+some of them another way, and would be blamed for it.
 """
 
 
