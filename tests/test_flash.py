@@ -154,7 +154,9 @@ class Pretended2(Flash2):
 
     name = "pretended 2"
     limits = dataclasses.replace(
-        Flash2.limits, devices=("cpu",), features=Flash2.limits.features - {"dropout"}  # the formula drops nothing
+        Flash2.limits,
+        devices=("cpu",),
+        features=Flash2.limits.features - {"dropout"},  # the formula drops nothing
     )
 
     def unavailable(self, device: torch.device) -> str | None:
@@ -194,8 +196,6 @@ both = pytest.mark.parametrize("kind", (Pretended2, Pretended3))
 def test_the_package_is_told_the_whole_problem(
     kind: type[FlashAttn], data: st.DataObject, caching: bool, seed: int
 ) -> None:
-        kind.limits, features=kind.limits.features - {"dropout"}
-    )  # the formula drops nothing
     assert_agrees(pretended(kind, caching), data.draw(specs(limits=kind.limits, head_dims=(8, 16))), seed)
 
 
