@@ -56,7 +56,7 @@ FAR = (63, 64, 100, 128)
 BIASES = (*("none",) * 3, *("tensor",) * 4, *("alibi",) * 2, *("relative",) * 2)
 FINER_BIASES = False
 """Numbers of float32 stand beside heads in half precision, which cannot hold them, and the lowest ones of float16."""
-DROPOUT = (*(0.0,) * 25, 0.5, 0.5, 0.1, 0.9, 1.0)
+DROPOUT = (*(0.0,) * 16, 0.5, 0.5, 0.1, 0.9, 1.0)
 
 
 class Problem(AttentionSpec):
