@@ -50,6 +50,19 @@ def seen(q: Tensor, k: Tensor, told: dict[str, Any]) -> tuple[Tensor, Tensor]:
     return allowed[:, None], distance.expand(allowed.shape)[:, None]
 
 
+def slopes(told: dict[str, Any], rows: int) -> Tensor:
+    """ALiBi's slopes (heads,), or (batch, heads) where documents are the batch, so that they broadcast."""
+    given = told["alibi_slopes"].double()
+    if given.dim() == 1:
+        return given[:, None, None]
+    starts = told.get("cu_seqlens_q")
+    if starts is None:
+        return given[..., None, None]
+    assert given.shape[0] == len(starts) - 1
+    document = torch.bucketize(torch.arange(rows), starts[1:], right=True).clamp(max=len(given) - 1)
+    return given[document].mT[None, ..., None]
+
+
 @dataclasses.dataclass
 class Formula:
     """The definition with its intermediate results, a sink as one more column; float64 inside."""
@@ -73,7 +86,7 @@ class Formula:
             bent = torch.tanh(score / told["softcap"])
             score, slope = told["softcap"] * bent, 1 - bent * bent
         if told.get("alibi_slopes") is not None:
-            score = score - told["alibi_slopes"].double()[:, None, None] * distance.abs()
+            score = score - slopes(told, score.shape[2]) * distance.abs()
         score = score.masked_fill(~allowed, -math.inf)
         if told.get("learnable_sink") is not None:
             sink = told["learnable_sink"].to(score).view(1, -1, 1, 1).expand(*score.shape[:3], 1)

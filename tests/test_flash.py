@@ -153,7 +153,11 @@ class Pretended2(Flash2):
     """``flash2`` on a CPU."""
 
     name = "pretended 2"
-    limits = dataclasses.replace(Flash2.limits, devices=("cpu",))
+    limits = dataclasses.replace(
+        Flash2.limits,
+        devices=("cpu",),
+        features=Flash2.limits.features - {"dropout"},  # the formula drops nothing
+    )
 
     def unavailable(self, device: torch.device) -> str | None:
         return None

@@ -123,7 +123,9 @@ class Flash2(FlashAttn):
                 "return_attn_probs": spec.need_lse,
             }
             if isinstance(spec.bias, ALiBi):
-                options["alibi_slopes"] = spec.bias.slopes.float()
+                slopes = spec.bias.slopes.float()
+                # packed, the package takes documents for batch items
+                options["alibi_slopes"] = slopes[0] if slopes.dim() == 2 and spec.batch == 1 else slopes
             if packing:
                 q, k, v, offsets = pack(q, k, v, spec)
                 options |= looser(offsets, spec)

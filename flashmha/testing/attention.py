@@ -50,7 +50,7 @@ FAR = (63, 64, 100, 128)
 BIASES = (*("none",) * 3, *("tensor",) * 4, *("alibi",) * 2, *("relative",) * 2)
 FINER_BIASES = False
 """Numbers of float32 stand beside heads in half precision, which cannot hold them, and the lowest ones of float16."""
-DROPOUT = (*(0.0,) * 25, 0.5, 0.5, 0.1, 0.9, 1.0)
+DROPOUT = (*(0.0,) * 16, 0.5, 0.5, 0.1, 0.9, 1.0)
 
 
 class Problem(AttentionSpec):
@@ -214,7 +214,7 @@ def added(
     if kind == "relative":
         width = 2 * choose((0, 1, 2, 3, 4, BLOCK)) + 1
         return RelativeBias(numbers(seed, "normal", heads, width, device=device).requires_grad_(learned))
-    strange: tuple[str, ...] = (*NUMBERS[3:], "lower", "lowest", "lowest") if first else ()
+    strange: tuple[str, ...] = (*NUMBERS[3:], "low", "low", "lowest", "lowest") if first else ()
     if not FINER_BIASES and dtype == torch.float16:
         strange = strange[:1]
     of = choose(("normal", "normal", "normal", *strange))
