@@ -24,7 +24,7 @@ from .projection import PLAIN
 from .spec import SHARED, AttentionSpec, asks_deterministic, only_warns
 from .weights import attention_with_weights
 
-SPECIAL = (*HOPS, "num_kv_heads", "window", "backend", "call_out_proj")
+SPECIAL = (*HOPS, "num_kv_heads", "window", "backend", "call_out_proj", "keys_before", "keys_after")
 """What a layer must not have of its own."""
 
 ELSEWHERE = (*SPECIAL, "in_proj_weight", "in_proj_bias", "out_proj")

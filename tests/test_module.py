@@ -749,7 +749,7 @@ FEATURES: tuple[dict[str, Any], ...] = (
 
 
 @given(
-    problem=problems(paddings=("none",), attn_masks=("none",), need_weights=(False,)),
+    problem=problems(paddings=("none",), attn_masks=("none",)),
     features=st.sampled_from(FEATURES),
     change=st.sampled_from((None, "weights", "frozen", "hop", "class", "class window")),
 )
@@ -771,7 +771,7 @@ def test_the_shortest_way_through_a_layer_is_the_way_of_every_call(
         patch = mock.patch.object(FlashMultiHeadAttention, "process_heads", lambda self, q, k, v: (q * 3, k, v))
     elif change == "class window":
         patch = mock.patch.object(FlashMultiHeadAttention, "window", Window(0, 0))
-    for shortest in (plain.attend, lambda layer, x: None):
+    for shortest in (plain.attend, lambda *call: None):
         with mock.patch.object(plain, "attend", shortest), patch, record() as ran:
             found.append((ask(layer, call, call.tensors(blueprint)), ran))
     (short, one), (long, other) = found
@@ -785,10 +785,16 @@ def test_the_shortest_way_through_a_layer_is_the_way_of_every_call(
 def test_the_shortest_way_is_taken_where_nothing_is_asked(heads: int, bias: bool, training: bool, grad: bool) -> None:
     layer, x = FlashMultiHeadAttention(8, heads, bias=bias, batch_first=True).train(training), torch.randn(2, 3, 8)
     with torch.set_grad_enabled(grad):
-        out = plain.attend(layer, x)
-        assert out is not None
-        assert_same(out, nn.MultiheadAttention.forward(layer, x, x, x, need_weights=False)[0], "output")
-        assert plain.attend(layer, x[0]) is None and plain.attend(layer, x.double()) is None
+        for need_weights, average in ((False, True), (True, True), (True, False)):
+            found = plain.attend(layer, x, need_weights, average)
+            assert found is not None
+            options = {"need_weights": need_weights, "average_attn_weights": average}
+            for mine, stock in zip(found, nn.MultiheadAttention.forward(layer, x, x, x, **options)):
+                assert (mine is None) == (stock is None)
+                if mine is not None and stock is not None:
+                    assert_same(mine, stock, "output or weights")
+            assert plain.attend(layer, x[0], need_weights, average) is None
+            assert plain.attend(layer, x.double(), need_weights, average) is None
 
 
 @given(features=st.sampled_from(FEATURES))

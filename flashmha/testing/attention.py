@@ -48,8 +48,6 @@ REACH = (0, 1, 2, 3, 5)
 FAR = (63, 64, 100, 128)
 """How far it may reach in a long problem, beside that."""
 BIASES = (*("none",) * 3, *("tensor",) * 4, *("alibi",) * 2, *("relative",) * 2)
-FINER_BIASES = False
-"""Numbers of float32 stand beside heads in half precision, which cannot hold them, and the lowest ones of float16."""
 DROPOUT = (*(0.0,) * 16, 0.5, 0.5, 0.1, 0.9, 1.0)
 
 
@@ -215,13 +213,11 @@ def added(
         width = 2 * choose((0, 1, 2, 3, 4, BLOCK)) + 1
         return RelativeBias(numbers(seed, "normal", heads, width, device=device).requires_grad_(learned))
     strange: tuple[str, ...] = (*NUMBERS[3:], "low", "low", "lowest", "lowest") if first else ()
-    if not FINER_BIASES and dtype == torch.float16:
-        strange = strange[:1]
     of = choose(("normal", "normal", "normal", *strange))
     shape = [choose((1, batch)), choose((1, heads)), choose((seqlen_q,) * 3 + (1,)), seqlen_k]
     if of in ("normal", "hidden") and not learned:  # what moves a whole row has no gradient but of what cancels
         shape[-1] = choose((seqlen_k, 1))
-    finer = FINER_BIASES and dtype in HALF and choose((False, True))
+    finer = dtype in HALF and choose((False, True))
     tensor = numbers(seed, of, *shape, dtype=torch.float32 if finer else dtype, device=device)
     return TensorBias(tensor.requires_grad_(learned))
 
