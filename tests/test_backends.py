@@ -195,10 +195,11 @@ def test_the_definition_is_the_textbook_written_with_loops(spec: AttentionSpec, 
                     score += 0.0 if bias is None else float(bias[b, h, i, j])
                     if (allowed is None or allowed[b, h, i, j]) and score > -math.inf:
                         scores[j] = score
-                total = sum(math.exp(score) for score in scores.values())
-                total += 0.0 if spec.sinks is None else math.exp(float(spec.sinks[h].detach()))
+                sink = -math.inf if spec.sinks is None else float(spec.sinks[h].detach())
+                top = max((*scores.values(), sink))
+                total = sum(math.exp(score - top) for score in (*scores.values(), sink) if score > -math.inf)
                 for j, score in scores.items():
-                    out[b, i, h] += math.exp(score) / total * v[b, j, kv]
+                    out[b, i, h] += math.exp(score - top) / total * v[b, j, kv]
     torch.testing.assert_close(spec_64.named["out"], out, atol=1e-9, rtol=1e-9)
 
 
