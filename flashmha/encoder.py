@@ -80,8 +80,9 @@ def found_causal(mask: Optional[Tensor], key_padding_mask: Optional[Tensor]) -> 
         or torch.jit.is_tracing()
     ):
         return False
-    if not torch.jit.is_scripting() and not eager(mask):  # a script has no modes, and knows none of our functions
-        return False
+    if not torch.jit.is_scripting():  # alone in its condition, or TorchScript compiles what stands below
+        if not eager(mask):
+            return False
     if mask.dim() != 2 or mask.shape[0] != mask.shape[1] or mask.is_meta:
         return False
     future = torch.ones(mask.shape[0], mask.shape[1], dtype=torch.bool, device=mask.device).triu(1)

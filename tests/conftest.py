@@ -40,6 +40,7 @@ CPU_FILES = {
     "test_examples": "runs the examples, which choose their device",
     "test_flex": "pretends a GPU",
     "test_kinds": "errors raised before any kernel",
+    "test_hidden": "compiles a kernel an example on a GPU; the kit draws such biases there",
     "test_package": "reads files",
     "test_ranking": "judges problems without tensors",
     "test_registry": "the list, which no device changes",

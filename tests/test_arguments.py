@@ -15,10 +15,10 @@ from torch import Tensor, fx, nn
 
 import flashmha
 from flashmha import FlashMultiHeadAttention, explain, replace_mha
-from flashmha.testing import assert_same
+from flashmha.testing import assert_same, noise
 
 WIDTH, HEADS = 8, 2
-X = torch.randn(2, 5, WIDTH, generator=torch.Generator().manual_seed(0)).double()
+X = noise(0, 2, 5, WIDTH)
 CAUSAL = torch.ones(5, 5, dtype=torch.bool).triu(1)
 
 
@@ -83,9 +83,9 @@ RULES: dict[str, Callable[[], Any]] = {
     "window": lambda: flashmha.Window(2, 1),
     "padding": lambda: flashmha.KeyPadding(torch.arange(5) < torch.tensor([[4], [0]])),
     "dense": lambda: flashmha.Dense(~CAUSAL),
-    "of heads": lambda: flashmha.Dense(torch.rand(1, HEADS, 5, 5, generator=torch.Generator().manual_seed(1)) > 0.5),
+    "of heads": lambda: flashmha.Dense(noise(1, 1, HEADS, 5, 5) > 0.0),
     "of queries": lambda: flashmha.Rule(lambda batch, head, q_idx, k_idx: q_idx != 1),
-    "both": lambda: flashmha.Window(2, 0) & (torch.rand(2, 1, 5, 5, generator=torch.Generator().manual_seed(2)) > 0.5),
+    "both": lambda: flashmha.Window(2, 0) & (noise(2, 2, 1, 5, 5) > 0.0),
 }
 
 

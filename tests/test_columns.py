@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import flashmha
 from flashmha import FlashMultiHeadAttention
-from flashmha.testing import assert_same
+from flashmha.testing import assert_same, noise
 
 WIDTH, HEADS = 8, 2
 
@@ -44,18 +44,17 @@ BATCH, QUERIES, KEYS = 2, 3, 5
 
 
 def masks(kind: str, keys: int) -> Any:
-    generator = torch.Generator().manual_seed(3)
-    table = torch.rand(QUERIES, keys, generator=generator) > 0.5
+    table = noise(3, QUERIES, keys) > 0.0
     return {
         "none": None,
         "causal": torch.ones(QUERIES, keys, dtype=torch.bool).triu(1),
         "flag": torch.ones(QUERIES, keys, dtype=torch.bool).triu(1),
         "dense": table,
         "all hidden": torch.ones(QUERIES, keys, dtype=torch.bool),
-        "per head": torch.rand(BATCH * HEADS, QUERIES, keys, generator=generator) > 0.5,
-        "four axes": torch.rand(1, HEADS, QUERIES, keys, generator=generator) > 0.5,
-        "float": torch.randn(QUERIES, keys, generator=generator).double(),
-        "float per head": torch.randn(BATCH * HEADS, QUERIES, keys, generator=generator).double(),
+        "per head": noise(4, BATCH * HEADS, QUERIES, keys) > 0.0,
+        "four axes": noise(5, 1, HEADS, QUERIES, keys) > 0.0,
+        "float": noise(6, QUERIES, keys),
+        "float per head": noise(7, BATCH * HEADS, QUERIES, keys),
         "rule": flashmha.causal(align="top_left"),
         "rule of a query": flashmha.Rule(lambda batch, head, q_idx, k_idx: q_idx > 0),
     }[kind]

@@ -68,7 +68,7 @@ def problems(draw: st.DrawFn, *, features: frozenset[str]) -> AttentionSpec:
             bias = bias + ALiBi(torch.rand(heads))
         else:
             bias = bias + RelativeBias(torch.full((heads, 3), max(number, LOWEST[2])))
-    valid = torch.rand(sizes["batch"], sizes["seqlen_k"], generator=torch.Generator().manual_seed(draw(seeds()))) < 0.7
+    valid = noise(draw(seeds()), sizes["batch"], sizes["seqlen_k"]) < 0.5
     sinks = torch.tensor([draw(st.sampled_from((0.0, 7e4, -math.inf))) for _ in range(heads)])
     return AttentionSpec(
         **sizes,

@@ -730,7 +730,7 @@ def counted() -> Iterator[list[str]]:
 @pytest.mark.parametrize("need_weights, training, most", [(False, False, 10), (False, True, 10), (True, False, 46)])
 def test_a_plain_call_takes_few_steps(need_weights: bool, training: bool, most: int) -> None:
     layer, x = FlashMultiHeadAttention(16, 2, batch_first=True).train(training), torch.randn(1, 3, 16)
-    most += 4 * x.is_cuda  # SDPA has more kernels there to choose among
+    most += 6 * x.is_cuda  # SDPA has more kernels there to choose among
     with torch.set_grad_enabled(training):
         layer(x, x, x, need_weights=need_weights)  # what is found out once
         with counted() as names:

@@ -84,6 +84,15 @@ class Sdpa(Backend):
 
 def dense(spec: AttentionSpec) -> Tensor | None:
     """Mask and bias as the one tensor SDPA takes."""
+    table = together(spec)
+    if table is not None and spec.device.type != "cpu" and table.shape[-1] != spec.seqlen_k:
+        # the efficient kernel wants the keys side by side, and raises where they are one number
+        table = table.expand(*table.shape[:-1], spec.seqlen_k).contiguous()
+    return table
+
+
+def together(spec: AttentionSpec) -> Tensor | None:
+    """Mask and bias in one, in the dtype that SDPA takes; an axis on which neither depends may have size 1."""
     mask, bias = spec.allowed(), spec.added()
     if bias is None:
         return mask

@@ -146,7 +146,7 @@ def visible(q: Tensor, k: Tensor, spec: AttentionSpec) -> Tensor:
 
 def pairs(size: int) -> Iterator[tuple[Tensor, Tensor, str]]:
     """Places along an axis in pairs, none twice: neighbours, and those half the axis apart."""
-    places, half = torch.arange(size), size // 2
+    places, half = torch.arange(size, device="cpu"), size // 2
     if size > 1:
         yield places[: 2 * half : 2], places[1 : 2 * half : 2], "neighbouring"
     if size > 3:
