@@ -80,7 +80,8 @@ def found_causal(mask: Optional[Tensor], key_padding_mask: Optional[Tensor]) -> 
         or torch.jit.is_tracing()
     ):
         return False
-    if not torch.jit.is_scripting():  # alone in its condition, or TorchScript compiles what stands below
+    # alone in its condition, or TorchScript compiles what stands below
+    if not torch.jit.is_scripting():  # noqa: SIM102
         if not eager(mask):
             return False
     if mask.dim() != 2 or mask.shape[0] != mask.shape[1] or mask.is_meta:

@@ -242,7 +242,7 @@ def plus(one: Tensor, two: Tensor) -> Tensor:
 
 def narrowed(bias: Tensor, dtype: torch.dtype, *, level: bool = False) -> Tensor:
     """A bias in the dtype that a kernel takes, which hides what it hid and no more; ``level``: see ``levelled``."""
-    moved = levelled(bias)[0] if level else bias
+    moved = levelled(bias.to(torch.promote_types(bias.dtype, dtype)))[0] if level else bias
     if torch.promote_types(moved.dtype, dtype) == dtype:
         return moved.to(dtype)
     moved, limits = moved.to(torch.promote_types(moved.dtype, torch.float32)), torch.finfo(dtype)

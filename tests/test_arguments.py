@@ -31,7 +31,7 @@ def layer(kind: Any = FlashMultiHeadAttention, **options: Any) -> Any:
 WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "query a list": ({"query": X.tolist()}, "query must be a tensor, got list"),
     "query None": ({"query": None}, "query must be a tensor"),
-    "query an array": ({"query": X.numpy()}, "query must be a tensor, got ndarray"),
+    "query an array": ({"query": X.cpu().numpy()}, "query must be a tensor, got ndarray"),
     "key a number": ({"key": 3}, "key must be a tensor, got int 3"),
     "value a tuple": ({"value": (X,)}, "value must be a tensor, got tuple"),
     "padding a rule": ({"key_padding_mask": flashmha.causal()}, "key_padding_mask must be .* attn_mask"),
@@ -40,7 +40,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "padding a number": ({"key_padding_mask": 3}, "key_padding_mask must be .*int 3"),
     "padding a flag": ({"key_padding_mask": False}, "key_padding_mask must be .*bool False"),
     "mask a list": ({"attn_mask": CAUSAL.tolist()}, "attn_mask must be .*as_tensor"),
-    "mask an array": ({"attn_mask": CAUSAL.numpy()}, "attn_mask must be .*as_tensor"),
+    "mask an array": ({"attn_mask": CAUSAL.cpu().numpy()}, "attn_mask must be .*as_tensor"),
     "mask a string": ({"attn_mask": "causal"}, r"attn_mask must be .*causal\(\)"),
     "mask a flag": ({"attn_mask": True}, "attn_mask must be .*bool True"),
     "mask a pair": ({"attn_mask": (1, 0)}, "attn_mask must be .*tuple"),

@@ -99,8 +99,8 @@ def together(spec: AttentionSpec) -> Tensor | None:
     table = bias if mask is None else torch.where(mask, bias, float("-inf"))
     if spec.device.type == "cpu":  # a mask of float32 is used as it is there, and misread on a GPU
         return narrowed(table, torch.float32 if spec.dtype in HALF and table.dtype != spec.dtype else spec.dtype)
-    finer = torch.promote_types(table.dtype, spec.dtype) != spec.dtype
-    return narrowed(table, spec.dtype, level=finer or spec.needs_grad)
+    # always level there: a kernel multiplies by log2(e), which makes -inf of float32's lowest number
+    return narrowed(table, spec.dtype, level=True)
 
 
 COARSE = 1000.0

@@ -207,7 +207,7 @@ def added(
 ) -> Bias:
     """A bias of one kind: ``tensor``, ``relative`` or ``alibi``; only the first of a sum may hide a key, or seem to."""
     if kind == "alibi":
-        shape = choose(((heads,), (batch, heads)))
+        shape = choose(((heads,), (batch, heads), (batch, heads)))
         return ALiBi(numbers(seed, "slopes", *shape, device=device).requires_grad_(learned))
     if kind == "relative":
         width = 2 * choose((0, 1, 2, 3, 4, BLOCK)) + 1
