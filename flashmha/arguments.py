@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.overrides import has_torch_function
 
-from .masks import Mask
+from .masks import Mask, told
 
 
 def check_kinds(query: Any, key: Any, value: Any, key_padding_mask: Any, attn_mask: Any) -> None:
@@ -56,9 +56,3 @@ def is_tensor(thing: Any) -> bool:
 def hint(thing: Any) -> str:
     arrays = isinstance(thing, (list, tuple)) or hasattr(thing, "__array__")
     return "; torch.as_tensor makes one of it" if arrays else ""
-
-
-def told(thing: Any) -> str:
-    """A thing in an error: its kind, and itself where that is short."""
-    kind, text = type(thing).__name__, repr(thing)
-    return f"{kind} {text}" if len(text) <= 40 and "\n" not in text and kind not in text else kind

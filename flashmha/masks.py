@@ -452,8 +452,10 @@ def told(thing: object) -> str:
         return f"a {'nested' if thing.is_nested else short(thing.layout)} tensor of {short(thing.dtype)}"
     if isinstance(thing, Tensor):
         return f"{short(thing.dtype)} of shape {tuple(thing.shape)}"
-    words = " ".join(repr(thing).split())
-    return f"{type(thing).__name__} {words if len(words) <= 80 else words[:77] + '...'}"
+    kind, words = type(thing).__name__, " ".join(repr(thing).split())
+    if kind in words and len(words) > 40:  # an object that says no more than its class
+        return kind
+    return f"{kind} {words if len(words) <= 80 else words[:77] + '...'}"
 
 
 def is_dense(thing: object) -> bool:

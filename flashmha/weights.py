@@ -42,7 +42,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 def behind_the_door(method: F) -> F:
-    """A method of a recipe without autocast, whatever is on where somebody looks or calls backward."""
+    """A method of a recipe without autocast, whatever is on where it is read or differentiated."""
 
     @functools.wraps(method)
     def inside(recipe: Recipe, *args: Any) -> Any:

@@ -45,7 +45,10 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "mask a flag": ({"attn_mask": True}, "attn_mask must be .*bool True"),
     "mask a pair": ({"attn_mask": (1, 0)}, "attn_mask must be .*tuple"),
     "mask a score": ({"attn_mask": flashmha.ALiBi(torch.ones(HEADS))}, "attn_mask must be "),
-    "need_weights a mask": ({"need_weights": CAUSAL}, "need_weights must be True or False, got Tensor.*attn_mask="),
+    "need_weights a mask": (
+        {"need_weights": CAUSAL},
+        "need_weights must be True or False, got bool of shape.*attn_mask=",
+    ),
     "need_weights a string": ({"need_weights": "no"}, "need_weights must be True or False, got str 'no'"),
     "is_causal a mask": ({"is_causal": CAUSAL}, "is_causal must be True or False"),
     "is_causal a rule": ({"is_causal": flashmha.causal()}, "is_causal must be True or False.*attn_mask="),
