@@ -54,7 +54,7 @@ def read_call(
     mask: Mask | None = None
     bias: Tensor | None = None
     if isinstance(attn_mask, Mask):
-        mask, attn_mask, is_causal = attn_mask, None, False
+        mask, attn_mask, is_causal = own(attn_mask) if need_weights else attn_mask, None, False
     pads = mask is not None and any(type(part) is KeyPadding for part in mask.parts)
     if key_padding_mask is not None or attn_mask is not None or is_causal:
         check_masks(layer, query, key, key_padding_mask, attn_mask, columns)
@@ -95,6 +95,12 @@ def read_call(
             mask = joined(mask, Dense(~four_axes(given, name, query.shape[0], layer.num_heads)))
     # padding of a rule's own is no padding of the call's: its queries are as real as any
     return Reading(query, key, value, mask, bias, batched, columns, None if pads else valid)
+
+
+def own(mask: Mask) -> Mask:
+    """The same mask over tensors of its own: the weights may be made of them after the caller's have changed."""
+    tensors, again = mask.flatten()
+    return again([tensor.clone() for tensor in tensors]) if tensors else mask
 
 
 def batch_first(query: Tensor, key: Tensor, value: Tensor, batched: bool) -> tuple[Tensor, Tensor, Tensor]:

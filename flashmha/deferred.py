@@ -1,7 +1,8 @@
 """A tensor whose values are computed on first use.
 
 Until then it has no memory: whatever reads it through PyTorch computes the values first, and code that reaches for
-the memory itself, behind PyTorch, gets an error. From then on it is a tensor with a storage like any other.
+the memory itself, behind PyTorch, gets an error, but for ``other.data = unread``, which nothing can intercept: give it
+``unread.detach()``. From then on it is a tensor with a storage like any other.
 """
 
 from __future__ import annotations
@@ -193,6 +194,18 @@ class Deferred(Tensor):
 
     def tolist(self) -> Any:
         return plain(self).tolist()
+
+    def apply_(self, function: Any) -> Tensor:
+        fill(self)
+        return super().apply_(function)
+
+    def map_(self, other: Tensor, function: Any) -> Tensor:
+        fill(self)
+        return super().map_(other, function)
+
+    def map2_(self, one: Tensor, two: Tensor, function: Any) -> Tensor:
+        fill(self)
+        return super().map2_(one, two, function)  # type: ignore[misc, no-any-return]
 
     def data_ptr(self) -> int:
         return plain(self).data_ptr()

@@ -36,7 +36,7 @@ def explain(subject: AttentionSpec | FlashMultiHeadAttention | Tensor, *args: An
             try:
                 inspect.signature(answer).bind(subject, *args, **kwargs)
             except TypeError as error:
-                raise TypeError(f"the call must be {form}, got one with {error}.") from None
+                raise TypeError(f"the call must be {form}, got: {error}.") from None
             return answer(subject, *args, **kwargs)
     raise TypeError(
         f"subject must be an AttentionSpec, a FlashMultiHeadAttention or the tensor q, got {type(subject).__name__}."

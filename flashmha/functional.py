@@ -146,7 +146,7 @@ def answer(backend: Backend, q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpe
 
 
 def check_result(result: Any, spec: AttentionSpec, backend: Backend) -> None:
-    """Raise where somebody else's backend returned something of another kind or shape."""
+    """Raise where another package's backend returned something of another kind, shape or dtype."""
     parts = result if spec.need_lse and isinstance(result, tuple) else (result,)
     wanted = [(spec.batch, spec.seqlen_q, spec.heads, spec.head_dim_v), (spec.batch, spec.heads, spec.seqlen_q)]
     shapes = [tuple(part.shape) if isinstance(part, Tensor) else type(part).__name__ for part in parts]
@@ -155,6 +155,8 @@ def check_result(result: Any, spec: AttentionSpec, backend: Backend) -> None:
             f"the backend {backend.name} must return {'out and lse' if spec.need_lse else 'out'} of shape "
             f"{' and '.join(map(str, wanted[: 1 + spec.need_lse]))}, got {' and '.join(map(str, shapes))}."
         )
+    if parts[0].dtype != spec.dtype:
+        raise ValueError(f"the backend {backend.name} must return out in {spec.dtype}, got {parts[0].dtype}.")
 
 
 AUTOCAST = tuple(kind for kind in ("cpu", "cuda", "xpu", "mps", "hpu") if torch.amp.is_autocast_available(kind))

@@ -273,7 +273,7 @@ class FlashMultiHeadAttention(nn.MultiheadAttention):
         """
         kept = ("backend", "call_out_proj", "trust_is_causal")
         lacking = [name for name in changed(self) if name not in kept]
-        lacking += [name for name in replaced(self) + own_code(self, FlashMultiHeadAttention) if name not in lacking]
+        lacking = list(dict.fromkeys((*lacking, *replaced(self), *own_code(self, FlashMultiHeadAttention))))
         if lacking:
             raise ValueError(
                 f"to_torch must not lose anything: nn.MultiheadAttention has no {', no '.join(lacking)}, "

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .backends import FAMILIES, get, preference
+from .backends import expand, get, preference
 from .backends.sdpa import runs_packed, takes_packed
 from .call import Reading
 from .features import overridden
@@ -52,7 +52,7 @@ def same_memory(one: Tensor, two: Tensor) -> bool:
 def packs(layer: Any, call: Reading) -> bool:
     """A kernel for packed documents runs on this GPU and in this dtype."""
     tensor, size = call.query, layer.embed_dim // layer.num_heads
-    able = (get(name) for name in FAMILIES["flash_attn"])
+    able = (get(name) for name in expand("flash_attn"))
     if any(tensor.dtype in kernel.limits.dtypes and kernel.unavailable(tensor.device) is None for kernel in able):
         return True
     whole = all(part.feature != "window" for part in parts(call.mask)) and layer.window is None

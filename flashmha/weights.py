@@ -20,9 +20,9 @@ import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 
 from . import tiles
-from .backends import OWN, Wanted, capturing, choose, get, note, preference
+from .backends import OWN, Wanted, capturing, choose, note, preference
 from .backends.base import Backend
-from .backends.naive import probabilities, scores, weigh
+from .backends.naive import Naive, probabilities, scores, weigh
 from .deferred import Cell, Deferred, expect_look
 from .features import overridden
 from .functional import answer, run, without_autocast
@@ -395,7 +395,7 @@ def attention_with_weights(
         recipe.places, recipe.rows = padded.places, padded.rows
     elif lse is not None:
         recipe.lse = lse.detach() if lse.requires_grad else lse
-    at_once = is_small(spec) or may_change(layer, q, k) or capturing(spec)
+    at_once = is_small(spec) or may_change(layer, q, k) or capturing(spec) or spec.device.type == "meta"
     make = Recipe.make if at_once else defer
     if spec.needs_grad:
         fused = None if spec.dropout_p > 0.0 or backend.name == "naive" else v
@@ -425,9 +425,14 @@ def is_defined(spec: AttentionSpec, backend: Backend, wanted: Wanted) -> bool:
 
 
 def may_change(layer: Any, q: Tensor, k: Tensor) -> bool:
-    """A hop of the layer's may hold q or k, as a cache does, and write into them before the weights are looked at."""
+    """A hop of the layer's own may return memory that is written before the weights are read: a cache's, an input's."""
+    if layer is None or {"project", "process_heads"}.isdisjoint(overridden(layer)):
+        return False
     written = q.is_inference() or k.is_inference() or q._version > 0 or k._version > 0
-    return written and layer is not None and bool(overridden(layer))
+    return written or q._is_view() or k._is_view()
+
+
+DEFINITION = Naive()
 
 
 def by_definition(
@@ -441,7 +446,7 @@ def by_definition(
         out = run(q, k, v, spec, wanted, layer)
         assert isinstance(out, Tensor)
     else:
-        note(layer, spec, get("naive"))
+        note(layer, spec, DEFINITION)
         with without_autocast(spec.device):
             out = weigh(weights, v, spec)
     return out, weights

@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from flashmha import FlashMultiHeadAttention, deferred, weights
+from flashmha import Dense, FlashMultiHeadAttention, KeyLengths, deferred, weights
+from flashmha.backends.sdpa import switches
 from flashmha.deferred import Deferred, fill
 from flashmha.testing import noise, seeds
 
@@ -344,3 +345,50 @@ def test_another_stream_reads_the_values() -> None:
             fill(unread)
         torch.cuda.current_stream().wait_stream(other)
         torch.testing.assert_close(found, read)
+
+
+def test_a_flashmha_mask_that_changes_after_the_call_changes_no_weights() -> None:
+    layer, x = FlashMultiHeadAttention(16, 4, batch_first=True), torch.randn(2, 20, 16)
+    allowed = torch.ones(20, 20, dtype=torch.bool).tril()
+    lengths = torch.tensor([7, 20])
+    for mask, tensor in ((Dense(allowed), allowed), (KeyLengths(lengths), lengths)):
+        with torch.no_grad():
+            expected = layer(x, x, x, attn_mask=mask)[1].clone()
+            unread = layer(x, x, x, attn_mask=mask)[1]
+            tensor.fill_(1)
+            torch.testing.assert_close(unread.clone(), expected)
+
+
+def test_heads_that_are_views_of_an_input_are_read_at_once() -> None:
+    class Plain(FlashMultiHeadAttention):
+        def project(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            return tuple(x.unflatten(-1, (4, 4)) for x in (query, key, value))  # type: ignore[return-value]
+
+    layer, x = Plain(16, 4, batch_first=True), torch.randn(2, 20, 16)
+    with torch.no_grad():
+        expected = layer(x, x, x)[1].clone()
+        seen = layer(x, x, x)[1]
+        x.mul_(3.0)
+        torch.testing.assert_close(seen.clone(), expected)
+
+
+def test_weights_on_the_meta_device_are_there() -> None:
+    layer, x = FlashMultiHeadAttention(16, 4, batch_first=True, device="meta"), torch.randn(2, 40, 16, device="meta")
+    assert (layer(x, x, x)[1] * 2).shape == (2, 40, 40) and layer(x, x, x)[1].detach().is_meta
+
+
+@pytest.mark.cpu("the switches of a GPU's kernels, seen from a CPU")
+def test_threads_leave_the_switches_of_sdpa_as_they_were() -> None:
+    layer, x = FlashMultiHeadAttention(16, 4, batch_first=True), torch.randn(2, 64, 16)
+    mask, before = torch.full((64, 64), -1e9), switches()
+
+    def run() -> None:
+        for _ in range(30):
+            layer(x, x, x, attn_mask=mask, need_weights=False)[0].sum().backward()
+
+    threads = [threading.Thread(target=run) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert switches() == before

@@ -504,3 +504,20 @@ def test_an_unknown_name_in_the_variable_blames_the_variable(name: str) -> None:
                 ask()
         with pytest.raises(ValueError, match=rf"^backend must be one of sdpa, .*, got '{name}'"):
             attention(q(), q(), q(), backend=name)
+
+
+def test_a_result_of_another_dtype_is_refused_by_name() -> None:
+    class Wide(Backend):
+        name = "wide"
+        limits = get("naive").limits
+
+        def __call__(self, q: Any, k: Any, v: Any, spec: AttentionSpec) -> Any:
+            return get("naive")(q, k, v, spec).double()
+
+    backends.register(Wide)
+    try:
+        x = torch.randn(1, 3, 2, 4)
+        with pytest.raises(ValueError, match=r"backend wide must return out in torch\.float32, got torch\.float64"):
+            flashmha.attention(x, x, x, backend="wide")
+    finally:
+        backends.unregister("wide")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import threading
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
@@ -68,8 +70,7 @@ class Sdpa(Backend):
         if q.is_cuda:
             return attend_on_cuda(q, k, v, spec)
         if spec.seqlen_k == 0 and spec.dtype == torch.float16:
-            with sdpa_kernel(SDPBackend.MATH):  # without a key the fused kernel gives NaN where queries are large
-                return attend(q, k, v, dense(spec), spec)
+            return attend_by_math(q, k, v, None, spec)  # the fused kernel gives NaN where queries are large
         if spec.mask is None and spec.bias is None:
             return attend(q, k, v, None, spec)
         if spec.bias is None and top_left_causal(spec):
@@ -78,8 +79,7 @@ class Sdpa(Backend):
         if items is not None:
             return attend(q, k, v, None, spec) if keep_all(items, spec) else attend_items(q, k, v, items, spec)
         mask = dense(spec)
-        with sdpa_kernel(SDPBackend.MATH) if coarse(mask, spec) else contextlib.nullcontext():
-            return attend(q, k, v, mask, spec)
+        return attend_by_math(q, k, v, mask, spec) if coarse(mask, spec) else attend(q, k, v, mask, spec)
 
 
 def dense(spec: AttentionSpec) -> Tensor | None:
@@ -120,17 +120,30 @@ def coarse(mask: Tensor | None, spec: AttentionSpec) -> bool:
     return bool(((largest.abs() > COARSE) & largest.isfinite()).any())
 
 
+def attend_by_math(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, spec: AttentionSpec) -> Tensor:
+    """SDPA's unfused form, called rather than chosen by its switches, which belong to every thread of the process."""
+    if spec.heads != spec.heads_kv:
+        k, v = (x.repeat_interleave(spec.heads // spec.heads_kv, dim=2) for x in (k, v))
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    if mask is not None and mask.dtype != q.dtype:  # finer than the heads: so are the scores
+        q, k, v = (x.to(mask.dtype) for x in (q, k, v))
+    out: Tensor = torch.ops.aten._scaled_dot_product_attention_math(
+        q, k, v, mask, spec.dropout_p, False, None, scale=spec.scale
+    )[0]
+    return out.transpose(1, 2).to(spec.dtype)
+
+
 def attend_on_cuda(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> Tensor | tuple[Tensor, Tensor]:
     """SDPA by a kernel of a GPU that serves the problem."""
     if spec.batch == 0:
-        with sdpa_kernel(SDPBackend.MATH):  # the fused kernels give nothing at all for an empty batch
+        with only([SDPBackend.MATH]):  # the fused kernels give nothing at all for an empty batch
             return attend(q, k, v, None, spec)
     if not spec.features:  # the commonest call, in the fewest steps
         return attend(q, k, v, None, spec)
     if spec.dropout_p == 1.0:
         # the fused kernels multiply the zeros that are left by 1 / (1 - 1)
         k, v = (x.repeat_interleave(spec.heads // spec.heads_kv, dim=2) for x in (k, v))
-        with sdpa_kernel(SDPBackend.MATH):
+        with only([SDPBackend.MATH]):
             return attend(q, k, v, dense(spec), spec)
     masked = spec.mask is not None or spec.bias is not None
     if masked and packs(spec):
@@ -244,7 +257,7 @@ def attend_by_choice(
 ) -> Tensor:
     """SDPA by those of a GPU's kernels that are switched on and may serve the problem."""
     if by_math(spec):
-        kernels: contextlib.AbstractContextManager[None] = sdpa_kernel([SDPBackend.MATH] if switches()[1] else [])
+        kernels = only([SDPBackend.MATH] if switches()[1] else [])
     elif mask is None and (is_causal or not overflows(spec)):
         return attend(q, k, v, None, spec, is_causal)  # type: ignore[return-value]
     else:
@@ -395,4 +408,20 @@ def without_cudnn() -> contextlib.AbstractContextManager[None]:
     """SDPA's switches as they are, cuDNN off."""
     if not switches()[3]:
         return contextlib.nullcontext()
-    return sdpa_kernel(kernels_for_masks())
+    return only(kernels_for_masks())
+
+
+LOCK = threading.RLock()
+"""Held while SDPA's switches, which belong to the process, are other than they were: two threads that set and restore
+them in turns would leave them off."""
+
+
+def only(kernels: list[SDPBackend]) -> contextlib.AbstractContextManager[None]:
+    """SDPA by some kernels alone, one thread at a time; a compiler writes the switches into its graph."""
+    return sdpa_kernel(kernels) if torch.compiler.is_compiling() else alone(kernels)
+
+
+@contextlib.contextmanager
+def alone(kernels: list[SDPBackend]) -> Iterator[None]:
+    with LOCK, sdpa_kernel(kernels):
+        yield

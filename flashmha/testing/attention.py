@@ -47,7 +47,7 @@ REACH = (0, 1, 2, 3, 5)
 """How far a window may reach, where it ends at all."""
 FAR = (63, 64, 100, 128)
 """How far it may reach in a long problem, beside that."""
-BIASES = (*("none",) * 3, *("tensor",) * 4, *("alibi",) * 2, *("relative",) * 2)
+BIASES = (*("none",) * 3, *("tensor",) * 4, *("alibi",) * 3, *("relative",) * 2)
 DROPOUT = (*(0.0,) * 16, 0.5, 0.5, 0.1, 0.9, 1.0)
 
 
