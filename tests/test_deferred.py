@@ -121,7 +121,7 @@ CHANGES: dict[str, Callable[[Tensor], Any]] = {
     "storage": lambda x: x.untyped_storage().fill_(0),
     "out": lambda x: torch.add(x.clone(), 1.0, out=x),
     "foreach": lambda x: torch._foreach_add_([x], 1.0),
-    "swap": lambda x: torch.utils.swap_tensors(x, torch.arange(3.0)),
+    "swap": lambda x: torch.utils.swap_tensors(x, torch.arange(6.0)),  # as many as any size below asks for
     "read": lambda x: x.sum(),
     "compiled": lambda x: torch.compile(lambda y: y * 2.0, backend="eager")(x),
 }

@@ -189,8 +189,9 @@ EVERY = {**{name: bug for name, (bug, _) in BUGS.items()}, **PLANTED}
 @pytest.mark.parametrize("name", EVERY)
 @pytest.mark.parametrize("run", RUNS)
 def test_a_wrong_backend_is_caught_in_any_run(name: str, run: int) -> None:
+    # the rarest show in 4 of 100 problems: a run of the usual 100 misses one of them now and then, 300 do not
     @seed(run)
-    @USUAL
+    @settings(USUAL, max_examples=300)
     @given(testing.specs(limits=Seeded.limits), testing.seeds())
     def law(spec: AttentionSpec, seed: int) -> None:
         testing.assert_agrees(seeded(EVERY[name]), spec, seed)
