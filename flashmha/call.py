@@ -7,6 +7,7 @@ the stock module's own, text included, since programs match on them.
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -109,8 +110,15 @@ def batch_first(query: Tensor, key: Tensor, value: Tensor, batched: bool) -> tup
     def turned(x: Tensor) -> Tensor:
         return x.transpose(0, 1) if batched else x.unsqueeze(0)
 
-    k = turned(key)
-    return k if query is key else turned(query), k, k if key is value else turned(value)
+    return each_once(turned, query, key, value)
+
+
+def each_once(
+    change: Callable[[Tensor], Tensor], query: Tensor, key: Tensor, value: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Query, key and value changed, one object where they were one."""
+    k = change(key)
+    return k if query is key else change(query), k, k if key is value else change(value)
 
 
 def hides_or_nothing(mask: Tensor) -> bool:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .backends import expand, get, preference
 from .backends.sdpa import runs_packed, takes_packed
-from .call import Reading
+from .call import Reading, each_once
 from .features import overridden
 from .masks import Documents, KeyPadding, Mask, Window, eager
 
@@ -86,12 +86,7 @@ def packed(mask: Mask | None, real: Tokens) -> Mask:
 
 def pack(query: Tensor, key: Tensor, value: Tensor, places: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The tokens at ``places`` as (1, tokens, features), one object where the inputs were."""
-
-    def taken(x: Tensor) -> Tensor:
-        return x.flatten(0, 1).index_select(0, places)[None]
-
-    k = taken(key)
-    return k if query is key else taken(query), k, k if value is key else taken(value)
+    return each_once(lambda x: x.flatten(0, 1).index_select(0, places)[None], query, key, value)
 
 
 def unpack(tokens: Tensor, places: Tensor, sizes: tuple[int, int]) -> Tensor:
