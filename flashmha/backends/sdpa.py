@@ -120,10 +120,16 @@ def coarse(mask: Tensor | None, spec: AttentionSpec) -> bool:
     return bool(((largest.abs() > COARSE) & largest.isfinite()).any())
 
 
+def for_every_head(k: Tensor, v: Tensor, spec: AttentionSpec) -> tuple[Tensor, Tensor]:
+    """Keys and values of grouped heads, once for each head of the queries."""
+    groups = spec.heads // spec.heads_kv
+    return k.repeat_interleave(groups, dim=2), v.repeat_interleave(groups, dim=2)
+
+
 def attend_by_math(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, spec: AttentionSpec) -> Tensor:
     """SDPA's unfused form, called rather than chosen by its switches, which belong to every thread of the process."""
     if spec.heads != spec.heads_kv:
-        k, v = (x.repeat_interleave(spec.heads // spec.heads_kv, dim=2) for x in (k, v))
+        k, v = for_every_head(k, v, spec)
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     if mask is not None and mask.dtype != q.dtype:  # finer than the heads: so are the scores
         q, k, v = (x.to(mask.dtype) for x in (q, k, v))
@@ -142,7 +148,7 @@ def attend_on_cuda(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> Tens
         return attend(q, k, v, None, spec)
     if spec.dropout_p == 1.0:
         # the fused kernels multiply the zeros that are left by 1 / (1 - 1)
-        k, v = (x.repeat_interleave(spec.heads // spec.heads_kv, dim=2) for x in (k, v))
+        k, v = for_every_head(k, v, spec)
         with only([SDPBackend.MATH]):
             return attend(q, k, v, dense(spec), spec)
     masked = spec.mask is not None or spec.bias is not None
@@ -157,7 +163,7 @@ def attend_on_cuda(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> Tens
         return unfold(attend_by_choice(fold(q, groups), k, v, rows, spec), groups)
     if mask is not None and spec.heads != spec.heads_kv:
         # with a mask, grouped heads land in the math kernel up to torch 2.13 (pytorch#191085)
-        k, v = (x.repeat_interleave(spec.heads // spec.heads_kv, dim=2) for x in (k, v))
+        k, v = for_every_head(k, v, spec)
     return attend_by_choice(q, k, v, mask, spec)
 
 
@@ -320,7 +326,7 @@ def attend_with_lse(
 ) -> tuple[Tensor, Tensor]:
     """The CPU kernel behind SDPA, called for the log-sum-exp that SDPA throws away."""
     if spec.heads != spec.heads_kv:
-        k, v = (x.repeat_interleave(spec.heads // spec.heads_kv, dim=2) for x in (k, v))
+        k, v = for_every_head(k, v, spec)
     if mask is not None and mask.dtype == torch.bool:
         mask = torch.zeros_like(mask, dtype=q.dtype).masked_fill_(~mask, float("-inf"))
     out, lse = torch._scaled_dot_product_flash_attention_for_cpu(  # type: ignore[attr-defined]
