@@ -403,6 +403,7 @@ def static() -> nn.Module:
     return Linear(WIDTH, WIDTH)
 
 
+@pytest.mark.cpu("torch has quantised operators for CPUs alone")
 @pytest.mark.skipif(not torch.backends.quantized.supported_engines[1:], reason="no engine for quantised operators")
 @pytest.mark.parametrize("build", [dynamic, static])
 @pytest.mark.parametrize("grad", [False, True])

@@ -312,6 +312,41 @@ def test_a_right_backend_passes_as_a_class_an_object_and_a_name(spec: AttentionS
         testing.assert_agrees(backend, spec, seed)
 
 
+class Fused(Backend):
+    """Attention in half precision with the backward that fused kernels have, which starts from the output as it was
+    rounded."""
+
+    name = "fused"
+    limits = Limits(devices=("cpu",), dtypes=(torch.float16, torch.bfloat16), features=frozenset({"backward"}))
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> Any:
+        out: Tensor = FusedBackward.apply(*(x.transpose(1, 2).float() for x in (q, k, v)), spec.scale, spec.dtype)
+        return out.transpose(1, 2)
+
+
+class FusedBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
+        weights = (scale * q @ k.mT).softmax(dim=-1)
+        out = (weights @ v).to(dtype)
+        ctx.save_for_backward(q, k, v, weights, out)
+        ctx.scale = scale
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        q, k, v, weights, out = ctx.saved_tensors
+        grad = grad.float()
+        score = ctx.scale * weights * (grad @ v.mT - (grad * out).sum(dim=-1, keepdim=True))
+        return score @ k, score.mT @ q, weights.mT @ grad, None, None
+
+
+@settings(max_examples=200)
+@given(spec=testing.specs(limits=Fused.limits, longest=3), seed=testing.seeds())
+def test_a_backward_from_a_rounded_output_is_right(spec: AttentionSpec, seed: int) -> None:
+    testing.assert_agrees(Fused, spec, seed)
+
+
 class Refusing(Seeded):
     """A backend that serves nothing."""
 

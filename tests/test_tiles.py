@@ -262,4 +262,4 @@ def test_another_device_than_the_current_one(device: torch.device) -> None:
     q, k, _ = tensors(spec, 0)
     exact, _ = defined(spec, q, k, True, torch.float64)
     plain, _ = defined(spec, q, k, True)
-    assert_close("weights", tiles.weights(q, k, None, spec, True, spec.dtype), plain, exact, spec.dtype)
+    assert_close("weights", tiles.weights(q, k, None, spec, True, plain.dtype), plain, exact, spec.dtype)
