@@ -64,8 +64,8 @@ def append(layer: FlashMultiHeadAttention, k: Tensor, v: Tensor) -> tuple[Tensor
     batch, _, heads, _ = k.shape
     ks, vs = [k], [v]
     if layer.bias_k is not None and layer.bias_v is not None:
-        ks.append(layer.bias_k.unflatten(-1, (heads, -1)).expand(batch, -1, -1, -1).to(k.dtype))
-        vs.append(layer.bias_v.unflatten(-1, (heads, -1)).expand(batch, -1, -1, -1).to(v.dtype))
+        ks.append(torch.unflatten(layer.bias_k, -1, (heads, -1)).expand(batch, -1, -1, -1).to(k.dtype))
+        vs.append(torch.unflatten(layer.bias_v, -1, (heads, -1)).expand(batch, -1, -1, -1).to(v.dtype))
     if layer.add_zero_attn:
         ks.append(k.new_zeros(batch, 1, heads, k.shape[-1]))
         vs.append(v.new_zeros(batch, 1, heads, v.shape[-1]))

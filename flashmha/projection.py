@@ -47,7 +47,7 @@ def project(
         return (*split(q, head_dim, sizes[:1]), *split(kv, head_dim, sizes[1:]))  # type: ignore[return-value]
     weights = (layer.q_proj_weight, layer.k_proj_weight, layer.v_proj_weight) if weight is None else weight.split(rows)
     projected = [linear(*each, dtype) for each in zip((query, key, value), weights, biases)]
-    return tuple(x.unflatten(-1, (-1, head_dim)) for x in projected)  # type: ignore[return-value]
+    return tuple(torch.unflatten(x, -1, (-1, head_dim)) for x in projected)  # type: ignore[return-value]
 
 
 def split(packed: Tensor, head_dim: int, sizes: list[int]) -> tuple[Tensor, ...]:

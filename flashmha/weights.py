@@ -170,7 +170,7 @@ class Recipe:
                     part += d_score.sum_to_size(part.shape)
         dq, dk = (x.permute(1, 2, 0, 3) for x in (dq, dk))  # (batch, seqlen, heads, head_dim)
         if spec.heads != spec.heads_kv:
-            dk = dk.unflatten(2, (spec.heads_kv, -1)).sum(dim=3)
+            dk = torch.unflatten(dk, 2, (spec.heads_kv, -1)).sum(dim=3)
         return dq, dk, None if d_bias is None or bias is None else d_bias.transpose(0, 1).to(bias.dtype)
 
     @behind_the_door

@@ -128,6 +128,27 @@ def test_one_frame_serves_every_size(need_weights: bool, training: bool, masks: 
     assert counter.frame_count == 1
 
 
+@given(
+    seqlen=st.sampled_from((5, 70)),
+    features=st.sampled_from(({}, {"num_kv_heads": 1}, {"add_bias_kv": True}, {"backend": "naive"}, {"kdim": 3})),
+    call=st.sampled_from((Call(), Call(padding="bool"), Call(attn_mask="bool 2-D"), Call(need_weights=False))),
+    training=st.booleans(),
+)
+@settings(slow, max_examples=5)
+def test_a_default_device_breaks_no_graph(seqlen: int, features: dict[str, Any], call: Call, training: bool) -> None:
+    torch._dynamo.reset()
+    blueprint = Blueprint()
+    layer = blueprint.build(FlashMultiHeadAttention, **features).train(training)
+    call = dataclasses.replace(call, seqlen_q=seqlen, seqlen_k=seqlen)
+    given = arguments(blueprint, call)
+    if "kdim" in features:
+        given["key"] = given["key"][..., :3]
+    eager = layer(**given)
+    with torch.device(given["query"].device):  # a mode in Python, under which Dynamo traces Tensor's own methods
+        found = torch.compile(layer, fullgraph=True, backend="aot_eager")(**given)
+    assert_outputs_agree(found, eager)
+
+
 @pytest.mark.parametrize("training", [False, True])
 def test_inductor_gives_the_numbers_of_the_eager_layer(training: bool) -> None:
     blueprint, call = Blueprint(embed_dim=16), Call(2, 5, 5, "aaa", padding="bool", need_weights=False)

@@ -20,7 +20,7 @@ def scores(q: Tensor, k: Tensor, spec: AttentionSpec) -> tuple[Tensor, Tensor | 
     arises; ``None`` where no row can be blind. A bias or sinks that are finer than the heads make finer scores.
     """
     k = k.repeat_interleave(spec.heads // spec.heads_kv, dim=2) if spec.heads != spec.heads_kv else k
-    score = torch.bmm(heads_first(q * spec.scale), heads_first(k).mT).unflatten(0, (spec.batch, spec.heads))
+    score = torch.unflatten(torch.bmm(heads_first(q * spec.scale), heads_first(k).mT), 0, (spec.batch, spec.heads))
     if spec.softcap is not None:
         score = spec.softcap * torch.tanh(score / spec.softcap)
     bias, allowed = spec.added(), spec.allowed()
@@ -87,7 +87,7 @@ def weigh(weights: Tensor, v: Tensor, spec: AttentionSpec) -> Tensor:
     weights = weights.to(v.dtype)
     if spec.dropout_p > 0.0:
         weights = F.dropout(weights, spec.dropout_p)
-    out: Tensor = torch.bmm(weights.flatten(0, 1), heads_first(v)).unflatten(0, (spec.batch, spec.heads))
+    out = torch.unflatten(torch.bmm(weights.flatten(0, 1), heads_first(v)), 0, (spec.batch, spec.heads))
     return out.transpose(1, 2)
 
 
