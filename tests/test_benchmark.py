@@ -24,6 +24,7 @@ from flashmha.__main__ import main
 from flashmha.backends import get, unregister
 from flashmha.backends.naive import Naive
 from flashmha.benchmark import Case, Plan, every_case, run, runner, select
+from flashmha.benchmark.encoders import FlashmhaEncoder, HandEncoder, PackedEncoder, StockEncoder
 from flashmha.benchmark.gate import Seat, admit, judge
 from flashmha.benchmark.inputs import draw
 from flashmha.benchmark.kernels import ByHand, Linear, sdpa
@@ -32,6 +33,7 @@ from flashmha.benchmark.machine import peak_bytes
 from flashmha.benchmark.peers import CONTROL, Contestant, Flashmha, StockBest, how
 from flashmha.benchmark.reference import Reference, definition
 from flashmha.benchmark.report import absences_table, figures, load, markdown, save
+from flashmha.benchmark.suites import lengths_of
 from flashmha.benchmark.verdicts import judge as judge_cases
 from flashmha.benchmark.verdicts import middle, noise_floor, ratio, share_of_gemm, verdict
 
@@ -109,6 +111,27 @@ def test_no_padded_case_has_a_blind_query(case: Case) -> None:
     assert 0 < case.fill < 1
 
 
+@given(batch=st.integers(1, 40), seqlen=st.integers(2, 500), fill=st.floats(0.1, 0.95), seed=st.integers(0, 9))
+def test_drawn_lengths_have_the_fill_they_are_asked_for(batch: int, seqlen: int, fill: float, seed: int) -> None:
+    lengths = lengths_of(batch, seqlen, fill, seed)
+    assert len(lengths) == batch and min(lengths) >= 1 and max(lengths) == seqlen
+    fewest, most = (batch - 1 + seqlen) / (batch * seqlen), 1.0  # one is full, the others are not empty
+    found = sum(lengths) / (batch * seqlen)
+    assert abs(found - min(max(fill, fewest), most)) <= 1.0 / seqlen
+
+
+def test_an_encoders_padding_is_what_its_case_says() -> None:
+    for case in CASES:
+        if case.level != "encoder" or case.lengths is None:
+            continue
+        small = dataclasses.replace(case, embed_dim=case.heads, layers=1)
+        hidden = draw(small, CPU, 0).hidden
+        assert hidden is not None and hidden.shape == (case.batch, case.seqlen_k)
+        assert (~hidden).sum(1).tolist() == list(case.lengths)
+        assert bool((hidden[:, :-1] & ~hidden[:, 1:]).any()) == case.holes
+        assert f"f{round(100 * (~hidden).float().mean().item())}" in case.id
+
+
 small = st.builds(
     Case,
     suite=st.just("drawn"),
@@ -126,7 +149,23 @@ small = st.builds(
 )
 crossed = small.map(lambda case: dataclasses.replace(case, seqlen_k=9, causal=False, lengths=None))
 weighed = small.map(lambda case: dataclasses.replace(case, level="layer", weights=True))
-drawn = st.one_of(small, crossed, weighed)
+turned = small.map(lambda case: dataclasses.replace(case, level="layer", batch_first=False))
+padded_cross = crossed.map(lambda case: dataclasses.replace(case, level="layer", lengths=(4, 9), batch_first=False))
+stacked = st.builds(
+    lambda case, **fields: dataclasses.replace(case, level="encoder", layers=2, **fields),
+    small,
+    holes=st.booleans(),
+    autocast=st.sampled_from((None, "bfloat16")),
+).map(lambda case: dataclasses.replace(case, dtype="float32") if case.autocast else case)
+drawn = st.one_of(small, crossed, weighed, turned, padded_cross, stacked.filter(lambda case: stock_computes(case)))
+
+
+def stock_computes(case: Case) -> bool:
+    """Stock's fast path does not notice autocast on a CPU: it returns another dtype, or raises beside padding."""
+    return not (case.autocast and case.mode == "eval")
+
+
+OURS = {"layer": "flashmha_best", "core": "attention", "encoder": "flashmha_encoder"}
 
 
 @fewer(3)
@@ -136,12 +175,42 @@ def test_everybody_computes_the_same_or_says_why_not(case: Case, seed: int) -> N
     reference = Reference.of(inputs)
     everyone, _ = everybody(CPU)
     taking_part = contestants(everyone, case, CPU, backends=["naive"])
-    assert {CONTROL, "flashmha_best" if case.level == "layer" else "attention"} <= {one.name for one in taking_part}
+    assert {CONTROL, OURS[case.level]} <= {one.name for one in taking_part}
     for contestant in taking_part:
         seat, row = admit(contestant, inputs, reference)
         assert row["status"] in ("ok", "refused"), (contestant.name, row)
         assert (seat is not None) == (row["status"] == "ok") == ("reason" not in row)
         assert all(leaf.grad is None for leaf in inputs.leaves().values())
+
+
+@fewer(3)
+@given(stacked, st.integers(0, 9))
+def test_every_encoder_is_right_and_the_packed_one_with_holes_too(case: Case, seed: int) -> None:
+    inputs = draw(case, CPU, seed)
+    reference = Reference.of(inputs)
+    every: list[Contestant] = [StockEncoder()] if stock_computes(case) else []
+    every += [HandEncoder(), FlashmhaEncoder()]
+    every += [FlashmhaEncoder("skip", skip_padding=True), PackedEncoder()] if case.lengths else []
+    for one in every:
+        seat, row = admit(one, inputs, reference)
+        assert row["status"] == "ok", (one.name, row)
+        assert seat is not None and seat.module.state_dict().keys() == inputs.state.keys()
+
+
+@given(stacked)
+def test_one_encoder_that_forgets_a_document_is_wrong(case: Case) -> None:
+    case = dataclasses.replace(case, lengths=(3, 6), autocast=None, dtype="float32")
+    inputs = draw(case, CPU, 0)
+
+    class Mixed(PackedEncoder):
+        def call(self, module: torch.nn.Module, inputs: Any) -> tuple[Tensor, None]:
+            hidden = inputs.padding()
+            hidden[0, int((~hidden[0]).int().argmax())] = True
+            return module(inputs.query, hidden, case.causal), None
+
+    reference = Reference.of(inputs)
+    assert admit(PackedEncoder(), inputs, reference)[1]["status"] == "ok"
+    assert admit(Mixed(), inputs, reference)[1]["status"] == "wrong"
 
 
 class Off(Linear):
@@ -180,7 +249,7 @@ def test_the_exact_answer_passes_the_gate(case: Case) -> None:
 @given(drawn, st.integers(1, 400), st.integers(0, 9))
 def test_the_reference_is_stocks_answer_whatever_its_blocks(case: Case, block: int, seed: int) -> None:
     inputs = draw(case, CPU, seed).to(torch.float64)
-    stock: Contestant = StockBest() if case.level == "layer" else ByHand()
+    stock = {"layer": StockBest, "core": ByHand, "encoder": StockEncoder}[case.level]()
     seat = Seat(stock, inputs)
     seat.module.train()  # off the fast path
     with torch.inference_mode(not seat.leaves):

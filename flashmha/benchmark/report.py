@@ -10,7 +10,7 @@ from typing import Any
 from ..errors import in_one_line
 from .cases import Case
 from .peers import HEADLINES, how
-from .verdicts import best_peer, judge, middle, share_of_gemm
+from .verdicts import best_peer, judge, middle, share_of_gemm, verdict
 
 Run = dict[str, Any]
 Table = tuple[Sequence[str], list[Sequence[str]]]
@@ -29,7 +29,12 @@ LEGEND = (
 AT_BEST = {"flashmha_compiled": "stock_compiled", "flashmha_graph": "stock_graph"}
 """Stock at its best, where it runs as one of ours does; else ``stock_best``."""
 
-KINDS = {"eager": "", "compiled": ", compiled", "graph": ", in a CUDA graph"}
+KINDS = {
+    "eager": "",
+    "compiled": ", compiled",
+    "graph": ", in a CUDA graph",
+    "reduced": ", compiled for reduced overhead",
+}
 """How a contestant runs, behind the name of a case."""
 
 
@@ -74,8 +79,46 @@ def levels(run: Run) -> list[str]:
     return list(dict.fromkeys(case["case"]["level"] for case in run["cases"]))
 
 
+ENCODER_COLUMNS = ("encoder", "ours", "ms", "stock", "by hand", "packed", "memory")
+ENCODER_LEGEND = (
+    "How many times faster an encoder of ours is than `nn.TransformerEncoder` (*stock*), than one written by hand on "
+    "SDPA with a broadcast mask, and than that one on tokens packed once, with the flash-attn 2 inside torch (on a CPU "
+    "with SDPA, one sequence after the other). LOSS: the whole interval of the rounds lies below the noise. *memory*: "
+    "our peak as a share of stock's. `skip_padding` computes real rows alone, as *packed* does, and stock in eval."
+)
+
+
+def encoder_table(run: Run, cases: list[dict[str, Any]]) -> Table:
+    """One row for each way that ours ran each encoder, against each peer that ran alike."""
+    rows: list[Sequence[str]] = []
+    for case in cases:
+        for one in case["ratios"]:
+            kind = f"_{how(one)}" if how(one) != "eager" else ""
+            peers = [f"{peer}_encoder{kind}" for peer in ("stock", "hand", "packed")]
+            way = "skip_padding" if "_skip" in one else "exact"
+            took = f"{1e3 * middle(case['contestants'][one]['seconds']):.3g}"
+            against = [judged(case["ratios"][one].get(peer), run["noise_floor"]) for peer in peers]
+            name = f"{encoder_words(case)}{KINDS[how(one)]}"
+            rows.append((name, way, took, *against, cell_of_memory(case, one, peers[0])))
+    return filled(ENCODER_COLUMNS, rows)
+
+
+def encoder_words(case: dict[str, Any]) -> str:
+    """An encoder for a reader, dtype included."""
+    found = Case.of(case["case"])
+    return f"{found.words}, {found.dtype}" if found.autocast is None else found.words
+
+
+def judged(ratio: dict[str, float] | None, floor: float) -> str:
+    """A ratio, and that it is a loss."""
+    lost = ratio is not None and verdict(ratio, floor) == "LOSS"
+    return cell(ratio) + " LOSS" * lost
+
+
 def verdict_table(run: Run, level: str) -> Table:
     """One row a case of a level, and one more for each other way that ours was run, and for each named backend."""
+    if level == "encoder":
+        return encoder_table(run, [case for case in run["cases"] if case["case"]["level"] == level])
     rows = []
     eager = next(one for one, kind in HEADLINES.items() if kind == (level, "eager"))
     for case in run["cases"]:
@@ -234,7 +277,8 @@ def markdown(run: Run) -> str:
     """The whole report as a page."""
     parts = ["# Benchmark", origin_line(run), "\n".join(f"- {line}" for line in summary_lines(run)), LEGEND]
     for level in levels(run):
-        parts += [f"## Level {level}", markdown_table(*verdict_table(run, level))]
+        parts += [f"## Level {level}", *[ENCODER_LEGEND] * (level == "encoder")]
+        parts.append(markdown_table(*verdict_table(run, level)))
     for title, (columns, rows) in (("All that took part", everybody_table(run)), ("Not timed", absences_table(run))):
         parts += [f"## {title}", markdown_table(columns, rows)] if rows else []
     if run["absent"]:
@@ -259,6 +303,9 @@ Pair = tuple[str, str] | None
 def figures(path: Path) -> str:
     """The headline cases of a run as a small table for the README, and what it says and where it comes from."""
     run = load(path)
+    if levels(run) == ["encoder"]:
+        lines = " ".join([ENCODER_LEGEND, *summary_lines(run), origin_line(run)])
+        return f"{markdown_table(*encoder_table(run, run['cases']))}\n\n{lines}"
     rows: list[Sequence[str]] = []
     said = [
         "How many times faster ours is. *stock as called*: both with default arguments, masks as tensors. Every other "

@@ -154,7 +154,7 @@ def measure(
     for name, times in samples.items():
         rows[name]["seconds"] = times
     seats.clear()
-    if any(contestant.how == "compiled" or contestant.name.endswith(":flex") for contestant in taking_part):
+    if any(one.how in ("compiled", "reduced") or one.name.endswith(":flex") for one in taking_part):
         torch.compiler.reset()
     del inputs
     sweep(plan.device)
