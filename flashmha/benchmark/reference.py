@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from ..tolerance import moved
 from .inputs import Inputs
 
 Named = dict[str, Tensor]
@@ -20,17 +22,27 @@ BLOCK = 2**26
 
 @dataclasses.dataclass(frozen=True)
 class Reference:
-    """The exact answer of a case, and a plain one: the same definition in the case's dtype; and the ``eps`` of that."""
+    """The exact answer of a case, and a plain one: the same definition in the case's dtype; and the ``eps`` of that.
+
+    ``again`` computes another plain answer, from inputs moved by a rounding.
+    """
 
     exact: Named
     plain: Named
     eps: float
+    again: Callable[[int], Named]
 
     @classmethod
     def of(cls, inputs: Inputs, block: int = BLOCK) -> Reference:
+        def again(time: int) -> Named:
+            generator = torch.Generator().manual_seed(time)
+            near = {id(x): moved(x, generator).requires_grad_(x.requires_grad) for x in inputs.leaves().values()}
+            query, key, value = (near[id(x)] for x in (inputs.query, inputs.key, inputs.value))
+            return definition(dataclasses.replace(inputs, query=query, key=key, value=value), block)
+
         computing = getattr(torch, inputs.case.autocast or inputs.case.dtype)
         exact, plain = (definition(inputs.to(dtype), block) for dtype in (torch.float64, inputs.query.dtype))
-        return cls(exact, plain, torch.finfo(computing).eps)
+        return cls(exact, plain, torch.finfo(computing).eps, again)
 
 
 def definition(inputs: Inputs, block: int = BLOCK) -> Named:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -88,18 +88,21 @@ ENCODER_LEGEND = (
 )
 
 
-def encoder_table(run: Run, cases: list[dict[str, Any]]) -> Table:
+def encoder_table(run: Run, name_of: Callable[[dict[str, Any]], str], headlines: bool = False) -> Table:
     """One row for each way that ours ran each encoder, against each peer that ran alike."""
     rows: list[Sequence[str]] = []
-    for case in cases:
+    for case in run["cases"]:
+        if case["case"]["level"] != "encoder" or (headlines and not case["case"]["headline"]):
+            continue
+        if not case["ratios"]:
+            rows.append((name_of(case), *"-" * 6))
         for one in case["ratios"]:
             kind = f"_{how(one)}" if how(one) != "eager" else ""
             peers = [f"{peer}_encoder{kind}" for peer in ("stock", "hand", "packed")]
             way = "skip_padding" if "_skip" in one else "exact"
             took = f"{1e3 * middle(case['contestants'][one]['seconds']):.3g}"
             against = [judged(case["ratios"][one].get(peer), run["noise_floor"]) for peer in peers]
-            name = f"{encoder_words(case)}{KINDS[how(one)]}"
-            rows.append((name, way, took, *against, cell_of_memory(case, one, peers[0])))
+            rows.append((name_of(case) + KINDS[how(one)], way, took, *against, cell_of_memory(case, one, peers[0])))
     return filled(ENCODER_COLUMNS, rows)
 
 
@@ -118,7 +121,7 @@ def judged(ratio: dict[str, float] | None, floor: float) -> str:
 def verdict_table(run: Run, level: str) -> Table:
     """One row a case of a level, and one more for each other way that ours was run, and for each named backend."""
     if level == "encoder":
-        return encoder_table(run, [case for case in run["cases"] if case["case"]["level"] == level])
+        return encoder_table(run, lambda case: str(case["id"]))
     rows = []
     eager = next(one for one, kind in HEADLINES.items() if kind == (level, "eager"))
     for case in run["cases"]:
@@ -301,11 +304,17 @@ Pair = tuple[str, str] | None
 
 
 def figures(path: Path) -> str:
-    """The headline cases of a run as a small table for the README, and what it says and where it comes from."""
+    """The headline cases of a run as small tables for the README, and what they say and where they come from."""
     run = load(path)
-    if levels(run) == ["encoder"]:
-        lines = " ".join([ENCODER_LEGEND, *summary_lines(run), origin_line(run)])
-        return f"{markdown_table(*encoder_table(run, run['cases']))}\n\n{lines}"
+    parts = [] if levels(run) == ["encoder"] else [layer_figures(run)]
+    if "encoder" in levels(run):
+        said = [ENCODER_LEGEND, *summary_lines(run), origin_line(run)]
+        parts += [markdown_table(*encoder_table(run, encoder_words, headlines=True)), " ".join(said)]
+    return "\n\n".join(parts)
+
+
+def layer_figures(run: Run) -> str:
+    """The headline layers of a run, and what is said below them."""
     rows: list[Sequence[str]] = []
     said = [
         "How many times faster ours is. *stock as called*: both with default arguments, masks as tensors. Every other "
