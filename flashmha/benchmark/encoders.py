@@ -119,7 +119,7 @@ class PackedEncoder(HandEncoder):
             lengths = (~hidden).sum(dim=1)
             places = (~hidden).flatten().nonzero().squeeze(1)
             packing = Packing(F.pad(lengths.cumsum(0), (1, 0)).to(torch.int32), int(lengths.max()))
-            tokens = super().forward(x.flatten(0, 1)[places][None], packing, is_causal)[0]
+            tokens = super().forward(x.flatten(0, 1).index_select(0, places)[None], packing, is_causal)[0]
             blank = tokens.new_zeros(hidden.numel(), tokens.shape[1])
             return blank.index_copy(0, places, tokens).view_as(x)
 
