@@ -165,7 +165,8 @@ def encoder(case: Case, kind: dict[str, Any], autocast: bool) -> Case:
     return dataclasses.replace(case, level="encoder", layers=2, **{"causal": False, **kind})
 
 
-stacked = st.builds(encoder, small, st.sampled_from(({}, {"holes": True}, {"causal": True})), st.booleans())
+KINDS = ({}, {"holes": True}, {"causal": True}, {"batch_first": False}, {"holes": True, "batch_first": False})
+stacked = st.builds(encoder, small, st.sampled_from(KINDS), st.booleans())
 drawn = st.one_of(small, crossed, weighed, turned, padded_cross, stacked.filter(lambda case: stock_computes(case)))
 
 
@@ -232,7 +233,7 @@ def test_an_encoder_that_forgets_a_token_is_wrong(case: Case) -> None:
         def call(self, module: torch.nn.Module, inputs: Any) -> tuple[Tensor, None]:
             hidden = inputs.padding()
             hidden[0, int((~hidden[0]).int().argmax())] = True
-            return module(inputs.query, hidden, case.causal), None
+            return inputs.turned(module(inputs.turned(inputs.query), hidden, case.causal)), None
 
     reference = Reference.of(inputs)
     assert admit(PackedEncoder(), inputs, reference)[1]["status"] == "ok"
@@ -692,6 +693,52 @@ def test_a_cache_is_for_decoding(packages: str) -> None:
     inputs = draw(case, CPU, 0)
     assert admit(one, inputs, Reference.of(inputs))[1]["status"] == "ok"
     assert one.refuses(dataclasses.replace(case, suite="dense")) is not None
+
+
+def test_an_encoder_is_run_as_its_case_says() -> None:
+    everyone, absent = everybody(CPU)
+    for case in every_case("cuda"):
+        if case.level == "encoder" and case.how != "reduced" and "stock_encoder_compiled" not in absent:
+            names = {one.name for one in contestants(everyone, case, CPU, backends=[])}
+            assert names and {how(name) for name in names} == {case.how}
+            wanted = {"compiled": {"hand_encoder_compiled"}, "eager": {CONTROL, "packed_encoder"}}[case.how]
+            assert wanted <= names
+        elif case.level != "encoder":
+            assert case.how == "eager"
+    assert {"stock_encoder_reduced", "flashmha_encoder_reduced"} <= absent.keys()
+
+
+@pytest.mark.parametrize("asked", ([], ["--level", "encoder"], ["--suites", "model"], ["--case", "model/*"]))
+def test_encoders_run_where_they_are_named(asked: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    plans: list[Plan] = []
+
+    def no_run(plan: Plan, tell: Any) -> dict[str, Any]:
+        plans.append(plan)
+        raise ValueError("not today")
+
+    monkeypatch.setattr("flashmha.benchmark.command.run", no_run)
+    with pytest.raises(SystemExit):
+        main(["bench", "--no-plots", "--out", str(tmp_path), *asked])
+    levels = {case.level for case in plans[0].cases}
+    assert levels == ({"encoder"} if asked else {"layer", "core"})
+
+
+def test_who_is_compiled_alone_has_the_first_of_ours_as_a_twin(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = dataclasses.replace(every_case("cuda")[0], batch=2, seqlen_q=6, seqlen_k=6, embed_dim=8, heads=2)
+    case = dataclasses.replace(case, heads_kv=2, lengths=(3, 6), layers=1, autocast=None, how="compiled")
+
+    class Uncompiled(FlashmhaEncoder):
+        how = "compiled"
+
+        def build(self, case: Case) -> torch.nn.Module:
+            module = super().build(case)
+            monkeypatch.setattr(module, "compile", lambda **options: None)
+            return module
+
+    twins = [Uncompiled("flashmha_encoder_skip_compiled", skip_padding=True), Uncompiled("flashmha_encoder_compiled")]
+    monkeypatch.setattr(runner, "contestants", lambda *arguments: twins)
+    found = run(Plan([case], CPU, rounds=2, budget=1e9), lambda line: None)["cases"][0]
+    assert found["control"]["median"] > 0 and len(found["contestants"][CONTROL]["seconds"]) == 2
 
 
 def test_who_finds_no_memory_beside_the_others_takes_no_part(monkeypatch: pytest.MonkeyPatch) -> None:

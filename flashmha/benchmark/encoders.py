@@ -5,6 +5,7 @@ Rows of padding are nothing to any of them: stock in eval and those that pack le
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any, NamedTuple
 
 import torch
@@ -57,7 +58,7 @@ class HandEncoder(Contestant):
         def __init__(self, case: Case, kernel: Kernel) -> None:
             super().__init__()
             embed_dim = case.embed_dim
-            self.self_attn = Linear.Module(embed_dim, case.heads, kernel)
+            self.self_attn = Linear.Module(embed_dim, case.heads, kernel, case.batch_first)
             self.linear1, self.linear2 = nn.Linear(embed_dim, 4 * embed_dim), nn.Linear(4 * embed_dim, embed_dim)
             self.norm1, self.norm2 = nn.LayerNorm(embed_dim), nn.LayerNorm(embed_dim)
 
@@ -75,11 +76,6 @@ class HandEncoder(Contestant):
             for layer in self.layers:
                 x = layer(x, mask, is_causal)
             return x
-
-    def refuses(self, case: Case) -> str | None:
-        if case.level == self.level and not case.batch_first:
-            return "takes the batch first"
-        return super().refuses(case)
 
     def build(self, case: Case) -> nn.Module:
         return self.Module(case, sdpa)
@@ -121,13 +117,15 @@ class PackedEncoder(HandEncoder):
             packing = Packing(F.pad(lengths.cumsum(0), (1, 0)).to(torch.int32), int(lengths.max()))
             tokens = super().forward(x.flatten(0, 1).index_select(0, places)[None], packing, is_causal)[0]
             blank = tokens.new_zeros(hidden.numel(), tokens.shape[1])
-            return blank.index_copy(0, places, tokens).view_as(x)
+            out: Tensor = blank.index_copy(0, places, tokens).unflatten(0, hidden.shape)
+            return out
 
     def refuses(self, case: Case) -> str | None:
         return "for padded cases" if case.level == self.level and case.lengths is None else super().refuses(case)
 
     def build(self, case: Case) -> nn.Module:
-        return self.Module(case, varlen)
+        return self.Module(dataclasses.replace(case, batch_first=True), varlen)
 
     def call(self, module: nn.Module, inputs: Inputs) -> Answer:
-        return module(inputs.query, inputs.padding(), inputs.case.causal), None
+        out = module(inputs.turned(inputs.query), inputs.padding(), inputs.case.causal)
+        return inputs.turned(out), None

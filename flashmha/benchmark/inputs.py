@@ -129,4 +129,4 @@ def stock_module(case: Case) -> nn.Module:
     layer = nn.TransformerEncoderLayer(
         case.embed_dim, case.heads, 4 * case.embed_dim, dropout=0.0, batch_first=case.batch_first
     )
-    return nn.TransformerEncoder(layer, case.layers)
+    return nn.TransformerEncoder(layer, case.layers, enable_nested_tensor=case.batch_first)

@@ -35,7 +35,7 @@ HEADLINES = {
 """Whom verdicts are about: level, and how it runs."""
 
 CONTROL = "control"
-"""The first of a level's eager ones a second time: what the two differ by is noise."""
+"""The first of them that runs as its case does a second time: what the two differ by is noise."""
 
 
 def how(name: str) -> str:

@@ -64,15 +64,26 @@ def encoders(modes: str, layers: int, shape: tuple[int, ...], fill: float | None
     return make(modes=modes, shape=shape, layers=layers, **fields)
 
 
+TINY_SELF, TINY_CROSS = (4, 16, 64, 4), (4, 40, 64, 4)
+"""The smallest layers that are padded: self-attention, and cross-attention of 10 queries."""
+
+
+def smallest(modes: str) -> list[Case]:
+    """Small padded layers, where what a mask costs the host shows."""
+    one, two = (lengths_of(*shape[:2], 0.7) for shape in (TINY_SELF, TINY_CROSS))
+    cross = make("small", "layer", modes, TINY_CROSS, lengths=two, seqlen_q=10)
+    return make("small", "layer", modes, TINY_SELF, lengths=one) + cross
+
+
 def seqfirst(modes: str, **fields: Any) -> list[Case]:
-    """Layers with the sequence first: a small one, and those of a detector of objects."""
-    small, wide = (16, 64, 4), (850, 256, 8)
+    """Layers with the sequence first: the smallest, and those of a detector of objects, 100 queries or all."""
+    wide = (2, 850, 256, 8)
     cases = []
     for padded in (False, True):
-        for batch, shape, queries in ((4, small, 16), (4, (40, *small[1:]), 10), (2, wide, 850), (2, wide, 100)):
-            lengths = lengths_of(batch, shape[0], 0.7) if padded else None
+        for shape, queries in ((TINY_SELF, 16), (TINY_CROSS, 10), (wide, 850), (wide, 100)):
+            lengths = lengths_of(*shape[:2], 0.7) if padded else None
             sizes = {"seqlen_q": queries, "lengths": lengths, "batch_first": False}
-            cases += make("seqfirst", "layer", modes, (batch, *shape), **sizes, **fields)
+            cases += make("seqfirst", "layer", modes, shape, **sizes, **fields)
     return cases
 
 
@@ -83,6 +94,7 @@ CPU = [
     *make("small", "layer", "train eval", (1, 8, 64, 4), headline=True),
     *make("small", "layer", "train eval", (16, 197, 192, 3), headline=True),
     *make("small", "layer", "train eval", (8, 128, 512, 8)),
+    *smallest("train eval"),
     *make("dense", "layer", "train eval", (4, 512, 512, 8), headline=True),
     *make("dense", "layer", "train eval", (2, 1024, 512, 8), headline=True),
     *make("dense", "layer", "train eval", (1, 2048, 512, 8), headline=True),
@@ -110,6 +122,7 @@ CPU = [
         for case in encoders("train eval", 4, (16, 256, 256, 4), fill, headline=True)
     ),
     *encoders("train eval", 4, (16, 256, 256, 4), 0.54, holes=True),
+    *encoders("train eval", 4, (16, 256, 256, 4), 0.54, batch_first=False),
     *encoders("train eval", 4, (16, 256, 256, 4), headline=True),
 ]
 
@@ -128,6 +141,7 @@ CUDA_ENCODERS = [
     *encoders("train eval", 6, VIT, dtype="bfloat16", headline=True),
     *encoders("train eval", 6, GPT, causal=True, dtype="bfloat16", headline=True),
     *(case for way in PRECISIONS for case in encoders("train eval", *ENCODERS[0], holes=True, **way)),
+    *encoders("train eval", *ENCODERS[0], batch_first=False, dtype="bfloat16"),
     *(
         case
         for way in PRECISIONS
@@ -175,6 +189,7 @@ CUDA = [
             *make("small", "layer", "train eval", (8, 512, 512, 8), headline=True),
             *make("small", "layer", "train eval", (8, 128, 512, 8), headline=True),
             *make("small", "layer", "train eval", (16, 197, 192, 3), headline=True),
+            *smallest("train eval"),
             *make("cross", "layer", "train eval", (8, 4096, 2048, 16), seqlen_q=512),
             *make("cross", "layer", "train eval", (8, 4096, 2048, 16), seqlen_q=64),
             *make("overhead", "core", "eval", (1, 8, 64, 4), headline=True),

@@ -76,9 +76,9 @@ def judge(cases: list[dict[str, Any]]) -> dict[str, Any]:
         case["best_peers"] = {}
         for peer in sorted(peers, key=lambda peer: middle(timed[peer])):
             case["best_peers"].setdefault(how(peer), peer)
-        eager = [one for one in HEADLINES if one in timed and how(one) == "eager"]
-        if eager and CONTROL in timed:
-            case["control"] = ratio(timed[CONTROL], timed[eager[0]])
+        alike = [one for one in HEADLINES if one in timed and how(one) == case["case"].get("how", "eager")]
+        if alike and CONTROL in timed:
+            case["control"] = ratio(timed[CONTROL], timed[alike[0]])
     floor = noise_floor([case["control"]["median"] for case in cases if "control" in case])
     for case in cases:
         case["verdicts"] = {
