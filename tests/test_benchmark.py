@@ -24,6 +24,7 @@ from flashmha.__main__ import main
 from flashmha.backends import get, unregister
 from flashmha.backends.naive import Naive
 from flashmha.benchmark import Case, Plan, every_case, run, runner, select
+from flashmha.benchmark.encoders import FlashmhaEncoder, HandEncoder, PackedEncoder, StockEncoder
 from flashmha.benchmark.gate import Seat, admit, judge
 from flashmha.benchmark.inputs import draw
 from flashmha.benchmark.kernels import ByHand, Linear, sdpa
@@ -32,6 +33,7 @@ from flashmha.benchmark.machine import peak_bytes
 from flashmha.benchmark.peers import CONTROL, Contestant, Flashmha, StockBest, how
 from flashmha.benchmark.reference import Reference, definition
 from flashmha.benchmark.report import absences_table, figures, load, markdown, save
+from flashmha.benchmark.suites import lengths_of
 from flashmha.benchmark.verdicts import judge as judge_cases
 from flashmha.benchmark.verdicts import middle, noise_floor, ratio, share_of_gemm, verdict
 
@@ -109,6 +111,27 @@ def test_no_padded_case_has_a_blind_query(case: Case) -> None:
     assert 0 < case.fill < 1
 
 
+@given(batch=st.integers(1, 40), seqlen=st.integers(2, 500), fill=st.floats(0.1, 0.95), seed=st.integers(0, 9))
+def test_drawn_lengths_have_the_fill_they_are_asked_for(batch: int, seqlen: int, fill: float, seed: int) -> None:
+    lengths = lengths_of(batch, seqlen, fill, seed)
+    assert len(lengths) == batch and min(lengths) >= 1 and max(lengths) == seqlen
+    fewest, most = (batch - 1 + seqlen) / (batch * seqlen), 1.0  # one is full, the others are not empty
+    found = sum(lengths) / (batch * seqlen)
+    assert abs(found - min(max(fill, fewest), most)) <= 1.0 / seqlen
+
+
+def test_an_encoders_padding_is_what_its_case_says() -> None:
+    for case in CASES:
+        if case.level != "encoder" or case.lengths is None:
+            continue
+        small = dataclasses.replace(case, embed_dim=case.heads, layers=1)
+        hidden = draw(small, CPU, 0).hidden
+        assert hidden is not None and hidden.shape == (case.batch, case.seqlen_k)
+        assert (~hidden).sum(1).tolist() == list(case.lengths)
+        assert bool((hidden[:, :-1] & ~hidden[:, 1:]).any()) == case.holes
+        assert f"f{round(100 * (~hidden).float().mean().item())}" in case.id
+
+
 small = st.builds(
     Case,
     suite=st.just("drawn"),
@@ -126,7 +149,33 @@ small = st.builds(
 )
 crossed = small.map(lambda case: dataclasses.replace(case, seqlen_k=9, causal=False, lengths=None))
 weighed = small.map(lambda case: dataclasses.replace(case, level="layer", weights=True))
-drawn = st.one_of(small, crossed, weighed)
+turned = small.map(lambda case: dataclasses.replace(case, level="layer", batch_first=False))
+padded_cross = crossed.map(lambda case: dataclasses.replace(case, level="layer", lengths=(4, 9), batch_first=False))
+
+
+def encoder(case: Case, kind: dict[str, Any], autocast: bool) -> Case:
+    """Two layers, in float32 where they train: where half precision turns a ReLU, a small one errs by luck.
+
+    No causality beside padding anywhere, which would leave queries blind.
+    """
+    if case.mode == "train" or autocast:
+        case = dataclasses.replace(case, dtype="float32")
+    if autocast and case.mode == "eval":
+        kind = {**kind, "autocast": "bfloat16"}
+    return dataclasses.replace(case, level="encoder", layers=2, **{"causal": False, **kind})
+
+
+KINDS = ({}, {"holes": True}, {"causal": True}, {"batch_first": False}, {"holes": True, "batch_first": False})
+stacked = st.builds(encoder, small, st.sampled_from(KINDS), st.booleans())
+drawn = st.one_of(small, crossed, weighed, turned, padded_cross, stacked.filter(lambda case: stock_computes(case)))
+
+
+def stock_computes(case: Case) -> bool:
+    """Stock's fast path does not notice autocast on a CPU: it returns another dtype, or raises beside padding."""
+    return not (case.autocast and case.mode == "eval")
+
+
+OURS = {"layer": "flashmha_best", "core": "attention", "encoder": "flashmha_encoder"}
 
 
 @fewer(3)
@@ -136,12 +185,59 @@ def test_everybody_computes_the_same_or_says_why_not(case: Case, seed: int) -> N
     reference = Reference.of(inputs)
     everyone, _ = everybody(CPU)
     taking_part = contestants(everyone, case, CPU, backends=["naive"])
-    assert {CONTROL, "flashmha_best" if case.level == "layer" else "attention"} <= {one.name for one in taking_part}
+    assert {CONTROL, OURS[case.level]} <= {one.name for one in taking_part}
     for contestant in taking_part:
         seat, row = admit(contestant, inputs, reference)
         assert row["status"] in ("ok", "refused"), (contestant.name, row)
         assert (seat is not None) == (row["status"] == "ok") == ("reason" not in row)
         assert all(leaf.grad is None for leaf in inputs.leaves().values())
+
+
+def encoders(case: Case) -> list[Contestant]:
+    every: list[Contestant] = [StockEncoder()] if stock_computes(case) else []
+    every += [HandEncoder(), FlashmhaEncoder()]
+    return every + [FlashmhaEncoder("skip", skip_padding=True), PackedEncoder()] * (case.lengths is not None)
+
+
+@fewer(3)
+@given(stacked, st.integers(0, 9))
+def test_every_encoder_is_right_and_the_packed_one_with_holes_too(case: Case, seed: int) -> None:
+    inputs = draw(case, CPU, seed)
+    reference = Reference.of(inputs)
+    for one in encoders(case):
+        seat, row = admit(one, inputs, reference)
+        assert row["status"] == "ok", (one.name, row)
+        assert seat is not None and seat.module.state_dict().keys() == inputs.state.keys()
+
+
+@pytest.mark.parametrize("way", ({"dtype": "bfloat16"}, {"autocast": "bfloat16"}), ids=("bfloat16", "autocast"))
+def test_every_encoder_trains_in_half_precision(way: dict[str, str]) -> None:
+    case = dataclasses.replace(every_case("cuda")[0], batch=4, seqlen_q=64, seqlen_k=64, layers=2)
+    case = dataclasses.replace(case, embed_dim=64, heads=2, heads_kv=2, lengths=(20, 64, 3, 41))
+    case = dataclasses.replace(case, **{"dtype": "float32", "autocast": None, **way})
+    assert case.level == "encoder" and case.mode == "train"
+    inputs = draw(case, CPU, 0)
+    reference = Reference.of(inputs)
+    for one in encoders(case):
+        row = admit(one, inputs, reference)[1]
+        assert row["status"] == "ok", (one.name, row)
+        assert reference.plain["out"].dtype == getattr(torch, case.dtype)
+
+
+@given(stacked)
+def test_an_encoder_that_forgets_a_token_is_wrong(case: Case) -> None:
+    case = dataclasses.replace(case, lengths=(3, 6), autocast=None, dtype="float32", causal=False)
+    inputs = draw(case, CPU, 0)
+
+    class Forgetful(PackedEncoder):
+        def call(self, module: torch.nn.Module, inputs: Any) -> tuple[Tensor, None]:
+            hidden = inputs.padding()
+            hidden[0, int((~hidden[0]).int().argmax())] = True
+            return inputs.turned(module(inputs.turned(inputs.query), hidden, case.causal)), None
+
+    reference = Reference.of(inputs)
+    assert admit(PackedEncoder(), inputs, reference)[1]["status"] == "ok"
+    assert admit(Forgetful(), inputs, reference)[1]["status"] == "wrong"
 
 
 class Off(Linear):
@@ -180,7 +276,7 @@ def test_the_exact_answer_passes_the_gate(case: Case) -> None:
 @given(drawn, st.integers(1, 400), st.integers(0, 9))
 def test_the_reference_is_stocks_answer_whatever_its_blocks(case: Case, block: int, seed: int) -> None:
     inputs = draw(case, CPU, seed).to(torch.float64)
-    stock: Contestant = StockBest() if case.level == "layer" else ByHand()
+    stock = {"layer": StockBest, "core": ByHand, "encoder": StockEncoder}[case.level]()
     seat = Seat(stock, inputs)
     seat.module.train()  # off the fast path
     with torch.inference_mode(not seat.leaves):
@@ -261,13 +357,15 @@ def runs(draw: st.DrawFn) -> dict[str, Any]:
         names = ["stock", "stock_best", "linear_sdpa", "flashmha", "flashmha_best"]
         if case.level == "core":
             names = ["sdpa", "attention"]
+        elif case.level == "encoder":
+            names = ["stock_encoder", "hand_encoder", "packed_encoder", "flashmha_encoder", "flashmha_encoder_skip"]
         elif draw(st.booleans()):
             names += ["stock_graph", "linear_sdpa_graph", "flashmha_graph", "linear_sdpa_compiled", "flash_attn_mha"]
         rows: dict[str, dict[str, Any]] = {"absent": {"ours": False, "status": "refused", "reason": "a | in it"}}
         rounds = draw(st.integers(1, 5))
         for name in [*names, CONTROL]:
             rows[name] = {
-                "ours": name in ("flashmha", "flashmha_best", "flashmha_graph", "attention", CONTROL),
+                "ours": name.startswith(("flashmha", "attention", CONTROL)),
                 "status": "ok",
                 "error": {"out": 1e-7},
                 "peak_bytes": draw(st.integers(1, 2**30)),
@@ -296,7 +394,11 @@ def test_a_run_survives_its_file(found: dict[str, Any], tmp_path_factory: pytest
     assert again == json.loads(json.dumps(found)), "the verdicts follow from the seconds alone"
     shown = [case for case in found["cases"] if case["case"]["headline"] and case["case"]["level"] == "layer"]
     graphs = sum("flashmha_graph" in case["ratios"] for case in shown)
-    assert figures(path).count("\n| ") == len(shown) + graphs + 1
+    every = [case["case"] for case in found["cases"]]
+    encoders = [case["headline"] for case in every if case["level"] == "encoder"]
+    heads = 2 * (len(encoders) < len(every)) + 2 * bool(encoders)  # names and dashes
+    lines = [line for line in figures(path).splitlines() if line.startswith("| ")]
+    assert len(lines) == len(shown) + graphs + 2 * sum(encoders) + heads
 
 
 def times_of(case: dict[str, Any]) -> dict[str, list[float]]:
@@ -571,7 +673,8 @@ def test_a_package_called_by_hand_is_timed_if_right_and_else_says_why(packages: 
         if one.ours:
             continue
         row = admit(one, inputs, reference)[1]
-        if case.lengths or case.weights or (one.name == "flash_attn_mha" and case.seqlen_q != case.seqlen_k):
+        plain = case.seqlen_q == case.seqlen_k and case.batch_first
+        if case.lengths or case.weights or (one.name == "flash_attn_mha" and not plain):
             assert row["status"] == "refused" and "raised" not in row
         elif packages == "right" or one.name == "flash_attn_mha":
             assert row["status"] == "ok", row
@@ -590,6 +693,52 @@ def test_a_cache_is_for_decoding(packages: str) -> None:
     inputs = draw(case, CPU, 0)
     assert admit(one, inputs, Reference.of(inputs))[1]["status"] == "ok"
     assert one.refuses(dataclasses.replace(case, suite="dense")) is not None
+
+
+def test_an_encoder_is_run_as_its_case_says() -> None:
+    everyone, absent = everybody(CPU)
+    for case in every_case("cuda"):
+        if case.level == "encoder" and case.how != "reduced" and "stock_encoder_compiled" not in absent:
+            names = {one.name for one in contestants(everyone, case, CPU, backends=[])}
+            assert names and {how(name) for name in names} == {case.how}
+            wanted = {"compiled": {"hand_encoder_compiled"}, "eager": {CONTROL, "packed_encoder"}}[case.how]
+            assert wanted <= names
+        elif case.level != "encoder":
+            assert case.how == "eager"
+    assert {"stock_encoder_reduced", "flashmha_encoder_reduced"} <= absent.keys()
+
+
+@pytest.mark.parametrize("asked", ([], ["--level", "encoder"], ["--suites", "model"], ["--case", "model/*"]))
+def test_encoders_run_where_they_are_named(asked: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    plans: list[Plan] = []
+
+    def no_run(plan: Plan, tell: Any) -> dict[str, Any]:
+        plans.append(plan)
+        raise ValueError("not today")
+
+    monkeypatch.setattr("flashmha.benchmark.command.run", no_run)
+    with pytest.raises(SystemExit):
+        main(["bench", "--no-plots", "--out", str(tmp_path), *asked])
+    levels = {case.level for case in plans[0].cases}
+    assert levels == ({"encoder"} if asked else {"layer", "core"})
+
+
+def test_who_is_compiled_alone_has_the_first_of_ours_as_a_twin(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = dataclasses.replace(every_case("cuda")[0], batch=2, seqlen_q=6, seqlen_k=6, embed_dim=8, heads=2)
+    case = dataclasses.replace(case, heads_kv=2, lengths=(3, 6), layers=1, autocast=None, how="compiled")
+
+    class Uncompiled(FlashmhaEncoder):
+        how = "compiled"
+
+        def build(self, case: Case) -> torch.nn.Module:
+            module = super().build(case)
+            monkeypatch.setattr(module, "compile", lambda **options: None)
+            return module
+
+    twins = [Uncompiled("flashmha_encoder_skip_compiled", skip_padding=True), Uncompiled("flashmha_encoder_compiled")]
+    monkeypatch.setattr(runner, "contestants", lambda *arguments: twins)
+    found = run(Plan([case], CPU, rounds=2, budget=1e9), lambda line: None)["cases"][0]
+    assert found["control"]["median"] > 0 and len(found["contestants"][CONTROL]["seconds"]) == 2
 
 
 def test_who_finds_no_memory_beside_the_others_takes_no_part(monkeypatch: pytest.MonkeyPatch) -> None:

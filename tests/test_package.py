@@ -30,8 +30,9 @@ ORDER = """
     testing.record testing.values testing.paste testing.choice testing.dropout testing.attention testing.kernels
     testing.judge testing.drop_in testing.anatomy testing.tree
     testing.layer testing.encoder testing.transformer testing.call testing
-    benchmark.cases benchmark.inputs benchmark.reference benchmark.machine benchmark.peers benchmark.kernels
-    benchmark.lineup benchmark.verdicts benchmark.gate benchmark.runner benchmark.report benchmark.plots
+    benchmark.cases benchmark.suites benchmark.inputs benchmark.reference benchmark.machine benchmark.peers
+    benchmark.kernels benchmark.encoders benchmark.lineup benchmark.verdicts benchmark.gate benchmark.runner
+    benchmark.report benchmark.plots
     benchmark.command benchmark
     table commands.info commands.explain commands.verify commands.table commands.tune
     wrapper __main__ __init__

@@ -5,8 +5,9 @@ turns in rounds, each in a new order, and a ratio is formed within a round. A tw
 of a difference is noise. ``Plan`` and ``run`` do the same from Python.
 """
 
-from .cases import SUITES, Case, every_case, select
+from .cases import Case, select
 from .command import add_arguments, main
 from .runner import Plan, run
+from .suites import SUITES, every_case
 
 __all__ = ["SUITES", "Case", "Plan", "add_arguments", "every_case", "main", "run", "select"]

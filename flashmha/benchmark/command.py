@@ -13,10 +13,11 @@ from ..commands.screen import add_json, print_json, print_table, progress
 from ..commands.variables import check_variables
 from ..errors import in_one_line
 from ..extras import wanted_by
-from .cases import LEVELS, PASSES, SUITES, every_case, select
+from .cases import LEVELS, PASSES, select
 from .lineup import contestants, everybody
 from .report import Run, faults, levels, load, markdown, origin_line, save, summary_lines, verdict_table
 from .runner import FEWEST, Plan, run
+from .suites import ON_REQUEST, SUITES, every_case
 
 BUDGETS = {"cpu": 360.0, "cuda": 450.0}
 """Seconds a run takes where nobody says."""
@@ -35,7 +36,13 @@ Draw = Callable[[Run, Path], None]
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     suites = "; ".join(f"{name}: {text}" for name, text in SUITES.items())
-    parser.add_argument("--suites", nargs="+", choices=SUITES, metavar="SUITE", help=f"only these ({suites})")
+    parser.add_argument(
+        "--suites",
+        nargs="+",
+        choices=SUITES,
+        metavar="SUITE",
+        help=f"only these ({suites}); default all but {' and '.join(ON_REQUEST)}",
+    )
     parser.add_argument("--case", nargs="+", metavar="GLOB", help="only cases whose id fits one, as 'dense/*/train/*'")
     parser.add_argument("--level", nargs="+", choices=LEVELS, help="only these: whole layers, or attention alone")
     parser.add_argument("--pass", nargs="+", choices=PASSES, dest="passes", help="only these")
@@ -127,8 +134,11 @@ def planned(options: argparse.Namespace) -> Plan:
             raise ValueError(f"peers must be available on {where}, got {name!r}: {absent[name]}.")
         if not any(character in name for character in "*?[") and name not in (*known, "all"):
             raise ValueError(f"peers must be among {', '.join(known)}, all, or globs, got {name!r}.")
+    every = every_case(where.type)
+    if not (options.list or options.suites or options.case or options.level):
+        every = [case for case in every if case.suite not in ON_REQUEST]
     return Plan(
-        cases=select(every_case(where.type), options.suites, options.case, options.level, options.passes),
+        cases=select(every, options.suites, options.case, options.level, options.passes),
         device=where,
         rounds=options.rounds,
         budget=options.budget or BUDGETS.get(where.type, 360.0),

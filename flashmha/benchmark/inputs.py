@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,16 +14,16 @@ from .cases import Case
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Inputs:
-    """What a case computes from, at level ``layer`` query, key and value of a layer, at level ``core`` q, k and v.
+    """What a case computes from: query, key and value of a layer, at level ``core`` q, k and v, or an encoder's input.
 
     Attributes:
         case: what is computed.
-        query, key, value: (batch, seqlen, embed_dim), or (batch, seqlen, heads, head_dim) at level core; one object
-            where a layer is called with one.
+        query, key, value: (batch, seqlen, embed_dim), batch and seqlen the other way round where the case says so, or
+            (batch, seqlen, heads, head_dim) at level core; one object where a layer is called with one.
         cotangent: of the output; zero where a query is padding, as with a loss over real tokens.
         attn_mask: (seqlen_q, seqlen_k) bool, ``True`` = hidden, for causal cases.
         hidden: (batch, seqlen_k) bool, ``True`` = hidden, for padded cases; see ``padding``.
-        state: the parameters of the layer, named as in ``nn.MultiheadAttention``; empty at level core.
+        state: the parameters, named as in ``nn.MultiheadAttention`` or ``nn.TransformerEncoder``; empty at level core.
     """
 
     case: Case
@@ -36,6 +38,16 @@ class Inputs:
     def padding(self) -> Tensor | None:
         """The padding mask, a new tensor every time: each batch of a training brings its own."""
         return None if self.hidden is None else self.hidden.clone()
+
+    def turned(self, x: Tensor) -> Tensor:
+        """Between the layout of the case and (batch, seqlen, ...), either way."""
+        return x if self.case.batch_first else x.transpose(0, 1)
+
+    def casting(self) -> contextlib.AbstractContextManager[Any]:
+        """The autocast that a forward of the case runs under; float64 passes it as it is."""
+        if self.case.autocast is None:
+            return contextlib.nullcontext()
+        return torch.autocast(self.query.device.type, getattr(torch, self.case.autocast))
 
     def leaves(self) -> dict[str, Tensor]:
         """The inputs that want a gradient in training."""
@@ -71,15 +83,18 @@ def draw(case: Case, device: torch.device, seed: int) -> Inputs:
         return torch.randn(shape, generator=generator, device=device, dtype=wide).to(dtype)
 
     state: dict[str, Tensor] = {}
-    if case.level == "layer":
+    if case.level != "core":
         query = normal(case.batch, case.seqlen_q, case.embed_dim)
         key = query if case.seqlen_q == case.seqlen_k else normal(case.batch, case.seqlen_k, case.embed_dim)
         value = key
         with torch.random.fork_rng(devices=[] if device.type == "cpu" else [device]), device:
             torch.manual_seed(seed)
-            stock = nn.MultiheadAttention(case.embed_dim, case.heads)
-            for bias in (stock.in_proj_bias, stock.out_proj.bias):
-                nn.init.normal_(bias, std=0.1)  # stock's zeros would hide a bias that is forgotten
+            stock = stock_module(case)
+            for name, parameter in stock.named_parameters():
+                if name.endswith("bias") or "norm" in name:  # stock's zeros and ones would hide one that is forgotten
+                    nn.init.normal_(parameter, mean=float(name.endswith("weight")), std=0.1)
+                elif case.layers:  # stock makes copies of one layer
+                    nn.init.xavier_uniform_(parameter)
         state = {name: x.to(device, dtype) for name, x in stock.state_dict().items()}
     else:
         query = normal(case.batch, case.seqlen_q, case.heads, case.head_dim)
@@ -91,9 +106,27 @@ def draw(case: Case, device: torch.device, seed: int) -> Inputs:
         attn_mask = torch.ones(case.seqlen_q, case.seqlen_k, dtype=torch.bool, device=device).triu(1)
     if case.lengths is not None:
         hidden = torch.arange(case.seqlen_k)[None, :] >= torch.tensor(case.lengths)[:, None]
+        if case.holes:
+            shuffled = torch.rand(hidden.shape, generator=torch.Generator().manual_seed(seed)).argsort(dim=1)
+            hidden = hidden.gather(1, shuffled)
         hidden = hidden.to(device)
         if case.seqlen_q == case.seqlen_k:
             cotangent[hidden] = 0.0
+    found = Inputs(case, query, key, value, cotangent, attn_mask, hidden, state)
+    if not case.batch_first:
+        turned = {id(x): found.turned(x).contiguous() for x in (query, key, value, cotangent)}
+        query, key, value, cotangent = (turned[id(x)] for x in (query, key, value, cotangent))
+        found = dataclasses.replace(found, query=query, key=key, value=value, cotangent=cotangent)
     for x in (query, key, value):
         x.requires_grad_(case.mode == "train")
-    return Inputs(case, query, key, value, cotangent, attn_mask, hidden, state)
+    return found
+
+
+def stock_module(case: Case) -> nn.Module:
+    """The stock layer or encoder that a case is about, without dropout."""
+    if not case.layers:
+        return nn.MultiheadAttention(case.embed_dim, case.heads, batch_first=case.batch_first)
+    layer = nn.TransformerEncoderLayer(
+        case.embed_dim, case.heads, 4 * case.embed_dim, dropout=0.0, batch_first=case.batch_first
+    )
+    return nn.TransformerEncoder(layer, case.layers, enable_nested_tensor=case.batch_first)

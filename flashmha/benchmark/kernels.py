@@ -19,8 +19,9 @@ from .cases import Case
 from .inputs import Inputs
 from .peers import Answer, Contestant
 
-Kernel = Callable[[Tensor, Tensor, Tensor, Tensor | None, bool], Tensor]
-"""Attention on (batch, seqlen, heads, head_dim), told a bool mask (``True`` = may attend), or that it is causal."""
+Kernel = Callable[[Tensor, Tensor, Tensor, Any, bool], Tensor]
+"""Attention on (batch, seqlen, heads, head_dim), told a bool mask (``True`` = may attend) or what else it is made for,
+or that it is causal."""
 
 FORCED = {
     "cudnn": SDPBackend.CUDNN_ATTENTION,
@@ -118,14 +119,14 @@ class Linear(Contestant):
     """The layer a good engineer writes around a kernel, for one shape of problem, without options."""
 
     class Module(nn.Module):
-        def __init__(self, embed_dim: int, heads: int, kernel: Kernel) -> None:
+        def __init__(self, embed_dim: int, heads: int, kernel: Kernel, batch_first: bool = True) -> None:
             super().__init__()
-            self.heads, self.kernel = heads, kernel
+            self.heads, self.kernel, self.batch_first = heads, kernel, batch_first
             self.in_proj_weight = nn.Parameter(torch.empty(3 * embed_dim, embed_dim))
             self.in_proj_bias = nn.Parameter(torch.empty(3 * embed_dim))
             self.out_proj = nn.Linear(embed_dim, embed_dim)
 
-        def forward(self, query: Tensor, key: Tensor, mask: Tensor | None, is_causal: bool) -> Tensor:
+        def forward(self, query: Tensor, key: Tensor, mask: Any, is_causal: bool) -> Tensor:
             weight, bias, embed_dim = self.in_proj_weight, self.in_proj_bias, query.shape[-1]
             if query is key:
                 q, k, v = F.linear(query, weight, bias).unflatten(-1, (3, self.heads, -1)).unbind(2)
@@ -133,7 +134,12 @@ class Linear(Contestant):
                 q = F.linear(query, weight[:embed_dim], bias[:embed_dim]).unflatten(-1, (self.heads, -1))
                 kv = F.linear(key, weight[embed_dim:], bias[embed_dim:])
                 k, v = kv.unflatten(-1, (2, self.heads, -1)).unbind(2)
-            projected: Tensor = self.out_proj(self.kernel(q, k, v, mask, is_causal).flatten(2))
+            if self.batch_first:
+                out = self.kernel(q, k, v, mask, is_causal)
+            else:
+                q, k, v = (x.transpose(0, 1) for x in (q, k, v))
+                out = self.kernel(q, k, v, mask, is_causal).transpose(0, 1)
+            projected: Tensor = self.out_proj(out.flatten(2))
             return projected
 
     def __init__(self, name: str = "linear_sdpa", kernel: Kernel = sdpa, takes_masks: bool = True) -> None:
@@ -147,7 +153,7 @@ class Linear(Contestant):
         return None if self.takes_masks or case.lengths is None else "its kernel takes no padding mask"
 
     def build(self, case: Case) -> nn.Module:
-        return self.Module(case.embed_dim, case.heads, self.kernel)
+        return self.Module(case.embed_dim, case.heads, self.kernel, case.batch_first)
 
     def call(self, module: nn.Module, inputs: Inputs) -> Answer:
         return module(inputs.query, inputs.key, *mask_of(inputs)), None
@@ -168,6 +174,8 @@ class FlashAttnMha(Contestant):
             return "one packed projection: self-attention only"
         if case.weights:
             return "returns no weights"
+        if not case.batch_first:
+            return "takes the batch first"
         return "takes no padding mask" if case.lengths is not None else None
 
     def build(self, case: Case) -> nn.Module:

@@ -11,6 +11,7 @@ import torch
 
 from ..backends import get, names, origin
 from .cases import Case
+from .encoders import FlashmhaEncoder, HandEncoder, PackedEncoder, StockEncoder
 from .kernels import FORCED, ByHand, FlashAttnMha, Linear, flash_attn, with_kvcache
 from .peers import CONTROL, Attention, Contestant, Flashmha, Stock, StockBest, StockSlow, Through
 
@@ -27,23 +28,26 @@ FEW = {
 }
 """Cases that have time for what ``torch.compile`` makes, which takes ten seconds and more each."""
 
+KINDS = {"layer": ("compiled", "graph"), "core": ("compiled",), "encoder": ("compiled", "reduced")}
+"""The ways beside eager that contestants of a level run."""
+
 GRAPHED = ("small/layer/*",)
 """Cases whose calls are replayed from CUDA graphs, too."""
 
 
 def everybody(device: torch.device) -> tuple[list[Contestant], dict[str, str]]:
-    """All contestants of both levels, every backend this machine has among them; and who is absent, with the reason."""
+    """All contestants of all levels, every backend this machine has among them; and who is absent, with the reason."""
     absent = {name: why for name in names() if (why := get(name).unavailable(device)) is not None}
     present = [name for name in names() if name not in absent]
     stock, best, linear, sdpa, automatic = Stock(), StockBest(), Linear(), ByHand(), Attention("attention")
     ours = Flashmha("flashmha_best", best, trust_is_causal=True)
-    through = {"stock": best, "linear_sdpa": linear, "flashmha": ours, "sdpa": sdpa, "attention": automatic}
-    reasons = {"compiled": no_compiler(device), "graph": None if device.type == "cuda" else "no CUDA device"}
+    through: dict[str, Contestant] = {one.name: one for one in encoders()[:-2]}
+    through |= {"stock": best, "linear_sdpa": linear, "flashmha": ours, "sdpa": sdpa, "attention": automatic}
+    compiler, gpu = no_compiler(device), None if device.type == "cuda" else "no CUDA device"
+    reasons = {"compiled": compiler, "graph": gpu, "reduced": gpu or compiler}
     others: list[Contestant] = []
     for kind, why in reasons.items():
-        every = [
-            Through(name, inner, kind) for name, inner in through.items() if (inner.level, kind) != ("core", "graph")
-        ]
+        every = [Through(name, inner, kind) for name, inner in through.items() if kind in KINDS[inner.level]]
         if why is None:
             others += every
         else:
@@ -65,8 +69,21 @@ def everybody(device: torch.device) -> tuple[list[Contestant], dict[str, str]]:
         *(Attention(f"attention:{name}", name) for name in present),
         automatic,
         Attention(CONTROL),
+        *encoders(),
         *others,
     ], absent
+
+
+def encoders() -> list[Contestant]:
+    """Whole encoders; the last two run eagerly alone."""
+    return [
+        StockEncoder(),
+        HandEncoder(),
+        FlashmhaEncoder(),
+        FlashmhaEncoder("flashmha_encoder_skip", skip_padding=True),
+        FlashmhaEncoder(CONTROL),
+        PackedEncoder(),
+    ]
 
 
 def forced(device: torch.device, absent: dict[str, str]) -> list[Contestant]:
@@ -120,14 +137,14 @@ def contestants(
 
     def wanted(one: Contestant) -> bool:
         _, colon, backend = one.name.partition(":")
-        if one.level != case.level:
+        if one.level != case.level or (one.level == "encoder" and one.how != case.how):
             return False
         if colon:
             return backend in backends if backends is not None else not hidden(backend, case, device)
-        if one.how != "eager" and (peers is None or "all" in peers):
+        if one.how not in ("eager", case.how) and (peers is None or "all" in peers):
             cases = GRAPHED if one.how == "graph" else FEW.get(device.type, ())
             return fits(case, cases) and (peers is not None or device.type != "cpu")
-        if one.ours and one.how == "eager":
+        if one.ours and one.how == case.how:
             return True
         return peers is None or "all" in peers or any(fnmatchcase(one.name, glob) for glob in peers)
 

@@ -14,14 +14,11 @@ from torch import Tensor, nn
 from ..functional import attention
 from ..masks import KeyPadding, Mask, causal
 from ..module import FlashMultiHeadAttention
-from .cases import Case
-from .inputs import Inputs
+from .cases import HOW, Case
+from .inputs import Inputs, stock_module
 
 Answer = tuple[Tensor, Tensor | None]
 """The output, and the attention weights where the case reads them."""
-
-HOW = ("eager", "compiled", "graph")
-"""``graph``: captured in a CUDA graph once, and replayed. Contestants are compared with those of their own kind."""
 
 HEADLINES = {
     "flashmha_best": ("layer", "eager"),
@@ -29,11 +26,16 @@ HEADLINES = {
     "flashmha_graph": ("layer", "graph"),
     "attention": ("core", "eager"),
     "attention_compiled": ("core", "compiled"),
+    "flashmha_encoder": ("encoder", "eager"),
+    "flashmha_encoder_skip": ("encoder", "eager"),
+    "flashmha_encoder_compiled": ("encoder", "compiled"),
+    "flashmha_encoder_skip_compiled": ("encoder", "compiled"),
+    "flashmha_encoder_reduced": ("encoder", "reduced"),
 }
 """Whom verdicts are about: level, and how it runs."""
 
 CONTROL = "control"
-"""The eager one of them a second time: what the two differ by is noise."""
+"""The first of them that runs as its case does a second time: what the two differ by is noise."""
 
 
 def how(name: str) -> str:
@@ -88,7 +90,7 @@ class Stock(Contestant):
     name = "stock"
 
     def build(self, case: Case) -> nn.Module:
-        return nn.MultiheadAttention(case.embed_dim, case.heads, batch_first=True)
+        return stock_module(case)
 
     def told(self, case: Case) -> dict[str, Any]:
         """What a call is told beside its tensors."""
@@ -145,12 +147,13 @@ class Flashmha(Contestant):
         self.name, self.style, self.every_row, self.options = name, style, every_row, options
 
     def refuses(self, case: Case) -> str | None:
-        if case.level == self.level and not self.every_row and case.lengths is None:
-            return "for padded cases"
+        padded = case.lengths is not None and case.seqlen_q == case.seqlen_k
+        if case.level == self.level and not self.every_row and not padded:
+            return "for padded self-attention"
         return super().refuses(case)
 
     def build(self, case: Case) -> nn.Module:
-        return FlashMultiHeadAttention(case.embed_dim, case.heads, batch_first=True, **self.options)
+        return FlashMultiHeadAttention(case.embed_dim, case.heads, batch_first=case.batch_first, **self.options)
 
     def bind(self, module: nn.Module, inputs: Inputs) -> Callable[[], Answer]:
         return self.style.bind(module, inputs)

@@ -45,6 +45,20 @@ PAIRS = {
         "flash-attn 2\nwith_kvcache": ("attention", "flash_attn_2_kvcache"),
         "SDPA,\nboth compiled": ("attention_compiled", "sdpa_compiled"),
     },
+    "encoder": {
+        "stock": ("flashmha_encoder", "stock_encoder"),
+        "by hand": ("flashmha_encoder", "hand_encoder"),
+        "packed": ("flashmha_encoder", "packed_encoder"),
+        "skip_padding:\nstock": ("flashmha_encoder_skip", "stock_encoder"),
+        "skip_padding:\nby hand": ("flashmha_encoder_skip", "hand_encoder"),
+        "skip_padding:\npacked": ("flashmha_encoder_skip", "packed_encoder"),
+        "stock,\nboth compiled": ("flashmha_encoder_compiled", "stock_encoder_compiled"),
+        "by hand,\nboth compiled": ("flashmha_encoder_compiled", "hand_encoder_compiled"),
+        "skip_padding: stock,\nboth compiled": ("flashmha_encoder_skip_compiled", "stock_encoder_compiled"),
+        "skip_padding: by hand,\nboth compiled": ("flashmha_encoder_skip_compiled", "hand_encoder_compiled"),
+        "stock, both\nreduce-overhead": ("flashmha_encoder_reduced", "stock_encoder_reduced"),
+        "by hand, both\nreduce-overhead": ("flashmha_encoder_reduced", "hand_encoder_reduced"),
+    },
 }
 """The columns of the heat map: who of ours against whom."""
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from ..tolerance import moved
 from .inputs import Inputs
 
 Named = dict[str, Tensor]
@@ -20,27 +22,42 @@ BLOCK = 2**26
 
 @dataclasses.dataclass(frozen=True)
 class Reference:
-    """The exact answer of a case, and a plain one: the same definition wholly in the case's dtype."""
+    """The exact answer of a case, and a plain one: the same definition in the case's dtype; and the ``eps`` of that.
+
+    ``again`` computes another plain answer, from inputs moved by a rounding.
+    """
 
     exact: Named
     plain: Named
+    eps: float
+    again: Callable[[int], Named]
 
     @classmethod
     def of(cls, inputs: Inputs, block: int = BLOCK) -> Reference:
-        return cls(definition(inputs.to(torch.float64), block), definition(inputs.to(inputs.query.dtype), block))
+        def again(time: int) -> Named:
+            generator = torch.Generator().manual_seed(time)
+            near = {id(x): moved(x, generator).requires_grad_(x.requires_grad) for x in inputs.leaves().values()}
+            query, key, value = (near[id(x)] for x in (inputs.query, inputs.key, inputs.value))
+            return definition(dataclasses.replace(inputs, query=query, key=key, value=value), block)
+
+        computing = getattr(torch, inputs.case.autocast or inputs.case.dtype)
+        exact, plain = (definition(inputs.to(dtype), block) for dtype in (torch.float64, inputs.query.dtype))
+        return cls(exact, plain, torch.finfo(computing).eps, again)
 
 
 def definition(inputs: Inputs, block: int = BLOCK) -> Named:
     """A case by its definition in the dtype of its inputs; ``block`` bounds the scores that are held at once."""
     training = inputs.case.mode == "train"
     state = {name: x.detach().requires_grad_(training) for name, x in inputs.state.items()}
-    with torch.set_grad_enabled(training):
-        if state:
-            q, k, v = project(inputs, state)
-            heads, weights = attend(q, k, v, inputs, block)
-            out = F.linear(heads.flatten(2), state["out_proj.weight"], state["out_proj.bias"])
+    sources = [inputs.turned(x) for x in (inputs.query, inputs.key, inputs.value)]
+    with torch.set_grad_enabled(training), inputs.casting():
+        if inputs.case.layers:
+            out, weights = encode(sources[0], inputs, state, block)
+        elif state:
+            out, weights = layer(sources, inputs, state, block)
         else:
-            out, weights = attend(inputs.query, inputs.key, inputs.value, inputs, block)
+            out, weights = attend(sources, inputs, block)
+        out = inputs.turned(out)
     named = {"out": out.detach()}
     if inputs.case.weights:
         named["weights"] = weights
@@ -51,22 +68,51 @@ def definition(inputs: Inputs, block: int = BLOCK) -> Named:
     return named
 
 
-def project(inputs: Inputs, state: Named) -> list[Tensor]:
+def encode(x: Tensor, inputs: Inputs, state: Named, block: int) -> tuple[Tensor, Tensor]:
+    """An encoder of post-norm layers with ReLU; no weights."""
+    for place in range(inputs.case.layers):
+        mine = under(f"layers.{place}", state)
+        attended, weights = layer([x, x, x], inputs, under("self_attn", mine), block)
+        x = norm(x + attended, under("norm1", mine))
+        x = norm(x + linear(F.relu(linear(x, under("linear1", mine))), under("linear2", mine)), under("norm2", mine))
+    return x, weights
+
+
+def layer(sources: list[Tensor], inputs: Inputs, state: Named, block: int) -> tuple[Tensor, Tensor]:
+    """A layer of attention on query, key and value."""
+    heads, weights = attend(project(sources, inputs.case.heads, state), inputs, block)
+    return linear(heads.flatten(2), under("out_proj", state)), weights
+
+
+def under(name: str, state: Named) -> Named:
+    """The parameters of a part."""
+    return {key.removeprefix(f"{name}."): x for key, x in state.items() if key.startswith(f"{name}.")}
+
+
+def linear(x: Tensor, state: Named) -> Tensor:
+    return F.linear(x, state["weight"], state["bias"])
+
+
+def norm(x: Tensor, state: Named) -> Tensor:
+    return F.layer_norm(x, x.shape[-1:], state["weight"], state["bias"])
+
+
+def project(sources: list[Tensor], heads: int, state: Named) -> list[Tensor]:
     """The heads (batch, seqlen, heads, head_dim) of a layer's query, key and value."""
     matrices, biases = (state[f"in_proj_{name}"].chunk(3) for name in ("weight", "bias"))
-    heads = (inputs.case.heads, -1)
-    sources = (inputs.query, inputs.key, inputs.value)
-    return [F.linear(x, matrix, bias).unflatten(-1, heads) for x, matrix, bias in zip(sources, matrices, biases)]
+    return [F.linear(x, matrix, bias).unflatten(-1, (heads, -1)) for x, matrix, bias in zip(sources, matrices, biases)]
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, inputs: Inputs, block: int) -> tuple[Tensor, Tensor]:
-    """Attention on (batch, seqlen, heads, head_dim), and the weights averaged over the heads where they are read.
+def attend(heads: list[Tensor], inputs: Inputs, block: int) -> tuple[Tensor, Tensor]:
+    """Attention on q, k and v (batch, seqlen, heads, head_dim), and the weights averaged over the heads where they are
+    read.
 
     As many items at a time as ``block`` allows, or as many rows of one; backward computes each block again.
     """
-    batch, seqlen_q, heads = q.shape[:3]
-    items = max(1, block // (heads * seqlen_q * k.shape[1]))
-    rows = min(seqlen_q, max(1, block // (heads * k.shape[1])))
+    q, k, v = heads
+    batch, seqlen_q, each = q.shape[:3]
+    items = max(1, block // (each * seqlen_q * k.shape[1]))
+    rows = min(seqlen_q, max(1, block // (each * k.shape[1])))
     hidden = inputs.hidden
     outs, means = [], []
     for item in range(0, batch, items):

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from ..errors import in_one_line
 from .cases import Case
 from .peers import HEADLINES, how
-from .verdicts import best_peer, judge, middle, share_of_gemm
+from .verdicts import best_peer, judge, middle, share_of_gemm, verdict
 
 Run = dict[str, Any]
 Table = tuple[Sequence[str], list[Sequence[str]]]
@@ -29,7 +29,12 @@ LEGEND = (
 AT_BEST = {"flashmha_compiled": "stock_compiled", "flashmha_graph": "stock_graph"}
 """Stock at its best, where it runs as one of ours does; else ``stock_best``."""
 
-KINDS = {"eager": "", "compiled": ", compiled", "graph": ", in a CUDA graph"}
+KINDS = {
+    "eager": "",
+    "compiled": ", compiled",
+    "graph": ", in a CUDA graph",
+    "reduced": ", compiled for reduced overhead",
+}
 """How a contestant runs, behind the name of a case."""
 
 
@@ -74,8 +79,49 @@ def levels(run: Run) -> list[str]:
     return list(dict.fromkeys(case["case"]["level"] for case in run["cases"]))
 
 
+ENCODER_COLUMNS = ("encoder", "ours", "ms", "stock", "by hand", "packed", "memory")
+ENCODER_LEGEND = (
+    "How many times faster an encoder of ours is than `nn.TransformerEncoder` (*stock*), than one written by hand on "
+    "SDPA with a broadcast mask, and than that one on tokens packed once, with the flash-attn 2 inside torch (on a CPU "
+    "with SDPA, one sequence after the other). LOSS: the whole interval of the rounds lies below the noise. *memory*: "
+    "our peak as a share of stock's. `skip_padding` computes real rows alone, as *packed* does, and stock in eval."
+)
+
+
+def encoder_table(run: Run, name_of: Callable[[dict[str, Any]], str], headlines: bool = False) -> Table:
+    """One row for each way that ours ran each encoder, against each peer that ran alike."""
+    rows: list[Sequence[str]] = []
+    for case in run["cases"]:
+        if case["case"]["level"] != "encoder" or (headlines and not case["case"]["headline"]):
+            continue
+        if not case["ratios"]:
+            rows.append((name_of(case), *"-" * 6))
+        for one in case["ratios"]:
+            kind = f"_{how(one)}" if how(one) != "eager" else ""
+            peers = [f"{peer}_encoder{kind}" for peer in ("stock", "hand", "packed")]
+            way = "skip_padding" if "_skip" in one else "exact"
+            took = f"{1e3 * middle(case['contestants'][one]['seconds']):.3g}"
+            against = [judged(case["ratios"][one].get(peer), run["noise_floor"]) for peer in peers]
+            rows.append((name_of(case) + KINDS[how(one)], way, took, *against, cell_of_memory(case, one, peers[0])))
+    return filled(ENCODER_COLUMNS, rows)
+
+
+def encoder_words(case: dict[str, Any]) -> str:
+    """An encoder for a reader, dtype included."""
+    found = Case.of(case["case"])
+    return f"{found.words}, {found.dtype}" if found.autocast is None else found.words
+
+
+def judged(ratio: dict[str, float] | None, floor: float) -> str:
+    """A ratio, and that it is a loss."""
+    lost = ratio is not None and verdict(ratio, floor) == "LOSS"
+    return cell(ratio) + " LOSS" * lost
+
+
 def verdict_table(run: Run, level: str) -> Table:
     """One row a case of a level, and one more for each other way that ours was run, and for each named backend."""
+    if level == "encoder":
+        return encoder_table(run, lambda case: str(case["id"]))
     rows = []
     eager = next(one for one, kind in HEADLINES.items() if kind == (level, "eager"))
     for case in run["cases"]:
@@ -234,7 +280,8 @@ def markdown(run: Run) -> str:
     """The whole report as a page."""
     parts = ["# Benchmark", origin_line(run), "\n".join(f"- {line}" for line in summary_lines(run)), LEGEND]
     for level in levels(run):
-        parts += [f"## Level {level}", markdown_table(*verdict_table(run, level))]
+        parts += [f"## Level {level}", *[ENCODER_LEGEND] * (level == "encoder")]
+        parts.append(markdown_table(*verdict_table(run, level)))
     for title, (columns, rows) in (("All that took part", everybody_table(run)), ("Not timed", absences_table(run))):
         parts += [f"## {title}", markdown_table(columns, rows)] if rows else []
     if run["absent"]:
@@ -257,8 +304,17 @@ Pair = tuple[str, str] | None
 
 
 def figures(path: Path) -> str:
-    """The headline cases of a run as a small table for the README, and what it says and where it comes from."""
+    """The headline cases of a run as small tables for the README, and what they say and where they come from."""
     run = load(path)
+    parts = [] if levels(run) == ["encoder"] else [layer_figures(run)]
+    if "encoder" in levels(run):
+        said = [ENCODER_LEGEND, *summary_lines(run), origin_line(run)]
+        parts += [markdown_table(*encoder_table(run, encoder_words, headlines=True)), " ".join(said)]
+    return "\n\n".join(parts)
+
+
+def layer_figures(run: Run) -> str:
+    """The headline layers of a run, and what is said below them."""
     rows: list[Sequence[str]] = []
     said = [
         "How many times faster ours is. *stock as called*: both with default arguments, masks as tensors. Every other "

@@ -76,9 +76,9 @@ def judge(cases: list[dict[str, Any]]) -> dict[str, Any]:
         case["best_peers"] = {}
         for peer in sorted(peers, key=lambda peer: middle(timed[peer])):
             case["best_peers"].setdefault(how(peer), peer)
-        for headline in HEADLINES:
-            if headline in timed and CONTROL in timed and how(headline) == "eager":
-                case["control"] = ratio(timed[CONTROL], timed[headline])
+        alike = [one for one in HEADLINES if one in timed and how(one) == case["case"].get("how", "eager")]
+        if alike and CONTROL in timed:
+            case["control"] = ratio(timed[CONTROL], timed[alike[0]])
     floor = noise_floor([case["control"]["median"] for case in cases if "control" in case])
     for case in cases:
         case["verdicts"] = {
