@@ -72,7 +72,7 @@ class Tokens(NamedTuple):
 @torch.no_grad()
 def tokens(valid: Tensor) -> Tokens:
     """The tokens that are real, as plain tensors; the host waits for a GPU once."""
-    lengths = valid.sum(dim=1)
+    lengths = valid.sum(dim=1) if len(valid) else valid.new_zeros(1, dtype=torch.int64)  # documents are one at least
     total, longest = torch.stack((lengths.sum(), lengths.max())).tolist()
     places = torch.nonzero_static(valid.flatten(), size=total).squeeze(1)
     return Tokens(places, F.pad(lengths.cumsum(0), (1, 0)).to(torch.int32), longest)
@@ -86,7 +86,12 @@ def packed(mask: Mask | None, real: Tokens) -> Mask:
 
 def pack(query: Tensor, key: Tensor, value: Tensor, places: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The tokens at ``places`` as (1, tokens, features), one object where the inputs were."""
-    return each_once(lambda x: x.flatten(0, 1).index_select(0, places)[None], query, key, value)
+    return each_once(lambda x: take(x, places), query, key, value)
+
+
+def take(x: Tensor, places: Tensor) -> Tensor:
+    """(batch, seqlen, ...) as (1, tokens, ...): the tokens at ``places`` in (batch * seqlen)."""
+    return x.flatten(0, 1).index_select(0, places)[None]
 
 
 def unpack(tokens: Tensor, places: Tensor, sizes: tuple[int, int]) -> Tensor:
