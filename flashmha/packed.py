@@ -21,7 +21,7 @@ class Packed:
     documents: Documents
 
     def __init__(self, x: Tensor, real: padding.Tokens, batch_first: bool = True) -> None:
-        self.sizes, self.places, self.batch_first = tuple(x.shape[:2]), real.places, batch_first
+        self.sizes, self.places, self.batch_first = (x.shape[0], x.shape[1]), real.places, batch_first
         self.documents = Documents(real.offsets, max_seqlen=real.longest)
         self.tokens = self.pack(x)
 
@@ -142,8 +142,8 @@ def real_tokens(mask: Tensor | KeyPadding | KeyLengths | None, batch: int, seqle
         or not (mask.dtype == torch.bool or mask.is_floating_point())
     ):
         raise ValueError(
-            f"key_padding_mask must be a bool tensor (batch, seqlen) = ({batch}, {seqlen}), True = hidden, a KeyPadding, "
-            f"a KeyLengths or None, got {told(mask)}."
+            f"key_padding_mask must be a bool tensor (batch, seqlen) = ({batch}, {seqlen}), True = hidden, a "
+            f"KeyPadding, a KeyLengths or None, got {told(mask)}."
         )
     if mask.dtype != torch.bool and (mask.requires_grad or not hides_alone(mask)):
         raise ValueError("key_padding_mask must be bool or hold 0 and -inf alone, got other numbers or a gradient.")

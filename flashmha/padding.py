@@ -19,6 +19,11 @@ from .masks import Documents, KeyPadding, Mask, Window, eager
 
 def refusal(layer: Any, call: Reading) -> str | None:
     """Why padding cannot be left out of a call, so that every row is computed; ``None`` where it can."""
+    return unpackable(layer, call) or beside_holes(call, layer.window)
+
+
+def unpackable(layer: Any, call: Reading) -> str | None:
+    """``refusal`` without a look at where the padding lies."""
     if call.valid is None:
         return "no bool key_padding_mask"
     if not eager(call.query) or (call.query.is_cuda and torch.cuda.is_current_stream_capturing()):
@@ -36,7 +41,13 @@ def refusal(layer: Any, call: Reading) -> str | None:
         return "an attn_mask beside causality"
     if call.query.is_cuda and preference(layer.backend) is None and not packs(layer, call):
         return "no kernel here for packed tokens in this dtype: they would need a dense mask"
-    if layer.window is not None and has_holes(call.valid):
+    return None
+
+
+def beside_holes(call: Reading, *windows: Window | None) -> str | None:
+    """Why padding with holes has to stay: what a window sees would move. Causality alone minds no hole."""
+    bounded = [part for part in (*parts(call.mask), *windows) if part is not None and part.feature == "window"]
+    if bounded and call.valid is not None and has_holes(call.valid):
         return "a window over padding with holes"
     return None
 
