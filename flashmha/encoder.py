@@ -17,8 +17,6 @@ from .masks import eager
 from .route import enter, leave
 
 torch.fx.wrap("found_causal")  # FX sees one call, which looks when the graph runs
-torch.fx.wrap("enter")
-torch.fx.wrap("leave")
 
 
 STOCK_FORWARDS: dict[type[nn.Module], Any] = {

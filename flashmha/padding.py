@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .backends import expand, get, preference
 from .backends.sdpa import runs_packed, takes_packed
-from .call import Reading, each_once
+from .call import Reading, each_once, extra_columns
 from .features import overridden
 from .masks import Documents, KeyPadding, Mask, Window, eager
 
@@ -32,7 +32,7 @@ def unpackable(layer: Any, call: Reading) -> str | None:
         return "query, key and value are not one tensor"
     if not call.valid.numel():
         return "no tokens at all"
-    if call.columns:
+    if extra_columns(layer):
         return "add_bias_kv or add_zero_attn"
     hops = overridden(layer)
     if hops:

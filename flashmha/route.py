@@ -14,7 +14,7 @@ from torch.nn.modules.module import _has_any_global_hook
 from . import padding
 from .call import Reading, read_call
 from .features import MARK, replaced, shadows
-from .masks import Mask, Window, joined
+from .masks import Mask, Window, eager, joined
 from .module import FlashMultiHeadAttention
 from .packed import Packed
 
@@ -48,7 +48,7 @@ def enter(
     encoder would make nested tensors.
     """
     given = Route(src, mask, key_padding_mask, is_causal)
-    if key_padding_mask is None or torch.compiler.is_compiling() or src.is_nested or not len(encoder.layers):
+    if key_padding_mask is None or not eager(src) or src.is_nested or not len(encoder.layers):
         return given
     skipping = [getattr(getattr(layer, "self_attn", None), "skip_padding", False) for layer in encoder.layers]
     nesting = not all(skipping) and would_nest(encoder, src, mask)

@@ -9,9 +9,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor, nn
+from torch import Tensor
 
-import flashmha
 from flashmha import (
     Documents,
     FlashMultiHeadAttention,
@@ -19,7 +18,6 @@ from flashmha import (
     KeyPadding,
     Mask,
     Window,
-    backends,
     causal,
     pack,
 )
@@ -37,7 +35,7 @@ MASKS: dict[str, Mask | None] = {
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
-    """A layer, and items to attend one by one or packed; ``keys`` are the lengths of the items' keys if not their own."""
+    """A layer, and items to attend one by one or packed; ``keys`` are the lengths of other keys than their own."""
 
     queries: tuple[int, ...] = (3, 4, 1)
     keys: tuple[int, ...] | None = None
@@ -95,10 +93,11 @@ class Problem:
         """The weights of every item, cut out of those of all; those of the columns behind them."""
         keys = self.queries if self.keys is None else self.keys
         own, extra = seen[..., : sum(keys)], seen[..., sum(keys) :]
-        rows, cut = seen.split(self.queries, dim=-2), zip(own.split(self.queries, dim=-2), extra.split(self.queries, dim=-2))
-        items = [
-            torch.cat((mine.split(keys, dim=-1)[place], more), dim=-1) for place, (mine, more) in enumerate(cut)
-        ]
+        rows, cut = (
+            seen.split(self.queries, dim=-2),
+            zip(own.split(self.queries, dim=-2), extra.split(self.queries, dim=-2)),
+        )
+        items = [torch.cat((mine.split(keys, dim=-1)[place], more), dim=-1) for place, (mine, more) in enumerate(cut)]
         # nothing is seen of other items
         for row, item in zip(rows, items):
             torch.testing.assert_close(row.sum(dim=-1), item.sum(dim=-1))
