@@ -18,6 +18,7 @@ from .explain import explain
 from .functional import attention
 from .masks import Dense, Documents, KeyLengths, KeyPadding, Mask, Rule, Window, causal
 from .module import FlashMultiHeadAttention
+from .packed import Packed, pack
 from .scores import ALiBi, Bias, RelativeBias, TensorBias
 from .spec import AttentionSpec
 from .wrapper import FlashAttentionWrapper, benchmark_attention, compare_outputs, has_flash_attention
@@ -41,6 +42,7 @@ __all__ = [
     "Limits",
     "Mask",
     "NoBackendError",
+    "Packed",
     "RelativeBias",
     "Rule",
     "SwapReport",
@@ -53,6 +55,7 @@ __all__ = [
     "explain",
     "has_flash_attention",
     "load_tuned",
+    "pack",
     "prefer",
     "record",
     "register",

@@ -125,6 +125,11 @@ def hides_or_nothing(mask: Tensor) -> bool:
     """A float mask that only hides: 0 and ``-inf``, and no gradient. Looked at on a CPU alone."""
     if not mask.is_floating_point() or not readable(mask) or mask.requires_grad:
         return False
+    return hides_alone(mask)
+
+
+def hides_alone(mask: Tensor) -> bool:
+    """A float mask holds 0 and ``-inf`` and nothing else."""
     return bool(((mask == 0.0) | (mask == float("-inf"))).all())
 
 

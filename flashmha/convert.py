@@ -21,6 +21,7 @@ from .encoder import FlashTransformerEncoder, FlashTransformerEncoderLayer, is_s
 from .features import ABSENT, EXTRA_KEYS, MARK, changed, check_features, is_own, shadows
 from .module import FlashMultiHeadAttention, taken
 from .projection import unheard
+from .route import unknown
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -176,8 +177,20 @@ def swap_report(model: nn.Module) -> SwapReport:
             rows.append(SwapRow(name, kind, False, why))
         elif isinstance(module, (nn.TransformerEncoderLayer, nn.TransformerEncoder)) and UNDO in vars(module):
             kept = [f"{attribute} set to {getattr(module, attribute)}" for attribute in undo if attribute != CLASS]
-            rows.append(SwapRow(name, kind, True, "; ".join(kept) or "calls self_attn in eval too"))
+            rows.append(
+                SwapRow(name, kind, True, "; ".join(kept or ["calls self_attn in eval too", *about_padding(module)]))
+            )
     return SwapReport(rows)
+
+
+def about_padding(module: nn.Module) -> list[str]:
+    """What an encoder does about padding, as far as its own make-up says."""
+    if not isinstance(module, FlashTransformerEncoder):
+        return []
+    why = unknown(module)
+    return [
+        "may leave padding out once for all layers" if why is None else f"each layer sees padding for itself: {why}"
+    ]
 
 
 def check_model(model: object) -> None:

@@ -2,8 +2,8 @@
 
 In eval the stock layer hands its weights to one fused operator and never calls ``self_attn``; the stock encoder turns
 a bool padding mask into a float one and padded batches into nested tensors. These subclasses keep masks as they are,
-never nest and always call the layer. They add no state: a stock instance becomes one by its class, and back. No
-annotation here may be postponed: TorchScript reads them.
+leave padding out once where stock nests or ``skip_padding`` asks for it, and always call the layer. They add no state:
+a stock instance becomes one by its class, and back. No annotation here may be postponed: TorchScript reads them.
 """
 
 from typing import Any, Optional
@@ -12,7 +12,9 @@ import torch
 import torch.fx
 from torch import Tensor, nn
 
+from . import route
 from .masks import eager
+from .route import enter, leave
 
 torch.fx.wrap("found_causal")  # FX sees one call, which looks when the graph runs
 
@@ -48,8 +50,18 @@ class FlashTransformerEncoderLayer(nn.TransformerEncoderLayer):
         return out
 
 
+route.expect(FlashTransformerEncoderLayer)
+
+
 class FlashTransformerEncoder(nn.TransformerEncoder):
-    """``nn.TransformerEncoder`` over such layers: no nested tensors, masks handed on as they came."""
+    """``nn.TransformerEncoder`` over such layers: no nested tensors, masks handed on as they came.
+
+    Where every layer's attention has ``skip_padding``, padding is left out once, before the first layer, and comes back
+    as zeros behind the last: feed-forward, norms and dropout see real tokens alone. In eval without gradients that
+    happens by default where the stock encoder would make nested tensors, with its numbers. Every row is computed under
+    ``torch.compile``, export and CUDA graph capture, and where something inside may count on (batch, seqlen): a layer
+    of another class, a module that is not known, a hook. ``flashmha.explain(encoder, src, ...)`` says so.
+    """
 
     def forward(
         self,
@@ -60,12 +72,18 @@ class FlashTransformerEncoder(nn.TransformerEncoder):
     ) -> Tensor:
         """Masks as in ``nn.TransformerEncoder``; ``is_causal=None`` looks whether ``mask`` is the causal mask."""
         causal = found_causal(mask, src_key_padding_mask) if is_causal is None else is_causal
-        output = src
+        if torch.jit.is_scripting():
+            output = src
+            for layer in self.layers:
+                output = layer(output, src_mask=mask, is_causal=causal, src_key_padding_mask=src_key_padding_mask)
+            return output if self.norm is None else self.norm(output)
+        way = enter(self, src, mask, src_key_padding_mask, causal)
+        output = way.src
         for layer in self.layers:
-            output = layer(output, src_mask=mask, is_causal=causal, src_key_padding_mask=src_key_padding_mask)
-        if self.norm is not None:
-            output = self.norm(output)
-        return output
+            output = layer(
+                output, src_mask=way.mask, is_causal=way.is_causal, src_key_padding_mask=way.key_padding_mask
+            )
+        return leave(self, way, output)
 
 
 def found_causal(mask: Optional[Tensor], key_padding_mask: Optional[Tensor]) -> bool:

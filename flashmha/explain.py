@@ -13,23 +13,28 @@ from . import backends, padding
 from .arguments import check_kinds
 from .backends import Explanation, Wanted
 from .call import read_call
+from .encoder import FlashTransformerEncoder, found_causal
 from .forward import prepare
 from .functional import as_bias, as_mask, attention, autocast, check_arguments
-from .masks import short
+from .masks import Mask, short
 from .module import FlashMultiHeadAttention
+from .route import enter
 from .spec import AttentionSpec
 from .weights import is_defined
 
 NAIVE = "naive"
 
 
-def explain(subject: AttentionSpec | FlashMultiHeadAttention | Tensor, *args: Any, **kwargs: Any) -> Explanation:
+def explain(
+    subject: AttentionSpec | FlashMultiHeadAttention | FlashTransformerEncoder | Tensor, *args: Any, **kwargs: Any
+) -> Explanation:
     """Which backend would serve a problem, and why not the others: one line a backend. Nothing is computed.
 
     ``explain(spec, backend=None)`` for an ``AttentionSpec``, where ``capability=(9, 0)`` asks on paper, for a GPU that
     need not be here; ``explain(q, k, v, mask=..., ...)`` for a call of ``attention``; ``explain(layer, query, key,
     value, ...)`` for a call of a layer, which projects its inputs to see the problem, and says in ``notes`` what it
-    does about padding and precision.
+    does about padding and precision. ``explain(encoder, src, ...)`` for a call of a ``FlashTransformerEncoder``: the
+    attention of its first layer, and whether padding is left out once for all of them.
     """
     for kind, answer, form in FORMS:
         if isinstance(subject, kind):
@@ -39,7 +44,8 @@ def explain(subject: AttentionSpec | FlashMultiHeadAttention | Tensor, *args: An
                 raise TypeError(f"the call must be {form}, got: {error}.") from None
             return answer(subject, *args, **kwargs)
     raise TypeError(
-        f"subject must be an AttentionSpec, a FlashMultiHeadAttention or the tensor q, got {type(subject).__name__}."
+        "subject must be an AttentionSpec, a FlashMultiHeadAttention, a FlashTransformerEncoder or the tensor q, got "
+        f"{type(subject).__name__}."
     )
 
 
@@ -65,7 +71,7 @@ def explain_layer(
     value: Tensor,
     key_padding_mask: Tensor | None = None,
     need_weights: bool = True,
-    attn_mask: Tensor | None = None,
+    attn_mask: Mask | Tensor | None = None,
     average_attn_weights: bool = True,
     is_causal: bool = False,
     backend: Wanted = None,
@@ -78,11 +84,7 @@ def explain_layer(
     problem = prepare(layer, call, wanted, layer.skip_padding)
     notes = []
     if problem.padded is not None:
-        real, total = problem.q.shape[1], problem.padded.rows.numel()
-        notes.append(
-            f"skip_padding: {total - real} of {total} positions are left out; "
-            "while compiling or capturing a CUDA graph every row is computed"
-        )
+        notes.append(f"skip_padding: {left_out(problem.q.shape[1], problem.padded.rows.numel())}")
     elif layer.skip_padding and key_padding_mask is not None:
         notes.append(f"skip_padding: every row is computed ({padding.refusal(layer, call)})")
     if problem.dtype is not None:
@@ -96,12 +98,45 @@ def explain_layer(
     return dataclasses.replace(said, notes=(*said.notes, *notes))
 
 
+def explain_encoder(
+    encoder: FlashTransformerEncoder,
+    src: Tensor,
+    mask: Any = None,
+    src_key_padding_mask: Tensor | None = None,
+    is_causal: bool | None = None,
+) -> Explanation:
+    causal = found_causal(mask, src_key_padding_mask) if is_causal is None else is_causal
+    way = enter(encoder, src, mask, src_key_padding_mask, causal)
+    first = encoder.layers[0].self_attn
+    if not isinstance(first, FlashMultiHeadAttention):
+        raise TypeError(f"encoder must have attention of flashmha in its first layer, got {type(first).__name__}.")
+    said = explain_layer(
+        first, way.src, way.src, way.src, way.key_padding_mask, False, way.mask, is_causal=way.is_causal
+    )
+    if way.packed is not None:
+        note = f"once for all layers: {left_out(way.src.shape[:2].numel(), src.shape[:2].numel())}"
+    elif way.why is not None:
+        note = f"not once for all layers ({way.why})"
+    else:
+        return said
+    return dataclasses.replace(said, notes=(*said.notes, note))
+
+
+def left_out(real: int, total: int) -> str:
+    """What a note says of padding that is left out."""
+    return (
+        f"{total - real} of {total} positions are left out; "
+        "while compiling or capturing a CUDA graph every row is computed"
+    )
+
+
 OPTIONS = tuple(inspect.signature(attention).parameters)[3:]
 """What ``attention`` takes by name."""
 
 FORMS: tuple[tuple[type, Callable[..., Explanation], str], ...] = (
     (AttentionSpec, explain_spec, "explain(spec, backend=None, capability=None)"),
     (FlashMultiHeadAttention, explain_layer, "explain(layer, query, key, value, ...), as the layer is called"),
+    (FlashTransformerEncoder, explain_encoder, "explain(encoder, src, ...), as the encoder is called"),
     (Tensor, explain_call, "explain(q, k, v, ...), as attention is called"),
 )
 """Kinds of subjects, what answers for each, and how that is called."""

@@ -56,7 +56,30 @@ def padded(tensor: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def like(dense: Tensor, tensor: Tensor, valid: Tensor) -> Tensor:
-    """A padded tensor nested as another one is; jagged ones share their offsets, so that they can be added."""
+    """A padded tensor nested as another one is."""
     if tensor.layout == torch.strided:
         return torch._nested_tensor_from_mask(dense, valid, mask_check=False)
-    return torch.nested.nested_tensor_from_jagged(dense[valid], offsets=tensor.offsets())  # type: ignore[attr-defined]
+    return again(dense[valid], tensor)
+
+
+def again(values: Tensor, tensor: Tensor) -> Tensor:
+    """Values (total, ...) nested as a jagged tensor is; both share their offsets, so that they can be added."""
+    return torch.nested.nested_tensor_from_jagged(values, offsets=tensor.offsets())  # type: ignore[attr-defined]
+
+
+def is_jagged(thing: object) -> bool:
+    """A jagged nested tensor whose second axis is the ragged one."""
+    if not isinstance(thing, Tensor) or thing.layout != torch.jagged:
+        return False
+    return all(isinstance(size, int) for place, size in enumerate(thing.shape) if place != 1)
+
+
+def without_gaps(tensor: Tensor) -> Tensor:
+    """A jagged tensor whose values are those of its items and no others, end to end."""
+    return tensor if tensor.lengths() is None else tensor.contiguous()  # type: ignore[attr-defined]
+
+
+def as_long(tensor: Tensor, other: Tensor) -> bool:
+    """Two jagged tensors without gaps hold as many items, of the same lengths."""
+    one, two = without_gaps(tensor).offsets(), other.offsets()  # type: ignore[attr-defined]
+    return one is two or torch.equal(one, two)

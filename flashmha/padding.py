@@ -12,13 +12,18 @@ from torch import Tensor
 
 from .backends import expand, get, preference
 from .backends.sdpa import runs_packed, takes_packed
-from .call import Reading, each_once
+from .call import Reading, each_once, extra_columns
 from .features import overridden
 from .masks import Documents, KeyPadding, Mask, Window, eager
 
 
 def refusal(layer: Any, call: Reading) -> str | None:
     """Why padding cannot be left out of a call, so that every row is computed; ``None`` where it can."""
+    return unpackable(layer, call) or beside_holes(call, layer.window)
+
+
+def unpackable(layer: Any, call: Reading) -> str | None:
+    """``refusal`` without a look at where the padding lies."""
     if call.valid is None:
         return "no bool key_padding_mask"
     if not eager(call.query) or (call.query.is_cuda and torch.cuda.is_current_stream_capturing()):
@@ -27,7 +32,7 @@ def refusal(layer: Any, call: Reading) -> str | None:
         return "query, key and value are not one tensor"
     if not call.valid.numel():
         return "no tokens at all"
-    if call.columns:
+    if extra_columns(layer):
         return "add_bias_kv or add_zero_attn"
     hops = overridden(layer)
     if hops:
@@ -36,7 +41,13 @@ def refusal(layer: Any, call: Reading) -> str | None:
         return "an attn_mask beside causality"
     if call.query.is_cuda and preference(layer.backend) is None and not packs(layer, call):
         return "no kernel here for packed tokens in this dtype: they would need a dense mask"
-    if layer.window is not None and has_holes(call.valid):
+    return None
+
+
+def beside_holes(call: Reading, *windows: Window | None) -> str | None:
+    """Why padding with holes has to stay: what a window sees would move. Causality alone minds no hole."""
+    bounded = [part for part in (*parts(call.mask), *windows) if part is not None and part.feature == "window"]
+    if bounded and call.valid is not None and has_holes(call.valid):
         return "a window over padding with holes"
     return None
 
@@ -72,7 +83,7 @@ class Tokens(NamedTuple):
 @torch.no_grad()
 def tokens(valid: Tensor) -> Tokens:
     """The tokens that are real, as plain tensors; the host waits for a GPU once."""
-    lengths = valid.sum(dim=1)
+    lengths = valid.sum(dim=1) if len(valid) else valid.new_zeros(1, dtype=torch.int64)  # documents are one at least
     total, longest = torch.stack((lengths.sum(), lengths.max())).tolist()
     places = torch.nonzero_static(valid.flatten(), size=total).squeeze(1)
     return Tokens(places, F.pad(lengths.cumsum(0), (1, 0)).to(torch.int32), longest)
@@ -86,7 +97,12 @@ def packed(mask: Mask | None, real: Tokens) -> Mask:
 
 def pack(query: Tensor, key: Tensor, value: Tensor, places: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The tokens at ``places`` as (1, tokens, features), one object where the inputs were."""
-    return each_once(lambda x: x.flatten(0, 1).index_select(0, places)[None], query, key, value)
+    return each_once(lambda x: take(x, places), query, key, value)
+
+
+def take(x: Tensor, places: Tensor) -> Tensor:
+    """(batch, seqlen, ...) as (1, tokens, ...): the tokens at ``places`` in (batch * seqlen)."""
+    return x.flatten(0, 1).index_select(0, places)[None]
 
 
 def unpack(tokens: Tensor, places: Tensor, sizes: tuple[int, int]) -> Tensor:

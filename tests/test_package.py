@@ -24,8 +24,8 @@ ORDER = """
     backends.flash4_mask backends.flash4_kernels
     backends.naive backends.sdpa backends.flex backends.flash2 backends.flash3 backends.flash4
     backends.registry backends functional deferred
-    features stock nested arguments call columns hops padding kernels tiles weights projection plain forward module
-    encoder convert explain
+    features stock nested arguments call columns hops padding packed kernels tiles weights projection plain forward
+    module route encoder convert explain
     commands commands.devices commands.screen commands.destination commands.variables commands.picture tolerance
     testing.record testing.values testing.paste testing.choice testing.dropout testing.attention testing.kernels
     testing.judge testing.drop_in testing.anatomy testing.tree

@@ -1,0 +1,194 @@
+"""How padding goes through an encoder: as it was given, or left out once for all layers."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+from torch.nn.modules.module import _has_any_global_hook
+
+from . import padding
+from .call import Reading, read_call
+from .features import MARK, replaced, shadows
+from .masks import Mask, Window, eager, joined
+from .module import FlashMultiHeadAttention
+from .packed import Packed
+
+
+class Route(NamedTuple):
+    """What the layers of an encoder are called with; ``leave`` is the way back.
+
+    ``packed`` holds the tokens where padding is left out, and ``why`` says why it is not where that was asked for.
+    With ``padded_norm`` the last norm sees zeros in place of padding, as it does behind stock's nested tensors.
+    """
+
+    src: Tensor
+    mask: Mask | Tensor | None
+    key_padding_mask: Tensor | None
+    is_causal: bool
+    packed: Packed | None = None
+    padded_norm: bool = False
+    why: str | None = None
+
+
+def enter(
+    encoder: nn.TransformerEncoder,
+    src: Tensor,
+    mask: Mask | Tensor | None,
+    key_padding_mask: Tensor | None,
+    is_causal: bool,
+) -> Route:
+    """The route of one call of an encoder.
+
+    Padding is left out once where every layer has ``skip_padding``, and in eval without gradients where the stock
+    encoder would make nested tensors.
+    """
+    given = Route(src, mask, key_padding_mask, is_causal)
+    if key_padding_mask is None or not eager(src) or src.is_nested or not len(encoder.layers):
+        return given
+    skipping = [getattr(getattr(layer, "self_attn", None), "skip_padding", False) for layer in encoder.layers]
+    nesting = not all(skipping) and would_nest(encoder, src, mask)
+    if not (all(skipping) or nesting):
+        return given._replace(why="not every layer has skip_padding" if any(skipping) else None)
+    why = unknown(encoder, nesting)
+    if why is not None:
+        return given._replace(why=why)
+    attentions: list[Any] = [layer.self_attn for layer in encoder.layers]
+    call = read_call(attentions[0], src, src, src, key_padding_mask, False, mask, is_causal)
+    why = refusal(attentions, call)
+    if why is None and nesting and getattr(encoder, "mask_check", True) and not ends_in_padding(call.valid):
+        why = "padding before real tokens, where the stock encoder makes no nested tensors"
+    if why is not None:
+        return given._replace(why=why)
+    assert call.valid is not None
+    packed = Packed(src, padding.tokens(call.valid), attentions[0].batch_first)
+    windows = [part for part in padding.parts(call.mask) if type(part) is Window]
+    return Route(packed.tokens, joined(packed.documents, *windows), None, False, packed, nesting)
+
+
+def leave(encoder: nn.TransformerEncoder, route: Route, output: Tensor) -> Tensor:
+    """The encoder's output of what its last layer returned; zeros where padding was left out."""
+    packed = route.packed
+    if packed is not None and route.padded_norm:
+        output, packed = packed.unpack(output), None
+    if encoder.norm is not None:
+        output = encoder.norm(output)
+    return output if packed is None else packed.unpack(output)
+
+
+def would_nest(encoder: nn.TransformerEncoder, src: Tensor, mask: Mask | Tensor | None) -> bool:
+    """The stock encoder would make nested tensors of a batch whose padding comes last."""
+    if not torch.backends.mha.get_fastpath_enabled() or not getattr(encoder, "use_nested_tensor", False):
+        return False
+    if encoder.layers[0].training or src.dim() != 3 or mask is not None or torch.is_autocast_enabled():
+        return False
+    return not (torch.is_grad_enabled() and any(x.requires_grad for x in (src, *encoder.parameters())))
+
+
+def ends_in_padding(valid: Any) -> bool:
+    """The real tokens of each item come first; looked at as the stock encoder does, which waits for a GPU."""
+    return not bool((valid[:, 1:] & ~valid[:, :-1]).any())
+
+
+def refusal(attentions: list[Any], call: Reading) -> str | None:
+    """Why the attention of some layer needs every row."""
+    first = attentions[0]
+    if not call.batched:
+        return "src without a batch axis"
+    for attention in attentions:
+        if (attention.batch_first, attention.trust_is_causal) != (first.batch_first, first.trust_is_causal):
+            return "layers that differ in batch_first or trust_is_causal"
+        why = padding.unpackable(attention, call)
+        if why is not None:
+            return why
+    return padding.beside_holes(call, *[attention.window for attention in attentions])
+
+
+# What is known to take tokens one by one
+
+BLOCKS = ("forward", "_sa_block", "_ff_block")
+"""The methods of an encoder layer that run."""
+KNOWN: dict[type[nn.Module], tuple[Any, ...]] = {}
+"""The package's own encoder layers, and those methods as they were written."""
+
+PARTS = ("linear1", "dropout", "linear2", "norm1", "norm2", "dropout1", "dropout2", "activation")
+"""The modules of an encoder layer beside ``self_attn``; ``activation`` may be a function."""
+
+# fmt: off
+FUNCTIONS = [
+    F.relu, F.gelu, F.silu, F.mish, F.elu, F.selu, F.celu, F.leaky_relu, F.relu6, F.hardswish, F.hardtanh, F.softplus,
+    F.tanh, F.sigmoid, F.logsigmoid, torch.relu, torch.tanh, torch.sigmoid,
+]
+MODULES: list[type[nn.Module]] = [
+    nn.Linear, NonDynamicallyQuantizableLinear, nn.LayerNorm, nn.RMSNorm, nn.Dropout, nn.Identity,
+    nn.ReLU, nn.GELU, nn.SiLU, nn.Mish, nn.ELU, nn.SELU, nn.CELU, nn.LeakyReLU, nn.ReLU6, nn.Hardswish, nn.Hardtanh,
+    nn.Softplus, nn.Tanh, nn.Sigmoid, nn.LogSigmoid,
+]
+# fmt: on
+FORWARDS = {kind.forward for kind in MODULES}
+
+
+def expect(kind: type[nn.Module]) -> None:
+    """Know an encoder layer as it is."""
+    KNOWN[kind] = tuple(getattr(kind, name) for name in BLOCKS)
+
+
+def unknown(encoder: nn.TransformerEncoder, padded_norm: bool = False) -> str | None:
+    """What in an encoder may count on (batch, seqlen), so that padding stays; ``None`` for nothing."""
+    if _has_any_global_hook():
+        return "hooks on every module"
+    for number, layer in enumerate(encoder.layers):
+        why = unknown_layer(layer)
+        if why is not None:
+            return f"layers.{number}{why}"
+    why = None if encoder.norm is None or padded_norm else unknown_part(encoder.norm)
+    return None if why is None else f"norm {why}"
+
+
+def unknown_layer(layer: Any) -> str | None:
+    """The same of one layer."""
+    kind = type(layer)
+    if kind not in KNOWN or KNOWN[kind] != tuple(getattr(kind, name) for name in BLOCKS) or shadows(layer):
+        return f" is a {kind.__name__} with code of its own, or none of flashmha's"
+    if hooked(layer):
+        return " has hooks"
+    attention = layer.self_attn
+    if not isinstance(attention, FlashMultiHeadAttention):
+        return f".self_attn is a {type(attention).__name__}"
+    if replaced(attention):
+        return f".self_attn has a {', '.join(replaced(attention))} of its own"
+    if hooked(attention):
+        return ".self_attn has hooks"
+    parts = [(name, getattr(layer, name)) for name in PARTS]
+    if attention.call_out_proj:
+        parts.append(("self_attn.out_proj", attention.out_proj))
+    for name, part in parts:
+        why = unknown_part(part)
+        if why is not None:
+            return f".{name} {why}"
+    return None
+
+
+def unknown_part(part: Any) -> str | None:
+    """The same of a module, or a function, that is no attention."""
+    if not isinstance(part, nn.Module):
+        function = part.func if isinstance(part, functools.partial) else part
+        return None if function in FUNCTIONS else f"is {getattr(part, '__name__', 'a function')}, which is not torch's"
+    kind = type(part)
+    if kind.forward not in FORWARDS or kind.__call__ is not nn.Module.__call__ or shadows(part):
+        return f"is a {kind.__name__}, which may mix tokens"
+    if isinstance(part, (nn.LayerNorm, nn.RMSNorm)) and len(part.normalized_shape) != 1:
+        return "normalises over more than one token"
+    return "has hooks" if hooked(part) else None
+
+
+def hooked(module: nn.Module) -> bool:
+    """Hooks run around a module, but for the package's own mark, or a compiled form in its place."""
+    before: dict[Any, Any] = module._forward_pre_hooks
+    if len(before) > (MARK in before) or module._forward_hooks or module._backward_hooks or module._backward_pre_hooks:
+        return True
+    return module._compiled_call_impl is not None
