@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .functional import AUTOCAST
+from .functional import casts_to
 from .masks import Dense, KeyPadding, Mask, causal, joined, readable
 from .scores import plus
 
@@ -270,9 +270,8 @@ def check_float_mask(mask: Tensor, name: str, query: Tensor, need_weights: bool)
     """A float mask has the dtype of the heads; float32 will do where stock lets it."""
     if mask.dtype == query.dtype or (mask.dtype == torch.float32 and not need_weights):
         return
-    device = query.device.type
-    casting = device in AUTOCAST and torch.is_autocast_enabled(device)
-    if casting and mask.dtype in (torch.float32, torch.get_autocast_dtype(device)):
+    dtype = casts_to(query.device)
+    if dtype is not None and mask.dtype in (torch.float32, dtype):
         return
     raise RuntimeError(
         f"Expected {name} dtype to be bool or to match query dtype, "

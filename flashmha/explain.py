@@ -87,6 +87,8 @@ def explain_layer(
         notes.append(f"skip_padding: every row is computed ({padding.refusal(layer, call)})")
     if problem.dtype is not None:
         notes.append(f"computed in {short(problem.dtype)}: this CPU is slower in {short(call.query.dtype)}")
+    elif problem.spec.dtype != call.query.dtype:
+        notes.append(f"computed in {short(problem.spec.dtype)}: autocast takes {short(call.query.dtype)} there")
     said = backends.explain(problem.spec, wanted)
     plain = need_weights and problem.padded is None and said.chosen is not None
     if plain and is_defined(problem.spec, backends.get(str(said.chosen)), wanted):

@@ -14,7 +14,7 @@ from .backends.base import HALF
 from .call import Reading, read_call
 from .columns import added, append, widen
 from .features import changed, has_hops, is_own
-from .functional import autocast, run
+from .functional import autocast, casts_to, run
 from .hops import check_heads, check_output, check_weights, refuse_weights, three
 from .masks import Mask, joined
 from .scores import TensorBias
@@ -128,7 +128,7 @@ def attend_call(
 
 def weights_dtype(q: Tensor) -> torch.dtype:
     """What a softmax of scores of q gives: on a GPU autocast takes it to float32."""
-    if q.is_cuda and torch.is_autocast_enabled("cuda"):
+    if q.is_cuda and casts_to(q.device) is not None:
         return torch.promote_types(q.dtype, torch.float32)
     return q.dtype
 
@@ -182,7 +182,7 @@ def computing_dtype(layer: Any, call: Reading, wanted: Wanted) -> torch.dtype | 
     Not for a layer that was told a backend or has hops of its own, which were written for the layer's dtype.
     """
     query, dtype = call.query, call.query.dtype
-    if query.device.type != "cpu" or torch.is_autocast_enabled("cpu") or not projection.emulated(dtype):
+    if query.device.type != "cpu" or casts_to(query.device) is not None or not projection.emulated(dtype):
         return None
     if layer.call_out_proj or has_hops(layer) or preference(wanted) is not None or needs_aten(query):
         return None

@@ -14,7 +14,8 @@ from .backends import expand, get, preference
 from .backends.sdpa import runs_packed, takes_packed
 from .call import Reading, each_once
 from .features import overridden
-from .masks import Documents, KeyPadding, Mask, Window, eager
+from .functional import computed_in
+from .masks import Documents, KeyPadding, Mask, Window, eager, short
 
 
 def refusal(layer: Any, call: Reading) -> str | None:
@@ -35,7 +36,7 @@ def refusal(layer: Any, call: Reading) -> str | None:
     if call.bias is not None or any(type(part) not in (KeyPadding, Window) for part in parts(call.mask)):
         return "an attn_mask beside causality"
     if call.query.is_cuda and preference(layer.backend) is None and not packs(layer, call):
-        return "no kernel here for packed tokens in this dtype: they would need a dense mask"
+        return f"no kernel here for packed tokens in {short(computed_in(call.query))}: they would need a dense mask"
     if layer.window is not None and has_holes(call.valid):
         return "a window over padding with holes"
     return None
@@ -50,13 +51,13 @@ def same_memory(one: Tensor, two: Tensor) -> bool:
 
 
 def packs(layer: Any, call: Reading) -> bool:
-    """A kernel for packed documents runs on this GPU and in this dtype."""
-    tensor, size = call.query, layer.embed_dim // layer.num_heads
+    """A kernel for packed documents runs on this GPU and in the dtype of the layer's heads."""
+    device, dtype, size = call.query.device, computed_in(call.query), layer.embed_dim // layer.num_heads
     able = (get(name) for name in expand("flash_attn"))
-    if any(tensor.dtype in kernel.limits.dtypes and kernel.unavailable(tensor.device) is None for kernel in able):
+    if any(dtype in kernel.limits.dtypes and kernel.unavailable(device) is None for kernel in able):
         return True
     whole = all(part.feature != "window" for part in parts(call.mask)) and layer.window is None
-    return whole and takes_packed(tensor.dtype, size) and runs_packed(size, tensor.device.index)
+    return whole and takes_packed(dtype, size) and runs_packed(size, device.index)
 
 
 class Tokens(NamedTuple):
