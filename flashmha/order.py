@@ -1,0 +1,68 @@
+"""Tokens in another order: the real ones of each batch item first, and every token back in its place.
+
+Attention that looks at no position does not care where a key stands, so a kernel that takes lengths serves padding of
+any pattern. Sizes stay as they are, and no device is waited for.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .heads import neighbours
+from .masks import eager
+
+
+class Order(NamedTuple):
+    """An order of (batch * seqlen) rows: which row comes to each place, and where each row went."""
+
+    places: Tensor
+    back: Tensor
+
+    @property
+    def undone(self) -> Order:
+        """The order that puts every row back."""
+        return Order(self.back, self.places)
+
+
+def real_first(valid: Tensor) -> Order:
+    """The rows of each item of valid (batch, seqlen), real ones first, both kinds as they came."""
+    batch, seqlen = valid.shape
+    # bytes rather than bool: every torch sorts them on a GPU
+    places = (~valid).to(torch.uint8).argsort(dim=1, stable=True)
+    first = torch.arange(batch, device=valid.device)[:, None] * seqlen
+    return Order((places + first).flatten(), (places.argsort(dim=1) + first).flatten())
+
+
+def permuted(rows: tuple[Tensor, ...], order: Order) -> tuple[Tensor, ...]:
+    """Tensors (batch * seqlen, ...) in an order; gradients come back by the order undone, adding nothing up."""
+    if torch.is_grad_enabled() and any(x.requires_grad for x in rows):
+        made: tuple[Tensor, ...] = Permuted.apply(*order, *rows)  # type: ignore[no-untyped-call]
+        return made
+    return moved(rows, order.places)
+
+
+def moved(rows: tuple[Tensor, ...], places: Tensor) -> tuple[Tensor, ...]:
+    """Some rows of tensors, in one operator where the tensors are neighbours in one."""
+    first = rows[0]
+    if len(rows) > 1 and eager(first) and neighbours(rows):
+        sizes = [x.shape[-2] for x in rows]
+        whole = first.as_strided((*first.shape[:-2], sum(sizes), first.shape[-1]), first.stride())
+        return whole.index_select(0, places).split_with_sizes(sizes, -2)
+    return tuple([x.index_select(0, places) for x in rows])
+
+
+class Permuted(torch.autograd.Function):
+    """``moved``, whose backward moves as well: that of ``index_select`` would add rows up in any order."""
+
+    @staticmethod
+    def forward(ctx: Any, places: Tensor, back: Tensor, *rows: Tensor) -> tuple[Tensor, ...]:
+        ctx.save_for_backward(back, places)
+        return moved(rows, places)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        undone = Order(*ctx.saved_tensors)
+        return None, None, *permuted(grads, undone)
