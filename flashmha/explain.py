@@ -15,7 +15,7 @@ from .backends import Explanation, Wanted
 from .call import read_call
 from .forward import prepare
 from .functional import as_bias, as_mask, attention, autocast, check_arguments
-from .masks import short
+from .masks import Padding, short
 from .module import FlashMultiHeadAttention
 from .spec import AttentionSpec
 from .weights import is_defined
@@ -63,7 +63,7 @@ def explain_layer(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    key_padding_mask: Tensor | None = None,
+    key_padding_mask: Padding | Tensor | None = None,
     need_weights: bool = True,
     attn_mask: Tensor | None = None,
     average_attn_weights: bool = True,

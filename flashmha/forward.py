@@ -11,12 +11,12 @@ from . import nested, padding, plain, projection
 from .arguments import check_flags, check_kinds
 from .backends import preference
 from .backends.base import HALF
-from .call import Reading, read_call
+from .call import Reading, check_rule, read_call
 from .columns import added, append, widen
 from .features import changed, has_hops, is_own
 from .functional import autocast, casts_to, run
 from .hops import check_heads, check_output, check_weights, refuse_weights, three
-from .masks import Mask, joined
+from .masks import Mask, Padding, joined
 from .scores import TensorBias
 from .spec import AttentionSpec, needs_aten
 from .stock import stock_forward
@@ -46,7 +46,7 @@ def attend(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    key_padding_mask: Tensor | None,
+    key_padding_mask: Padding | Tensor | None,
     need_weights: bool,
     attn_mask: Mask | Tensor | None,
     average_attn_weights: bool,
@@ -135,15 +135,16 @@ def weights_dtype(q: Tensor) -> torch.dtype:
 
 def prepare(layer: Any, call: Reading, wanted: Wanted, skip_padding: bool) -> Problem:
     """Hops 2 and 3: the heads projected and processed, and the problem they make."""
-    query, key, value, mask, bias, _, columns, valid = call
+    query, key, value, mask, bias, _, columns, rule = call
     padded: Padded | None = None
     custom = has_hops(layer)
     dtype = computing_dtype(layer, call, wanted) if query.dtype in HALF else None
     if layer.window is not None:
         mask = joined(mask, layer.window)
-    if skip_padding and valid is not None and padding.refusal(layer, call) is None:
-        real = padding.tokens(valid)
-        padded = Padded(mask, real.places, valid)
+    if skip_padding and rule is not None and padding.refusal(layer, call) is None:
+        seqlen = key.shape[1]
+        real = padding.tokens(rule, seqlen)
+        padded = Padded(mask, real.places, rule.real(seqlen))
         query, key, value = padding.pack(query, key, value, real.places)
         mask = padding.packed(mask, real)
     if dtype is None:
@@ -255,7 +256,7 @@ def as_stock(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    key_padding_mask: Tensor | None,
+    key_padding_mask: Padding | Tensor | None,
     need_weights: bool,
     attn_mask: Mask | Tensor | None,
     average_attn_weights: bool,
@@ -264,6 +265,10 @@ def as_stock(
     """The call as ``F.multi_head_attention_forward``."""
     if isinstance(attn_mask, Mask):
         attn_mask, is_causal = as_tensor(layer, attn_mask, query, key), False
+    if isinstance(key_padding_mask, Padding):
+        check_rule(layer, key_padding_mask, query, key)
+        hidden = ~key_padding_mask.real(key.shape[1 if layer.batch_first and key.dim() == 3 else 0])
+        key_padding_mask = hidden if key.dim() == 3 else hidden[0]
     return stock_forward(
         query,
         key,

@@ -225,8 +225,10 @@ class Padding(Mask):
         return self if self._private else self.once("own", self.copied)
 
     def copied(self) -> Padding:
-        (held,) = self.tensors()
-        return private(type(self)(held.clone()))
+        tensors, again = self.flatten()
+        twin = again([tensor.clone() for tensor in tensors])
+        assert isinstance(twin, Padding)
+        return private(twin)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), self.tensors()
@@ -679,9 +681,9 @@ def merge(one: Mask, two: Mask) -> Mask | None:
         both.left, both.right = narrower(one.left, two.left), narrower(one.right, two.right)
         return both
     if isinstance(one, KeyPadding) and isinstance(two, KeyPadding) and one.valid.shape == two.valid.shape:
-        return KeyPadding(one.valid & two.valid)
+        return private(KeyPadding(one.valid & two.valid))
     if isinstance(one, KeyLengths) and isinstance(two, KeyLengths) and one.lengths.shape == two.lengths.shape:
-        return KeyLengths(torch.minimum(one.lengths, two.lengths))
+        return private(KeyLengths(torch.minimum(one.lengths, two.lengths)))
     if isinstance(one, Dense) and isinstance(two, Dense):
         return Dense(one.allowed & two.allowed)
     if isinstance(one, Documents) and isinstance(two, Documents):

@@ -146,7 +146,8 @@ class FlashMultiHeadAttention(nn.MultiheadAttention):
         Args:
             query, key, value: see the class.
             key_padding_mask: (batch, seqlen_k), or (seqlen_k) unbatched; bool with ``True`` = *hidden*, or float,
-                added to the scores.
+                added to the scores. Or ``KeyPadding(valid)``, whose ``True`` = may attend, or ``KeyLengths(lengths)``,
+                which keep what is computed of them: hand one to every layer of a model.
             need_weights: also return the attention weights. They are computed when they are first read.
             attn_mask: (seqlen_q, seqlen_k), (batch * heads, seqlen_q, seqlen_k) or (batch or 1, heads or 1,
                 seqlen_q, seqlen_k); bool with ``True`` = *hidden*, or float, added to the scores. Or a flashmha mask,

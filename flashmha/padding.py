@@ -15,29 +15,29 @@ from .backends.sdpa import runs_packed, takes_packed
 from .call import Reading, each_once
 from .features import overridden
 from .functional import computed_in
-from .masks import Documents, KeyPadding, Mask, Window, eager, short
+from .masks import Documents, KeyLengths, Mask, Padding, Window, eager, short
 
 
 def refusal(layer: Any, call: Reading) -> str | None:
     """Why padding cannot be left out of a call, so that every row is computed; ``None`` where it can."""
-    if call.valid is None:
+    if call.padding is None:
         return "no bool key_padding_mask"
     if not eager(call.query) or (call.query.is_cuda and torch.cuda.is_current_stream_capturing()):
         return "PyTorch records the call (compile, export, torch.func, a CUDA graph)"
     if not (same_memory(call.query, call.key) and same_memory(call.key, call.value)):
         return "query, key and value are not one tensor"
-    if not call.valid.numel():
+    if not call.query.shape[0] or not call.query.shape[1]:
         return "no tokens at all"
     if call.columns:
         return "add_bias_kv or add_zero_attn"
     hops = overridden(layer)
     if hops:
         return f"{', '.join(hops)} overridden, which may count positions"
-    if call.bias is not None or any(type(part) not in (KeyPadding, Window) for part in parts(call.mask)):
+    if call.bias is not None or any(not isinstance(part, (Padding, Window)) for part in parts(call.mask)):
         return "an attn_mask beside causality"
     if call.query.is_cuda and preference(layer.backend) is None and not packs(layer, call):
         return f"no kernel here for packed tokens in {short(computed_in(call.query))}: they would need a dense mask"
-    if layer.window is not None and has_holes(call.valid):
+    if layer.window is not None and has_holes(call.padding, call.key.shape[1]):
         return "a window over padding with holes"
     return None
 
@@ -69,14 +69,17 @@ class Tokens(NamedTuple):
     longest: int
 
 
-@torch.inference_mode(False)
-@torch.no_grad()
-def tokens(valid: Tensor) -> Tokens:
-    """The tokens that are real, as plain tensors; the host waits for a GPU once."""
-    lengths = valid.sum(dim=1)
-    total, longest = torch.stack((lengths.sum(), lengths.max())).tolist()
-    places = torch.nonzero_static(valid.flatten(), size=total).squeeze(1)
-    return Tokens(places, F.pad(lengths.cumsum(0), (1, 0)).to(torch.int32), longest)
+def tokens(padding: Padding, seqlen: int) -> Tokens:
+    """The tokens that are real, as plain tensors; the host waits for a GPU once a rule."""
+
+    def find() -> Tokens:
+        valid = padding.real(seqlen)
+        lengths = valid.sum(dim=1)
+        total, longest = torch.stack((lengths.sum(), lengths.max())).tolist()
+        places = torch.nonzero_static(valid.flatten(), size=total).squeeze(1)
+        return Tokens(places, F.pad(lengths.cumsum(0), (1, 0)).to(torch.int32), longest)
+
+    return padding.once(("tokens", seqlen), find)
 
 
 def packed(mask: Mask | None, real: Tokens) -> Mask:
@@ -97,10 +100,17 @@ def unpack(tokens: Tensor, places: Tensor, sizes: tuple[int, int]) -> Tensor:
     return full
 
 
-def has_holes(valid: Tensor) -> bool:
+def has_holes(padding: Padding, seqlen: int) -> bool:
     """Padding between real tokens, where positions would move."""
-    starts = (valid[:, 1:] & ~valid[:, :-1]).sum(dim=1) + valid[:, 0]
-    return bool((starts > 1).any())
+    if isinstance(padding, KeyLengths):
+        return False
+
+    def look() -> bool:
+        valid = padding.real(seqlen)
+        starts = (valid[:, 1:] & ~valid[:, :-1]).sum(dim=1) + valid[:, 0]
+        return bool((starts > 1).any())
+
+    return padding.once("holes", look)
 
 
 def parts(mask: Mask | None) -> tuple[Mask, ...]:

@@ -1,4 +1,4 @@
-"""One rule for the dtype a call is computed in: whatever is decided before the projection is decided about the heads'."""
+"""One rule for the dtype a call is computed in: what is decided before the projection is decided about the heads."""
 
 import types
 from collections.abc import Iterator

@@ -46,7 +46,7 @@ def behind(rows: Tensor, end: Tensor) -> Tensor:
 
 
 def read(k: Tensor, starts: Tensor, ends: Tensor) -> Tensor:
-    """Keys (total, heads, head_dim) that a kernel reads: those of documents with queries. Others get a gradient of 0."""
+    """Keys (total, heads, head_dim) that a kernel reads: those of documents with queries. The others' gradient is 0."""
     documents = torch.bucketize(torch.arange(k.shape[0]), ends[1:], right=True)
     asked = torch.cat((starts.diff() > 0, torch.ones(1, dtype=torch.bool)))[documents]
     return torch.where(asked[:, None, None], k, 0.0)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..masks import Documents, KeyLengths, KeyPadding, Window, find, readable
 from ..spec import AttentionSpec
+from .compact import padding
 
 WORTH = 2**21
 """Multiplications in the scores that cost as much as a call: below, one call with a mask beats one for each item."""
@@ -47,7 +48,10 @@ def cut(spec: AttentionSpec) -> list[Item] | None:
     elif kinds & {KeyPadding, KeyLengths} and kinds <= {KeyPadding, KeyLengths, Window}:
         drawing = "dropout" in spec.features  # for the whole problem at once, as torch draws
         if follows(window, True, spec.seqlen_q - spec.seqlen_k) and work > WORTH and spec.batch and not drawing:
-            items = cut_padding(spec, window is not None)
+            rule = padding(spec)
+            assert rule is not None
+            name = ("items", spec.seqlen_q, spec.seqlen_k, window is not None)
+            items = rule.once(name, lambda: cut_padding(rule.real(spec.seqlen_k), spec, window is not None))
     # where nobody looks at anything, the mask keeps the output in the autograd graph
     return items if items and any(piece[1] is not None for item in items for piece in item.pieces) else None
 
@@ -65,12 +69,9 @@ def cut_documents(documents: Documents, causal: bool, spec: AttentionSpec) -> li
     return [Item([*k_sizes, spec.seqlen_k - sum(k_sizes)], [piece for piece in pieces if piece[0]])]
 
 
-def cut_padding(spec: AttentionSpec, causal: bool) -> list[Item] | None:
+def cut_padding(valid: Tensor, spec: AttentionSpec, causal: bool) -> list[Item] | None:
     """The real keys of each batch item, where they are neighbours."""
-    assert spec.mask is not None
-    tables = [part.materialize(spec.batch, 1, 1, spec.seqlen_k) for part in spec.mask.parts if type(part) is not Window]
-    valid = tables[0] if len(tables) == 1 else tables[0] & tables[1]
-    real = valid[:, 0, 0].to(torch.uint8)
+    real = valid.to(torch.uint8)
     counts, starts = real.sum(dim=1).tolist(), real.argmax(dim=1).tolist()
     ends = (spec.seqlen_k - real.flip(1).argmax(dim=1)).tolist()
     if any(count and end - start != count for count, start, end in zip(counts, starts, ends)):
