@@ -60,7 +60,6 @@ def read_call(
     pads_keys = key_padding_mask is not None
     rule: Padding | None = None
     if isinstance(key_padding_mask, Padding):
-        check_rule(layer, key_padding_mask, query, key)
         rule, key_padding_mask = key_padding_mask.own() if need_weights else key_padding_mask, None
     if key_padding_mask is not None or attn_mask is not None or is_causal:
         check_masks(layer, query, key, key_padding_mask, attn_mask, columns)
@@ -209,13 +208,6 @@ def check_inputs(layer: Any, query: Tensor, key: Tensor, value: Tensor) -> None:
             f"query and key must have one batch size, got {query.shape[batch_axis]} and {key.shape[batch_axis]} "
             f"(axis {batch_axis}, batch_first={layer.batch_first})."
         )
-
-
-def check_rule(layer: Any, padding: Padding, query: Tensor, key: Tensor) -> None:
-    """Raise where a padding rule does not fit the keys of a call."""
-    batched = query.dim() == 3
-    batch = (key.shape[0] if layer.batch_first else key.shape[1]) if batched else 1
-    padding.check(batch, 1, 1, key.shape[1 if batched and layer.batch_first else 0])
 
 
 def check_masks(

@@ -12,7 +12,9 @@ import torch
 import torch.fx
 from torch import Tensor, nn
 
-from .masks import eager
+from .features import MARK, replaced
+from .masks import KeyPadding, eager, plainly, private
+from .module import FlashMultiHeadAttention
 
 torch.fx.wrap("found_causal")  # FX sees one call, which looks when the graph runs
 
@@ -60,12 +62,62 @@ class FlashTransformerEncoder(nn.TransformerEncoder):
     ) -> Tensor:
         """Masks as in ``nn.TransformerEncoder``; ``is_causal=None`` looks whether ``mask`` is the causal mask."""
         causal = found_causal(mask, src_key_padding_mask) if is_causal is None else is_causal
+        padding = src_key_padding_mask
+        if not torch.jit.is_scripting():
+            padding = handed_down(self, src, mask, padding)
         output = src
         for layer in self.layers:
-            output = layer(output, src_mask=mask, is_causal=causal, src_key_padding_mask=src_key_padding_mask)
+            output = layer(output, src_mask=mask, is_causal=causal, src_key_padding_mask=padding)
         if self.norm is not None:
             output = self.norm(output)
         return output
+
+
+def handed_down(encoder: Any, src: Any, mask: Any, padding: Any) -> Any:
+    """A bool padding mask as one rule for every layer, which keeps what is computed of it; else as it came.
+
+    As a tensor it goes to layers, hooks and patches that may count on one, into a graph, and where it is an error.
+    """
+    if not isinstance(padding, Tensor) or padding.dtype != torch.bool:
+        return padding
+    if not torch.compiler.is_compiling() and not (eager(padding) and eager(src)):
+        return padding
+    if src.is_nested or src.dim() != 3 or (isinstance(mask, Tensor) and mask.dtype != torch.bool):
+        return padding
+    for layer in encoder.layers:  # not all(...), which Dynamo 2.8 does not trace
+        if not takes_rules(layer, src, padding):
+            return padding
+    if GLOBAL_HOOKS[0] or GLOBAL_HOOKS[1]:
+        return padding
+    return private(KeyPadding(~padding if torch.compiler.is_compiling() else plainly(lambda: ~padding)))
+
+
+GLOBAL_HOOKS = (
+    torch.nn.modules.module._global_forward_hooks,
+    torch.nn.modules.module._global_forward_pre_hooks,
+)
+
+
+def takes_rules(layer: Any, src: Tensor, padding: Tensor) -> bool:
+    """An encoder layer is as this package wrote it, down to its attention, and the padding fits."""
+    attention = getattr(layer, "self_attn", None)
+    if type(layer) is not FlashTransformerEncoderLayer or not isinstance(attention, FlashMultiHeadAttention):
+        return False
+    if (type(layer).forward, type(layer)._sa_block) != LAYER or replaced(attention):
+        return False
+    for name in ("forward", "_sa_block", "_call_impl"):
+        if name in layer.__dict__:
+            return False
+    for module in (layer, attention):
+        ours = 1 if MARK in module._forward_pre_hooks else 0
+        if module._forward_hooks or len(module._forward_pre_hooks) > ours or module._compiled_call_impl is not None:
+            return False
+    batch, seqlen = src.shape[:2] if attention.batch_first else (src.shape[1], src.shape[0])
+    return padding.shape == (batch, seqlen)
+
+
+LAYER = (FlashTransformerEncoderLayer.forward, FlashTransformerEncoderLayer._sa_block)
+"""What an encoder layer runs, as it was when this package was imported."""
 
 
 def found_causal(mask: Optional[Tensor], key_padding_mask: Optional[Tensor]) -> bool:

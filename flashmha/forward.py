@@ -11,7 +11,7 @@ from . import nested, padding, plain, projection
 from .arguments import check_flags, check_kinds
 from .backends import preference
 from .backends.base import HALF
-from .call import Reading, check_rule, read_call
+from .call import Reading, read_call
 from .columns import added, append, widen
 from .features import changed, has_hops, is_own
 from .functional import autocast, casts_to, run
@@ -266,8 +266,9 @@ def as_stock(
     if isinstance(attn_mask, Mask):
         attn_mask, is_causal = as_tensor(layer, attn_mask, query, key), False
     if isinstance(key_padding_mask, Padding):
-        check_rule(layer, key_padding_mask, query, key)
-        hidden = ~key_padding_mask.real(key.shape[1 if layer.batch_first and key.dim() == 3 else 0])
+        axis = 1 if layer.batch_first and key.dim() == 3 else 0
+        key_padding_mask.check(key.shape[1 - axis] if key.dim() == 3 else 1, 1, 1, key.shape[axis])
+        hidden = ~key_padding_mask.real(key.shape[axis])
         key_padding_mask = hidden if key.dim() == 3 else hidden[0]
     return stock_forward(
         query,

@@ -203,20 +203,24 @@ class Padding(Mask):
         or a CUDA graph records, but for an object of this package's own, which lives no longer than they do.
         """
         (held,) = self.tensors()
+        if torch.compiler.is_compiling() and self._private:  # made and used in one graph
+            return self.kept_in(self._kept or Kept(held, 0, True), name, make)
         if not eager(held):
             return make()
-        stream = 0
-        if held.is_cuda:
-            if not self._private and torch.cuda.is_current_stream_capturing():
-                return plainly(make)
-            stream = torch._C._cuda_getCurrentRawStream(held.get_device())
+        stream, captured = queue(held)
+        if captured and not self._private:
+            return plainly(make)
         kept = self._kept
         if kept is None or kept.stream != stream or not (self._private or kept.fits(held)):
-            if not self._private and held.is_inference() and held.device.type != "cpu":
+            if not self._private and held.is_inference() and not compares(held):
                 return plainly(make)  # such a tensor does not say when it changes
-            kept = self._kept = Kept(held, stream, self._private)
+            kept = Kept(held, stream, self._private)
+        return self.kept_in(kept, name, functools.partial(plainly, make))
+
+    def kept_in(self, kept: Kept, name: Hashable, make: Callable[[], T]) -> T:
+        self._kept = kept
         if name not in kept.values:
-            kept.values[name] = plainly(make)
+            kept.values[name] = make()
         found: T = kept.values[name]
         return found
 
@@ -245,7 +249,7 @@ class Kept:
         self.seen: Tensor | None = None
         if private:
             return
-        if held.device.type == "cpu":  # where NumPy may write, which moves no version
+        if compares(held):
             self.seen = plainly(held.clone)
         else:  # an alias, so that no other tensor gets this address
             self.seen, self.version = held.detach(), held._version
@@ -255,9 +259,21 @@ class Kept:
         seen = self.seen
         if seen is None or seen.shape != held.shape or seen.device != held.device:
             return False
-        if held.device.type == "cpu":
+        if compares(held):
             return torch.equal(seen, held)
         return not held.is_inference() and held._version == self.version and held.data_ptr() == seen.data_ptr()
+
+
+def compares(tensor: Tensor) -> bool:
+    """A tensor's values tell whether it has changed: on a CPU, where NumPy may write, which moves no version."""
+    return tensor.device.type == "cpu"
+
+
+def queue(tensor: Tensor) -> tuple[int, bool]:
+    """The stream that operators on a tensor join, 0 where there is one alone, and whether it is captured."""
+    if not tensor.is_cuda:
+        return 0, False
+    return torch._C._cuda_getCurrentRawStream(tensor.get_device()), torch.cuda.is_current_stream_capturing()
 
 
 P = TypeVar("P", bound="Padding")

@@ -37,6 +37,7 @@ def refusal(layer: Any, call: Reading) -> str | None:
         return "an attn_mask beside causality"
     if call.query.is_cuda and preference(layer.backend) is None and not packs(layer, call):
         return f"no kernel here for packed tokens in {short(computed_in(call.query))}: they would need a dense mask"
+    call.padding.check(call.key.shape[0], 1, 1, call.key.shape[1])  # the last to look at it, where it is left out
     if layer.window is not None and has_holes(call.padding, call.key.shape[1]):
         return "a window over padding with holes"
     return None
