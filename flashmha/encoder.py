@@ -108,7 +108,8 @@ def takes_rules(layer: Any, src: Tensor, padding: Tensor) -> bool:
     for name in ("forward", "_sa_block", "_call_impl"):
         if name in layer.__dict__:
             return False
-    for module in (layer, attention):
+    modules: tuple[Any, ...] = (layer, attention)
+    for module in modules:
         ours = 1 if MARK in module._forward_pre_hooks else 0
         if module._forward_hooks or len(module._forward_pre_hooks) > ours or module._compiled_call_impl is not None:
             return False

@@ -62,7 +62,8 @@ def attend(
         found = plain.attend(layer, query, need_weights, average_attn_weights)
         if found is not None:
             return found
-    if not (isinstance(query, Tensor) and isinstance(key, Tensor) and isinstance(value, Tensor) and unmasked):
+    tensors = isinstance(query, Tensor) and isinstance(key, Tensor) and isinstance(value, Tensor)
+    if not (tensors and (unmasked or (attn_mask is None and isinstance(key_padding_mask, (Tensor, Padding))))):
         check_kinds(query, key, value, key_padding_mask, attn_mask)
     if query.is_nested or (key is not query and key.is_nested) or (value is not key and value.is_nested):
         nested.check(layer, query, key, value, key_padding_mask, attn_mask)

@@ -35,11 +35,13 @@ def cut(spec: AttentionSpec) -> list[Item] | None:
 
     Serves key padding without holes, key lengths and documents, each with top-left causality or none.
     """
-    if spec.mask is None or spec.bias is not None or spec.aten_only or not all(map(readable, spec.mask.tensors())):
+    work = spec.heads * spec.seqlen_q * spec.seqlen_k * spec.head_dim
+    if work <= WORTH or spec.mask is None or spec.bias is not None or spec.aten_only:
+        return None
+    if not all(map(readable, spec.mask.tensors())):
         return None
     documents, window = find(spec.mask, Documents), spec.window
     kinds = {type(part) for part in spec.mask.parts}
-    work = spec.heads * spec.seqlen_q * spec.seqlen_k * spec.head_dim
     items: list[Item] | None = None
     if documents is not None:
         calls = documents.cu_seqlens.shape[0] - 1
@@ -47,7 +49,7 @@ def cut(spec: AttentionSpec) -> list[Item] | None:
             items = cut_documents(documents, window is not None, spec)
     elif kinds & {KeyPadding, KeyLengths} and kinds <= {KeyPadding, KeyLengths, Window}:
         drawing = "dropout" in spec.features  # for the whole problem at once, as torch draws
-        if follows(window, True, spec.seqlen_q - spec.seqlen_k) and work > WORTH and spec.batch and not drawing:
+        if follows(window, True, spec.seqlen_q - spec.seqlen_k) and spec.batch and not drawing:
             rule = padding(spec)
             assert rule is not None
             name = ("items", spec.seqlen_q, spec.seqlen_k, window is not None)

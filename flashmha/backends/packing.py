@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..masks import Documents, KeyPadding, find
-from ..order import permuted, real_first
+from ..masks import Documents, KeyPadding, Padding, find
+from ..order import Order, permuted, real_first
 from ..spec import AttentionSpec
 from .base import FEATURES
 from .compact import key_lengths, padding
@@ -46,23 +46,34 @@ def pack(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> tuple[Tensor, 
     documents = find(spec.mask, Documents)
     if documents is not None:
         return packed(q, k, v, documents)
-    rule, batch, seqlen_q, seqlen_k = padding(spec), spec.batch, spec.seqlen_q, spec.seqlen_k
+    rule = padding(spec)
     assert rule is not None
+    plan = rule.once(("documents", spec.seqlen_q, spec.seqlen_k), functools.partial(planned, rule, spec))
     k, v = k.flatten(0, 1), v.flatten(0, 1)
+    if plan.order is not None:
+        k, v = permuted((k, v), plan.order)
+    return q.flatten(0, 1), k, v, plan.offsets
+
+
+class Plan(NamedTuple):
+    """Padding as documents: how keys are moved, ``None`` where they lie right, and the offsets a kernel wants."""
+
+    order: Order | None
+    offsets: dict[str, Any]
+
+
+def planned(rule: Padding, spec: AttentionSpec) -> Plan:
     if isinstance(rule, KeyPadding):
-        valid = rule.valid
-        order = rule.once("real first", lambda: real_first(valid))
-        lengths: Callable[[], Tensor] = lambda: valid.sum(1)  # noqa: E731
-        k, v = permuted((k, v), order)
+        order, lengths = real_first(rule.valid), rule.valid.sum(1)
     else:
-        lengths = functools.partial(key_lengths, spec)
+        order, lengths = None, key_lengths(spec)
     offsets = {
-        "cu_seqlens_q": rule.once(("queries", seqlen_q), lambda: query_offsets(batch, seqlen_q, q.device)),
-        "cu_seqlens_k": rule.once(("keys", seqlen_k), lambda: key_offsets(lengths(), seqlen_k)),
-        "max_seqlen_q": seqlen_q,
-        "max_seqlen_k": seqlen_k,
+        "cu_seqlens_q": query_offsets(spec.batch, spec.seqlen_q, spec.device),
+        "cu_seqlens_k": key_offsets(lengths, spec.seqlen_k),
+        "max_seqlen_q": spec.seqlen_q,
+        "max_seqlen_k": spec.seqlen_k,
     }
-    return q.flatten(0, 1), k, v, offsets
+    return Plan(order, offsets)
 
 
 def query_offsets(batch: int, seqlen_q: int, device: torch.device) -> Tensor:

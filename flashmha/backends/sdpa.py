@@ -74,11 +74,14 @@ class Sdpa(Backend):
             return attend_by_math(q, k, v, None, spec)  # the fused kernel gives NaN where queries are large
         if spec.mask is None and spec.bias is None:
             return attend(q, k, v, None, spec)
+        if spec.bias is None and isinstance(spec.mask, Padding):  # as below, in fewer steps
+            items = cut(spec)
+            return attend(q, k, v, together(spec), spec) if items is None else attend_cut(q, k, v, items, spec)
         if spec.bias is None and top_left_causal(spec):
             return attend(q, k, v, None, spec, is_causal=True)
         items = cut(spec)
         if items is not None:
-            return attend(q, k, v, None, spec) if keep_all(items, spec) else attend_items(q, k, v, items, spec)
+            return attend_cut(q, k, v, items, spec)
         mask = dense(spec)
         return attend_by_math(q, k, v, mask, spec) if coarse(mask, spec) else attend(q, k, v, mask, spec)
 
@@ -366,6 +369,13 @@ def refusals_of_lse(spec: AttentionSpec) -> list[str]:
     if spec.aten_only:
         reasons.append("lse under export, torch.func or a tensor subclass")
     return reasons
+
+
+def attend_cut(
+    q: Tensor, k: Tensor, v: Tensor, items: list[Item], spec: AttentionSpec
+) -> Tensor | tuple[Tensor, Tensor]:
+    """SDPA of what is left of a problem."""
+    return attend(q, k, v, None, spec) if keep_all(items, spec) else attend_items(q, k, v, items, spec)
 
 
 def attend_items(
