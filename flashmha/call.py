@@ -34,6 +34,12 @@ class Reading(NamedTuple):
     columns: int
     padding: Padding | None
 
+    @property
+    def valid(self) -> Tensor:
+        """Which tokens are real, (batch, seqlen_k), where there is padding."""
+        assert self.padding is not None
+        return self.padding.real(self.key.shape[1])
+
 
 def read_call(
     layer: Any,

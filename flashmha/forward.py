@@ -143,9 +143,8 @@ def prepare(layer: Any, call: Reading, wanted: Wanted, skip_padding: bool) -> Pr
     if layer.window is not None:
         mask = joined(mask, layer.window)
     if skip_padding and rule is not None and padding.refusal(layer, call) is None:
-        seqlen = key.shape[1]
-        real = padding.tokens(rule, seqlen)
-        padded = Padded(mask, real.places, rule.real(seqlen))
+        real = padding.tokens_of(rule, key.shape[1])
+        padded = Padded(mask, real.places, call.valid)
         query, key, value = padding.pack(query, key, value, real.places)
         mask = padding.packed(mask, real)
     if dtype is None:

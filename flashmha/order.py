@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .heads import neighbours
-from .masks import eager
+from .masks import KeyLengths, KeyPadding, eager, private
 
 
 class Order(NamedTuple):
@@ -27,13 +27,20 @@ class Order(NamedTuple):
         return Order(self.back, self.places)
 
 
-def real_first(valid: Tensor) -> Order:
-    """The rows of each item of valid (batch, seqlen), real ones first, both kinds as they came."""
+def real_first(valid: Tensor, batch_first: bool = True) -> Order:
+    """The rows of each item of valid (batch, seqlen), real ones first, both kinds as they came.
+
+    Rows are counted as in (batch, seqlen), with ``batch_first=False`` as in (seqlen, batch).
+    """
     batch, seqlen = valid.shape
     # bytes rather than bool: every torch sorts them on a GPU
     places = (~valid).to(torch.uint8).argsort(dim=1, stable=True)
-    first = torch.arange(batch, device=valid.device)[:, None] * seqlen
-    return Order((places + first).flatten(), (places.argsort(dim=1) + first).flatten())
+    items = torch.arange(batch, device=valid.device)[:, None]
+
+    def rows(slots: Tensor) -> Tensor:
+        return (slots + items * seqlen).flatten() if batch_first else (slots * batch + items).T.flatten()
+
+    return Order(rows(places), rows(places.argsort(dim=1)))
 
 
 def permuted(rows: tuple[Tensor, ...], order: Order) -> tuple[Tensor, ...]:
@@ -66,3 +73,25 @@ class Permuted(torch.autograd.Function):
     def backward(ctx: Any, *grads: Any) -> Any:
         undone = Order(*ctx.saved_tensors)
         return None, None, *permuted(grads, undone)
+
+
+class RealFirst:
+    """The tokens of a padded batch with the real ones of each item first, and the way back; every row stays.
+
+    ``tokens`` is shaped as the batch is, (batch, seqlen, ...), with ``batch_first=False`` (seqlen, batch, ...), and
+    ``padding`` is its padding: ``KeyLengths``, which a kernel reads where keys lie. Layers whose attention looks at no
+    position, and which treat tokens one by one elsewhere, compute what they would have.
+    """
+
+    def __init__(self, x: Tensor, padding: KeyPadding, batch_first: bool = True) -> None:
+        valid = padding.valid
+        self.order = padding.once(("real first", batch_first), lambda: real_first(valid, batch_first))
+        self.padding = padding.once("lengths", lambda: private(KeyLengths(valid.sum(1))))
+        self.tokens = self.moved(x, self.order)
+
+    def moved(self, x: Tensor, order: Order) -> Tensor:
+        return permuted((x.flatten(0, 1),), order)[0].view(x.shape)
+
+    def unpack(self, tokens: Tensor) -> Tensor:
+        """Tokens in this order, each back in its place."""
+        return self.moved(tokens, self.order.undone)

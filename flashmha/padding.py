@@ -15,7 +15,7 @@ from .backends.sdpa import runs_packed, takes_packed
 from .call import Reading, each_once
 from .features import overridden
 from .functional import computed_in
-from .masks import Documents, KeyLengths, Mask, Padding, Window, eager, short
+from .masks import Documents, KeyPadding, Mask, Padding, Window, eager, short
 
 
 def refusal(layer: Any, call: Reading) -> str | None:
@@ -38,8 +38,19 @@ def refusal(layer: Any, call: Reading) -> str | None:
     if call.query.is_cuda and preference(layer.backend) is None and not packs(layer, call):
         return f"no kernel here for packed tokens in {short(computed_in(call.query))}: they would need a dense mask"
     call.padding.check(call.key.shape[0], 1, 1, call.key.shape[1])  # the last to look at it, where it is left out
-    if layer.window is not None and has_holes(call.padding, call.key.shape[1]):
+    if layer.window is not None and call.padding.once("holes", lambda: has_holes(call.valid)):
         return "a window over padding with holes"
+    return None
+
+
+def positioned(layer: Any, call: Reading) -> str | None:
+    """Why the order of a call's keys counts, or no kernel gains by another; ``None`` where real ones may come first."""
+    if type(call.padding) is not KeyPadding or call.mask is not call.padding or call.bias is not None:
+        return "something beside a padding mask"
+    if call.columns or layer.window is not None or overridden(layer):
+        return "a layer with a window, keys or methods of its own"
+    if not call.query.is_cuda or preference(layer.backend) is not None or not packs(layer, call):
+        return "no kernel that keys would be moved for"
     return None
 
 
@@ -70,17 +81,19 @@ class Tokens(NamedTuple):
     longest: int
 
 
-def tokens(padding: Padding, seqlen: int) -> Tokens:
-    """The tokens that are real, as plain tensors; the host waits for a GPU once a rule."""
+@torch.inference_mode(False)
+@torch.no_grad()
+def tokens(valid: Tensor) -> Tokens:
+    """The tokens that are real, as plain tensors; the host waits for a GPU once."""
+    lengths = valid.sum(dim=1)
+    total, longest = torch.stack((lengths.sum(), lengths.max())).tolist()
+    places = torch.nonzero_static(valid.flatten(), size=total).squeeze(1)
+    return Tokens(places, F.pad(lengths.cumsum(0), (1, 0)).to(torch.int32), longest)
 
-    def find() -> Tokens:
-        valid = padding.real(seqlen)
-        lengths = valid.sum(dim=1)
-        total, longest = torch.stack((lengths.sum(), lengths.max())).tolist()
-        places = torch.nonzero_static(valid.flatten(), size=total).squeeze(1)
-        return Tokens(places, F.pad(lengths.cumsum(0), (1, 0)).to(torch.int32), longest)
 
-    return padding.once(("tokens", seqlen), find)
+def tokens_of(padding: Padding, seqlen: int) -> Tokens:
+    """``tokens``, looked for once a rule."""
+    return padding.once(("tokens", seqlen), lambda: tokens(padding.real(seqlen)))
 
 
 def packed(mask: Mask | None, real: Tokens) -> Mask:
@@ -101,17 +114,10 @@ def unpack(tokens: Tensor, places: Tensor, sizes: tuple[int, int]) -> Tensor:
     return full
 
 
-def has_holes(padding: Padding, seqlen: int) -> bool:
+def has_holes(valid: Tensor) -> bool:
     """Padding between real tokens, where positions would move."""
-    if isinstance(padding, KeyLengths):
-        return False
-
-    def look() -> bool:
-        valid = padding.real(seqlen)
-        starts = (valid[:, 1:] & ~valid[:, :-1]).sum(dim=1) + valid[:, 0]
-        return bool((starts > 1).any())
-
-    return padding.once("holes", look)
+    starts = (valid[:, 1:] & ~valid[:, :-1]).sum(dim=1) + valid[:, 0]
+    return bool((starts > 1).any())
 
 
 def parts(mask: Mask | None) -> tuple[Mask, ...]:

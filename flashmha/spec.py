@@ -236,11 +236,15 @@ class AttentionSpec:
                 shared[key] = spec
                 spec.__dict__["shared"] = True
             elif spec.mask is mask:
-                shared[key] = spec.changed(mask=None, outlined=spec.outline)
+                shared[key] = spec.unpadded()
         return spec
 
+    def unpadded(self) -> AttentionSpec:
+        """A problem whose mask is padding, without that tensor, for ``padded`` to fill in."""
+        return self.changed(mask=None, outlined=self.outline)
+
     def padded(self, mask: Mask) -> AttentionSpec:
-        """The problem with other padding of the kind it was made with."""
+        """An ``unpadded`` problem over other padding of its kind, which is known under the same outline."""
         (held,) = mask.tensors()
         if held.device != self.device:
             refuse_device("mask", mask, self.device)

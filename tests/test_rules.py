@@ -13,6 +13,7 @@ from unittest import mock
 
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import fewer
 from hypothesis import given
 from hypothesis import strategies as st
@@ -26,6 +27,7 @@ from torch.utils.checkpoint import checkpoint
 import flashmha
 from flashmha import AttentionSpec, FlashMultiHeadAttention, KeyLengths, KeyPadding, encoder, masks, replace_mha
 from flashmha.backends import blocks, packing, sdpa
+from flashmha.order import RealFirst
 from flashmha.testing import noise, seeds
 
 PATTERNS = ("right", "left", "holes", "whole items", "none")
@@ -481,3 +483,62 @@ def test_an_encoder_compiles_once_for_every_mask(skip: bool) -> None:
 def test_documents_of_padding_hold_every_key() -> None:
     assert packing.query_offsets(2, 5, torch.device("cpu")).tolist() == [0, 5, 5, 10, 10]
     assert packing.key_offsets(torch.tensor([3, 0]), 4).tolist() == [0, 3, 4, 4, 8]
+
+
+# Real tokens first, once for all layers
+
+
+@fewer(2)
+@given(
+    pattern=st.sampled_from(PATTERNS),
+    batch=st.integers(1, 3),
+    seqlen=st.integers(1, 7),
+    batch_first=st.booleans(),
+    norm_first=st.booleans(),
+    seed=seeds(),
+)
+def test_layers_over_real_tokens_first_give_every_row(
+    pattern: str, batch: int, seqlen: int, batch_first: bool, norm_first: bool, seed: int
+) -> None:
+    layer = nn.TransformerEncoderLayer(8, 2, 16, 0.0, F.gelu, 1e-5, batch_first, norm_first, dtype=torch.float64)
+    model = replace_mha(nn.TransformerEncoder(layer, 2, nn.LayerNorm(8, dtype=torch.float64)))
+    valid = validity(pattern, batch, seqlen, seed)
+    x = noise(seed, *((batch, seqlen) if batch_first else (seqlen, batch)), 8)
+    expected = of_model(model, x, ~valid)
+    x = x.clone().requires_grad_()
+    first = RealFirst(x, KeyPadding(valid), batch_first)
+    assert torch.equal(first.padding.lengths, valid.sum(1)) and torch.equal(first.unpack(first.tokens), x)
+    out = first.tokens
+    for each in model.layers:
+        out = each(out, src_key_padding_mask=first.padding)
+    out = first.unpack(model.norm(out))
+    assert_all_close([out, *torch.autograd.grad(out.square().sum(), [x, *model.parameters()])], expected)
+
+
+def test_an_order_is_made_once_and_moves_back_without_adding() -> None:
+    rule, x = KeyPadding(validity("holes", 2, 6, 3)), noise(0, 2, 6, 8).requires_grad_()
+    assert RealFirst(x, rule).order is RealFirst(x, rule).order
+    assert RealFirst(x, rule).padding is RealFirst(x, rule).padding
+    out = RealFirst(x, rule).tokens
+    with Ran() as ran:
+        torch.autograd.grad(out.sum(), x)
+    assert ran.names["aten::index_select"] == 1 and not ran.names["aten::index_add_"]
+    assert torch.autograd.gradgradcheck(lambda x: RealFirst(x, rule).tokens.square(), x)
+
+
+def test_an_order_is_part_of_one_graph() -> None:
+    torch.compiler.reset()
+    model = small(layers=2)
+
+    def run(x: Tensor, hidden: Tensor) -> Tensor:
+        first = RealFirst(x, KeyPadding(~hidden))
+        out = first.tokens
+        for layer in model.layers:
+            out = layer(out, src_key_padding_mask=first.padding)
+        return first.unpack(out)
+
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
+    for pattern in PATTERNS:
+        x, hidden = noise(0, 2, 6, 8), ~validity(pattern, 2, 6, 5)
+        with torch._dynamo.config.patch(error_on_recompile=pattern != PATTERNS[0]):
+            torch.testing.assert_close(compiled(x, hidden), model(x, src_key_padding_mask=hidden))
