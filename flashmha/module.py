@@ -63,7 +63,7 @@ class FlashMultiHeadAttention(nn.MultiheadAttention):
             use. Every row is computed after all under ``torch.compile``, export and CUDA graph capture, on a GPU
             without a kernel for packed tokens in the dtype, beside an ``attn_mask`` that is not causal,
             ``add_bias_kv``, ``add_zero_attn`` or overridden methods; ``flashmha.explain`` says so. On a GPU
-            each call waits once, for the number of real tokens.
+            each call waits once, for the number of real tokens, or each ``KeyPadding`` that is given as the mask.
 
     Shapes: query (batch, seqlen_q, embed_dim) with ``batch_first``, else (seqlen_q, batch, embed_dim), or
     (seqlen_q, embed_dim) unbatched; key and value likewise with kdim and vdim.

@@ -33,14 +33,16 @@ def real_first(valid: Tensor, batch_first: bool = True) -> Order:
     Rows are counted as in (batch, seqlen), with ``batch_first=False`` as in (seqlen, batch).
     """
     batch, seqlen = valid.shape
-    # bytes rather than bool: every torch sorts them on a GPU
-    places = (~valid).to(torch.uint8).argsort(dim=1, stable=True)
+    slots = torch.arange(seqlen, device=valid.device).expand(batch, -1)
+    real = valid.cumsum(1)  # up to a token and with it; sorting would take longer
+    back = torch.where(valid, real - 1, real[:, -1:] + slots - real)
+    places = torch.zeros_like(back).scatter(1, back, slots)
     items = torch.arange(batch, device=valid.device)[:, None]
 
     def rows(slots: Tensor) -> Tensor:
         return (slots + items * seqlen).flatten() if batch_first else (slots * batch + items).T.flatten()
 
-    return Order(rows(places), rows(places.argsort(dim=1)))
+    return Order(rows(places), rows(back))
 
 
 def permuted(rows: tuple[Tensor, ...], order: Order) -> tuple[Tensor, ...]:
