@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.overrides import has_torch_function
 
-from .masks import Mask, told
+from .masks import Mask, Padding, told
 
 
 def check_kinds(query: Any, key: Any, value: Any, key_padding_mask: Any, attn_mask: Any) -> None:
@@ -20,13 +20,15 @@ def check_kinds(query: Any, key: Any, value: Any, key_padding_mask: Any, attn_ma
     for name, given in (("query", query), ("key", key), ("value", value)):
         if not is_tensor(given):
             raise TypeError(f"{name} must be a tensor, got {told(given)}.")
-    if key_padding_mask is not None and not is_tensor(key_padding_mask):
+    if key_padding_mask is not None and not isinstance(key_padding_mask, Padding) and not is_tensor(key_padding_mask):
         where = (
-            "; a flashmha mask is given as attn_mask" if isinstance(key_padding_mask, Mask) else hint(key_padding_mask)
+            "; another flashmha mask is given as attn_mask"
+            if isinstance(key_padding_mask, Mask)
+            else hint(key_padding_mask)
         )
         raise TypeError(
-            f"key_padding_mask must be a tensor (batch, seqlen_k), True = hidden, or None, got "
-            f"{told(key_padding_mask)}{where}."
+            f"key_padding_mask must be a tensor (batch, seqlen_k), True = hidden, a KeyPadding, True = may attend, "
+            f"KeyLengths or None, got {told(key_padding_mask)}{where}."
         )
     if attn_mask is not None and not isinstance(attn_mask, Mask) and not is_tensor(attn_mask):
         raise TypeError(

@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .functional import AUTOCAST
-from .masks import Dense, KeyPadding, Mask, causal, joined, readable
+from .functional import casts_to
+from .masks import Dense, KeyPadding, Mask, Padding, causal, joined, private, readable
 from .scores import plus
 
 
@@ -22,7 +22,7 @@ class Reading(NamedTuple):
     """One call: inputs (batch, seqlen, features), one object where the caller passed one; who may look at whom.
 
     ``bias`` broadcasts to (batch, heads, seqlen_q, seqlen_k). ``mask`` and ``bias`` know nothing of the ``columns``
-    that ``add_bias_kv`` and ``add_zero_attn`` append. ``valid`` (batch, seqlen_k) is the padding in ``mask``.
+    that ``add_bias_kv`` and ``add_zero_attn`` append. ``padding`` is that of the call, which is a part of ``mask``.
     """
 
     query: Tensor
@@ -32,7 +32,13 @@ class Reading(NamedTuple):
     bias: Tensor | None
     batched: bool
     columns: int
-    valid: Tensor | None
+    padding: Padding | None
+
+    @property
+    def valid(self) -> Tensor:
+        """Which tokens are real, (batch, seqlen_k), where there is padding."""
+        assert self.padding is not None
+        return self.padding.real(self.key.shape[1])
 
 
 def read_call(
@@ -40,7 +46,7 @@ def read_call(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    key_padding_mask: Tensor | None,
+    key_padding_mask: Padding | Tensor | None,
     need_weights: bool,
     attn_mask: Mask | Tensor | None,
     is_causal: bool,
@@ -56,7 +62,11 @@ def read_call(
     bias: Tensor | None = None
     if isinstance(attn_mask, Mask):
         mask, attn_mask, is_causal = own(attn_mask) if need_weights else attn_mask, None, False
-    pads = mask is not None and any(type(part) is KeyPadding for part in mask.parts)
+    pads = mask is not None and any(isinstance(part, Padding) for part in mask.parts)
+    pads_keys = key_padding_mask is not None
+    rule: Padding | None = None
+    if isinstance(key_padding_mask, Padding):
+        rule, key_padding_mask = key_padding_mask.own() if need_weights else key_padding_mask, None
     if key_padding_mask is not None or attn_mask is not None or is_causal:
         check_masks(layer, query, key, key_padding_mask, attn_mask, columns)
         if is_causal and attn_mask is None and not layer.trust_is_causal:
@@ -65,7 +75,7 @@ def read_call(
                 "`generate_square_subsequent_mask` to create this mask."
             )
         # stock reads no mask beside the hint, unless it has another reason to
-        if is_causal and (layer.trust_is_causal or (not need_weights and key_padding_mask is None)):
+        if is_causal and (layer.trust_is_causal or not (need_weights or pads_keys)):
             attn_mask, mask = None, causal(align="top_left")
         if attn_mask is not None:
             check_attn_mask_shape(layer, query, key, attn_mask)
@@ -73,7 +83,8 @@ def read_call(
     if not (batched and layer.batch_first):
         query, key, value = batch_first(query, key, value, batched)
     if key_padding_mask is None and attn_mask is None:
-        return Reading(query, key, value, mask, bias, batched, columns, None)
+        mask = rule if mask is None else joined(mask, rule)
+        return Reading(query, key, value, mask, bias, batched, columns, None if pads else rule)
     if key_padding_mask is not None and hides_or_nothing(key_padding_mask):
         check_float_mask(key_padding_mask, "key_padding_mask", query, need_weights)
         key_padding_mask = key_padding_mask != 0
@@ -81,7 +92,7 @@ def read_call(
         if attn_mask.is_floating_point():
             check_float_mask(attn_mask, "attn_mask", query, need_weights)
         attn_mask, mask = None, causal(align="top_left")
-    valid: Tensor | None = None
+    padding = rule
     for given, name in ((key_padding_mask, "key_padding_mask"), (attn_mask, "attn_mask")):
         if given is None:
             continue
@@ -90,18 +101,24 @@ def read_call(
             added = four_axes(given, name, query.shape[0], layer.num_heads)
             bias = added if bias is None else plus(bias, added)
         elif name == "key_padding_mask":
-            valid = ~given if given.dim() == 2 else ~given[None]
-            mask = joined(mask, KeyPadding(valid))
+            padding = private(KeyPadding(~given if given.dim() == 2 else ~given[None]))
+            mask = joined(mask, padding)
         else:
             mask = joined(mask, Dense(~four_axes(given, name, query.shape[0], layer.num_heads)))
     # padding of a rule's own is no padding of the call's: its queries are as real as any
-    return Reading(query, key, value, mask, bias, batched, columns, None if pads else valid)
+    return Reading(query, key, value, joined(mask, rule), bias, batched, columns, None if pads else padding)
 
 
-def own(mask: Mask) -> Mask:
+def own(mask: Mask) -> Mask | None:
     """The same mask over tensors of its own: the weights may be made of them after the caller's have changed."""
-    tensors, again = mask.flatten()
-    return again([tensor.clone() for tensor in tensors]) if tensors else mask
+
+    def copied(part: Mask) -> Mask:
+        if isinstance(part, Padding):
+            return part.own()
+        tensors, again = part.flatten()
+        return again([tensor.clone() for tensor in tensors]) if tensors else part
+
+    return joined(*map(copied, mask.parts))
 
 
 def batch_first(query: Tensor, key: Tensor, value: Tensor, batched: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -275,9 +292,8 @@ def check_float_mask(mask: Tensor, name: str, query: Tensor, need_weights: bool)
     """A float mask has the dtype of the heads; float32 will do where stock lets it."""
     if mask.dtype == query.dtype or (mask.dtype == torch.float32 and not need_weights):
         return
-    device = query.device.type
-    casting = device in AUTOCAST and torch.is_autocast_enabled(device)
-    if casting and mask.dtype in (torch.float32, torch.get_autocast_dtype(device)):
+    dtype = casts_to(query.device)
+    if dtype is not None and mask.dtype in (torch.float32, dtype):
         return
     raise RuntimeError(
         f"Expected {name} dtype to be bool or to match query dtype, "

@@ -49,6 +49,7 @@ def widen(
 ) -> tuple[Mask | None, Tensor | None]:
     """A mask and a bias over the call's own keys, over all of them; ``sizes`` is (batch, heads, seqlen_q, seqlen_k)."""
     if isinstance(mask, KeyPadding):
+        mask.check(*sizes)
         mask = KeyPadding(F.pad(mask.valid, (before, behind), value=True))
     elif mask is not None:
         mask.check(*sizes)

@@ -16,7 +16,7 @@ from .call import read_call
 from .encoder import FlashTransformerEncoder, found_causal
 from .forward import prepare
 from .functional import as_bias, as_mask, attention, autocast, check_arguments
-from .masks import Mask, short
+from .masks import Mask, Padding, short
 from .module import FlashMultiHeadAttention
 from .route import enter
 from .spec import AttentionSpec
@@ -69,7 +69,7 @@ def explain_layer(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    key_padding_mask: Tensor | None = None,
+    key_padding_mask: Padding | Tensor | None = None,
     need_weights: bool = True,
     attn_mask: Mask | Tensor | None = None,
     average_attn_weights: bool = True,
@@ -89,6 +89,8 @@ def explain_layer(
         notes.append(f"skip_padding: every row is computed ({padding.refusal(layer, call)})")
     if problem.dtype is not None:
         notes.append(f"computed in {short(problem.dtype)}: this CPU is slower in {short(call.query.dtype)}")
+    elif problem.spec.dtype != call.query.dtype:
+        notes.append(f"computed in {short(problem.spec.dtype)}: autocast takes {short(call.query.dtype)} there")
     said = backends.explain(problem.spec, wanted)
     plain = need_weights and problem.padded is None and said.chosen is not None
     if plain and is_defined(problem.spec, backends.get(str(said.chosen)), wanted):

@@ -14,9 +14,9 @@ from .backends.base import HALF
 from .call import Reading, read_call
 from .columns import added, append, widen
 from .features import changed, has_hops, is_own
-from .functional import autocast, run
+from .functional import autocast, casts_to, run
 from .hops import check_heads, check_output, check_weights, refuse_weights, three
-from .masks import Mask, joined
+from .masks import Mask, Padding, joined
 from .scores import TensorBias
 from .spec import AttentionSpec, needs_aten
 from .stock import stock_forward
@@ -46,7 +46,7 @@ def attend(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    key_padding_mask: Tensor | None,
+    key_padding_mask: Padding | Tensor | None,
     need_weights: bool,
     attn_mask: Mask | Tensor | None,
     average_attn_weights: bool,
@@ -62,7 +62,8 @@ def attend(
         found = plain.attend(layer, query, need_weights, average_attn_weights)
         if found is not None:
             return found
-    if not (isinstance(query, Tensor) and isinstance(key, Tensor) and isinstance(value, Tensor) and unmasked):
+    tensors = isinstance(query, Tensor) and isinstance(key, Tensor) and isinstance(value, Tensor)
+    if not (tensors and (unmasked or (attn_mask is None and isinstance(key_padding_mask, (Tensor, Padding))))):
         check_kinds(query, key, value, key_padding_mask, attn_mask)
     if query.is_nested or (key is not query and key.is_nested) or (value is not key and value.is_nested):
         nested.check(layer, query, key, value, key_padding_mask, attn_mask)
@@ -128,22 +129,22 @@ def attend_call(
 
 def weights_dtype(q: Tensor) -> torch.dtype:
     """What a softmax of scores of q gives: on a GPU autocast takes it to float32."""
-    if q.is_cuda and torch.is_autocast_enabled("cuda"):
+    if q.is_cuda and casts_to(q.device) is not None:
         return torch.promote_types(q.dtype, torch.float32)
     return q.dtype
 
 
 def prepare(layer: Any, call: Reading, wanted: Wanted, skip_padding: bool) -> Problem:
     """Hops 2 and 3: the heads projected and processed, and the problem they make."""
-    query, key, value, mask, bias, _, columns, valid = call
+    query, key, value, mask, bias, _, columns, rule = call
     padded: Padded | None = None
     custom = has_hops(layer)
     dtype = computing_dtype(layer, call, wanted) if query.dtype in HALF else None
     if layer.window is not None:
         mask = joined(mask, layer.window)
-    if skip_padding and valid is not None and padding.refusal(layer, call) is None:
-        real = padding.tokens(valid)
-        padded = Padded(mask, real.places, valid)
+    if skip_padding and rule is not None and padding.refusal(layer, call) is None:
+        real = padding.tokens_of(rule, key.shape[1])
+        padded = Padded(mask, real.places, call.valid)
         query, key, value = padding.pack(query, key, value, real.places)
         mask = padding.packed(mask, real)
     if dtype is None:
@@ -182,7 +183,7 @@ def computing_dtype(layer: Any, call: Reading, wanted: Wanted) -> torch.dtype | 
     Not for a layer that was told a backend or has hops of its own, which were written for the layer's dtype.
     """
     query, dtype = call.query, call.query.dtype
-    if query.device.type != "cpu" or torch.is_autocast_enabled("cpu") or not projection.emulated(dtype):
+    if query.device.type != "cpu" or casts_to(query.device) is not None or not projection.emulated(dtype):
         return None
     if layer.call_out_proj or has_hops(layer) or preference(wanted) is not None or needs_aten(query):
         return None
@@ -255,7 +256,7 @@ def as_stock(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    key_padding_mask: Tensor | None,
+    key_padding_mask: Padding | Tensor | None,
     need_weights: bool,
     attn_mask: Mask | Tensor | None,
     average_attn_weights: bool,
@@ -264,6 +265,11 @@ def as_stock(
     """The call as ``F.multi_head_attention_forward``."""
     if isinstance(attn_mask, Mask):
         attn_mask, is_causal = as_tensor(layer, attn_mask, query, key), False
+    if isinstance(key_padding_mask, Padding):
+        axis = 1 if layer.batch_first and key.dim() == 3 else 0
+        key_padding_mask.check(key.shape[1 - axis] if key.dim() == 3 else 1, 1, 1, key.shape[axis])
+        hidden = ~key_padding_mask.real(key.shape[axis])
+        key_padding_mask = hidden if key.dim() == 3 else hidden[0]
     return stock_forward(
         query,
         key,

@@ -163,16 +163,32 @@ AUTOCAST = tuple(kind for kind in ("cpu", "cuda", "xpu", "mps", "hpu") if torch.
 """Device types that autocast; asked here, because Dynamo cannot trace the question before torch 2.13."""
 
 
+def casts_to(device: torch.device) -> torch.dtype | None:
+    """The dtype of autocast on a device; ``None`` where it is off."""
+    if device.type not in AUTOCAST or not torch.is_autocast_enabled(device.type):
+        return None
+    return torch.get_autocast_dtype(device.type)
+
+
+def computed_in(tensor: Tensor) -> torch.dtype:
+    """The dtype of the products of a tensor, projections and scores: autocast's where it casts, else the tensor's own.
+
+    The one rule for what a layer's heads will be, before they are projected.
+    """
+    dtype = casts_to(tensor.device)
+    if dtype is None or tensor.dtype == torch.float64 or not tensor.dtype.is_floating_point:
+        return tensor.dtype
+    return dtype
+
+
 def autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """q, k and v in the autocast dtype where autocast is on: kernels outside torch do not do it themselves."""
-    device = q.device.type
-    if device not in AUTOCAST or not torch.is_autocast_enabled(device):
+    if casts_to(q.device) is None:
         return q, k, v
-    dtype = torch.get_autocast_dtype(device)
-    return tuple(x.to(dtype) if x.dtype != torch.float64 else x for x in (q, k, v))  # type: ignore[return-value]
+    return tuple(x.to(computed_in(x)) for x in (q, k, v))  # type: ignore[return-value]
 
 
 def without_autocast(device: torch.device) -> contextlib.AbstractContextManager[Any]:
     """Autocast off, as it is behind the door, where q, k and v have been cast; nothing is entered where it is off."""
-    on = device.type in AUTOCAST and torch.is_autocast_enabled(device.type)
+    on = casts_to(device) is not None
     return torch.autocast(device.type, enabled=False) if on else contextlib.nullcontext()

@@ -20,13 +20,14 @@ from __future__ import annotations
 import abc
 import functools
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor
 
 M = TypeVar("M", bound="Mask")
+T = TypeVar("T")
 MaskMod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 Rebuild = Callable[[Sequence[Tensor]], "Mask"]
 ALIGNMENTS = ("bottom_right", "top_left")
@@ -176,7 +177,121 @@ def causal(*, align: str = "bottom_right") -> Window:
     return Window(None, 0, align=align)
 
 
-class KeyPadding(Mask):
+class Padding(Mask):
+    """Keys that are real and keys that are padding, and what was computed of them.
+
+    A layer takes one as ``key_padding_mask``. What backends make of its tensor (lengths, an order, a table) is made
+    once and kept on the object, so that all layers of a model share it that are handed one. It is made anew once the
+    tensor has changed: on a CPU its values are compared, elsewhere its version and address. Copies keep nothing.
+    """
+
+    __slots__ = ("_kept", "_private")
+    _kept: Kept | None
+    _private: bool
+
+    def __init__(self) -> None:
+        self._kept, self._private = None, False
+
+    def real(self, seqlen_k: int) -> Tensor:
+        """Which keys are real, (batch, seqlen_k) bool."""
+        raise NotImplementedError
+
+    def once(self, name: Hashable, make: Callable[[], T]) -> T:
+        """What ``make`` computes of the tensor, made once a name for as long as the tensor and the stream are the same.
+
+        Plain tensors outside autograd, whatever is on around the call. Nothing is kept of what a compiler, a transform
+        or a CUDA graph records, but for an object of this package's own, which lives no longer than they do.
+        """
+        (held,) = self.tensors()
+        if torch.compiler.is_compiling() and self._private:  # made and used in one graph
+            return self.kept_in(self._kept or Kept(held, 0, True), name, make)
+        if not eager(held):
+            return make()
+        stream, captured = queue(held)
+        if captured and not self._private:
+            return plainly(make)
+        kept = self._kept
+        if kept is None or kept.stream != stream or not (self._private or kept.fits(held)):
+            if not self._private and held.is_inference() and not compares(held):
+                return plainly(make)  # such a tensor does not say when it changes
+            kept = Kept(held, stream, self._private)
+        return self.kept_in(kept, name, functools.partial(plainly, make))
+
+    def kept_in(self, kept: Kept, name: Hashable, make: Callable[[], T]) -> T:
+        self._kept = kept
+        if name not in kept.values:
+            kept.values[name] = make()
+        found: T = kept.values[name]
+        return found
+
+    def own(self) -> Padding:
+        """The same rule over a tensor that is not the caller's, who may change theirs."""
+        return self if self._private else self.once("own", self.copied)
+
+    def copied(self) -> Padding:
+        tensors, again = self.flatten()
+        twin = again([tensor.clone() for tensor in tensors])
+        assert isinstance(twin, Padding)
+        return private(twin)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), self.tensors()
+
+
+class Kept:
+    """What was computed of a tensor, and how to tell that the tensor is another one since."""
+
+    __slots__ = ("seen", "stream", "values", "version")
+
+    def __init__(self, held: Tensor, stream: int, private: bool) -> None:
+        self.values: dict[Hashable, Any] = {}
+        self.stream, self.version = stream, 0
+        self.seen: Tensor | None = None
+        if private:
+            return
+        if compares(held):
+            self.seen = plainly(held.clone)
+        else:  # an alias, so that no other tensor gets this address
+            self.seen, self.version = held.detach(), held._version
+
+    def fits(self, held: Tensor) -> bool:
+        """The tensor is what it was."""
+        seen = self.seen
+        if seen is None or seen.shape != held.shape or seen.device != held.device:
+            return False
+        if compares(held):
+            return torch.equal(seen, held)
+        return not held.is_inference() and held._version == self.version and held.data_ptr() == seen.data_ptr()
+
+
+def compares(tensor: Tensor) -> bool:
+    """A tensor's values tell whether it has changed: on a CPU, where NumPy may write, which moves no version."""
+    return tensor.device.type == "cpu"
+
+
+def queue(tensor: Tensor) -> tuple[int, bool]:
+    """The stream that operators on a tensor join, 0 where there is one alone, and whether it is captured."""
+    if not tensor.is_cuda:
+        return 0, False
+    return torch._C._cuda_getCurrentRawStream(tensor.get_device()), torch.cuda.is_current_stream_capturing()
+
+
+P = TypeVar("P", bound="Padding")
+
+
+def private(rule: P) -> P:
+    """A rule over a tensor that its maker alone holds, so that it cannot change."""
+    rule._private = True
+    return rule
+
+
+def plainly(make: Callable[[], T]) -> T:
+    """What a function makes, as tensors that any later call may use."""
+    with torch.inference_mode(False), torch.no_grad():
+        return make()
+
+
+class KeyPadding(Padding):
     """Keys that are real: ``valid`` is a bool tensor (batch, seqlen_k), ``True`` = may be attended to."""
 
     __slots__ = ("valid",)
@@ -187,7 +302,11 @@ class KeyPadding(Mask):
             raise ValueError(
                 f"valid must be a bool tensor of shape (batch, seqlen_k), True = may attend, got {told(valid)}."
             )
+        super().__init__()
         self.valid = valid
+
+    def real(self, seqlen_k: int) -> Tensor:
+        return self.valid
 
     def check(self, batch: int, heads: int, seqlen_q: int, seqlen_k: int) -> None:
         if self.valid.shape != (batch, seqlen_k):
@@ -212,7 +331,7 @@ class KeyPadding(Mask):
         return f"KeyPadding({tuple(self.valid.shape)})"
 
 
-class KeyLengths(Mask):
+class KeyLengths(Padding):
     """The first ``lengths[b]`` keys of each batch item are real: an integer tensor (batch,)."""
 
     __slots__ = ("lengths",)
@@ -221,12 +340,22 @@ class KeyLengths(Mask):
     def __init__(self, lengths: Tensor) -> None:
         if not is_vector_of_integers(lengths):
             raise ValueError(f"lengths must be an int32 or int64 tensor of shape (batch,), got {told(lengths)}.")
+        super().__init__()
         self.lengths = lengths
+
+    def real(self, seqlen_k: int) -> Tensor:
+        def table() -> Tensor:
+            return torch.arange(seqlen_k, device=self.lengths.device) < self.lengths[:, None]
+
+        return self.once(("real", seqlen_k), table)
 
     def check(self, batch: int, heads: int, seqlen_q: int, seqlen_k: int) -> None:
         if self.lengths.shape != (batch,):
             raise ValueError(f"lengths must have shape (batch,) = ({batch},), got {tuple(self.lengths.shape)}.")
-        if readable(self.lengths) and batch and not 0 <= int(self.lengths.min()) <= int(self.lengths.max()) <= seqlen_k:
+        if not readable(self.lengths) or not batch:
+            return
+        shortest, longest = self.once("bounds", lambda: (int(self.lengths.min()), int(self.lengths.max())))
+        if not 0 <= shortest <= longest <= seqlen_k:
             raise ValueError(f"lengths must lie between 0 and seqlen_k={seqlen_k}, got {self.lengths.tolist()}.")
 
     def tensors(self) -> tuple[Tensor, ...]:
@@ -568,9 +697,9 @@ def merge(one: Mask, two: Mask) -> Mask | None:
         both.left, both.right = narrower(one.left, two.left), narrower(one.right, two.right)
         return both
     if isinstance(one, KeyPadding) and isinstance(two, KeyPadding) and one.valid.shape == two.valid.shape:
-        return KeyPadding(one.valid & two.valid)
+        return private(KeyPadding(one.valid & two.valid))
     if isinstance(one, KeyLengths) and isinstance(two, KeyLengths) and one.lengths.shape == two.lengths.shape:
-        return KeyLengths(torch.minimum(one.lengths, two.lengths))
+        return private(KeyLengths(torch.minimum(one.lengths, two.lengths)))
     if isinstance(one, Dense) and isinstance(two, Dense):
         return Dense(one.allowed & two.allowed)
     if isinstance(one, Documents) and isinstance(two, Documents):

@@ -63,7 +63,7 @@ class FlashMultiHeadAttention(nn.MultiheadAttention):
             use. Every row is computed after all under ``torch.compile``, export and CUDA graph capture, on a GPU
             without a kernel for packed tokens in the dtype, beside an ``attn_mask`` that is not causal,
             ``add_bias_kv``, ``add_zero_attn`` or overridden methods; ``flashmha.explain`` says so. On a GPU
-            each call waits once, for the number of real tokens.
+            each call waits once, for the number of real tokens, or each ``KeyPadding`` that is given as the mask.
 
     Shapes: query (batch, seqlen_q, embed_dim) with ``batch_first``, else (seqlen_q, batch, embed_dim), or
     (seqlen_q, embed_dim) unbatched; key and value likewise with kdim and vdim.
@@ -146,7 +146,8 @@ class FlashMultiHeadAttention(nn.MultiheadAttention):
         Args:
             query, key, value: see the class.
             key_padding_mask: (batch, seqlen_k), or (seqlen_k) unbatched; bool with ``True`` = *hidden*, or float,
-                added to the scores.
+                added to the scores. Or ``KeyPadding(valid)``, whose ``True`` = may attend, or ``KeyLengths(lengths)``,
+                which keep what is computed of them: hand one to every layer of a model.
             need_weights: also return the attention weights. They are computed when they are first read.
             attn_mask: (seqlen_q, seqlen_k), (batch * heads, seqlen_q, seqlen_k) or (batch or 1, heads or 1,
                 seqlen_q, seqlen_k); bool with ``True`` = *hidden*, or float, added to the scores. Or a flashmha mask,

@@ -13,7 +13,7 @@ def check(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    key_padding_mask: Tensor | None,
+    key_padding_mask: Mask | Tensor | None,
     attn_mask: Mask | Tensor | None,
 ) -> None:
     """Raise ``nn.MultiheadAttention``'s error for what a nested call cannot be."""

@@ -14,7 +14,8 @@ from .backends import expand, get, preference
 from .backends.sdpa import runs_packed, takes_packed
 from .call import Reading, each_once, extra_columns
 from .features import overridden
-from .masks import Documents, KeyPadding, Mask, Window, eager
+from .functional import computed_in
+from .masks import Documents, KeyPadding, Mask, Padding, Window, eager, short
 
 
 def refusal(layer: Any, call: Reading) -> str | None:
@@ -24,31 +25,43 @@ def refusal(layer: Any, call: Reading) -> str | None:
 
 def unpackable(layer: Any, call: Reading) -> str | None:
     """``refusal`` without a look at where the padding lies."""
-    if call.valid is None:
+    if call.padding is None:
         return "no bool key_padding_mask"
     if not eager(call.query) or (call.query.is_cuda and torch.cuda.is_current_stream_capturing()):
         return "PyTorch records the call (compile, export, torch.func, a CUDA graph)"
     if not (same_memory(call.query, call.key) and same_memory(call.key, call.value)):
         return "query, key and value are not one tensor"
-    if not call.valid.numel():
+    if not call.query.shape[0] or not call.query.shape[1]:
         return "no tokens at all"
     if extra_columns(layer):
         return "add_bias_kv or add_zero_attn"
     hops = overridden(layer)
     if hops:
         return f"{', '.join(hops)} overridden, which may count positions"
-    if call.bias is not None or any(type(part) not in (KeyPadding, Window) for part in parts(call.mask)):
+    if call.bias is not None or any(not isinstance(part, (Padding, Window)) for part in parts(call.mask)):
         return "an attn_mask beside causality"
     if call.query.is_cuda and preference(layer.backend) is None and not packs(layer, call):
-        return "no kernel here for packed tokens in this dtype: they would need a dense mask"
+        return f"no kernel here for packed tokens in {short(computed_in(call.query))}: they would need a dense mask"
+    call.padding.check(call.key.shape[0], 1, 1, call.key.shape[1])  # the last to look at it, where it is left out
     return None
 
 
 def beside_holes(call: Reading, *windows: Window | None) -> str | None:
     """Why padding with holes has to stay: what a window sees would move. Causality alone minds no hole."""
     bounded = [part for part in (*parts(call.mask), *windows) if part is not None and part.feature == "window"]
-    if bounded and call.valid is not None and has_holes(call.valid):
+    if bounded and call.padding is not None and call.padding.once("holes", lambda: has_holes(call.valid)):
         return "a window over padding with holes"
+    return None
+
+
+def positioned(layer: Any, call: Reading) -> str | None:
+    """Why the order of a call's keys counts, or no kernel gains by another; ``None`` where real ones may come first."""
+    if type(call.padding) is not KeyPadding or call.mask is not call.padding or call.bias is not None:
+        return "something beside a padding mask"
+    if call.columns or layer.window is not None or overridden(layer):
+        return "a layer with a window, keys or methods of its own"
+    if not call.query.is_cuda or preference(layer.backend) is not None or not packs(layer, call):
+        return "no kernel that keys would be moved for"
     return None
 
 
@@ -61,13 +74,13 @@ def same_memory(one: Tensor, two: Tensor) -> bool:
 
 
 def packs(layer: Any, call: Reading) -> bool:
-    """A kernel for packed documents runs on this GPU and in this dtype."""
-    tensor, size = call.query, layer.embed_dim // layer.num_heads
+    """A kernel for packed documents runs on this GPU and in the dtype of the layer's heads."""
+    device, dtype, size = call.query.device, computed_in(call.query), layer.embed_dim // layer.num_heads
     able = (get(name) for name in expand("flash_attn"))
-    if any(tensor.dtype in kernel.limits.dtypes and kernel.unavailable(tensor.device) is None for kernel in able):
+    if any(dtype in kernel.limits.dtypes and kernel.unavailable(device) is None for kernel in able):
         return True
     whole = all(part.feature != "window" for part in parts(call.mask)) and layer.window is None
-    return whole and takes_packed(tensor.dtype, size) and runs_packed(size, tensor.device.index)
+    return whole and takes_packed(dtype, size) and runs_packed(size, device.index)
 
 
 class Tokens(NamedTuple):
@@ -87,6 +100,11 @@ def tokens(valid: Tensor) -> Tokens:
     total, longest = torch.stack((lengths.sum(), lengths.max())).tolist()
     places = torch.nonzero_static(valid.flatten(), size=total).squeeze(1)
     return Tokens(places, F.pad(lengths.cumsum(0), (1, 0)).to(torch.int32), longest)
+
+
+def tokens_of(padding: Padding, seqlen: int) -> Tokens:
+    """``tokens``, looked for once a rule."""
+    return padding.once(("tokens", seqlen), lambda: tokens(padding.real(seqlen)))
 
 
 def packed(mask: Mask | None, real: Tokens) -> Mask:

@@ -14,7 +14,7 @@ from torch.nn.modules.module import _has_any_global_hook
 from . import padding
 from .call import Reading, read_call
 from .features import MARK, replaced, shadows
-from .masks import Mask, Window, eager, joined
+from .masks import KeyPadding, Mask, Padding, Window, eager, joined, plainly, private
 from .module import FlashMultiHeadAttention
 from .packed import Packed
 
@@ -28,7 +28,7 @@ class Route(NamedTuple):
 
     src: Tensor
     mask: Mask | Tensor | None
-    key_padding_mask: Tensor | None
+    key_padding_mask: Padding | Tensor | None
     is_causal: bool
     packed: Packed | None = None
     padded_norm: bool = False
@@ -47,7 +47,7 @@ def enter(
     Padding is left out once where every layer has ``skip_padding``, and in eval without gradients where the stock
     encoder would make nested tensors.
     """
-    given = Route(src, mask, key_padding_mask, is_causal)
+    given = Route(src, mask, handed_down(encoder, src, mask, key_padding_mask), is_causal)
     if key_padding_mask is None or not eager(src) or src.is_nested or not len(encoder.layers):
         return given
     skipping = [getattr(getattr(layer, "self_attn", None), "skip_padding", False) for layer in encoder.layers]
@@ -64,8 +64,9 @@ def enter(
         why = "padding before real tokens, where the stock encoder makes no nested tensors"
     if why is not None:
         return given._replace(why=why)
-    assert call.valid is not None
-    packed = Packed(src, padding.tokens(call.valid), attentions[0].batch_first)
+    assert call.padding is not None
+    real = padding.tokens_of(call.padding, call.query.shape[1])
+    packed = Packed(src, real, attentions[0].batch_first)
     windows = [part for part in padding.parts(call.mask) if type(part) is Window]
     return Route(packed.tokens, joined(packed.documents, *windows), None, False, packed, nesting)
 
@@ -106,6 +107,50 @@ def refusal(attentions: list[Any], call: Reading) -> str | None:
         if why is not None:
             return why
     return padding.beside_holes(call, *[attention.window for attention in attentions])
+
+
+def handed_down(encoder: Any, src: Any, mask: Any, padding: Any) -> Any:
+    """A bool padding mask as one rule for every layer, which keeps what is computed of it; else as it came.
+
+    As a tensor it goes to layers, hooks and patches that may count on one, into a graph, and where it is an error.
+    """
+    if not isinstance(padding, Tensor) or padding.dtype != torch.bool:
+        return padding
+    if not torch.compiler.is_compiling() and not (eager(padding) and eager(src)):
+        return padding
+    if src.is_nested or src.dim() != 3 or (isinstance(mask, Tensor) and mask.dtype != torch.bool):
+        return padding
+    for layer in encoder.layers:  # not all(...), which Dynamo 2.8 does not trace
+        if not takes_rules(layer, src, padding):
+            return padding
+    if GLOBAL_HOOKS[0] or GLOBAL_HOOKS[1]:
+        return padding
+    return private(KeyPadding(~padding if torch.compiler.is_compiling() else plainly(lambda: ~padding)))
+
+
+GLOBAL_HOOKS = (
+    torch.nn.modules.module._global_forward_hooks,
+    torch.nn.modules.module._global_forward_pre_hooks,
+)
+
+
+def takes_rules(layer: Any, src: Tensor, padding: Tensor) -> bool:
+    """An encoder layer is as this package wrote it, down to its attention, and the padding fits."""
+    attention = getattr(layer, "self_attn", None)
+    if type(layer) not in KNOWN or not isinstance(attention, FlashMultiHeadAttention):
+        return False
+    if KNOWN[type(layer)] != tuple([getattr(type(layer), name) for name in BLOCKS]) or replaced(attention):
+        return False
+    for name in (*BLOCKS, "_call_impl"):
+        if name in layer.__dict__:
+            return False
+    modules: tuple[Any, ...] = (layer, attention)
+    for module in modules:
+        ours = 1 if MARK in module._forward_pre_hooks else 0
+        if module._forward_hooks or len(module._forward_pre_hooks) > ours or module._compiled_call_impl is not None:
+            return False
+    batch, seqlen = src.shape[:2] if attention.batch_first else (src.shape[1], src.shape[0])
+    return padding.shape == (batch, seqlen)
 
 
 # What is known to take tokens one by one

@@ -51,6 +51,7 @@ class AttentionSpec:
     aten_only: bool = False
     needs: frozenset[str] | tuple[str, ...] = dataclasses.field(init=False, repr=False)
     shared: bool = dataclasses.field(init=False, repr=False, default=False)
+    outlined: tuple[Any, ...] | None = dataclasses.field(init=False, repr=False, default=None)
 
     def __post_init__(self) -> None:
         if not torch.compiler.is_compiling():
@@ -150,21 +151,23 @@ class AttentionSpec:
     ) -> AttentionSpec:
         """The problem of these tensors; all validation happens here, once.
 
-        A problem without tensors of its own is made once and shared by every call that asks for it again.
+        A problem without tensors of its own is made once and shared by every call that asks for it again; one whose
+        padding is all it holds is made of the last with such padding.
 
         Shapes: q (batch, seqlen_q, heads, head_dim), k (batch, seqlen_k, heads_kv, head_dim),
         v (batch, seqlen_k, heads_kv, head_dim_v). ``deterministic=None`` follows torch, see ``is_deterministic``.
         """
         dtype, device = q.dtype, q.device
         key: tuple[Any, ...] | None = None
-        if mask is None and bias is None and sinks is None and plain(q, k, v):
+        padding = type(mask)
+        if bias is None and sinks is None and (mask is None or padding in PADDINGS) and plain(q, k, v):
             grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
             if deterministic is None:
                 deterministic = asks_deterministic() and is_deterministic()  # the second takes a step in Python
             # fmt: off
             key = (
                 q.shape, k.shape, v.shape, dtype, k.dtype, v.dtype, device, k.device, v.device,
-                grad, softcap, softmax_scale, dropout_p, need_lse, deterministic,
+                grad, softcap, softmax_scale, dropout_p, need_lse, deterministic, padding,
             )
             # fmt: on
             try:
@@ -172,7 +175,7 @@ class AttentionSpec:
             except TypeError:  # what has no hash is no number, and is refused below
                 key = known = None
             if known is not None:
-                return known
+                return known if mask is None else known.padded(mask)
         if not (q.dim() == k.dim() == v.dim() == 4 and dtype == k.dtype == v.dtype and device == k.device == v.device):
             refuse_tensors(q, k, v)
         if not dtype.is_floating_point:
@@ -188,9 +191,7 @@ class AttentionSpec:
             )
         for name, holder in () if mask is None and bias is None else (("mask", mask), ("bias", bias)):
             if holder is not None and any(tensor.device != device for tensor in holder.tensors()):
-                raise ValueError(
-                    f"{name} must be on the device of q, {device}, got {holder.tensors()[0].device}: {holder!r}."
-                )
+                refuse_device(name, holder, device)
         if sinks is not None and isinstance(sinks, Tensor) and sinks.device != device:
             raise ValueError(f"sinks must be on the device of q, {device}, got {sinks.device}.")
         needs_grad = torch.is_grad_enabled() and (
@@ -231,14 +232,32 @@ class AttentionSpec:
         if key is not None:
             if len(shared) >= SHARED:
                 shared.clear()
-            shared[key] = spec
-            spec.__dict__["shared"] = True
+            if mask is None:
+                shared[key] = spec
+                spec.__dict__["shared"] = True
+            elif spec.mask is mask:
+                shared[key] = spec.unpadded()
         return spec
+
+    def unpadded(self) -> AttentionSpec:
+        """A problem whose mask is padding, without that tensor, for ``padded`` to fill in."""
+        return self.changed(mask=None, outlined=self.outline)
+
+    def padded(self, mask: Mask) -> AttentionSpec:
+        """An ``unpadded`` problem over other padding of its kind, which is known under the same outline."""
+        (held,) = mask.tensors()
+        if held.device != self.device:
+            refuse_device("mask", mask, self.device)
+        mask.check(self.batch, self.heads, self.seqlen_q, self.seqlen_k)
+        twin: AttentionSpec = object.__new__(AttentionSpec)
+        twin.__dict__.update(self.__dict__)
+        twin.__dict__["mask"] = mask
+        return twin
 
     def changed(self, **fields: Any) -> AttentionSpec:
         """The same problem with other values in some fields, not checked again."""
         twin: AttentionSpec = object.__new__(AttentionSpec)
-        twin.__dict__.update(self.__dict__, shared=False, **fields)
+        twin.__dict__.update(self.__dict__ | {"shared": False, "outlined": None} | fields)
         return twin
 
     def with_lse(self) -> AttentionSpec:
@@ -251,6 +270,8 @@ class AttentionSpec:
 
         ``None`` where there are others, and while somebody traces.
         """
+        if self.outlined is not None:
+            return self.outlined
         if self.bias is not None or self.sinks is not None or torch.compiler.is_compiling():
             return None
         if not (type(self.batch) is type(self.seqlen_q) is type(self.seqlen_k) is int):  # symbols have no hash
@@ -322,6 +343,11 @@ def held(names: list[str]) -> frozenset[str] | tuple[str, ...]:
     return tuple(names) if torch.compiler.is_compiling() else frozenset(names)
 
 
+def refuse_device(name: str, holder: Mask | Bias, device: torch.device) -> NoReturn:
+    """Say where a mask or a bias is, which is not where q is."""
+    raise ValueError(f"{name} must be on the device of q, {device}, got {holder.tensors()[0].device}: {holder!r}.")
+
+
 def refuse_tensors(q: Tensor, k: Tensor, v: Tensor) -> NoReturn:
     """Say which of q, k and v is not like the others."""
     for name, tensor in (("q", q), ("k", k), ("v", v)):
@@ -347,6 +373,7 @@ def is_deterministic() -> bool:
 is_deterministic._dynamo_marked_constant = True  # type: ignore[attr-defined]  # torch.compiler.assume_constant_result
 
 
+PADDINGS = (KeyPadding, KeyLengths)
 SHARED = 1024
 """How many problems are kept."""
 shared: dict[tuple[Any, ...], AttentionSpec] = {}

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from .backends import Backend, expand, get, record
-from .functional import attention
+from .functional import attention, computed_in
 from .masks import causal, short
 from .tolerance import AGAIN, allowed_error, moved
 
@@ -67,7 +67,7 @@ def compare_outputs(Q: Tensor, K: Tensor, V: Tensor, causal: bool = False) -> di
         with record() as calls:
             out = FlashAttentionWrapper(causal=causal)(Q, K, V).double()
         exact, rounding = plainly(Q, K, V, causal)
-        eps = torch.finfo(Q.dtype).eps
+        eps = torch.finfo(computed_in(Q)).eps
         # one plain run may err little by luck: more of them, on inputs moved by a rounding
         generator = torch.Generator("cpu").manual_seed(0)
         for _ in range(AGAIN):

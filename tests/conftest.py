@@ -32,6 +32,7 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci" if os.environ.ge
 torch.set_num_threads(1)  # drawn tensors are small: a second thread costs more than it brings
 
 CPU_FILES = {
+    "test_autocast": "pretends a GPU",
     "test_benchmark": "times layers on a CPU",
     "test_commands": "asks about the devices by name",
     "test_ddp": "runs processes on gloo",

@@ -45,12 +45,20 @@ def behind(rows: Tensor, end: Tensor) -> Tensor:
     return (torch.arange(rows.shape[0]) >= end)[:, None, None]
 
 
+def read(k: Tensor, starts: Tensor, ends: Tensor) -> Tensor:
+    """Keys (total, heads, head_dim) that a kernel reads: those of documents with queries. The others' gradient is 0."""
+    documents = torch.bucketize(torch.arange(k.shape[0]), ends[1:], right=True)
+    asked = torch.cat((starts.diff() > 0, torch.ones(1, dtype=torch.bool)))[documents]
+    return torch.where(asked[:, None, None], k, 0.0)
+
+
 def attend(q: Tensor, k: Tensor, v: Tensor, empty: float, **told: Any) -> tuple[Tensor, Tensor]:
     """out and lse, which is ``empty`` where a row saw nothing; NaN in whatever a kernel leaves unwritten."""
     offsets = [told.get(name) for name in ("cu_seqlens_q", "cu_seqlens_k")]
     starts, ends = offsets
     if starts is not None and ends is not None:
         q, k, v = Unwritten.apply(q, starts[-1]), Unwritten.apply(k, ends[-1]), Unwritten.apply(v, ends[-1])
+        k, v = read(k, starts, ends), read(v, starts, ends)
         if not torch.compiler.is_compiling():
             for cu_seqlens, x, longest in ((starts, q, told["max_seqlen_q"]), (ends, k, told["max_seqlen_k"])):
                 assert cu_seqlens.dtype == torch.int32 and cu_seqlens.is_contiguous() and isinstance(longest, int)

@@ -18,8 +18,8 @@ from flashmha.__main__ import main
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "flashmha"
 ORDER = """
-    extras masks scores spec errors heads
-    backends.base backends.flash backends.blocks backends.compact backends.block_tables backends.grouped
+    extras masks scores spec errors heads order
+    backends.base backends.flash backends.compact backends.blocks backends.block_tables backends.grouped
     backends.packing backends.plugins backends.ranking backends.tuned
     backends.flash4_mask backends.flash4_kernels
     backends.naive backends.sdpa backends.flex backends.flash2 backends.flash3 backends.flash4

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..masks import Documents, KeyLengths, KeyPadding, Window, find, readable
 from ..spec import AttentionSpec
+from .compact import padding
 
 WORTH = 2**21
 """Multiplications in the scores that cost as much as a call: below, one call with a mask beats one for each item."""
@@ -34,11 +35,13 @@ def cut(spec: AttentionSpec) -> list[Item] | None:
 
     Serves key padding without holes, key lengths and documents, each with top-left causality or none.
     """
-    if spec.mask is None or spec.bias is not None or spec.aten_only or not all(map(readable, spec.mask.tensors())):
+    work = spec.heads * spec.seqlen_q * spec.seqlen_k * spec.head_dim
+    if work <= WORTH or spec.mask is None or spec.bias is not None or spec.aten_only:
+        return None
+    if not all(map(readable, spec.mask.tensors())):
         return None
     documents, window = find(spec.mask, Documents), spec.window
     kinds = {type(part) for part in spec.mask.parts}
-    work = spec.heads * spec.seqlen_q * spec.seqlen_k * spec.head_dim
     items: list[Item] | None = None
     if documents is not None:
         calls = documents.cu_seqlens.shape[0] - 1
@@ -46,8 +49,11 @@ def cut(spec: AttentionSpec) -> list[Item] | None:
             items = cut_documents(documents, window is not None, spec)
     elif kinds & {KeyPadding, KeyLengths} and kinds <= {KeyPadding, KeyLengths, Window}:
         drawing = "dropout" in spec.features  # for the whole problem at once, as torch draws
-        if follows(window, True, spec.seqlen_q - spec.seqlen_k) and work > WORTH and spec.batch and not drawing:
-            items = cut_padding(spec, window is not None)
+        if follows(window, True, spec.seqlen_q - spec.seqlen_k) and spec.batch and not drawing:
+            rule = padding(spec)
+            assert rule is not None
+            name = ("items", spec.seqlen_q, spec.seqlen_k, window is not None)
+            items = rule.once(name, lambda: cut_padding(rule.real(spec.seqlen_k), spec, window is not None))
     # where nobody looks at anything, the mask keeps the output in the autograd graph
     return items if items and any(piece[1] is not None for item in items for piece in item.pieces) else None
 
@@ -65,12 +71,9 @@ def cut_documents(documents: Documents, causal: bool, spec: AttentionSpec) -> li
     return [Item([*k_sizes, spec.seqlen_k - sum(k_sizes)], [piece for piece in pieces if piece[0]])]
 
 
-def cut_padding(spec: AttentionSpec, causal: bool) -> list[Item] | None:
+def cut_padding(valid: Tensor, spec: AttentionSpec, causal: bool) -> list[Item] | None:
     """The real keys of each batch item, where they are neighbours."""
-    assert spec.mask is not None
-    tables = [part.materialize(spec.batch, 1, 1, spec.seqlen_k) for part in spec.mask.parts if type(part) is not Window]
-    valid = tables[0] if len(tables) == 1 else tables[0] & tables[1]
-    real = valid[:, 0, 0].to(torch.uint8)
+    real = valid.to(torch.uint8)
     counts, starts = real.sum(dim=1).tolist(), real.argmax(dim=1).tolist()
     ends = (spec.seqlen_k - real.flip(1).argmax(dim=1)).tolist()
     if any(count and end - start != count for count, start, end in zip(counts, starts, ends)):

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..masks import KeyLengths, KeyPadding, Mask, Window, find
+from ..masks import KeyLengths, KeyPadding, Mask, Padding, Window, find, private
 from ..spec import AttentionSpec
 
 TILE = 256
@@ -29,21 +29,29 @@ def validity(mask: Mask | None, spec: AttentionSpec) -> Tensor | None:
     """Which keys the padding in a mask leaves, (batch, seqlen_k) bool; ``None`` where there is none."""
     valid: Tensor | None = None
     for part in () if mask is None else mask.parts:
-        if not isinstance(part, (KeyPadding, KeyLengths)):
-            continue
-        if isinstance(part, KeyPadding):  # what the line below says, in fewer steps
-            table = part.valid
-        else:
-            table = part.materialize(spec.batch, 1, 1, spec.seqlen_k, spec.device)[:, 0, 0]
-        valid = table if valid is None else valid & table
+        if isinstance(part, Padding):
+            table = part.real(spec.seqlen_k)
+            valid = table if valid is None else valid & table
     return valid
+
+
+def padding(spec: AttentionSpec) -> Padding | None:
+    """The padding in a mask as one rule, which keeps what is computed of it; ``None`` where there is none."""
+    parts = () if spec.mask is None else spec.mask.parts
+    found = [part for part in parts if isinstance(part, Padding)]
+    if len(found) < 2:
+        return found[0] if found else None
+    valid = validity(spec.mask, spec)
+    assert valid is not None
+    return private(KeyPadding(valid))
 
 
 def key_lengths(spec: AttentionSpec) -> Tensor:
     """The lengths of a mask with ``KeyLengths`` as kernels take them, (batch,) int32."""
-    lengths = find(spec.mask, KeyLengths)
-    assert lengths is not None
-    return lengths.lengths.clamp(0, spec.seqlen_k).int()
+    rule = find(spec.mask, KeyLengths)
+    assert rule is not None
+    lengths = rule.lengths
+    return rule.once(("lengths", spec.seqlen_k), lambda: lengths.clamp(0, spec.seqlen_k).int())
 
 
 class Intervals(NamedTuple):

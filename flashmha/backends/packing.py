@@ -1,24 +1,26 @@
 """A batch as packed documents, for kernels that know documents ("varlen") and no padding.
 
-The documents are those of the mask. Where there is padding instead, each batch item is one, with its real keys alone:
-padding of any pattern goes behind the keys of all items, which no rule notices as long as none looks at positions.
-Not a backend.
+The documents are those of the mask. Where there is padding instead, each batch item is two: its real keys with all of
+its queries, then its padding with none, so that every key is some document's and gets its gradient, 0 there. Real keys
+that do not lie first are moved, which no rule notices as long as none looks at positions. Not a backend.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..masks import Documents, find
+from ..masks import Documents, KeyPadding, Padding, find
+from ..order import Order, permuted, real_first
 from ..spec import AttentionSpec
 from .base import FEATURES
-from .compact import key_lengths, validity
-from .flash import packed, real_rows, unpacked, unpacked_lse
+from .compact import key_lengths, padding
+from .flash import packed, unpacked, unpacked_lse
 
 PADDING = ("key_lengths", "key_padding")
 POSITIONS = frozenset(("causal", "window", "documents", "alibi"))
@@ -44,19 +46,47 @@ def pack(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> tuple[Tensor, 
     documents = find(spec.mask, Documents)
     if documents is not None:
         return packed(q, k, v, documents)
-    valid = validity(spec.mask, spec)
-    assert valid is not None
-    # bytes rather than bool: every torch sorts them on a GPU
-    order = (~valid).flatten().to(torch.uint8).argsort(stable=True)
-    ends = F.pad(valid.sum(1).cumsum(0), (1, 0)).int()
-    k, v = (real_rows(x.flatten(0, 1).index_select(0, order), ends) for x in (k, v))
+    rule = padding(spec)
+    assert rule is not None
+    plan = rule.once(("documents", spec.seqlen_q, spec.seqlen_k), functools.partial(planned, rule, spec))
+    k, v = k.flatten(0, 1), v.flatten(0, 1)
+    if plan.order is not None:
+        k, v = permuted((k, v), plan.order)
+    return q.flatten(0, 1), k, v, plan.offsets
+
+
+class Plan(NamedTuple):
+    """Padding as documents: how keys are moved, ``None`` where they lie right, and the offsets a kernel wants."""
+
+    order: Order | None
+    offsets: dict[str, Any]
+
+
+def planned(rule: Padding, spec: AttentionSpec) -> Plan:
+    if isinstance(rule, KeyPadding):
+        order, lengths = real_first(rule.valid), rule.valid.sum(1)
+    else:
+        order, lengths = None, key_lengths(spec)
     offsets = {
-        "cu_seqlens_q": torch.arange(spec.batch + 1, dtype=torch.int32, device=q.device) * spec.seqlen_q,
-        "cu_seqlens_k": ends,
+        "cu_seqlens_q": query_offsets(spec.batch, spec.seqlen_q, spec.device),
+        "cu_seqlens_k": key_offsets(lengths, spec.seqlen_k),
         "max_seqlen_q": spec.seqlen_q,
         "max_seqlen_k": spec.seqlen_k,
     }
-    return q.flatten(0, 1), k, v, offsets
+    return Plan(order, offsets)
+
+
+def query_offsets(batch: int, seqlen_q: int, device: torch.device) -> Tensor:
+    """Where the queries of each document start: 0, seqlen_q, seqlen_q, 2 seqlen_q, 2 seqlen_q, ..."""
+    return (torch.arange(2 * batch + 1, dtype=torch.int32, device=device) + 1) // 2 * seqlen_q
+
+
+def key_offsets(lengths: Tensor, seqlen_k: int) -> Tensor:
+    """Where its keys do: 0, lengths[0], seqlen_k, seqlen_k + lengths[1], 2 seqlen_k, ..."""
+    batch = lengths.shape[0]
+    starts = torch.arange(batch, device=lengths.device) * seqlen_k
+    steps = torch.stack((starts, starts + lengths), dim=1).flatten()
+    return F.pad(steps, (0, 1), value=batch * seqlen_k).int()
 
 
 def unpack(out: Tensor, spec: AttentionSpec) -> Tensor:

@@ -12,11 +12,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ..masks import Window, readable
+from ..masks import Padding, Window, eager, readable
 from ..scores import narrowed
 from ..spec import AttentionSpec, is_deterministic
 from .base import FEATURES, HALF, Backend, Limits
 from .blocks import Item, cut, keep_all, slices
+from .compact import validity
 from .grouped import FEW, fold, fold_table, folds, unfold
 from .packing import PADDING, pack, unpack
 
@@ -73,11 +74,14 @@ class Sdpa(Backend):
             return attend_by_math(q, k, v, None, spec)  # the fused kernel gives NaN where queries are large
         if spec.mask is None and spec.bias is None:
             return attend(q, k, v, None, spec)
+        if spec.bias is None and isinstance(spec.mask, Padding):  # as below, in fewer steps
+            items = cut(spec)
+            return attend(q, k, v, together(spec), spec) if items is None else attend_cut(q, k, v, items, spec)
         if spec.bias is None and top_left_causal(spec):
             return attend(q, k, v, None, spec, is_causal=True)
         items = cut(spec)
         if items is not None:
-            return attend(q, k, v, None, spec) if keep_all(items, spec) else attend_items(q, k, v, items, spec)
+            return attend_cut(q, k, v, items, spec)
         mask = dense(spec)
         return attend_by_math(q, k, v, mask, spec) if coarse(mask, spec) else attend(q, k, v, mask, spec)
 
@@ -93,6 +97,8 @@ def dense(spec: AttentionSpec) -> Tensor | None:
 
 def together(spec: AttentionSpec) -> Tensor | None:
     """Mask and bias in one, in the dtype that SDPA takes; an axis on which neither depends may have size 1."""
+    if spec.bias is None and isinstance(spec.mask, Padding) and all(map(eager, spec.mask.tensors())):
+        return spec.mask.once(("added", spec.seqlen_k, spec.dtype), lambda: added(spec))
     mask, bias = spec.allowed(), spec.added()
     if bias is None:
         return mask
@@ -102,6 +108,18 @@ def together(spec: AttentionSpec) -> Tensor | None:
     # always level there: a kernel multiplies by log2(e), which makes -inf of float32's lowest number
     return narrowed(table, spec.dtype, level=True)
 
+
+def added(spec: AttentionSpec) -> Tensor:
+    """Padding as the numbers that SDPA would make of it in each call, in rows that its kernels need not copy."""
+    valid = validity(spec.mask, spec)
+    assert valid is not None
+    whole = -(-spec.seqlen_k // ALIGNED) * ALIGNED
+    table = torch.zeros(spec.batch, 1, 1, whole, dtype=spec.dtype, device=spec.device)[..., : spec.seqlen_k]
+    return table.masked_fill_(~valid[:, None, None, :], float("-inf"))
+
+
+ALIGNED = 16
+"""A row of a mask that is no multiple long is copied in each call (``pad_bias`` in aten's attention.cpp)."""
 
 COARSE = 1000.0
 """A log-sum-exp further from 0 makes the weights of a backward, which is in float32, err by more than 3e-5."""
@@ -351,6 +369,13 @@ def refusals_of_lse(spec: AttentionSpec) -> list[str]:
     if spec.aten_only:
         reasons.append("lse under export, torch.func or a tensor subclass")
     return reasons
+
+
+def attend_cut(
+    q: Tensor, k: Tensor, v: Tensor, items: list[Item], spec: AttentionSpec
+) -> Tensor | tuple[Tensor, Tensor]:
+    """SDPA of what is left of a problem."""
+    return attend(q, k, v, None, spec) if keep_all(items, spec) else attend_items(q, k, v, items, spec)
 
 
 def attend_items(
