@@ -126,7 +126,7 @@ def take(x: Tensor, places: Tensor) -> Tensor:
 def unpack(tokens: Tensor, places: Tensor, sizes: tuple[int, int]) -> Tensor:
     """(1, tokens, ...) as (batch, seqlen, ...), 0 where there was padding; ``sizes`` is (batch, seqlen)."""
     blank = tokens.new_zeros(sizes[0] * sizes[1], *tokens.shape[2:])
-    return torch.unflatten(blank.index_copy(0, places, tokens[0]), 0, sizes)
+    return torch.unflatten(blank.index_copy_(0, places, tokens[0]), 0, sizes)
 
 
 def has_holes(valid: Tensor) -> bool:
