@@ -18,6 +18,7 @@ from conftest import fewer
 from hypothesis import given
 from hypothesis import strategies as st
 from test_flash import Pretended2, pretended, two
+from test_module import counted
 from test_padding import CHANGES
 from torch import Tensor, nn
 from torch._dynamo.backends.common import aot_autograd
@@ -74,6 +75,7 @@ def assert_all_close(found: list[Tensor], expected: list[Tensor]) -> None:
     causal=st.sampled_from((None, "mask", "rule")),
     skip=st.booleans(),
     worth=st.sampled_from((0, blocks.WORTH)),
+    features=st.sampled_from(({}, {"add_bias_kv": True}, {"add_zero_attn": True}, {"window": (1, 2)}, {"kdim": 8})),
     seed=seeds(),
 )
 def test_a_rule_gives_the_numbers_of_the_tensor_mask(
@@ -86,9 +88,10 @@ def test_a_rule_gives_the_numbers_of_the_tensor_mask(
     causal: str | None,
     skip: bool,
     worth: int,
+    features: dict[str, Any],
     seed: int,
 ) -> None:
-    layer = FlashMultiHeadAttention(8, 2, batch_first=batch_first, dtype=torch.float64, skip_padding=skip)
+    layer = FlashMultiHeadAttention(8, 2, batch_first=batch_first, dtype=torch.float64, skip_padding=skip, **features)
     shape = (batch, seqlen, 8) if batch_first else (seqlen, batch, 8)
     x, valid = noise(seed, *shape), validity(pattern, batch, seqlen, seed)
     rest = (noise(seed + 1, *shape),) * 2 if cross else ()
@@ -157,6 +160,31 @@ def test_an_encoder_hands_one_rule_down(
     assert made.call_count == 2
     torch.testing.assert_close(inside.detach().clone(), expected[0].detach(), atol=1e-9, rtol=1e-9)
     assert_all_close(found, expected)
+
+
+@pytest.mark.parametrize("training", (False, True))
+def test_a_whole_transformer_takes_rules_where_it_takes_padding(training: bool) -> None:
+    model = nn.Transformer(8, 2, 2, 2, 16, 0.0, batch_first=True, dtype=torch.float64).train(training)
+    replace_mha(model)
+    x, y = noise(0, 2, 6, 8), noise(1, 2, 5, 8)
+    source, target = validity("holes", 2, 6, 3), validity("right", 2, 5, 4)
+    source[:, 0] = target[:, 0] = True
+    names = ("src_key_padding_mask", "tgt_key_padding_mask", "memory_key_padding_mask")
+    memory = KeyPadding(source)
+    given = dict(zip(names, (~source, ~target, ~source))), dict(zip(names, (memory, KeyLengths(target.sum(1)), memory)))
+    expected, found = (
+        torch.autograd.grad(model(x, y, **masks).square().sum(), [*model.parameters()]) for masks in given
+    )
+    assert_all_close(list(found), list(expected))
+
+
+@pytest.mark.parametrize("skip", (False, True))
+def test_explain_takes_a_rule(skip: bool) -> None:
+    layer, x = FlashMultiHeadAttention(8, 2, batch_first=True, skip_padding=skip), torch.randn(2, 6, 8)
+    valid = validity("right", 2, 6, 1)
+    said = [flashmha.explain(layer, x, x, x, key_padding_mask=given) for given in (~valid, KeyPadding(valid))]
+    assert str(said[0]) == str(said[1])
+    assert "KeyLengths" in str(flashmha.explain(layer, x, x, x, key_padding_mask=KeyLengths(valid.sum(1)))) or skip
 
 
 def patched(layer: Any) -> None:
@@ -416,6 +444,33 @@ def test_a_gpu_moves_keys_in_one_operator_and_a_prefix_in_none(kind: Any, side_b
         with Ran() as ran:
             torch.autograd.grad(out.float().square().sum(), packed)
     assert ran.names["aten::index_select"] <= 2 and not ran.names["aten::index_add_"]
+
+
+@pytest.mark.cpu("pretends a kernel of a GPU")
+def test_a_padded_call_takes_few_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer, x, valid = (
+        FlashMultiHeadAttention(16, 2, batch_first=True),
+        torch.randn(2, 17, 16),
+        validity("left", 2, 17, 1),
+    )
+    monkeypatch.setattr(sdpa, "packs_up_to", lambda index: 256)
+    monkeypatch.setattr(torch.ops.aten, "_flash_attention_forward", lambda q, *rest, **more: (q,))
+    q, k, v = noise(0, 3, 2, 17, 2, 8, dtype=torch.bfloat16).unbind()
+    rules = {44: masks.private(KeyPadding(valid)), 52: masks.private(KeyLengths(valid.sum(1)))}
+
+    def whole(rule: masks.Padding) -> None:
+        layer(x, x, x, key_padding_mask=rule, need_weights=False)
+
+    def packed(rule: masks.Padding) -> None:
+        sdpa.attend_on_cuda(q, k, v, AttentionSpec.of(q, k, v, mask=rule))
+
+    for many, rule in rules.items():
+        for call, most in ((whole, many), (packed, 40)):
+            with torch.no_grad():
+                call(rule)  # what is found out once
+                with counted() as names:
+                    call(rule)
+            assert 0 < len(names) <= most, names
 
 
 @pytest.mark.cpu("looks at real tokens, which a GPU packs in half precision alone")

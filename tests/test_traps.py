@@ -489,7 +489,10 @@ def test_trap_16_lengths_go_to_the_function_for_caches_and_never_with_a_gradient
     padding = mask & KeyPadding(torch.ones(2, longest, dtype=torch.bool))
     for changes in ({"mask": padding}, {"mask": mask, "needs_grad": True}):
         options = as_told(told, name, problem(seqlen_k=longest, device=torch.device("cpu"), **changes))
-        assert torch.equal(options["cu_seqlens_k"].diff(), mask.lengths.int()) and "cache_seqlens" not in options
+        real, rest = options["cu_seqlens_k"].diff().view(2, 2).T
+        assert torch.equal(real, mask.lengths.int()) and "cache_seqlens" not in options
+        assert torch.equal(real + rest, torch.full_like(real, longest))
+        assert options["cu_seqlens_q"].diff().view(2, 2)[:, 1].tolist() == [0, 0]  # nobody asks for padding
 
 
 @pytest.mark.cpu("asks what a kernel is told")

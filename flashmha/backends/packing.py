@@ -43,10 +43,11 @@ def refusals(spec: AttentionSpec) -> list[str]:
 
 def pack(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> tuple[Tensor, Tensor, Tensor, dict[str, Any]]:
     """A batch as tensors (total, heads, head_dim) and the offsets a kernel wants; the device is never waited for."""
-    documents = find(spec.mask, Documents)
+    rule = spec.mask if isinstance(spec.mask, Padding) else None
+    documents = None if rule is not None else find(spec.mask, Documents)
     if documents is not None:
         return packed(q, k, v, documents)
-    rule = padding(spec)
+    rule = padding(spec) if rule is None else rule
     assert rule is not None
     plan = rule.once(("documents", spec.seqlen_q, spec.seqlen_k), functools.partial(planned, rule, spec))
     k, v = k.flatten(0, 1), v.flatten(0, 1)
@@ -91,7 +92,7 @@ def key_offsets(lengths: Tensor, seqlen_k: int) -> Tensor:
 
 def unpack(out: Tensor, spec: AttentionSpec) -> Tensor:
     """A packed output as a batch."""
-    documents = find(spec.mask, Documents)
+    documents = None if isinstance(spec.mask, Padding) else find(spec.mask, Documents)
     if documents is not None:
         return unpacked(out, documents)
     return out.view(spec.batch, spec.seqlen_q, *out.shape[1:])

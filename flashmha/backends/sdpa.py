@@ -199,11 +199,12 @@ def packable(spec: AttentionSpec) -> bool:
         return False
     if 0 in (spec.batch, spec.seqlen_q, spec.seqlen_k):
         return False
-    if "documents" in spec.features:
+    features = spec.features
+    if "documents" in features:
         assert spec.mask is not None
         windows = [part for part in spec.mask.parts if isinstance(part, Window)]
-        return spec.features <= DOCUMENTS and all(window.align == "bottom_right" for window in windows)
-    return spec.features <= PADDED and not spec.features.isdisjoint(PADDING) and spec.seqlen_q > FEW
+        return features <= DOCUMENTS and all(window.align == "bottom_right" for window in windows)
+    return features <= PADDED and not features.isdisjoint(PADDING) and spec.seqlen_q > FEW
 
 
 ANY = ("backward", "deterministic", "dropout", "gqa")
