@@ -205,8 +205,11 @@ class KeyPadding(Mask):
         valid = self.valid
         return lambda batch, head, q_idx, k_idx: valid[batch, k_idx]
 
+    def materialize(self, *grid: Any) -> Tensor:
+        return self.valid.unsqueeze(1).unsqueeze(1)
+
     def dense(self, *grid: Any) -> Tensor:
-        return self.valid[:, None, None, :]
+        return self.materialize()
 
     def __repr__(self) -> str:
         return f"KeyPadding({tuple(self.valid.shape)})"

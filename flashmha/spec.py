@@ -51,6 +51,7 @@ class AttentionSpec:
     aten_only: bool = False
     needs: frozenset[str] | tuple[str, ...] = dataclasses.field(init=False, repr=False)
     shared: bool = dataclasses.field(init=False, repr=False, default=False)
+    outlined: tuple[Any, ...] | None = dataclasses.field(init=False, repr=False, default=None)
 
     def __post_init__(self) -> None:
         if not torch.compiler.is_compiling():
@@ -238,7 +239,17 @@ class AttentionSpec:
     def changed(self, **fields: Any) -> AttentionSpec:
         """The same problem with other values in some fields, not checked again."""
         twin: AttentionSpec = object.__new__(AttentionSpec)
-        twin.__dict__.update(self.__dict__, shared=False, **fields)
+        twin.__dict__.update(self.__dict__, **{"shared": False, "outlined": None, **fields})
+        return twin
+
+    def unpadded(self) -> AttentionSpec:
+        """A problem whose mask is padding, without that tensor, for ``padded`` to fill in."""
+        return self.changed(mask=None, outlined=self.outline)
+
+    def padded(self, mask: KeyPadding) -> AttentionSpec:
+        """An ``unpadded`` problem over padding of the same sizes, which is known under the same outline."""
+        twin: AttentionSpec = object.__new__(AttentionSpec)
+        twin.__dict__.update(self.__dict__, mask=mask)
         return twin
 
     def with_lse(self) -> AttentionSpec:
@@ -251,6 +262,8 @@ class AttentionSpec:
 
         ``None`` where there are others, and while somebody traces.
         """
+        if self.outlined is not None:
+            return self.outlined
         if self.bias is not None or self.sinks is not None or torch.compiler.is_compiling():
             return None
         if not (type(self.batch) is type(self.seqlen_q) is type(self.seqlen_k) is int):  # symbols have no hash

@@ -34,11 +34,13 @@ def cut(spec: AttentionSpec) -> list[Item] | None:
 
     Serves key padding without holes, key lengths and documents, each with top-left causality or none.
     """
-    if spec.mask is None or spec.bias is not None or spec.aten_only or not all(map(readable, spec.mask.tensors())):
+    work = spec.heads * spec.seqlen_q * spec.seqlen_k * spec.head_dim
+    if spec.mask is None or (type(work) is int and work <= WORTH):
+        return None
+    if spec.bias is not None or spec.aten_only or not all(map(readable, spec.mask.tensors())):
         return None
     documents, window = find(spec.mask, Documents), spec.window
     kinds = {type(part) for part in spec.mask.parts}
-    work = spec.heads * spec.seqlen_q * spec.seqlen_k * spec.head_dim
     items: list[Item] | None = None
     if documents is not None:
         calls = documents.cu_seqlens.shape[0] - 1
