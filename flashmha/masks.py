@@ -206,7 +206,8 @@ class KeyPadding(Mask):
         return lambda batch, head, q_idx, k_idx: valid[batch, k_idx]
 
     def materialize(self, *grid: Any) -> Tensor:
-        return self.valid.unsqueeze(1).unsqueeze(1)
+        batch, seqlen_k = self.valid.shape
+        return self.valid.view(batch, 1, 1, seqlen_k)
 
     def dense(self, *grid: Any) -> Tensor:
         return self.materialize()

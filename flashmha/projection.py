@@ -59,20 +59,17 @@ def by_one_matrix(
     if query is key and key is value:
         return split(F.linear(query, weight, bias), head_dim, [heads, heads_kv, heads_kv])  # type: ignore[return-value]
     rows, rows_kv = heads * head_dim, heads_kv * head_dim
-    if key is value:
-        weight, weight_kv = weight.split([rows, 2 * rows_kv])
-        bias, bias_kv = (None, None) if bias is None else bias.split([rows, 2 * rows_kv])
-        q = F.linear(query, weight, bias).view(*query.shape[:2], heads, head_dim)
-        k, v = split(F.linear(key, weight_kv, bias_kv), head_dim, [heads_kv, heads_kv])
-        return q, k, v
-    weight, weight_k, weight_v = weight.split([rows, rows_kv, rows_kv])
-    bias, bias_k, bias_v = (None, None, None) if bias is None else bias.split([rows, rows_kv, rows_kv])
+    sizes = [rows, 2 * rows_kv] if key is value else [rows, rows_kv, rows_kv]
+    weights = weight.split_with_sizes(sizes)
+    biases = (None, None, None) if bias is None else bias.split_with_sizes(sizes)
     outer, inner, _ = key.shape
-    return (
-        F.linear(query, weight, bias).view(*query.shape[:2], heads, head_dim),
-        F.linear(key, weight_k, bias_k).view(outer, inner, heads_kv, head_dim),
-        F.linear(value, weight_v, bias_v).view(outer, inner, heads_kv, head_dim),
-    )
+    q = F.linear(query, weights[0], biases[0]).view(*query.shape[:2], heads, head_dim)
+    if key is value:
+        k, v = split(F.linear(key, weights[1], biases[1]), head_dim, [heads_kv, heads_kv])
+    else:
+        k = F.linear(key, weights[1], biases[1]).view(outer, inner, heads_kv, head_dim)
+        v = F.linear(value, weights[2], biases[2]).view(outer, inner, heads_kv, head_dim)
+    return q, k, v
 
 
 def swapped(x: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ..masks import Window, readable
+from ..masks import KeyPadding, Window, readable
 from ..scores import narrowed
 from ..spec import AttentionSpec, is_deterministic
 from .base import FEATURES, HALF, Backend, Limits
@@ -71,15 +71,17 @@ class Sdpa(Backend):
             return attend_on_cuda(q, k, v, spec)
         if spec.seqlen_k == 0 and spec.dtype == torch.float16:
             return attend_by_math(q, k, v, None, spec)  # the fused kernel gives NaN where queries are large
-        if spec.mask is None and spec.bias is None:
+        if spec.bias is not None:
+            mask = dense(spec)
+            return attend_by_math(q, k, v, mask, spec) if coarse(mask, spec) else attend(q, k, v, mask, spec)
+        if spec.mask is None:
             return attend(q, k, v, None, spec)
-        if spec.bias is None and top_left_causal(spec):
+        if type(spec.mask) is not KeyPadding and top_left_causal(spec):
             return attend(q, k, v, None, spec, is_causal=True)
         items = cut(spec)
         if items is not None:
             return attend(q, k, v, None, spec) if keep_all(items, spec) else attend_items(q, k, v, items, spec)
-        mask = dense(spec)
-        return attend_by_math(q, k, v, mask, spec) if coarse(mask, spec) else attend(q, k, v, mask, spec)
+        return attend(q, k, v, dense(spec), spec)
 
 
 def dense(spec: AttentionSpec) -> Tensor | None:
