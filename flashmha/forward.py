@@ -57,11 +57,11 @@ def attend(
     if not (type(need_weights) is type(average_attn_weights) is type(is_causal) is bool):
         check_flags(need_weights=need_weights, average_attn_weights=average_attn_weights, is_causal=is_causal)
     need_weights = need_weights and layer.need_weights
-    one, unmasked = query is key and key is value, key_padding_mask is None and attn_mask is None
-    if one and unmasked and not is_causal and backend is None:
-        found = plain.attend(layer, query, need_weights, average_attn_weights)
+    if attn_mask is None and not is_causal and backend is None:
+        found = plain.attend(layer, query, key, value, key_padding_mask, need_weights, average_attn_weights)
         if found is not None:
             return found
+    unmasked = key_padding_mask is None and attn_mask is None
     tensors = isinstance(query, Tensor) and isinstance(key, Tensor) and isinstance(value, Tensor)
     if not (tensors and (unmasked or (attn_mask is None and isinstance(key_padding_mask, (Tensor, Padding))))):
         check_kinds(query, key, value, key_padding_mask, attn_mask)

@@ -45,10 +45,16 @@ WORTH = 2**22
 """Elements of a projection from which the copy that ``Heads`` spares takes longer than its Python."""
 
 
-def split(packed: Tensor, sizes: list[int]) -> tuple[Tensor, ...]:
-    """Queries, keys and values out of (..., heads, head_dim)."""
+def split(packed: Tensor, head_dim: int, sizes: list[int]) -> tuple[Tensor, ...]:
+    """Queries, keys and values (.., .., heads, head_dim) out of (.., .., features of all heads), as views."""
+    outer, inner = packed.shape[:2]
+    count = len(sizes)
+    if count == 1:
+        return (packed.view(outer, inner, sizes[0], head_dim),)
     spares = packed.is_cuda and packed.requires_grad and torch.is_grad_enabled() and not torch.compiler.is_compiling()
     if spares and packed.numel() >= WORTH and torch._C._functorch.peek_interpreter_stack() is None:
-        made: tuple[Tensor, ...] = Heads.apply(packed, sizes)  # type: ignore[no-untyped-call]
+        made: tuple[Tensor, ...] = Heads.apply(packed.view(outer, inner, sum(sizes), head_dim), sizes)  # type: ignore[no-untyped-call]
         return made
-    return packed.split_with_sizes(sizes, -2)
+    if sizes.count(sizes[0]) == count:
+        return packed.view(outer, inner, count, sizes[0], head_dim).unbind(2)
+    return packed.view(outer, inner, sum(sizes), head_dim).split_with_sizes(sizes, -2)

@@ -324,8 +324,12 @@ class KeyPadding(Padding):
         valid = self.valid
         return lambda batch, head, q_idx, k_idx: valid[batch, k_idx]
 
+    def materialize(self, *grid: Any) -> Tensor:
+        batch, seqlen_k = self.valid.shape
+        return self.valid.view(batch, 1, 1, seqlen_k)
+
     def dense(self, *grid: Any) -> Tensor:
-        return self.valid[:, None, None, :]
+        return self.materialize()
 
     def __repr__(self) -> str:
         return f"KeyPadding({tuple(self.valid.shape)})"

@@ -1,4 +1,4 @@
-"""The plain call: self-attention without masks, by the shortest way through a layer.
+"""The plain call: attention beside no mask but bool padding, by the shortest way through a layer.
 
 A small layer takes as long as its Python. What ``forward`` finds out step by step about any call is known of this one
 from a look at its layer and its input, so it is one projection, one kernel and one projection, as if written by hand.
@@ -16,11 +16,12 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from .backends import OWN, choose, note
+from .backends import state as thread
 from .backends.base import HALF
 from .features import HOPS
 from .functional import check_result
-from .heads import WORTH
-from .projection import PLAIN
+from .masks import KeyLengths, KeyPadding, Padding, private
+from .projection import PLAIN, by_one_matrix
 from .spec import SHARED, AttentionSpec, asks_deterministic, only_warns
 from .weights import attention_with_weights
 
@@ -44,15 +45,23 @@ def expect(kind: type) -> None:
 
 
 problems: dict[tuple[Any, ...], AttentionSpec] = {}
-"""The shared problems of plain calls, by what is known before the projection."""
+"""The problems of plain calls, by what is known before the projection; of padded ones the form without a mask."""
 
 casts, traces = torch._C._is_any_autocast_enabled, torch._C._get_tracing_state
 transforms = torch._C._are_functorch_transforms_active
 
 
-def attend(layer: Any, x: Tensor, need_weights: bool, average: bool) -> tuple[Tensor, Tensor | None] | None:
-    """What ``layer(x, x, x)`` without masks returns; ``None`` where ``forward`` has to look closer."""
-    if torch.compiler.is_compiling() or type(x) is not Tensor or x.is_nested:
+def attend(
+    layer: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_padding_mask: Padding | Tensor | None,
+    need_weights: bool,
+    average: bool,
+) -> tuple[Tensor, Tensor | None] | None:
+    """What a layer returns for a call; ``None`` where ``forward`` has to look closer."""
+    if torch.compiler.is_compiling() or type(query) is not Tensor or query.is_nested:
         return None
     kind = type(layer)
     if kind not in usual or usual[kind] != hops_of(kind):
@@ -60,53 +69,93 @@ def attend(layer: Any, x: Tensor, need_weights: bool, average: bool) -> tuple[Te
     # who casts, traces or transforms wants to see every step
     if casts() or transforms() or traces() is not None:
         return None
-    state, shape = layer.__dict__, x.shape
+    state, shape, dtype = layer.__dict__, query.shape, query.dtype
     out_proj = state["_modules"].get("out_proj")
     if len(shape) != 3 or type(out_proj) not in PLAIN or not state.keys().isdisjoint(ELSEWHERE):
         return None
-    if not state["batch_first"] or not state["_qkv_same_embed_dim"] or state["add_zero_attn"]:
+    if not state["_qkv_same_embed_dim"] or state["add_zero_attn"]:
         return None
-    if state["training"] and state["dropout"]:
-        return None
-    if state.get("bias_k", x) is not None or state.get("bias_v", x) is not None:
+    if state.get("bias_k", query) is not None or state.get("bias_v", query) is not None:
         return None
     # a parameter that was pruned, parametrized or put there by hand lies elsewhere
     behind = out_proj.__dict__
     if behind["_forward_hooks"] or behind["_forward_pre_hooks"] or not behind.keys().isdisjoint(AWAY):
         return None
-    inner, outer, dtype, heads = state["_parameters"], behind["_parameters"], x.dtype, state["num_heads"]
-    weight, bias = inner.get("in_proj_weight"), inner.get("in_proj_bias", x)
-    weight_out, bias_out = outer.get("weight"), outer.get("bias", x)
+    inner, outer = state["_parameters"], behind["_parameters"]
+    weight, bias = inner.get("in_proj_weight"), inner.get("in_proj_bias", query)
+    weight_out, bias_out = outer.get("weight"), outer.get("bias", query)
     if not (type(weight) is type(weight_out) is Parameter and weight.dtype == weight_out.dtype == dtype):
         return None
     if bias is not None and (type(bias) is not Parameter or bias.dtype != dtype):
         return None
     if bias_out is not None and (type(bias_out) is not Parameter or bias_out.dtype != dtype):
         return None
-    batch, seqlen, width = shape
-    if width != state["embed_dim"] or width % heads:
+    width, heads, dropout = shape[2], state["num_heads"], state["dropout"] if state["training"] else 0.0
+    if width != state["embed_dim"] or width % heads or type(dropout) is not float:
         return None
-    if not x.is_cuda:
-        if dtype in HALF:  # which a CPU may only emulate
+    if dtype in HALF and not query.is_cuda:  # which a CPU may only emulate
+        return None
+    batch_first = state["batch_first"]
+    if not (query is key and key is value) and not are_keys(key, value, shape, dtype, batch_first):
+        return None
+    mask: Padding | None = None
+    keys = key.shape
+    if key_padding_mask is not None:
+        mask = None if layer.skip_padding else rule(key_padding_mask, keys[:2], batch_first, query.device)
+        if mask is None:
             return None
-    elif 3 * x.numel() >= WORTH and torch.is_grad_enabled():  # where ``heads.split`` spares a copy
-        return None
-    q, k, v = F.linear(x, weight, bias).view(batch, seqlen, 3, heads, width // heads).unbind(2)
-    key = (shape, heads, dtype, x.device, q.requires_grad, asks_deterministic(), only_warns())
-    spec = problems.get(key)
-    if spec is None:
-        spec = AttentionSpec.of(q, k, v)
-        if spec.shared:
+        mask = mask.own() if need_weights else mask
+    q, k, v = by_one_matrix(query, key, value, weight, bias, heads, heads, width // heads)
+    if not batch_first:
+        q, k, v = q.transpose(0, 1), k.transpose(0, 1), v.transpose(0, 1)
+    grad = q.requires_grad or k.requires_grad or v.requires_grad
+    # fmt: off
+    asked = (
+        shape, keys, heads, batch_first, dtype, query.device, grad, dropout, type(mask), asks_deterministic(),
+        only_warns(),
+    )
+    # fmt: on
+    known = problems.get(asked)
+    if known is None:
+        spec = AttentionSpec.of(q, k, v, mask=mask, dropout_p=dropout)
+        if spec.shared or mask is not None:
             if len(problems) >= SHARED:
                 problems.clear()
-            problems[key] = spec
+            problems[asked] = spec if mask is None else spec.unpadded()
+    else:
+        spec = known if mask is None else known.padded(mask)
     weights: Tensor | None = None
     if need_weights:
         out, weights = attention_with_weights(q, k, v, spec, None, layer, average=average)
     else:
         backend = choose(spec)
-        note(layer, spec, backend)
+        if thread.calls is not None:
+            note(layer, spec, backend)
         out = backend(q, k, v, spec)  # type: ignore[assignment]
         if type(backend) not in OWN:
             check_result(out, spec, backend)
-    return F.linear(out.flatten(2), weight_out, bias_out), weights  # type: ignore[union-attr]
+    if not batch_first:
+        out = out.transpose(0, 1).contiguous()
+    return F.linear(out.flatten(2), weight_out, bias_out), weights
+
+
+def are_keys(key: Tensor, value: Tensor, shape: torch.Size, dtype: torch.dtype, batch_first: bool) -> bool:
+    """Keys and values are ordinary tensors that fit queries of a shape and a dtype."""
+    if type(key) is not Tensor or type(value) is not Tensor or key.is_nested or value.is_nested:
+        return False
+    keys, axis = key.shape, 0 if batch_first else 1
+    if len(keys) != 3 or value.shape != keys or keys[2] != shape[2] or keys[axis] != shape[axis]:
+        return False
+    return key.dtype == value.dtype == dtype
+
+
+def rule(given: Padding | Tensor, sizes: torch.Size, batch_first: bool, device: torch.device) -> Padding | None:
+    """The padding of a call as a rule: a bool tensor, or a rule already, that fits keys of ``sizes`` on a device."""
+    batch, seqlen = sizes if batch_first else (sizes[1], sizes[0])
+    held = given.tensors()[0] if isinstance(given, Padding) else given
+    wanted = (batch,) if type(given) is KeyLengths else (batch, seqlen)
+    if type(held) is not Tensor or held.shape != wanted or held.device != device:
+        return None
+    if isinstance(given, Padding):
+        return given
+    return private(KeyPadding(~held)) if held.dtype == torch.bool else None

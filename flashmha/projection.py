@@ -9,14 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from .backends.base import HALF
+from .call import each_once
 from .features import is_quantised
-from .heads import WORTH
-from .heads import split as split_heads
+from .heads import split
 
 if TYPE_CHECKING:
     from .module import FlashMultiHeadAttention
@@ -30,37 +29,60 @@ def project(
     heads_kv = layer.num_kv_heads or heads
     head_dim = layer.embed_dim // heads
     packed_weight, bias = parameters(layer, "in_proj_weight", "in_proj_bias")
-    weight = packed_weight if layer._qkv_same_embed_dim else None  # which of the two sets counts is the flag's to say
-    if weight is not None and query is key and key is value:
-        packed = linear(query, weight, bias, dtype)
-        # what ``split`` says, in fewer steps, where it has no copy to spare
-        if heads_kv == heads and (packed.numel() < WORTH or not packed.requires_grad):
-            batch, seqlen, _ = packed.shape
-            return packed.view(batch, seqlen, 3, heads, head_dim).unbind(2)  # type: ignore[return-value]
-        return split(packed, head_dim, [heads, heads_kv, heads_kv])  # type: ignore[return-value]
-    sizes = [heads, heads_kv, heads_kv]
-    rows = [size * head_dim for size in sizes]
-    biases = (None, None, None) if bias is None else bias.split(rows)
-    if weight is not None and key is value:
-        q = linear(query, weight[: rows[0]], biases[0], dtype)
-        kv = linear(key, weight[rows[0] :], None if bias is None else bias[rows[0] :], dtype)
-        return (*split(q, head_dim, sizes[:1]), *split(kv, head_dim, sizes[1:]))  # type: ignore[return-value]
-    weights = (layer.q_proj_weight, layer.k_proj_weight, layer.v_proj_weight) if weight is None else weight.split(rows)
-    projected = [linear(*each, dtype) for each in zip((query, key, value), weights, biases)]
-    return tuple(torch.unflatten(x, -1, (-1, head_dim)) for x in projected)  # type: ignore[return-value]
+    if not layer.batch_first:  # as the caller's tensors lie, so that a projection is one operator
+        query, key, value = each_once(swapped, query, key, value)
+    if layer._qkv_same_embed_dim:  # which of the two sets of weights counts is the flag's to say
+        weight, bias = settled(packed_weight, bias, dtype)
+        if dtype is not None:
+            query, key, value = each_once(lambda x: x.to(dtype), query, key, value)
+        projected = by_one_matrix(query, key, value, weight, bias, heads, heads_kv, head_dim)
+    else:
+        sizes = (heads, heads_kv, heads_kv)
+        biases = (None, None, None) if bias is None else bias.split([size * head_dim for size in sizes])
+        weights = (layer.q_proj_weight, layer.k_proj_weight, layer.v_proj_weight)
+        made = [linear(*each, dtype) for each in zip((query, key, value), weights, biases)]
+        projected = tuple(split(x, head_dim, [size])[0] for x, size in zip(made, sizes))  # type: ignore[assignment]
+    return projected if layer.batch_first else tuple(map(swapped, projected))  # type: ignore[return-value]
 
 
-def split(packed: Tensor, head_dim: int, sizes: list[int]) -> tuple[Tensor, ...]:
-    """Heads that were projected by one matrix, as views."""
-    return split_heads(rearrange(packed, "b s (h d) -> b s h d", d=head_dim), sizes)
+def by_one_matrix(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    heads: int,
+    heads_kv: int,
+    head_dim: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Heads (.., .., heads, head_dim) of (.., .., features); what is one object is projected by one operator."""
+    if query is key and key is value:
+        return split(F.linear(query, weight, bias), head_dim, [heads, heads_kv, heads_kv])  # type: ignore[return-value]
+    rows, rows_kv = heads * head_dim, heads_kv * head_dim
+    sizes = [rows, 2 * rows_kv] if key is value else [rows, rows_kv, rows_kv]
+    weights = weight.split_with_sizes(sizes)
+    biases = (None, None, None) if bias is None else bias.split_with_sizes(sizes)
+    outer, inner, _ = key.shape
+    q = F.linear(query, weights[0], biases[0]).view(*query.shape[:2], heads, head_dim)
+    if key is value:
+        k, v = split(F.linear(key, weights[1], biases[1]), head_dim, [heads_kv, heads_kv])
+    else:
+        k = F.linear(key, weights[1], biases[1]).view(outer, inner, heads_kv, head_dim)
+        v = F.linear(value, weights[2], biases[2]).view(outer, inner, heads_kv, head_dim)
+    return q, k, v
+
+
+def swapped(x: Tensor) -> Tensor:
+    """(seqlen, batch, ...) as (batch, seqlen, ...), and back."""
+    return x.transpose(0, 1)
 
 
 def merge(layer: FlashMultiHeadAttention, out: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """(batch, seqlen_q, embed_dim) of out (batch, seqlen_q, heads, head_dim)."""
-    out, out_proj = out.flatten(2), layer.out_proj
+    out_proj = layer.out_proj
     if layer.call_out_proj:
         try:
-            projected: Tensor = out_proj(out)
+            projected: Tensor = out_proj(out.flatten(2))
         except NotImplementedError as error:
             if not is_quantised(out_proj):
                 raise
@@ -82,7 +104,10 @@ def merge(layer: FlashMultiHeadAttention, out: Tensor, dtype: torch.dtype | None
             f"out_proj must have a tensor as its weight, got {type(weight).__name__} in {type(out_proj).__name__}. "
             f"{QUANTISE}, or set call_out_proj=True, which calls out_proj as it is."
         )
-    return linear(out, weight, bias, dtype)
+    if layer.batch_first:
+        return linear(out.flatten(2), weight, bias, dtype)
+    # the layout of the output, so that neither it nor its gradient is copied once more
+    return swapped(linear(swapped(out).contiguous().flatten(2), weight, bias, dtype))
 
 
 QUANTISE = "Quantise the stock layer: flashmha.restore_mha(model) comes before prepare and convert"
@@ -137,10 +162,15 @@ def parameters(module: Any, weight: str, bias: str) -> tuple[Any, Any]:
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype | None = None) -> Tensor:
-    """``F.linear``; a bias of another dtype joins in the weight's, as it does in the stock module."""
-    if dtype is not None:
-        x, weight = x.to(dtype), weight.to(dtype)
-    return F.linear(x, weight, bias if bias is None or bias.dtype == weight.dtype else bias.to(weight.dtype))
+    """``F.linear`` in ``dtype``."""
+    weight, bias = settled(weight, bias, dtype)
+    return F.linear(x if dtype is None else x.to(dtype), weight, bias)
+
+
+def settled(weight: Tensor, bias: Tensor | None, dtype: torch.dtype | None) -> tuple[Tensor, Tensor | None]:
+    """Weight and bias in ``dtype``; a bias of another dtype joins in the weight's, as it does in the stock module."""
+    weight = weight if dtype is None else weight.to(dtype)
+    return weight, bias if bias is None or bias.dtype == weight.dtype else bias.to(weight.dtype)
 
 
 def emulated(dtype: torch.dtype) -> bool:

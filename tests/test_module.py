@@ -749,7 +749,7 @@ FEATURES: tuple[dict[str, Any], ...] = (
 
 
 @given(
-    problem=problems(paddings=("none",), attn_masks=("none",)),
+    problem=problems(attn_masks=("none",)),
     features=st.sampled_from(FEATURES),
     change=st.sampled_from((None, "weights", "frozen", "hop", "class", "class window")),
 )
@@ -781,20 +781,37 @@ def test_the_shortest_way_through_a_layer_is_the_way_of_every_call(
     assert [(str(each.spec), each.backend) for each in one] == [(str(each.spec), each.backend) for each in other]
 
 
-@given(heads=st.sampled_from((1, 2, 4)), bias=st.booleans(), training=st.booleans(), grad=st.booleans())
-def test_the_shortest_way_is_taken_where_nothing_is_asked(heads: int, bias: bool, training: bool, grad: bool) -> None:
-    layer, x = FlashMultiHeadAttention(8, heads, bias=bias, batch_first=True).train(training), torch.randn(2, 3, 8)
+@given(
+    heads=st.sampled_from((1, 2, 4)),
+    bias=st.booleans(),
+    batch_first=st.booleans(),
+    sharing=st.sampled_from(SHARINGS),
+    padding=st.booleans(),
+    training=st.booleans(),
+    grad=st.booleans(),
+)
+def test_the_shortest_way_is_taken_where_nothing_is_asked(
+    heads: int, bias: bool, batch_first: bool, sharing: str, padding: bool, training: bool, grad: bool
+) -> None:
+    layer = FlashMultiHeadAttention(8, heads, bias=bias, batch_first=batch_first).train(training)
+    given = {name: torch.randn(2, 3, 8) for name in "abc"}
+    inputs = [given[name] if batch_first else given[name].transpose(0, 1) for name in sharing]
+    inputs = [inputs[sharing.index(name)] for name in sharing]  # one object where letters are equal
+    mask = torch.arange(3) > torch.tensor([[0], [2]]) if padding else None
     with torch.set_grad_enabled(grad):
         for need_weights, average in ((False, True), (True, True), (True, False)):
-            found = plain.attend(layer, x, need_weights, average)
+            found = plain.attend(layer, *inputs, mask, need_weights, average)
             assert found is not None
-            options = {"need_weights": need_weights, "average_attn_weights": average}
-            for mine, stock in zip(found, nn.MultiheadAttention.forward(layer, x, x, x, **options)):
+            options = {"need_weights": need_weights, "average_attn_weights": average, "key_padding_mask": mask}
+            for mine, stock in zip(found, nn.MultiheadAttention.forward(layer, *inputs, **options)):
                 assert (mine is None) == (stock is None)
                 if mine is not None and stock is not None:
                     assert_same(mine, stock, "output or weights")
-            assert plain.attend(layer, x[0], need_weights, average) is None
-            assert plain.attend(layer, x.double(), need_weights, average) is None
+            for change in (lambda x: x[0], Tensor.double):
+                assert plain.attend(layer, *map(change, inputs), mask, need_weights, average) is None
+            if padding:
+                for other in (mask[:, :2], mask[:1], mask.float(), mask[None]):
+                    assert plain.attend(layer, *inputs, other, need_weights, average) is None
 
 
 @given(features=st.sampled_from(FEATURES))

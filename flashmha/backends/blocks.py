@@ -36,7 +36,7 @@ def cut(spec: AttentionSpec) -> list[Item] | None:
     Serves key padding without holes, key lengths and documents, each with top-left causality or none.
     """
     work = spec.heads * spec.seqlen_q * spec.seqlen_k * spec.head_dim
-    if work <= WORTH or spec.mask is None or spec.bias is not None or spec.aten_only:
+    if spec.mask is None or spec.bias is not None or spec.aten_only or (type(work) is int and work <= WORTH):
         return None
     if not all(map(readable, spec.mask.tensors())):
         return None

@@ -72,18 +72,18 @@ class Sdpa(Backend):
             return attend_on_cuda(q, k, v, spec)
         if spec.seqlen_k == 0 and spec.dtype == torch.float16:
             return attend_by_math(q, k, v, None, spec)  # the fused kernel gives NaN where queries are large
-        if spec.mask is None and spec.bias is None:
+        if spec.bias is not None:
+            mask = dense(spec)
+            return attend_by_math(q, k, v, mask, spec) if coarse(mask, spec) else attend(q, k, v, mask, spec)
+        if spec.mask is None:
             return attend(q, k, v, None, spec)
-        if spec.bias is None and isinstance(spec.mask, Padding):  # as below, in fewer steps
-            items = cut(spec)
-            return attend(q, k, v, together(spec), spec) if items is None else attend_cut(q, k, v, items, spec)
-        if spec.bias is None and top_left_causal(spec):
+        padding = isinstance(spec.mask, Padding)
+        if not padding and top_left_causal(spec):
             return attend(q, k, v, None, spec, is_causal=True)
         items = cut(spec)
         if items is not None:
             return attend_cut(q, k, v, items, spec)
-        mask = dense(spec)
-        return attend_by_math(q, k, v, mask, spec) if coarse(mask, spec) else attend(q, k, v, mask, spec)
+        return attend(q, k, v, together(spec) if padding else dense(spec), spec)
 
 
 def dense(spec: AttentionSpec) -> Tensor | None:
