@@ -160,13 +160,20 @@ def test_a_file_without_marks_is_refused(tmp_path: Path) -> None:
     assert (tmp_path / "bare.md").read_text() == "nothing here"
 
 
-SNIPPETS = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+PAGES = ("README.md", "docs/packed.md")
+SNIPPETS = {
+    f"{page} {number}": snippet
+    for page in PAGES
+    for number, snippet in enumerate(
+        re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(encoding="utf-8"), re.DOTALL)
+    )
+}
 
 
-@pytest.mark.parametrize("number", range(len(SNIPPETS)))
-def test_a_readme_snippet_runs(number: int) -> None:
+@pytest.mark.parametrize("place", SNIPPETS)
+def test_a_snippet_of_the_pages_runs(place: str) -> None:
     names: dict[str, object] = {}
-    exec(compile(SNIPPETS[number], f"README snippet {number}", "exec"), names)
+    exec(compile(SNIPPETS[place], place, "exec"), names)
     for name, thing in names.items():
         if name.startswith("test_") and callable(thing):
             thing()
