@@ -183,12 +183,27 @@ def computed_in(tensor: Tensor) -> torch.dtype:
 
 def autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """q, k and v in the autocast dtype where autocast is on: kernels outside torch do not do it themselves."""
-    if casts_to(q.device) is None:
+    dtype = casts_to(q.device)
+    if dtype is None or q.dtype == k.dtype == v.dtype == dtype:
         return q, k, v
-    return tuple(x.to(computed_in(x)) for x in (q, k, v))  # type: ignore[return-value]
+    return tuple([x.to(computed_in(x)) for x in (q, k, v)])  # type: ignore[return-value]
 
 
 def without_autocast(device: torch.device) -> contextlib.AbstractContextManager[Any]:
     """Autocast off, as it is behind the door, where q, k and v have been cast; nothing is entered where it is off."""
-    on = casts_to(device) is not None
-    return torch.autocast(device.type, enabled=False) if on else contextlib.nullcontext()
+    if casts_to(device) is None:
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, enabled=False) if torch.compiler.is_compiling() else Uncast(device.type)
+
+
+class Uncast(contextlib.AbstractContextManager[None]):
+    """``torch.autocast(kind, enabled=False)`` where it is on, in a tenth of the time: each layer enters it."""
+
+    def __init__(self, kind: str) -> None:
+        self.kind = kind
+
+    def __enter__(self) -> None:
+        torch.set_autocast_enabled(self.kind, False)
+
+    def __exit__(self, *raised: object) -> None:
+        torch.set_autocast_enabled(self.kind, True)

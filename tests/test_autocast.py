@@ -1,5 +1,6 @@
 """One rule for the dtype a call is computed in: what is decided before the projection is decided about the heads."""
 
+import contextlib
 import types
 from collections.abc import Iterator
 from typing import Any
@@ -12,9 +13,9 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import flashmha
-from flashmha import FlashMultiHeadAttention, attention, compare_outputs, explain, padding, record
+from flashmha import FlashMultiHeadAttention, KeyPadding, attention, compare_outputs, explain, padding, record
 from flashmha.backends import flash, get, ranking, sdpa
-from flashmha.functional import computed_in
+from flashmha.functional import computed_in, without_autocast
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 CASTS = (None, torch.bfloat16, torch.float16)
@@ -66,6 +67,21 @@ def test_the_function_is_told_by_the_same_rule(cast: torch.dtype, dtype: torch.d
     assert found["allclose"]
 
 
+@pytest.mark.parametrize("fails", (False, True))
+def test_autocast_is_off_inside_and_on_again_behind(fails: bool) -> None:
+    found = []
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        with contextlib.suppress(KeyError), without_autocast(torch.device("cpu")):
+            found.append(torch.is_autocast_enabled("cpu"))
+            if fails:
+                raise KeyError
+        found.append(torch.is_autocast_enabled("cpu"))
+        assert torch.get_autocast_dtype("cpu") == torch.bfloat16
+    with without_autocast(torch.device("cpu")):
+        found.append(torch.is_autocast_enabled("cpu"))
+    assert found == [False, True, False] and not torch.is_autocast_enabled("cpu")
+
+
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """A machine with a GPU that packs, and no flash-attn; nothing runs on that GPU."""
@@ -97,7 +113,10 @@ def test_padding_is_left_out_on_a_gpu_where_the_heads_are_packed(
     with FakeTensorMode():
         x = torch.empty(2, 5, 16, dtype=dtype, device="cuda")
         valid = torch.ones(2, 5, dtype=torch.bool, device="cuda")
-    call: Any = types.SimpleNamespace(query=x, key=x, value=x, valid=valid, columns=0, bias=None, mask=None)
+    rule = KeyPadding(valid)
+    call: Any = types.SimpleNamespace(
+        query=x, key=x, value=x, padding=rule, valid=valid, columns=0, bias=None, mask=rule
+    )
     if cast is not None:
         torch.set_autocast_enabled("cuda", True)
         torch.set_autocast_dtype("cuda", cast)
