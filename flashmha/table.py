@@ -12,6 +12,9 @@ from .masks import short
 RESULTS = {
     "speed": Path("benchmarks", "results", "cpu.json"),
     "gpu": Path("benchmarks", "results", "gpu.json"),
+    "model": Path("benchmarks", "results", "model_gpu.json"),
+    "compiled": Path("benchmarks", "results", "compiled_gpu.json"),
+    "model_cpu": Path("benchmarks", "results", "model_cpu.json"),
 }
 """The runs the figures come from, beside the file that shows them."""
 

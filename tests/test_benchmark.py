@@ -17,6 +17,7 @@ from conftest import fewer, slow
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch._dynamo.testing import CompileCounter
 from torch.utils.flop_counter import FlopCounterMode
 
 from flashmha import Backend, Limits, register, table
@@ -30,7 +31,7 @@ from flashmha.benchmark.inputs import draw
 from flashmha.benchmark.kernels import ByHand, Linear, sdpa
 from flashmha.benchmark.lineup import contestants, everybody
 from flashmha.benchmark.machine import peak_bytes
-from flashmha.benchmark.peers import CONTROL, Contestant, Flashmha, StockBest, how
+from flashmha.benchmark.peers import CONTROL, Contestant, Flashmha, StockBest, Through, how
 from flashmha.benchmark.reference import Reference, definition
 from flashmha.benchmark.report import absences_table, figures, load, markdown, save
 from flashmha.benchmark.suites import lengths_of
@@ -723,22 +724,24 @@ def test_encoders_run_where_they_are_named(asked: list[str], monkeypatch: pytest
     assert levels == ({"encoder"} if asked else {"layer", "core"})
 
 
-def test_who_is_compiled_alone_has_the_first_of_ours_as_a_twin(monkeypatch: pytest.MonkeyPatch) -> None:
-    case = dataclasses.replace(every_case("cuda")[0], batch=2, seqlen_q=6, seqlen_k=6, embed_dim=8, heads=2)
-    case = dataclasses.replace(case, heads_kv=2, lengths=(3, 6), layers=1, autocast=None, how="compiled")
+def test_what_is_compiled_is_compiled_and_has_itself_as_a_twin(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = {"batch": 2, "seqlen_q": 6, "seqlen_k": 6, "embed_dim": 8, "heads": 2, "heads_kv": 2, "lengths": (3, 6)}
+    fields: dict[str, Any] = {**sizes, "layers": 1, "autocast": None, "dtype": "float32", "how": "compiled"}
+    case = dataclasses.replace(every_case("cuda")[0], **fields)
+    compile_, traced = torch.compile, []
 
-    class Uncompiled(FlashmhaEncoder):
-        how = "compiled"
+    def traces(module: torch.nn.Module, **options: Any) -> Any:
+        counter = CompileCounter()
+        traced.append(counter)
+        return compile_(module, backend=counter, **options)
 
-        def build(self, case: Case) -> torch.nn.Module:
-            module = super().build(case)
-            monkeypatch.setattr(module, "compile", lambda **options: None)
-            return module
-
-    twins = [Uncompiled("flashmha_encoder_skip_compiled", skip_padding=True), Uncompiled("flashmha_encoder_compiled")]
-    monkeypatch.setattr(runner, "contestants", lambda *arguments: twins)
+    monkeypatch.setattr(torch, "compile", traces)
+    inner = [StockEncoder(), HandEncoder(), FlashmhaEncoder()]
+    monkeypatch.setattr(runner, "contestants", lambda *given: [Through(one.name, one, "compiled") for one in inner])
     found = run(Plan([case], CPU, rounds=2, budget=1e9), lambda line: None)["cases"][0]
+    assert len(traced) == 3 and all(counter.op_count > 0 for counter in traced)
     assert found["control"]["median"] > 0 and len(found["contestants"][CONTROL]["seconds"]) == 2
+    assert {row["status"] for row in found["contestants"].values()} == {"ok"}
 
 
 def test_who_finds_no_memory_beside_the_others_takes_no_part(monkeypatch: pytest.MonkeyPatch) -> None:

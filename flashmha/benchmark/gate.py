@@ -41,11 +41,12 @@ class Seat:
         self.leaves: dict[str, Tensor] = {}
         if case.mode == "train":
             self.leaves = self.inputs.leaves() | {names[name]: x for name, x in self.module.named_parameters()}
+        called: Any = self.module  # ``module.compile()`` leaves a module of torch's own, such as stock, as it is
         if contestant.how == "compiled":
-            self.module.compile(dynamic=False)
+            called = torch.compile(self.module, dynamic=False)
         elif contestant.how == "reduced":
-            self.module.compile(dynamic=False, mode="reduce-overhead")
-        self.call = contestant.bind(self.module, self.inputs)
+            called = torch.compile(self.module, dynamic=False, mode="reduce-overhead")
+        self.call = contestant.bind(called, self.inputs)
         self.graph: torch.cuda.CUDAGraph | None = None
         self.captured: Named = {}
 
