@@ -15,7 +15,10 @@ from ..masks import Documents, KeyLengths, KeyPadding, Window, find, readable
 from ..spec import AttentionSpec
 
 WORTH = 2**21
-"""Multiplications in the scores that cost as much as a call: below, one call with a mask beats one for each item."""
+"""Multiplications in the scores that cost as much as a call: below, one call with a mask beats one for each item.
+
+Of padding, those that are left out count, and twice as many of them have to be where there is no backward.
+"""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,12 +71,17 @@ def cut_documents(documents: Documents, causal: bool, spec: AttentionSpec) -> li
 
 
 def cut_padding(spec: AttentionSpec, causal: bool) -> list[Item] | None:
-    """The real keys of each batch item, where they are neighbours."""
+    """The real keys of each batch item, where they are neighbours and enough are not."""
     assert spec.mask is not None
     tables = [part.materialize(spec.batch, 1, 1, spec.seqlen_k) for part in spec.mask.parts if type(part) is not Window]
     valid = tables[0] if len(tables) == 1 else tables[0] & tables[1]
     real = valid[:, 0, 0].to(torch.uint8)
-    counts, starts = real.sum(dim=1).tolist(), real.argmax(dim=1).tolist()
+    counts = real.sum(dim=1).tolist()
+    hidden = spec.batch * spec.seqlen_k - (sum(counts) // 2 if causal else sum(counts))
+    spared = hidden * spec.heads * spec.seqlen_q * spec.head_dim
+    if spared and spared * (2 if spec.needs_grad else 1) <= 2 * WORTH * spec.batch:
+        return None
+    starts = real.argmax(dim=1).tolist()
     ends = (spec.seqlen_k - real.flip(1).argmax(dim=1)).tolist()
     if any(count and end - start != count for count, start, end in zip(counts, starts, ends)):
         return None
