@@ -16,7 +16,10 @@ from ..spec import AttentionSpec
 from .compact import padding
 
 WORTH = 2**21
-"""Multiplications in the scores that cost as much as a call: below, one call with a mask beats one for each item."""
+"""Multiplications in the scores that cost as much as a call: below, one call with a mask beats one for each item.
+
+Of padding, those that are left out count, and twice as many of them have to be where there is no backward.
+"""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,7 +55,8 @@ def cut(spec: AttentionSpec) -> list[Item] | None:
         if follows(window, True, spec.seqlen_q - spec.seqlen_k) and spec.batch and not drawing:
             rule = padding(spec)
             assert rule is not None
-            name = ("items", spec.seqlen_q, spec.seqlen_k, window is not None)
+            sizes = (spec.seqlen_q, spec.seqlen_k, spec.heads, spec.head_dim, spec.needs_grad)
+            name = ("items", *sizes, window is not None)
             items = rule.once(name, lambda: cut_padding(rule.real(spec.seqlen_k), spec, window is not None))
     # where nobody looks at anything, the mask keeps the output in the autograd graph
     return items if items and any(piece[1] is not None for item in items for piece in item.pieces) else None
@@ -72,9 +76,14 @@ def cut_documents(documents: Documents, causal: bool, spec: AttentionSpec) -> li
 
 
 def cut_padding(valid: Tensor, spec: AttentionSpec, causal: bool) -> list[Item] | None:
-    """The real keys of each batch item, where they are neighbours."""
+    """The real keys of each batch item, where they are neighbours and enough are not."""
     real = valid.to(torch.uint8)
-    counts, starts = real.sum(dim=1).tolist(), real.argmax(dim=1).tolist()
+    counts = real.sum(dim=1).tolist()
+    hidden = spec.batch * spec.seqlen_k - (sum(counts) // 2 if causal else sum(counts))
+    spared = hidden * spec.heads * spec.seqlen_q * spec.head_dim
+    if spared and spared * (2 if spec.needs_grad else 1) <= 2 * WORTH * spec.batch:
+        return None
+    starts = real.argmax(dim=1).tolist()
     ends = (spec.seqlen_k - real.flip(1).argmax(dim=1)).tolist()
     if any(count and end - start != count for count, start, end in zip(counts, starts, ends)):
         return None
