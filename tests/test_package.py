@@ -21,7 +21,7 @@ ORDER = """
     extras masks scores spec errors heads
     backends.base backends.flash backends.blocks backends.compact backends.block_tables backends.grouped
     backends.packing backends.plugins backends.ranking backends.tuned
-    backends.flash4_mask backends.flash4_kernels
+    backends.flash4_mask backends.flash4_launches backends.flash4_kernels
     backends.naive backends.sdpa backends.flex backends.flash2 backends.flash3 backends.flash4
     backends.registry backends functional deferred
     features stock nested arguments call columns hops padding kernels tiles weights projection plain forward module

@@ -16,6 +16,7 @@ from ..spec import AttentionSpec
 from .block_tables import served, worth
 from .compact import compact, spread
 from .flash import packages
+from .flash4_launches import fits, launches, packed
 
 TOLD: dict[str, tuple[str, Any]] = {
     "cu_seqlens_q": ("Tensor?", None),
@@ -59,14 +60,22 @@ def attend(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, told: dict[str,
 def forward(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, *arguments: Any) -> tuple[Tensor, ...]:
     """out, lse, and the keys and values as the kernel saw them where they were moved."""
     told = dict(zip(TOLD, arguments))
-    # the package asks the current device, not the tensors', which kernels to build, and so does triton
-    with torch.cuda.device(q.device):
-        moved: tuple[Tensor, ...] = ()
-        if told["valid"] is not None:
+    moved: tuple[Tensor, ...] = ()
+    if told["valid"] is not None:
+        with torch.cuda.device(q.device):
             k, v, told["lengths"] = compact(k, v, told["valid"])
-            moved = (k, v)
-        run, more = kernels()[0], {"learnable_sink": sinks, "num_splits": 1, "return_lse": True}
-        out, lse = run(q, k, v, **options(told), **listed(told, q, k), **more)[:2]
+        moved = (k, v)
+
+    def serve(**places: Tensor) -> tuple[Tensor, ...]:
+        more = {"learnable_sink": sinks, "num_splits": 1, "return_lse": True, **places}
+        # the package asks the current device, not the tensors', which kernels to build, and so does triton
+        with torch.cuda.device(q.device):
+            made: tuple[Tensor, ...] = kernels()[0](q, k, v, **options(told), **listed(told, q, k), **more)
+        return made
+
+    again = launches(*kernels(), q.device)
+    made = None if again is None else again.forward(told, q, k, v, sinks, serve)
+    out, lse = serve()[:2] if made is None else made
     return out, lse, *moved
 
 
@@ -76,25 +85,40 @@ def backward(
     """Gradients of q, k and v into three tensors; that of the sinks is returned."""
     told = dict(zip(TOLD, arguments))
     q, k, v, sinks, out, lse = saved
-    assert q is not None and k is not None and out is not None
+    assert q is not None and k is not None and v is not None and out is not None and lse is not None
     dq, dk, dv = into
     valid, made = told["valid"], (dk, dv)
     if valid is not None:
         told["lengths"] = valid.sum(1, dtype=torch.int32)  # counted again rather than kept
         made = (dk.new_empty(dk.shape), dv.new_empty(dv.shape))
-    with torch.cuda.device(q.device):
+    d_out = torch.zeros_like(out) if d_out is None else d_out if fits(d_out) else copied(d_out)
+    d_lse = d_lse if d_lse is None or packed(d_lse) else copied(d_lse)
+
+    def serve() -> tuple[Tensor, ...]:
         more: dict[str, Any] = {"deterministic": told["deterministic"], "learnable_sink": sinks, "dlse": d_lse}
-        d_out = torch.zeros_like(out) if d_out is None else d_out
-        more |= listed(told, q, k, backward=True) | {"dq": dq, "dk": made[0], "dv": made[1]}
-        result = kernels()[1](q, k, v, out, d_out, lse, **options(told), **more)
-        if valid is not None:
+        with torch.cuda.device(q.device):
+            more |= listed(told, q, k, backward=True) | {"dq": dq, "dk": made[0], "dv": made[1]}
+            result: tuple[Tensor, ...] = kernels()[1](q, k, v, out, d_out, lse, **options(told), **more)
+        return result
+
+    again = launches(*kernels(), q.device)
+    given = (q, k, v, sinks, out, lse)
+    found = None if again is None else again.backward(told, given, (d_out, d_lse), (dq, *made), serve)
+    d_sinks = serve()[3:] if found is None else found
+    if valid is not None:
+        with torch.cuda.device(q.device):
             spread(made, (dk, dv), valid)
     if valid is None and told["lengths"] is not None:
         # gradients of keys past their length are never written (flash-attention#2167)
         past = torch.arange(dk.shape[1], device=dk.device) >= told["lengths"][:, None]
         for grad in (dk, dv):
             grad.masked_fill_(past[:, :, None, None], 0.0)
-    return result[3] if sinks is not None else None
+    return d_sinks[0] if sinks is not None else None
+
+
+def copied(x: Tensor) -> Tensor:
+    """A gradient as kernels take it."""
+    return x.clone(memory_format=torch.contiguous_format)
 
 
 def options(told: dict[str, Any]) -> dict[str, Any]:
@@ -220,14 +244,24 @@ def traced_backward(ctx: Any, d_out: Any, d_lse: Any, *unused: Any) -> Any:
 
 
 FOUR = "(Tensor, Tensor, Tensor, Tensor)"
-OPERATOR = torch.library.custom_op(
-    "flashmha::flash4", four_forward, mutates_args=(), schema=f"({HEADS}, {SCHEMA}) -> {FOUR}"
-)
-OPERATOR.register_fake(fake_forward)
-OPERATOR.register_autograd(traced_backward, setup_context=keep)
-torch.library.custom_op(
-    "flashmha::flash4_backward",
+LIBRARY = torch.library.Library("flashmha", "FRAGMENT")
+"""``torch.library.custom_op`` looks for outputs that alias inputs at every call, which costs more than a launch."""
+
+
+def operator(name: str, inputs: str, run: Callable[..., Any], fake: Callable[..., Any]) -> None:
+    """Make a function an operator for every device."""
+    LIBRARY.define(
+        f"{name}({inputs}) -> {FOUR}", tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order)
+    )
+    LIBRARY.impl(name, run, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"flashmha::{name}", fake, lib=LIBRARY)
+
+
+operator("flash4", f"{HEADS}, {SCHEMA}", four_forward, fake_forward)
+operator(
+    "flash4_backward",
+    f"Tensor? d_out, Tensor? d_lse, {HEADS}, Tensor out, Tensor lse, {SCHEMA}",
     separate_backward,
-    mutates_args=(),
-    schema=f"(Tensor? d_out, Tensor? d_lse, {HEADS}, Tensor out, Tensor lse, {SCHEMA}) -> {FOUR}",
-).register_fake(fake_backward)
+    fake_backward,
+)
+torch.library.register_autograd("flashmha::flash4", traced_backward, setup_context=keep, lib=LIBRARY)
