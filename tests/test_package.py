@@ -20,7 +20,7 @@ PACKAGE = ROOT / "flashmha"
 ORDER = """
     extras masks scores spec errors heads
     backends.base backends.flash backends.blocks backends.compact backends.block_tables backends.grouped
-    backends.packing backends.plugins backends.ranking backends.tuned
+    backends.packing backends.plugins backends.ranking backends.tuned backends.waiting
     backends.flash4_mask backends.flash4_launches backends.flash4_kernels
     backends.naive backends.sdpa backends.flex backends.flash2 backends.flash3 backends.flash4
     backends.registry backends functional deferred

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from bisect import bisect_left
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from .block_tables import edged, worth
 from .compact import intervals, key_lengths, missing, validity
 from .flash import FlashAttn, normal_lse, packed, trimmed, unpacked, unpacked_lse
 from .flash4_kernels import attend
+from .waiting import waits
 
 STEPS = (64, 80, 128, 192)
 """Lengths up to which the package compiles for one tile, by head_dim and pass."""
@@ -125,6 +126,9 @@ class Flash4(FlashAttn):
             return None
         return "not compiled for this kind of problem yet (3 to 5 seconds a kernel)"
 
+    def kernel_key(self, spec: AttentionSpec) -> Hashable:
+        return kind(spec)
+
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> Tensor | tuple[Tensor, Tensor]:
         options: dict[str, Any] = {"scale": spec.scale, "softcap": spec.softcap or 0.0}
         documents, valid, window = find(spec.mask, Documents), validity(spec.mask, spec), spec.window
@@ -143,9 +147,13 @@ class Flash4(FlashAttn):
             elif valid is not None:
                 padding = find(spec.mask, KeyPadding) is not None
                 options |= {"valid": valid} if padding else {"lengths": key_lengths(spec)}
-        out, lse = attend(q, k, v, spec, {**options, "deterministic": spec.deterministic})
-        if not torch.compiler.is_compiling():
-            self.compiled.add(kind(spec))
+        told = {**options, "deterministic": spec.deterministic}
+        if torch.compiler.is_compiling() or (needed := kind(spec)) in self.compiled:
+            out, lse = attend(q, k, v, spec, told)
+        else:
+            with waits.ending(self.name, needed):
+                out, lse = attend(q, k, v, spec, told)
+            self.compiled.add(needed)
         if documents is not None:
             out = unpacked(out, documents)
             if spec.need_lse:
