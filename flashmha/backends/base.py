@@ -173,6 +173,10 @@ class Backend(abc.ABC):
         """What it compiles for a problem: problems with one answer share a kernel. ``None`` where that has no name."""
         return spec.outline
 
+    def on_disk(self, device: torch.device) -> str | None:
+        """Where compiled kernels outlive the process, or what turns that on; ``None`` where there is nothing to say."""
+        return None
+
     def unsupported(self, spec: AttentionSpec) -> str | None:
         """Why it cannot serve this problem, out of ``limits``; ``None`` where it can. Pure: it looks at no machine."""
         reasons = self.refusals(spec)

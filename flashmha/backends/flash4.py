@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import os
+import tempfile
 from bisect import bisect_left
 from collections.abc import Callable, Hashable
 from typing import Any
@@ -21,6 +23,10 @@ from .waiting import waits
 
 STEPS = (64, 80, 128, 192)
 """Lengths up to which the package compiles for one tile, by head_dim and pass."""
+
+
+CACHE, CACHE_DIR = "FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED", "FLASH_ATTENTION_CUTE_DSL_CACHE_DIR"
+"""The variables of the package's cache of kernels, read when it is imported (``flash_attn.cute.cache_utils``)."""
 
 
 class Flash4(FlashAttn):
@@ -125,6 +131,14 @@ class Flash4(FlashAttn):
         if torch.compiler.is_compiling() or kind(spec) in self.compiled:
             return None
         return "not compiled for this kind of problem yet (3 to 5 seconds a kernel)"
+
+    def on_disk(self, device: torch.device) -> str | None:
+        if os.environ.get(CACHE) != "1":
+            return f"each process compiles its kernels anew; {CACHE}=1 keeps them on disk"
+        place = os.environ.get(CACHE_DIR) or os.path.join(
+            tempfile.gettempdir(), "USER", "flash_attention_cute_dsl_cache"
+        )
+        return f"kernels are kept in {place}"
 
     def kernel_key(self, spec: AttentionSpec) -> Hashable:
         return kind(spec)
