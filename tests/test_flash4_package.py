@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from flashmha.backends import flash4_launches, get
-from flashmha.backends.flash4_kernels import TOLD, backward, forward
+from flashmha.backends.flash4_kernels import UNTOLD, backward, forward
 
 pytestmark = [
     pytest.mark.cpu("runs no kernel"),
@@ -87,7 +87,7 @@ def calls(draw: st.DrawFn) -> tuple[tuple[Tensor, Tensor, Tensor, Tensor | None]
     heads, group, batch = draw(st.integers(1, 2)), draw(st.sampled_from((1, 1, 3))), draw(st.sampled_from((1, 2, 257)))
     most = SIZES if batch < 3 else (1, 2, 3)
     long = [draw(st.sampled_from(most)) for _ in range(2)]
-    told = {name: default for name, (_, default) in TOLD.items()} | {"scale": head_dim**-0.5}
+    told = {**UNTOLD, "scale": head_dim**-0.5}
     told["softcap"], told["deterministic"] = draw(st.sampled_from((0.0, 0.0, 5.0))), draw(st.booleans())
     told["causal"] = draw(st.booleans())
     if not told["causal"]:
@@ -118,7 +118,6 @@ def test_a_kind_is_finer_than_the_keys_of_the_package_and_its_calls_are_expected
     (q, k, v, sinks), told, with_lse = call
     launches = flash4_launches.launches(package._flash_attn_fwd, package._flash_attn_bwd, q.device)
     assert launches is not None
-    arguments = tuple(told.values())
     caches: list[Listed] = [owner.compile_cache for owner in launches.owners]
     out, lse = q.new_empty(q.shape), None
     for backwards in (False, True):
@@ -128,9 +127,9 @@ def test_a_kind_is_finer_than_the_keys_of_the_package_and_its_calls_are_expected
         if backwards:
             toward = (torch.empty_like(out), torch.zeros_like(lse) if with_lse else None)
             into = tuple(torch.empty_like(x) for x in (q, k, v))
-            backward(*toward, (q, k, v, sinks, out, lse), arguments, into)
+            backward(*toward, (q, k, v, sinks, out, lse), told, into)
         else:
-            out, lse = forward(q, k, v, sinks, *arguments)[:2]
+            out, lse = forward(q, k, v, sinks, told)[:2]
         ((kind, noted),) = launches.noted.items()
         keys = tuple(tuple(cache.keys_seen) for cache in caches)
         assert seen.setdefault(kind, keys) == keys

@@ -43,28 +43,28 @@ TOLD: dict[str, tuple[str, Any]] = {
 ``items`` (batch,) say which of its items counts for each of the batch; both bounds of a window are ``None`` where it is
 causal or there is none.
 """
+UNTOLD = {name: default for name, (_, default) in TOLD.items()}
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, told: dict[str, Any]) -> tuple[Tensor, Tensor]:
     """Output and log-sum-exp; eagerly, or as an operator where a compiler traces."""
-    arguments = tuple(told.get(name, default) for name, (_, default) in TOLD.items())
+    told = {**UNTOLD, **told}
     if torch.compiler.is_compiling():
-        made = torch.ops.flashmha.flash4(q, k, v, spec.sinks, *arguments)
+        made = torch.ops.flashmha.flash4(q, k, v, spec.sinks, *[told[name] for name in TOLD])
     elif spec.needs_grad:
-        made = Attend.apply(q, k, v, spec.sinks, arguments)  # type: ignore[no-untyped-call]
+        made = Attend.apply(q, k, v, spec.sinks, told)  # type: ignore[no-untyped-call]
     else:
-        made = forward(q, k, v, spec.sinks, *arguments)
+        made = forward(q, k, v, spec.sinks, told)
     return made[0], made[1]
 
 
-def forward(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, *arguments: Any) -> tuple[Tensor, ...]:
+def forward(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, told: dict[str, Any]) -> tuple[Tensor, ...]:
     """out, lse, and the keys and values as the kernel saw them where they were moved."""
-    told = dict(zip(TOLD, arguments))
     moved: tuple[Tensor, ...] = ()
     if told["valid"] is not None:
         with torch.cuda.device(q.device):
-            k, v, told["lengths"] = compact(k, v, told["valid"])
-        moved = (k, v)
+            k, v, lengths = compact(k, v, told["valid"])
+        moved, told = (k, v), {**told, "lengths": lengths}
 
     def serve(**places: Tensor) -> tuple[Tensor, ...]:
         more = {"learnable_sink": sinks, "num_splits": 1, "return_lse": True, **places}
@@ -80,16 +80,15 @@ def forward(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, *arguments: A
 
 
 def backward(
-    d_out: Tensor | None, d_lse: Tensor | None, saved: tuple[Tensor | None, ...], arguments: tuple[Any, ...], into: Any
+    d_out: Tensor | None, d_lse: Tensor | None, saved: tuple[Tensor | None, ...], told: dict[str, Any], into: Any
 ) -> Tensor | None:
     """Gradients of q, k and v into three tensors; that of the sinks is returned."""
-    told = dict(zip(TOLD, arguments))
     q, k, v, sinks, out, lse = saved
     assert q is not None and k is not None and v is not None and out is not None and lse is not None
     dq, dk, dv = into
     valid, made = told["valid"], (dk, dv)
     if valid is not None:
-        told["lengths"] = valid.sum(1, dtype=torch.int32)  # counted again rather than kept
+        told = {**told, "lengths": valid.sum(1, dtype=torch.int32)}  # counted again rather than kept
         made = (dk.new_empty(dk.shape), dv.new_empty(dv.shape))
     d_out = torch.zeros_like(out) if d_out is None else d_out if fits(d_out) else copied(d_out)
     d_lse = d_lse if d_lse is None or packed(d_lse) else copied(d_lse)
@@ -169,9 +168,9 @@ class Attend(torch.autograd.Function):
     """``forward`` and ``backward`` outside a compiler, where gradients may lie side by side in one tensor."""
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, arguments: tuple[Any, ...]) -> Any:
-        out, lse, *moved = forward(q, k, v, sinks, *arguments)
-        ctx.arguments, ctx.side_by_side = arguments, neighbours((q, k, v))
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, told: dict[str, Any]) -> Any:
+        out, lse, *moved = forward(q, k, v, sinks, told)
+        ctx.told, ctx.side_by_side = told, neighbours((q, k, v))
         ctx.save_for_backward(q, *(moved or (k, v)), sinks, out, lse)
         ctx.set_materialize_grads(False)
         return out, lse
@@ -185,7 +184,7 @@ class Attend(torch.autograd.Function):
             grads = heads[0].new_empty(*heads[0].shape[:-2], sum(sizes), heads[0].shape[-1]).split(sizes, dim=-2)
         else:
             grads = tuple(x.new_empty(x.shape) for x in heads)
-        return (*grads, backward(d_out, d_lse, saved, ctx.arguments, grads), None)
+        return (*grads, backward(d_out, d_lse, saved, ctx.told, grads), None)
 
 
 # The same two functions as operators, for compilers.
@@ -196,7 +195,7 @@ HEADS = "Tensor q, Tensor k, Tensor v, Tensor? sinks"
 
 def four_forward(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, *arguments: Any) -> tuple[Tensor, ...]:
     """``forward`` with empty keys and values where they were not moved."""
-    made = forward(q, k, v, sinks, *arguments)
+    made = forward(q, k, v, sinks, dict(zip(TOLD, arguments)))
     return made if len(made) == 4 else (*made, k.new_empty(0), v.new_empty(0))
 
 
@@ -212,7 +211,7 @@ def separate_backward(d_out: Tensor | None, d_lse: Tensor | None, *rest: Any) ->
     """``backward`` into tensors of its own."""
     saved, arguments = rest[:6], rest[6:]
     grads = fake_backward(d_out, d_lse, *rest)
-    d_sinks = backward(d_out, d_lse, saved, arguments, grads[:3])
+    d_sinks = backward(d_out, d_lse, saved, dict(zip(TOLD, arguments)), grads[:3])
     return (*grads[:3], grads[3] if d_sinks is None else d_sinks)
 
 

@@ -97,7 +97,7 @@ class Launches:
         if kind is None or known is None:
             return None
         tile = known.tile or self.tile(told, q, v)
-        saved = tuple(detached(x) for x in saved)  # type: ignore[assignment]
+        saved = (detached(q), detached(k), detached(v), detached(sinks), out, lse)
         device = torch.device("meta") if known is UNKNOWN else q.device  # workspaces to compare need no memory
         d_sinks = None if sinks is None else torch.empty_like(sinks, device=device)
         calls = self.backward_calls(told, saved, cotangents, into, d_sinks, tile, device)
