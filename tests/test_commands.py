@@ -93,6 +93,20 @@ def test_info_says_what_every_backend_says_of_every_device(terminal: bool) -> No
     assert all(name in out for name in names()) and torch.__version__ in out
 
 
+def test_info_says_where_compiled_kernels_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(get("flash4"), "unavailable", lambda device: None)
+    for value, folder, wanted in (
+        ("0", None, "FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED=1 keeps them on disk"),
+        ("1", "somewhere", "kernels are kept in somewhere"),
+        ("1", None, "flash_attention_cute_dsl_cache"),
+    ):
+        monkeypatch.setenv("FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED", value)
+        monkeypatch.setenv("FLASH_ATTENTION_CUTE_DSL_CACHE_DIR", folder or "")
+        rows = answer("info")["devices"][0]["backends"]
+        assert wanted in rows["flash4"]["on_disk"] and rows["naive"]["on_disk"] is None
+        assert f"flash4: {rows['flash4']['on_disk']}" in run("info")[1]
+
+
 WRONG_VARIABLES = {
     "FLASHMHA_BACKEND": ("nonsense", "sdpa,nonsense", "sdpa,", ",", " "),
     "FLASHMHA_TUNED": ("nowhere.json", ".", "pyproject.toml", "[]", "{}"),

@@ -20,8 +20,8 @@ PACKAGE = ROOT / "flashmha"
 ORDER = """
     extras masks scores spec errors heads order
     backends.base backends.flash backends.compact backends.blocks backends.block_tables backends.grouped
-    backends.packing backends.plugins backends.ranking backends.tuned
-    backends.flash4_mask backends.flash4_kernels
+    backends.packing backends.plugins backends.ranking backends.tuned backends.waiting
+    backends.flash4_mask backends.flash4_launches backends.flash4_kernels
     backends.naive backends.sdpa backends.flex backends.flash2 backends.flash3 backends.flash4
     backends.registry backends functional deferred
     features stock nested arguments call columns hops padding packed kernels tiles weights projection plain forward

@@ -13,8 +13,8 @@ import dataclasses
 import logging
 import os
 import threading
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Hashable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 
@@ -31,6 +31,7 @@ from .ranking import LAST, WORTH, work
 from .registry import FAMILIES, discover, expand, get, names, origin, prefer, register, unregister
 from .sdpa import Sdpa, packs, switches
 from .tuned import load_tuned
+from .waiting import Wait, in_backward, keeps, loss, waits
 
 __all__ = [
     "FAMILIES",
@@ -182,28 +183,37 @@ def reason(backend: Backend, spec: AttentionSpec) -> str | None:
     return backend.unsupported(spec) or backend.unavailable(spec.device) or backend.unbuilt(spec)
 
 
-chosen: dict[Any, tuple[object, object, tuple[bool, ...], Backend]] = {}
-"""What automatic choice said about a problem (itself where it is shared, else its outline), and under which list, tuned
-table and switches of torch: whether it is to be deterministic, and those of SDPA.
+class Choice(NamedTuple):
+    """What automatic choice said about a problem, and under which list, tuned table and switches of torch: whether it
+    is to be deterministic, and those of SDPA. A call loses ``loss`` seconds without the kernel of ``wait``."""
 
-Of a shared problem that stands even where a faster backend has been compiled since: the numbers of a training do not
-change in its middle.
-"""
+    entries: object
+    table: object
+    under: tuple[bool, ...]
+    backend: Backend
+    wait: Wait | None
+    loss: float
 
 
-def kept(spec: AttentionSpec) -> Backend | None:
-    """The backend that a problem was given before."""
+chosen: dict[Any, Choice] = {}
+"""What was chosen for a problem: itself where it is shared, else its outline."""
+
+
+def kept(spec: AttentionSpec) -> Choice | None:
+    """What was chosen for a problem before, where it still holds."""
     name = spec if spec.shared else spec.outline
     known = None if name is None else chosen.get(name)
     if known is None:
         return None
-    entries, table, under, backend = known
+    entries, table, under, _, wait, _ = known
     if entries is not registry.entries or table is not tuned.state.table:
         return None
-    return None if under and under != (asks_deterministic(), only_warns(), *switches()) else backend
+    if wait is not None and wait.over and movable(spec):
+        return None
+    return None if under and under != (asks_deterministic(), only_warns(), *switches()) else known
 
 
-def keep(spec: AttentionSpec, backend: Backend, reasons: dict[str, str]) -> None:
+def keep(spec: AttentionSpec, backend: Backend, reasons: dict[str, str], wait: Wait | None) -> None:
     """Remember the backend of a problem, and for a problem with tensors only what our own have said and will say again.
 
     Others may look at the tensors. Nothing is remembered that was found while a CUDA graph was captured, where a
@@ -212,16 +222,19 @@ def keep(spec: AttentionSpec, backend: Backend, reasons: dict[str, str]) -> None
     name = spec if spec.shared else spec.outline
     if name is None or capturing(spec):
         return
+    stays = keeps()
     if not spec.shared:
         asked = (backend, *(registry.entries[other] for other in reasons))
         if any(type(one) not in OWN for one in asked) or unready(backend, spec) is not None:
             return
-        if any(why.startswith(WAITS) or "out of memory" in why for why in reasons.values()):
+        waited = wait is None and not stays and any(why.startswith(WAITS) for why in reasons.values())
+        if waited or any("out of memory" in why for why in reasons.values()):
             return
     if len(chosen) >= SHARED:
         chosen.clear()
     under = (asks_deterministic(), only_warns(), *switches()) if spec.device.type == "cuda" else ()
-    chosen[name] = (registry.entries, tuned.state.table, under, backend)
+    given = (None, 0.0) if stays or wait is None else (wait, loss(spec))
+    chosen[name] = Choice(registry.entries, tuned.state.table, under, backend, *given)
 
 
 def capturing(spec: AttentionSpec) -> bool:
@@ -248,24 +261,33 @@ def choose(spec: AttentionSpec, wanted: Wanted = None) -> Backend:
         raise NoBackendError(spec, reasons, f"{said}={named!r}")
     before = kept(spec)
     if before is not None:
-        return before
-    found, compiles = pick(spec, reasons)
+        if before.wait is not None:
+            before.wait.lose(before.loss)
+        return before.backend
+    found, compiles, passed = pick(spec, reasons)
     if found is None:
         raise NoBackendError(spec, reasons)
     if compiles is not None:
         logger.info("%s compiles before it serves %s: %s", found.name, spec, compiles)
-    keep(spec, found, reasons)
+    wait = None
+    if passed is not None and not capturing(spec):
+        kernel = kernel_of(passed, spec)
+        wait = None if kernel is None else waits.of(passed.name, kernel, spec.needs_grad)
+        if wait is not None:
+            wait.lose(loss(spec))
+    keep(spec, found, reasons, wait)
     return found
 
 
 logger = logging.getLogger("flashmha")
 
 
-def pick(spec: AttentionSpec, reasons: dict[str, str]) -> tuple[Backend | None, str | None]:
-    """Automatic choice: a backend, and what it has to compile first; why not those before it joins ``reasons``.
+def pick(spec: AttentionSpec, reasons: dict[str, str]) -> tuple[Backend | None, str | None, Backend | None]:
+    """Automatic choice: a backend, what it has to compile first, and one that was passed over since it would have to.
 
-    A short problem passes over who would have to compile, where somebody else but the definition, which holds every
-    score in memory, can serve at once. A long one waits for the compiler.
+    Why not those before it joins ``reasons``. A short problem passes over a backend that would have to compile, where
+    another but the definition, which holds every score in memory, can serve at once, until that has lost more than
+    compiling takes. A long one waits for the compiler.
     """
     waiting: tuple[Backend, str] | None = None
     for name in order(spec):
@@ -274,16 +296,18 @@ def pick(spec: AttentionSpec, reasons: dict[str, str]) -> tuple[Backend | None, 
         if why is None:
             compiles = unready(backend, spec)
             if compiles is None and (waiting is None or name != LAST):
-                return backend, None
+                return backend, None, None if waiting is None else waiting[0]
             if compiles is None:
                 continue
+            wait = known_wait(backend, spec)
+            so_far = "" if wait is None else f"; {wait}"
             if waiting is None:
-                if long(spec):
-                    return backend, compiles
+                if long(spec) or (wait is not None and wait.over and movable(spec) and not keeps()):
+                    return backend, f"{compiles}{so_far}", None
                 waiting = (backend, compiles)
-            why = f"{WAITS}: {compiles}"
+            why = f"{WAITS}: {compiles}{so_far}"
         reasons[name] = why
-    return (None, None) if waiting is None else waiting
+    return (None, None, None) if waiting is None else (*waiting, None)
 
 
 WAITS = "not compiled yet"
@@ -293,6 +317,28 @@ WAITS = "not compiled yet"
 def unready(backend: Backend, spec: AttentionSpec) -> str | None:
     """What a backend has to compile before it serves a problem; inside another graph that is part of compiling it."""
     return None if spec.aten_only or torch.compiler.is_compiling() else backend.unready(spec)
+
+
+def kernel_of(backend: Backend, spec: AttentionSpec) -> Hashable:
+    """What a backend would compile for a problem; of others, no more is known than the problem."""
+    return backend.kernel_key(spec) if type(backend) in OWN else spec.outline
+
+
+def known_wait(backend: Backend, spec: AttentionSpec) -> Wait | None:
+    """What was lost without a kernel so far; ``None`` where that was not counted."""
+    kernel = kernel_of(backend, spec)
+    return None if kernel is None else waits.find(backend.name, kernel)
+
+
+def movable(spec: AttentionSpec) -> bool:
+    """A problem may go to another backend than before: no CUDA graph is captured, and no checkpoint computes anew."""
+    return not in_backward() and not capturing(spec)
+
+
+def still(wait: Wait, spec: AttentionSpec) -> dict[str, str]:
+    """Why a problem that was chosen for before is not served by the backend that it waits for."""
+    compiles = unready(registry.entries[wait.backend], spec)
+    return {} if compiles is None else {wait.backend: f"{WAITS}: {compiles}; {wait}"}
 
 
 def long(spec: AttentionSpec) -> bool:
@@ -342,9 +388,13 @@ def explain(spec: AttentionSpec, wanted: Wanted = None, capability: tuple[int, i
     notes: list[str] = []
     found: Backend | None = None
     if named is None:
-        found = kept(spec)
-        if found is None:
-            found, compiles = pick(spec, passed)
+        before = kept(spec)
+        if before is not None:
+            found = before.backend
+            if before.wait is not None:
+                passed = still(before.wait, spec)
+        else:
+            found, compiles, _ = pick(spec, passed)
             notes += [] if found is None or compiles is None else [f"{found.name} compiles first: {compiles}"]
         row = tuned.row(spec)
         notes += [] if row is None else [f"our own are asked in the order of {row.source}"]

@@ -26,6 +26,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+from collections.abc import Hashable
 from typing import ClassVar, Literal
 
 import torch
@@ -166,6 +167,14 @@ class Backend(abc.ABC):
 
         Automatic choice asks, so that a short problem goes to somebody who is ready; who was named compiles.
         """
+        return None
+
+    def kernel_key(self, spec: AttentionSpec) -> Hashable:
+        """What it compiles for a problem: problems with one answer share a kernel. ``None`` where that has no name."""
+        return spec.outline
+
+    def on_disk(self, device: torch.device) -> str | None:
+        """Where compiled kernels outlive the process, or what turns that on; ``None`` where there is nothing to say."""
         return None
 
     def unsupported(self, spec: AttentionSpec) -> str | None:

@@ -252,11 +252,15 @@ def window_options(left: int | None, right: int | None) -> dict[str, Any]:
 def packed(q: Tensor, k: Tensor, v: Tensor, documents: Documents) -> tuple[Tensor, Tensor, Tensor, dict[str, Any]]:
     """Batch 1 with ``Documents`` as the packed tensors (total, heads, head_dim) and offsets a kernel wants."""
     q, k, v = q[0], k[0], v[0]
-    q = real_rows(q, documents.cu_seqlens)
-    k, v = (real_rows(x, documents.cu_seqlens_k) for x in (k, v))
+    ends = documents.cu_seqlens.int()
+    ends_k = ends if documents.aligned else documents.cu_seqlens_k.int()
+    real = owned(q, ends)
+    real_k = real if documents.aligned and q.shape[0] == k.shape[0] else owned(k, ends_k)
+    q = torch.where(real, q, 0.0)
+    k, v = (torch.where(real_k, x, 0.0) for x in (k, v))
     offsets = {
-        "cu_seqlens_q": documents.cu_seqlens.int(),
-        "cu_seqlens_k": documents.cu_seqlens_k.int(),
+        "cu_seqlens_q": ends,
+        "cu_seqlens_k": ends_k,
         "max_seqlen_q": longest(documents.max_seqlen, documents.cu_seqlens, q.shape[0]),
         "max_seqlen_k": longest(documents.max_seqlen_k, documents.cu_seqlens_k, k.shape[0]),
     }

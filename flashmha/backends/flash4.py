@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import functools
+import os
+import tempfile
 from bisect import bisect_left
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Any
 
 import torch
@@ -17,9 +19,14 @@ from .block_tables import edged, worth
 from .compact import intervals, key_lengths, missing, validity
 from .flash import FlashAttn, normal_lse, packed, trimmed, unpacked, unpacked_lse
 from .flash4_kernels import attend
+from .waiting import waits
 
 STEPS = (64, 80, 128, 192)
 """Lengths up to which the package compiles for one tile, by head_dim and pass."""
+
+
+CACHE, CACHE_DIR = "FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED", "FLASH_ATTENTION_CUTE_DSL_CACHE_DIR"
+"""The variables of the package's cache of kernels, read when it is imported (``flash_attn.cute.cache_utils``)."""
 
 
 class Flash4(FlashAttn):
@@ -82,6 +89,8 @@ class Flash4(FlashAttn):
     def __init__(self) -> None:
         super().__init__()
         self.compiled: set[tuple[Any, ...]] = set()
+        self.latest: AttentionSpec | None = None
+        """A problem that was served and is shared: the next layer's, most of the time."""
 
     def load(self) -> tuple[Callable[..., Any], Callable[..., Any]]:
         # flash-attn 2 ships an older prototype under the same name: the signature check tells them apart
@@ -125,27 +134,36 @@ class Flash4(FlashAttn):
             return None
         return "not compiled for this kind of problem yet (3 to 5 seconds a kernel)"
 
+    def on_disk(self, device: torch.device) -> str | None:
+        if os.environ.get(CACHE) != "1":
+            return f"each process compiles its kernels anew; {CACHE}=1 keeps them on disk"
+        place = os.environ.get(CACHE_DIR) or os.path.join(
+            tempfile.gettempdir(), "USER", "flash_attention_cute_dsl_cache"
+        )
+        return f"kernels are kept in {place}"
+
+    def kernel_key(self, spec: AttentionSpec) -> Hashable:
+        return kind(spec)
+
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> Tensor | tuple[Tensor, Tensor]:
-        options: dict[str, Any] = {"scale": spec.scale, "softcap": spec.softcap or 0.0}
-        documents, valid, window = find(spec.mask, Documents), validity(spec.mask, spec), spec.window
-        if find(spec.mask, Dense) is not None:
-            documents = None
-            options |= mask_table(spec)
-        elif valid is not None and window is not None:
-            options["first"], options["last"] = intervals(valid, window, spec.seqlen_q)
+        told: dict[str, Any] = {
+            "scale": spec.scale,
+            "softcap": spec.softcap or 0.0,
+            "deterministic": spec.deterministic,
+        }
+        documents = None
+        if spec.mask is not None:
+            documents = None if find(spec.mask, Dense) is not None else find(spec.mask, Documents)
+            q, k, v, masked = self.masked(q, k, v, spec)
+            told |= masked
+        if torch.compiler.is_compiling() or spec is self.latest or (needed := kind(spec)) in self.compiled:
+            out, lse = attend(q, k, v, spec, told)
         else:
-            k, v, left, right = trimmed(k, v, spec)
-            causal = left is None and right == 0
-            options |= {"causal": causal, "left": left, "right": None if causal else right}
-            if documents is not None:
-                q, k, v, offsets = packed(q, k, v, documents)
-                options |= offsets
-            elif valid is not None:
-                padding = find(spec.mask, KeyPadding) is not None
-                options |= {"valid": valid} if padding else {"lengths": key_lengths(spec)}
-        out, lse = attend(q, k, v, spec, {**options, "deterministic": spec.deterministic})
-        if not torch.compiler.is_compiling():
-            self.compiled.add(kind(spec))
+            with waits.ending(self.name, needed):
+                out, lse = attend(q, k, v, spec, told)
+            self.compiled.add(needed)
+        if spec.shared:
+            self.latest = spec
         if documents is not None:
             out = unpacked(out, documents)
             if spec.need_lse:
@@ -153,6 +171,28 @@ class Flash4(FlashAttn):
                 if spec.sinks is not None:  # a row of no document sees its sink alone
                     lse = torch.where(lse == float("-inf"), spec.sinks.to(lse.dtype)[:, None], lse)
         return (out, normal_lse(lse)) if spec.need_lse else out
+
+    def masked(
+        self, q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec
+    ) -> tuple[Tensor, Tensor, Tensor, dict[str, Any]]:
+        """q, k and v as the kernels take them beside the mask, and what these are told of it."""
+        told: dict[str, Any] = {}
+        documents, valid, window = find(spec.mask, Documents), validity(spec.mask, spec), spec.window
+        if find(spec.mask, Dense) is not None:
+            return q, k, v, mask_table(spec)
+        if valid is not None and window is not None:
+            told["first"], told["last"] = intervals(valid, window, spec.seqlen_q)
+            return q, k, v, told
+        k, v, left, right = trimmed(k, v, spec)
+        causal = left is None and right == 0
+        told |= {"causal": causal, "left": left, "right": None if causal else right}
+        if documents is not None:
+            q, k, v, offsets = packed(q, k, v, documents)
+            told |= offsets
+        elif valid is not None:
+            padding = find(spec.mask, KeyPadding) is not None
+            told |= {"valid": valid} if padding else {"lengths": key_lengths(spec)}
+        return q, k, v, told
 
 
 def mask_table(spec: AttentionSpec) -> dict[str, Tensor]:

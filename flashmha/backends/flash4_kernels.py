@@ -16,6 +16,7 @@ from ..spec import AttentionSpec
 from .block_tables import served, worth
 from .compact import compact, spread
 from .flash import packages
+from .flash4_launches import fits, launches, packed
 
 TOLD: dict[str, tuple[str, Any]] = {
     "cu_seqlens_q": ("Tensor?", None),
@@ -42,59 +43,81 @@ TOLD: dict[str, tuple[str, Any]] = {
 ``items`` (batch,) say which of its items counts for each of the batch; both bounds of a window are ``None`` where it is
 causal or there is none.
 """
+UNTOLD = {name: default for name, (_, default) in TOLD.items()}
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, told: dict[str, Any]) -> tuple[Tensor, Tensor]:
     """Output and log-sum-exp; eagerly, or as an operator where a compiler traces."""
-    arguments = tuple(told.get(name, default) for name, (_, default) in TOLD.items())
+    told = {**UNTOLD, **told}
     if torch.compiler.is_compiling():
-        made = torch.ops.flashmha.flash4(q, k, v, spec.sinks, *arguments)
+        made = torch.ops.flashmha.flash4(q, k, v, spec.sinks, *[told[name] for name in TOLD])
     elif spec.needs_grad:
-        made = Attend.apply(q, k, v, spec.sinks, arguments)  # type: ignore[no-untyped-call]
+        made = Attend.apply(q, k, v, spec.sinks, told)  # type: ignore[no-untyped-call]
     else:
-        made = forward(q, k, v, spec.sinks, *arguments)
+        made = forward(q, k, v, spec.sinks, told)
     return made[0], made[1]
 
 
-def forward(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, *arguments: Any) -> tuple[Tensor, ...]:
+def forward(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, told: dict[str, Any]) -> tuple[Tensor, ...]:
     """out, lse, and the keys and values as the kernel saw them where they were moved."""
-    told = dict(zip(TOLD, arguments))
-    # the package asks the current device, not the tensors', which kernels to build, and so does triton
-    with torch.cuda.device(q.device):
-        moved: tuple[Tensor, ...] = ()
-        if told["valid"] is not None:
-            k, v, told["lengths"] = compact(k, v, told["valid"])
-            moved = (k, v)
-        run, more = kernels()[0], {"learnable_sink": sinks, "num_splits": 1, "return_lse": True}
-        out, lse = run(q, k, v, **options(told), **listed(told, q, k), **more)[:2]
+    moved: tuple[Tensor, ...] = ()
+    if told["valid"] is not None:
+        with torch.cuda.device(q.device):
+            k, v, lengths = compact(k, v, told["valid"])
+        moved, told = (k, v), {**told, "lengths": lengths}
+
+    def serve(**places: Tensor) -> tuple[Tensor, ...]:
+        more = {"learnable_sink": sinks, "num_splits": 1, "return_lse": True, **places}
+        # the package asks the current device, not the tensors', which kernels to build, and so does triton
+        with torch.cuda.device(q.device):
+            made: tuple[Tensor, ...] = kernels()[0](q, k, v, **options(told), **listed(told, q, k), **more)
+        return made
+
+    again = launches(*kernels(), q.device)
+    made = None if again is None else again.forward(told, q, k, v, sinks, serve)
+    out, lse = serve()[:2] if made is None else made
     return out, lse, *moved
 
 
 def backward(
-    d_out: Tensor | None, d_lse: Tensor | None, saved: tuple[Tensor | None, ...], arguments: tuple[Any, ...], into: Any
+    d_out: Tensor | None, d_lse: Tensor | None, saved: tuple[Tensor | None, ...], told: dict[str, Any], into: Any
 ) -> Tensor | None:
     """Gradients of q, k and v into three tensors; that of the sinks is returned."""
-    told = dict(zip(TOLD, arguments))
     q, k, v, sinks, out, lse = saved
-    assert q is not None and k is not None and out is not None
+    assert q is not None and k is not None and v is not None and out is not None and lse is not None
     dq, dk, dv = into
     valid, made = told["valid"], (dk, dv)
     if valid is not None:
-        told["lengths"] = valid.sum(1, dtype=torch.int32)  # counted again rather than kept
+        told = {**told, "lengths": valid.sum(1, dtype=torch.int32)}  # counted again rather than kept
         made = (dk.new_empty(dk.shape), dv.new_empty(dv.shape))
-    with torch.cuda.device(q.device):
+    d_out = torch.zeros_like(out) if d_out is None else d_out if fits(d_out) else copied(d_out)
+    d_lse = d_lse if d_lse is None or packed(d_lse) else copied(d_lse)
+
+    def serve() -> tuple[Tensor, ...]:
         more: dict[str, Any] = {"deterministic": told["deterministic"], "learnable_sink": sinks, "dlse": d_lse}
-        d_out = torch.zeros_like(out) if d_out is None else d_out
-        more |= listed(told, q, k, backward=True) | {"dq": dq, "dk": made[0], "dv": made[1]}
-        result = kernels()[1](q, k, v, out, d_out, lse, **options(told), **more)
-        if valid is not None:
+        with torch.cuda.device(q.device):
+            more |= listed(told, q, k, backward=True) | {"dq": dq, "dk": made[0], "dv": made[1]}
+            result: tuple[Tensor, ...] = kernels()[1](q, k, v, out, d_out, lse, **options(told), **more)
+        return result
+
+    again = launches(*kernels(), q.device)
+    given = (q, k, v, sinks, out, lse)
+    found = None if again is None else again.backward(told, given, (d_out, d_lse), (dq, *made), serve)
+    d_sinks = serve()[3:] if found is None else found
+    if valid is not None:
+        with torch.cuda.device(q.device):
             spread(made, (dk, dv), valid)
     if valid is None and told["lengths"] is not None:
         # gradients of keys past their length are never written (flash-attention#2167)
         past = torch.arange(dk.shape[1], device=dk.device) >= told["lengths"][:, None]
         for grad in (dk, dv):
             grad.masked_fill_(past[:, :, None, None], 0.0)
-    return result[3] if sinks is not None else None
+    return d_sinks[0] if sinks is not None else None
+
+
+def copied(x: Tensor) -> Tensor:
+    """A gradient as kernels take it."""
+    return x.clone(memory_format=torch.contiguous_format)
 
 
 def options(told: dict[str, Any]) -> dict[str, Any]:
@@ -145,9 +168,9 @@ class Attend(torch.autograd.Function):
     """``forward`` and ``backward`` outside a compiler, where gradients may lie side by side in one tensor."""
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, arguments: tuple[Any, ...]) -> Any:
-        out, lse, *moved = forward(q, k, v, sinks, *arguments)
-        ctx.arguments, ctx.side_by_side = arguments, neighbours((q, k, v))
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, told: dict[str, Any]) -> Any:
+        out, lse, *moved = forward(q, k, v, sinks, told)
+        ctx.told, ctx.side_by_side = told, neighbours((q, k, v))
         ctx.save_for_backward(q, *(moved or (k, v)), sinks, out, lse)
         ctx.set_materialize_grads(False)
         return out, lse
@@ -161,7 +184,7 @@ class Attend(torch.autograd.Function):
             grads = heads[0].new_empty(*heads[0].shape[:-2], sum(sizes), heads[0].shape[-1]).split(sizes, dim=-2)
         else:
             grads = tuple(x.new_empty(x.shape) for x in heads)
-        return (*grads, backward(d_out, d_lse, saved, ctx.arguments, grads), None)
+        return (*grads, backward(d_out, d_lse, saved, ctx.told, grads), None)
 
 
 # The same two functions as operators, for compilers.
@@ -172,7 +195,7 @@ HEADS = "Tensor q, Tensor k, Tensor v, Tensor? sinks"
 
 def four_forward(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, *arguments: Any) -> tuple[Tensor, ...]:
     """``forward`` with empty keys and values where they were not moved."""
-    made = forward(q, k, v, sinks, *arguments)
+    made = forward(q, k, v, sinks, dict(zip(TOLD, arguments)))
     return made if len(made) == 4 else (*made, k.new_empty(0), v.new_empty(0))
 
 
@@ -188,7 +211,7 @@ def separate_backward(d_out: Tensor | None, d_lse: Tensor | None, *rest: Any) ->
     """``backward`` into tensors of its own."""
     saved, arguments = rest[:6], rest[6:]
     grads = fake_backward(d_out, d_lse, *rest)
-    d_sinks = backward(d_out, d_lse, saved, arguments, grads[:3])
+    d_sinks = backward(d_out, d_lse, saved, dict(zip(TOLD, arguments)), grads[:3])
     return (*grads[:3], grads[3] if d_sinks is None else d_sinks)
 
 
@@ -220,14 +243,24 @@ def traced_backward(ctx: Any, d_out: Any, d_lse: Any, *unused: Any) -> Any:
 
 
 FOUR = "(Tensor, Tensor, Tensor, Tensor)"
-OPERATOR = torch.library.custom_op(
-    "flashmha::flash4", four_forward, mutates_args=(), schema=f"({HEADS}, {SCHEMA}) -> {FOUR}"
-)
-OPERATOR.register_fake(fake_forward)
-OPERATOR.register_autograd(traced_backward, setup_context=keep)
-torch.library.custom_op(
-    "flashmha::flash4_backward",
+LIBRARY = torch.library.Library("flashmha", "FRAGMENT")
+"""``torch.library.custom_op`` looks for outputs that alias inputs at every call, which costs more than a launch."""
+
+
+def operator(name: str, inputs: str, run: Callable[..., Any], fake: Callable[..., Any]) -> None:
+    """Make a function an operator for every device."""
+    LIBRARY.define(
+        f"{name}({inputs}) -> {FOUR}", tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order)
+    )
+    LIBRARY.impl(name, run, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"flashmha::{name}", fake, lib=LIBRARY)
+
+
+operator("flash4", f"{HEADS}, {SCHEMA}", four_forward, fake_forward)
+operator(
+    "flash4_backward",
+    f"Tensor? d_out, Tensor? d_lse, {HEADS}, Tensor out, Tensor lse, {SCHEMA}",
     separate_backward,
-    mutates_args=(),
-    schema=f"(Tensor? d_out, Tensor? d_lse, {HEADS}, Tensor out, Tensor lse, {SCHEMA}) -> {FOUR}",
-).register_fake(fake_backward)
+    fake_backward,
+)
+torch.library.register_autograd("flashmha::flash4", traced_backward, setup_context=keep, lib=LIBRARY)

@@ -9,7 +9,7 @@ import operator
 import threading
 import types
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from ..masks import Dense, Documents, Rule, find
 from ..scores import Bias, TensorBias, levelled, narrowed
 from ..spec import AttentionSpec
 from .base import FEATURES, Backend, Limits
+from .waiting import waits
 
 
 class Flex(Backend):
@@ -47,6 +48,9 @@ class Flex(Backend):
         if not fuses(spec) or self.kernels.serve(problem_key(spec)):
             return None
         return "not compiled for this shape yet (some seconds)"
+
+    def kernel_key(self, spec: AttentionSpec) -> Hashable:
+        return problem_key(spec)
 
     def refusals(self, spec: AttentionSpec) -> list[str]:
         reasons = super().refusals(spec)
@@ -131,7 +135,8 @@ class Kernels:
         made = compiled(next(self.numbers))
 
         def first(*args: Any, **kwargs: Any) -> Any:
-            result = made(*args, **kwargs)
+            with waits.ending("flex", key[0]):
+                result = made(*args, **kwargs)
             with self.lock:
                 self.functions[key] = made, alive
                 while len(self.functions) > KEPT:

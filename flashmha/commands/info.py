@@ -10,13 +10,17 @@ from importlib import metadata
 import torch
 
 from .. import __version__
-from ..backends import VARIABLE, get, names, origin, tuned
+from ..backends import VARIABLE, get, names, origin, tuned, waiting
 from ..errors import lines
 from .devices import description, devices
 from .screen import add_json, print_json, print_table
 from .variables import check_variables
 
 PACKAGES = ("einops", "flash-attn", "flash-attn-3", "flash-attn-4", "hypothesis", "rich", "matplotlib")
+
+
+VARIABLES = (VARIABLE, tuned.VARIABLE, waiting.VARIABLE)
+"""The environment variables that automatic choice follows."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -34,6 +38,12 @@ def main(options: argparse.Namespace) -> int:
 def show(here: list[torch.device], json: bool) -> None:
     """Everything, as text or as JSON."""
     reasons = {str(device): {name: get(name).unavailable(device) for name in names()} for device in here}
+    kept = {
+        (device, name): get(name).on_disk(torch.device(device))
+        for device, rows in reasons.items()
+        for name, reason in rows.items()
+        if reason is None
+    }
     if json:
         backends = [
             {"name": name, "registered_by": origin(name), "contract": get(name).contract, "install": get(name).install}
@@ -45,15 +55,18 @@ def show(here: list[torch.device], json: bool) -> None:
                 "device": device,
                 "description": titles[device],
                 "measured": followed(torch.device(device)),
-                "backends": {name: {"available": reason is None, "reason": reason} for name, reason in rows.items()},
+                "backends": {
+                    name: {"available": reason is None, "reason": reason, "on_disk": kept.get((device, name))}
+                    for name, reason in rows.items()
+                },
             }
             for device, rows in reasons.items()
         ]
-        variables = {name: os.environ.get(name) for name in (VARIABLE, tuned.VARIABLE)}
+        variables = {name: os.environ.get(name) for name in VARIABLES}
         print_json({"versions": versions(), **variables, "backends": backends, "devices": found})
         return
     rows = {name: version or "not installed" for name, version in versions().items()}
-    print(lines({**rows, **{name: os.environ.get(name, "not set") for name in (VARIABLE, tuned.VARIABLE)}}))
+    print(lines({**rows, **{name: os.environ.get(name, "not set") for name in VARIABLES}}))
     for device in here:
         print(f"\n{description(device)}")
         print(f"automatic choice follows {' and '.join(followed(device)) or 'the order of the list: no measurement'}")
@@ -62,6 +75,9 @@ def show(here: list[torch.device], json: bool) -> None:
             ("backend", "registered by", "on this device"),
             [(name, origin(name), reason or "available") for name, reason in answers.items()],
         )
+        for name in answers:
+            if (said := kept.get((str(device), name))) is not None:
+                print(f"{name}: {said}")
 
 
 def followed(device: torch.device) -> list[str]:

@@ -1,0 +1,351 @@
+"""What one call of flash-attn 4 launches, launched again without the Python around it.
+
+Not a backend. Between a call of the package and its compiled kernels lies Python that says the same for every problem
+of a kind, some hundred lines a direction. ``Launches`` lets the package serve the first problem of a kind and notes the
+kernels that it called, and with what. Where that is, argument by argument, what ``forward_calls`` and
+``backward_calls`` say, later problems of the kind call the same kernels at once: on an H200, 7 us of host time for the
+kernel of a forward, where the package takes 73. Else, and for releases whose workspaces were not read (``READ``), the
+package serves every problem.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+import threading
+from collections.abc import Callable
+from importlib import metadata
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+READ = ("4.0.0b36",)
+"""The releases of the package whose workspaces hold at first what ``backward_calls`` puts there, as their source says:
+no look at the arguments of a kernel would tell."""
+SMALL = 256
+"""Lengths that a kernel may be compiled for, since its tiles are smaller: longer ones share theirs."""
+KINDS = 1024
+"""The most kinds that are kept."""
+ALIGNED = 16
+"""Bytes that the kernels load at once: pointers and strides are multiples of it, or the package makes a copy."""
+
+Call = tuple[Any, ...]
+Saved = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor, Tensor]
+"""q, k, v, sinks, out and lse."""
+
+
+class Noted(NamedTuple):
+    """What was learnt of a kind: its kernels in order, and the tile of its backward."""
+
+    kernels: tuple[Callable[..., Any], ...]
+    tile: Tile | None
+
+
+class Tile(NamedTuple):
+    """Queries and keys of a backward's tile, and what head dims are rounded up to in its sums."""
+
+    queries: int
+    keys: int
+    width: int
+
+
+UNKNOWN = Noted((), None)
+"""What is known of a kind before its first problem."""
+
+
+class Launches:
+    """The kernels of the package that a function is from, by kind of problem."""
+
+    def __init__(self, forward: Callable[..., Any]) -> None:
+        self.package = sys.modules[forward.__module__]
+        self.owners = [getattr(self.package, name) for name in OWNERS]
+        self.noted: dict[Call, Noted | None] = {}
+        self.lock = threading.Lock()
+
+    def forward(
+        self, told: dict[str, Any], q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, serve: Callable[..., Any]
+    ) -> tuple[Tensor, Tensor] | None:
+        """out and lse; ``None`` where the package has to serve. ``serve(out=..., lse=...)`` is the package."""
+        kind = self.kind(told, q, k, v, sinks, None)
+        known = None if kind is None else self.noted.get(kind, UNKNOWN)
+        if kind is None or known is None:
+            return None
+        out = q.new_empty((*q.shape[:-1], v.shape[-1]))
+        rows = (q.shape[1], q.shape[0]) if q.dim() == 3 else (q.shape[0], q.shape[2], q.shape[1])
+        lse = q.new_empty(rows, dtype=torch.float32)
+        q, k, v, sinks = detached(q), detached(k), detached(v), detached(sinks)
+        calls = self.forward_calls(told, q, k, v, sinks, out, lse)
+        if known is UNKNOWN:
+            self.note(kind, calls, functools.partial(serve, out=out, lse=lse), None)
+        else:
+            known.kernels[0](*calls[0])
+        return out, lse
+
+    def backward(
+        self,
+        told: dict[str, Any],
+        saved: Saved,
+        cotangents: tuple[Tensor, Tensor | None],
+        into: tuple[Tensor, Tensor, Tensor],
+        serve: Callable[[], Any],
+    ) -> tuple[Tensor | None] | None:
+        """Gradients of q, k and v into three tensors, and that of the sinks in a tuple; ``None`` as above."""
+        q, k, v, sinks, out, lse = saved
+        kind = self.kind(told, q, k, v, sinks, cotangents) if fits(out) and packed(lse) else None
+        known = None if kind is None else self.noted.get(kind, UNKNOWN)
+        if kind is None or known is None:
+            return None
+        tile = known.tile or self.tile(told, q, v)
+        saved = (detached(q), detached(k), detached(v), detached(sinks), out, lse)
+        device = torch.device("meta") if known is UNKNOWN else q.device  # workspaces to compare need no memory
+        d_sinks = None if sinks is None else torch.empty_like(sinks, device=device)
+        calls = self.backward_calls(told, saved, cotangents, into, d_sinks, tile, device)
+        if known is UNKNOWN:
+            result = self.note(kind, calls, serve, tile)
+            return (None if sinks is None else result[3],)
+        for kernel, call in zip(known.kernels, calls):
+            kernel(*call)
+        return (d_sinks,)
+
+    def kind(
+        self,
+        told: dict[str, Any],
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        sinks: Tensor | None,
+        cotangents: tuple[Tensor, Tensor | None] | None,
+    ) -> Call | None:
+        """All that decides which kernels the package calls; ``None`` where it may do something else first.
+
+        Finer than the keys of its caches, which hold of sizes whether one tile is enough and whether items are many.
+        """
+        if told["first"] is not None or told["table"] is not None:
+            return None
+        offsets = told["cu_seqlens_q"]
+        if not (fits(q) and fits(k) and fits(v) and packed(sinks)):
+            return None
+        if not (packed(offsets) and packed(told["cu_seqlens_k"]) and packed(told["lengths"])):
+            return None
+        if offsets is None:
+            sizes, batch = (q.shape[1], k.shape[1]), q.shape[0]
+        else:
+            sizes, batch = (told["max_seqlen_q"], told["max_seqlen_k"]), offsets.shape[0] - 1
+        if not (batch and q.shape[0] and k.shape[0] and sizes[0] and sizes[1]):
+            return None
+        return (
+            None if cotangents is None else cotangents[1] is None,
+            q.device,
+            q.dtype,
+            q.shape[-2:],
+            v.shape[-2:],
+            min(sizes[0], SMALL),
+            min(sizes[1], SMALL),
+            batch > self.package.BIN_BATCH_SEARCH_THRESH,
+            offsets is None,
+            told["lengths"] is None,
+            told["causal"],
+            told["left"] is None,
+            told["right"] is None,
+            told["softcap"],
+            told["deterministic"] and cotangents is not None,
+            None if sinks is None else sinks.dtype,
+        )
+
+    def tile(self, told: dict[str, Any], q: Tensor, v: Tensor) -> Tile:
+        """The tile of a backward, as the package cuts it on Hopper."""
+        windowed = told["left"] is not None or told["right"] is not None
+        cut = self.package._tile_size_bwd_sm90(q.shape[-1], v.shape[-1], told["causal"], windowed)
+        return Tile(cut.m_block_size, cut.n_block_size, 64 if cut.dKV_swapAB else 32)
+
+    def forward_calls(
+        self, told: dict[str, Any], q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, out: Tensor, lse: Tensor
+    ) -> tuple[Call, ...]:
+        """The arguments of the one kernel of a forward on Hopper."""
+        offsets = (told["cu_seqlens_q"], told["cu_seqlens_k"], None, told["lengths"])
+        window = (told["left"], told["right"])
+        nothing = self.package.AuxData(None, None)
+        return ((q, k, v, out, lse, told["scale"], *offsets, None, *window, sinks, None, nothing, None, None),)
+
+    def backward_calls(
+        self,
+        told: dict[str, Any],
+        saved: Saved,
+        cotangents: tuple[Tensor, Tensor | None],
+        into: tuple[Tensor, Tensor, Tensor],
+        d_sinks: Tensor | None,
+        tile: Tile,
+        device: torch.device,
+    ) -> tuple[Call, ...]:
+        """The arguments of the kernels of a backward on Hopper, with workspaces on a device: one before, the backward
+        itself, one that rounds the sum for q, and two for k and v where heads share them."""
+        q, k, v, sinks, out, lse = saved
+        (d_out, d_lse), (dq, dk, dv) = cotangents, into
+        grouped = q.shape[-2] != k.shape[-2]
+        cu_q, cu_k, lengths, scale = told["cu_seqlens_q"], told["cu_seqlens_k"], told["lengths"], told["scale"]
+        real = torch.float32
+        lead_q = rounded(q, cu_q, tile.queries)
+        rows = torch.empty(lead_q, dtype=real, device=device)
+        log2 = torch.empty(lead_q, dtype=real, device=device)
+        # the kernel before fills these three, and the zeros of the first are what the second adds to
+        sum_q = torch.empty(widened(lead_q, q.shape[-1], tile), dtype=real, device=device)
+        if grouped:
+            lead_k = rounded(k, cu_k, tile.keys)
+            sum_k = torch.zeros(widened(lead_k, k.shape[-1], tile), dtype=real, device=device)
+            sum_v = torch.zeros(widened(lead_k, v.shape[-1], tile), dtype=real, device=device)
+        turns: Call = (None, None, None)
+        if told["deterministic"]:
+            turns = self.turns(told, q, k, tile, device)
+        nothing = self.package.AuxData(None, None)
+        own = None if sinks is None else self.package.LearnableSinkBwdTensors(rows, lse, sinks, d_sinks)
+        window = (told["left"], told["right"])
+        before = (out, d_out, rows, lse, log2, sum_q, cu_q, None, d_lse, None, None, 1.0, None, None)
+        targets = (sum_k, sum_v) if grouped else (dk, dv)
+        main = (q, k, v, d_out, log2, rows, sum_q, *targets, scale, cu_q, cu_k, None, lengths)
+        calls: tuple[Call, ...] = (
+            before,
+            (*main, *window, *turns, nothing, None, None),
+            (sum_q, dq, scale, cu_q, None, own, None),
+        )
+        if grouped:
+            calls += ((sum_k, dk, scale, cu_k, lengths, None, None), (sum_v, dv, 1.0, cu_k, lengths, None, None))
+        return calls
+
+    def turns(self, told: dict[str, Any], q: Tensor, k: Tensor, tile: Tile, device: torch.device) -> Call:
+        """Counters that make blocks add up in one order: for q, and for k and v where heads share them."""
+        offsets = told["cu_seqlens_q"]
+        if offsets is None:
+            batch, sizes = q.shape[0], (q.shape[1], k.shape[1])
+        else:
+            batch, sizes = offsets.shape[0] - 1, (told["max_seqlen_q"], told["max_seqlen_k"])
+        shapes = [(batch, q.shape[-2], -(-sizes[0] // tile.queries), 1)]
+        if q.shape[-2] != k.shape[-2]:
+            shapes += [(batch, k.shape[-2], -(-sizes[1] // tile.keys), 2)] * 2
+        made = [torch.zeros(shape, dtype=torch.int32, device=device) for shape in shapes]
+        return (*made, *(None,) * (3 - len(made)))
+
+    def note(self, kind: Call, expected: tuple[Call, ...], serve: Callable[[], Any], tile: Tile | None) -> Any:
+        """Let the package serve a problem; keep what it called, if that was what is expected."""
+        with self.lock:
+            watched = [Watched(owner.compile_cache) for owner in self.owners]
+            calls: list[tuple[Callable[..., Any], Call]] = []
+            for owner, cache in zip(self.owners, watched):
+                cache.calls, owner.compile_cache = calls, cache
+            try:
+                result = serve()
+            finally:
+                for owner, cache in zip(self.owners, watched):
+                    owner.compile_cache = cache.own
+            places: dict[int, int] = {}
+            agrees = len(calls) == len(expected) and all(
+                same(mine, theirs, places) for mine, (_, theirs) in zip(expected, calls)
+            )
+            if len(self.noted) >= KINDS:
+                self.noted.clear()
+            self.noted[kind] = Noted(tuple(kernel for kernel, _ in calls), tile) if agrees else None
+        return result
+
+
+OWNERS = ("_flash_attn_fwd", "_bwd_preprocess", "_flash_attn_bwd", "_bwd_postprocess_convert")
+"""Functions of the package with a cache of compiled kernels."""
+NEEDED = (*OWNERS, "AuxData", "LearnableSinkBwdTensors", "_tile_size_bwd_sm90", "BIN_BATCH_SEARCH_THRESH")
+
+
+class Watched:
+    """A cache of compiled kernels that lists what its thread calls."""
+
+    calls: list[tuple[Callable[..., Any], Call]]
+
+    def __init__(self, own: Any) -> None:
+        self.own, self.thread = own, threading.get_ident()
+
+    def __contains__(self, key: Any) -> bool:
+        return key in self.own
+
+    def __setitem__(self, key: Any, kernel: Any) -> None:
+        self.own[key] = kernel
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.own, name)
+
+    def __getitem__(self, key: Any) -> Callable[..., Any]:
+        kernel: Callable[..., Any] = self.own[key]
+        if threading.get_ident() != self.thread:
+            return kernel
+
+        def call(*arguments: Any) -> Any:
+            self.calls.append((kernel, arguments))
+            return kernel(*arguments)
+
+        return call
+
+
+@functools.lru_cache(maxsize=8)
+def launches(forward: Callable[..., Any], backward: Callable[..., Any], device: torch.device) -> Launches | None:
+    """The launches of a package's functions on a device; ``None`` where the package has to serve all of it."""
+    package = sys.modules.get(forward.__module__)
+    if getattr(package, OWNERS[0], None) is not forward or getattr(package, OWNERS[2], None) is not backward:
+        return None
+    if not all(hasattr(package, name) for name in NEEDED) or not was_read(device):
+        return None
+    return Launches(forward) if all(hasattr(getattr(package, name), "compile_cache") for name in OWNERS) else None
+
+
+def was_read(device: torch.device) -> bool:
+    """The installed release is one of ``READ``, and its kernels for a device are those of Hopper."""
+    try:
+        version = metadata.version("flash-attn-4")
+    except metadata.PackageNotFoundError:
+        return False
+    return version in READ and torch.cuda.get_device_capability(device)[0] == 9
+
+
+def detached(x: Any) -> Any:
+    """A tensor without its graph, which kernels refuse."""
+    return x.detach() if x is not None and x.requires_grad else x
+
+
+def fits(x: Tensor) -> bool:
+    """The package hands a tensor of half precision to its kernels as it is, and no two of its rows lie in one place."""
+    strides = x.stride()
+    if 0 in strides or x.data_ptr() % ALIGNED:
+        return False
+    if x.is_contiguous():
+        return True
+    if strides[-1] != 1:
+        return False
+    return not any(stride % (ALIGNED // 2) for stride in strides[:-1])
+
+
+def packed(x: Tensor | None) -> bool:
+    """The same of any other tensor, where there is one."""
+    return x is None or (x.is_contiguous() and not x.data_ptr() % ALIGNED)
+
+
+def rounded(x: Tensor, offsets: Tensor | None, size: int) -> tuple[int, ...]:
+    """The shape of a workspace with a number a row: rows in whole tiles, behind batch and heads."""
+    if offsets is None:
+        return x.shape[0], x.shape[2], -(-x.shape[1] // size) * size
+    return x.shape[1], (x.shape[0] + offsets.shape[0] * size - 1) // size * size
+
+
+def widened(shape: tuple[int, ...], head_dim: int, tile: Tile) -> tuple[int, ...]:
+    """The shape of a workspace with a number for each of a row's."""
+    return (*shape[:-1], shape[-1] * (-(-head_dim // tile.width) * tile.width))
+
+
+def same(mine: Any, theirs: Any, places: dict[int, int]) -> bool:
+    """Two arguments are the same; two workspaces wherever each of them is one throughout."""
+    if isinstance(mine, Tensor):
+        if not isinstance(theirs, Tensor) or mine.dtype != theirs.dtype:
+            return False
+        if mine.shape != theirs.shape or mine.stride() != theirs.stride():
+            return False
+        place = theirs.data_ptr()
+        return (places.setdefault(id(mine), place) if mine.is_meta else mine.data_ptr()) == place
+    if isinstance(mine, tuple):
+        if type(mine) is not type(theirs) or len(mine) != len(theirs):
+            return False
+        return all(same(one, other, places) for one, other in zip(mine, theirs))
+    return type(mine) is type(theirs) and bool(mine == theirs)

@@ -1,0 +1,138 @@
+"""The launches of flash-attn 4 against the package's own Python, where it is installed; nothing is compiled or run."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import inspect
+import sys
+import types
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from flashmha.backends import flash4_launches, get
+from flashmha.backends.flash4_kernels import UNTOLD, backward, forward
+
+pytestmark = [
+    pytest.mark.cpu("runs no kernel"),
+    pytest.mark.skipif(importlib.util.find_spec("cutlass") is None, reason="needs flash-attn-4"),
+]
+SIZES = (1, 64, 65, 128, 129, 192, 193, 256, 257, 300, 500)
+HEAD_DIMS = (8, 64, 72, 96, 128, 136, 192, 200, 256)
+Keys = tuple[tuple[Any, ...], ...]
+
+
+class Listed(dict[Any, Callable[..., None]]):
+    """A cache of kernels that do nothing, which lists the keys that were looked up."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.keys_seen: list[Any] = []
+
+    def __getitem__(self, key: Any) -> Callable[..., None]:
+        self.keys_seen.append(key)
+        return super().__getitem__(key)
+
+
+@pytest.fixture(scope="module")
+def package() -> Iterator[Any]:
+    """The package's interface for Hopper, on tensors of a CPU."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CUTE_DSL_ARCH", "sm_90a")
+        yield from copied(patch)
+
+
+def copied(patch: pytest.MonkeyPatch) -> Iterator[Any]:
+    from flash_attn.cute import interface
+
+    copy: Any = types.ModuleType("interface_on_a_cpu")
+    copy.__file__ = interface.__file__
+    source = inspect.getsource(interface).replace("t.is_cuda", "True").replace('assert True, f"', 'assert f"')
+    patch.setitem(sys.modules, copy.__name__, copy)
+    exec(compile(source, interface.__file__, "exec"), copy.__dict__)
+    used = ("ceil_div", "runtime", "sym_int")
+    copy.cute = types.SimpleNamespace(**{name: getattr(copy.cute, name) for name in used}, compile=nothing)
+    for name in ("to_cute_tensor", "_compute_blocks_to_batch"):
+        setattr(copy, name, lambda *given, **told: None)
+    copy._compile_bwd_preprocess = copy._compile_bwd_postprocess = nothing
+    copy._compute_tile_cumsum = lambda **told: (torch.zeros(1, dtype=torch.int32), None)
+    copy._get_device_arch = lambda: 90
+    copy.get_num_sms_for_selection = lambda *given: 132
+    patch.setattr(copy.utils, "convert_from_dlpack_leading_static", lambda *given, **told: None)
+    for name in flash4_launches.OWNERS:
+        getattr(copy, name).compile_cache = Listed()
+    patch.setattr(get("flash4"), "functions", (copy._flash_attn_fwd, copy._flash_attn_bwd))
+    patch.setattr(torch.cuda, "device", contextlib.nullcontext)
+    patch.setattr(flash4_launches, "was_read", lambda device: True)
+    flash4_launches.launches.cache_clear()
+    yield copy
+    flash4_launches.launches.cache_clear()
+
+
+def nothing(*given: Any, **told: Any) -> Callable[..., None]:
+    """A kernel that does nothing."""
+    return lambda *arguments: None
+
+
+@st.composite
+def calls(draw: st.DrawFn) -> tuple[tuple[Tensor, Tensor, Tensor, Tensor | None], dict[str, Any], bool]:
+    """q, k, v and sinks, what is told beside them, and whether the log-sum-exp has a gradient."""
+    dtype, head_dim = draw(st.sampled_from((torch.bfloat16, torch.float16))), draw(st.sampled_from(HEAD_DIMS))
+    heads, group, batch = draw(st.integers(1, 2)), draw(st.sampled_from((1, 1, 3))), draw(st.sampled_from((1, 2, 257)))
+    most = SIZES if batch < 3 else (1, 2, 3)
+    long = [draw(st.sampled_from(most)) for _ in range(2)]
+    told = {**UNTOLD, "scale": head_dim**-0.5}
+    told["softcap"], told["deterministic"] = draw(st.sampled_from((0.0, 0.0, 5.0))), draw(st.booleans())
+    told["causal"] = draw(st.booleans())
+    if not told["causal"]:
+        windows = ((None, None), (None, None), (3, 0), (None, 4), (5, None), (0, 0), (300, 2))
+        told["left"], told["right"] = draw(st.sampled_from(windows))
+    sizes = [(batch, n) for n in long]
+    if draw(st.booleans()):
+        offsets = torch.zeros(batch + 1, dtype=torch.int32)
+        told |= {"cu_seqlens_q": offsets, "cu_seqlens_k": offsets.clone()}
+        told |= {"max_seqlen_q": long[0], "max_seqlen_k": long[1]}
+        sizes = [(n + draw(st.sampled_from((0, 7, 2 * n))),) for n in long]
+    elif draw(st.booleans()):
+        told["lengths"] = torch.zeros(batch, dtype=torch.int32)
+    q = torch.empty(*sizes[0], heads * group, head_dim, dtype=dtype)
+    k, v = (torch.empty(*sizes[1], heads, head_dim, dtype=dtype) for _ in range(2))
+    if group == 1 and sizes[0] == sizes[1] and draw(st.booleans()):
+        q, k, v = torch.empty(*sizes[0], 3 * heads, head_dim, dtype=dtype).split(heads, dim=-2)
+    sinks = torch.zeros(heads * group, dtype=draw(st.sampled_from((dtype, torch.float32))))
+    return (q, k, v, sinks if draw(st.sampled_from((False, False, True))) else None), told, draw(st.booleans())
+
+
+seen: dict[Any, Keys] = {}
+"""Kinds, and the keys that the package looked up for each."""
+
+
+@given(call=calls())
+def test_a_kind_is_finer_than_the_keys_of_the_package_and_its_calls_are_expected(call: Any, package: Any) -> None:
+    (q, k, v, sinks), told, with_lse = call
+    launches = flash4_launches.launches(package._flash_attn_fwd, package._flash_attn_bwd, q.device)
+    assert launches is not None
+    caches: list[Listed] = [owner.compile_cache for owner in launches.owners]
+    out, lse = q.new_empty(q.shape), None
+    for backwards in (False, True):
+        launches.noted.clear()
+        for cache in caches:
+            cache.keys_seen.clear()
+        if backwards:
+            toward = (torch.empty_like(out), torch.zeros_like(lse) if with_lse else None)
+            into = tuple(torch.empty_like(x) for x in (q, k, v))
+            backward(*toward, (q, k, v, sinks, out, lse), told, into)
+        else:
+            out, lse = forward(q, k, v, sinks, told)[:2]
+        ((kind, noted),) = launches.noted.items()
+        keys = tuple(tuple(cache.keys_seen) for cache in caches)
+        assert seen.setdefault(kind, keys) == keys
+        many = (len(told["cu_seqlens_q"]) - 1 if told["cu_seqlens_q"] is not None else len(q)) > 256
+        counted = many and (told["cu_seqlens_q"] is not None or (backwards and told["lengths"] is not None))
+        assert (noted is None) == counted, "the package makes tables of many documents"

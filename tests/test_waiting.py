@@ -1,0 +1,304 @@
+"""When a kernel is worth the seconds of compiling it: by arithmetic, on problems nothing runs for."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import sys
+import threading
+from collections.abc import Iterator
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from test_ranking import CUDA, SHORT, WHY, on, passing, problem, shared
+
+import flashmha
+from flashmha import AttentionSpec, Documents, KeyLengths, KeyPadding, causal
+from flashmha.backends import choose, chosen, explain, get, ranking, register, unregister, use_backend, waiting
+from flashmha.backends.waiting import VARIABLE, Wait, Waits, loss
+from flashmha.testing import specs
+
+COST = 2.0
+"""Seconds of compiling, in these tests."""
+PATIENCE = 3
+
+
+@pytest.fixture(autouse=True)
+def fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[Waits]:
+    """Nothing lost and nothing compiled, on a machine where each call of a problem loses half a second."""
+    monkeypatch.delenv(VARIABLE, raising=False)
+    monkeypatch.setattr(waiting, "SECONDS", COST)
+    monkeypatch.setattr(waiting, "PATIENCE", PATIENCE)
+    monkeypatch.setattr(flashmha.backends, "loss", lambda spec: 0.5)
+    made = Waits()
+    monkeypatch.setattr(flashmha.backends, "waits", made)
+    monkeypatch.setattr(flashmha.backends.flash4, "waits", made)
+    monkeypatch.setattr(get("flash4"), "compiled", set())
+    monkeypatch.setattr(flashmha.backends, "reason", lambda backend, spec: backend.unsupported(spec))
+    monkeypatch.setattr(flashmha.backends, "absent", lambda backend, spec: None)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    chosen.clear()
+    yield made
+    chosen.clear()
+
+
+@pytest.fixture
+def slow() -> Iterator[Any]:
+    """A backend of somebody else in front of all, which has to compile."""
+    one = passing("slow", WHY)
+    register(one, before="sdpa")
+    yield one
+    unregister("slow")
+
+
+VALID = torch.ones(2, 600, dtype=torch.bool)
+PROBLEMS = {
+    "training": shared(problem(600, needs_grad=True)),
+    "causal training": shared(problem(600, needs_grad=True, mask=causal())),
+    "padding": problem(600, mask=KeyPadding(VALID)),
+    "lengths": problem(600, mask=KeyLengths(torch.tensor([600, 3]))),
+    "padded training": problem(600, needs_grad=True, mask=KeyPadding(VALID)),
+    "documents": problem(600, batch=1, needs_grad=True, mask=Documents(torch.tensor([0, 300, 600]), max_seqlen=300)),
+}
+"""Problems too short to wait for flash4, which serves them fastest."""
+
+
+def until(spec: AttentionSpec, most: int = 50) -> int:
+    """How many calls go elsewhere before flash4 gets a problem; ``most`` where it does not."""
+    for count in range(most):
+        if choose(spec).name == "flash4":
+            return count
+    return most
+
+
+@pytest.mark.parametrize("name", PROBLEMS)
+@given(lost=st.sampled_from((0.05, 0.3, 0.5, 1.0, 5.0)), seconds=st.sampled_from((0.5, 2.0, 3.3)))
+def test_a_kernel_is_compiled_once_it_has_cost_more_than_compiling(name: str, lost: float, seconds: float) -> None:
+    spec, cost = PROBLEMS[name], seconds * (2 if PROBLEMS[name].needs_grad else 1)
+    chosen.clear()
+    with (
+        on(),
+        mock.patch.object(flashmha.backends, "loss", lambda spec: lost),
+        mock.patch.object(flashmha.backends, "waits", Waits()),
+        mock.patch.object(waiting, "SECONDS", seconds),
+    ):
+        assert not flashmha.backends.long(spec)
+        sums = itertools.accumulate(itertools.repeat(lost))
+        calls = next(count for count, total in enumerate(sums, 1) if total >= cost and count >= PATIENCE)
+        assert until(spec, 200) == calls
+        assert choose(spec).name == "flash4"
+
+
+def test_the_log_says_why(caplog: pytest.LogCaptureFixture) -> None:
+    spec = PROBLEMS["training"]
+    with on(), caplog.at_level(logging.INFO, "flashmha"):
+        calls = until(spec)
+        (record,) = caplog.records
+        assert f"{calls * 0.5:.3g} of 4 seconds lost without it so far" in record.getMessage()
+
+
+@pytest.mark.parametrize("name", PROBLEMS)
+def test_explain_counts_nothing_and_says_how_far_it_is(name: str) -> None:
+    spec = PROBLEMS[name]
+    cost = 4 if spec.needs_grad else 2
+    with on():
+        first = explain(spec)
+        assert first.rows["flash4"].startswith("not compiled yet: ") and "lost" not in first.rows["flash4"]
+        for count in (1, 2):
+            served = choose(spec).name
+            for _ in range(5):
+                said = explain(spec)
+                assert said.chosen == served == first.chosen
+                assert said.rows["flash4"].endswith(f"; {0.5 * count:.3g} of {cost} seconds lost without it so far")
+
+
+@pytest.mark.parametrize("name", PROBLEMS)
+@pytest.mark.parametrize("how", ("deterministic", "variable", "named"))
+def test_a_training_that_has_to_be_reproduced_keeps_its_first_choice(
+    name: str, how: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever it loses, and even when another problem has the kernel compiled."""
+    spec = PROBLEMS[name]
+    if how == "variable":
+        monkeypatch.setenv(VARIABLE, "1")
+    torch.use_deterministic_algorithms(how == "deterministic")
+    try:
+        with on(), use_backend("sdpa") if how == "named" else mock.patch.object(sys, "_", None, create=True):
+            first = choose(spec).name
+            assert first != "flash4"
+            assert {choose(spec).name for _ in range(20)} == {first}
+            get("flash4").compiled.add(get("flash4").kernel_key(spec))  # type: ignore[attr-defined]
+            assert {choose(spec).name for _ in range(20)} == {first}
+            assert explain(spec).chosen == first
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("value", ("", "0"))
+def test_a_variable_that_is_off_keeps_nothing(value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(VARIABLE, value)
+    with on():
+        assert until(PROBLEMS["training"]) < 50
+
+
+def test_a_variable_that_is_set_later_holds_from_then_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = PROBLEMS["training"]
+    with on():
+        for _ in range(4):
+            assert choose(spec).name != "flash4"
+        monkeypatch.setenv(VARIABLE, "1")
+        assert until(spec) == 50
+
+
+@pytest.mark.parametrize("name", PROBLEMS)
+@pytest.mark.parametrize("compiled", (False, True))
+def test_a_checkpoint_finds_the_backend_that_its_forward_found(name: str, compiled: bool) -> None:
+    """What chooses inside a backward computes a forward again: the kind never moves, even if the kernel is there."""
+    spec, x, again = PROBLEMS[name], torch.ones((), requires_grad=True), []
+    with on():
+        first = choose(spec).name
+        for _ in range(20):
+            handle = x.register_hook(lambda grad: again.append(choose(spec).name))
+            (x * 2).backward()
+            handle.remove()
+            if compiled:
+                get("flash4").compiled.add(get("flash4").kernel_key(spec))  # type: ignore[attr-defined]
+                flashmha.backends.waits.end("flash4", get("flash4").kernel_key(spec), 1.0)
+            assert choose(spec).name == first
+        assert set(again) == {first}
+        if not compiled:
+            assert "never waited for" in explain(spec).rows["flash4"]
+
+
+def test_nothing_moves_while_a_graph_is_captured(monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = PROBLEMS["training"]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with on():
+        first = choose(spec).name
+        choose(spec)
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+        assert {choose(spec).name for _ in range(20)} == {first}
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+        assert choose(spec).name == "flash4"
+
+
+def test_a_kernel_that_another_problem_brings_along_is_taken_in_time() -> None:
+    spec = PROBLEMS["training"]
+    with on(), mock.patch.object(flashmha.backends, "loss", lambda spec: 0.0):
+        first = choose(spec).name
+        key = get("flash4").kernel_key(spec)
+        with waiting_for("flash4", key):
+            get("flash4").compiled.add(key)  # type: ignore[attr-defined]
+        names = [choose(spec).name for _ in range(PATIENCE + 2)]
+        assert names == [first] * (PATIENCE - 1) + ["flash4"] * 3
+
+
+def waiting_for(backend: str, key: Any) -> Any:
+    return flashmha.backends.waits.ending(backend, key)
+
+
+def test_another_backend_counts_by_problem(slow: Any) -> None:
+    longer = SHORT.changed(seqlen_q=130)
+    for _ in range(4):
+        assert choose(SHORT).name == "sdpa" != "slow"
+    assert choose(longer).name == "sdpa"
+    assert choose(SHORT).name == "slow" and choose(longer).name == "sdpa"
+
+
+def test_a_problem_that_has_no_name_is_not_counted(fresh: Waits, slow: Any) -> None:
+    spec = SHORT.changed(sinks=torch.zeros(8))
+    for _ in range(20):
+        choose(spec)
+    assert spec.outline is None and not fresh.kernels
+
+
+def test_what_is_remembered_is_bounded(fresh: Waits, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(waiting, "MOST", 5)
+    for number in range(20):
+        fresh.of("flash4", number, False).lose(1.0)
+        assert len(fresh.kernels) <= 5
+    assert fresh.find("flash4", 19) is not None and fresh.find("flash4", 0) is None
+
+
+@given(seconds=st.lists(st.floats(0.0, 100.0), max_size=5))
+def test_compiling_costs_what_it_took_here(seconds: list[float]) -> None:
+    made = Waits()
+    assert made.seconds("flash4") == COST
+    for number, one in enumerate(seconds):
+        made.end("flash4", number, one)
+    took = [one for one in seconds if one >= waiting.NOTHING]
+    assert made.seconds("flash4") == pytest.approx(sum(took) / len(took) if took else COST)
+    assert made.seconds("flex") == COST
+    assert made.of("flash4", "one", True).cost == 2 * made.of("flash4", "two", False).cost
+
+
+def test_a_first_call_that_fails_compiles_nothing(fresh: Waits) -> None:
+    wait = fresh.of("flash4", "kernel", False)
+    with pytest.raises(ZeroDivisionError), fresh.ending("flash4", "kernel"):
+        _ = 1 / 0
+    assert fresh.find("flash4", "kernel") is wait and wait.lost == 0.0 and not fresh.took
+
+
+@given(spec=specs(), times=st.integers(2, 5))
+def test_a_longer_problem_loses_more(spec: AttentionSpec, times: int) -> None:
+    assert loss(spec) >= 0.0
+    more = spec.changed(batch=spec.batch * times)
+    assert loss(more) == pytest.approx(times * loss(spec))
+    if not spec.needs_grad:
+        assert loss(spec.changed(needs_grad=True)) >= loss(spec)
+
+
+def test_a_call_that_waits_costs_a_few_steps_more(fresh: Waits) -> None:
+    """Counting and asking for a backward are all that comes on top."""
+    waits, ready = PROBLEMS["training"], shared(problem(64, needs_grad=True))
+    with on():
+        for spec in (waits, ready):
+            choose(spec)
+        assert chosen[waits].wait is not None and chosen[ready].wait is None
+        assert steps(waits) <= steps(ready) + 3
+
+
+def steps(spec: AttentionSpec) -> int:
+    """How many functions of Python a choice calls."""
+    called: list[str] = []
+    sys.setprofile(lambda frame, event, arg: called.append(frame.f_code.co_name) if event == "call" else None)
+    try:
+        choose(spec)
+    finally:
+        sys.setprofile(None)
+    return len(called)
+
+
+def test_threads_count_together(fresh: Waits) -> None:
+    found: list[Wait] = []
+
+    def lose() -> None:
+        for number in range(200):
+            found.append(fresh.of("flash4", number % 7, False))
+            found[-1].lose(1.0)
+
+    threads = [threading.Thread(target=lose) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(set(map(id, found))) == len(fresh.kernels) == 7
+    assert 0 < sum(wait.lost for wait in fresh.kernels.values()) <= 800
+
+
+def test_problems_of_one_kernel_lose_together() -> None:
+    """Other batches, heads and lengths share it."""
+    several = [shared(problem(600 + 64 * n, batch=n + 1, needs_grad=True)) for n in range(3)]
+    assert len({get("flash4").kernel_key(spec) for spec in several}) == 1
+    with on():
+        names = [choose(spec).name for _ in range(3) for spec in several]
+    assert "flash4" not in names[:8] and names[8] == "flash4"
+
+
+def test_no_problem_of_this_file_is_long() -> None:
+    assert max(map(ranking.work, PROBLEMS.values())) < ranking.WORTH
+    assert {spec.device for spec in PROBLEMS.values()} == {CUDA}
