@@ -18,6 +18,7 @@ from .forward import prepare
 from .functional import as_bias, as_mask, attention, autocast, check_arguments
 from .masks import Mask, Padding, short
 from .module import FlashMultiHeadAttention
+from .order import RealFirst
 from .route import enter
 from .spec import AttentionSpec
 from .weights import is_defined
@@ -115,13 +116,14 @@ def explain_encoder(
     said = explain_layer(
         first, way.src, way.src, way.src, way.key_padding_mask, False, way.mask, is_causal=way.is_causal
     )
-    if way.packed is not None:
-        note = f"once for all layers: {left_out(way.src.shape[:2].numel(), src.shape[:2].numel())}"
-    elif way.why is not None:
-        note = f"not once for all layers ({way.why})"
-    else:
-        return said
-    return dataclasses.replace(said, notes=(*said.notes, note))
+    notes = list(said.notes)
+    if isinstance(way.packed, RealFirst):
+        notes.append("every row is computed, the real tokens of each item first, in one order for all layers")
+    elif way.packed is not None:
+        notes.append(f"once for all layers: {left_out(way.src.shape[:2].numel(), src.shape[:2].numel())}")
+    if way.why is not None:
+        notes.append(f"padding is not left out once for all layers ({way.why})")
+    return dataclasses.replace(said, notes=tuple(notes))
 
 
 def left_out(real: int, total: int) -> str:

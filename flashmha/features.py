@@ -147,8 +147,11 @@ def own_code(module: nn.Module, kind: type[nn.Module]) -> list[str]:
 
 def shadows(module: nn.Module) -> list[str]:
     """Methods of a module's class that the instance has another one for."""
-    methods = (name for name in vars(module) if callable(getattr(type(module), name, None)))
-    return [name for name in methods if name != "_compiled_call_impl"]
+    return [name for name in vars(module).keys() - USUAL if callable(getattr(type(module), name, None))]
+
+
+USUAL = {*vars(nn.Module()), "_compiled_call_impl"}
+"""What an instance has in its dictionary and is no method's."""
 
 
 def check_features(features: dict[str, Any]) -> None:

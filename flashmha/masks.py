@@ -145,6 +145,11 @@ class Window(Mask):
     def feature(self) -> str:  # type: ignore[override]
         return "causal" if self.left is None and self.right == 0 else "window"
 
+    @property
+    def sizes(self) -> tuple[Any, ...]:
+        """All that there is to know of the window."""
+        return self.left, self.right, self.align
+
     def allowed(self, batch: Tensor, head: Tensor, q_pos: Tensor, k_pos: Tensor) -> Tensor:
         distance = k_pos - q_pos
         if self.right is None:
@@ -382,10 +387,11 @@ class Documents(Mask):
     ``cu_seqlens`` (documents + 1,) holds where each document starts, and the total at the end; ``cu_seqlens_k``
     does so for the keys where they differ. Tokens past the last offset belong to no document and see nothing.
     ``max_seqlen`` (``max_seqlen_k``) is the longest document as a host integer; kernels need it, and without it
-    they have to ask the device.
+    they have to ask the device. ``total`` (``total_k``) is the last offset as a host integer: where it is the number of
+    tokens, nothing has to be done about tokens of no document, which takes ten operators on a GPU.
     """
 
-    __slots__ = ("cu_seqlens", "cu_seqlens_k", "max_seqlen", "max_seqlen_k")
+    __slots__ = ("cu_seqlens", "cu_seqlens_k", "max_seqlen", "max_seqlen_k", "total", "total_k")
     feature = "documents"
 
     def __init__(
@@ -395,6 +401,8 @@ class Documents(Mask):
         *,
         max_seqlen: int | None = None,
         max_seqlen_k: int | None = None,
+        total: int | None = None,
+        total_k: int | None = None,
     ) -> None:
         both = (("cu_seqlens", cu_seqlens), ("cu_seqlens_k", cu_seqlens if cu_seqlens_k is None else cu_seqlens_k))
         for name, offsets in both:
@@ -412,27 +420,49 @@ class Documents(Mask):
         self.cu_seqlens_k = cu_seqlens if cu_seqlens_k is None else cu_seqlens_k
         self.max_seqlen = max_seqlen
         self.max_seqlen_k = max_seqlen if cu_seqlens_k is None else max_seqlen_k
+        self.total = total
+        self.total_k = total if cu_seqlens_k is None else total_k
 
     def check(self, batch: int, heads: int, seqlen_q: int, seqlen_k: int) -> None:
         if batch != 1:
             raise ValueError(f"batch must be 1 with Documents (pack the documents end to end), got {batch}.")
+        if self.total is not None and self.total > seqlen_q:
+            raise ValueError(f"total must be at most the {seqlen_q} queries, got {self.total}.")
+        if self.total_k is not None and self.total_k > seqlen_k:
+            raise ValueError(f"total_k must be at most the {seqlen_k} keys, got {self.total_k}.")
         if not readable(self.cu_seqlens):
             return
-        for name, offsets, total in (
-            ("cu_seqlens", self.cu_seqlens, seqlen_q),
-            ("cu_seqlens_k", self.cu_seqlens_k, seqlen_k),
+        for name, offsets, said, size in (
+            ("cu_seqlens", self.cu_seqlens, self.total, seqlen_q),
+            ("cu_seqlens_k", self.cu_seqlens_k, self.total_k, seqlen_k),
         ):
             steps = offsets.tolist()
-            if steps[0] != 0 or steps != sorted(steps) or steps[-1] > total:
-                raise ValueError(f"{name} must rise from 0 to at most {total}, got {steps}.")
+            if steps[0] != 0 or steps != sorted(steps) or steps[-1] > size:
+                raise ValueError(f"{name} must rise from 0 to at most {size}, got {steps}.")
+            if said is not None and said != steps[-1]:
+                raise ValueError(f"{name} must end at its total, {said}, got {steps}.")
 
     def tensors(self) -> tuple[Tensor, ...]:
         return (self.cu_seqlens, self.cu_seqlens_k)
 
     def flatten(self) -> tuple[tuple[Tensor, ...], Rebuild]:
-        longest, longest_k = self.max_seqlen, self.max_seqlen_k
-        tensors = (self.cu_seqlens,) if self.aligned else (self.cu_seqlens, self.cu_seqlens_k)
-        return tensors, lambda tensors: Documents(*tensors, max_seqlen=longest, max_seqlen_k=longest_k)
+        said: dict[str, Any] = {"max_seqlen": self.max_seqlen, "total": self.total}
+        if self.aligned:
+            return (self.cu_seqlens,), lambda tensors: Documents(*tensors, **said)
+        said |= {"max_seqlen_k": self.max_seqlen_k, "total_k": self.total_k}
+        return (self.cu_seqlens, self.cu_seqlens_k), lambda tensors: Documents(*tensors, **said)
+
+    @property
+    def sizes(self) -> tuple[Any, ...]:
+        """All that is known of the documents but their tensors' values."""
+        return (
+            self.aligned,
+            self.cu_seqlens.shape,
+            self.max_seqlen,
+            self.max_seqlen_k,
+            self.total,
+            self.total_k,
+        )
 
     @property
     def aligned(self) -> bool:

@@ -22,7 +22,7 @@ class Packed:
 
     def __init__(self, x: Tensor, real: padding.Tokens, batch_first: bool = True) -> None:
         self.sizes, self.places, self.batch_first = (x.shape[0], x.shape[1]), real.places, batch_first
-        self.documents = Documents(real.offsets, max_seqlen=real.longest)
+        self.documents = padding.documents(real)
         self.tokens = self.pack(x)
 
     def pack(self, other: Tensor) -> Tensor:
@@ -54,7 +54,14 @@ class Packed:
             ValueError: batches of different sizes.
         """
         here, there = self.documents, memory.documents
-        return Documents(here.cu_seqlens, there.cu_seqlens, max_seqlen=here.max_seqlen, max_seqlen_k=there.max_seqlen)
+        return Documents(
+            here.cu_seqlens,
+            there.cu_seqlens,
+            max_seqlen=here.max_seqlen,
+            max_seqlen_k=there.max_seqlen,
+            total=here.total,
+            total_k=there.total,
+        )
 
     def check(self, tokens: Tensor) -> None:
         """Raise ``ValueError`` where tokens are not as many as these."""
@@ -72,8 +79,9 @@ class PackedNested(Packed):
     def __init__(self, x: Tensor) -> None:
         self.like = nested.without_gaps(x)
         offsets = self.like.offsets().int()  # type: ignore[attr-defined]
-        self.documents = Documents(offsets, max_seqlen=int(offsets.diff().max()))
         self.tokens = self.like.values()[None]
+        total = self.tokens.shape[1]
+        self.documents = Documents(offsets, max_seqlen=int(offsets.diff().max()), total=total)
 
     def pack(self, other: Tensor) -> Tensor:
         if not nested.is_jagged(other) or not nested.as_long(other, self.like):

@@ -107,10 +107,15 @@ def tokens_of(padding: Padding, seqlen: int) -> Tokens:
     return padding.once(("tokens", seqlen), lambda: tokens(padding.real(seqlen)))
 
 
+def documents(real: Tokens) -> Documents:
+    """The real tokens end to end, one document a batch item."""
+    return Documents(real.offsets, max_seqlen=real.longest, total=real.places.shape[0])
+
+
 def packed(mask: Mask | None, real: Tokens) -> Mask:
-    """The mask among the real tokens end to end: one document a batch item, and the windows."""
-    documents: Mask = Documents(real.offsets, max_seqlen=real.longest)
-    return functools.reduce(operator.and_, (part for part in parts(mask) if type(part) is Window), documents)
+    """The mask among the real tokens end to end: those documents, and the windows."""
+    windows = (part for part in parts(mask) if type(part) is Window)
+    return functools.reduce(operator.and_, windows, documents(real))
 
 
 def pack(query: Tensor, key: Tensor, value: Tensor, places: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -16,13 +16,15 @@ from .call import Reading, read_call
 from .features import MARK, replaced, shadows
 from .masks import KeyPadding, Mask, Padding, Window, eager, joined, plainly, private
 from .module import FlashMultiHeadAttention
+from .order import RealFirst
 from .packed import Packed
 
 
 class Route(NamedTuple):
     """What the layers of an encoder are called with; ``leave`` is the way back.
 
-    ``packed`` holds the tokens where padding is left out, and ``why`` says why it is not where that was asked for.
+    ``packed`` holds the tokens where padding is left out or comes last, and ``why`` says why it is not left out where
+    that was asked for.
     With ``padded_norm`` the last norm sees zeros in place of padding, as it does behind stock's nested tensors.
     """
 
@@ -30,7 +32,7 @@ class Route(NamedTuple):
     mask: Mask | Tensor | None
     key_padding_mask: Padding | Tensor | None
     is_causal: bool
-    packed: Packed | None = None
+    packed: Packed | RealFirst | None = None
     padded_norm: bool = False
     why: str | None = None
 
@@ -45,30 +47,66 @@ def enter(
     """The route of one call of an encoder.
 
     Padding is left out once where every layer has ``skip_padding``, and in eval without gradients where the stock
-    encoder would make nested tensors.
+    encoder would make nested tensors. Else, where a kernel gains by it, the real tokens of each item come first.
     """
-    given = Route(src, mask, handed_down(encoder, src, mask, key_padding_mask), is_causal)
+    packed, why = left_out(encoder, src, mask, key_padding_mask, is_causal)
+    if packed is not None:
+        return packed
+    padding = handed_down(encoder, src, mask, key_padding_mask)
+    first = real_first(encoder, src, mask, padding)
+    if first is not None:
+        return Route(first.tokens, None, first.padding, False, first, True, why)
+    return Route(src, mask, padding, is_causal, why=why)
+
+
+def left_out(
+    encoder: nn.TransformerEncoder,
+    src: Tensor,
+    mask: Mask | Tensor | None,
+    key_padding_mask: Tensor | None,
+    is_causal: bool,
+) -> tuple[Route | None, str | None]:
+    """The route without padding, or ``None`` and why there is none, where that was asked for."""
     if key_padding_mask is None or not eager(src) or src.is_nested or not len(encoder.layers):
-        return given
+        return None, None
     skipping = [getattr(getattr(layer, "self_attn", None), "skip_padding", False) for layer in encoder.layers]
     nesting = not all(skipping) and would_nest(encoder, src, mask)
     if not (all(skipping) or nesting):
-        return given._replace(why="not every layer has skip_padding" if any(skipping) else None)
+        return None, "not every layer has skip_padding" if any(skipping) else None
     why = unknown(encoder, nesting)
     if why is not None:
-        return given._replace(why=why)
+        return None, why
     attentions: list[Any] = [layer.self_attn for layer in encoder.layers]
     call = read_call(attentions[0], src, src, src, key_padding_mask, False, mask, is_causal)
     why = refusal(attentions, call)
     if why is None and nesting and getattr(encoder, "mask_check", True) and not ends_in_padding(call.valid):
         why = "padding before real tokens, where the stock encoder makes no nested tensors"
     if why is not None:
-        return given._replace(why=why)
+        return None, why
     assert call.padding is not None
     real = padding.tokens_of(call.padding, call.query.shape[1])
     packed = Packed(src, real, attentions[0].batch_first)
     windows = [part for part in padding.parts(call.mask) if type(part) is Window]
-    return Route(packed.tokens, joined(packed.documents, *windows), None, False, packed, nesting)
+    return Route(packed.tokens, joined(packed.documents, *windows), None, False, packed, nesting), None
+
+
+def real_first(encoder: nn.TransformerEncoder, src: Tensor, mask: Any, rule: Any) -> RealFirst | None:
+    """The tokens with the real ones of each item first, where a kernel then reads keys where they lie.
+
+    Every row stays, and no layer looks at positions; so none notices.
+    """
+    if mask is not None or type(rule) is not KeyPadding or not eager(src) or not src.is_cuda:
+        return None
+    if unknown(encoder, True) is not None:
+        return None
+    attentions: list[Any] = [layer.self_attn for layer in encoder.layers]
+    for attention in attentions:
+        if attention.batch_first != attentions[0].batch_first:
+            return None
+        call = read_call(attention, src, src, src, rule, False, None, False)
+        if padding.positioned(attention, call) is not None:
+            return None
+    return RealFirst(src, rule, attentions[0].batch_first)
 
 
 def leave(encoder: nn.TransformerEncoder, route: Route, output: Tensor) -> Tensor:

@@ -152,22 +152,23 @@ class AttentionSpec:
         """The problem of these tensors; all validation happens here, once.
 
         A problem without tensors of its own is made once and shared by every call that asks for it again; one whose
-        padding is all it holds is made of the last with such padding.
+        padding or documents are all it holds is made of the last with such a mask.
 
         Shapes: q (batch, seqlen_q, heads, head_dim), k (batch, seqlen_k, heads_kv, head_dim),
         v (batch, seqlen_k, heads_kv, head_dim_v). ``deterministic=None`` follows torch, see ``is_deterministic``.
         """
         dtype, device = q.dtype, q.device
         key: tuple[Any, ...] | None = None
-        padding = type(mask)
-        if bias is None and sinks is None and (mask is None or padding in PADDINGS) and plain(q, k, v):
+        rule = type(mask)
+        if bias is None and sinks is None and (mask is None or rule in REMADE) and plain(q, k, v):
             grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
             if deterministic is None:
                 deterministic = asks_deterministic() and is_deterministic()  # the second takes a step in Python
             # fmt: off
             key = (
                 q.shape, k.shape, v.shape, dtype, k.dtype, v.dtype, device, k.device, v.device,
-                grad, softcap, softmax_scale, dropout_p, need_lse, deterministic, padding,
+                grad, softcap, softmax_scale, dropout_p, need_lse, deterministic, rule,
+                mask.sizes if rule is Documents or rule is Window else None,  # type: ignore[union-attr]
             )
             # fmt: on
             try:
@@ -175,7 +176,7 @@ class AttentionSpec:
             except TypeError:  # what has no hash is no number, and is refused below
                 key = known = None
             if known is not None:
-                return known if mask is None else known.padded(mask)
+                return known if known.shared else known.padded(mask)  # type: ignore[arg-type]
         if not (q.dim() == k.dim() == v.dim() == 4 and dtype == k.dtype == v.dtype and device == k.device == v.device):
             refuse_tensors(q, k, v)
         if not dtype.is_floating_point:
@@ -232,7 +233,7 @@ class AttentionSpec:
         if key is not None:
             if len(shared) >= SHARED:
                 shared.clear()
-            if mask is None:
+            if mask is None or rule is Window:
                 shared[key] = spec
                 spec.__dict__["shared"] = True
             elif spec.mask is mask:
@@ -240,14 +241,14 @@ class AttentionSpec:
         return spec
 
     def unpadded(self) -> AttentionSpec:
-        """A problem whose mask is padding, without that tensor, for ``padded`` to fill in."""
+        """A problem whose mask is padding or documents, without those tensors, for ``padded`` to fill in."""
         return self.changed(mask=None, outlined=self.outline)
 
     def padded(self, mask: Mask) -> AttentionSpec:
-        """An ``unpadded`` problem over other padding of its kind, which is known under the same outline."""
-        (held,) = mask.tensors()
-        if held.device != self.device:
-            refuse_device("mask", mask, self.device)
+        """An ``unpadded`` problem over another mask of its kind, which is known under the same outline."""
+        for held in mask.tensors():
+            if held.device != self.device:
+                refuse_device("mask", mask, self.device)
         mask.check(self.batch, self.heads, self.seqlen_q, self.seqlen_k)
         twin: AttentionSpec = object.__new__(AttentionSpec)
         twin.__dict__.update(self.__dict__)
@@ -281,12 +282,10 @@ class AttentionSpec:
             if type(part) not in (Window, Dense, Documents, KeyPadding, KeyLengths):
                 return None
             rules.append(type(part))
-            if isinstance(part, Window):
-                rules += (part.left, part.right, part.align)
-            elif isinstance(part, Dense):
+            if isinstance(part, Dense):
                 rules.append(part.allowed.shape)
-            elif isinstance(part, Documents):
-                rules += (part.aligned, part.cu_seqlens.shape, part.max_seqlen, part.max_seqlen_k)
+            elif isinstance(part, (Window, Documents)):
+                rules += part.sizes
         # fmt: off
         return (
             self.batch, self.seqlen_q, self.seqlen_k, self.heads, self.heads_kv, self.head_dim, self.head_dim_v,
@@ -373,7 +372,8 @@ def is_deterministic() -> bool:
 is_deterministic._dynamo_marked_constant = True  # type: ignore[attr-defined]  # torch.compiler.assume_constant_result
 
 
-PADDINGS = (KeyPadding, KeyLengths)
+REMADE = (Window, KeyPadding, KeyLengths, Documents)
+"""Masks whose problem is made of the last with such a mask; a window has no tensors, so that one problem is enough."""
 SHARED = 1024
 """How many problems are kept."""
 shared: dict[tuple[Any, ...], AttentionSpec] = {}

@@ -232,6 +232,7 @@ def test_a_padding_mask_of_another_shape_is_stock_s_error(shape: tuple[int, ...]
         small()(noise(0, 2, 6, 8), src_key_padding_mask=torch.zeros(shape, dtype=torch.bool))
 
 
+@pytest.mark.cpu("lengths are looked at there alone")
 @pytest.mark.parametrize(
     ("rule", "why"),
     (

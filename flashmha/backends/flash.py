@@ -254,10 +254,13 @@ def packed(q: Tensor, k: Tensor, v: Tensor, documents: Documents) -> tuple[Tenso
     q, k, v = q[0], k[0], v[0]
     ends = documents.cu_seqlens.int()
     ends_k = ends if documents.aligned else documents.cu_seqlens_k.int()
-    real = owned(q, ends)
-    real_k = real if documents.aligned and q.shape[0] == k.shape[0] else owned(k, ends_k)
-    q = torch.where(real, q, 0.0)
-    k, v = (torch.where(real_k, x, 0.0) for x in (k, v))
+    real = None if documents.total == q.shape[0] else owned(q, ends)
+    if documents.total_k == k.shape[0]:
+        real_k = None
+    else:
+        real_k = real if real is not None and documents.aligned and q.shape[0] == k.shape[0] else owned(k, ends_k)
+    q = q if real is None else torch.where(real, q, 0.0)
+    k, v = (k, v) if real_k is None else (torch.where(real_k, x, 0.0) for x in (k, v))
     offsets = {
         "cu_seqlens_q": ends,
         "cu_seqlens_k": ends_k,
@@ -269,11 +272,13 @@ def packed(q: Tensor, k: Tensor, v: Tensor, documents: Documents) -> tuple[Tenso
 
 def unpacked(out: Tensor, documents: Documents) -> Tensor:
     """A packed output as batch 1, zeros where no document is."""
-    return real_rows(out, documents.cu_seqlens).unsqueeze(0)
+    return (out if documents.total == out.shape[0] else real_rows(out, documents.cu_seqlens)).unsqueeze(0)
 
 
 def unpacked_lse(lse: Tensor, documents: Documents) -> Tensor:
     """A packed log-sum-exp (heads, total) as batch 1, ``-inf`` where no document is."""
+    if documents.total == lse.shape[1]:
+        return lse.unsqueeze(0)
     real = owned(lse.transpose(0, 1), documents.cu_seqlens)[:, 0, 0]
     return lse.masked_fill(~real, float("-inf")).unsqueeze(0)
 

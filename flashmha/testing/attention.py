@@ -132,7 +132,9 @@ def rule(
     if kind == "rule":
         return Rule(every(choose((1, 2, 3))), align=choose(aligns))
     number, random = choose((1, 2, 3, 4)), generator(seed)
-    return Documents(*(offsets(number, total, random).to(where) for total in (seqlen_q, seqlen_k)))
+    ends = [offsets(number, total, random) for total in (seqlen_q, seqlen_k)]
+    totals = [int(end[-1]) for end in ends] if choose((False, True)) else [None, None]
+    return Documents(*(end.to(where) for end in ends), total=totals[0], total_k=totals[1])
 
 
 def every(step: int) -> MaskMod:

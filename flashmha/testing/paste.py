@@ -58,8 +58,8 @@ def pasted_rule(part: Mask, spec: AttentionSpec) -> str:
         return f"Dense({pasted_tensor(part.allowed)})"
     if isinstance(part, Documents):
         offsets = part.tensors()[: 1 if part.aligned else 2]
-        longest = [f"{name}={getattr(part, name)}" for name in ("max_seqlen", "max_seqlen_k")][: len(offsets)]
-        given = [word for word in longest if not word.endswith("None")]
+        names = ("max_seqlen", "total") if part.aligned else ("max_seqlen", "max_seqlen_k", "total", "total_k")
+        given = [f"{name}={getattr(part, name)}" for name in names if getattr(part, name) is not None]
         return f"Documents({', '.join((*map(pasted_tensor, offsets), *given))})"
     if isinstance(part, Rule):
         align = "" if part.align == "bottom_right" else f", align={part.align!r}"
