@@ -115,6 +115,8 @@ def explain_encoder(
     )
     if way.packed is not None:
         note = f"once for all layers: {left_out(way.src.shape[:2].numel(), src.shape[:2].numel())}"
+    elif way.hidden is not None:
+        note = "every row is computed and padding zeroed behind the last layer: too little of it to pay for packing"
     elif way.why is not None:
         note = f"not once for all layers ({way.why})"
     else:

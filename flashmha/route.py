@@ -14,7 +14,7 @@ from torch.nn.modules.module import _has_any_global_hook
 from . import padding
 from .call import Reading, read_call
 from .features import MARK, replaced, shadows
-from .masks import Mask, Window, eager, joined
+from .masks import KeyPadding, Mask, Window, eager, joined
 from .module import FlashMultiHeadAttention
 from .packed import Packed
 
@@ -22,8 +22,9 @@ from .packed import Packed
 class Route(NamedTuple):
     """What the layers of an encoder are called with; ``leave`` is the way back.
 
-    ``packed`` holds the tokens where padding is left out, and ``why`` says why it is not where that was asked for.
-    With ``padded_norm`` the last norm sees zeros in place of padding, as it does behind stock's nested tensors.
+    ``packed`` holds the tokens where padding is left out, ``hidden`` the rows to be zeroed where that would not pay;
+    ``why`` says why neither is done where padding was to be left out. With ``padded_norm`` the last norm sees zeros in
+    place of padding, as it does behind stock's nested tensors.
     """
 
     src: Tensor
@@ -31,6 +32,7 @@ class Route(NamedTuple):
     key_padding_mask: Tensor | None
     is_causal: bool
     packed: Packed | None = None
+    hidden: Tensor | None = None
     padded_norm: bool = False
     why: str | None = None
 
@@ -65,19 +67,45 @@ def enter(
     if why is not None:
         return given._replace(why=why)
     assert call.valid is not None
-    packed = Packed(src, padding.tokens(call.valid), attentions[0].batch_first)
+    real = padding.tokens(call.valid)
     windows = [part for part in padding.parts(call.mask) if type(part) is Window]
-    return Route(packed.tokens, joined(packed.documents, *windows), None, False, packed, nesting)
+    if pays(encoder, call.valid, real):
+        packed = Packed(src, real, attentions[0].batch_first)
+        return Route(packed.tokens, joined(packed.documents, *windows), None, False, packed, None, nesting)
+    if real.places.shape[0] == call.valid.numel():
+        return Route(src, joined(*windows), None, False)
+    hidden = ~call.valid if attentions[0].batch_first else ~call.valid.T
+    # as a rule, which a layer does not leave out
+    return Route(src, joined(KeyPadding(call.valid), *windows), None, False, None, hidden[..., None], nesting)
 
 
 def leave(encoder: nn.TransformerEncoder, route: Route, output: Tensor) -> Tensor:
     """The encoder's output of what its last layer returned; zeros where padding was left out."""
-    packed = route.packed
-    if packed is not None and route.padded_norm:
-        output, packed = packed.unpack(output), None
+    if route.padded_norm:
+        output = back(route, output)
     if encoder.norm is not None:
         output = encoder.norm(output)
-    return output if packed is None else packed.unpack(output)
+    return output if route.padded_norm else back(route, output)
+
+
+def back(route: Route, output: Tensor) -> Tensor:
+    """What the layers returned, zeros where padding was."""
+    if route.packed is not None:
+        return route.packed.unpack(output)
+    return output if route.hidden is None else output.masked_fill(route.hidden, 0.0)
+
+
+ITEM = 2**20
+"""Multiplications in a layer's projections that take as long as an item of a packed batch costs more, on a CPU."""
+
+
+def pays(encoder: nn.TransformerEncoder, valid: Tensor, real: padding.Tokens) -> bool:
+    """Packing saves more than it costs, which is as much as some more items; on a GPU wherever there is padding."""
+    hidden = valid.numel() - real.places.shape[0]
+    if valid.is_cuda or not hidden:
+        return hidden > 0
+    weights: int = sum(x.numel() for x in encoder.layers[0].parameters())
+    return hidden * weights > ITEM * (len(valid) + 16)
 
 
 def would_nest(encoder: nn.TransformerEncoder, src: Tensor, mask: Mask | Tensor | None) -> bool:
