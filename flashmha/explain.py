@@ -121,8 +121,12 @@ def explain_encoder(
         notes.append("every row is computed, the real tokens of each item first, in one order for all layers")
     elif way.packed is not None:
         notes.append(f"once for all layers: {left_out(way.src.shape[:2].numel(), src.shape[:2].numel())}")
+    elif way.hidden is not None:
+        notes.append(
+            "every row is computed and padding zeroed behind the last layer: too little of it to pay for packing"
+        )
     if way.why is not None:
-        notes.append(f"padding is not left out once for all layers ({way.why})")
+        notes.append(f"not once for all layers ({way.why})")
     return dataclasses.replace(said, notes=tuple(notes))
 
 

@@ -23,9 +23,9 @@ from .packed import Packed
 class Route(NamedTuple):
     """What the layers of an encoder are called with; ``leave`` is the way back.
 
-    ``packed`` holds the tokens where padding is left out or comes last, and ``why`` says why it is not left out where
-    that was asked for.
-    With ``padded_norm`` the last norm sees zeros in place of padding, as it does behind stock's nested tensors.
+    ``packed`` holds the tokens where padding is left out or comes last, ``hidden`` the rows to be zeroed where packing
+    would not pay; ``why`` says why neither is done where padding was to be left out. With ``padded_norm`` the last norm
+    sees zeros in place of padding, as it does behind stock's nested tensors.
     """
 
     src: Tensor
@@ -33,6 +33,7 @@ class Route(NamedTuple):
     key_padding_mask: Padding | Tensor | None
     is_causal: bool
     packed: Packed | RealFirst | None = None
+    hidden: Tensor | None = None
     padded_norm: bool = False
     why: str | None = None
 
@@ -55,7 +56,7 @@ def enter(
     padding = handed_down(encoder, src, mask, key_padding_mask)
     first = real_first(encoder, src, mask, padding)
     if first is not None:
-        return Route(first.tokens, None, first.padding, False, first, True, why)
+        return Route(first.tokens, None, first.padding, False, first, None, True, why)
     return Route(src, mask, padding, is_causal, why=why)
 
 
@@ -84,10 +85,17 @@ def left_out(
     if why is not None:
         return None, why
     assert call.padding is not None
-    real = padding.tokens_of(call.padding, call.query.shape[1])
-    packed = Packed(src, real, attentions[0].batch_first)
+    valid: Any = call.valid
+    real = padding.tokens_of(call.padding, valid.shape[1])
     windows = [part for part in padding.parts(call.mask) if type(part) is Window]
-    return Route(packed.tokens, joined(packed.documents, *windows), None, False, packed, nesting), None
+    if pays(encoder, valid, real):
+        packed = Packed(src, real, attentions[0].batch_first)
+        return Route(packed.tokens, joined(packed.documents, *windows), None, False, packed, None, nesting), None
+    if real.places.shape[0] == valid.numel():
+        return Route(src, joined(*windows), None, False), None
+    hidden = ~valid if attentions[0].batch_first else ~valid.T
+    # as a rule, which a layer does not leave out
+    return Route(src, joined(call.padding, *windows), None, False, None, hidden[..., None], nesting), None
 
 
 def real_first(encoder: nn.TransformerEncoder, src: Tensor, mask: Any, rule: Any) -> RealFirst | None:
@@ -111,12 +119,31 @@ def real_first(encoder: nn.TransformerEncoder, src: Tensor, mask: Any, rule: Any
 
 def leave(encoder: nn.TransformerEncoder, route: Route, output: Tensor) -> Tensor:
     """The encoder's output of what its last layer returned; zeros where padding was left out."""
-    packed = route.packed
-    if packed is not None and route.padded_norm:
-        output, packed = packed.unpack(output), None
+    if route.padded_norm:
+        output = back(route, output)
     if encoder.norm is not None:
         output = encoder.norm(output)
-    return output if packed is None else packed.unpack(output)
+    return output if route.padded_norm else back(route, output)
+
+
+def back(route: Route, output: Tensor) -> Tensor:
+    """What the layers returned, zeros where padding was."""
+    if route.packed is not None:
+        return route.packed.unpack(output)
+    return output if route.hidden is None else output.masked_fill(route.hidden, 0.0)
+
+
+ITEM = 2**20
+"""Multiplications in a layer's projections that take as long as an item of a packed batch costs more, on a CPU."""
+
+
+def pays(encoder: nn.TransformerEncoder, valid: Tensor, real: padding.Tokens) -> bool:
+    """Packing saves more than it costs, which is as much as some more items; on a GPU wherever there is padding."""
+    hidden = valid.numel() - real.places.shape[0]
+    if valid.is_cuda or not hidden:
+        return hidden > 0
+    weights: int = sum(x.numel() for x in encoder.layers[0].parameters())
+    return hidden * weights > ITEM * (len(valid) + 16)
 
 
 def would_nest(encoder: nn.TransformerEncoder, src: Tensor, mask: Mask | Tensor | None) -> bool:

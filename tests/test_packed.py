@@ -148,13 +148,13 @@ def problems(draw: st.DrawFn, **fixed: Any) -> Problem:
 # The layer takes packed tokens
 
 
-@pytest.mark.parametrize("worth", (0, blocks.WORTH))
+@pytest.mark.parametrize("worth", (0, blocks.SHARE))
 @given(problem=problems(), need_weights=st.booleans())
 def test_packed_items_are_attended_as_if_each_came_alone(worth: int, problem: Problem, need_weights: bool) -> None:
     layer = problem.layer()
     answers = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(blocks, "WORTH", worth)
+        patch.setattr(blocks, "SHARE", worth)
         for run in (problem.packed, problem.one_by_one):
             x, y = problem.inputs()
             out, maps = run(layer, x, y, need_weights)

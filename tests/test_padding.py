@@ -95,6 +95,7 @@ def batches(draw: st.DrawFn, **fixed: Any) -> Batch:
 def test_padding_that_is_cut_off_gives_the_same_numbers(worth: int, spec: flashmha.AttentionSpec, seed: int) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(blocks, "WORTH", worth)
+        patch.setattr(blocks, "SHARE", worth)
         assert_agrees(backends.get("sdpa"), spec, seed)
 
 

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import flashmha
-from flashmha import FlashMultiHeadAttention, Window, causal, explain, replace_mha, swap_report
+from flashmha import FlashMultiHeadAttention, Window, causal, explain, replace_mha, route, swap_report
 from flashmha.testing import Architecture, EncoderMasks, architectures, assert_same, encoder_masks
 from flashmha.testing.encoder import fused_architectures, without_fast_path
 
@@ -25,6 +25,13 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:Support for mismatched:UserWarning"),
     pytest.mark.cpu("leaves padding out in float64, for which no GPU has a kernel"),
 ]
+
+
+@pytest.fixture(autouse=True)
+def packing_pays(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Problems that are drawn are too small for packing to pay; a law about that says so."""
+    monkeypatch.setattr(route, "ITEM", 0)
+
 
 PADDED = ("bool", "float", "holes", "whole items")
 
@@ -38,11 +45,13 @@ def positions(architecture: Architecture, out: Tensor) -> Tensor:
     architecture=architectures(),
     masks=encoder_masks(padding=PADDED, attention=("none", "bool causal", "float causal")),
     window=st.none() | st.just((1, None)),
+    pays=st.booleans(),
 )
 def test_an_encoder_that_skips_padding_computes_real_rows_as_ever(
-    architecture: Architecture, masks: EncoderMasks, window: Any
+    architecture: Architecture, masks: EncoderMasks, window: Any, pays: bool
 ) -> None:
     hidden = masks.padded()
+    route.ITEM = 0 if pays else 2**40
     answers = []
     for skip in (False, True):
         model = replace_mha(architecture.encoder(), skip_padding=skip, window=window)
@@ -52,10 +61,11 @@ def test_an_encoder_that_skips_padding_computes_real_rows_as_ever(
         out = positions(architecture, out)
         kept = out[~hidden]
         answers.append((kept, *torch.autograd.grad(kept.square().sum(), [x, *model.parameters()])))
-    packs = window is None or masks.padding != "holes" or not holes(hidden)
+    zeroes = window is None or masks.padding != "holes" or not holes(hidden)
+    packs = pays and zeroes and bool(hidden.any())
     assert all(("documents" in call.spec.features) == packs for call in calls)
+    assert not zeroes or not out[hidden].any()
     if packs:
-        assert not out[hidden].any()
         assert {call.spec.seqlen_q for call in calls} == {int((~hidden).sum())}
     for padded, packed in zip(*answers, strict=True):
         assert_same(packed, padded)
@@ -87,10 +97,12 @@ def nesting() -> Iterator[list[int]]:
     shorter=st.booleans(),
     grad=st.booleans(),
     frozen=st.booleans(),
+    pays=st.booleans(),
 )
 def test_in_eval_padding_is_left_out_where_stock_nests_and_nowhere_else(
-    architecture: Architecture, masks: EncoderMasks, shorter: bool, grad: bool, frozen: bool
+    architecture: Architecture, masks: EncoderMasks, shorter: bool, grad: bool, frozen: bool, pays: bool
 ) -> None:
+    route.ITEM = 0 if pays else 2**40
     stock = architecture.encoder().requires_grad_(not frozen)
     model = replace_mha(architecture.encoder().requires_grad_(not frozen))
     x, given_masks = architecture.inputs(masks.batch, masks.seqlen), masks.arguments(architecture.num_heads)
@@ -109,7 +121,8 @@ def test_in_eval_padding_is_left_out_where_stock_nests_and_nowhere_else(
             except RuntimeError:  # nothing but padding
                 assume(False)
     packed = ["documents" in call.spec.features for call in calls]
-    assert packed == [bool(made)] * architecture.num_layers
+    some = padding is not None and bool((padding != 0).any())
+    assert packed == [bool(made) and pays and some] * architecture.num_layers
     if made:
         assert out.shape == expected.shape
         assert_same(out, expected)  # padded rows, too
@@ -216,6 +229,19 @@ def test_what_may_count_on_the_padded_form_keeps_it_and_the_report_says_why(kind
         assert_same(model(x, src_key_padding_mask=hidden), model.norm(padded))
 
 
+def test_little_padding_is_zeroed_and_explain_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(route, "ITEM", 2**20)
+    model = replace_mha(Architecture(norm=True).encoder(), skip_padding=True)
+    x, hidden = Architecture().inputs(3, 4), torch.arange(4) >= torch.tensor([[2], [4], [3]])
+    out = model(x, src_key_padding_mask=hidden)
+    assert not out[hidden].any() and bool(out[~hidden].all())
+    assert "too little of it to pay" in str(explain(model, x, src_key_padding_mask=hidden))
+    wide = replace_mha(nn.TransformerEncoder(nn.TransformerEncoderLayer(256, 4, 1024, batch_first=True), 1))
+    wide.layers[0].self_attn.skip_padding = True
+    said = explain(wide, torch.zeros(2, 99, 256), src_key_padding_mask=torch.arange(99) >= torch.tensor([[9], [99]]))
+    assert "90 of 198 positions are left out" in str(said)
+
+
 def test_the_report_of_a_swap_says_what_becomes_of_padding() -> None:
     model = replace_mha(Architecture().encoder(), skip_padding=True)
     rows = {row.name: row.why for row in swap_report(model)}
@@ -279,7 +305,7 @@ def test_under_a_compiler_every_row_is_computed(architecture: Architecture, mask
     out = torch.compile(model, fullgraph=True, backend="eager")(x, **given_masks)
     with without_fast_path():
         assert_same(out, exact(x, **given_masks))
-    assert "compiling" in str(explain(model, x, **given_masks))
+    assert not masks.padded().any() or "compiling" in str(explain(model, x, **given_masks))
 
 
 def test_an_encoder_takes_tokens_that_are_packed_already() -> None:

@@ -11,35 +11,40 @@ import dataclasses
 import torch
 from torch import Tensor
 
-from ..masks import Documents, KeyLengths, KeyPadding, Window, find, readable
+from ..masks import Documents, KeyLengths, KeyPadding, Mask, Window, find, joined, readable
 from ..spec import AttentionSpec
 from .compact import padding
 
 WORTH = 2**21
-"""Multiplications in the scores that cost as much as a call: below, one call with a mask beats one for each item.
-
-Of padding, those that are left out count, and twice as many of them have to be where there is no backward.
+"""Multiplications in the scores of a padded problem that cost as much as a call: below, one call with a mask beats one
+for each item. Those that are left out count too, and twice as many of them have to be where there is no backward.
 """
+SHARE = 2**17
+"""The same for packed documents, a document: one call for all looks at every pair of them."""
+
+
+Piece = tuple[int, int | None, bool | Mask]
 
 
 @dataclasses.dataclass(frozen=True)
 class Item:
     """One batch item cut up: its keys into ``k_sizes``, its queries into pieces, first to last.
 
-    A piece is (queries, which part of the keys they look at or ``None`` for nothing at all, whether causally).
+    A piece is (queries, which part of the keys they look at or ``None`` for nothing at all, how: causally or not, or
+    under a mask of its own).
     """
 
     k_sizes: list[int]
-    pieces: list[tuple[int, int | None, bool]]
+    pieces: list[Piece]
 
 
 def cut(spec: AttentionSpec) -> list[Item] | None:
     """One ``Item`` a batch item, or ``None`` where the mask is better handed over whole.
 
-    Serves key padding without holes, key lengths and documents, each with top-left causality or none.
+    Serves key padding without holes and key lengths, with top-left causality or none, and documents with any windows.
     """
     work = spec.heads * spec.seqlen_q * spec.seqlen_k * spec.head_dim
-    if spec.mask is None or spec.bias is not None or spec.aten_only or (type(work) is int and work <= WORTH):
+    if spec.mask is None or spec.bias is not None or spec.aten_only or (type(work) is int and work <= SHARE):
         return None
     if not all(map(readable, spec.mask.tensors())):
         return None
@@ -48,11 +53,13 @@ def cut(spec: AttentionSpec) -> list[Item] | None:
     items: list[Item] | None = None
     if documents is not None:
         calls = documents.cu_seqlens.shape[0] - 1
-        if kinds <= {Documents, Window} and follows(window, documents.aligned) and work > WORTH * calls:
-            items = cut_documents(documents, window is not None, spec)
+        if kinds <= {Documents, Window} and work > SHARE * calls:
+            windows = joined(*[part for part in spec.mask.parts if type(part) is Window])
+            how = windows if windows is not None and not follows(window, documents.aligned) else windows is not None
+            items = cut_documents(documents, how, spec)
     elif kinds & {KeyPadding, KeyLengths} and kinds <= {KeyPadding, KeyLengths, Window}:
         drawing = "dropout" in spec.features  # for the whole problem at once, as torch draws
-        if follows(window, True, spec.seqlen_q - spec.seqlen_k) and spec.batch and not drawing:
+        if work > WORTH and follows(window, True, spec.seqlen_q - spec.seqlen_k) and spec.batch and not drawing:
             rule = padding(spec)
             assert rule is not None
             sizes = (spec.seqlen_q, spec.seqlen_k, spec.heads, spec.head_dim, spec.needs_grad)
@@ -67,10 +74,10 @@ def follows(window: Window | None, aligned: bool, right: int = 0) -> bool:
     return window is None or (aligned and window.left is None and window.right == right)
 
 
-def cut_documents(documents: Documents, causal: bool, spec: AttentionSpec) -> list[Item]:
+def cut_documents(documents: Documents, how: bool | Mask, spec: AttentionSpec) -> list[Item]:
     """The one row of packed documents, a piece each; what lies behind the last belongs to nobody."""
     q_sizes, k_sizes = (offsets.diff().tolist() for offsets in (documents.cu_seqlens, documents.cu_seqlens_k))
-    pieces = [(size, place if k_sizes[place] else None, causal) for place, size in enumerate(q_sizes)]
+    pieces: list[Piece] = [(size, place if k_sizes[place] else None, how) for place, size in enumerate(q_sizes)]
     pieces.append((spec.seqlen_q - sum(q_sizes), None, False))
     return [Item([*k_sizes, spec.seqlen_k - sum(k_sizes)], [piece for piece in pieces if piece[0]])]
 
@@ -91,7 +98,7 @@ def cut_padding(valid: Tensor, spec: AttentionSpec, causal: bool) -> list[Item] 
     for count, start, end in zip(counts, starts, ends):
         rows = spec.seqlen_q
         if not count:
-            pieces: list[tuple[int, int | None, bool]] = [(rows, None, False)]
+            pieces: list[Piece] = [(rows, None, False)]
         elif not causal:
             pieces = [(rows, 1, False)]
         else:

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ..masks import Padding, Window, eager, readable
+from ..masks import Mask, Padding, Window, eager, readable
 from ..scores import narrowed
 from ..spec import AttentionSpec, is_deterministic
 from .base import FEATURES, HALF, Backend, Limits
@@ -385,7 +385,7 @@ def attend_items(
     """SDPA of every item's pieces, none of which needs a mask."""
     outs, lses = [], []
     for item, qs, ks, vs in zip(items, slices(q, items, False), slices(k, items, True), slices(v, items, True)):
-        done = [attend_piece(piece, ks, vs, where, causal, spec) for piece, (_, where, causal) in zip(qs, item.pieces)]
+        done = [attend_piece(piece, ks, vs, where, how, spec) for piece, (_, where, how) in zip(qs, item.pieces)]
         outs.append(done[0][0] if len(done) == 1 else torch.cat([out for out, _ in done], dim=1))
         if spec.need_lse:
             lses.append(torch.cat([lse for _, lse in done], dim=2))
@@ -394,13 +394,17 @@ def attend_items(
 
 
 def attend_piece(
-    q: Tensor, ks: tuple[Tensor, ...], vs: tuple[Tensor, ...], where: int | None, causal: bool, spec: AttentionSpec
+    q: Tensor, ks: tuple[Tensor, ...], vs: tuple[Tensor, ...], where: int | None, how: bool | Mask, spec: AttentionSpec
 ) -> tuple[Tensor, Tensor]:
     """One piece: out and lse, which is empty where nobody asked."""
     if where is None:
         blank = q.new_zeros(*q.shape[:3], spec.head_dim_v)
         return blank, blank.new_full((1, spec.heads, q.shape[1]), float("-inf"))
-    result = attend(q, ks[where], vs[where], None, spec, is_causal=causal)
+    k, v = ks[where], vs[where]
+    if isinstance(how, Mask):
+        result = attend(q, k, v, how.materialize(1, 1, q.shape[1], k.shape[1], q.device), spec)
+    else:
+        result = attend(q, k, v, None, spec, is_causal=how)
     return result if isinstance(result, tuple) else (result, result.new_empty(0))
 
 
