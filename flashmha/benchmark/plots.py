@@ -180,7 +180,8 @@ def draw_lines(run: Run, path: Path, unit: str, measure: Callable[[dict[str, Any
     for case in run["cases"]:
         sizes = case["case"]
         if sizes["level"] == "layer" and sizes["seqlen_q"] == sizes["seqlen_k"]:
-            kind = f"{sizes['suite']}{', causal' * (sizes['causal'] and sizes['suite'] != 'causal')}, {sizes['mode']}"
+            beside = [name for name, is_so in (("causal", sizes["causal"]), ("padded", sizes["lengths"])) if is_so]
+            kind = ", ".join([sizes["suite"], *(name for name in beside if name != sizes["suite"]), sizes["mode"]])
             families.setdefault(f"{kind}, E{sizes['embed_dim']}", {})[sizes["seqlen_k"]] = case
     if not families:
         return
