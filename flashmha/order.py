@@ -21,10 +21,10 @@ class Order(NamedTuple):
     places: Tensor
     back: Tensor
 
-    @property
-    def undone(self) -> Order:
-        """The order that puts every row back."""
-        return Order(self.back, self.places)
+
+def undone(order: Order) -> Order:
+    """The order that puts every row back."""
+    return Order(order.back, order.places)
 
 
 def real_first(valid: Tensor, batch_first: bool = True) -> Order:
@@ -48,7 +48,7 @@ def real_first(valid: Tensor, batch_first: bool = True) -> Order:
 def permuted(rows: tuple[Tensor, ...], order: Order) -> tuple[Tensor, ...]:
     """Tensors (batch * seqlen, ...) in an order; gradients come back by the order undone, adding nothing up."""
     if torch.is_grad_enabled() and any(x.requires_grad for x in rows):
-        made: tuple[Tensor, ...] = Permuted.apply(*order, *rows)  # type: ignore[no-untyped-call]
+        made: tuple[Tensor, ...] = Permuted.apply(order.places, order.back, *rows)  # type: ignore[no-untyped-call]
         return made
     return moved(rows, order.places)
 
@@ -73,8 +73,8 @@ class Permuted(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        undone = Order(*ctx.saved_tensors)
-        return None, None, *permuted(grads, undone)
+        back, places = ctx.saved_tensors
+        return None, None, *permuted(grads, Order(back, places))
 
 
 class RealFirst:
@@ -96,4 +96,4 @@ class RealFirst:
 
     def unpack(self, tokens: Tensor) -> Tensor:
         """Tokens in this order, each back in its place."""
-        return self.moved(tokens, self.order.undone)
+        return self.moved(tokens, undone(self.order))

@@ -196,7 +196,7 @@ def test_packed_tokens_compile_into_one_graph_for_every_batch(features: dict[str
 
     torch._dynamo.reset()
     compiled = torch.compile(run, fullgraph=True, backend="aot_eager", dynamic=True)
-    # Dynamo keeps floats in tensors of the default type, which the suite makes one of the GPU, and cannot read them there
+    # Dynamo keeps floats in tensors of the default type, one of the GPU's there, and cannot read them
     with torch._dynamo.config.patch(error_on_recompile=True, specialize_float=True):
         for lengths in ((30, 40), (50, 7), (5, 9, 3), (64, 64), (2, 0, 1, 1)):
             x = torch.randn(1, sum(lengths), 8, requires_grad=True)

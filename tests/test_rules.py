@@ -353,20 +353,20 @@ def test_what_was_kept_in_inference_trains_and_copies_keep_nothing() -> None:
 def test_models_and_threads_share_one_rule() -> None:
     models = [small(skip) for skip in (False, True)]
     x, valid = noise(0, 2, 6, 8), validity("holes", 2, 6, 3)
-    rule = KeyPadding(valid)
-    found: dict[int, list[Tensor]] = {}
 
-    def of_layers(model: nn.Module, padding: KeyPadding | Tensor) -> list[Tensor]:
+    def through(model: Any, padding: Any) -> list[Tensor]:
         y = x.clone().requires_grad_()
         out = y
         for layer in model.layers:
             out = layer(out, src_key_padding_mask=padding)
         return [out, *torch.autograd.grad(out.square().sum(), [y, *model.parameters()])]
 
-    def run(place: int) -> None:
-        found[place] = of_layers(models[place % 2], rule)
+    expected = [through(model, ~valid) for model in models]
+    rule = KeyPadding(valid)
+    found: dict[int, list[Tensor]] = {}
 
-    expected = [of_layers(model, ~valid) for model in models]
+    def run(place: int) -> None:
+        found[place] = through(models[place % 2], rule)
 
     threads = [threading.Thread(target=run, args=(place,)) for place in range(6)]
     for thread in threads:
