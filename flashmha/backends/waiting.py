@@ -2,8 +2,8 @@
 
 A short problem does not wait for a compiler: it goes to the next backend, and each such call loses a little. Once the
 calls that one kernel would have served have lost more than the kernel costs, the next one waits for it. How long a
-process runs is not known; this way it loses at most twice what the best choice in hindsight would have. Pure arithmetic,
-on estimates: nothing here looks at a device, and nothing is timed but compilers.
+process runs is not known; this way it loses at most twice what the best choice in hindsight would have. All of it is
+arithmetic on estimates: nothing here looks at a device, and nothing is timed but compilers.
 """
 
 from __future__ import annotations
