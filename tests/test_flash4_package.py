@@ -16,14 +16,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from flashmha.backends import flash4_launches, get
+from flashmha.backends import flash4_kernels, flash4_launches, get
+from flashmha.backends.block_tables import edged
 from flashmha.backends.flash4_kernels import UNTOLD, backward, forward
 
 pytestmark = [
     pytest.mark.cpu("runs no kernel"),
     pytest.mark.skipif(importlib.util.find_spec("cutlass") is None, reason="needs flash-attn-4"),
 ]
-SIZES = (1, 64, 65, 128, 129, 192, 193, 256, 257, 300, 500)
+SIZES = (1, 64, 65, 128, 129, 192, 193, 256, 257, 300, 500, 600, 700)
+LONG = (2, 65, 511, 512, 600, 700)
 HEAD_DIMS = (8, 64, 72, 96, 128, 136, 192, 200, 256)
 Keys = tuple[tuple[Any, ...], ...]
 
@@ -49,13 +51,28 @@ def package() -> Iterator[Any]:
 
 
 def copied(patch: pytest.MonkeyPatch) -> Iterator[Any]:
-    from flash_attn.cute import interface
+    from flash_attn.cute import block_sparsity, interface
 
+    from flashmha.backends import block_tables, flash4_mask
+
+    def made(first: Tensor, last: Tensor, *sizes: Any, by_keys: bool) -> Any:
+        tile = sizes[-1]
+        rows, columns = -(-sizes[0] // tile[0]), -(-(sizes[1] if len(sizes) == 3 else first.shape[1]) // tile[1])
+        rows, columns = (columns, rows) if by_keys else (rows, columns)
+        return block_tables.unwritten(last.shape[0], rows, columns, first.device)
+
+    patch.setattr(flash4_mask, "block_tables", made)
+    patch.setattr(flash4_mask, "mask_tables", made)
+    patch.setattr(flash4_kernels, "served", lambda device: True)
     copy: Any = types.ModuleType("interface_on_a_cpu")
     copy.__file__ = interface.__file__
+    sparse: dict[str, Any] = {"__name__": block_sparsity.__name__}
+    exec(inspect.getsource(block_sparsity).replace("not cnt.is_cuda or not idx.is_cuda", "False"), sparse)
     source = inspect.getsource(interface).replace("t.is_cuda", "True").replace('assert True, f"', 'assert f"')
     patch.setitem(sys.modules, copy.__name__, copy)
     exec(compile(source, interface.__file__, "exec"), copy.__dict__)
+    copy.normalize_block_sparse_config = sparse["normalize_block_sparse_config"]
+    copy.normalize_block_sparse_config_bwd = sparse["normalize_block_sparse_config_bwd"]
     used = ("ceil_div", "runtime", "sym_int")
     copy.cute = types.SimpleNamespace(**{name: getattr(copy.cute, name) for name in used}, compile=nothing)
     for name in ("to_cute_tensor", "_compute_blocks_to_batch"):
@@ -85,7 +102,8 @@ def calls(draw: st.DrawFn) -> tuple[tuple[Tensor, Tensor, Tensor, Tensor | None]
     """q, k, v and sinks, what is told beside them, and whether the log-sum-exp has a gradient."""
     dtype, head_dim = draw(st.sampled_from((torch.bfloat16, torch.float16))), draw(st.sampled_from(HEAD_DIMS))
     heads, group, batch = draw(st.integers(1, 2)), draw(st.sampled_from((1, 1, 3))), draw(st.sampled_from((1, 2, 257)))
-    most = SIZES if batch < 3 else (1, 2, 3)
+    rule = draw(st.sampled_from(("none", "none", "within", "shown")))
+    most = (1, 2, 3) if batch > 2 else SIZES if rule == "none" else LONG
     long = [draw(st.sampled_from(most)) for _ in range(2)]
     told = {**UNTOLD, "scale": head_dim**-0.5}
     told["softcap"], told["deterministic"] = draw(st.sampled_from((0.0, 0.0, 5.0))), draw(st.booleans())
@@ -94,7 +112,14 @@ def calls(draw: st.DrawFn) -> tuple[tuple[Tensor, Tensor, Tensor, Tensor | None]
         windows = ((None, None), (None, None), (3, 0), (None, 4), (5, None), (0, 0), (300, 2))
         told["left"], told["right"] = draw(st.sampled_from(windows))
     sizes = [(batch, n) for n in long]
-    if draw(st.booleans()):
+    if rule != "none":
+        told |= {"causal": False, "left": None, "right": None}
+        if rule == "within":
+            told |= {name: torch.zeros(batch, long[1], dtype=torch.int32) for name in ("first", "last")}
+        else:
+            table = torch.ones(draw(st.sampled_from((1, batch))), 1, *long, dtype=torch.bool)
+            told |= {"table": edged(table, *long), "items": torch.zeros(batch, dtype=torch.int32)}
+    elif draw(st.booleans()):
         offsets = torch.zeros(batch + 1, dtype=torch.int32)
         told |= {"cu_seqlens_q": offsets, "cu_seqlens_k": offsets.clone()}
         told |= {"max_seqlen_q": long[0], "max_seqlen_k": long[1]}

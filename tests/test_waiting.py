@@ -15,9 +15,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from test_ranking import CUDA, SHORT, WHY, on, passing, problem, shared
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 import flashmha
-from flashmha import AttentionSpec, Documents, KeyLengths, KeyPadding, causal
+from flashmha import AttentionSpec, Backend, Documents, KeyLengths, KeyPadding, Limits, causal
 from flashmha.backends import choose, chosen, explain, get, ranking, register, unregister, use_backend, waiting
 from flashmha.backends.waiting import VARIABLE, Wait, Waits, loss
 from flashmha.testing import specs
@@ -48,7 +50,7 @@ def fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[Waits]:
 
 @pytest.fixture
 def slow() -> Iterator[Any]:
-    """A backend of somebody else in front of all, which has to compile."""
+    """A backend of another package in front of all, which has to compile."""
     one = passing("slow", WHY)
     register(one, before="sdpa")
     yield one
@@ -172,6 +174,36 @@ def test_a_checkpoint_finds_the_backend_that_its_forward_found(name: str, compil
         assert set(again) == {first}
         if not compiled:
             assert "never waited for" in explain(spec).rows["flash4"]
+
+
+def test_checkpoints_of_a_training_save_what_their_forward_saved() -> None:
+    """A backend that saves other tensors than the one before it would end the training with an error."""
+
+    class Other(Backend):
+        name = "other"
+        limits = Limits(devices=("cpu",), dtypes=(torch.float32,), features=frozenset(flashmha.backends.FEATURES))
+        compiled = False
+
+        def unready(self, spec: AttentionSpec) -> str | None:
+            return None if type(self).compiled else WHY
+
+        def __call__(self, q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> Tensor:
+            type(self).compiled = True
+            return (q.sin() * k.cos()).exp() * v
+
+    register(Other, before="sdpa")
+    try:
+        x, steps = torch.randn(2, 5, 2, 8, requires_grad=True), []
+        for _ in range(6):
+            out = x
+            with flashmha.record() as calls:
+                for _ in range(3):
+                    out = checkpoint(lambda q: flashmha.attention(q, q, q), out, use_reentrant=False)
+                out.sum().backward()
+            steps.append({call.backend for call in calls})
+        assert steps == [{"sdpa"}] * 6
+    finally:
+        unregister("other")
 
 
 def test_nothing_moves_while_a_graph_is_captured(monkeypatch: pytest.MonkeyPatch) -> None:

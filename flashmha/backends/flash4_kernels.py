@@ -66,15 +66,17 @@ def forward(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, told: dict[st
             k, v, lengths = compact(k, v, told["valid"])
         moved, told = (k, v), {**told, "lengths": lengths}
 
+    tables = listed(told, q, k)
+
     def serve(**places: Tensor) -> tuple[Tensor, ...]:
         more = {"learnable_sink": sinks, "num_splits": 1, "return_lse": True, **places}
         # the package asks the current device, not the tensors', which kernels to build, and so does triton
         with torch.cuda.device(q.device):
-            made: tuple[Tensor, ...] = kernels()[0](q, k, v, **options(told), **listed(told, q, k), **more)
+            made: tuple[Tensor, ...] = kernels()[0](q, k, v, **options(told, tables), **more)
         return made
 
     again = launches(*kernels(), q.device)
-    made = None if again is None else again.forward(told, q, k, v, sinks, serve)
+    made = None if again is None else again.forward(told, (q, k, v), sinks, tables, serve)
     out, lse = serve()[:2] if made is None else made
     return out, lse, *moved
 
@@ -93,16 +95,18 @@ def backward(
     d_out = torch.zeros_like(out) if d_out is None else d_out if fits(d_out) else copied(d_out)
     d_lse = d_lse if d_lse is None or packed(d_lse) else copied(d_lse)
 
+    tables = listed(told, q, k, backward=True)
+
     def serve() -> tuple[Tensor, ...]:
         more: dict[str, Any] = {"deterministic": told["deterministic"], "learnable_sink": sinks, "dlse": d_lse}
+        more |= {"dq": dq, "dk": made[0], "dv": made[1]}
         with torch.cuda.device(q.device):
-            more |= listed(told, q, k, backward=True) | {"dq": dq, "dk": made[0], "dv": made[1]}
-            result: tuple[Tensor, ...] = kernels()[1](q, k, v, out, d_out, lse, **options(told), **more)
+            result: tuple[Tensor, ...] = kernels()[1](q, k, v, out, d_out, lse, **options(told, tables), **more)
         return result
 
     again = launches(*kernels(), q.device)
     given = (q, k, v, sinks, out, lse)
-    found = None if again is None else again.backward(told, given, (d_out, d_lse), (dq, *made), serve)
+    found = None if again is None else again.backward(told, given, (d_out, d_lse), (dq, *made), tables, serve)
     d_sinks = serve()[3:] if found is None else found
     if valid is not None:
         with torch.cuda.device(q.device):
@@ -120,7 +124,7 @@ def copied(x: Tensor) -> Tensor:
     return x.clone(memory_format=torch.contiguous_format)
 
 
-def options(told: dict[str, Any]) -> dict[str, Any]:
+def options(told: dict[str, Any], tables: Any) -> dict[str, Any]:
     """What both directions are told, in the package's words."""
     found: dict[str, Any] = {
         "softmax_scale": told["scale"],
@@ -142,20 +146,20 @@ def options(told: dict[str, Any]) -> dict[str, Any]:
         from .flash4_mask import shown
 
         found |= {"mask_mod": shown, "aux_tensors": [told["table"], told["items"]]}
-    return found
+    return found if tables is None else {**found, "block_sparse_tensors": tables}
 
 
-def listed(told: dict[str, Any], q: Tensor, k: Tensor, *, backward: bool = False) -> dict[str, Any]:
-    """The tiles that a direction has to look at beside a mask of one's own; nothing where it looks at all of them."""
+def listed(told: dict[str, Any], q: Tensor, k: Tensor, *, backward: bool = False) -> Any:
+    """The tiles that a direction has to look at beside a mask of one's own; ``None`` where it looks at all of them."""
     if told["first"] is None and told["table"] is None:
-        return {}
+        return None
     # flash_bwd_sm90 has no order of writing for a gradient of q that arrives tile by tile
     if (backward and told["deterministic"]) or not worth(q.shape[1], k.shape[1]) or not served(q.device):
-        return {}
+        return None
     from .flash4_mask import blocks
 
-    found = blocks(told, q, k, backward=backward)
-    return {} if found is None else {"block_sparse_tensors": found}
+    with torch.cuda.device(q.device):
+        return blocks(told, q, k, backward=backward)
 
 
 def kernels() -> tuple[Callable[..., Any], Callable[..., Any]]:

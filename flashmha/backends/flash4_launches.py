@@ -64,10 +64,19 @@ class Launches:
         self.lock = threading.Lock()
 
     def forward(
-        self, told: dict[str, Any], q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, serve: Callable[..., Any]
+        self,
+        told: dict[str, Any],
+        heads: tuple[Tensor, Tensor, Tensor],
+        sinks: Tensor | None,
+        tables: Any,
+        serve: Callable[..., Any],
     ) -> tuple[Tensor, Tensor] | None:
-        """out and lse; ``None`` where the package has to serve. ``serve(out=..., lse=...)`` is the package."""
-        kind = self.kind(told, q, k, v, sinks, None)
+        """out and lse; ``None`` where the package has to serve. ``serve(out=..., lse=...)`` is the package.
+
+        ``tables`` are the blocks to look at, as the package takes them, where it is told any.
+        """
+        q, k, v = heads
+        kind = self.kind(told, q, k, v, sinks, None, tables)
         known = None if kind is None else self.noted.get(kind, UNKNOWN)
         if kind is None or known is None:
             return None
@@ -75,7 +84,7 @@ class Launches:
         rows = (q.shape[1], q.shape[0]) if q.dim() == 3 else (q.shape[0], q.shape[2], q.shape[1])
         lse = q.new_empty(rows, dtype=torch.float32)
         q, k, v, sinks = detached(q), detached(k), detached(v), detached(sinks)
-        calls = self.forward_calls(told, q, k, v, sinks, out, lse)
+        calls = self.forward_calls(told, q, k, v, sinks, out, lse, tables)
         if known is UNKNOWN:
             self.note(kind, calls, functools.partial(serve, out=out, lse=lse), None)
         else:
@@ -88,19 +97,20 @@ class Launches:
         saved: Saved,
         cotangents: tuple[Tensor, Tensor | None],
         into: tuple[Tensor, Tensor, Tensor],
+        tables: Any,
         serve: Callable[[], Any],
     ) -> tuple[Tensor | None] | None:
         """Gradients of q, k and v into three tensors, and that of the sinks in a tuple; ``None`` as above."""
         q, k, v, sinks, out, lse = saved
-        kind = self.kind(told, q, k, v, sinks, cotangents) if fits(out) and packed(lse) else None
+        kind = self.kind(told, q, k, v, sinks, cotangents, tables) if fits(out) and packed(lse) else None
         known = None if kind is None else self.noted.get(kind, UNKNOWN)
         if kind is None or known is None:
             return None
-        tile = known.tile or self.tile(told, q, v)
+        tile = known.tile or self.tile(told, q, v, tables)
         saved = (detached(q), detached(k), detached(v), detached(sinks), out, lse)
         device = torch.device("meta") if known is UNKNOWN else q.device  # workspaces to compare need no memory
         d_sinks = None if sinks is None else torch.empty_like(sinks, device=device)
-        calls = self.backward_calls(told, saved, cotangents, into, d_sinks, tile, device)
+        calls = self.backward_calls(told, saved, cotangents, into, d_sinks, tables, tile, device)
         if known is UNKNOWN:
             result = self.note(kind, calls, serve, tile)
             return (None if sinks is None else result[3],)
@@ -116,17 +126,18 @@ class Launches:
         v: Tensor,
         sinks: Tensor | None,
         cotangents: tuple[Tensor, Tensor | None] | None,
+        tables: Any,
     ) -> Call | None:
         """All that decides which kernels the package calls; ``None`` where it may do something else first.
 
         Finer than the keys of its caches, which hold of sizes whether one tile is enough and whether items are many.
         """
-        if told["first"] is not None or told["table"] is not None:
-            return None
-        offsets = told["cu_seqlens_q"]
+        offsets, rule = told["cu_seqlens_q"], rules(told)
         if not (fits(q) and fits(k) and fits(v) and packed(sinks)):
             return None
         if not (packed(offsets) and packed(told["cu_seqlens_k"]) and packed(told["lengths"])):
+            return None
+        if rule is not None and not all(map(packed, rule)):
             return None
         if offsets is None:
             sizes, batch = (q.shape[1], k.shape[1]), q.shape[0]
@@ -151,22 +162,34 @@ class Launches:
             told["softcap"],
             told["deterministic"] and cotangents is not None,
             None if sinks is None else sinks.dtype,
+            told["first"] is None,
+            None if rule is None else tuple([size == 1 for x in rule for size in x.shape]),
+            None if tables is None else tables.block_size,
         )
 
-    def tile(self, told: dict[str, Any], q: Tensor, v: Tensor) -> Tile:
+    def tile(self, told: dict[str, Any], q: Tensor, v: Tensor, tables: Any) -> Tile:
         """The tile of a backward, as the package cuts it on Hopper."""
         windowed = told["left"] is not None or told["right"] is not None
-        cut = self.package._tile_size_bwd_sm90(q.shape[-1], v.shape[-1], told["causal"], windowed)
+        block = None if tables is None else tables.block_size[0]
+        cut = self.package._tile_size_bwd_sm90(q.shape[-1], v.shape[-1], told["causal"], windowed, block)
         return Tile(cut.m_block_size, cut.n_block_size, 64 if cut.dKV_swapAB else 32)
 
     def forward_calls(
-        self, told: dict[str, Any], q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, out: Tensor, lse: Tensor
+        self,
+        told: dict[str, Any],
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        sinks: Tensor | None,
+        out: Tensor,
+        lse: Tensor,
+        tables: Any,
     ) -> tuple[Call, ...]:
         """The arguments of the one kernel of a forward on Hopper."""
         offsets = (told["cu_seqlens_q"], told["cu_seqlens_k"], None, told["lengths"])
         window = (told["left"], told["right"])
-        nothing = self.package.AuxData(None, None)
-        return ((q, k, v, out, lse, told["scale"], *offsets, None, *window, sinks, None, nothing, None, None),)
+        rule, blocks = self.package.AuxData(rules(told), None), spread(tables, q.shape[-2])
+        return ((q, k, v, out, lse, told["scale"], *offsets, None, *window, sinks, blocks, rule, None, None),)
 
     def backward_calls(
         self,
@@ -175,6 +198,7 @@ class Launches:
         cotangents: tuple[Tensor, Tensor | None],
         into: tuple[Tensor, Tensor, Tensor],
         d_sinks: Tensor | None,
+        tables: Any,
         tile: Tile,
         device: torch.device,
     ) -> tuple[Call, ...]:
@@ -197,7 +221,7 @@ class Launches:
         turns: Call = (None, None, None)
         if told["deterministic"]:
             turns = self.turns(told, q, k, tile, device)
-        nothing = self.package.AuxData(None, None)
+        rule, blocks = self.package.AuxData(rules(told), None), spread(tables, q.shape[-2])
         own = None if sinks is None else self.package.LearnableSinkBwdTensors(rows, lse, sinks, d_sinks)
         window = (told["left"], told["right"])
         before = (out, d_out, rows, lse, log2, sum_q, cu_q, None, d_lse, None, None, 1.0, None, None)
@@ -205,7 +229,7 @@ class Launches:
         main = (q, k, v, d_out, log2, rows, sum_q, *targets, scale, cu_q, cu_k, None, lengths)
         calls: tuple[Call, ...] = (
             before,
-            (*main, *window, *turns, nothing, None, None),
+            (*main, *window, *turns, rule, blocks, None),
             (sum_q, dq, scale, cu_q, None, own, None),
         )
         if grouped:
@@ -301,6 +325,21 @@ def was_read(device: torch.device) -> bool:
     return version in READ and torch.cuda.get_device_capability(device)[0] == 9
 
 
+def rules(told: dict[str, Any]) -> list[Tensor] | None:
+    """The tensors that a mask of one's own reads."""
+    if told["first"] is not None:
+        return [told["first"], told["last"]]
+    return None if told["table"] is None else [told["table"], told["items"]]
+
+
+def spread(tables: Any, heads: int) -> Call | None:
+    """The blocks to look at as kernels take them: for every head, and without the tables of other problems."""
+    if tables is None:
+        return None
+    found = [x if heads == 1 else x.expand(x.shape[0], heads, *x.shape[2:]) for x in tables[:4]]
+    return (*found, None, None, None, None)
+
+
 def detached(x: Any) -> Any:
     """A tensor without its graph, which kernels refuse."""
     return x.detach() if x is not None and x.requires_grad else x
@@ -344,7 +383,7 @@ def same(mine: Any, theirs: Any, places: dict[int, int]) -> bool:
             return False
         place = theirs.data_ptr()
         return (places.setdefault(id(mine), place) if mine.is_meta else mine.data_ptr()) == place
-    if isinstance(mine, tuple):
+    if isinstance(mine, (tuple, list)):
         if type(mine) is not type(theirs) or len(mine) != len(theirs):
             return False
         return all(same(one, other, places) for one, other in zip(mine, theirs))

@@ -1,9 +1,9 @@
 """What is lost while a kernel is not compiled, against the seconds that compiling takes.
 
 A short problem does not wait for a compiler: it goes to the next backend, and each such call loses a little. Once the
-calls that one kernel would have served have lost more than the kernel costs, waiting for it is the better half: nobody
-knows how long a process runs, and so it loses at most twice what the best choice in hindsight would have. Pure
-arithmetic, on estimates: nothing here looks at a device, and nothing is timed but compilers.
+calls that one kernel would have served have lost more than the kernel costs, the next one waits for it. How long a
+process runs is not known; this way it loses at most twice what the best choice in hindsight would have. All of it is
+arithmetic on estimates: nothing here looks at a device, and nothing is timed but compilers.
 """
 
 from __future__ import annotations
