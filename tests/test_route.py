@@ -254,7 +254,7 @@ def test_the_report_of_a_swap_says_what_becomes_of_padding() -> None:
 @pytest.mark.parametrize(
     "activation",
     (F.relu, F.silu, nn.GELU(), functools.partial(F.gelu, approximate="tanh"), torch.tanh, nn.SiLU()),
-    ids=repr,
+    ids=("relu", "silu", "GELU", "gelu by tanh", "tanh", "SiLU"),
 )
 def test_functions_of_torch_s_are_known_to_take_tokens_one_by_one(activation: Any) -> None:
     architecture = Architecture(activation=activation)
