@@ -157,7 +157,7 @@ def test_an_encoder_hands_one_rule_down(
         with torch.inference_mode(inference):
             inside = model(x, src_key_padding_mask=hidden, **more)
         found = of_model(model, x, hidden, **more)
-    assert made.call_count == 2
+    assert skip or made.call_count == 2  # else padding is left out once, or zeroed
     torch.testing.assert_close(inside.detach().clone(), expected[0].detach(), atol=1e-9, rtol=1e-9)
     assert_all_close(found, expected)
 
