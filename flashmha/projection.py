@@ -33,8 +33,9 @@ def project(
     weight = packed_weight if layer._qkv_same_embed_dim else None  # which of the two sets counts is the flag's to say
     if weight is not None and query is key and key is value:
         packed = linear(query, weight, bias, dtype)
-        # what ``split`` says, in fewer steps, where it has no copy to spare
-        if heads_kv == heads and (packed.numel() < WORTH or not packed.requires_grad):
+        # what ``split`` says, in fewer steps, where it has no copy to spare; a graph must not be bound to the size
+        alike = heads_kv == heads and not torch.compiler.is_compiling()
+        if alike and (packed.numel() < WORTH or not packed.requires_grad):
             batch, seqlen, _ = packed.shape
             return packed.view(batch, seqlen, 3, heads, head_dim).unbind(2)  # type: ignore[return-value]
         return split(packed, head_dim, [heads, heads_kv, heads_kv])  # type: ignore[return-value]
