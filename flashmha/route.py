@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import operator
 from typing import Any, NamedTuple
 
 import torch
@@ -13,7 +14,7 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from . import padding
 from .call import Reading, read_call
-from .features import MARK, replaced, shadows
+from .features import MARK, replaced
 from .masks import KeyPadding, Mask, Padding, Window, eager, joined, plainly, private
 from .module import FlashMultiHeadAttention
 from .order import RealFirst
@@ -86,16 +87,16 @@ def left_out(
         return None, why
     assert call.padding is not None
     valid: Any = call.valid
-    real = padding.tokens_of(call.padding, valid.shape[1])
     windows = [part for part in padding.parts(call.mask) if type(part) is Window]
-    if pays(encoder, valid, real):
-        packed = Packed(src, real, attentions[0].batch_first)
-        return Route(packed.tokens, joined(packed.documents, *windows), None, False, packed, None, nesting), None
+    if not pays(encoder, valid):
+        hidden = ~valid if attentions[0].batch_first else ~valid.T
+        # as a rule, which a layer does not leave out
+        return Route(src, joined(call.padding, *windows), None, False, None, hidden[..., None], nesting), None
+    real = padding.tokens_of(call.padding, valid.shape[1])
     if real.places.shape[0] == valid.numel():
         return Route(src, joined(*windows), None, False), None
-    hidden = ~valid if attentions[0].batch_first else ~valid.T
-    # as a rule, which a layer does not leave out
-    return Route(src, joined(call.padding, *windows), None, False, None, hidden[..., None], nesting), None
+    packed = Packed(src, real, attentions[0].batch_first)
+    return Route(packed.tokens, joined(packed.documents, *windows), None, False, packed, None, nesting), None
 
 
 def real_first(encoder: nn.TransformerEncoder, src: Tensor, mask: Any, rule: Any) -> RealFirst | None:
@@ -137,13 +138,14 @@ ITEM = 2**20
 """Multiplications in a layer's projections that take as long as an item of a packed batch costs more, on a CPU."""
 
 
-def pays(encoder: nn.TransformerEncoder, valid: Tensor, real: padding.Tokens) -> bool:
-    """Packing saves more than it costs, which is as much as some more items; on a GPU wherever there is padding."""
-    hidden = valid.numel() - real.places.shape[0]
-    if valid.is_cuda or not hidden:
-        return hidden > 0
-    weights: int = sum(x.numel() for x in encoder.layers[0].parameters())
-    return hidden * weights > ITEM * (len(valid) + 16)
+def pays(encoder: nn.TransformerEncoder, valid: Tensor) -> bool:
+    """Packing saves more than it costs, which is as much as some more items; on a GPU always, where counting waits."""
+    if valid.is_cuda:
+        return True
+    layer: Any = encoder.layers[0]
+    width = layer.self_attn.embed_dim
+    weights: int = 2 * width * (2 * width + layer.linear1.out_features)
+    return (valid.numel() - int(valid.sum())) * weights > ITEM * (len(valid) + 16)
 
 
 def would_nest(encoder: nn.TransformerEncoder, src: Tensor, mask: Mask | Tensor | None) -> bool:
@@ -206,7 +208,7 @@ def takes_rules(layer: Any, src: Tensor, padding: Tensor) -> bool:
         return False
     if KNOWN[type(layer)] != tuple([getattr(type(layer), name) for name in BLOCKS]) or replaced(attention):
         return False
-    for name in (*BLOCKS, "_call_impl"):
+    for name in BLOCKS:
         if name in layer.__dict__:
             return False
     modules: tuple[Any, ...] = (layer, attention)
@@ -220,8 +222,11 @@ def takes_rules(layer: Any, src: Tensor, padding: Tensor) -> bool:
 
 # What is known to take tokens one by one
 
-BLOCKS = ("forward", "_sa_block", "_ff_block")
-"""The methods of an encoder layer that run."""
+CALLS = ("forward", "_call_impl")
+"""The methods of any module that run."""
+BLOCKS = (*CALLS, "__call__", "_sa_block", "_ff_block")
+"""Those of an encoder layer."""
+blocks_of = operator.attrgetter(*BLOCKS)
 KNOWN: dict[type[nn.Module], tuple[Any, ...]] = {}
 """The package's own encoder layers, and those methods as they were written."""
 
@@ -244,7 +249,7 @@ FORWARDS = {kind.forward for kind in MODULES}
 
 def expect(kind: type[nn.Module]) -> None:
     """Know an encoder layer as it is."""
-    KNOWN[kind] = tuple(getattr(kind, name) for name in BLOCKS)
+    KNOWN[kind] = blocks_of(kind)
 
 
 def unknown(encoder: nn.TransformerEncoder, padded_norm: bool = False) -> str | None:
@@ -262,18 +267,20 @@ def unknown(encoder: nn.TransformerEncoder, padded_norm: bool = False) -> str | 
 def unknown_layer(layer: Any) -> str | None:
     """The same of one layer."""
     kind = type(layer)
-    if kind not in KNOWN or KNOWN[kind] != tuple(getattr(kind, name) for name in BLOCKS) or shadows(layer):
+    own = layer.__dict__.keys()
+    if kind not in KNOWN or KNOWN[kind] != blocks_of(kind) or not own.isdisjoint(BLOCKS):
         return f" is a {kind.__name__} with code of its own, or none of flashmha's"
     if hooked(layer):
         return " has hooks"
-    attention = layer.self_attn
+    modules = layer._modules
+    attention = modules.get("self_attn")
     if not isinstance(attention, FlashMultiHeadAttention):
         return f".self_attn is a {type(attention).__name__}"
     if replaced(attention):
         return f".self_attn has a {', '.join(replaced(attention))} of its own"
     if hooked(attention):
         return ".self_attn has hooks"
-    parts = [(name, getattr(layer, name)) for name in PARTS]
+    parts = [(name, modules[name] if name in modules else getattr(layer, name)) for name in PARTS]
     if attention.call_out_proj:
         parts.append(("self_attn.out_proj", attention.out_proj))
     for name, part in parts:
@@ -289,7 +296,8 @@ def unknown_part(part: Any) -> str | None:
         function = part.func if isinstance(part, functools.partial) else part
         return None if function in FUNCTIONS else f"is {getattr(part, '__name__', 'a function')}, which is not torch's"
     kind = type(part)
-    if kind.forward not in FORWARDS or kind.__call__ is not nn.Module.__call__ or shadows(part):
+    shadowed = not part.__dict__.keys().isdisjoint(CALLS)
+    if shadowed or kind.forward not in FORWARDS or kind.__call__ is not nn.Module.__call__:
         return f"is a {kind.__name__}, which may mix tokens"
     if isinstance(part, (nn.LayerNorm, nn.RMSNorm)) and len(part.normalized_shape) != 1:
         return "normalises over more than one token"
