@@ -45,7 +45,7 @@ def expect(kind: type) -> None:
 
 
 problems: dict[tuple[Any, ...], AttentionSpec] = {}
-"""The problems of plain calls, by what is known before the projection; of padded ones the form without a mask."""
+"""The problems of plain calls, by what is known before the projection; of padded ones the form."""
 
 casts, traces = torch._C._is_any_autocast_enabled, torch._C._get_tracing_state
 transforms = torch._C._are_functorch_transforms_active
@@ -100,8 +100,10 @@ def attend(
         return None
     mask, keys = None, key.shape
     if key_padding_mask is not None:
+        if type(key_padding_mask) is not Tensor or key_padding_mask.dtype != torch.bool or layer.skip_padding:
+            return None
         sizes = (keys[0], keys[1]) if batch_first else (keys[1], keys[0])
-        if not pads(key_padding_mask, sizes, query) or layer.skip_padding:
+        if key_padding_mask.shape != sizes or key_padding_mask.device != query.device:
             return None
         mask = KeyPadding(~key_padding_mask)
     q, k, v = by_one_matrix(query, key, value, weight, bias, heads, heads, width // heads)
@@ -116,13 +118,13 @@ def attend(
     # fmt: on
     known = problems.get(asked)
     if known is None:
-        spec = AttentionSpec.of(q, k, v, mask=mask, dropout_p=dropout)
-        if spec.shared or mask is not None:
+        known = AttentionSpec.of(q, k, v, mask=mask, dropout_p=dropout)
+        known = known if mask is None else known.unpadded()
+        if type(q) is Tensor:
             if len(problems) >= SHARED:
                 problems.clear()
-            problems[asked] = spec if mask is None else spec.unpadded()
-    else:
-        spec = known if mask is None else known.padded(mask)
+            problems[asked] = known
+    spec = known if mask is None else known.padded(mask)
     weights: Tensor | None = None
     if need_weights:
         out, weights = attention_with_weights(q, k, v, spec, None, layer, average=average)
@@ -146,8 +148,3 @@ def are_keys(key: Tensor, value: Tensor, shape: torch.Size, dtype: torch.dtype, 
     if len(keys) != 3 or value.shape != keys or keys[2] != shape[2] or keys[axis] != shape[axis]:
         return False
     return key.dtype == value.dtype == dtype
-
-
-def pads(mask: Tensor, sizes: tuple[int, int], query: Tensor) -> bool:
-    """A mask is a bool key_padding_mask of these sizes (batch, seqlen_k), where the queries are."""
-    return type(mask) is Tensor and mask.dtype == torch.bool and mask.shape == sizes and mask.device == query.device

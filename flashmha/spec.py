@@ -27,7 +27,8 @@ class AttentionSpec:
 
     ``mask`` is normalised (see ``masks.normalize``); ``softmax_scale`` is always a number. ``aten_only`` is set
     where PyTorch needs its own operators: while exporting, under torch.func, for tensor subclasses. ``shared`` is set
-    where later calls get the same object, so that what was found out about it may be remembered.
+    where later calls get the same object, so that what was found out about it may be remembered. So is a ``form``,
+    which problems share that differ in their padding alone.
     """
 
     batch: int
@@ -51,7 +52,7 @@ class AttentionSpec:
     aten_only: bool = False
     needs: frozenset[str] | tuple[str, ...] = dataclasses.field(init=False, repr=False)
     shared: bool = dataclasses.field(init=False, repr=False, default=False)
-    outlined: tuple[Any, ...] | None = dataclasses.field(init=False, repr=False, default=None)
+    form: AttentionSpec | None = dataclasses.field(init=False, repr=False, default=None)
 
     def __post_init__(self) -> None:
         if not torch.compiler.is_compiling():
@@ -239,17 +240,17 @@ class AttentionSpec:
     def changed(self, **fields: Any) -> AttentionSpec:
         """The same problem with other values in some fields, not checked again."""
         twin: AttentionSpec = object.__new__(AttentionSpec)
-        twin.__dict__.update(self.__dict__, **{"shared": False, "outlined": None, **fields})
+        twin.__dict__.update(self.__dict__, shared=False, form=None, **fields)
         return twin
 
     def unpadded(self) -> AttentionSpec:
-        """A problem whose mask is padding, without that tensor, for ``padded`` to fill in."""
-        return self.changed(mask=None, outlined=self.outline)
+        """The form of a problem whose mask is padding: all but that tensor, for ``padded`` to fill in."""
+        return self.changed(mask=None)
 
     def padded(self, mask: KeyPadding) -> AttentionSpec:
-        """An ``unpadded`` problem over padding of the same sizes, which is known under the same outline."""
+        """The problem of this form over some padding of its sizes, not checked again."""
         twin: AttentionSpec = object.__new__(AttentionSpec)
-        twin.__dict__.update(self.__dict__, mask=mask)
+        twin.__dict__.update(self.__dict__, mask=mask, form=self)
         return twin
 
     def with_lse(self) -> AttentionSpec:
@@ -262,8 +263,6 @@ class AttentionSpec:
 
         ``None`` where there are others, and while somebody traces.
         """
-        if self.outlined is not None:
-            return self.outlined
         if self.bias is not None or self.sinks is not None or torch.compiler.is_compiling():
             return None
         if not (type(self.batch) is type(self.seqlen_q) is type(self.seqlen_k) is int):  # symbols have no hash

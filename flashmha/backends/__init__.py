@@ -183,8 +183,8 @@ def reason(backend: Backend, spec: AttentionSpec) -> str | None:
 
 
 chosen: dict[Any, tuple[object, object, tuple[bool, ...], Backend]] = {}
-"""What automatic choice said about a problem (itself where it is shared, else its outline), and under which list, tuned
-table and switches of torch: whether it is to be deterministic, and those of SDPA.
+"""What automatic choice said about a problem (itself where it is shared, else its form or its outline), and under which
+list, tuned table and switches of torch: whether it is to be deterministic, and those of SDPA.
 
 Of a shared problem that stands even where a faster backend has been compiled since: the numbers of a training do not
 change in its middle.
@@ -193,7 +193,7 @@ change in its middle.
 
 def kept(spec: AttentionSpec) -> Backend | None:
     """The backend that a problem was given before."""
-    name = spec if spec.shared else spec.outline
+    name = spec if spec.shared else spec.form or spec.outline
     known = None if name is None else chosen.get(name)
     if known is None:
         return None
@@ -209,7 +209,7 @@ def keep(spec: AttentionSpec, backend: Backend, reasons: dict[str, str]) -> None
     Others may look at the tensors. Nothing is remembered that was found while a CUDA graph was captured, where a
     package that was not tried out yet is refused.
     """
-    name = spec if spec.shared else spec.outline
+    name = spec if spec.shared else spec.form or spec.outline
     if name is None or capturing(spec):
         return
     if not spec.shared:

@@ -81,7 +81,7 @@ class Sdpa(Backend):
         items = cut(spec)
         if items is not None:
             return attend(q, k, v, None, spec) if keep_all(items, spec) else attend_items(q, k, v, items, spec)
-        return attend(q, k, v, dense(spec), spec)
+        return attend(q, k, v, spec.allowed() if q.is_cpu else dense(spec), spec)
 
 
 def dense(spec: AttentionSpec) -> Tensor | None:
@@ -152,7 +152,7 @@ def attend_on_cuda(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> Tens
         # the fused kernels multiply the zeros that are left by 1 / (1 - 1)
         k, v = for_every_head(k, v, spec)
         with only([SDPBackend.MATH]):
-            return attend(q, k, v, dense(spec), spec)
+            return attend(q, k, v, spec.allowed() if q.is_cpu else dense(spec), spec)
     masked = spec.mask is not None or spec.bias is not None
     if masked and packs(spec):
         return attend_packed(q, k, v, spec)
