@@ -95,10 +95,12 @@ def attend(
         return None
     if dtype in HALF and not query.is_cuda:  # which a CPU may only emulate
         return None
-    batch_first = state["batch_first"]
-    if not (query is key and key is value) and not are_keys(key, value, shape, dtype, batch_first):
-        return None
-    mask, keys = None, key.shape
+    batch_first, keys = state["batch_first"], shape
+    if not (query is key and key is value):
+        if not are_keys(key, value, shape, dtype, batch_first):
+            return None
+        keys = key.shape  # type: ignore[assignment]  # mypy knows two classes of that name
+    mask: KeyPadding | None = None
     if key_padding_mask is not None:
         if type(key_padding_mask) is not Tensor or key_padding_mask.dtype != torch.bool or layer.skip_padding:
             return None
