@@ -47,14 +47,18 @@ WORTH = 2**22
 
 def split(packed: Tensor, head_dim: int, sizes: list[int]) -> tuple[Tensor, ...]:
     """Queries, keys and values (.., .., heads, head_dim) out of (.., .., features of all heads), as views."""
-    outer, inner = packed.shape[:2]
-    count = len(sizes)
-    if count == 1:
-        return (packed.view(outer, inner, sizes[0], head_dim),)
-    spares = packed.is_cuda and packed.requires_grad and torch.is_grad_enabled() and not torch.compiler.is_compiling()
-    if spares and packed.numel() >= WORTH and torch._C._functorch.peek_interpreter_stack() is None:
+    outer, inner, _ = packed.shape
+    if packed.is_cuda and spares(packed):
         made: tuple[Tensor, ...] = Heads.apply(packed.view(outer, inner, sum(sizes), head_dim), sizes)  # type: ignore[no-untyped-call]
         return made
+    count = len(sizes)
     if sizes.count(sizes[0]) == count:
         return packed.view(outer, inner, count, sizes[0], head_dim).unbind(2)
     return packed.view(outer, inner, sum(sizes), head_dim).split_with_sizes(sizes, -2)
+
+
+def spares(packed: Tensor) -> bool:
+    """``Heads`` spares more than it takes."""
+    if not (packed.requires_grad and torch.is_grad_enabled()) or torch.compiler.is_compiling():
+        return False
+    return packed.numel() >= WORTH and torch._C._functorch.peek_interpreter_stack() is None

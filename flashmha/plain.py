@@ -45,7 +45,7 @@ def expect(kind: type) -> None:
 
 
 problems: dict[tuple[Any, ...], AttentionSpec] = {}
-"""The problems of plain calls, by what is known before the projection; of padded ones the form without a mask."""
+"""The problems of plain calls, by what is known before the projection; of padded ones the form."""
 
 casts, traces = torch._C._is_any_autocast_enabled, torch._C._get_tracing_state
 transforms = torch._C._are_functorch_transforms_active
@@ -95,11 +95,12 @@ def attend(
         return None
     if dtype in HALF and not query.is_cuda:  # which a CPU may only emulate
         return None
-    batch_first = state["batch_first"]
-    if not (query is key and key is value) and not are_keys(key, value, shape, dtype, batch_first):
-        return None
+    batch_first, keys = state["batch_first"], shape
+    if not (query is key and key is value):
+        if not are_keys(key, value, shape, dtype, batch_first):
+            return None
+        keys = key.shape  # type: ignore[assignment]  # mypy knows two classes of that name
     mask: Padding | None = None
-    keys = key.shape
     if key_padding_mask is not None:
         mask = None if layer.skip_padding else rule(key_padding_mask, keys[:2], batch_first, query.device)
         if mask is None:
@@ -117,13 +118,13 @@ def attend(
     # fmt: on
     known = problems.get(asked)
     if known is None:
-        spec = AttentionSpec.of(q, k, v, mask=mask, dropout_p=dropout)
-        if spec.shared or mask is not None:
+        known = AttentionSpec.of(q, k, v, mask=mask, dropout_p=dropout)
+        known = known if mask is None else known.unpadded()
+        if type(q) is Tensor:
             if len(problems) >= SHARED:
                 problems.clear()
-            problems[asked] = spec if mask is None else spec.unpadded()
-    else:
-        spec = known if mask is None else known.padded(mask)
+            problems[asked] = known
+    spec = known if mask is None else known.padded(mask)
     weights: Tensor | None = None
     if need_weights:
         out, weights = attention_with_weights(q, k, v, spec, None, layer, average=average)
@@ -149,7 +150,7 @@ def are_keys(key: Tensor, value: Tensor, shape: torch.Size, dtype: torch.dtype, 
     return key.dtype == value.dtype == dtype
 
 
-def rule(given: Padding | Tensor, sizes: torch.Size, batch_first: bool, device: torch.device) -> Padding | None:
+def rule(given: Padding | Tensor, sizes: tuple[int, ...], batch_first: bool, device: torch.device) -> Padding | None:
     """The padding of a call as a rule: a bool tensor, or a rule already, that fits keys of ``sizes`` on a device."""
     batch, seqlen = sizes if batch_first else (sizes[1], sizes[0])
     held = given.tensors()[0] if isinstance(given, Padding) else given

@@ -41,7 +41,7 @@ def project(
         biases = (None, None, None) if bias is None else bias.split([size * head_dim for size in sizes])
         weights = (layer.q_proj_weight, layer.k_proj_weight, layer.v_proj_weight)
         made = [linear(*each, dtype) for each in zip((query, key, value), weights, biases)]
-        projected = tuple(split(x, head_dim, [size])[0] for x, size in zip(made, sizes))  # type: ignore[assignment]
+        projected = tuple(x.unflatten(-1, (size, head_dim)) for x, size in zip(made, sizes))  # type: ignore[assignment]
     return projected if layer.batch_first else tuple(map(swapped, projected))  # type: ignore[return-value]
 
 
@@ -56,17 +56,21 @@ def by_one_matrix(
     head_dim: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Heads (.., .., heads, head_dim) of (.., .., features); what is one object is projected by one operator."""
+    outer, inner, _ = query.shape
     if query is key and key is value:
-        return split(F.linear(query, weight, bias), head_dim, [heads, heads_kv, heads_kv])  # type: ignore[return-value]
+        packed = F.linear(query, weight, bias)
+        if heads == heads_kv and not packed.is_cuda:  # what ``split`` says, in fewer steps
+            return packed.view(outer, inner, 3, heads, head_dim).unbind(2)  # type: ignore[return-value]
+        return split(packed, head_dim, [heads, heads_kv, heads_kv])  # type: ignore[return-value]
     rows, rows_kv = heads * head_dim, heads_kv * head_dim
     sizes = [rows, 2 * rows_kv] if key is value else [rows, rows_kv, rows_kv]
     weights = weight.split_with_sizes(sizes)
     biases = (None, None, None) if bias is None else bias.split_with_sizes(sizes)
-    outer, inner, _ = key.shape
-    q = F.linear(query, weights[0], biases[0]).view(*query.shape[:2], heads, head_dim)
+    q = F.linear(query, weights[0], biases[0]).view(outer, inner, heads, head_dim)
     if key is value:
         k, v = split(F.linear(key, weights[1], biases[1]), head_dim, [heads_kv, heads_kv])
     else:
+        outer, inner, _ = key.shape
         k = F.linear(key, weights[1], biases[1]).view(outer, inner, heads_kv, head_dim)
         v = F.linear(value, weights[2], biases[2]).view(outer, inner, heads_kv, head_dim)
     return q, k, v

@@ -27,7 +27,8 @@ class AttentionSpec:
 
     ``mask`` is normalised (see ``masks.normalize``); ``softmax_scale`` is always a number. ``aten_only`` is set
     where PyTorch needs its own operators: while exporting, under torch.func, for tensor subclasses. ``shared`` is set
-    where later calls get the same object, so that what was found out about it may be remembered.
+    where later calls get the same object, so that what was found out about it may be remembered. So is a ``form``,
+    which problems share that differ in the tensors of their padding or documents alone.
     """
 
     batch: int
@@ -51,7 +52,7 @@ class AttentionSpec:
     aten_only: bool = False
     needs: frozenset[str] | tuple[str, ...] = dataclasses.field(init=False, repr=False)
     shared: bool = dataclasses.field(init=False, repr=False, default=False)
-    outlined: tuple[Any, ...] | None = dataclasses.field(init=False, repr=False, default=None)
+    form: AttentionSpec | None = dataclasses.field(init=False, repr=False, default=None)
 
     def __post_init__(self) -> None:
         if not torch.compiler.is_compiling():
@@ -241,24 +242,24 @@ class AttentionSpec:
         return spec
 
     def unpadded(self) -> AttentionSpec:
-        """A problem whose mask is padding or documents, without those tensors, for ``padded`` to fill in."""
-        return self.changed(mask=None, outlined=self.outline)
+        """The form of a problem whose mask is padding or documents: all but its tensors, for ``padded`` to fill in."""
+        return self.changed(mask=None)
 
     def padded(self, mask: Mask) -> AttentionSpec:
-        """An ``unpadded`` problem over another mask of its kind, which is known under the same outline."""
+        """The problem of this form over a mask of its kind."""
         for held in mask.tensors():
             if held.device != self.device:
                 refuse_device("mask", mask, self.device)
         mask.check(self.batch, self.heads, self.seqlen_q, self.seqlen_k)
         twin: AttentionSpec = object.__new__(AttentionSpec)
         twin.__dict__.update(self.__dict__)
-        twin.__dict__["mask"] = mask
+        twin.__dict__.update({"mask": mask, "form": self})
         return twin
 
     def changed(self, **fields: Any) -> AttentionSpec:
         """The same problem with other values in some fields, not checked again."""
         twin: AttentionSpec = object.__new__(AttentionSpec)
-        twin.__dict__.update(self.__dict__ | {"shared": False, "outlined": None} | fields)
+        twin.__dict__.update(self.__dict__ | {"shared": False, "form": None} | fields)
         return twin
 
     def with_lse(self) -> AttentionSpec:
@@ -271,8 +272,6 @@ class AttentionSpec:
 
         ``None`` where there are others, and while somebody traces.
         """
-        if self.outlined is not None:
-            return self.outlined
         if self.bias is not None or self.sinks is not None or torch.compiler.is_compiling():
             return None
         if not (type(self.batch) is type(self.seqlen_q) is type(self.seqlen_k) is int):  # symbols have no hash

@@ -440,15 +440,12 @@ def by_definition(
 ) -> tuple[Tensor, Tensor]:
     """Output and weights (batch, heads, seqlen_q, seqlen_k) as ordinary tensors."""
     with without_autocast(spec.device):
-        score, blind = scores(q, k, spec)
-        weights = probabilities(score, blind, spec)
-    if preference(wanted) is not None or torch.compiler.is_compiling():
-        out = run(q, k, v, spec, wanted, layer)
-        assert isinstance(out, Tensor)
-    else:
-        note(layer, spec, DEFINITION)
-        with without_autocast(spec.device):
-            out = weigh(weights, v, spec)
+        weights = probabilities(*scores(q, k, spec), spec)
+        if preference(wanted) is None and not torch.compiler.is_compiling():
+            note(layer, spec, DEFINITION)
+            return weigh(weights, v, spec), weights
+    out = run(q, k, v, spec, wanted, layer)
+    assert isinstance(out, Tensor)
     return out, weights
 
 

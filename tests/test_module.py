@@ -711,6 +711,38 @@ def test_a_plain_call_runs_the_operators_of_the_layer_written_by_hand(
     assert ran[0] == ran[1]
 
 
+PROJECTIONS = {"aaa": 2, "abb": 3}
+"""Of what is one object, one; the output's among them."""
+
+
+@given(
+    seqlen=st.integers(1, 5),
+    heads=st.sampled_from((1, 2, 4)),
+    batch=st.integers(1, 3),
+    batch_first=st.booleans(),
+    sharing=st.sampled_from(SHARINGS),
+    padding=st.booleans(),
+    shortest=st.booleans(),
+)
+def test_a_projection_is_one_operator_and_nothing_is_copied_but_heads(
+    seqlen: int, heads: int, batch: int, batch_first: bool, sharing: str, padding: bool, shortest: bool
+) -> None:
+    layer = FlashMultiHeadAttention(16, heads, batch_first=batch_first).eval()
+    given = {name: torch.randn(*((batch, seqlen) if batch_first else (seqlen, batch)), 16) for name in "abc"}
+    inputs = [given[name] for name in sharing]
+    mask = torch.zeros(batch, seqlen, dtype=torch.bool) if padding else None
+    patch: Any = contextlib.nullcontext() if shortest else mock.patch.object(plain, "attend", lambda *call: None)
+    with torch.no_grad(), patch, Operators() as operators:
+        out, _ = layer(*inputs, key_padding_mask=mask, need_weights=False)
+    names = [name.removeprefix("aten.").split(".")[0] for name in operators.names]
+    assert names.count("addmm") == PROJECTIONS.get(sharing, 4)
+    assert {"mm", "bmm", "add", "add_", "copy_", "cat", "stack"}.isdisjoint(names)
+    assert out.is_contiguous()
+    if not out.is_cuda:  # where a mask is copied too
+        # what attention gave, where its kernel gives batch by batch and the output lies otherwise
+        assert names.count("clone") <= (not batch_first)
+
+
 @contextlib.contextmanager
 def counted() -> Iterator[list[str]]:
     """The calls of the package's own functions inside the ``with``."""
@@ -727,14 +759,33 @@ def counted() -> Iterator[list[str]]:
         sys.setprofile(before)
 
 
-@pytest.mark.parametrize("need_weights, training, most", [(False, False, 10), (False, True, 10), (True, False, 46)])
-def test_a_plain_call_takes_few_steps(need_weights: bool, training: bool, most: int) -> None:
-    layer, x = FlashMultiHeadAttention(16, 2, batch_first=True).train(training), torch.randn(1, 3, 16)
-    most += 6 * x.is_cuda  # SDPA has more kernels there to choose among
+@pytest.mark.parametrize(
+    "sharing, padding, need_weights, training, most",
+    [
+        ("aaa", False, False, False, 9),
+        ("aaa", False, False, True, 9),
+        ("aaa", False, True, False, 30),
+        ("abb", False, False, True, 11),
+        ("abc", False, False, False, 10),
+        ("aaa", True, False, False, 15),
+        ("abb", True, False, True, 17),
+    ],
+)
+@pytest.mark.parametrize("batch_first", [True, False])
+def test_a_plain_call_takes_few_steps(
+    sharing: str, padding: bool, need_weights: bool, training: bool, most: int, batch_first: bool
+) -> None:
+    layer = FlashMultiHeadAttention(16, 2, batch_first=batch_first).train(training)
+    given = {name: torch.randn(1, 3, 16) if batch_first else torch.randn(3, 1, 16) for name in sharing}
+    inputs, mask = [given[name] for name in sharing], torch.arange(3)[None] > 1 if padding else None
+    if inputs[0].is_cuda:  # SDPA has more kernels there to choose among
+        most += 30 if padding else 7
+    options = {"key_padding_mask": mask, "need_weights": need_weights}
     with torch.set_grad_enabled(training):
-        layer(x, x, x, need_weights=need_weights)  # what is found out once
+        layer(*inputs, **options)  # what is found out once, and once more of a problem with a tensor
+        layer(*inputs, **options)
         with counted() as names:
-            layer(x, x, x, need_weights=need_weights)
+            layer(*inputs, **options)
     assert 0 < len(names) <= most, names
 
 

@@ -4,17 +4,19 @@ import dataclasses
 import weakref
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import flashmha
-from flashmha import FlashMultiHeadAttention, KeyLengths, KeyPadding, backends, causal, explain
+from flashmha import FlashMultiHeadAttention, KeyLengths, KeyPadding, attention, backends, causal, explain
 from flashmha.backends import blocks
 from flashmha.testing import assert_agrees, noise, seeds, specs
 
@@ -88,6 +90,22 @@ def batches(draw: st.DrawFn, **fixed: Any) -> Batch:
         "seed": draw(seeds()),
     }
     return Batch(**{**drawn, **fixed})
+
+
+@given(lengths=st.lists(st.integers(1, 12), min_size=1, max_size=4), grad=st.booleans(), seed=st.integers(0, 2**16))
+def test_padding_is_cut_off_a_cpu_where_enough_is_left_out(lengths: list[int], grad: bool, seed: int) -> None:
+    batch, seqlen, heads, head_dim = len(lengths), 12, 2, 4
+    torch.manual_seed(seed)
+    q, k, v = (torch.randn(batch, seqlen, heads, head_dim, device="cpu", requires_grad=grad) for _ in range(3))
+    mask = KeyPadding(torch.arange(seqlen, device="cpu") < torch.tensor(lengths, device="cpu")[:, None])
+    with pytest.MonkeyPatch.context() as patch, mock.patch.object(F, "scaled_dot_product_attention") as call:
+        patch.setattr(blocks, "WORTH", seqlen * heads * head_dim)  # a key of every query
+        call.side_effect = lambda q, *others, **options: torch.zeros_like(q)
+        attention(q, k, v, mask=mask, backend="sdpa")
+    hidden = batch * seqlen - sum(lengths)
+    assert call.call_count == (batch if hidden * (1 + grad) > 2 * batch else 1)
+    masked = [arguments.args[3] is not None for arguments in call.call_args_list]
+    assert masked == [0 < hidden * (1 + grad) <= 2 * batch] * call.call_count
 
 
 @pytest.mark.parametrize("worth", (0, blocks.WORTH))

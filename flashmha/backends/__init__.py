@@ -196,12 +196,12 @@ class Choice(NamedTuple):
 
 
 chosen: dict[Any, Choice] = {}
-"""What was chosen for a problem: itself where it is shared, else its outline."""
+"""What was chosen for a problem: itself where it is shared, else its form or its outline."""
 
 
 def kept(spec: AttentionSpec) -> Choice | None:
     """What was chosen for a problem before, where it still holds."""
-    name = spec if spec.shared else spec.outline
+    name = spec if spec.shared else spec.form or spec.outline
     known = None if name is None else chosen.get(name)
     if known is None:
         return None
@@ -219,7 +219,7 @@ def keep(spec: AttentionSpec, backend: Backend, reasons: dict[str, str], wait: W
     Others may look at the tensors. Nothing is remembered that was found while a CUDA graph was captured, where a
     package that was not tried out yet is refused.
     """
-    name = spec if spec.shared else spec.outline
+    name = spec if spec.shared else spec.form or spec.outline
     if name is None or capturing(spec):
         return
     stays = keeps()

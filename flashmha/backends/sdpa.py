@@ -83,6 +83,8 @@ class Sdpa(Backend):
         items = cut(spec)
         if items is not None:
             return attend_cut(q, k, v, items, spec)
+        if q.is_cpu:
+            return attend(q, k, v, spec.allowed(), spec)
         return attend(q, k, v, together(spec) if padding else dense(spec), spec)
 
 
@@ -168,7 +170,7 @@ def attend_on_cuda(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> Tens
         # the fused kernels multiply the zeros that are left by 1 / (1 - 1)
         k, v = for_every_head(k, v, spec)
         with only([SDPBackend.MATH]):
-            return attend(q, k, v, dense(spec), spec)
+            return attend(q, k, v, spec.allowed() if q.is_cpu else dense(spec), spec)
     masked = spec.mask is not None or spec.bias is not None
     if masked and packs(spec):
         return attend_packed(q, k, v, spec)
