@@ -55,7 +55,7 @@ def enter(
     if packed is not None:
         return packed
     padding = handed_down(encoder, src, mask, key_padding_mask)
-    first = real_first(encoder, src, mask, padding)
+    first = real_first(encoder, src, mask, padding, is_causal)
     if first is not None:
         return Route(first.tokens, None, first.padding, False, first, None, True, why)
     return Route(src, mask, padding, is_causal, why=why)
@@ -99,12 +99,14 @@ def left_out(
     return Route(packed.tokens, joined(packed.documents, *windows), None, False, packed, None, nesting), None
 
 
-def real_first(encoder: nn.TransformerEncoder, src: Tensor, mask: Any, rule: Any) -> RealFirst | None:
+def real_first(encoder: nn.TransformerEncoder, src: Tensor, mask: Any, rule: Any, is_causal: bool) -> RealFirst | None:
     """The tokens with the real ones of each item first, where a kernel then reads keys where they lie.
 
     Every row stays, and no layer looks at positions; so none notices.
     """
-    if mask is not None or type(rule) is not KeyPadding or not eager(src) or not src.is_cuda:
+    if mask is not None or type(rule) is not KeyPadding or not eager(src):
+        return None
+    if is_causal or not moves_keys(src):  # behind the kinds, which tell FX's proxies apart
         return None
     if unknown(encoder, True) is not None:
         return None
@@ -116,6 +118,11 @@ def real_first(encoder: nn.TransformerEncoder, src: Tensor, mask: Any, rule: Any
         if padding.positioned(attention, call) is not None:
             return None
     return RealFirst(src, rule, attentions[0].batch_first)
+
+
+def moves_keys(src: Tensor) -> bool:
+    """Kernels here may have keys moved, so that it is worth looking further."""
+    return src.is_cuda
 
 
 def leave(encoder: nn.TransformerEncoder, route: Route, output: Tensor) -> Tensor:

@@ -617,3 +617,71 @@ def test_an_order_is_part_of_one_graph() -> None:
         x, hidden = noise(0, 2, 6, 8), ~validity(pattern, 2, 6, 5)
         with torch._dynamo.config.patch(error_on_recompile=pattern != PATTERNS[0]):
             torch.testing.assert_close(compiled(x, hidden), model(x, src_key_padding_mask=hidden))
+
+
+@contextlib.contextmanager
+def a_gpu_that_moves_keys() -> Any:
+    """Tokens take another order as they would on a GPU."""
+    whole = route.padding.positioned
+
+    def on_a_gpu(layer: Any, call: Any) -> str | None:
+        why = whole(layer, call)
+        return None if why is not None and why.startswith("no kernel") else why
+
+    moves = mock.patch.object(route, "moves_keys", lambda src: True)
+    with mock.patch.object(route.padding, "positioned", on_a_gpu), moves:
+        yield
+
+
+@pytest.mark.cpu("pretends a GPU")
+@fewer(2)
+@given(
+    pattern=st.sampled_from(PATTERNS),
+    batch_first=st.booleans(),
+    norm_first=st.booleans(),
+    training=st.booleans(),
+    seed=seeds(),
+)
+def test_an_encoder_puts_real_tokens_first_where_keys_would_be_moved(
+    pattern: str, batch_first: bool, norm_first: bool, training: bool, seed: int
+) -> None:
+    layer = nn.TransformerEncoderLayer(8, 2, 16, 0.0, F.gelu, 1e-5, batch_first, norm_first, dtype=torch.float64)
+    model = replace_mha(nn.TransformerEncoder(layer, 2, nn.LayerNorm(8, dtype=torch.float64), False)).train(training)
+    valid = validity(pattern, 2, 6, seed)
+    x = noise(seed, *((2, 6) if batch_first else (6, 2)), 8)
+    expected = of_model(model, x, ~valid)
+    with a_gpu_that_moves_keys(), flashmha.record() as calls:
+        found = of_model(model, x, ~valid)
+    assert_all_close(found, expected)
+    assert [call.spec.features & {"key_padding", "key_lengths"} for call in calls] == [{"key_lengths"}] * 2
+
+
+BESIDE: dict[str, Callable[[Any], dict[str, Any]]] = {
+    "a causal mask": lambda model: {"mask": torch.ones(6, 6, dtype=torch.bool).triu(1)},
+    "a causal mask and its hint": lambda model: {
+        "mask": torch.ones(6, 6, dtype=torch.bool).triu(1),
+        "is_causal": True,
+    },
+    "a hint that is trusted": lambda model: replace_mha(model, trust_is_causal=True) and {"is_causal": True},
+    "a window": lambda model: setattr(model.layers[1].self_attn, "window", (2, 2)) or {},
+    "a hook": lambda model: model.layers[0].linear1.register_forward_hook(lambda *_: None) and {},
+    "a module that may mix tokens": lambda model: setattr(model.layers[0], "dropout", nn.Sequential()) or {},
+}
+
+
+@pytest.mark.cpu("pretends a GPU")
+@pytest.mark.parametrize("beside", BESIDE)
+def test_tokens_stay_where_their_order_counts(beside: str) -> None:
+    model, x, hidden = small(layers=2), noise(0, 2, 6, 8), ~validity("holes", 2, 6, 3)
+    more = BESIDE[beside](model)
+    expected = of_model(model, x, hidden, **more)
+    with a_gpu_that_moves_keys(), flashmha.record() as calls:
+        assert_all_close(of_model(model, x, hidden, **more), expected)
+    assert calls and not any("key_lengths" in call.spec.features for call in calls)
+
+
+@pytest.mark.cpu("pretends a GPU")
+def test_a_hint_without_its_mask_stays_an_error() -> None:
+    model, x, hidden = small(layers=2), noise(0, 2, 6, 8), ~validity("holes", 2, 6, 3)
+    with a_gpu_that_moves_keys(), pytest.raises(RuntimeError, match="is_causal hint"):
+        model(x, src_key_padding_mask=hidden, is_causal=True)
