@@ -51,7 +51,8 @@ def cut(spec: AttentionSpec) -> list[Item] | None:
             items = cut_documents(documents, window is not None, spec)
     elif kinds & {KeyPadding, KeyLengths} and kinds <= {KeyPadding, KeyLengths, Window}:
         drawing = "dropout" in spec.features  # for the whole problem at once, as torch draws
-        if follows(window, True, spec.seqlen_q - spec.seqlen_k) and work > WORTH and spec.batch and not drawing:
+        most = work * (2 if spec.needs_grad else 1)
+        if follows(window, True, spec.seqlen_q - spec.seqlen_k) and most > 2 * WORTH and spec.batch and not drawing:
             items = cut_padding(spec, window is not None)
     # where nobody looks at anything, the mask keeps the output in the autograd graph
     return items if items and any(piece[1] is not None for item in items for piece in item.pieces) else None
