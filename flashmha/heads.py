@@ -52,7 +52,7 @@ def split(packed: Tensor, head_dim: int, sizes: list[int]) -> tuple[Tensor, ...]
         made: tuple[Tensor, ...] = Heads.apply(packed.view(outer, inner, sum(sizes), head_dim), sizes)  # type: ignore[no-untyped-call]
         return made
     count = len(sizes)
-    if sizes.count(sizes[0]) == count:
+    if sizes == [sizes[0]] * count:  # Dynamo 2.8 does not trace list.count
         return packed.view(outer, inner, count, sizes[0], head_dim).unbind(2)
     return packed.view(outer, inner, sum(sizes), head_dim).split_with_sizes(sizes, -2)
 

@@ -59,7 +59,8 @@ def cut(spec: AttentionSpec) -> list[Item] | None:
             items = cut_documents(documents, how, spec)
     elif kinds & {KeyPadding, KeyLengths} and kinds <= {KeyPadding, KeyLengths, Window}:
         drawing = "dropout" in spec.features  # for the whole problem at once, as torch draws
-        if work > WORTH and follows(window, True, spec.seqlen_q - spec.seqlen_k) and spec.batch and not drawing:
+        most = work * (2 if spec.needs_grad else 1)
+        if follows(window, True, spec.seqlen_q - spec.seqlen_k) and most > 2 * WORTH and spec.batch and not drawing:
             rule = padding(spec)
             assert rule is not None
             sizes = (spec.seqlen_q, spec.seqlen_k, spec.heads, spec.head_dim, spec.needs_grad)
