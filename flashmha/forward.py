@@ -57,8 +57,10 @@ def attend(
     if not (type(need_weights) is type(average_attn_weights) is type(is_causal) is bool):
         check_flags(need_weights=need_weights, average_attn_weights=average_attn_weights, is_causal=is_causal)
     need_weights = need_weights and layer.need_weights
-    if attn_mask is None and not is_causal and backend is None:
-        found = plain.attend(layer, query, key, value, key_padding_mask, need_weights, average_attn_weights)
+    if backend is None:
+        found = plain.attend(
+            layer, query, key, value, key_padding_mask, need_weights, average_attn_weights, attn_mask, is_causal
+        )
         if found is not None:
             return found
     unmasked = key_padding_mask is None and attn_mask is None

@@ -194,9 +194,6 @@ class Padding(Mask):
     _kept: Kept | None
     _private: bool
 
-    def __init__(self) -> None:
-        self._kept, self._private = None, False
-
     def real(self, seqlen_k: int) -> Tensor:
         """Which keys are real, (batch, seqlen_k) bool."""
         raise NotImplementedError
@@ -307,8 +304,7 @@ class KeyPadding(Padding):
             raise ValueError(
                 f"valid must be a bool tensor of shape (batch, seqlen_k), True = may attend, got {told(valid)}."
             )
-        super().__init__()
-        self.valid = valid
+        self.valid, self._kept, self._private = valid, None, False
 
     def real(self, seqlen_k: int) -> Tensor:
         return self.valid
@@ -349,8 +345,7 @@ class KeyLengths(Padding):
     def __init__(self, lengths: Tensor) -> None:
         if not is_vector_of_integers(lengths):
             raise ValueError(f"lengths must be an int32 or int64 tensor of shape (batch,), got {told(lengths)}.")
-        super().__init__()
-        self.lengths = lengths
+        self.lengths, self._kept, self._private = lengths, None, False
 
     def real(self, seqlen_k: int) -> Tensor:
         def table() -> Tensor:

@@ -1,4 +1,4 @@
-"""The plain call: attention beside no mask but bool padding, by the shortest way through a layer.
+"""The plain call: attention beside no mask but padding, documents or the causal hint, by the shortest way.
 
 A small layer takes as long as its Python. What ``forward`` finds out step by step about any call is known of this one
 from a look at its layer and its input, so it is one projection, one kernel and one projection, as if written by hand.
@@ -19,8 +19,8 @@ from .backends import OWN, choose, note
 from .backends import state as thread
 from .backends.base import HALF
 from .features import HOPS
-from .functional import check_result
-from .masks import KeyLengths, KeyPadding, Padding, private
+from .functional import casts_to, check_result, without_autocast
+from .masks import Documents, KeyLengths, KeyPadding, Mask, Padding, causal, private
 from .projection import PLAIN, by_one_matrix
 from .spec import SHARED, AttentionSpec, asks_deterministic, only_warns
 from .weights import attention_with_weights
@@ -59,6 +59,8 @@ def attend(
     key_padding_mask: Padding | Tensor | None,
     need_weights: bool,
     average: bool,
+    attn_mask: Mask | Tensor | None = None,
+    is_causal: bool = False,
 ) -> tuple[Tensor, Tensor | None] | None:
     """What a layer returns for a call; ``None`` where ``forward`` has to look closer."""
     if torch.compiler.is_compiling() or type(query) is not Tensor or query.is_nested:
@@ -66,8 +68,11 @@ def attend(
     kind = type(layer)
     if kind not in usual or usual[kind] != hops_of(kind):
         return None
-    # who casts, traces or transforms wants to see every step
-    if casts() or transforms() or traces() is not None:
+    # who traces or transforms wants to see every step
+    if transforms() or traces() is not None:
+        return None
+    cast = casts() and casts_to(query.device) is not None
+    if need_weights and (cast or attn_mask is not None or is_causal):
         return None
     state, shape, dtype = layer.__dict__, query.shape, query.dtype
     out_proj = state["_modules"].get("out_proj")
@@ -100,31 +105,35 @@ def attend(
         if not are_keys(key, value, shape, dtype, batch_first):
             return None
         keys = key.shape  # type: ignore[assignment]  # mypy knows two classes of that name
-    mask: Padding | None = None
-    if key_padding_mask is not None:
-        mask = None if layer.skip_padding else rule(key_padding_mask, keys[:2], batch_first, query.device)
+    mask: Mask | None = None
+    if key_padding_mask is not None or attn_mask is not None or is_causal:
+        if key_padding_mask is not None and layer.skip_padding:
+            return None
+        sizes = (keys[0], shape[1], keys[1]) if batch_first else (keys[1], shape[0], keys[0])
+        mask = rule(key_padding_mask, attn_mask, is_causal, sizes, query.device)
         if mask is None:
             return None
-        mask = mask.own() if need_weights else mask
+        mask = mask.own() if need_weights and isinstance(mask, Padding) else mask
     q, k, v = by_one_matrix(query, key, value, weight, bias, heads, heads, width // heads)
     if not batch_first:
         q, k, v = q.transpose(0, 1), k.transpose(0, 1), v.transpose(0, 1)
     grad = q.requires_grad or k.requires_grad or v.requires_grad
     # fmt: off
     asked = (
-        shape, keys, heads, batch_first, dtype, query.device, grad, dropout, type(mask), asks_deterministic(),
-        only_warns(),
+        shape, keys, heads, batch_first, q.dtype, query.device, grad, dropout, type(mask), asks_deterministic(),
+        only_warns(), mask.sizes if type(mask) is Documents else None,
     )
     # fmt: on
     known = problems.get(asked)
     if known is None:
         known = AttentionSpec.of(q, k, v, mask=mask, dropout_p=dropout)
-        known = known if mask is None else known.unpadded()
+        if not (known.shared or mask is None):
+            known = known.unpadded()
         if type(q) is Tensor:
             if len(problems) >= SHARED:
                 problems.clear()
             problems[asked] = known
-    spec = known if mask is None else known.padded(mask)
+    spec = known if mask is None or known.shared else known.padded(mask)
     weights: Tensor | None = None
     if need_weights:
         out, weights = attention_with_weights(q, k, v, spec, None, layer, average=average)
@@ -132,7 +141,11 @@ def attend(
         backend = choose(spec)
         if thread.calls is not None:
             note(layer, spec, backend)
-        out = backend(q, k, v, spec)  # type: ignore[assignment]
+        if cast:
+            with without_autocast(query.device):
+                out = backend(q, k, v, spec)  # type: ignore[assignment]
+        else:
+            out = backend(q, k, v, spec)  # type: ignore[assignment]
         if type(backend) not in OWN:
             check_result(out, spec, backend)
     if not batch_first:
@@ -150,13 +163,37 @@ def are_keys(key: Tensor, value: Tensor, shape: torch.Size, dtype: torch.dtype, 
     return key.dtype == value.dtype == dtype
 
 
-def rule(given: Padding | Tensor, sizes: tuple[int, ...], batch_first: bool, device: torch.device) -> Padding | None:
-    """The padding of a call as a rule: a bool tensor, or a rule already, that fits keys of ``sizes`` on a device."""
-    batch, seqlen = sizes if batch_first else (sizes[1], sizes[0])
-    held = given.tensors()[0] if isinstance(given, Padding) else given
-    wanted = (batch,) if type(given) is KeyLengths else (batch, seqlen)
-    if type(held) is not Tensor or held.shape != wanted or held.device != device:
+def rule(
+    key_padding_mask: Padding | Tensor | None,
+    attn_mask: Mask | Tensor | None,
+    is_causal: bool,
+    sizes: tuple[int, int, int],
+    device: torch.device,
+) -> Mask | None:
+    """The mask of a call of (batch, seqlen_q, seqlen_k): padding, documents or the causal hint.
+
+    ``None`` for anything else, and for what may be an error.
+    """
+    batch, seqlen_q, seqlen_k = sizes
+    if attn_mask is None and not is_causal:
+        if type(key_padding_mask) is Tensor:
+            fits = key_padding_mask.shape == (batch, seqlen_k) and key_padding_mask.device == device
+            return private(KeyPadding(~key_padding_mask)) if fits and key_padding_mask.dtype == torch.bool else None
+        attn_mask, key_padding_mask = key_padding_mask, None  # type: ignore[assignment]
+    if key_padding_mask is not None:
         return None
-    if isinstance(given, Padding):
-        return given
-    return private(KeyPadding(~held)) if held.dtype == torch.bool else None
+    if type(attn_mask) in RULES:
+        mask: Mask = attn_mask  # type: ignore[assignment]
+        if any(tensor.device != device for tensor in mask.tensors()):
+            return None
+        mask.check(batch, 1, seqlen_q, seqlen_k)
+        return mask
+    if not is_causal or type(attn_mask) is not Tensor or attn_mask.shape != (seqlen_q, seqlen_k):
+        return None
+    return CAUSAL if attn_mask.dtype == torch.bool or attn_mask.is_floating_point() else None
+
+
+RULES = (KeyPadding, KeyLengths, Documents)
+"""Masks that are taken as they are."""
+CAUSAL = causal(align="top_left")
+"""What the hint promises."""

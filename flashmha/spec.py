@@ -177,7 +177,12 @@ class AttentionSpec:
             except TypeError:  # what has no hash is no number, and is refused below
                 key = known = None
             if known is not None:
-                return known if known.shared else known.padded(mask)  # type: ignore[arg-type]
+                if known.shared or mask is None:
+                    return known
+                if any(tensor.device != device for tensor in mask.tensors()):
+                    refuse_device("mask", mask, device)
+                mask.check(known.batch, known.heads, known.seqlen_q, known.seqlen_k)
+                return known.padded(mask)
         if not (q.dim() == k.dim() == v.dim() == 4 and dtype == k.dtype == v.dtype and device == k.device == v.device):
             refuse_tensors(q, k, v)
         if not dtype.is_floating_point:
@@ -246,11 +251,7 @@ class AttentionSpec:
         return self.changed(mask=None)
 
     def padded(self, mask: Mask) -> AttentionSpec:
-        """The problem of this form over a mask of its kind."""
-        for held in mask.tensors():
-            if held.device != self.device:
-                refuse_device("mask", mask, self.device)
-        mask.check(self.batch, self.heads, self.seqlen_q, self.seqlen_k)
+        """The problem of this form over a mask of its kind, not checked again."""
         twin: AttentionSpec = object.__new__(AttentionSpec)
         twin.__dict__.update(self.__dict__)
         twin.__dict__.update({"mask": mask, "form": self})

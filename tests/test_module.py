@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import flashmha
-from flashmha import FlashMultiHeadAttention, Window, plain, record
+from flashmha import Documents, FlashMultiHeadAttention, KeyPadding, Window, plain, record
 from flashmha.testing import (
     Blueprint,
     Call,
@@ -28,6 +28,7 @@ from flashmha.testing import (
     assert_drop_in,
     assert_same,
     blueprints,
+    noise,
     problems,
 )
 from flashmha.testing.call import ATTN_MASKS, LAYOUTS, SHARINGS
@@ -764,11 +765,11 @@ def counted() -> Iterator[list[str]]:
     [
         ("aaa", False, False, False, 9),
         ("aaa", False, False, True, 9),
-        ("aaa", False, True, False, 30),
+        ("aaa", False, True, False, 31),
         ("abb", False, False, True, 11),
         ("abc", False, False, False, 10),
-        ("aaa", True, False, False, 15),
-        ("abb", True, False, True, 17),
+        ("aaa", True, False, False, 17),
+        ("abb", True, False, True, 19),
     ],
 )
 @pytest.mark.parametrize("batch_first", [True, False])
@@ -800,7 +801,7 @@ FEATURES: tuple[dict[str, Any], ...] = (
 
 
 @given(
-    problem=problems(attn_masks=("none",)),
+    problem=problems(attn_masks=("none", "bool causal", "float causal")),
     features=st.sampled_from(FEATURES),
     change=st.sampled_from((None, "weights", "frozen", "hop", "class", "class window")),
 )
@@ -863,6 +864,44 @@ def test_the_shortest_way_is_taken_where_nothing_is_asked(
             if padding:
                 for other in (mask[:, :2], mask[:1], mask.float(), mask[None]):
                     assert plain.attend(layer, *inputs, other, need_weights, average) is None
+
+
+@given(
+    lengths=st.lists(st.integers(0, 4), min_size=1, max_size=3).filter(any),
+    tail=st.integers(0, 2),
+    cast=st.booleans(),
+    batch_first=st.booleans(),
+    training=st.booleans(),
+    kind=st.sampled_from(("documents", "padding", "hint", "rule")),
+)
+def test_masks_and_autocast_take_the_shortest_way(
+    lengths: list[int], tail: int, cast: bool, batch_first: bool, training: bool, kind: str
+) -> None:
+    layer = FlashMultiHeadAttention(8, 2, batch_first=batch_first).train(training)
+    size = sum(lengths) + tail
+    x = noise(0, 1, size, 8, dtype=torch.float32)
+    x = (x if batch_first else x.transpose(0, 1)).requires_grad_()
+    valid = torch.arange(size)[None] < sum(lengths)
+    masks: dict[str, dict[str, Any]] = {
+        "documents": {"attn_mask": Documents(torch.tensor([0, *lengths]).cumsum(0))},
+        "padding": {"key_padding_mask": ~valid},
+        "hint": {"attn_mask": torch.ones(size, size, dtype=torch.bool).triu(1), "is_causal": True},
+        "rule": {"attn_mask": KeyPadding(valid)},
+    }
+    found, shortest, taken = [], plain.attend, []
+
+    def watched(*call: Any) -> Any:
+        answer = shortest(*call)
+        taken.append(answer is not None)
+        return answer
+
+    for way in (watched, lambda *call: None):
+        with mock.patch.object(plain, "attend", way), torch.autocast(x.device.type, torch.bfloat16, enabled=cast):
+            out, _ = layer(x, x, x, need_weights=False, **masks[kind])
+        found.append([out, *torch.autograd.grad(out.float().square().sum(), [x, *layer.parameters()])])
+    assert taken == [True]
+    for short, long in zip(*found):
+        assert torch.equal(short, long)
 
 
 @given(features=st.sampled_from(FEATURES))
