@@ -45,10 +45,13 @@ WORTH = 2**22
 """Elements of a projection from which the copy that ``Heads`` spares takes longer than its Python."""
 
 
-def split(packed: Tensor, head_dim: int, sizes: list[int]) -> tuple[Tensor, ...]:
-    """Queries, keys and values (.., .., heads, head_dim) out of (.., .., features of all heads), as views."""
+def split(packed: Tensor, head_dim: int, sizes: list[int], together: bool = False) -> tuple[Tensor, ...]:
+    """Queries, keys and values (.., .., heads, head_dim) out of (.., .., features of all heads), as views.
+
+    ``together`` where their gradients may come side by side.
+    """
     outer, inner, _ = packed.shape
-    if packed.is_cuda and spares(packed):
+    if together:
         made: tuple[Tensor, ...] = Heads.apply(packed.view(outer, inner, sum(sizes), head_dim), sizes)  # type: ignore[no-untyped-call]
         return made
     count = len(sizes)

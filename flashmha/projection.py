@@ -12,10 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
+from .backends import get
 from .backends.base import HALF
 from .call import each_once
 from .features import is_quantised
-from .heads import split
+from .heads import spares, split
 
 if TYPE_CHECKING:
     from .module import FlashMultiHeadAttention
@@ -68,12 +69,18 @@ def by_one_matrix(
     biases = (None, None, None) if bias is None else bias.split_with_sizes(sizes)
     q = F.linear(query, weights[0], biases[0]).view(outer, inner, heads, head_dim)
     if key is value:
-        k, v = split(F.linear(key, weights[1], biases[1]), head_dim, [heads_kv, heads_kv])
+        packed = F.linear(key, weights[1], biases[1])
+        k, v = split(packed, head_dim, [heads_kv, heads_kv], packed.is_cuda and joins(packed))
     else:
         outer, inner, _ = key.shape
         k = F.linear(key, weights[1], biases[1]).view(outer, inner, heads_kv, head_dim)
         v = F.linear(value, weights[2], biases[2]).view(outer, inner, heads_kv, head_dim)
     return q, k, v
+
+
+def joins(packed: Tensor) -> bool:
+    """Gradients of these heads may come side by side: flash-attn 4 is here, which writes them so, and it pays."""
+    return spares(packed) and get("flash4").unavailable(packed.device) is None
 
 
 def swapped(x: Tensor) -> Tensor:

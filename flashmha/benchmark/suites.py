@@ -45,8 +45,8 @@ def evenly(batch: int, seqlen: int, fill: float) -> tuple[int, ...]:
 
 def lengths_of(batch: int, seqlen: int, fill: float, seed: int = 0) -> tuple[int, ...]:
     """Drawn lengths up to ``seqlen`` with this share of real tokens, none of them 0."""
-    generator = torch.Generator().manual_seed(seed)
-    drawn = torch.rand(batch, generator=generator, dtype=torch.float64)
+    generator = torch.Generator("cpu").manual_seed(seed)
+    drawn = torch.rand(batch, generator=generator, dtype=torch.float64, device="cpu")
     drawn[drawn.argmax()] = 1.0  # one sequence is full: nothing could be cut off all of them
     few, many = 0.0, 100.0
     lengths = drawn
