@@ -71,8 +71,8 @@ def attend(
     # who traces or transforms wants to see every step
     if transforms() or traces() is not None:
         return None
-    cast = casts() and casts_to(query.device) is not None
-    if need_weights and (cast or attn_mask is not None or is_causal):
+    cast = casts_to(query.device) if casts() else None
+    if need_weights and (cast is not None or attn_mask is not None or is_causal):
         return None
     state, shape, dtype = layer.__dict__, query.shape, query.dtype
     out_proj = state["_modules"].get("out_proj")
@@ -114,38 +114,41 @@ def attend(
         if mask is None:
             return None
         mask = mask.own() if need_weights and isinstance(mask, Padding) else mask
-    q, k, v = by_one_matrix(query, key, value, weight, bias, heads, heads, width // heads)
-    if not batch_first:
-        q, k, v = q.transpose(0, 1), k.transpose(0, 1), v.transpose(0, 1)
-    grad = q.requires_grad or k.requires_grad or v.requires_grad
+    recorded = torch.is_grad_enabled()
+    grad = recorded and (query.requires_grad or key.requires_grad or value.requires_grad or weight.requires_grad)
+    grad = grad or (recorded and bias is not None and bias.requires_grad)
     # fmt: off
     asked = (
-        shape, keys, heads, batch_first, q.dtype, query.device, grad, dropout, type(mask), asks_deterministic(),
+        shape, keys, heads, batch_first, dtype, cast, query.device, grad, dropout, type(mask), asks_deterministic(),
         only_warns(), mask.sizes if type(mask) is Documents else None,
     )
     # fmt: on
-    known = problems.get(asked)
-    if known is None:
-        known = AttentionSpec.of(q, k, v, mask=mask, dropout_p=dropout)
-        if not (known.shared or mask is None):
-            known = known.unpadded()
+    known, spec, backend = problems.get(asked), None, None
+    if known is not None:
+        spec = known if mask is None or known.shared else known.padded(mask)
+        backend = None if need_weights else choose(spec)
+    together = backend is not None and backend.joins_gradients
+    q, k, v = by_one_matrix(query, key, value, weight, bias, heads, heads, width // heads, together)
+    if not batch_first:
+        q, k, v = q.transpose(0, 1), k.transpose(0, 1), v.transpose(0, 1)
+    if spec is None:
+        spec = AttentionSpec.of(q, k, v, mask=mask, dropout_p=dropout)
         if type(q) is Tensor:
             if len(problems) >= SHARED:
                 problems.clear()
-            problems[asked] = known
-    spec = known if mask is None or known.shared else known.padded(mask)
+            problems[asked] = spec if spec.shared or mask is None else spec.unpadded()
+        backend = None if need_weights else choose(spec)
     weights: Tensor | None = None
-    if need_weights:
+    if backend is None:
         out, weights = attention_with_weights(q, k, v, spec, None, layer, average=average)
     else:
-        backend = choose(spec)
         if thread.calls is not None:
             note(layer, spec, backend)
-        if cast:
+        if cast is None:
+            out = backend(q, k, v, spec)  # type: ignore[assignment]
+        else:
             with without_autocast(query.device):
                 out = backend(q, k, v, spec)  # type: ignore[assignment]
-        else:
-            out = backend(q, k, v, spec)  # type: ignore[assignment]
         if type(backend) not in OWN:
             check_result(out, spec, backend)
     if not batch_first:

@@ -55,8 +55,12 @@ def by_one_matrix(
     heads: int,
     heads_kv: int,
     head_dim: int,
+    together: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Heads (.., .., heads, head_dim) of (.., .., features); what is one object is projected by one operator."""
+    """Heads (.., .., heads, head_dim) of (.., .., features); what is one object is projected by one operator.
+
+    ``together`` where a backend may write gradients of neighbouring heads side by side.
+    """
     outer, inner, _ = query.shape
     if query is key and key is value:
         packed = F.linear(query, weight, bias)
@@ -70,7 +74,7 @@ def by_one_matrix(
     q = F.linear(query, weights[0], biases[0]).view(outer, inner, heads, head_dim)
     if key is value:
         packed = F.linear(key, weights[1], biases[1])
-        k, v = split(packed, head_dim, [heads_kv, heads_kv], packed.is_cuda and joins(packed))
+        k, v = split(packed, head_dim, [heads_kv, heads_kv], together and packed.is_cuda and joins(packed))
     else:
         outer, inner, _ = key.shape
         k = F.linear(key, weights[1], biases[1]).view(outer, inner, heads_kv, head_dim)

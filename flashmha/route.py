@@ -14,7 +14,7 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from . import padding
 from .call import Reading, read_call
-from .features import MARK, replaced
+from .features import HOPS, MARK, replaced
 from .masks import KeyPadding, Mask, Padding, Window, eager, joined, plainly, private
 from .module import FlashMultiHeadAttention
 from .order import RealFirst
@@ -51,31 +51,38 @@ def enter(
     Padding is left out once where every layer has ``skip_padding``, and in eval without gradients where the stock
     encoder would make nested tensors. Else, where a kernel gains by it, the real tokens of each item come first.
     """
-    packed, why = left_out(encoder, src, mask, key_padding_mask, is_causal)
-    if packed is not None:
-        return packed
-    padding = handed_down(encoder, src, mask, key_padding_mask)
-    first = real_first(encoder, src, mask, padding, is_causal)
-    if first is not None:
-        return Route(first.tokens, None, first.padding, False, first, None, True, why)
-    return Route(src, mask, padding, is_causal, why=why)
+    if key_padding_mask is None or not len(encoder.layers):
+        return Route(src, mask, key_padding_mask, is_causal)
+    recorded = not eager(src) or src.is_nested
+    strange = None if recorded else unknown_layers(encoder)
+    way, why = (None, None) if recorded else left_out(encoder, src, mask, key_padding_mask, is_causal, strange)
+    if way is not None:
+        return way
+    rule = handed_down(encoder, src, mask, key_padding_mask, not recorded and strange is None)
+    if strange is None and not recorded:
+        first = real_first(encoder, src, mask, rule, is_causal)
+        if first is not None:
+            return Route(first.tokens, None, first.padding, False, first, None, True, why)
+    return Route(src, mask, rule, is_causal, why=why)
 
 
 def left_out(
     encoder: nn.TransformerEncoder,
     src: Tensor,
     mask: Mask | Tensor | None,
-    key_padding_mask: Tensor | None,
+    key_padding_mask: Tensor,
     is_causal: bool,
+    strange: str | None,
 ) -> tuple[Route | None, str | None]:
-    """The route without padding, or ``None`` and why there is none, where that was asked for."""
-    if key_padding_mask is None or not eager(src) or src.is_nested or not len(encoder.layers):
-        return None, None
+    """The route without padding, or ``None`` and why there is none, where that was asked for.
+
+    ``strange`` is what in a layer may count on (batch, seqlen).
+    """
     skipping = [getattr(getattr(layer, "self_attn", None), "skip_padding", False) for layer in encoder.layers]
     nesting = not all(skipping) and would_nest(encoder, src, mask)
     if not (all(skipping) or nesting):
         return None, "not every layer has skip_padding" if any(skipping) else None
-    why = unknown(encoder, nesting)
+    why = strange if strange is not None or nesting else unknown_norm(encoder)
     if why is not None:
         return None, why
     attentions: list[Any] = [layer.self_attn for layer in encoder.layers]
@@ -106,12 +113,10 @@ def real_first(encoder: nn.TransformerEncoder, src: Tensor, mask: Any, rule: Any
     """
     if mask is not None or type(rule) is not KeyPadding or not eager(src):
         return None
-    if is_causal or not moves_keys(src):  # behind the kinds, which tell FX's proxies apart
-        return None
-    if unknown(encoder, True) is not None:
+    if is_causal or not moves_keys(src):
         return None
     attentions: list[Any] = [layer.self_attn for layer in encoder.layers]
-    for attention in attentions:
+    for attention in different(attentions):
         if attention.batch_first != attentions[0].batch_first:
             return None
         call = read_call(attention, src, src, src, rule, False, None, False)
@@ -174,7 +179,7 @@ def refusal(attentions: list[Any], call: Reading) -> str | None:
     first = attentions[0]
     if not call.batched:
         return "src without a batch axis"
-    for attention in attentions:
+    for attention in different(attentions):
         if (attention.batch_first, attention.trust_is_causal) != (first.batch_first, first.trust_is_causal):
             return "layers that differ in batch_first or trust_is_causal"
         why = padding.unpackable(attention, call)
@@ -183,10 +188,28 @@ def refusal(attentions: list[Any], call: Reading) -> str | None:
     return padding.beside_holes(call, *[attention.window for attention in attentions])
 
 
-def handed_down(encoder: Any, src: Any, mask: Any, padding: Any) -> Any:
+def different(attentions: list[Any]) -> list[Any]:
+    """The first layer, and those that are not like it in all that decides whether padding may go."""
+    first = attentions[0]
+    kind, form = type(first), form_of(first)
+    return [first, *(x for x in attentions[1:] if type(x) is not kind or has_more(x) or form_of(x) != form)]
+
+
+form_of = operator.attrgetter(
+    "batch_first", "trust_is_causal", "window", "backend", "num_heads", "embed_dim", "add_zero_attn"
+)
+
+
+def has_more(attention: Any) -> bool:
+    """Methods that are the instance's, or a learned key."""
+    return attention.bias_k is not None or not attention.__dict__.keys().isdisjoint(HOPS)
+
+
+def handed_down(encoder: Any, src: Any, mask: Any, padding: Any, known: bool) -> Any:
     """A bool padding mask as one rule for every layer, which keeps what is computed of it; else as it came.
 
     As a tensor it goes to layers, hooks and patches that may count on one, into a graph, and where it is an error.
+    ``known`` of layers that are known to take tokens one by one.
     """
     if not isinstance(padding, Tensor) or padding.dtype != torch.bool:
         return padding
@@ -195,7 +218,7 @@ def handed_down(encoder: Any, src: Any, mask: Any, padding: Any) -> Any:
     if src.is_nested or src.dim() != 3 or (isinstance(mask, Tensor) and mask.dtype != torch.bool):
         return padding
     for layer in encoder.layers:  # not all(...), which Dynamo 2.8 does not trace
-        if not takes_rules(layer, src, padding):
+        if not fits(layer.self_attn, src, padding) if known else not takes_rules(layer, src, padding):
             return padding
     if GLOBAL_HOOKS[0] or GLOBAL_HOOKS[1]:
         return padding
@@ -223,6 +246,11 @@ def takes_rules(layer: Any, src: Tensor, padding: Tensor) -> bool:
         ours = 1 if MARK in module._forward_pre_hooks else 0
         if module._forward_hooks or len(module._forward_pre_hooks) > ours or module._compiled_call_impl is not None:
             return False
+    return fits(attention, src, padding)
+
+
+def fits(attention: Any, src: Tensor, padding: Tensor) -> bool:
+    """A mask has the sizes (batch, seqlen) of a layer's input."""
     batch, seqlen = src.shape[:2] if attention.batch_first else (src.shape[1], src.shape[0])
     return padding.shape == (batch, seqlen)
 
@@ -259,15 +287,25 @@ def expect(kind: type[nn.Module]) -> None:
     KNOWN[kind] = blocks_of(kind)
 
 
-def unknown(encoder: nn.TransformerEncoder, padded_norm: bool = False) -> str | None:
+def unknown(encoder: nn.TransformerEncoder) -> str | None:
     """What in an encoder may count on (batch, seqlen), so that padding stays; ``None`` for nothing."""
+    return unknown_layers(encoder) or unknown_norm(encoder)
+
+
+def unknown_layers(encoder: nn.TransformerEncoder) -> str | None:
+    """The same of its layers."""
     if _has_any_global_hook():
         return "hooks on every module"
     for number, layer in enumerate(encoder.layers):
         why = unknown_layer(layer)
         if why is not None:
             return f"layers.{number}{why}"
-    why = None if encoder.norm is None or padded_norm else unknown_part(encoder.norm)
+    return None
+
+
+def unknown_norm(encoder: nn.TransformerEncoder) -> str | None:
+    """The same of its last norm."""
+    why = None if encoder.norm is None else unknown_part(encoder.norm)
     return None if why is None else f"norm {why}"
 
 

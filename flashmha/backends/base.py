@@ -147,6 +147,8 @@ class Backend(abc.ABC):
     """How to get it, said when it is not there."""
     remark: ClassVar[str | None] = None
     """What tables say beside the limits, which are not all there is to say."""
+    joins_gradients: ClassVar[bool] = False
+    """It writes the gradients of q, k and v that lie side by side in one tensor side by side too."""
     compiles: ClassVar[Literal["kinds", "shapes"] | None] = None
     """Compiles a kernel, which takes seconds, for each kind of problem or each shape: tests draw from a fixed grid."""
     tolerance: ClassVar[tuple[float, float]] = (2.0, 3.0)

@@ -41,6 +41,7 @@ class Flash4(FlashAttn):
     distribution = "flash-attn-4"
     install = "pip install --pre flash-attn-4"
     compiles = "kinds"
+    joins_gradients = True
     remark = (
         "no backward of a head_dim below 128 that is 1 to 16 modulo 32; mask tensors on sm9x alone, one for all heads"
     )
