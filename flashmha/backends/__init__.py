@@ -70,7 +70,7 @@ def order(spec: AttentionSpec) -> tuple[str, ...]:
     """The order in which automatic choice asks: the list's, in which our own backends stand as they were measured.
 
     Others stay where they were registered, and what ``prefer`` moved stays there. SDPA comes first of our own while one
-    of its switches is off, as inside ``sdpa_kernel(...)``: it alone obeys them.
+    of its switches is off, as inside ``sdpa_kernel(...)``: it alone obeys them; and for short problems inside a graph.
     """
     discover()
     row = tuned.row(spec)
@@ -83,11 +83,21 @@ def order(spec: AttentionSpec) -> tuple[str, ...]:
         first = tuple([name for name in first if name != late])  # what it was measured at is not what it would do
     if late in registry.preferred:
         late = ""
-    if switched(spec):
+    if switched(spec) or (late != "sdpa" and is_part(spec)):
         first = ("sdpa", *first)
     if torch.compiler.is_compiling():
         return arranged(registry.entries, first, late, anchor)
     return remembered(registry.entries, first, late, anchor)
+
+
+def is_part(spec: AttentionSpec) -> bool:
+    """A short problem in a graph that is compiled for a GPU: launching another package's kernel takes longer there than
+    it saves. Of sizes that are symbols nothing is known, nor asked, which would bind the graph to it."""
+    if not torch.compiler.is_compiling() or spec.device.type != "cuda":
+        return False
+    from torch.fx.experimental.symbolic_shapes import statically_known_true  # sympy's import takes most of a second
+
+    return bool(statically_known_true(work(spec) < WORTH))
 
 
 BUILDS_MASKS = frozenset(("window", "documents", "softcap"))
