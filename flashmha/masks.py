@@ -190,8 +190,9 @@ class Padding(Mask):
     tensor has changed: on a CPU its values are compared, elsewhere its version and address. Copies keep nothing.
     """
 
-    __slots__ = ("_kept", "_private")
+    __slots__ = ("_kept", "_met", "_private")
     _kept: Kept | None
+    _met: bool
     _private: bool
 
     def real(self, seqlen_k: int) -> Tensor:
@@ -225,6 +226,14 @@ class Padding(Mask):
             kept.values[name] = make()
         found: T = kept.values[name]
         return found
+
+    def serves_again(self) -> bool:
+        """More than one call has this rule: the caller's, and one of this package's own from the second question on.
+
+        What takes more to prepare than it spares a single call is worth it there.
+        """
+        met, self._met = self._met, True
+        return met or not self._private
 
     def own(self) -> Padding:
         """The same rule over a tensor that is not the caller's, who may change theirs."""
@@ -304,7 +313,8 @@ class KeyPadding(Padding):
             raise ValueError(
                 f"valid must be a bool tensor of shape (batch, seqlen_k), True = may attend, got {told(valid)}."
             )
-        self.valid, self._kept, self._private = valid, None, False
+        self.valid = valid
+        self._kept, self._met, self._private = None, False, False
 
     def real(self, seqlen_k: int) -> Tensor:
         return self.valid
@@ -345,7 +355,8 @@ class KeyLengths(Padding):
     def __init__(self, lengths: Tensor) -> None:
         if not is_vector_of_integers(lengths):
             raise ValueError(f"lengths must be an int32 or int64 tensor of shape (batch,), got {told(lengths)}.")
-        self.lengths, self._kept, self._private = lengths, None, False
+        self.lengths = lengths
+        self._kept, self._met, self._private = None, False, False
 
     def real(self, seqlen_k: int) -> Tensor:
         def table() -> Tensor:
