@@ -190,10 +190,11 @@ class Padding(Mask):
     tensor has changed: on a CPU its values are compared, elsewhere its version and address. Copies keep nothing.
     """
 
-    __slots__ = ("_kept", "_met", "_private")
+    __slots__ = ("_kept", "_private", "lasts")
     _kept: Kept | None
-    _met: bool
     _private: bool
+    lasts: bool
+    """More calls than one have this rule: so have the caller's, and one of this package's own that was met before."""
 
     def real(self, seqlen_k: int) -> Tensor:
         """Which keys are real, (batch, seqlen_k) bool."""
@@ -226,14 +227,6 @@ class Padding(Mask):
             kept.values[name] = make()
         found: T = kept.values[name]
         return found
-
-    def serves_again(self) -> bool:
-        """More than one call has this rule: the caller's, and one of this package's own from the second question on.
-
-        What takes more to prepare than it spares a single call is worth it there.
-        """
-        met, self._met = self._met, True
-        return met or not self._private
 
     def own(self) -> Padding:
         """The same rule over a tensor that is not the caller's, who may change theirs."""
@@ -292,7 +285,7 @@ P = TypeVar("P", bound="Padding")
 
 def private(rule: P) -> P:
     """A rule over a tensor that its maker alone holds, so that it cannot change."""
-    rule._private = True
+    rule._private, rule.lasts = True, False
     return rule
 
 
@@ -314,7 +307,7 @@ class KeyPadding(Padding):
                 f"valid must be a bool tensor of shape (batch, seqlen_k), True = may attend, got {told(valid)}."
             )
         self.valid = valid
-        self._kept, self._met, self._private = None, False, False
+        self._kept, self._private, self.lasts = None, False, True
 
     def real(self, seqlen_k: int) -> Tensor:
         return self.valid
@@ -356,7 +349,7 @@ class KeyLengths(Padding):
         if not is_vector_of_integers(lengths):
             raise ValueError(f"lengths must be an int32 or int64 tensor of shape (batch,), got {told(lengths)}.")
         self.lengths = lengths
-        self._kept, self._met, self._private = None, False, False
+        self._kept, self._private, self.lasts = None, False, True
 
     def real(self, seqlen_k: int) -> Tensor:
         def table() -> Tensor:

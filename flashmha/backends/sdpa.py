@@ -85,9 +85,10 @@ class Sdpa(Backend):
             return attend_cut(q, k, v, items, spec)
         if padding is None:
             return attend(q, k, v, spec.allowed() if q.is_cpu else dense(spec), spec)
-        # SDPA makes numbers of bools in each call: cheaper than a table that one call alone has a use for
-        keeps = not q.is_cpu or (not torch.compiler.is_compiling() and padding.serves_again())
-        return attend(q, k, v, together(spec) if keeps else spec.allowed(), spec)
+        if q.is_cpu and not (torch.compiler.is_compiling() or padding.lasts):
+            padding.lasts = True  # SDPA makes numbers of bools in each call, cheaper than a table for one call alone
+            return attend(q, k, v, spec.allowed(), spec)
+        return attend(q, k, v, together(spec), spec)
 
 
 def dense(spec: AttentionSpec) -> Tensor | None:
