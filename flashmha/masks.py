@@ -190,9 +190,11 @@ class Padding(Mask):
     tensor has changed: on a CPU its values are compared, elsewhere its version and address. Copies keep nothing.
     """
 
-    __slots__ = ("_kept", "_private")
+    __slots__ = ("_kept", "_private", "lasts")
     _kept: Kept | None
     _private: bool
+    lasts: bool
+    """More calls than one have this rule: so have the caller's, and one of this package's own that was met before."""
 
     def real(self, seqlen_k: int) -> Tensor:
         """Which keys are real, (batch, seqlen_k) bool."""
@@ -283,7 +285,7 @@ P = TypeVar("P", bound="Padding")
 
 def private(rule: P) -> P:
     """A rule over a tensor that its maker alone holds, so that it cannot change."""
-    rule._private = True
+    rule._private, rule.lasts = True, False
     return rule
 
 
@@ -304,7 +306,8 @@ class KeyPadding(Padding):
             raise ValueError(
                 f"valid must be a bool tensor of shape (batch, seqlen_k), True = may attend, got {told(valid)}."
             )
-        self.valid, self._kept, self._private = valid, None, False
+        self.valid = valid
+        self._kept, self._private, self.lasts = None, False, True
 
     def real(self, seqlen_k: int) -> Tensor:
         return self.valid
@@ -345,7 +348,8 @@ class KeyLengths(Padding):
     def __init__(self, lengths: Tensor) -> None:
         if not is_vector_of_integers(lengths):
             raise ValueError(f"lengths must be an int32 or int64 tensor of shape (batch,), got {told(lengths)}.")
-        self.lengths, self._kept, self._private = lengths, None, False
+        self.lengths = lengths
+        self._kept, self._private, self.lasts = None, False, True
 
     def real(self, seqlen_k: int) -> Tensor:
         def table() -> Tensor:

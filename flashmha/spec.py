@@ -179,8 +179,9 @@ class AttentionSpec:
             if known is not None:
                 if known.shared or mask is None:
                     return known
-                if any(tensor.device != device for tensor in mask.tensors()):
-                    refuse_device("mask", mask, device)
+                for tensor in mask.tensors():  # a generator would take two steps more
+                    if tensor.device != device:
+                        refuse_device("mask", mask, device)
                 mask.check(known.batch, known.heads, known.seqlen_q, known.seqlen_k)
                 return known.padded(mask)
         if not (q.dim() == k.dim() == v.dim() == 4 and dtype == k.dtype == v.dtype and device == k.device == v.device):

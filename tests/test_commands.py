@@ -926,7 +926,7 @@ def test_an_installed_backend_is_discovered(python: Path, tmp_path: Path) -> Non
         "contract": 1,
         "install": "pip install einsum-backend",
     }
-    assert found["devices"][0]["backends"]["einsum"] == {"available": True, "reason": None}
+    assert found["devices"][0]["backends"]["einsum"] == {"available": True, "reason": None, "on_disk": None}
     assert "einsum" not in names(), "the package must not be in the environment of the tests themselves"
 
 

@@ -77,15 +77,18 @@ class Sdpa(Backend):
             return attend_by_math(q, k, v, mask, spec) if coarse(mask, spec) else attend(q, k, v, mask, spec)
         if spec.mask is None:
             return attend(q, k, v, None, spec)
-        padding = isinstance(spec.mask, Padding)
-        if not padding and top_left_causal(spec):
+        padding = spec.mask if isinstance(spec.mask, Padding) else None
+        if padding is None and top_left_causal(spec):
             return attend(q, k, v, None, spec, is_causal=True)
         items = cut(spec)
         if items is not None:
             return attend_cut(q, k, v, items, spec)
-        if q.is_cpu:
+        if padding is None:
+            return attend(q, k, v, spec.allowed() if q.is_cpu else dense(spec), spec)
+        if q.is_cpu and not (torch.compiler.is_compiling() or padding.lasts):
+            padding.lasts = True  # SDPA makes numbers of bools in each call, cheaper than a table for one call alone
             return attend(q, k, v, spec.allowed(), spec)
-        return attend(q, k, v, together(spec) if padding else dense(spec), spec)
+        return attend(q, k, v, together(spec), spec)
 
 
 def dense(spec: AttentionSpec) -> Tensor | None:
@@ -170,7 +173,7 @@ def attend_on_cuda(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> Tens
         # the fused kernels multiply the zeros that are left by 1 / (1 - 1)
         k, v = for_every_head(k, v, spec)
         with only([SDPBackend.MATH]):
-            return attend(q, k, v, spec.allowed() if q.is_cpu else dense(spec), spec)
+            return attend(q, k, v, dense(spec), spec)
     masked = spec.mask is not None or spec.bias is not None
     if masked and packs(spec):
         return attend_packed(q, k, v, spec)

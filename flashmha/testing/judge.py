@@ -15,10 +15,12 @@ import torch
 # The first torch.autograd.grad of a process imports this for most of a second, which Hypothesis would blame on a test.
 import torch.fx.experimental.symbolic_shapes
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
 from ..backends import get, names
 from ..backends.base import Backend
+from ..backends.naive import at_least_single
 from ..extras import wanted_by
 from ..scores import TensorBias, narrowed
 from ..spec import AttentionSpec
@@ -162,6 +164,7 @@ def judged(backend: Backend, spec: AttentionSpec, seed: int) -> float:
     try:
         return worst(actual, pairs, spec, backend)
     except AssertionError:
+        pairs.append((answer(OneByOne(right), spec, seed).named, exact))
         if spec.needs_grad:
             pairs += [(answer(FromOutput(right, nudge), spec, seed).named, exact) for nudge in range(AGAIN)]
         if spec.bias is not None:
@@ -170,6 +173,54 @@ def judged(backend: Backend, spec: AttentionSpec, seed: int) -> float:
             runs = (answer(right, spec, seed, dtype, nudge).named for dtype in (None, torch.float64))
             pairs.append((next(runs), next(runs)))
     return worst(actual, pairs, spec, backend)
+
+
+class OneByOne(Backend):
+    """A definition whose matrix products add up one number after the other, as a loop does and a kernel may.
+
+    A library adds up in several sums at once, which errs a half or a quarter as much over a hundred features.
+    """
+
+    name = "one by one"
+
+    def __init__(self, definition: Backend) -> None:
+        self.definition = definition
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> Tensor | tuple[Tensor, Tensor]:
+        with Loops():
+            return self.definition(q, k, v, spec)
+
+
+class Loops(TorchFunctionMode):
+    """Products of batches of matrices as loops, forward and backward."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.bmm:
+            return Product.apply(*args)  # type: ignore[no-untyped-call]
+        return func(*args, **(kwargs or {}))
+
+
+class Product(torch.autograd.Function):
+    """``one @ two``, and its gradients by the same loop."""
+
+    @staticmethod
+    def forward(ctx: Any, one: Tensor, two: Tensor) -> Tensor:
+        ctx.save_for_backward(one, two)
+        return added_up(one, two)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        one, two = ctx.saved_tensors
+        return added_up(grad, two.mT), added_up(one.mT, grad)
+
+
+def added_up(one: Tensor, two: Tensor) -> Tensor:
+    """``one @ two``, one product after the other; in float32 at least, as every matrix product does, and rounded once."""
+    first, second = at_least_single(one), at_least_single(two)
+    total = first.new_zeros(*first.shape[:-1], second.shape[-1])
+    for column, row in zip(first.unbind(-1), second.unbind(-2)):
+        total += column[..., :, None] * row[..., None, :]
+    return total.to(one.dtype)
 
 
 class FromOutput(Backend):
