@@ -93,8 +93,8 @@ def stock_forward(
         is_causal=is_causal,
     )
     if blind is not None:
-        dead = blind.unflatten(0, [-1, num_heads])  # (batch, heads, seqlen_q, 1)
-        heads = out.unflatten(-1, [num_heads, -1])
+        dead = torch.unflatten(blind, 0, [-1, num_heads])  # (batch, heads, seqlen_q, 1)
+        heads = torch.unflatten(out, -1, [num_heads, -1])
         rows = dead.permute(2, 0, 1, 3) if batched else dead[0].transpose(0, 1)
         out = F.linear(heads.masked_fill(rows, 0.0).flatten(-2), out_proj_weight, out_proj_bias)
         if weights is not None:

@@ -419,6 +419,31 @@ def test_a_rule_costs_two_operators_at_most(kind: Any, training: bool) -> None:
     assert (counts[1] - counts[0]).total() <= 2, counts
 
 
+@pytest.mark.cpu("counts operators of a CPU's route")
+@pytest.mark.parametrize("pattern", PATTERNS[:3])
+def test_padding_costs_a_layer_more_of_an_encoder_two_operators_at_most(pattern: str) -> None:
+    x, hidden = noise(0, 2, 6, 8).requires_grad_(), ~validity(pattern, 2, 6, 1)
+    counts = {}
+    for layers in (3, 6):
+        for padding in (None, hidden):
+            with Ran() as ran:
+                small(layers=layers)(x, src_key_padding_mask=padding)
+            counts[layers, padding is None] = ran.names.total()
+    assert counts[6, False] - counts[3, False] <= counts[6, True] - counts[3, True] + 3 * 2, counts
+
+
+@pytest.mark.cpu("counts operators of a CPU's route")
+def test_a_mask_of_one_call_is_made_no_table() -> None:
+    layer, x = FlashMultiHeadAttention(8, 2, batch_first=True), torch.randn(2, 6, 8)
+    rule, hidden = KeyPadding(validity("right", 2, 6, 1)), ~validity("right", 2, 6, 1)
+    tables = []
+    for padding in (hidden, hidden, rule):
+        with torch.no_grad(), mock.patch.object(sdpa, "added", wraps=sdpa.added) as made:
+            layer(x, x, x, key_padding_mask=padding, need_weights=False)
+        tables.append(made.call_count)
+    assert tables == [0, 0, 1]
+
+
 def kernel(q: Tensor, k: Tensor, v: Tensor, *told: Any, scale: float) -> Any:
     """The flash-attn 2 inside torch, by the formula."""
     return (two(q, k, v, *told[:4], softmax_scale=scale, causal=told[5]),)

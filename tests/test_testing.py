@@ -22,7 +22,7 @@ from flashmha import AttentionSpec, Backend, Dense, Documents, KeyLengths, KeyPa
 from flashmha.backends import get
 from flashmha.backends.base import FEATURES
 from flashmha.commands import verify
-from flashmha.testing import dropout, tree
+from flashmha.testing import dropout, judge, tree
 from flashmha.testing.attention import MASKS
 
 pytestmark = pytest.mark.filterwarnings("ignore:Support for mismatched:UserWarning")
@@ -345,6 +345,75 @@ class FusedBackward(torch.autograd.Function):
 @given(spec=testing.specs(limits=Fused.limits, longest=3), seed=testing.seeds())
 def test_a_backward_from_a_rounded_output_is_right(spec: AttentionSpec, seed: int) -> None:
     testing.assert_agrees(Fused, spec, seed)
+
+
+def permuted(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    weights = (torch.einsum("bqhd,bkhd->bhqk", q, k) * scale).softmax(dim=-1)
+    return torch.einsum("bhqk,bkhd->bqhd", weights, v)
+
+
+def looped(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    score = sum((q[..., d, None] * k[..., None, :, d] for d in range(q.shape[-1])), torch.zeros(()))
+    weights = (score * scale).softmax(dim=-1)
+    out = sum((weights[..., j, None] * v[..., None, j, :] for j in range(k.shape[2])), torch.zeros(()))
+    return out.transpose(1, 2)
+
+
+def turned(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    return permuted(*(x.flip(-1).flip(1) for x in (q, k, v)), scale).flip(-1).flip(1)
+
+
+def divided_last(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    score = torch.einsum("bqhd,bkhd->bhqk", q, k) * scale
+    weights = (score - score.detach().amax(dim=-1, keepdim=True)).exp()
+    return torch.einsum("bhqk,bkhd->bqhd", weights, v) / weights.sum(dim=-1).transpose(1, 2)[..., None]
+
+
+def by_log_sum_exp(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    score = torch.einsum("bqhd,bkhd->bhqk", q * scale, k)
+    return torch.einsum("bhqk,bkhd->bqhd", (score - score.logsumexp(dim=-1, keepdim=True)).exp(), v)
+
+
+class Ordered(Backend):
+    """A right backend by operations in some order, in single precision, where each order shows."""
+
+    name = "ordered"
+    limits = Limits(
+        devices=("cpu",),
+        dtypes=(torch.float32,),
+        features=frozenset({"backward"}),
+        batch_min=1,
+        seqlen_min=1,
+        head_dim_min=100,
+        head_dim=256,
+    )
+
+    def __init__(self, attend: Callable[[Tensor, Tensor, Tensor, float], Tensor]) -> None:
+        self.attend = attend
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> Any:
+        return self.attend(q, k, v, spec.scale)
+
+
+@pytest.mark.parametrize("attend", (permuted, looped, turned, divided_last, by_log_sum_exp))
+@settings(max_examples=200)
+@given(spec=testing.specs(limits=Ordered.limits, longest=24), seed=testing.seeds())
+def test_a_right_backend_may_add_up_in_any_order(attend: Any, spec: AttentionSpec, seed: int) -> None:
+    testing.assert_agrees(Ordered(attend), spec, seed)
+
+
+def test_sums_one_after_another_are_those_of_matrices() -> None:
+    """In every dtype, in their gradients too; and so is a definition made of them."""
+    for dtype in (torch.float64, torch.bfloat16):
+        one, two = (testing.noise(place, 2, *sizes, dtype=dtype) for place, sizes in enumerate(((3, 4), (4, 5))))
+        answers = []
+        for multiply, factor in ((torch.bmm, ()), (judge.Product.apply, (1.3,))):
+            leaves = [x.detach().requires_grad_() for x in (one, two)]
+            out = multiply(*leaves, *factor)
+            answers.append([out.detach(), *torch.autograd.grad(out.square().sum(), leaves)])
+        for found, expected in zip(*answers):
+            testing.assert_same(found, expected)
 
 
 class Refusing(Seeded):

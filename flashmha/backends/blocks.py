@@ -44,7 +44,8 @@ def cut(spec: AttentionSpec) -> list[Item] | None:
     Serves key padding without holes and key lengths, with top-left causality or none, and documents with any windows.
     """
     work = spec.heads * spec.seqlen_q * spec.seqlen_k * spec.head_dim
-    if spec.mask is None or spec.bias is not None or spec.aten_only or (type(work) is int and work <= min(SHARE, WORTH)):
+    least = min(SHARE, WORTH)
+    if spec.mask is None or spec.bias is not None or spec.aten_only or (type(work) is int and work <= least):
         return None
     if not all(map(readable, spec.mask.tensors())):
         return None

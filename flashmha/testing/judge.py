@@ -164,7 +164,8 @@ def judged(backend: Backend, spec: AttentionSpec, seed: int) -> float:
     try:
         return worst(actual, pairs, spec, backend)
     except AssertionError:
-        pairs.append((answer(OneByOne(right), spec, seed).named, exact))
+        factors = [2 ** (step / AGAIN) for step in range(AGAIN)]
+        pairs += [(answer(OneByOne(right, factor), spec, seed).named, exact) for factor in factors]
         if spec.needs_grad:
             pairs += [(answer(FromOutput(right, nudge), spec, seed).named, exact) for nudge in range(AGAIN)]
         if spec.bias is not None:
@@ -176,27 +177,36 @@ def judged(backend: Backend, spec: AttentionSpec, seed: int) -> float:
 
 
 class OneByOne(Backend):
-    """A definition whose matrix products add up one number after the other, as a loop does and a kernel may.
+    """A definition by other operations: its matrix products are loops, its weights come from the log-sum-exp.
 
-    A library adds up in several sums at once, which errs a half or a quarter as much over a hundred features.
+    A library adds up in several sums at once, which errs a half or a quarter as much over a hundred features. A loop
+    drifts where its products are alike, how far is a matter of their size: ``factor`` changes that, as a scale does
+    that comes before or after.
     """
 
     name = "one by one"
 
-    def __init__(self, definition: Backend) -> None:
-        self.definition = definition
+    def __init__(self, definition: Backend, factor: float = 1.0) -> None:
+        self.definition, self.factor = definition, factor
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> Tensor | tuple[Tensor, Tensor]:
-        with Loops():
+        with Loops(self.factor):
             return self.definition(q, k, v, spec)
 
 
 class Loops(TorchFunctionMode):
-    """Products of batches of matrices as loops, forward and backward."""
+    """Products of batches of matrices, and softmax, by other operations, forward and backward."""
+
+    def __init__(self, factor: float) -> None:
+        super().__init__()
+        self.factor = factor
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.bmm:
-            return Product.apply(*args)  # type: ignore[no-untyped-call]
+            return Product.apply(*args, self.factor)  # type: ignore[no-untyped-call]
+        if func is Tensor.softmax:
+            score = at_least_single(args[0])
+            return (score - score.logsumexp(dim=-1, keepdim=True)).exp().to(args[0].dtype)
         return func(*args, **(kwargs or {}))
 
 
@@ -204,23 +214,27 @@ class Product(torch.autograd.Function):
     """``one @ two``, and its gradients by the same loop."""
 
     @staticmethod
-    def forward(ctx: Any, one: Tensor, two: Tensor) -> Tensor:
+    def forward(ctx: Any, one: Tensor, two: Tensor, factor: float) -> Tensor:
         ctx.save_for_backward(one, two)
-        return added_up(one, two)
+        ctx.factor = factor
+        return added_up(one, two, factor)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         one, two = ctx.saved_tensors
-        return added_up(grad, two.mT), added_up(one.mT, grad)
+        return added_up(grad, two.mT, ctx.factor), added_up(one.mT, grad, ctx.factor), None
 
 
-def added_up(one: Tensor, two: Tensor) -> Tensor:
-    """``one @ two``, one product after the other; in float32 at least, as every matrix product does, and rounded once."""
-    first, second = at_least_single(one), at_least_single(two)
+def added_up(one: Tensor, two: Tensor, factor: float) -> Tensor:
+    """``one @ two``, ``factor`` times as large, one product after the other; and divided by it.
+
+    In float32 at least, as matrix products are, and rounded once.
+    """
+    first, second = at_least_single(one) * factor, at_least_single(two)
     total = first.new_zeros(*first.shape[:-1], second.shape[-1])
     for column, row in zip(first.unbind(-1), second.unbind(-2)):
         total += column[..., :, None] * row[..., None, :]
-    return total.to(one.dtype)
+    return (total / factor).to(one.dtype)
 
 
 class FromOutput(Backend):
