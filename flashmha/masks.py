@@ -696,6 +696,8 @@ def traced() -> bool:
 
 def find(mask: Mask | None, kind: type[M]) -> M | None:
     """The first rule of a kind in a mask."""
+    if isinstance(mask, kind):
+        return mask
     if mask is not None:
         for part in mask.parts:
             if isinstance(part, kind):

@@ -254,13 +254,11 @@ def packed(q: Tensor, k: Tensor, v: Tensor, documents: Documents) -> tuple[Tenso
     q, k, v = q[0], k[0], v[0]
     ends = documents.cu_seqlens.int()
     ends_k = ends if documents.aligned else documents.cu_seqlens_k.int()
-    real = None if documents.total == q.shape[0] else owned(q, ends)
-    if documents.total_k == k.shape[0]:
-        real_k = None
-    else:
-        real_k = real if real is not None and documents.aligned and q.shape[0] == k.shape[0] else owned(k, ends_k)
-    q = q if real is None else torch.where(real, q, 0.0)
-    k, v = (k, v) if real_k is None else (torch.where(real_k, x, 0.0) for x in (k, v))
+    if documents.total != q.shape[0] or documents.total_k != k.shape[0]:
+        real = owned(q, ends)
+        real_k = real if documents.aligned and q.shape[0] == k.shape[0] else owned(k, ends_k)
+        q = torch.where(real, q, 0.0)
+        k, v = (torch.where(real_k, x, 0.0) for x in (k, v))
     offsets = {
         "cu_seqlens_q": ends,
         "cu_seqlens_k": ends_k,

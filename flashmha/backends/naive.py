@@ -20,7 +20,10 @@ def scores(q: Tensor, k: Tensor, spec: AttentionSpec) -> tuple[Tensor, Tensor | 
     arises; ``None`` where no row can be blind. A bias or sinks that are finer than the heads make finer scores.
     """
     k = k.repeat_interleave(spec.heads // spec.heads_kv, dim=2) if spec.heads != spec.heads_kv else k
-    score = torch.unflatten(torch.bmm(heads_first(q * spec.scale), heads_first(k).mT), 0, (spec.batch, spec.heads))
+    if exported(spec):
+        score = torch.einsum("bihd,bjhd->bhij", q * spec.scale, k)
+    else:
+        score = torch.unflatten(torch.bmm(heads_first(q * spec.scale), heads_first(k).mT), 0, (spec.batch, spec.heads))
     if spec.softcap is not None:
         score = spec.softcap * torch.tanh(score / spec.softcap)
     bias, allowed = spec.added(), spec.allowed()
@@ -41,6 +44,11 @@ def heads_first(x: Tensor) -> Tensor:
     Products of what lies so err a quarter of what those of permuted heads do (float32, head_dim 512, a CPU).
     """
     return x.transpose(1, 2).flatten(0, 1)
+
+
+def exported(spec: AttentionSpec) -> bool:
+    """A graph is exported, which serves every length: on a GPU PyTorch binds it where ``heads_first`` copies."""
+    return spec.aten_only and torch.compiler.is_compiling()
 
 
 def at_least_single(x: Tensor) -> Tensor:
@@ -87,6 +95,8 @@ def weigh(weights: Tensor, v: Tensor, spec: AttentionSpec) -> Tensor:
     weights = weights.to(v.dtype)
     if spec.dropout_p > 0.0:
         weights = F.dropout(weights, spec.dropout_p)
+    if exported(spec):
+        return torch.einsum("bhij,bjhd->bihd", weights, v)
     out = torch.unflatten(torch.bmm(weights.flatten(0, 1), heads_first(v)), 0, (spec.batch, spec.heads))
     return out.transpose(1, 2)
 

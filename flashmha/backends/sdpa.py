@@ -167,7 +167,7 @@ def attend_on_cuda(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> Tens
     if spec.batch == 0:
         with only([SDPBackend.MATH]):  # the fused kernels give nothing at all for an empty batch
             return attend(q, k, v, None, spec)
-    if not spec.features:  # the commonest call, in the fewest steps
+    if not spec.needs:  # the commonest call, in the fewest steps
         return attend(q, k, v, None, spec)
     if spec.dropout_p == 1.0:
         # the fused kernels multiply the zeros that are left by 1 / (1 - 1)
@@ -206,9 +206,12 @@ def packable(spec: AttentionSpec) -> bool:
         return False
     features = spec.features
     if "documents" in features:
-        assert spec.mask is not None
-        windows = [part for part in spec.mask.parts if isinstance(part, Window)]
-        return features <= DOCUMENTS and all(window.align == "bottom_right" for window in windows)
+        if "causal" in features:
+            assert spec.mask is not None
+            windows = [part for part in spec.mask.parts if isinstance(part, Window)]
+            if not all(window.align == "bottom_right" for window in windows):
+                return False
+        return features <= DOCUMENTS
     return features <= PADDED and not features.isdisjoint(PADDING) and spec.seqlen_q > FEW
 
 
@@ -264,7 +267,9 @@ def varlen(
 
     Its own package makes head dims and offsets contiguous; the operator raises.
     """
-    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+    q = q if q.stride(-1) == 1 else q.contiguous()
+    k = k if k.stride(-1) == 1 else k.contiguous()
+    v = v if v.stride(-1) == 1 else v.contiguous()
     out: Tensor = torch.ops.aten._flash_attention_forward(
         q,
         k,
@@ -275,7 +280,7 @@ def varlen(
         max(2, max_seqlen_q),
         max_seqlen_k,
         spec.dropout_p,
-        "causal" in spec.features,
+        "causal" in spec.needs,
         False,
         scale=spec.scale,
     )[0]
@@ -322,7 +327,7 @@ def by_math(spec: AttentionSpec) -> bool:
     The fused ones ask torch's own switch when the backward runs, and add gradients up in any order where it is off or
     no more than a warning.
     """
-    return "deterministic" in spec.features and not is_deterministic()
+    return "deterministic" in spec.needs and not is_deterministic()
 
 
 def attend(
