@@ -404,7 +404,7 @@ def test_a_right_backend_may_add_up_in_any_order(attend: Any, spec: AttentionSpe
 
 
 def test_sums_one_after_another_are_those_of_matrices() -> None:
-    """In every dtype, in their gradients too; and so is a definition made of them."""
+    """In every dtype, in their gradients too."""
     for dtype in (torch.float64, torch.bfloat16):
         one, two = (testing.noise(place, 2, *sizes, dtype=dtype) for place, sizes in enumerate(((3, 4), (4, 5))))
         answers = []
@@ -414,6 +414,23 @@ def test_sums_one_after_another_are_those_of_matrices() -> None:
             answers.append([out.detach(), *torch.autograd.grad(out.square().sum(), leaves)])
         for found, expected in zip(*answers):
             testing.assert_same(found, expected)
+
+
+@given(spec=testing.specs(limits=dataclasses.replace(Seeded.limits, dtypes=(torch.float64,))), seed=testing.seeds())
+def test_a_definition_by_other_operations_is_the_definition(spec: AttentionSpec, seed: int) -> None:
+    spec = dataclasses.replace(spec, dropout_p=0.0)
+    expected = testing.answer(naive, spec, seed).named
+    with_mode = testing.answer(judge.OneByOne(naive, 1.3), spec, seed).named
+    for name, tensor in expected.items():
+        finite = tensor.isfinite()
+        assert torch.equal(finite, with_mode[name].isfinite())
+        testing.assert_same(with_mode[name][finite], tensor[finite], name)
+
+
+def test_the_definition_takes_the_other_operations() -> None:
+    spec = AttentionSpec(1, 5, 7, 2, 2, 192, 192, needs_grad=True)
+    plain, other = (testing.answer(one, spec, 0).named for one in (naive, judge.OneByOne(naive, 1.3)))
+    assert all(not torch.equal(tensor, other[name]) for name, tensor in plain.items())
 
 
 class Refusing(Seeded):
