@@ -57,6 +57,15 @@ class Mask(abc.ABC):
         """The tensors the mask holds, and what makes the same mask of them again and holds none."""
         return (), lambda tensors: self
 
+    def __getattr__(self, name: str) -> Any:
+        hint = ""
+        if name in ("device", "dtype"):
+            hint = (
+                ": torch looks whether it is causal, as of a tensor. Say is_causal=False beside a flashmha mask "
+                "(src_is_causal, tgt_is_causal, memory_is_causal), or give a tensor."
+            )
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}{hint}")
+
     @property
     def parts(self) -> tuple[Mask, ...]:
         """The rules that all have to hold."""

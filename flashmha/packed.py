@@ -53,7 +53,12 @@ class Packed:
         Raises:
             ValueError: batches of different sizes.
         """
+        if not isinstance(memory, Packed):
+            raise TypeError(f"memory must be what pack returned, got {told(memory)}.")
         here, there = self.documents, memory.documents
+        sizes = [documents.cu_seqlens.shape[0] - 1 for documents in (here, there)]
+        if sizes[0] != sizes[1]:
+            raise ValueError(f"memory must be a batch of {sizes[0]} items, got {sizes[1]}.")
         return Documents(
             here.cu_seqlens,
             there.cu_seqlens,
@@ -120,6 +125,8 @@ def pack(
     Raises:
         ValueError: another shape or kind; a float mask that does more than hide.
     """
+    if type(batch_first) is not bool:
+        raise TypeError(f"batch_first must be True or False, got {batch_first!r}.")
     if isinstance(x, Tensor) and x.is_nested:
         if not nested.is_jagged(x):
             raise ValueError(f"x must be a jagged nested tensor, ragged in its second axis, got {told(x)}.")

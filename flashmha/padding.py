@@ -27,8 +27,12 @@ def unpackable(layer: Any, call: Reading) -> str | None:
     """``refusal`` without a look at where the padding lies."""
     if call.padding is None:
         return "no bool key_padding_mask"
-    if not eager(call.query) or (call.query.is_cuda and torch.cuda.is_current_stream_capturing()):
-        return "PyTorch records the call (compile, export, torch.func, a CUDA graph)"
+    if not all(map(eager, (call.query, *call.padding.tensors()))):
+        return RECORDED
+    if call.query.is_cuda and torch.cuda.is_current_stream_capturing():
+        return RECORDED
+    if call.query.is_meta:
+        return "tensors without data, whose real tokens cannot be counted"
     if not (same_memory(call.query, call.key) and same_memory(call.key, call.value)):
         return "query, key and value are not one tensor"
     if not call.query.shape[0] or not call.query.shape[1]:
@@ -44,6 +48,9 @@ def unpackable(layer: Any, call: Reading) -> str | None:
         return f"no kernel here for packed tokens in {short(computed_in(call.query))}: they would need a dense mask"
     call.padding.check(call.key.shape[0], 1, 1, call.key.shape[1])  # the last to look at it, where it is left out
     return None
+
+
+RECORDED = "PyTorch records the call (compile, export, torch.func, a CUDA graph)"
 
 
 def beside_holes(call: Reading, *windows: Window | None) -> str | None:

@@ -182,7 +182,9 @@ def rule(
         if type(key_padding_mask) is Tensor:
             fits = key_padding_mask.shape == (batch, seqlen_k) and key_padding_mask.device == device
             return private(KeyPadding(~key_padding_mask)) if fits and key_padding_mask.dtype == torch.bool else None
-        attn_mask, key_padding_mask = key_padding_mask, None  # type: ignore[assignment]
+        if not isinstance(key_padding_mask, Padding):
+            return None
+        attn_mask, key_padding_mask = key_padding_mask, None
     if key_padding_mask is not None:
         return None
     if type(attn_mask) in RULES:

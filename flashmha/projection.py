@@ -42,7 +42,7 @@ def project(
         biases = (None, None, None) if bias is None else bias.split([size * head_dim for size in sizes])
         weights = (layer.q_proj_weight, layer.k_proj_weight, layer.v_proj_weight)
         made = [linear(*each, dtype) for each in zip((query, key, value), weights, biases)]
-        projected = tuple(x.unflatten(-1, (size, head_dim)) for x, size in zip(made, sizes))  # type: ignore[assignment]
+        projected = tuple(torch.unflatten(x, -1, (size, head_dim)) for x, size in zip(made, sizes))  # type: ignore[assignment]
     return projected if layer.batch_first else tuple(map(swapped, projected))  # type: ignore[return-value]
 
 

@@ -53,7 +53,8 @@ def enter(
     """
     if key_padding_mask is None or not len(encoder.layers):
         return Route(src, mask, key_padding_mask, is_causal)
-    recorded = not eager(src) or src.is_nested
+    given = key_padding_mask.tensors()[0] if isinstance(key_padding_mask, Padding) else key_padding_mask
+    recorded = not (eager(src) and eager(given)) or src.is_nested or src.is_meta
     strange = None if recorded else unknown_layers(encoder)
     way, why = (None, None) if recorded else left_out(encoder, src, mask, key_padding_mask, is_causal, strange)
     if way is not None:
@@ -79,19 +80,20 @@ def left_out(
     ``strange`` is what in a layer may count on (batch, seqlen).
     """
     skipping = [getattr(getattr(layer, "self_attn", None), "skip_padding", False) for layer in encoder.layers]
-    nesting = not all(skipping) and would_nest(encoder, src, mask)
-    if not (all(skipping) or nesting):
+    nests = would_nest(encoder, src, mask)
+    if not (all(skipping) or nests):
         return None, "not every layer has skip_padding" if any(skipping) else None
-    why = strange if strange is not None or nesting else unknown_norm(encoder)
+    norm = unknown_norm(encoder)
+    nesting = nests and (norm is not None or not all(skipping))  # as stock does, whose last norm sees padding
+    why = strange if strange is not None or nesting else norm
+    if why is None:
+        attentions: list[Any] = [layer.self_attn for layer in encoder.layers]
+        call = read_call(attentions[0], src, src, src, key_padding_mask, False, mask, is_causal)
+        why = refusal(attentions, call)
+        if why is None and nesting and getattr(encoder, "mask_check", True) and not ends_in_padding(call.valid):
+            why = "padding before real tokens, where the stock encoder makes no nested tensors"
     if why is not None:
-        return None, why
-    attentions: list[Any] = [layer.self_attn for layer in encoder.layers]
-    call = read_call(attentions[0], src, src, src, key_padding_mask, False, mask, is_causal)
-    why = refusal(attentions, call)
-    if why is None and nesting and getattr(encoder, "mask_check", True) and not ends_in_padding(call.valid):
-        why = "padding before real tokens, where the stock encoder makes no nested tensors"
-    if why is not None:
-        return None, why
+        return (zeroed(encoder, src, mask, key_padding_mask, is_causal, why) if nests else None), why
     assert call.padding is not None
     valid: Any = call.valid
     windows = [part for part in padding.parts(call.mask) if type(part) is Window]
@@ -104,6 +106,21 @@ def left_out(
         return Route(src, joined(*windows), None, False), None
     packed = Packed(src, real, attentions[0].batch_first)
     return Route(packed.tokens, joined(packed.documents, *windows), None, False, packed, None, nesting), None
+
+
+def zeroed(
+    encoder: nn.TransformerEncoder, src: Tensor, mask: Any, key_padding_mask: Any, is_causal: bool, why: str
+) -> Route | None:
+    """Every row computed with the padding as it came, and zeros behind the last layer, as nested tensors give."""
+    attention = encoder.layers[0].self_attn
+    if not isinstance(attention, FlashMultiHeadAttention):
+        return None
+    call = read_call(attention, src, src, src, key_padding_mask, False, mask, is_causal)
+    valid: Any = call.valid
+    if valid is None or not call.batched or (getattr(encoder, "mask_check", True) and not ends_in_padding(valid)):
+        return None
+    hidden = ~valid if attention.batch_first else ~valid.T
+    return Route(src, mask, key_padding_mask, is_causal, None, hidden[..., None], True, why)
 
 
 def real_first(encoder: nn.TransformerEncoder, src: Tensor, mask: Any, rule: Any, is_causal: bool) -> RealFirst | None:

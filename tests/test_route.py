@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 
 import flashmha
 from flashmha import FlashMultiHeadAttention, Window, causal, explain, replace_mha, route, swap_report
-from flashmha.testing import Architecture, EncoderMasks, architectures, assert_same, encoder_masks
+from flashmha.testing import Architecture, EncoderMasks, architectures, assert_same, encoder_masks, noise
 from flashmha.testing.encoder import fused_architectures, without_fast_path
 
 pytestmark = [
@@ -226,6 +227,8 @@ def test_what_may_count_on_the_padded_form_keeps_it_and_the_report_says_why(kind
         padded = x
         for layer in model.layers:
             padded = layer(padded, src_key_padding_mask=hidden)
+        if route.would_nest(model, x, None):  # padded rows are those of stock all the same
+            padded = padded.masked_fill(hidden[..., None], 0.0)
         assert_same(model(x, src_key_padding_mask=hidden), model.norm(padded))
 
 
@@ -323,3 +326,52 @@ def test_fx_traces_an_encoder_that_skips_padding() -> None:
     x, hidden = Architecture().inputs(3, 4), torch.arange(4) >= torch.tensor([[2], [4], [3]])
     traced = torch.fx.symbolic_trace(model, concrete_args={"mask": None, "is_causal": None})
     assert_same(traced(x, None, hidden, None)[~hidden], model(x, src_key_padding_mask=hidden)[~hidden])
+
+
+INSIDE: dict[str, Callable[[Any], None]] = {
+    "nothing": lambda model: None,
+    "a hook on a linear": listen("layers.0.linear1"),
+    "a hook on a layer": listen("layers.1"),
+    "a hook on an attention": listen("layers.1.self_attn"),
+    "a norm of its own": lambda model: setattr(model, "norm", nn.Sequential(nn.LayerNorm(8))),
+    "a norm over positions": lambda model: setattr(model, "norm", nn.LayerNorm((5, 8))),
+}
+
+
+@pytest.mark.parametrize("skip", (False, True))
+@pytest.mark.parametrize("kind", INSIDE)
+@pytest.mark.parametrize("form", ("bool", "float"))
+def test_in_eval_padded_rows_are_those_of_stock_whatever_watches(kind: str, skip: bool, form: str) -> None:
+    layer = nn.TransformerEncoderLayer(8, 2, 16, 0.0, batch_first=True, dtype=torch.float64)
+    stock = nn.TransformerEncoder(layer, 2, nn.LayerNorm(8, dtype=torch.float64)).eval()
+    INSIDE[kind](stock.double())
+    ours = replace_mha(copy.deepcopy(stock.double()), skip_padding=skip)
+    x = noise(0, 3, 5, 8)
+    hidden = torch.arange(5) >= torch.tensor([[5], [2], [3]])
+    mask = hidden if form == "bool" else torch.zeros(3, 5, dtype=torch.float64).masked_fill(hidden, float("-inf"))
+    with torch.no_grad():
+        expected, found = stock(x, src_key_padding_mask=mask), ours(x, src_key_padding_mask=mask)
+    if skip and kind in ("nothing", "a hook on a linear", "a hook on a layer", "a hook on an attention"):
+        expected, found = expected[~hidden], found[~hidden]  # the last norm of zeros is none with ``skip_padding``
+    assert_same(found, expected)
+
+
+def test_masks_alone_are_mapped_over() -> None:
+    model = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, 0.0, batch_first=True).double(), 2)
+    ours = replace_mha(model, skip_padding=True).train()
+    x, hidden = noise(0, 2, 5, 8), torch.arange(5) >= torch.tensor([[[5], [2]], [[3], [5]], [[1], [4]]])
+    several = torch.func.vmap(lambda mask: ours(x, src_key_padding_mask=mask))(hidden)
+    layer = ours.layers[0].self_attn
+    out = torch.func.vmap(lambda mask: layer(x, x, x, key_padding_mask=mask, need_weights=False)[0])(hidden)
+    for one, alone, mask in zip(several, out, hidden):
+        assert_same(one[~mask], ours(x, src_key_padding_mask=mask)[~mask])
+        assert_same(alone[~mask], layer(x, x, x, key_padding_mask=mask, need_weights=False)[0][~mask])
+
+
+def test_shapes_are_told_without_data() -> None:
+    model = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), 2)
+    ours = replace_mha(model, skip_padding=True).to("meta")
+    x, mask = torch.empty(2, 5, 8, device="meta"), torch.empty(2, 5, dtype=torch.bool, device="meta")
+    assert ours(x, src_key_padding_mask=mask).shape == x.shape
+    layer = ours.layers[0].self_attn
+    assert layer(x, x, x, key_padding_mask=mask)[0].shape == x.shape

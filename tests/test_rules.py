@@ -611,6 +611,7 @@ def test_an_order_is_made_once_and_moves_back_without_adding() -> None:
         torch.autograd.grad(out.sum(), x)
     assert ran.names["aten::index_select"] == 1 and not ran.names["aten::index_add_"]
     assert torch.autograd.gradgradcheck(lambda x: RealFirst(x, rule).tokens.square(), x)
+    assert torch.autograd.gradcheck(lambda x: RealFirst(x, rule).tokens.square(), x, check_forward_ad=True)
 
 
 @given(batch=st.integers(0, 4), seqlen=st.integers(0, 9), seed=seeds(), batch_first=st.booleans())
