@@ -13,8 +13,11 @@ def neighbours(heads: Sequence[Tensor]) -> bool:
     """Tensors (..., heads, head_dim) that lie behind one another in the heads of one tensor."""
     first = heads[0]
     place, shape, stride, size = first.data_ptr(), first.shape, first.stride(), first.element_size()
+    memory = first.untyped_storage().data_ptr()  # tensors of their own may happen to lie so
     for x in heads:
         if x.data_ptr() != place or x.stride() != stride or x.shape[:-2] != shape[:-2] or x.shape[-1] != shape[-1]:
+            return False
+        if x.untyped_storage().data_ptr() != memory:
             return False
         place += x.shape[-2] * stride[-2] * size
     return True

@@ -127,7 +127,7 @@ def attend(
     if known is not None:
         spec = known if mask is None or known.shared else known.padded(mask)
         backend = None if need_weights else choose(spec)
-    together = backend is not None and backend.joins_gradients
+    together = backend is None or backend.joins_gradients
     q, k, v = by_one_matrix(query, key, value, weight, bias, heads, heads, width // heads, together)
     if not batch_first:
         q, k, v = q.transpose(0, 1), k.transpose(0, 1), v.transpose(0, 1)

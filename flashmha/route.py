@@ -116,8 +116,10 @@ def zeroed(
     if not isinstance(attention, FlashMultiHeadAttention):
         return None
     call = read_call(attention, src, src, src, key_padding_mask, False, mask, is_causal)
+    if call.padding is None or not call.batched:
+        return None
     valid: Any = call.valid
-    if valid is None or not call.batched or (getattr(encoder, "mask_check", True) and not ends_in_padding(valid)):
+    if getattr(encoder, "mask_check", True) and not ends_in_padding(valid):
         return None
     hidden = ~valid if attention.batch_first else ~valid.T
     return Route(src, mask, key_padding_mask, is_causal, None, hidden[..., None], True, why)

@@ -375,6 +375,17 @@ is_deterministic._dynamo_marked_constant = True  # type: ignore[attr-defined]  #
 
 REMADE = (Window, KeyPadding, KeyLengths, Documents)
 """Masks whose problem is made of the last with such a mask; a window has no tensors, so that one problem is enough."""
+
+
+def surely(condition: Any) -> bool:
+    """A condition on sizes holds; under a compiler only where that is known without binding the graph to it."""
+    if not torch.compiler.is_compiling():
+        return bool(condition)
+    from torch.fx.experimental.symbolic_shapes import statically_known_true  # sympy's import takes most of a second
+
+    return bool(statically_known_true(condition))
+
+
 SHARED = 1024
 """How many problems are kept."""
 shared: dict[tuple[Any, ...], AttentionSpec] = {}

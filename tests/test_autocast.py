@@ -110,7 +110,9 @@ def test_padding_is_left_out_on_a_gpu_where_the_heads_are_packed(
 ) -> None:
     layer = FlashMultiHeadAttention(16, 2, batch_first=True, skip_padding=True)
     valid = torch.ones(2, 5, dtype=torch.bool)
-    x = types.SimpleNamespace(shape=(2, 5, 16), dtype=dtype, device=torch.device("cuda", 0), is_cuda=True)
+    x = types.SimpleNamespace(
+        shape=(2, 5, 16), dtype=dtype, device=torch.device("cuda", 0), is_cuda=True, is_meta=False
+    )
     rule = KeyPadding(valid)
     call: Any = types.SimpleNamespace(
         query=x, key=x, value=x, padding=rule, valid=valid, columns=0, bias=None, mask=rule

@@ -77,6 +77,7 @@ def test_a_swapped_encoder_computes_what_stock_s_fast_path_does_at_real_position
     architecture: Architecture, masks: EncoderMasks
 ) -> None:
     check_activation(architecture)
+    assume(not masks.padded().all())  # stock cannot pad nested tensors that are all empty
     stock, model = twins(architecture.encoder)
     x = architecture.inputs(masks.batch, masks.seqlen)
     given_masks = masks.arguments(architecture.num_heads)

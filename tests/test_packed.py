@@ -364,7 +364,7 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "padding of another shape": (lambda x, m: pack(x, KeyPadding(~m[:2])), r"\(3, 4\)"),
     "another batch": (lambda x, m: pack(x, m).pack(x[:2]), r"other must be a tensor .*\(3, 4\)"),
     "other tokens": (lambda x, m: pack(x, m).unpack(x), "tokens must be packed"),
-    "batches of two sizes": (lambda x, m: pack(x, m).across(pack(x[:2], m[:2])), "as many documents"),
+    "batches of two sizes": (lambda x, m: pack(x, m).across(pack(x[:2], m[:2])), "a batch of 3 items, got 2"),
     "strided": (lambda x, m: pack(torch.nested.nested_tensor(list(x))), "x must be a jagged"),
     "ragged elsewhere": (
         lambda x, m: pack(torch.nested.nested_tensor(list(x), layout=torch.jagged).transpose(1, 2)),

@@ -28,7 +28,8 @@ from torch.utils.checkpoint import checkpoint
 import flashmha
 from flashmha import AttentionSpec, FlashMultiHeadAttention, KeyLengths, KeyPadding, encoder, masks, replace_mha, route
 from flashmha.backends import blocks, packing, sdpa
-from flashmha.order import RealFirst, real_first
+from flashmha.heads import neighbours
+from flashmha.order import RealFirst, permuted, real_first
 from flashmha.testing import noise, seeds
 
 PATTERNS = ("right", "left", "holes", "whole items", "none")
@@ -714,3 +715,16 @@ def test_a_hint_without_its_mask_stays_an_error() -> None:
     model, x, hidden = small(layers=2), noise(0, 2, 6, 8), ~validity("holes", 2, 6, 3)
     with a_gpu_that_moves_keys(), pytest.raises(RuntimeError, match="is_causal hint"):
         model(x, src_key_padding_mask=hidden, is_causal=True)
+
+
+def test_tensors_of_their_own_are_no_neighbours_however_they_lie() -> None:
+    memory, size = memoryview(bytearray(2 * 6 * 2 * 4 * 4)), 6 * 2 * 4 * 4
+    halves = [torch.frombuffer(memory[start : start + size], dtype=torch.float32) for start in (0, size)]
+    first, second = (half.view(2, 6, 4).transpose(0, 1) for half in halves)
+    assert first.data_ptr() + first.nbytes == second.data_ptr()
+    assert not neighbours((first, second))
+    order = real_first(validity("holes", 1, 6, 3))
+    for moved, x in zip(permuted((first, second), order), (first, second)):
+        assert torch.equal(moved, x[order.places])
+    whole = torch.randn(6, 4, 4)
+    assert neighbours((whole[:, :2], whole[:, 2:]))

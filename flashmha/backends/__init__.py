@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ..errors import NoBackendError, lines
-from ..spec import SHARED, AttentionSpec, asks_deterministic, only_warns
+from ..spec import SHARED, AttentionSpec, asks_deterministic, only_warns, surely
 from . import registry, tuned
 from .base import FEATURES, Backend, Limits, written
 from .flash2 import Flash2
@@ -95,9 +95,7 @@ def is_part(spec: AttentionSpec) -> bool:
     it saves. Of sizes that are symbols nothing is known, nor asked, which would bind the graph to it."""
     if not torch.compiler.is_compiling() or spec.device.type != "cuda":
         return False
-    from torch.fx.experimental.symbolic_shapes import statically_known_true  # sympy's import takes most of a second
-
-    return bool(statically_known_true(work(spec) < WORTH))
+    return surely(work(spec) < WORTH)
 
 
 BUILDS_MASKS = frozenset(("window", "documents", "softcap"))

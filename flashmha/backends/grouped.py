@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ..spec import AttentionSpec
+from ..spec import AttentionSpec, surely
 
 FEW = 8
 """Queries up to which a group is folded: eight heads a group make 64 rows of them, a tile of the smallest kernel.
@@ -22,7 +22,7 @@ def folds(spec: AttentionSpec) -> bool:
     """
     if spec.heads == spec.heads_kv or spec.dropout_p > 0.0 or spec.aten_only:
         return False
-    return 0 < spec.seqlen_q <= FEW
+    return surely(spec.seqlen_q > 0) and surely(spec.seqlen_q <= FEW)
 
 
 def fold(q: Tensor, groups: int) -> Tensor:

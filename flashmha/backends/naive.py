@@ -20,7 +20,7 @@ def scores(q: Tensor, k: Tensor, spec: AttentionSpec) -> tuple[Tensor, Tensor | 
     arises; ``None`` where no row can be blind. A bias or sinks that are finer than the heads make finer scores.
     """
     k = k.repeat_interleave(spec.heads // spec.heads_kv, dim=2) if spec.heads != spec.heads_kv else k
-    if exported(spec):
+    if spec.aten_only and torch.compiler.is_compiling():  # see ``heads_first``
         score = torch.einsum("bihd,bjhd->bhij", q * spec.scale, k)
     else:
         score = torch.unflatten(torch.bmm(heads_first(q * spec.scale), heads_first(k).mT), 0, (spec.batch, spec.heads))
@@ -41,14 +41,10 @@ def scores(q: Tensor, k: Tensor, spec: AttentionSpec) -> tuple[Tensor, Tensor | 
 def heads_first(x: Tensor) -> Tensor:
     """(batch, seqlen, heads, head_dim) as (batch * heads, seqlen, head_dim).
 
-    Products of what lies so err a quarter of what those of permuted heads do (float32, head_dim 512, a CPU).
+    Products of what lies so err a quarter of what those of permuted heads do (float32, head_dim 512, a CPU). A graph
+    that is exported, to serve every length, permutes all the same: on a GPU this copy binds it to some.
     """
     return x.transpose(1, 2).flatten(0, 1)
-
-
-def exported(spec: AttentionSpec) -> bool:
-    """A graph is exported, which serves every length: on a GPU PyTorch binds it where ``heads_first`` copies."""
-    return spec.aten_only and torch.compiler.is_compiling()
 
 
 def at_least_single(x: Tensor) -> Tensor:
@@ -95,7 +91,7 @@ def weigh(weights: Tensor, v: Tensor, spec: AttentionSpec) -> Tensor:
     weights = weights.to(v.dtype)
     if spec.dropout_p > 0.0:
         weights = F.dropout(weights, spec.dropout_p)
-    if exported(spec):
+    if spec.aten_only and torch.compiler.is_compiling():  # see ``heads_first``
         return torch.einsum("bhij,bjhd->bihd", weights, v)
     out = torch.unflatten(torch.bmm(weights.flatten(0, 1), heads_first(v)), 0, (spec.batch, spec.heads))
     return out.transpose(1, 2)
