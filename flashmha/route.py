@@ -112,7 +112,7 @@ def zeroed(
     encoder: nn.TransformerEncoder, src: Tensor, mask: Any, key_padding_mask: Any, is_causal: bool, why: str
 ) -> Route | None:
     """Every row computed with the padding as it came, and zeros behind the last layer, as nested tensors give."""
-    attention = encoder.layers[0].self_attn
+    attention = getattr(encoder.layers[0], "self_attn", None)
     if not isinstance(attention, FlashMultiHeadAttention):
         return None
     call = read_call(attention, src, src, src, key_padding_mask, False, mask, is_causal)
