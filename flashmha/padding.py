@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-import operator
 from typing import Any, NamedTuple
 
 import torch
@@ -15,7 +13,7 @@ from .backends.sdpa import runs_packed, takes_packed
 from .call import Reading, each_once, extra_columns
 from .features import overridden
 from .functional import computed_in
-from .masks import Documents, KeyPadding, Mask, Padding, Window, eager, short
+from .masks import Documents, KeyPadding, Mask, Padding, Window, eager, joined, short
 
 
 def refusal(layer: Any, call: Reading) -> str | None:
@@ -119,10 +117,9 @@ def documents(real: Tokens) -> Documents:
     return Documents(real.offsets, max_seqlen=real.longest, total=real.places.shape[0])
 
 
-def packed(mask: Mask | None, real: Tokens) -> Mask:
+def packed(mask: Mask | None, real: Tokens) -> Mask | None:
     """The mask among the real tokens end to end: those documents, and the windows."""
-    windows = (part for part in parts(mask) if type(part) is Window)
-    return functools.reduce(operator.and_, windows, documents(real))
+    return joined(documents(real), *windows(mask))
 
 
 def pack(query: Tensor, key: Tensor, value: Tensor, places: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -145,6 +142,11 @@ def has_holes(valid: Tensor) -> bool:
     """Padding between real tokens, where positions would move."""
     starts = (valid[:, 1:] & ~valid[:, :-1]).sum(dim=1) + valid[:, 0]
     return bool((starts > 1).any())
+
+
+def windows(mask: Mask | None) -> list[Window]:
+    """What of a mask counts positions among the real tokens as well."""
+    return [part for part in parts(mask) if type(part) is Window]
 
 
 def parts(mask: Mask | None) -> tuple[Mask, ...]:

@@ -15,7 +15,7 @@ from torch.nn.modules.module import _has_any_global_hook
 from . import padding
 from .call import Reading, read_call
 from .features import HOPS, MARK, replaced
-from .masks import KeyPadding, Mask, Padding, Window, eager, joined, plainly, private
+from .masks import KeyPadding, Mask, Padding, eager, joined, plainly, private
 from .module import FlashMultiHeadAttention
 from .order import RealFirst
 from .packed import Packed
@@ -54,16 +54,16 @@ def enter(
     if key_padding_mask is None or not len(encoder.layers):
         return Route(src, mask, key_padding_mask, is_causal)
     given = key_padding_mask.tensors()[0] if isinstance(key_padding_mask, Padding) else key_padding_mask
-    recorded = not (eager(src) and eager(given)) or src.is_nested or src.is_meta
-    strange = None if recorded else unknown_layers(encoder)
-    way, why = (None, None) if recorded else left_out(encoder, src, mask, key_padding_mask, is_causal, strange)
+    if not (eager(src) and eager(given)) or src.is_nested or src.is_meta:
+        return Route(src, mask, handed_down(encoder, src, mask, key_padding_mask, False), is_causal)
+    strange = unknown_layers(encoder)
+    way, why = left_out(encoder, src, mask, key_padding_mask, is_causal, strange)
     if way is not None:
         return way
-    rule = handed_down(encoder, src, mask, key_padding_mask, not recorded and strange is None)
-    if strange is None and not recorded:
-        first = real_first(encoder, src, mask, rule, is_causal)
-        if first is not None:
-            return Route(first.tokens, None, first.padding, False, first, None, True, why)
+    rule = handed_down(encoder, src, mask, key_padding_mask, strange is None)
+    first = real_first(encoder, src, mask, rule, is_causal) if strange is None else None
+    if first is not None:
+        return Route(first.tokens, None, first.padding, False, first, None, True, why)
     return Route(src, mask, rule, is_causal, why=why)
 
 
@@ -90,17 +90,17 @@ def left_out(
         attentions: list[Any] = [layer.self_attn for layer in encoder.layers]
         call = read_call(attentions[0], src, src, src, key_padding_mask, False, mask, is_causal)
         why = refusal(attentions, call)
-        if why is None and nesting and getattr(encoder, "mask_check", True) and not ends_in_padding(call.valid):
+        if why is None and nesting and not ends_in_padding(encoder, call.valid):
             why = "padding before real tokens, where the stock encoder makes no nested tensors"
     if why is not None:
         return (zeroed(encoder, src, mask, key_padding_mask, is_causal, why) if nests else None), why
     assert call.padding is not None
     valid: Any = call.valid
-    windows = [part for part in padding.parts(call.mask) if type(part) is Window]
+    windows = padding.windows(call.mask)
     if not pays(encoder, valid):
-        hidden = ~valid if attentions[0].batch_first else ~valid.T
+        hidden = hidden_rows(attentions[0], valid)
         # as a rule, which a layer does not leave out
-        return Route(src, joined(call.padding, *windows), None, False, None, hidden[..., None], nesting), None
+        return Route(src, joined(call.padding, *windows), None, False, None, hidden, nesting), None
     real = padding.tokens_of(call.padding, valid.shape[1])
     if real.places.shape[0] == valid.numel():
         return Route(src, joined(*windows), None, False), None
@@ -119,10 +119,15 @@ def zeroed(
     if call.padding is None or not call.batched:
         return None
     valid: Any = call.valid
-    if getattr(encoder, "mask_check", True) and not ends_in_padding(valid):
+    if not ends_in_padding(encoder, valid):
         return None
+    return Route(src, mask, key_padding_mask, is_causal, None, hidden_rows(attention, valid), True, why)
+
+
+def hidden_rows(attention: Any, valid: Tensor) -> Tensor:
+    """Padding as a mask over an encoder's output."""
     hidden = ~valid if attention.batch_first else ~valid.T
-    return Route(src, mask, key_padding_mask, is_causal, None, hidden[..., None], True, why)
+    return hidden[..., None]
 
 
 def real_first(encoder: nn.TransformerEncoder, src: Tensor, mask: Any, rule: Any, is_causal: bool) -> RealFirst | None:
@@ -188,9 +193,9 @@ def would_nest(encoder: nn.TransformerEncoder, src: Tensor, mask: Mask | Tensor 
     return not (torch.is_grad_enabled() and any(x.requires_grad for x in (src, *encoder.parameters())))
 
 
-def ends_in_padding(valid: Any) -> bool:
-    """The real tokens of each item come first; looked at as the stock encoder does, which waits for a GPU."""
-    return not bool((valid[:, 1:] & ~valid[:, :-1]).any())
+def ends_in_padding(encoder: nn.TransformerEncoder, valid: Any) -> bool:
+    """The real tokens of each item come first; looked at where the stock encoder does, which waits for a GPU."""
+    return not getattr(encoder, "mask_check", True) or not bool((valid[:, 1:] & ~valid[:, :-1]).any())
 
 
 def refusal(attentions: list[Any], call: Reading) -> str | None:

@@ -175,7 +175,7 @@ def put(name: str, thing: Callable[[], Any]) -> Callable[[Any], None]:
 
 
 class Dropped(nn.TransformerEncoderLayer):
-    """A layer of somebody else's."""
+    """A layer of another package."""
 
 
 def other_layer(model: Any) -> None:

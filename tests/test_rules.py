@@ -211,7 +211,7 @@ COUNTS_ON_TENSORS: dict[str, Callable[[Any], Any]] = {
 
 
 class Checked(encoder.FlashTransformerEncoderLayer):
-    """An encoder layer of someone's own, which looks at the mask."""
+    """An encoder layer of a subclass, which looks at the mask."""
 
     def _sa_block(self, x: Tensor, attn_mask: Any, key_padding_mask: Any, is_causal: bool = False) -> Tensor:
         assert key_padding_mask.dtype == torch.bool

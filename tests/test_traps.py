@@ -492,7 +492,7 @@ def test_trap_16_lengths_go_to_the_function_for_caches_and_never_with_a_gradient
         real, rest = options["cu_seqlens_k"].diff().view(2, 2).T
         assert torch.equal(real, mask.lengths.int()) and "cache_seqlens" not in options
         assert torch.equal(real + rest, torch.full_like(real, longest))
-        assert options["cu_seqlens_q"].diff().view(2, 2)[:, 1].tolist() == [0, 0]  # nobody asks for padding
+        assert options["cu_seqlens_q"].diff().view(2, 2)[:, 1].tolist() == [0, 0]  # padding has no queries
 
 
 @pytest.mark.cpu("asks what a kernel is told")

@@ -3,9 +3,8 @@
 Not a backend. Between a call of the package and its compiled kernels lies Python that says the same for every problem
 of a kind, some hundred lines a direction. ``Launches`` lets the package serve the first problem of a kind and notes the
 kernels that it called, and with what. Where that is, argument by argument, what ``forward_calls`` and
-``backward_calls`` say, later problems of the kind call the same kernels at once: on an H200, 7 us of host time for the
-kernel of a forward, where the package takes 73. Else, and for releases whose workspaces were not read (``READ``), the
-package serves every problem.
+``backward_calls`` say, later problems of the kind call the same kernels at once. Else, and for releases whose
+workspaces were not read (``READ``), the package serves every problem.
 """
 
 from __future__ import annotations
