@@ -19,6 +19,7 @@ from .functional import attention
 from .masks import Dense, Documents, KeyLengths, KeyPadding, Mask, Rule, Window, causal
 from .module import FlashMultiHeadAttention
 from .packed import Packed, pack
+from .public import publish as _publish
 from .scores import ALiBi, Bias, RelativeBias, TensorBias
 from .spec import AttentionSpec
 from .wrapper import FlashAttentionWrapper, benchmark_attention, compare_outputs, has_flash_attention
@@ -65,3 +66,5 @@ __all__ = [
     "unregister",
     "use_backend",
 ]
+
+_publish(__name__, [globals()[name] for name in __all__])

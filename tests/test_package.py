@@ -1,24 +1,30 @@
 """The package as a whole: public names, import order, import cost, the README, the command line."""
 
 import ast
+import io
+import pickle
+import pickletools
 import re
 import shutil
 import subprocess
 import sys
+import typing
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 import flashmha
+import flashmha.testing
 from flashmha import table
 from flashmha.__main__ import main
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "flashmha"
 ORDER = """
-    extras masks scores spec errors heads order
+    public extras masks scores spec errors heads order
     backends.base backends.flash backends.compact backends.blocks backends.block_tables backends.grouped
     backends.packing backends.plugins backends.ranking backends.tuned backends.waiting
     backends.flash4_mask backends.flash4_launches backends.flash4_kernels
@@ -92,11 +98,65 @@ def test_imports_point_one_way(name: str) -> None:
 def test_public_names_are_sorted_complete_and_documented() -> None:
     assert flashmha.__all__ == sorted(flashmha.__all__)
     tree = ast.parse((PACKAGE / "__init__.py").read_text(encoding="utf-8"))
-    imported = {alias.name for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) for alias in node.names}
-    assert set(flashmha.__all__) == imported
+    aliases = [alias for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) for alias in node.names]
+    assert set(flashmha.__all__) == {alias.name for alias in aliases if not (alias.asname or "").startswith("_")}
     for name in flashmha.__all__:
         thing = getattr(flashmha, name)
         assert thing.__doc__ and not thing.__doc__.startswith(f"{name}("), f"{name} has no docstring of its own"
+
+
+@pytest.mark.parametrize("package", (flashmha, flashmha.testing), ids=lambda package: package.__name__)
+def test_public_names_are_at_home_where_they_are_imported_from(package: Any) -> None:
+    for name in package.__all__:
+        thing = getattr(package, name)
+        assert thing.__module__ == package.__name__, name
+        if isinstance(thing, type):
+            assert f"{package.__name__}.{name}" in repr(thing)
+            typing.get_type_hints(thing)
+            assert not any(isinstance(hint, str) for hint in vars(thing).get("__annotations__", {}).values()), name
+        if thing.__qualname__ == name:  # Hypothesis names what it wraps after its own function
+            assert pickle.loads(pickle.dumps(thing)) is thing
+
+
+SPEC = flashmha.AttentionSpec(1, 3, 3, 2, 2, 4, 4, mask=flashmha.causal())
+
+
+@pytest.mark.parametrize(
+    "thing",
+    (
+        flashmha.FlashMultiHeadAttention(8, 2),
+        flashmha.FlashTransformerEncoderLayer(8, 2),
+        flashmha.FlashAttentionWrapper(),
+        SPEC,
+        flashmha.KeyPadding(torch.ones(1, 2, dtype=torch.bool)),
+        flashmha.NoBackendError(SPEC, {}),
+        flashmha.causal,
+        flashmha.testing.Blueprint(),
+        flashmha.testing.Architecture(),
+    ),
+    ids=lambda thing: getattr(thing, "__name__", type(thing).__name__),
+)
+def test_a_pickle_names_the_package_and_no_file_of_it(thing: Any) -> None:
+    """So that a file may move, and what was saved is still loaded."""
+    data = pickle.dumps(thing)
+    found = {
+        argument.split()[0] if operation.name == "GLOBAL" else argument
+        for operation, argument, _ in pickletools.genops(data)
+        if isinstance(argument, str) and argument.startswith("flashmha")
+    }
+    assert found and found <= {"flashmha", "flashmha.testing"}
+    pickle.loads(data)
+
+
+def test_a_saved_layer_is_loaded_by_its_public_name() -> None:
+    layer, file = flashmha.FlashMultiHeadAttention(8, 2, window=(3, 0)), io.BytesIO()
+    torch.save(layer, file)
+    file.seek(0)
+    globals_ = torch.serialization.get_unsafe_globals_in_checkpoint(file)
+    ours = {name for name in globals_ if name.startswith("flashmha")}
+    assert ours == {"flashmha.FlashMultiHeadAttention", "flashmha.Window"}
+    file.seek(0)
+    assert type(torch.load(file, weights_only=False)) is flashmha.FlashMultiHeadAttention
 
 
 def test_importing_the_package_imports_no_kernels_and_no_extras() -> None:

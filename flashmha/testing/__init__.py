@@ -30,6 +30,7 @@ kinds where each costs seconds of compiling. Whatever draws needs Hypothesis; ``
 from typing import Any
 
 from ..extras import wanted_by
+from ..public import publish as _publish
 from .anatomy import anatomy
 from .drop_in import assert_drop_in
 from .dropout import assert_drops
@@ -87,6 +88,8 @@ __all__ = [
     "trees",
     "without_fast_path",
 ]
+
+_publish(__name__, [globals()[name] for name in __all__ if name in globals()])
 
 
 def __getattr__(name: str) -> Any:
