@@ -1,28 +1,18 @@
 """flashmha: ``torch.nn.MultiheadAttention`` on the fastest attention this machine has."""
 
-from .backends import (
-    Backend,
-    Explanation,
-    Limits,
-    load_tuned,
-    prefer,
-    record,
-    register,
-    unregister,
-    use_backend,
-)
-from .convert import SwapReport, replace_mha, restore_mha, swap_report
-from .encoder import FlashTransformerEncoder, FlashTransformerEncoderLayer
-from .errors import NoBackendError
-from .explain import explain
+from .backends import Backend, Explanation, Limits, load_tuned, prefer, record, register, unregister, use_backend
 from .functional import attention
-from .masks import Dense, Documents, KeyLengths, KeyPadding, Mask, Rule, Window, causal
-from .module import FlashMultiHeadAttention
-from .packed import Packed, pack
-from .public import publish as _publish
-from .scores import ALiBi, Bias, RelativeBias, TensorBias
-from .spec import AttentionSpec
-from .wrapper import FlashAttentionWrapper, benchmark_attention, compare_outputs, has_flash_attention
+from .host.public import publish as _publish
+from .lab import FlashAttentionWrapper, benchmark_attention, compare_outputs, has_flash_attention
+from .layer.module import FlashMultiHeadAttention
+from .layer.packed import Packed, pack
+from .problem.errors import NoBackendError
+from .problem.masks import Dense, Documents, KeyLengths, KeyPadding, Mask, Rule, Window, causal
+from .problem.scores import ALiBi, Bias, RelativeBias, TensorBias
+from .problem.spec import AttentionSpec
+from .swap.convert import SwapReport, replace_mha, restore_mha, swap_report
+from .swap.encoder import FlashTransformerEncoder, FlashTransformerEncoderLayer
+from .swap.explain import explain
 
 __version__ = "0.1.0"
 

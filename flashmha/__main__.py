@@ -16,7 +16,7 @@ COMMANDS = {
     "info": ("flashmha.commands.info", "versions, devices, and what stands against each backend"),
     "explain": ("flashmha.commands.explain", "which backend serves a problem, and why not the others"),
     "verify": ("flashmha.commands.verify", "judge this machine's backends against the definition"),
-    "bench": ("flashmha.benchmark", "measure time, memory and error beside every peer"),
+    "bench": ("flashmha.commands.bench", "measure time, memory and error beside every peer"),
     "tune": ("flashmha.commands.tune", "time this machine's backends, for automatic choice to follow"),
     "table": ("flashmha.commands.table", "the backends and what they serve, as a Markdown table"),
 }

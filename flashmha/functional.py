@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from .backends import OWN, Backend, Wanted, choose, note
-from .masks import Dense, Mask, is_dense, told
-from .scores import Bias, TensorBias
-from .spec import AttentionSpec
+from .problem.masks import Dense, Mask, is_dense, told
+from .problem.scores import Bias, TensorBias
+from .problem.spec import AttentionSpec
 
 
 def attention(

@@ -13,8 +13,8 @@ from torch import Tensor
 from flashmha import ALiBi, AttentionSpec, Dense, KeyLengths, RelativeBias, TensorBias, Window
 from flashmha.backends import get
 from flashmha.backends.naive import log_sum_exp, probabilities, scores, weigh
-from flashmha.masks import Mask
-from flashmha.scores import Bias
+from flashmha.problem.masks import Mask
+from flashmha.problem.scores import Bias
 
 Bug = Callable[[Tensor, Tensor, Tensor, AttentionSpec], Any]
 """A wrong backend: the definition, asked something else or answering something else."""

@@ -12,9 +12,13 @@ from hypothesis import strategies as st
 from torch import nn
 
 import flashmha
-from flashmha import FlashMultiHeadAttention, KeyPadding, attention, compare_outputs, explain, padding, record
-from flashmha.backends import flash, get, ranking, sdpa
+from flashmha import FlashMultiHeadAttention, KeyPadding, attention, compare_outputs, explain, record
+from flashmha.backends import get
+from flashmha.backends.choice import ranking
+from flashmha.backends.flash_attn import package as flash
+from flashmha.backends.sdpa import backend as sdpa
 from flashmha.functional import computed_in, without_autocast
+from flashmha.layer import padding
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 CASTS = (None, torch.bfloat16, torch.float16)
@@ -50,7 +54,7 @@ def test_the_dtype_said_before_the_projection_is_that_of_the_heads(
 
 def layer_in_float32(x: torch.Tensor, cast: torch.dtype | None) -> bool:
     """A layer of half precision without autocast computes in float32 on a CPU that only emulates it."""
-    return cast is None and x.dtype in (torch.bfloat16, torch.float16) and flashmha.projection.emulated(x.dtype)
+    return cast is None and x.dtype in (torch.bfloat16, torch.float16) and flashmha.layer.projection.emulated(x.dtype)
 
 
 @given(cast=st.sampled_from(CASTS[1:]), dtype=st.sampled_from(DTYPES))

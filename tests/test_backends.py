@@ -14,7 +14,7 @@ from flashmha import AttentionSpec, Dense, KeyPadding, NoBackendError, attention
 from flashmha.backends import get, names
 from flashmha.backends.base import HALF
 from flashmha.testing import answer, assert_agrees, noise, seeds, served, specs, tensors
-from flashmha.testing.kernels import KINDS, SHAPES, Kernel, built, drawn
+from flashmha.testing.grid import KINDS, SHAPES, Kernel, built, drawn
 
 COMPILED = {name: KINDS if get(name).compiles == "kinds" else SHAPES for name in names() if get(name).compiles}
 KERNELS = [(name, kernel) for name, grid in COMPILED.items() for kernel in grid]

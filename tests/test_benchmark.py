@@ -20,23 +20,24 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounter
 from torch.utils.flop_counter import FlopCounterMode
 
-from flashmha import Backend, Limits, register, table
+from flashmha import Backend, Limits, register
 from flashmha.__main__ import main
 from flashmha.backends import get, unregister
 from flashmha.backends.naive import Naive
 from flashmha.benchmark import Case, Plan, every_case, run, runner, select
 from flashmha.benchmark.encoders import FlashmhaEncoder, HandEncoder, PackedEncoder, StockEncoder
+from flashmha.benchmark.environment import peak_bytes
 from flashmha.benchmark.gate import Seat, admit, judge
 from flashmha.benchmark.inputs import draw
 from flashmha.benchmark.kernels import ByHand, Linear, sdpa
 from flashmha.benchmark.lineup import contestants, everybody
-from flashmha.benchmark.machine import peak_bytes
 from flashmha.benchmark.peers import CONTROL, Contestant, Flashmha, StockBest, Through, how
 from flashmha.benchmark.reference import Reference, definition
 from flashmha.benchmark.report import absences_table, figures, load, markdown, save
 from flashmha.benchmark.suites import lengths_of
 from flashmha.benchmark.verdicts import judge as judge_cases
 from flashmha.benchmark.verdicts import middle, noise_floor, ratio, share_of_gemm, verdict
+from flashmha.commands import markdown as table
 
 CPU = torch.device("cpu")
 TINY = "small/layer/train/b1s8e64h4"
@@ -717,7 +718,7 @@ def test_encoders_run_where_they_are_named(asked: list[str], monkeypatch: pytest
         plans.append(plan)
         raise ValueError("not today")
 
-    monkeypatch.setattr("flashmha.benchmark.command.run", no_run)
+    monkeypatch.setattr("flashmha.commands.bench.run", no_run)
     with pytest.raises(SystemExit):
         main(["bench", "--no-plots", "--out", str(tmp_path), *asked])
     levels = {case.level for case in plans[0].cases}

@@ -6,8 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from flashmha.backends import block_tables
-from flashmha.backends.block_tables import EDGE, BlockTables
+from flashmha.backends.rewrites import block_tables
+from flashmha.backends.rewrites.block_tables import EDGE, BlockTables
 
 POISON = 1_000_000
 """What lies behind a count, and nobody may read."""

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import flashmha
 from flashmha import FlashMultiHeadAttention, replace_mha, restore_mha
-from flashmha.features import MARK
+from flashmha.layer.features import MARK
 from flashmha.testing import assert_same
 
 WIDTH = 8

@@ -28,8 +28,9 @@ from torch import Tensor
 import flashmha
 from flashmha import ALiBi, AttentionSpec, Backend, KeyLengths, Limits, Mask, Window, backends
 from flashmha.__main__ import COMMANDS, main
-from flashmha.backends import get, names, ranking, tuned
-from flashmha.backends.ranking import KINDS, MODES, Row
+from flashmha.backends import get, names
+from flashmha.backends.choice import ranking, tuned
+from flashmha.backends.choice.ranking import KINDS, MODES, Row
 from flashmha.benchmark import runner
 from flashmha.commands import tune
 from flashmha.commands.destination import check_file, check_folder
@@ -750,7 +751,7 @@ def test_nothing_is_measured_for_a_destination_that_cannot_be_written(writer: st
     measured = mock.Mock(side_effect=AssertionError("measured"))
     for what, path in bad_destinations(kind, tmp_path).items():
         before = sorted(tmp_path.rglob("*"))
-        with mock.patch.object(tune, "tune", measured), mock.patch("flashmha.benchmark.command.run", measured):
+        with mock.patch.object(tune, "tune", measured), mock.patch("flashmha.commands.bench.run", measured):
             status, out, err = run(*arguments, flag, path)
         assert (status, out, err.count("\n")) == (2, "", 1) and "Traceback" not in err, (what, err)
         assert sorted(tmp_path.rglob("*")) == before, f"{what}: something was left behind"

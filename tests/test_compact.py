@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from flashmha.backends import compact
+from flashmha.backends.rewrites import compact
 from flashmha.testing import noise, seeds
 
 

@@ -22,11 +22,10 @@ from torch import Tensor, nn
 
 import flashmha
 from flashmha import FlashMultiHeadAttention, Window, replace_mha, restore_mha, swap_report
-from flashmha.features import ABSENT
+from flashmha.layer.features import ABSENT
 from flashmha.testing import (
     Architecture,
     Tree,
-    anatomy,
     architectures,
     assert_drop_in,
     assert_same,
@@ -36,8 +35,9 @@ from flashmha.testing import (
     seeds,
     trees,
 )
-from flashmha.testing.encoder import fused_architectures, quiet
-from flashmha.testing.tree import WIDTH, Block, Group, Leaf
+from flashmha.testing.models import anatomy
+from flashmha.testing.models.encoder import fused_architectures, quiet
+from flashmha.testing.models.tree import WIDTH, Block, Group, Leaf
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16)
 

@@ -17,10 +17,12 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from flashmha import Dense, FlashMultiHeadAttention, KeyLengths, deferred, weights
-from flashmha.backends.sdpa import switches
-from flashmha.deferred import Deferred, fill
+from flashmha import Dense, FlashMultiHeadAttention, KeyLengths
+from flashmha.backends.sdpa.backend import switches
 from flashmha.testing import noise, seeds
+from flashmha.weights import deferred
+from flashmha.weights import recipe as weights
+from flashmha.weights.deferred import Deferred, fill
 
 
 @pytest.fixture(autouse=True)

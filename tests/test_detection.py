@@ -17,8 +17,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from flashmha import AttentionSpec, KeyLengths, NoBackendError, Window
 from flashmha.__main__ import main
-from flashmha.backends import choose, flash, get, ranking
-from flashmha.backends.flash3 import HEAD_DIMS, Flash3
+from flashmha.backends import choose, get
+from flashmha.backends.choice import ranking
+from flashmha.backends.flash_attn import package as flash
+from flashmha.backends.flash_attn.flash3 import HEAD_DIMS, Flash3
 from flashmha.commands import info
 
 CUDA = torch.device("cuda", 0)

@@ -19,7 +19,6 @@ from flashmha import FlashMultiHeadAttention, replace_mha, restore_mha, swap_rep
 from flashmha.testing import (
     Architecture,
     EncoderMasks,
-    anatomy,
     architectures,
     assert_drop_in,
     assert_same,
@@ -28,11 +27,12 @@ from flashmha.testing import (
     transformers,
     without_fast_path,
 )
-from flashmha.testing.encoder import fused_architectures, quiet
 from flashmha.testing.judge import gradients
+from flashmha.testing.models import anatomy
+from flashmha.testing.models.encoder import fused_architectures, quiet
+from flashmha.testing.models.transformer import KINDS
+from flashmha.testing.models.tree import WIDTH
 from flashmha.testing.record import placed
-from flashmha.testing.transformer import KINDS
-from flashmha.testing.tree import WIDTH
 
 pytestmark = pytest.mark.filterwarnings("ignore:Support for mismatched:UserWarning")
 

@@ -14,13 +14,14 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from flashmha import AttentionSpec, Documents, KeyLengths, KeyPadding, Mask, Window, causal
-from flashmha.backends import get, sdpa
+from flashmha.backends import get
 from flashmha.backends.base import HALF
-from flashmha.backends.flash import FlashAttn
-from flashmha.backends.flash2 import Flash2
-from flashmha.backends.flash3 import Flash3
-from flashmha.backends.grouped import FEW
-from flashmha.backends.sdpa import Sdpa
+from flashmha.backends.flash_attn.flash2 import Flash2
+from flashmha.backends.flash_attn.flash3 import Flash3
+from flashmha.backends.flash_attn.package import FlashAttn
+from flashmha.backends.rewrites.grouped import FEW
+from flashmha.backends.sdpa import backend as sdpa
+from flashmha.backends.sdpa.backend import Sdpa
 from flashmha.testing import assert_agrees, noise, seeds, specs
 
 pytestmark = pytest.mark.cpu("pretends the kernels")

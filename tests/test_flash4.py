@@ -17,10 +17,12 @@ from test_block_tables import Tile, defined, seen, states
 from torch import Tensor
 
 from flashmha import AttentionSpec, Dense, KeyLengths, KeyPadding, Mask, Window, causal
-from flashmha.backends import block_tables, compact, flash4_kernels, get
-from flashmha.backends.flash4 import Flash4, kind
+from flashmha.backends import get
+from flashmha.backends.flash_attn import flash4_kernels
+from flashmha.backends.flash_attn.flash4 import Flash4, kind
+from flashmha.backends.rewrites import block_tables, compact
 from flashmha.testing import assert_agrees, noise, seeds, specs
-from flashmha.testing.kernels import KINDS, drawn
+from flashmha.testing.grid import KINDS, drawn
 
 pytestmark = pytest.mark.cpu("pretends the kernels")
 
@@ -119,7 +121,7 @@ def pretend() -> Iterator[None]:
         patch.setattr(block_tables, "WORTH", 4)
         patch.setattr(flash4_kernels, "served", lambda device: True)
         mask = types.SimpleNamespace(within="within", shown="shown", blocks=blocks)
-        patch.setitem(sys.modules, "flashmha.backends.flash4_mask", mask)
+        patch.setitem(sys.modules, "flashmha.backends.flash_attn.flash4_masks", mask)
         yield
 
 
@@ -213,7 +215,7 @@ def test_a_mask_of_ones_own_comes_with_the_tiles_to_look_at(
         listed.append((backward, states(made[0], by_keys=backward)))
         return made
 
-    monkeypatch.setattr(sys.modules["flashmha.backends.flash4_mask"], "blocks", spy)
+    monkeypatch.setattr(sys.modules["flashmha.backends.flash_attn.flash4_masks"], "blocks", spy)
     monkeypatch.setattr(flash4_kernels, "served", lambda device: here)
     if TABLE in mask.parts:  # its rows are as many as there are queries
         own = Dense(TABLE.allowed[:, :, :seqlen_q])

@@ -18,7 +18,9 @@ from test_flash4 import Pretended, move
 from torch import Tensor
 
 from flashmha import AttentionSpec, Documents, KeyLengths, KeyPadding, Mask, Window, causal
-from flashmha.backends import compact, flash4_launches, get
+from flashmha.backends import get
+from flashmha.backends.flash_attn import flash4_launches
+from flashmha.backends.rewrites import compact
 from flashmha.testing import assert_agrees, noise, seeds, specs
 
 pytestmark = pytest.mark.cpu("pretends the kernels")

@@ -16,9 +16,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from flashmha.backends import flash4_kernels, flash4_launches, get
-from flashmha.backends.block_tables import edged
-from flashmha.backends.flash4_kernels import UNTOLD, backward, forward
+from flashmha.backends import get
+from flashmha.backends.flash_attn import flash4_kernels, flash4_launches
+from flashmha.backends.flash_attn.flash4_kernels import UNTOLD, backward, forward
+from flashmha.backends.rewrites.block_tables import edged
 
 pytestmark = [
     pytest.mark.cpu("runs no kernel"),
@@ -53,7 +54,8 @@ def package() -> Iterator[Any]:
 def copied(patch: pytest.MonkeyPatch) -> Iterator[Any]:
     from flash_attn.cute import block_sparsity, interface
 
-    from flashmha.backends import block_tables, flash4_mask
+    from flashmha.backends.flash_attn import flash4_masks as flash4_mask
+    from flashmha.backends.rewrites import block_tables
 
     def made(first: Tensor, last: Tensor, *sizes: Any, by_keys: bool) -> Any:
         tile = sizes[-1]

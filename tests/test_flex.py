@@ -15,7 +15,7 @@ from torch.nn.attention.flex_attention import create_block_mask
 from flashmha import ALiBi, AttentionSpec, KeyLengths, KeyPadding, Rule, TensorBias, Window, causal
 from flashmha.backends import flex
 from flashmha.backends.flex import KEPT, Flex
-from flashmha.masks import Mask
+from flashmha.problem.masks import Mask
 from flashmha.testing import assert_agrees, assert_same, noise, seeds, specs, tensors
 
 COMPILE = torch.compile

@@ -11,9 +11,9 @@ from torch import Tensor
 from flashmha import AttentionSpec, Dense, KeyPadding, TensorBias, causal
 from flashmha.backends import get
 from flashmha.backends.base import Backend
-from flashmha.backends.grouped import FEW, fold, fold_table, folds, unfold, unfold_lse
-from flashmha.backends.sdpa import attend_on_cuda
-from flashmha.masks import joined
+from flashmha.backends.rewrites.grouped import FEW, fold, fold_table, folds, unfold, unfold_lse
+from flashmha.backends.sdpa.backend import attend_on_cuda
+from flashmha.problem.masks import joined
 from flashmha.testing import assert_agrees, assert_same, noise, seeds, specs
 
 

@@ -11,11 +11,11 @@ from torch import Tensor
 
 from flashmha import AttentionSpec, FlashMultiHeadAttention, KeyPadding, attention, causal
 from flashmha.backends import get, names
-from flashmha.backends.sdpa import attend_on_cuda, dense
-from flashmha.scores import ALiBi, Bias, RelativeBias, TensorBias, narrowed, plus
+from flashmha.backends.sdpa.backend import attend_on_cuda, dense
+from flashmha.problem.scores import ALiBi, Bias, RelativeBias, TensorBias, narrowed, plus
 from flashmha.testing import assert_agrees, noise, seeds
 from flashmha.testing.judge import answer
-from flashmha.weights import attention_with_weights
+from flashmha.weights.recipe import attention_with_weights
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 LOWEST = tuple(torch.finfo(dtype).min for dtype in DTYPES)

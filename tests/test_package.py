@@ -18,36 +18,37 @@ import torch
 
 import flashmha
 import flashmha.testing
-from flashmha import table
 from flashmha.__main__ import main
+from flashmha.commands import markdown as table
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "flashmha"
 ORDER = """
-    public extras masks scores spec errors heads order
-    backends.base backends.flash backends.compact backends.blocks backends.block_tables backends.grouped
-    backends.packing backends.plugins backends.ranking backends.tuned backends.waiting
-    backends.flash4_mask backends.flash4_launches backends.flash4_kernels
-    backends.naive backends.sdpa backends.flex backends.flash2 backends.flash3 backends.flash4
-    backends.registry backends functional deferred
-    features stock nested arguments call columns hops padding packed kernels tiles weights projection plain forward
-    module route encoder convert explain
-    commands commands.devices commands.screen commands.destination commands.variables commands.picture tolerance
-    testing.record testing.values testing.paste testing.choice testing.dropout testing.attention testing.kernels
-    testing.judge testing.drop_in testing.anatomy testing.tree
-    testing.layer testing.encoder testing.transformer testing.call testing
-    benchmark.cases benchmark.suites benchmark.inputs benchmark.reference benchmark.machine benchmark.peers
-    benchmark.kernels benchmark.encoders benchmark.lineup benchmark.verdicts benchmark.gate benchmark.runner
-    benchmark.report benchmark.plots
-    benchmark.command benchmark
-    table commands.info commands.explain commands.verify commands.table commands.tune
-    wrapper __main__ __init__
+    host host.public host.extras problem problem.masks problem.scores problem.spec problem.errors
+    backends.rewrites backends.rewrites.heads backends.rewrites.order backends.base backends.flash_attn
+    backends.flash_attn.package backends.rewrites.compact backends.sdpa backends.sdpa.pieces
+    backends.rewrites.block_tables backends.rewrites.grouped backends.rewrites.documents backends.choice
+    backends.choice.plugins backends.choice.ranking backends.choice.tuned backends.choice.waiting
+    backends.flash_attn.flash4_masks backends.flash_attn.flash4_launches backends.flash_attn.flash4_kernels
+    backends.naive backends.sdpa.backend backends.flex backends.flash_attn.flash2 backends.flash_attn.flash3
+    backends.flash_attn.flash4 backends.choice.registry backends functional weights weights.deferred layer
+    layer.features layer.stock layer.nested layer.arguments layer.call layer.columns layer.hops layer.padding
+    layer.packed weights.kernels weights.tiles weights.recipe layer.projection layer.shortcut layer.forward
+    layer.module swap swap.route swap.encoder swap.convert swap.explain commands commands.devices
+    commands.screen commands.destination commands.variables commands.picture backends.parity testing.record
+    testing.values testing.paste testing.choice testing.dropout testing.attention testing.grid testing.judge
+    testing.drop_in testing.models testing.models.anatomy testing.models.tree testing.layer
+    testing.models.encoder testing.models.transformer testing.call testing benchmark.cases benchmark.suites
+    benchmark.inputs benchmark.reference benchmark.environment benchmark.peers benchmark.kernels
+    benchmark.encoders benchmark.lineup benchmark.verdicts benchmark.gate benchmark.runner benchmark.report
+    benchmark.plots commands.bench benchmark commands.markdown commands.info commands.explain commands.verify
+    commands.table commands.tune lab __main__ __init__
 """.split()  # noqa: SIM905
-LEAVES = {"table", "testing", "benchmark", "commands", "__main__"}
+LEAVES = {"testing", "benchmark", "commands", "__main__"}
 """Folders and files that nothing but one another imports."""
-LISTS = ("backends.registry",)
+LISTS = ("backends.choice.registry",)
 """A room of the backends that holds them all."""
-ACROSS = {("wrapper", "benchmark.machine")}
+ACROSS = {("lab", "benchmark.environment")}
 """But for these."""
 
 

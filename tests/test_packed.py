@@ -11,18 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from flashmha import (
-    Documents,
-    FlashMultiHeadAttention,
-    KeyLengths,
-    KeyPadding,
-    Mask,
-    Window,
-    causal,
-    heads,
-    pack,
-)
-from flashmha.backends import blocks
+from flashmha import Documents, FlashMultiHeadAttention, KeyLengths, KeyPadding, Mask, Window, causal, pack
+from flashmha.backends.rewrites import heads
+from flashmha.backends.sdpa import pieces as blocks
 from flashmha.testing import noise, randomized, seeds
 
 MASKS: dict[str, Mask | None] = {

@@ -6,7 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from flashmha import FlashMultiHeadAttention, backends, explain, projection
+from flashmha import FlashMultiHeadAttention, backends, explain
+from flashmha.layer import projection
 from flashmha.testing import seeds
 
 HALVES = (torch.bfloat16, torch.float16)

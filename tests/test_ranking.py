@@ -34,10 +34,11 @@ from flashmha import (
     attention,
     causal,
 )
-from flashmha.backends import choose, chosen, explain, get, names, order, ranking, reason, register, tuned, unregister
-from flashmha.backends.ranking import KINDS, MODES, TABLE, Row, agreed, combined, derive, kind
-from flashmha.backends.waiting import Waits
-from flashmha.masks import combine
+from flashmha.backends import choose, chosen, explain, get, names, order, reason, register, unregister
+from flashmha.backends.choice import ranking, tuned
+from flashmha.backends.choice.ranking import KINDS, MODES, TABLE, Row, agreed, combined, derive, kind
+from flashmha.backends.choice.waiting import Waits
+from flashmha.problem.masks import combine
 from flashmha.testing import specs
 
 ROOT = Path(flashmha.__file__).parents[1]
@@ -162,14 +163,14 @@ def test_a_replaced_backend_of_ours_is_a_third_party() -> None:
 @contextlib.contextmanager
 def replaced(name: str) -> Iterator[None]:
     """A backend of ours unregistered, and somebody else's under its name and in its place."""
-    before = dict(flashmha.backends.registry.entries)
+    before = dict(flashmha.backends.choice.registry.entries)
     after = names()[names().index(name) + 1]
     unregister(name)
     register(passing(name), before=after)
     try:
         yield
     finally:
-        flashmha.backends.registry.entries = before
+        flashmha.backends.choice.registry.entries = before
 
 
 KINDS_DRAWN = {

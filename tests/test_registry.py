@@ -27,8 +27,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import flashmha
 from flashmha import AttentionSpec, Backend, FlashMultiHeadAttention, Limits, NoBackendError, attention, backends
 from flashmha.__main__ import main
-from flashmha.backends import explain, get, names, ranking, registry, tuned, use_backend
-from flashmha.backends.plugins import GROUP
+from flashmha.backends import explain, get, names, use_backend
+from flashmha.backends.choice import ranking, registry, tuned
+from flashmha.backends.choice.plugins import GROUP
 
 CPU = torch.device("cpu")
 BUILT_IN = ("sdpa", "flash4", "flash3", "flash2", "flex", "naive")

@@ -18,9 +18,10 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import flashmha
-from flashmha import FlashMultiHeadAttention, Window, causal, explain, replace_mha, route, swap_report
+from flashmha import FlashMultiHeadAttention, Window, causal, explain, replace_mha, swap_report
+from flashmha.swap import route
 from flashmha.testing import Architecture, EncoderMasks, architectures, assert_same, encoder_masks, noise
-from flashmha.testing.encoder import fused_architectures, without_fast_path
+from flashmha.testing.models.encoder import fused_architectures, without_fast_path
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Support for mismatched:UserWarning"),

@@ -26,10 +26,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import flashmha
-from flashmha import AttentionSpec, FlashMultiHeadAttention, KeyLengths, KeyPadding, encoder, masks, replace_mha, route
-from flashmha.backends import blocks, packing, sdpa
-from flashmha.heads import neighbours
-from flashmha.order import RealFirst, permuted, real_first
+from flashmha import AttentionSpec, FlashMultiHeadAttention, KeyLengths, KeyPadding, replace_mha
+from flashmha.backends.rewrites import documents as packing
+from flashmha.backends.rewrites.heads import neighbours
+from flashmha.backends.rewrites.order import RealFirst, permuted, real_first
+from flashmha.backends.sdpa import backend as sdpa
+from flashmha.backends.sdpa import pieces as blocks
+from flashmha.problem import masks
+from flashmha.swap import encoder, route
 from flashmha.testing import noise, seeds
 
 PATTERNS = ("right", "left", "holes", "whole items", "none")

@@ -22,8 +22,9 @@ from flashmha import AttentionSpec, Backend, Dense, Documents, KeyLengths, KeyPa
 from flashmha.backends import get
 from flashmha.backends.base import FEATURES
 from flashmha.commands import verify
-from flashmha.testing import dropout, judge, tree
+from flashmha.testing import dropout, judge
 from flashmha.testing.attention import MASKS
+from flashmha.testing.models import tree
 
 pytestmark = pytest.mark.filterwarnings("ignore:Support for mismatched:UserWarning")
 naive = get("naive")

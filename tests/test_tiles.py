@@ -15,14 +15,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from flashmha import tiles, weights
 from flashmha.backends import get
 from flashmha.backends.base import FEATURES, Limits
 from flashmha.backends.naive import log_sum_exp, probabilities, scores
-from flashmha.masks import Documents, Rule, Window
-from flashmha.scores import TensorBias
-from flashmha.spec import AttentionSpec
+from flashmha.problem.masks import Documents, Rule, Window
+from flashmha.problem.scores import TensorBias
+from flashmha.problem.spec import AttentionSpec
 from flashmha.testing import assert_close, seeds, specs, tensors
+from flashmha.weights import recipe as weights
+from flashmha.weights import tiles
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 LIMITS = Limits(

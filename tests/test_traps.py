@@ -35,12 +35,14 @@ from flashmha import (
     attention,
     causal,
 )
-from flashmha.backends import compact, get, names, sdpa
+from flashmha.backends import get, names
 from flashmha.backends.base import HALF
-from flashmha.backends.grouped import FEW
-from flashmha.backends.sdpa import attend_on_cuda, kernels_for_masks, without_cudnn
+from flashmha.backends.rewrites import compact
+from flashmha.backends.rewrites.grouped import FEW
+from flashmha.backends.sdpa import backend as sdpa
+from flashmha.backends.sdpa.backend import attend_on_cuda, kernels_for_masks, without_cudnn
 from flashmha.testing import noise, seeds, specs, tensors
-from flashmha.testing.kernels import KINDS, SHAPES, drawn
+from flashmha.testing.grid import KINDS, SHAPES, drawn
 
 FLASH = ("flash2", "flash3", "flash4")
 lengths = st.integers(1, 40)
@@ -113,7 +115,9 @@ def told() -> Iterator[Told]:
         for name in FLASH[:2]:
             patch.setattr(get(name), "cached", cached)
         patch.setitem(
-            sys.modules, "flashmha.backends.flash4_mask", types.SimpleNamespace(within="within", shown="shown")
+            sys.modules,
+            "flashmha.backends.flash_attn.flash4_masks",
+            types.SimpleNamespace(within="within", shown="shown"),
         )
         patch.setattr(compact, "move", lambda sources, targets, *rest, scatter: [t.zero_() for t in targets])
         patch.setattr(torch.cuda, "device", contextlib.nullcontext)

@@ -20,8 +20,9 @@ from torch.utils.checkpoint import checkpoint
 
 import flashmha
 from flashmha import AttentionSpec, Backend, Documents, KeyLengths, KeyPadding, Limits, causal
-from flashmha.backends import choose, chosen, explain, get, ranking, register, unregister, use_backend, waiting
-from flashmha.backends.waiting import VARIABLE, Wait, Waits, loss
+from flashmha.backends import choose, chosen, explain, get, register, unregister, use_backend
+from flashmha.backends.choice import ranking, waiting
+from flashmha.backends.choice.waiting import VARIABLE, Wait, Waits, loss
 from flashmha.testing import specs
 
 COST = 2.0
@@ -38,7 +39,7 @@ def fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[Waits]:
     monkeypatch.setattr(flashmha.backends, "loss", lambda spec: 0.5)
     made = Waits()
     monkeypatch.setattr(flashmha.backends, "waits", made)
-    monkeypatch.setattr(flashmha.backends.flash4, "waits", made)
+    monkeypatch.setattr(flashmha.backends.flash_attn.flash4, "waits", made)
     monkeypatch.setattr(get("flash4"), "compiled", set())
     monkeypatch.setattr(flashmha.backends, "reason", lambda backend, spec: backend.unsupported(spec))
     monkeypatch.setattr(flashmha.backends, "absent", lambda backend, spec: None)

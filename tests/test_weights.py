@@ -19,11 +19,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import flashmha
-from flashmha import AttentionSpec, Backend, FlashMultiHeadAttention, register, weights
+from flashmha import AttentionSpec, Backend, FlashMultiHeadAttention, register
 from flashmha.backends import get, unregister
-from flashmha.deferred import Deferred
 from flashmha.testing import noise, seeds
 from flashmha.testing.record import placed
+from flashmha.weights import recipe as weights
+from flashmha.weights.deferred import Deferred
 
 
 @dataclasses.dataclass(frozen=True)

@@ -18,20 +18,20 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ..errors import NoBackendError, lines
-from ..spec import SHARED, AttentionSpec, asks_deterministic, only_warns, surely
-from . import registry, tuned
+from ..problem.errors import NoBackendError, lines
+from ..problem.spec import SHARED, AttentionSpec, asks_deterministic, only_warns, surely
 from .base import FEATURES, Backend, Limits, written
-from .flash2 import Flash2
-from .flash3 import Flash3
-from .flash4 import Flash4
+from .choice import registry, tuned
+from .choice.ranking import LAST, WORTH, work
+from .choice.registry import FAMILIES, discover, expand, get, names, origin, prefer, register, unregister
+from .choice.tuned import load_tuned
+from .choice.waiting import Wait, in_backward, keeps, loss, waits
+from .flash_attn.flash2 import Flash2
+from .flash_attn.flash3 import Flash3
+from .flash_attn.flash4 import Flash4
 from .flex import Flex
 from .naive import Naive
-from .ranking import LAST, WORTH, work
-from .registry import FAMILIES, discover, expand, get, names, origin, prefer, register, unregister
-from .sdpa import Sdpa, packs, switches
-from .tuned import load_tuned
-from .waiting import Wait, in_backward, keeps, loss, waits
+from .sdpa.backend import Sdpa, packs, switches
 
 __all__ = [
     "FAMILIES",

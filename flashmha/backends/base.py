@@ -32,8 +32,8 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from ..masks import short
-from ..spec import AttentionSpec
+from ..problem.masks import short
+from ..problem.spec import AttentionSpec
 
 FEATURES = (
     "backward",

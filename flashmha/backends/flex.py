@@ -15,11 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..masks import Dense, Documents, Rule, find
-from ..scores import Bias, TensorBias, levelled, narrowed
-from ..spec import AttentionSpec
+from ..problem.masks import Dense, Documents, Rule, find
+from ..problem.scores import Bias, TensorBias, levelled, narrowed
+from ..problem.spec import AttentionSpec
 from .base import FEATURES, Backend, Limits
-from .waiting import waits
+from .choice.waiting import waits
 
 
 class Flex(Backend):

@@ -6,9 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..masks import readable
-from ..scores import narrowed
-from ..spec import AttentionSpec
+from ..problem.masks import readable
+from ..problem.scores import narrowed
+from ..problem.spec import AttentionSpec
 from .base import FEATURES, Backend, Limits
 
 

@@ -6,8 +6,7 @@ of a difference is noise. ``Plan`` and ``run`` do the same from Python.
 """
 
 from .cases import Case, select
-from .command import add_arguments, main
 from .runner import Plan, run
 from .suites import SUITES, every_case
 
-__all__ = ["SUITES", "Case", "Plan", "add_arguments", "every_case", "main", "run", "select"]
+__all__ = ["SUITES", "Case", "Plan", "every_case", "run", "select"]

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..convert import replace_mha
+from ..swap.convert import replace_mha
 from .cases import Case
 from .inputs import Inputs, stock_module
 from .kernels import Kernel, Linear, mask_of, sdpa

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 from ..backends import Backend, Call, record
-from ..errors import NoBackendError
-from ..tolerance import AGAIN, allowed_error
+from ..backends.parity import AGAIN, allowed_error
+from ..problem.errors import NoBackendError
+from .environment import host_seconds, peak_bytes, wait
 from .inputs import Inputs
-from .machine import host_seconds, peak_bytes, wait
 from .peers import Contestant
 from .reference import Named, Reference
 

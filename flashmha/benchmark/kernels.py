@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..backends import get
-from ..backends.flash import FlashAttn
+from ..backends.flash_attn.package import FlashAttn
 from .cases import Case
 from .inputs import Inputs
 from .peers import Answer, Contestant

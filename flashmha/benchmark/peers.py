@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from ..functional import attention
-from ..masks import KeyPadding, Mask, causal
-from ..module import FlashMultiHeadAttention
+from ..layer.module import FlashMultiHeadAttention
+from ..problem.masks import KeyPadding, Mask, causal
 from .cases import HOW, Case
 from .inputs import Inputs, stock_module
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from ..tolerance import moved
+from ..backends.parity import moved
 from .inputs import Inputs
 
 Named = dict[str, Tensor]

@@ -14,10 +14,10 @@ import torch
 
 from .. import __version__
 from .cases import Case
+from .environment import Canary, commit, environment, quiet, seconds
 from .gate import Seat, admit, sweep
 from .inputs import draw
 from .lineup import contestants, everybody, shown_by_name
-from .machine import Canary, commit, environment, quiet, seconds
 from .peers import CONTROL, HEADLINES, Contestant
 from .reference import Reference
 from .verdicts import judge, middle

@@ -10,8 +10,9 @@ from importlib import metadata
 import torch
 
 from .. import __version__
-from ..backends import VARIABLE, get, names, origin, tuned, waiting
-from ..errors import lines
+from ..backends import VARIABLE, get, names, origin
+from ..backends.choice import tuned, waiting
+from ..problem.errors import lines
 from .devices import description, devices
 from .screen import add_json, print_json, print_table
 from .variables import check_variables

@@ -7,8 +7,8 @@ import math
 
 import torch
 
-from ..masks import Dense, Mask
-from ..spec import AttentionSpec
+from ..problem.masks import Dense, Mask
+from ..problem.spec import AttentionSpec
 
 ROWS, COLUMNS, ITEMS = 24, 36, 3
 """The most that is drawn: queries in all, keys, and batch items where they differ."""

@@ -9,9 +9,9 @@ from typing import Any
 
 from ..backends import get, names, origin
 from ..backends.base import FEATURES, Limits
-from ..masks import short
-from ..table import table, write
+from ..problem.masks import short
 from .destination import check_file
+from .markdown import table, write
 from .screen import add_json, print_json
 
 

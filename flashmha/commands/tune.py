@@ -22,13 +22,13 @@ from torch import Tensor
 
 from .. import __version__
 from ..backends import FAMILIES, expand, get, names, origin, reason
-from ..backends.ranking import KINDS, LAST, MARGIN, MODES, Row, Table, derive, graphics, keys
-from ..backends.tuned import SCHEMA, read
-from ..benchmark.machine import commit, environment, seconds, wait
-from ..errors import in_one_line
+from ..backends.choice.ranking import KINDS, LAST, MARGIN, MODES, Row, Table, derive, graphics, keys
+from ..backends.choice.tuned import SCHEMA, read
+from ..benchmark.environment import commit, environment, seconds, wait
 from ..functional import attention
-from ..masks import Dense, Documents, KeyPadding, Mask, Window, causal, find, short
-from ..spec import AttentionSpec
+from ..problem.errors import in_one_line
+from ..problem.masks import Dense, Documents, KeyPadding, Mask, Window, causal, find, short
+from ..problem.spec import AttentionSpec
 from .destination import check_file
 from .devices import device
 from .explain import DTYPES, at_least

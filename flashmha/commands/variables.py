@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from ..backends import VARIABLE, expand, read_variable, tuned
+from ..backends import VARIABLE, expand, read_variable
+from ..backends.choice import tuned
 
 
 def check_variables(*devices: str, table: bool = True) -> None:

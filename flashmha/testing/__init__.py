@@ -29,23 +29,23 @@ kinds where each costs seconds of compiling. Whatever draws needs Hypothesis; ``
 
 from typing import Any
 
-from ..extras import wanted_by
-from ..public import publish as _publish
-from .anatomy import anatomy
+from ..host.extras import wanted_by
+from ..host.public import publish as _publish
 from .drop_in import assert_drop_in
 from .dropout import assert_drops
 from .judge import Answer, answer, assert_agrees, assert_close, assert_same
+from .models.anatomy import anatomy
 from .record import noise, randomized
 from .values import coins, numbers
 
 try:
     from .attention import biases, every, masks, seeds, specs, tensors
     from .call import Call, Reply, ask, calls, problems
-    from .encoder import Architecture, EncoderMasks, architectures, encoder_masks, without_fast_path
-    from .kernels import served
+    from .grid import served
     from .layer import Blueprint, blueprints
-    from .transformer import Transformer, models, transformers
-    from .tree import Tree, trees
+    from .models.encoder import Architecture, EncoderMasks, architectures, encoder_masks, without_fast_path
+    from .models.transformer import Transformer, models, transformers
+    from .models.tree import Tree, trees
 except ModuleNotFoundError as error:
     if error.name != "hypothesis":
         raise

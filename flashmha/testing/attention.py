@@ -12,9 +12,21 @@ from torch import Tensor
 
 from ..backends import get
 from ..backends.base import FEATURES, HALF, Limits
-from ..masks import ALIGNMENTS, Dense, Documents, KeyLengths, KeyPadding, Mask, MaskMod, Rule, Window, causal, joined
-from ..scores import ALiBi, Bias, RelativeBias, TensorBias
-from ..spec import AttentionSpec
+from ..problem.masks import (
+    ALIGNMENTS,
+    Dense,
+    Documents,
+    KeyLengths,
+    KeyPadding,
+    Mask,
+    MaskMod,
+    Rule,
+    Window,
+    causal,
+    joined,
+)
+from ..problem.scores import ALiBi, Bias, RelativeBias, TensorBias
+from ..problem.spec import AttentionSpec
 from .choice import Choices, Choose
 from .paste import pasted
 from .record import placed

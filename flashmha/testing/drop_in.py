@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import TreeSpec, keystr, tree_flatten_with_path, tree_unflatten
 
-from ..tolerance import AGAIN
+from ..backends.parity import AGAIN
 from .judge import assert_close, gradients, is_floating, nudged
 
 PLAIN = (type(None), bool, int, float, str)

@@ -17,7 +17,7 @@ from torch import Tensor
 from ..backends import get
 from ..backends.base import Backend
 from ..backends.naive import Naive, probabilities, scores, weigh
-from ..spec import AttentionSpec
+from ..problem.spec import AttentionSpec
 from .values import tensors
 
 WEIGHTS = "weights under dropout"

@@ -21,10 +21,10 @@ from torch.utils._pytree import tree_map
 from ..backends import get, names
 from ..backends.base import Backend
 from ..backends.naive import at_least_single
-from ..extras import wanted_by
-from ..scores import TensorBias, narrowed
-from ..spec import AttentionSpec
-from ..tolerance import AGAIN, allowed_error, moved
+from ..backends.parity import AGAIN, allowed_error, moved
+from ..host.extras import wanted_by
+from ..problem.scores import TensorBias, narrowed
+from ..problem.spec import AttentionSpec
 from .dropout import WEIGHTS, Kept, check_drops, drawing, read_weights
 from .paste import pasted
 

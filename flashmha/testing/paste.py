@@ -11,9 +11,9 @@ import re
 import torch
 from torch import Tensor
 
-from ..masks import Dense, Documents, KeyLengths, KeyPadding, Mask, Rule, Window, find
-from ..scores import ALiBi, Bias, RelativeBias, TensorBias
-from ..spec import AttentionSpec
+from ..problem.masks import Dense, Documents, KeyLengths, KeyPadding, Mask, Rule, Window, find
+from ..problem.scores import ALiBi, Bias, RelativeBias, TensorBias
+from ..problem.spec import AttentionSpec
 from .values import expression, place
 
 SHORT, LONG = 24, 4096

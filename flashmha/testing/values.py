@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ..spec import AttentionSpec
+from ..problem.spec import AttentionSpec
 from .record import DRAWN, placed
 
 if TYPE_CHECKING:

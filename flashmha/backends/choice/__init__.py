@@ -1,0 +1,1 @@
+"""Which backend serves a problem: the list, measured tables, wishes and waiting."""

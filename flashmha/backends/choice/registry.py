@@ -1,0 +1,250 @@
+"""The list of backends, in order: what is on it, how it got there, and the names it answers to.
+
+Everything on the list came through ``register``: this package's own classes, and those of others by decorator or by
+entry point (``plugins``). An entry point puts a backend at the end, behind ``naive``, which serves everything: being
+installed changes no number, being named or preferred does.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+from ...problem.errors import in_one_line
+from ..base import CONTRACTS, Backend, Limits
+from . import plugins
+from .plugins import Unusable
+
+B = TypeVar("B", bound=type[Backend])
+FAMILIES: dict[str, tuple[str, ...]] = {"flash_attn": ("flash4", "flash3", "flash2")}
+"""One name for several backends, in the order they are tried."""
+
+entries: dict[str, Backend] = {}
+"""The list. It is replaced and never changed, so that a thread reads one state of it."""
+packages: dict[str, str] = {}
+"""Backend name -> the package whose entry point brought it."""
+preferred: frozenset[str] = frozenset()
+"""Backends that stay where ``prefer`` put them, whatever was measured. It is replaced before ``entries`` is."""
+complete = False
+"""The plug-ins are on the list."""
+lock = threading.RLock()
+"""Held while the list is replaced, and never while anything is imported, which waits for locks of its own."""
+
+
+class Discovery(threading.local):
+    """Whether this thread is importing plug-ins."""
+
+    running = False
+
+
+discovery = Discovery()
+
+
+def register(backend: B, *, before: str | None = None) -> B:
+    """Add a backend class to the end of the list, or in front of another; a decorator.
+
+    Raises:
+        TypeError: no ``Backend`` class, or one without a name and limits.
+        ValueError: the name is taken, or the class was written for a contract this release does not keep.
+    """
+    if before is not None and before not in entries:
+        discover()
+        find(before, "before", families=False)
+    add(made(backend), before)
+    return backend
+
+
+def prefer(name: str, *, before: str | None = None) -> None:
+    """Move a backend in front of another on the list, or of all of them: automatic choice asks it there.
+
+    It stays there, in this process, whatever was measured. ``prefer("mine", before="sdpa")`` is how a backend that a
+    package brought is chosen without being named; ``unregister`` takes one off the list.
+
+    Raises:
+        ValueError: there is no backend of that name.
+    """
+    global entries, preferred
+    discover()
+    find(name, "name", families=False)
+    if before is not None:
+        find(before, "before", families=False)
+        if before == name:
+            raise ValueError(f"before must be another backend, got {before!r}.")
+    with lock:
+        rest = [row for row in entries.items() if row[0] != name]
+        place = 0 if before is None else [other for other, _ in rest].index(before)
+        preferred |= {name}
+        entries = dict([*rest[:place], (name, entries[name]), *rest[place:]])
+
+
+def made(backend: object) -> Backend:
+    """A class of a backend, checked and instantiated."""
+    if not (isinstance(backend, type) and issubclass(backend, Backend)):
+        raise TypeError(f"register takes a Backend class, got {backend!r}.")
+    who = backend.__name__
+    if backend.contract not in CONTRACTS:
+        raise ValueError(
+            f"contract must be {' or '.join(map(str, CONTRACTS))}, as this release of flashmha keeps, "
+            f"got {backend.contract!r} on {who}; install releases of both packages that share one."
+        )
+    instance = backend()
+    name, limits = getattr(instance, "name", None), getattr(instance, "limits", None)
+    if not isinstance(name, str) or not name or name != name.strip() or "," in name:
+        raise TypeError(f"name must be a string without commas or outer spaces, got {name!r} on {who}.")
+    if not isinstance(limits, Limits):
+        raise TypeError(f"limits must be a Limits, got {limits!r} on {who}.")
+    if not is_own(instance):
+        for question in QUESTIONS:
+            setattr(instance, question, guarded(question, getattr(instance, question)))
+    return instance
+
+
+QUESTIONS = ("unavailable", "unsupported", "unbuilt", "unready", "on_disk")
+"""What a backend is asked beside others, which its faults must not reach."""
+
+
+def guarded(question: str, ask: Callable[[Any], Any]) -> Callable[[Any], str | None]:
+    """A question that always gives a reason or ``None``: what it raises is a reason against its backend."""
+
+    def answer(about: Any) -> str | None:
+        try:
+            said = ask(about)
+        except (Exception, SystemExit) as error:
+            return f"{question} raised {in_one_line(error)}"
+        return said if said is None or isinstance(said, str) else f"{question} must give text or None, got {said!r}"
+
+    return answer
+
+
+def is_own(backend: Backend) -> bool:
+    """It comes with this package."""
+    return type(backend).__module__.startswith("flashmha.backends.")
+
+
+def add(backend: Backend, before: str | None = None) -> None:
+    """Put a backend on the list."""
+    global entries
+    name = backend.name
+    with lock:
+        if name in FAMILIES:
+            raise ValueError(f"name must not be taken, got {name!r}, which stands for {', '.join(FAMILIES[name])}.")
+        if name in entries:
+            where = "" if before is None else f", before={before!r}"
+            raise ValueError(
+                f"name must not be taken, got {name!r}; unregister({name!r}) first to replace it, "
+                f"or prefer({name!r}{where}) to move it."
+            )
+        rows = list(entries.items())
+        place = len(rows) if before is None else list(entries).index(before)
+        rows.insert(place, (name, backend))
+        entries = dict(rows)
+
+
+def taken(name: str) -> bool:
+    return name in entries or name in FAMILIES
+
+
+def unregister(name: str) -> None:
+    """Take a backend off the list, so that no call asks it; another class may have its name then.
+
+    Raises:
+        ValueError: there is no backend of that name.
+    """
+    global entries, preferred
+    discover()
+    find(name, "name", families=False)
+    with lock:
+        preferred -= {name}
+        entries = {other: backend for other, backend in entries.items() if other != name}
+        packages.pop(name, None)
+
+
+def discover() -> None:
+    """Take the plug-ins onto the list, once, on its first use; one that cannot be taken stays with its reason.
+
+    A package that asks for the list while it is imported gets the list without plug-ins.
+    """
+    global complete
+    if complete or discovery.running:
+        return
+    discovery.running = True
+    try:
+        offers = [(name, package, attempt(load)) for name, package, load in plugins.installed()]
+        with lock:
+            if not complete:
+                for name, package, found in offers:
+                    take(name, package, found)
+                complete = True
+    finally:
+        discovery.running = False
+
+
+# What torch.compiler.assume_constant_result sets, which would import the compiler: a first use under fullgraph=True
+# discovers while the graph is traced.
+discover._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def attempt(load: Callable[[], object]) -> object:
+    """What a plug-in's import gives, or what it raises."""
+    try:
+        return plugins.load_class(load)
+    except (Exception, SystemExit) as error:
+        return error
+
+
+def take(name: str, package: str, found: object) -> None:
+    """Put what a plug-in's import gave on the list, as ``Unusable`` where it is no backend."""
+    try:
+        if isinstance(found, BaseException):
+            raise found
+        if type(entries.get(name)) is not found:  # else the module itself called register
+            backend = made(found)
+            if backend.name != name:
+                raise ValueError(f"name must be {name!r}, as the entry point says, got {backend.name!r}.")
+            add(backend)
+    except (Exception, SystemExit) as error:
+        while taken(name):
+            name = f"{name} of {package}"
+        add(Unusable(name, error))
+    packages[name] = package
+
+
+def names() -> tuple[str, ...]:
+    """The registered backends, in order."""
+    discover()
+    return tuple(entries)
+
+
+def get(name: str) -> Backend:
+    """The backend of a name; ``ValueError`` with the names there are."""
+    discover()
+    return find(name, "backend")
+
+
+def find(name: str, said: str, families: bool = True) -> Backend:
+    """The backend of a name; ``said`` is where the name stood, and whether a family could, for the error."""
+    if not isinstance(name, str) or name not in entries:
+        known = (*entries, *FAMILIES) if families else tuple(entries)
+        raise ValueError(f"{said} must be one of {', '.join(known)}, got {name!r}.")
+    return entries[name]
+
+
+def expand(wanted: str | Sequence[str], said: str = "backend") -> tuple[str, ...]:
+    """Backend names out of one name, a family, or a list of both."""
+    discover()
+    if not isinstance(wanted, str):
+        if not isinstance(wanted, (list, tuple)):
+            raise TypeError(f"{said} must be a name, a family or a list of them, got {wanted!r}.")
+        if not wanted:
+            raise ValueError(f"{said} must name at least one backend, got {wanted!r}.")
+        return tuple(name for one in wanted for name in expand(one, said))
+    if wanted in FAMILIES:
+        return tuple(name for name in FAMILIES[wanted] if name in entries)
+    return (find(wanted, said).name,)
+
+
+def origin(name: str) -> str:
+    """Who registered a backend: flashmha, a package and its version, or the module of the class."""
+    backend = get(name)
+    return packages.get(name) or ("flashmha" if is_own(backend) else type(backend).__module__)

@@ -1,0 +1,1 @@
+"""The flash-attn packages, one version a file."""

@@ -1,0 +1,237 @@
+"""flash4: the package flash-attn-4 (``import flash_attn.cute``), kernels compiled on first use."""
+
+from __future__ import annotations
+
+import functools
+import os
+import tempfile
+from bisect import bisect_left
+from collections.abc import Callable, Hashable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...problem.masks import Dense, Documents, KeyPadding, find
+from ...problem.spec import AttentionSpec
+from ..base import HALF, Limits
+from ..choice.waiting import waits
+from ..rewrites.block_tables import edged, worth
+from ..rewrites.compact import intervals, key_lengths, missing, validity
+from .flash4_kernels import attend
+from .package import FlashAttn, normal_lse, packed, trimmed, unpacked, unpacked_lse
+
+STEPS = (64, 80, 128, 192)
+"""Lengths up to which the package compiles for one tile, by head_dim and pass."""
+
+
+CACHE, CACHE_DIR = "FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED", "FLASH_ATTENTION_CUTE_DSL_CACHE_DIR"
+"""The variables of the package's cache of kernels, read when it is imported (``flash_attn.cute.cache_utils``)."""
+
+
+class Flash4(FlashAttn):
+    """flash-attn 4: half precision on Hopper and Blackwell; padding of any pattern, mask tensors, sinks, no dropout.
+
+    The first call of a (dtype, head_dim, causal, ...) combination compiles for some seconds.
+    Source: ``flash_attn.cute.interface`` of flash-attn-4 4.0.0b36. Its forward and backward are called rather than its
+    public functions, which cannot be traced, nor told where gradients go.
+    """
+
+    name = "flash4"
+    distribution = "flash-attn-4"
+    install = "pip install --pre flash-attn-4"
+    compiles = "kinds"
+    joins_gradients = True
+    remark = (
+        "no backward of a head_dim below 128 that is 1 to 16 modulo 32; mask tensors on sm9x alone, one for all heads"
+    )
+    keywords = (
+        "softmax_scale",
+        "causal",
+        "softcap",
+        "window_size_left",
+        "window_size_right",
+        "cu_seqlens_q",
+        "seqused_k",
+        "mask_mod",
+        "aux_tensors",
+        "block_sparse_tensors",
+        "learnable_sink",
+    )
+    limits = Limits(
+        devices=("cuda",),
+        dtypes=HALF,
+        features=frozenset(
+            (
+                "backward",
+                "causal",
+                "window",
+                "key_lengths",
+                "key_padding",
+                "documents",
+                "dense_mask",
+                "softcap",
+                "sinks",
+                "gqa",
+                "lse",
+                "lse_grad",
+                "deterministic",
+            )
+        ),
+        head_dim=256,
+        head_dim_min=8,
+        head_dim_step=8,
+        seqlen_min=1,
+        batch_min=1,
+        capability=(9, 10, 11),
+        only_on={"dense_mask": (9,)},
+    )
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.compiled: set[tuple[Any, ...]] = set()
+        self.latest: AttentionSpec | None = None
+        """A problem that was served and is shared: the next layer's, most of the time."""
+
+    def load(self) -> tuple[Callable[..., Any], Callable[..., Any]]:
+        # flash-attn 2 ships an older prototype under the same name: the signature check tells them apart
+        from flash_attn.cute.interface import _flash_attn_bwd, _flash_attn_fwd
+
+        return _flash_attn_fwd, _flash_attn_bwd
+
+    def public(self) -> Callable[..., Any]:
+        from flash_attn.cute import flash_attn_func
+
+        dense: Callable[..., Any] = flash_attn_func
+        return dense
+
+    def refusals(self, spec: AttentionSpec) -> list[str]:
+        reasons = super().refusals(spec)
+        padded = spec.mask is not None and not spec.features.isdisjoint(("key_padding", "key_lengths"))
+        if padded and "documents" in spec.features and "dense_mask" not in spec.features:
+            reasons.append("padding inside Documents")
+        if spec.needs_grad and spec.head_dim < 128 and 0 < spec.head_dim % 32 <= 16:
+            # seen on a Hopper GPU with 4.0.0b36: gradients of q, and of grouped k and v, are wrong or do not compile
+            reasons.append(f"the backward of head_dim={spec.head_dim} (wrong below 128 where it is 1 to 16 modulo 32)")
+        dense = find(spec.mask, Dense)
+        if dense is not None and dense.allowed.shape[1] > 1:
+            reasons.append("a mask tensor that differs from head to head")
+        plain = not padded and dense is None
+        if spec.needs_grad and spec.window is not None and spec.seqlen_k < spec.seqlen_q and plain:
+            reasons.append(
+                f"the backward of a window with seqlen_k={spec.seqlen_k} < seqlen_q={spec.seqlen_q} "
+                "(untested by the package)"
+            )
+        return reasons
+
+    def unbuilt(self, spec: AttentionSpec) -> str | None:
+        if "dense_mask" in spec.features:
+            return untried(spec.device.index)
+        return missing() if "key_padding" in spec.features and spec.window is None else None
+
+    def unready(self, spec: AttentionSpec) -> str | None:
+        # asked of problems it can serve; under somebody's compiler, compiling is what is going on
+        if torch.compiler.is_compiling() or kind(spec) in self.compiled:
+            return None
+        return "not compiled for this kind of problem yet (3 to 5 seconds a kernel)"
+
+    def on_disk(self, device: torch.device) -> str | None:
+        if os.environ.get(CACHE) != "1":
+            return f"each process compiles its kernels anew; {CACHE}=1 keeps them on disk"
+        place = os.environ.get(CACHE_DIR) or os.path.join(
+            tempfile.gettempdir(), "USER", "flash_attention_cute_dsl_cache"
+        )
+        return f"kernels are kept in {place}"
+
+    def kernel_key(self, spec: AttentionSpec) -> Hashable:
+        return kind(spec)
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> Tensor | tuple[Tensor, Tensor]:
+        told: dict[str, Any] = {
+            "scale": spec.scale,
+            "softcap": spec.softcap or 0.0,
+            "deterministic": spec.deterministic,
+        }
+        documents = None
+        if spec.mask is not None:
+            documents = None if find(spec.mask, Dense) is not None else find(spec.mask, Documents)
+            q, k, v, masked = self.masked(q, k, v, spec)
+            told |= masked
+        if torch.compiler.is_compiling() or spec is self.latest or (needed := kind(spec)) in self.compiled:
+            out, lse = attend(q, k, v, spec, told)
+        else:
+            with waits.ending(self.name, needed):
+                out, lse = attend(q, k, v, spec, told)
+            self.compiled.add(needed)
+        if spec.shared:
+            self.latest = spec
+        if documents is not None:
+            out = unpacked(out, documents)
+            if spec.need_lse:
+                lse = unpacked_lse(lse, documents)
+                if spec.sinks is not None:  # a row of no document sees its sink alone
+                    lse = torch.where(lse == float("-inf"), spec.sinks.to(lse.dtype)[:, None], lse)
+        return (out, normal_lse(lse)) if spec.need_lse else out
+
+    def masked(
+        self, q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec
+    ) -> tuple[Tensor, Tensor, Tensor, dict[str, Any]]:
+        """q, k and v as the kernels take them beside the mask, and what these are told of it."""
+        told: dict[str, Any] = {}
+        documents, valid, window = find(spec.mask, Documents), validity(spec.mask, spec), spec.window
+        if find(spec.mask, Dense) is not None:
+            return q, k, v, mask_table(spec)
+        if valid is not None and window is not None:
+            told["first"], told["last"] = intervals(valid, window, spec.seqlen_q)
+            return q, k, v, told
+        k, v, left, right = trimmed(k, v, spec)
+        causal = left is None and right == 0
+        told |= {"causal": causal, "left": left, "right": None if causal else right}
+        if documents is not None:
+            q, k, v, offsets = packed(q, k, v, documents)
+            told |= offsets
+        elif valid is not None:
+            padding = find(spec.mask, KeyPadding) is not None
+            told |= {"valid": valid} if padding else {"lengths": key_lengths(spec)}
+        return q, k, v, told
+
+
+def mask_table(spec: AttentionSpec) -> dict[str, Tensor]:
+    """All that a mask with a tensor in it says, in one table, and which of its items each of the batch looks at."""
+    allowed = spec.allowed()
+    assert allowed is not None
+    items = torch.arange(spec.batch, dtype=torch.int32, device=allowed.device)
+    items = torch.zeros_like(items) if allowed.shape[0] == 1 else items
+    return {"table": edged(allowed, spec.seqlen_q, spec.seqlen_k), "items": items}
+
+
+def kind(spec: AttentionSpec) -> tuple[Any, ...]:
+    """What the package compiles a kernel for, as far as a problem shows it."""
+    window = spec.window
+    padded = not spec.features.isdisjoint(("key_padding", "key_lengths"))
+    dense = "dense_mask" in spec.features
+    return (
+        spec.device,
+        spec.dtype,
+        spec.head_dim,
+        spec.heads // spec.heads_kv,
+        spec.features - {"lse", "lse_grad"},  # which every kernel gives, since its memory is small beside the output's
+        window is not None and (window.left is None, window.right is None, window.right == 0),
+        spec.softcap,
+        None if spec.sinks is None else spec.sinks.dtype,
+        bisect_left(STEPS, spec.seqlen_q),
+        bisect_left(STEPS, spec.seqlen_k),
+        (dense or (padded and window is not None)) and worth(spec.seqlen_q, spec.seqlen_k),
+    )
+
+
+@functools.cache
+def untried(index: int | None) -> str | None:
+    """Why mask tensors are not served on a GPU."""
+    return (
+        "; ".join(Flash4.limits.refusals_on(torch.cuda.get_device_capability(index), frozenset(("dense_mask",))))
+        or None
+    )
+
+
+untried._dynamo_marked_constant = True  # type: ignore[attr-defined]  # torch.compiler.assume_constant_result, unimported

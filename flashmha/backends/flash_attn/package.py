@@ -1,0 +1,312 @@
+"""What the flash-attn packages have in common: finding them, trying them out, and how they are told a mask.
+
+Not a backend. ``flash2``, ``flash3`` and ``flash4`` each wrap one package version and share the class below.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import math
+from collections.abc import Callable, Iterator
+from importlib import metadata
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from ...problem.errors import first_line, in_one_line
+from ...problem.masks import Documents, Window, find
+from ...problem.spec import AttentionSpec
+from ..base import Backend
+
+packages: dict[str, FlashAttn] = {}
+"""The packages by name, so that a probe takes nothing but constants, as Dynamo wants it."""
+
+
+class FlashAttn(Backend):
+    """A flash-attn package, found and tried out on first use.
+
+    Subclasses say how to import the package (``load``), which keywords its functions must take (``keywords``) and
+    how to call it (``__call__``).
+    """
+
+    distribution: ClassVar[str]
+    keywords: ClassVar[tuple[str, ...]]
+
+    def __init__(self) -> None:
+        self.probed: dict[int, str | None] = {}
+        self.tried: dict[tuple[int, int, torch.dtype, bool, bool], str | None] = {}
+        self.functions: tuple[Callable[..., Any], Callable[..., Any]] | None = None
+        self.cached: Callable[..., Any] | None = None
+        """The function for a cache of keys, whose items have lengths; forward alone."""
+        packages[self.name] = self
+
+    def load(self) -> tuple[Callable[..., Any], Callable[..., Any]]:
+        """Import the package: its dense and its packed ("varlen") function."""
+        raise NotImplementedError
+
+    def public(self) -> Callable[..., Any]:
+        """The dense function that the package offers to everybody, to measure against."""
+        return (self.functions or self.load())[0]
+
+    def unavailable(self, device: torch.device) -> str | None:
+        reason = super().unavailable(device)
+        if reason is not None:
+            return reason
+        return probe(self.name, device.index)
+
+    def refusals(self, spec: AttentionSpec) -> list[str]:
+        reasons = super().refusals(spec)
+        window = spec.window
+        if window is not None:
+            assert spec.mask is not None
+            if any(isinstance(part, Window) and part.align != "bottom_right" for part in spec.mask.parts):
+                reasons.append("a top-left window inside Documents with other offsets for keys (bottom-right only)")
+            elif window.left is not None and window.left < 0:
+                reasons.append(f"window left={window.left} (at least 0)")
+            elif window.right is not None and window.right < 0 and find(spec.mask, Documents) is not None:
+                reasons.append(f"window right={window.right} inside Documents (at least 0)")
+            elif window.right is not None and window.left is not None and window.left + window.right < 0:
+                # what is left of it once keys are cut off would be -1, which means unbounded
+                reasons.append(f"window left={window.left}, right={window.right} (holds no key)")
+        return reasons
+
+
+CAPTURING = "not tried out yet, and a CUDA graph is being captured: run one call before"
+
+
+def probe(name: str, index: int | None) -> str | None:
+    """Why a package does not work on a CUDA device; asked once a device, and only a clean answer is kept."""
+    backend = packages[name]
+    if not torch.cuda.is_available():
+        return "no CUDA device (torch.cuda.is_available() is False)"
+    index = torch.cuda.current_device() if index is None else index
+    if index in backend.probed:
+        return backend.probed[index]
+    if torch.cuda.is_current_stream_capturing():
+        return CAPTURING
+    backend.probed[index] = reason = trial(backend, torch.device("cuda", index))
+    return reason
+
+
+probe._dynamo_marked_constant = True  # type: ignore[attr-defined]  # torch.compiler.assume_constant_result, unimported
+
+
+def trial(backend: FlashAttn, device: torch.device) -> str | None:
+    """Find, import and run a package on a device: the reason it does not work, with the exception's own text."""
+    wrong = backend.limits.refusals_on(torch.cuda.get_device_capability(device), frozenset())
+    if wrong:
+        return wrong[0]
+    try:
+        functions = backend.functions or backend.load()
+        for function in functions:
+            missing = [name for name in backend.keywords if name not in inspect.signature(function).parameters]
+            if missing:
+                return f"{backend.distribution} {installed(backend)} has no argument {', '.join(missing)}"
+        backend.functions = functions
+        return smoke(backend, device)
+    except Exception as error:  # a broken binary fails in many ways, and each is a reason rather than a crash
+        hint = f"; install: {backend.install}" if isinstance(error, ModuleNotFoundError) and backend.install else ""
+        return f"{in_one_line(error)}{hint}"
+
+
+def smoke(backend: FlashAttn, device: torch.device) -> str | None:
+    """Run one small forward and compare it."""
+    return run(backend, device, 64, torch.bfloat16, False)
+
+
+def lacks(
+    name: str, index: int | None, head_dim: int, dtype: torch.dtype, backward: bool, grouped: bool = False
+) -> str | None:
+    """Why a build cannot run a head_dim in a dtype, by trying; asked once each, and only a clean answer is kept.
+
+    A backward of grouped heads is tried by itself: it adds up gradients, and a build may fail there alone
+    (kernels-community#1085).
+    """
+    backend = packages[name]
+    index = torch.cuda.current_device() if index is None else index
+    key = (index, head_dim, dtype, backward, grouped)
+    if key in backend.tried:
+        return backend.tried[key]
+    if torch.cuda.is_current_stream_capturing():
+        return CAPTURING
+    missing = "grouped backward" if grouped else "backward" if backward else "kernel"
+    try:
+        why = run(backend, torch.device("cuda", index), head_dim, dtype, backward, grouped)
+    except torch.OutOfMemoryError as error:  # says nothing about the build
+        return first_line(error)
+    except Exception as error:
+        why = first_line(error)
+    backend.tried[key] = None if why is None else f"this build has no {missing}: {why}"
+    return backend.tried[key]
+
+
+lacks._dynamo_marked_constant = True  # type: ignore[attr-defined]  # as above
+
+
+def run(
+    backend: FlashAttn,
+    device: torch.device,
+    head_dim: int,
+    dtype: torch.dtype,
+    backward: bool,
+    grouped: bool = False,
+) -> str | None:
+    """Run one small forward, and its backward, to the end; what the definition says of the numbers."""
+    with clean(device, backward):
+        q, k, v = waves(device, head_dim, dtype)
+        k, v = (x[:, :, :1] if grouped else x for x in (k, v))
+        found = results(lambda q, k, v: backend(q, k, v, AttentionSpec.of(q, k, v)), q, k, v, backward)
+        exact = results(definition, q.double(), k.double(), v.double(), backward)
+        for name, one, other in zip(("the output", *(f"the gradient of {x}" for x in "qkv")), found, exact):
+            largest = other.abs().max()
+            error = ((one.double() - other).abs().max() / largest).item()  # looking waits for the kernel
+            if not error < CLOSE:
+                return f"{name} of a trial run is off by {error:.3g} of its largest value (at most {CLOSE})"
+    return None
+
+
+CLOSE = 0.05
+"""Ten times as much as half precision makes a right kernel err on ``waves``."""
+
+
+def results(call: Callable[..., Any], q: Tensor, k: Tensor, v: Tensor, backward: bool) -> tuple[Tensor, ...]:
+    """The output, and the gradients of q, k and v for a cotangent like q."""
+    q, k, v = (x.detach().requires_grad_(backward) for x in (q, k, v))
+    out = call(q, k, v)
+    return (out, *torch.autograd.grad(out, (q, k, v), q.detach())) if backward else (out,)
+
+
+def definition(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Attention in plain PyTorch, for one key head or as many as there are query heads."""
+    k, v = (x.expand(-1, -1, q.shape[2], -1) for x in (k, v))
+    score = torch.einsum("bqhd,bkhd->bhqk", q, k) / math.sqrt(q.shape[3])
+    return torch.einsum("bhqk,bkhd->bqhd", score.softmax(-1), v)
+
+
+def waves(device: torch.device, head_dim: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k and v to try a kernel on, without random numbers: waves that grow faster and faster look like some."""
+    place = torch.arange(16 * 2 * head_dim, device=device, dtype=torch.float64).view(1, 16, 2, head_dim)
+    q, k, v = (torch.sin(place.square() * step).to(dtype) for step in (0.37, 0.73, 1.1))
+    return q, k, v
+
+
+@contextlib.contextmanager
+def clean(device: torch.device, backward: bool = False) -> Iterator[None]:
+    """A state that nobody else's call is in, whatever call asked: no modes, no autocast, no hooks on saved tensors."""
+    from torch.utils._python_dispatch import _disable_current_modes
+
+    with (
+        _disable_current_modes(),
+        torch.inference_mode(False),
+        torch.set_grad_enabled(backward),
+        # checkpointing counts what is saved by hooks: the last ones hide those before
+        torch.autograd.graph.saved_tensors_hooks(same, same) if backward else contextlib.nullcontext(),
+        torch.autocast("cuda", enabled=False),
+        torch.cuda.device(device),
+    ):
+        yield
+
+
+def same(tensor: Tensor) -> Tensor:
+    return tensor
+
+
+def installed(backend: FlashAttn) -> str:
+    """The package's version, out of its metadata."""
+    try:
+        return metadata.version(backend.distribution)
+    except metadata.PackageNotFoundError:
+        return "(no metadata)"
+
+
+def trimmed(k: Tensor, v: Tensor, spec: AttentionSpec) -> tuple[Tensor, Tensor, int | None, int | None]:
+    """Keys, values and the window (left, right) with ``right`` at least 0, ``None`` where unbounded.
+
+    Keys that lie after everybody's window are cut off, which moves the alignment to the keys that are left.
+    """
+    window = spec.window
+    if window is None:
+        return k, v, None, None
+    left, right = window.left, window.right
+    if right is not None and right < 0:
+        k, v = k[:, :right], v[:, :right]
+        left = None if left is None else left + right
+        right = 0
+    if find(spec.mask, Documents) is None:
+        if left is not None and left >= k.shape[1] - 1:
+            left = None
+        if right is not None and right >= spec.seqlen_q - 1 and right > 0:
+            right = None
+    return k, v, left, right
+
+
+def window_options(left: int | None, right: int | None) -> dict[str, Any]:
+    """A window as flash-attn 2 and 3 are told it: ``-1`` is unbounded, and causality is a flag of its own."""
+    if left is None and right == 0:
+        return {"causal": True, "window_size": (-1, -1)}
+    return {"causal": False, "window_size": (-1 if left is None else left, -1 if right is None else right)}
+
+
+def packed(q: Tensor, k: Tensor, v: Tensor, documents: Documents) -> tuple[Tensor, Tensor, Tensor, dict[str, Any]]:
+    """Batch 1 with ``Documents`` as the packed tensors (total, heads, head_dim) and offsets a kernel wants."""
+    q, k, v = q[0], k[0], v[0]
+    ends = documents.cu_seqlens.int()
+    ends_k = ends if documents.aligned else documents.cu_seqlens_k.int()
+    if documents.total != q.shape[0] or documents.total_k != k.shape[0]:
+        real = owned(q, ends)
+        real_k = real if documents.aligned and q.shape[0] == k.shape[0] else owned(k, ends_k)
+        q = torch.where(real, q, 0.0)
+        k, v = (torch.where(real_k, x, 0.0) for x in (k, v))
+    offsets = {
+        "cu_seqlens_q": ends,
+        "cu_seqlens_k": ends_k,
+        "max_seqlen_q": longest(documents.max_seqlen, documents.cu_seqlens, q.shape[0]),
+        "max_seqlen_k": longest(documents.max_seqlen_k, documents.cu_seqlens_k, k.shape[0]),
+    }
+    return q, k, v, offsets
+
+
+def unpacked(out: Tensor, documents: Documents) -> Tensor:
+    """A packed output as batch 1, zeros where no document is."""
+    return (out if documents.total == out.shape[0] else real_rows(out, documents.cu_seqlens)).unsqueeze(0)
+
+
+def unpacked_lse(lse: Tensor, documents: Documents) -> Tensor:
+    """A packed log-sum-exp (heads, total) as batch 1, ``-inf`` where no document is."""
+    if documents.total == lse.shape[1]:
+        return lse.unsqueeze(0)
+    real = owned(lse.transpose(0, 1), documents.cu_seqlens)[:, 0, 0]
+    return lse.masked_fill(~real, float("-inf")).unsqueeze(0)
+
+
+def real_rows(packed_rows: Tensor, offsets: Tensor) -> Tensor:
+    """Rows of documents as they are, and zeros behind them.
+
+    Kernels never write rows that belong to no document, nor their gradients (flash-attention#2324); ``torch.where``
+    keeps what arrives in their gradient out.
+    """
+    return torch.where(owned(packed_rows, offsets), packed_rows, 0.0)
+
+
+def owned(packed_rows: Tensor, offsets: Tensor) -> Tensor:
+    """Which rows belong to a document, (total, 1, 1)."""
+    return (torch.arange(packed_rows.shape[0], device=packed_rows.device) < offsets[-1])[:, None, None]
+
+
+def longest(known: int | None, offsets: Tensor, total: int) -> int:
+    """A bound on the longest document, at least 1: a bound of 0 launches an empty grid, which is an error.
+
+    Where the device must not be asked, while somebody compiles or captures a CUDA graph, it is the total.
+    """
+    if known is not None:
+        return max(1, known)
+    if torch.compiler.is_compiling() or (offsets.is_cuda and torch.cuda.is_current_stream_capturing()):
+        return total
+    return max(1, int(offsets.diff().max()))
+
+
+def normal_lse(lse: Tensor) -> Tensor:
+    """``-inf`` for a row that saw nothing, where flash-attn 2 says ``+inf``."""
+    return lse.masked_fill(lse == float("inf"), float("-inf"))

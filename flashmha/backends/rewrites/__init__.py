@@ -1,0 +1,1 @@
+"""A problem made into one that a kernel can take, and its answer brought back."""

@@ -1,0 +1,211 @@
+"""Keys that are real, moved to the front of their row: padding of any pattern as a length, for kernels that take one.
+
+Where no mask depends on a key's position the order of keys does not matter, so a kernel that can stop after the first
+``lengths[b]`` keys serves every pattern of padding. Not a backend; the kernel below is Triton's, which comes with
+torch for CUDA and is imported on first use.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ...problem.masks import KeyLengths, KeyPadding, Mask, Padding, Window, find, private
+from ...problem.spec import AttentionSpec
+
+TILE = 256
+"""At least as many keys as a kernel loads at a time. What it loads behind the last real key must be finite: a weight of
+0 times NaN is NaN."""
+
+
+Pair = tuple[Tensor, Tensor]
+
+
+def validity(mask: Mask | None, spec: AttentionSpec) -> Tensor | None:
+    """Which keys the padding in a mask leaves, (batch, seqlen_k) bool; ``None`` where there is none."""
+    valid: Tensor | None = None
+    for part in () if mask is None else mask.parts:
+        if isinstance(part, Padding):
+            table = part.real(spec.seqlen_k)
+            valid = table if valid is None else valid & table
+    return valid
+
+
+def padding(spec: AttentionSpec) -> Padding | None:
+    """The padding in a mask as one rule, which keeps what is computed of it; ``None`` where there is none."""
+    parts = () if spec.mask is None else spec.mask.parts
+    found = [part for part in parts if isinstance(part, Padding)]
+    if len(found) < 2:
+        return found[0] if found else None
+    valid = validity(spec.mask, spec)
+    assert valid is not None
+    return private(KeyPadding(valid))
+
+
+def key_lengths(spec: AttentionSpec) -> Tensor:
+    """The lengths of a mask with ``KeyLengths`` as kernels take them, (batch,) int32."""
+    rule = find(spec.mask, KeyLengths)
+    assert rule is not None
+    lengths = rule.lengths
+    return rule.once(("lengths", spec.seqlen_k), lambda: lengths.clamp(0, spec.seqlen_k).int())
+
+
+class Intervals(NamedTuple):
+    """The queries that may look at each key, ``first`` to ``last`` inclusive, (batch, seqlen_k) int32 each."""
+
+    first: Tensor
+    last: Tensor
+
+
+def intervals(valid: Tensor, window: Window, seqlen_q: int) -> Intervals:
+    """Padding and a window in one table: a key is seen by neighbouring queries, a hidden one by none."""
+    seqlen_k = valid.shape[1]
+    meets = torch.arange(seqlen_k, dtype=torch.int32, device=valid.device) - (seqlen_k - seqlen_q)
+    first = torch.zeros_like(meets) if window.right is None else meets - window.right
+    last = torch.full_like(meets, seqlen_q) if window.left is None else meets + window.left
+    return Intervals(torch.where(valid, first, seqlen_q), torch.where(valid, last, -1))
+
+
+@functools.cache
+def has_triton() -> bool:
+    """Triton is installed; looking takes longer than a kernel."""
+    return importlib.util.find_spec("triton") is not None
+
+
+def missing() -> str | None:
+    """Why keys cannot be moved here."""
+    return None if has_triton() else "key_padding moves keys with triton, which is not installed"
+
+
+missing._dynamo_marked_constant = True  # type: ignore[attr-defined]  # torch.compiler.assume_constant_result, unimported
+
+
+def compact(k: Tensor, v: Tensor, valid: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Keys and values (batch, seqlen_k, heads_kv, head_dim) with the real ones first, in the order they had.
+
+    Also how many are real, (batch,) int32. One tile behind them is 0. On the current device.
+    """
+    made = (k.new_empty(k.shape), v.new_empty(v.shape))
+    lengths = valid.new_empty(valid.shape[0], dtype=torch.int32)
+    move((k, v), made, valid, lengths, scatter=True)
+    return *made, lengths
+
+
+def spread(sources: Pair, targets: Pair, valid: Tensor) -> None:
+    """Gradients of compacted keys and values, written where those were; 0 for padding."""
+    move(sources, targets, valid, None, scatter=False)
+
+
+def move(sources: Pair, targets: Pair, valid: Tensor, lengths: Tensor | None, *, scatter: bool) -> None:
+    """Rows of two tensors of one shape to their slots, or back from them."""
+    batch, seqlen, heads, head_dim = sources[0].shape
+    if not sources[0].numel():
+        if lengths is not None:
+            torch.sum(valid, 1, dtype=torch.int32, out=lengths)
+        return
+    kernel()[(batch, -(-seqlen // KEYS), 2)](
+        *sources,
+        *targets,
+        valid,
+        lengths,
+        *valid.stride(),
+        *sources[0].stride(),
+        *sources[1].stride(),
+        *targets[0].stride(),
+        *targets[1].stride(),
+        seqlen,
+        head_dim,
+        heads * head_dim,
+        TILE=TILE,
+        KEYS=KEYS,
+        SCAN=1024,
+        BLOCK=256,
+        SCATTER=scatter,
+    )
+
+
+KEYS = 32
+"""Keys that a program moves; it counts those before them by itself, which spares a kernel that counts them all."""
+
+
+@functools.cache
+def kernel() -> Any:
+    """A program moves some neighbouring keys, or values."""
+    import triton
+    import triton.language as tl
+
+    @triton.jit  # type: ignore[untyped-decorator]
+    def move_keys(  # type: ignore[no-untyped-def]
+        k_source,
+        v_source,
+        k_target,
+        v_target,
+        valid,
+        lengths,
+        valid_b,
+        valid_s,
+        ks_b,
+        ks_s,
+        ks_h,
+        ks_d,
+        vs_b,
+        vs_s,
+        vs_h,
+        vs_d,
+        kt_b,
+        kt_s,
+        kt_h,
+        kt_d,
+        vt_b,
+        vt_s,
+        vt_h,
+        vt_d,
+        seqlen,
+        head_dim,
+        width,
+        TILE: tl.constexpr,
+        KEYS: tl.constexpr,
+        SCAN: tl.constexpr,
+        BLOCK: tl.constexpr,
+        SCATTER: tl.constexpr,
+    ):
+        item, start, second = tl.program_id(0).to(tl.int64), tl.program_id(1) * KEYS, tl.program_id(2)
+        row = valid + item * valid_b
+        lane = tl.arange(0, SCAN)
+        every, earlier = tl.zeros([SCAN], dtype=tl.int32), tl.zeros([SCAN], dtype=tl.int32)
+        for at in range(0, seqlen, SCAN):
+            index = at + lane
+            one = tl.load(row + index.to(tl.int64) * valid_s, mask=index < seqlen, other=0).to(tl.int32)
+            every += one
+            earlier += tl.where(index < start, one, 0)
+        length = tl.sum(every)
+        key = start + tl.arange(0, KEYS)
+        real = tl.load(row + key.to(tl.int64) * valid_s, mask=key < seqlen, other=0).to(tl.int32)
+        before = tl.sum(earlier) + tl.cumsum(real) - real
+        slot = tl.where(real > 0, before, length + key - before)
+        reached = key < seqlen
+        read, wrote = slot.to(tl.int64), key.to(tl.int64)
+        if SCATTER:
+            read, wrote = wrote, read
+            reached = reached & (slot < length + TILE)
+            tl.store(lengths + item, length, mask=(start + second) == 0)
+        for column in range(0, width, BLOCK):
+            place = column + tl.arange(0, BLOCK)
+            head, part = (place // head_dim)[None, :], (place % head_dim)[None, :]
+            inside = (place < width)[None, :]
+            if second == 0:
+                source = k_source + item * ks_b + read[:, None] * ks_s + head * ks_h + part * ks_d
+                target = k_target + item * kt_b + wrote[:, None] * kt_s + head * kt_h + part * kt_d
+                moved = tl.load(source, mask=(real > 0)[:, None] & inside, other=0.0)
+                tl.store(target, moved, mask=reached[:, None] & inside)
+            else:
+                source = v_source + item * vs_b + read[:, None] * vs_s + head * vs_h + part * vs_d
+                target = v_target + item * vt_b + wrote[:, None] * vt_s + head * vt_h + part * vt_d
+                moved = tl.load(source, mask=(real > 0)[:, None] & inside, other=0.0)
+                tl.store(target, moved, mask=reached[:, None] & inside)
+
+    return move_keys

@@ -1,0 +1,122 @@
+"""A batch as packed documents, for kernels that know documents ("varlen") and no padding.
+
+The documents are those of the mask. Where there is padding instead, each batch item is two: its real keys with all of
+its queries, then its padding with none, so that every key is some document's and gets its gradient, 0 there. Real keys
+that do not lie first are moved, which no rule notices as long as none looks at positions. Not a backend.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ...problem.masks import Documents, KeyPadding, Padding, find
+from ...problem.spec import AttentionSpec
+from ..base import FEATURES
+from ..flash_attn.package import packed, unpacked, unpacked_lse
+from .compact import key_lengths, padding
+from .order import Order, permuted, real_first
+
+PADDING = ("key_lengths", "key_padding")
+POSITIONS = frozenset(("causal", "window", "documents", "alibi"))
+"""What looks at the position of a key."""
+
+
+def packs(spec: AttentionSpec) -> bool:
+    """A problem goes to the kernel as documents."""
+    return "documents" in spec.features or not spec.features.isdisjoint(PADDING)
+
+
+def refusals(spec: AttentionSpec) -> list[str]:
+    """What padding cannot stand beside here."""
+    padding = [name for name in PADDING if name in spec.features]
+    beside = [name for name in FEATURES if name in spec.features & POSITIONS]
+    if not padding or not beside:
+        return []
+    return [f"{' and '.join(padding)} beside {', '.join(beside)} (real keys are packed and lose their positions)"]
+
+
+def pack(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> tuple[Tensor, Tensor, Tensor, dict[str, Any]]:
+    """A batch as tensors (total, heads, head_dim) and the offsets a kernel wants; the device is never waited for."""
+    rule = spec.mask if isinstance(spec.mask, Padding) else None
+    documents = None if rule is not None else find(spec.mask, Documents)
+    if documents is not None:
+        return packed(q, k, v, documents)
+    rule = padding(spec) if rule is None else rule
+    assert rule is not None
+    plan = rule.once(("documents", spec.seqlen_q, spec.seqlen_k), functools.partial(planned, rule, spec))
+    k, v = k.flatten(0, 1), v.flatten(0, 1)
+    if plan.order is not None:
+        k, v = permuted((k, v), plan.order)
+    return q.flatten(0, 1), k, v, plan.offsets
+
+
+class Plan(NamedTuple):
+    """Padding as documents: how keys are moved, ``None`` where they lie right, and the offsets a kernel wants."""
+
+    order: Order | None
+    offsets: dict[str, Any]
+
+
+def planned(rule: Padding, spec: AttentionSpec) -> Plan:
+    if isinstance(rule, KeyPadding):
+        order, lengths = real_first(rule.valid), rule.valid.sum(1)
+    else:
+        order, lengths = None, key_lengths(spec)
+    offsets = {
+        "cu_seqlens_q": query_offsets(spec.batch, spec.seqlen_q, spec.device),
+        "cu_seqlens_k": key_offsets(lengths, spec.seqlen_k),
+        "max_seqlen_q": spec.seqlen_q,
+        "max_seqlen_k": spec.seqlen_k,
+    }
+    return Plan(order, offsets)
+
+
+def query_offsets(batch: int, seqlen_q: int, device: torch.device) -> Tensor:
+    """Where the queries of each document start: 0, seqlen_q, seqlen_q, 2 seqlen_q, 2 seqlen_q, ..."""
+    return (torch.arange(2 * batch + 1, dtype=torch.int32, device=device) + 1) // 2 * seqlen_q
+
+
+def key_offsets(lengths: Tensor, seqlen_k: int) -> Tensor:
+    """Where its keys do: 0, lengths[0], seqlen_k, seqlen_k + lengths[1], 2 seqlen_k, ..."""
+    batch = lengths.shape[0]
+    starts = torch.arange(batch, device=lengths.device) * seqlen_k
+    steps = torch.stack((starts, starts + lengths), dim=1).flatten()
+    return F.pad(steps, (0, 1), value=batch * seqlen_k).int()
+
+
+def unpack(out: Tensor, spec: AttentionSpec) -> Tensor:
+    """A packed output as a batch."""
+    documents = None if isinstance(spec.mask, Padding) else find(spec.mask, Documents)
+    if documents is not None:
+        return unpacked(out, documents)
+    return out.view(spec.batch, spec.seqlen_q, *out.shape[1:])
+
+
+def unpack_lse(lse: Tensor, spec: AttentionSpec) -> Tensor:
+    """A packed log-sum-exp (heads, total) as that of a batch."""
+    documents = find(spec.mask, Documents)
+    if documents is not None:
+        return unpacked_lse(lse, documents)
+    return lse.view(-1, spec.batch, spec.seqlen_q).transpose(0, 1)
+
+
+def is_cache(spec: AttentionSpec) -> bool:
+    """Key lengths alone, in inference: a kernel for caches of keys reads them where they lie."""
+    return "key_lengths" in spec.features and spec.features.isdisjoint(("key_padding", "backward", "dropout"))
+
+
+def read_cache(
+    function: Callable[..., Any], q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, options: dict[str, Any]
+) -> Any:
+    """What ``flash_attn_with_kvcache`` of a package says of an ``is_cache`` problem: out, or the pair of it and lse.
+
+    Of an item without keys the kernels write zeros, since partial results could not be combined otherwise.
+    """
+    k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (k, v))
+    return function(q, k, v, cache_seqlens=key_lengths(spec), return_softmax_lse=spec.need_lse, **options)

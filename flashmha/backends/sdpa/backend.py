@@ -1,0 +1,473 @@
+"""sdpa: torch's own scaled_dot_product_attention, and the kernels behind it."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import threading
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from ...problem.masks import Mask, Padding, Window, eager, readable
+from ...problem.scores import narrowed
+from ...problem.spec import AttentionSpec, is_deterministic
+from ..base import FEATURES, HALF, Backend, Limits
+from ..rewrites.compact import validity
+from ..rewrites.documents import PADDING, pack, unpack
+from ..rewrites.grouped import FEW, fold, fold_table, folds, unfold
+from .pieces import Item, cut, keep_all, slices
+
+
+def top_left_causal(spec: AttentionSpec) -> bool:
+    """The mask is causality alone, aligned as SDPA aligns it: to the first key."""
+    window = spec.window
+    if window is None or spec.mask is None or len(spec.mask.parts) > 1:
+        return False
+    # dynamic shapes make this comparison a symbol; the branch turns it into a bool
+    if window.left is None and window.right == spec.seqlen_q - spec.seqlen_k:  # noqa: SIM103
+        return True
+    return False
+
+
+class Sdpa(Backend):
+    """``F.scaled_dot_product_attention``; masks and biases become one dense tensor, top-left causality none.
+
+    On a CPU padding is cut off and documents run one by one; and its kernel there returns the log-sum-exp. On a GPU
+    of NVIDIA's documents, and padding as documents, go to torch's own flash-attn 2 in half precision.
+    """
+
+    name = "sdpa"
+    limits = Limits(
+        devices=(),
+        dtypes=(torch.float64, torch.float32, torch.bfloat16, torch.float16),
+        features=frozenset(FEATURES) - {"softcap", "sinks", "lse_grad"},
+        not_on=dict.fromkeys(("cuda", "mps", "xpu"), frozenset({"lse"})),
+        aten=True,
+    )
+
+    def refusals(self, spec: AttentionSpec) -> list[str]:
+        reasons = super().refusals(spec)
+        if spec.need_lse:
+            reasons += refusals_of_lse(spec)
+        if spec.device.type == "cuda" and needs_tensor(spec) and not kernels_for_masks():
+            reasons.append("only cuDNN is enabled, which must not see a mask (pytorch#196678)")
+        elif spec.device.type == "cuda" and spec.mask is None and overflows(spec) and not kernels_for_masks():
+            reasons.append(
+                f"only cuDNN is enabled, whose backward of seqlen_q={spec.seqlen_q}, seqlen_k={spec.seqlen_k} may give "
+                "NaN (cudnn-frontend#1072)"
+            )
+        if spec.device.type == "cuda" and by_math(spec) and not switches()[1]:
+            reasons.append(
+                "a deterministic backward with the math kernel switched off (torch.use_deterministic_algorithms(True) "
+                "makes the fused ones deterministic)"
+            )
+        return reasons
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> Tensor | tuple[Tensor, Tensor]:
+        if q.is_cuda:
+            return attend_on_cuda(q, k, v, spec)
+        if spec.seqlen_k == 0 and spec.dtype == torch.float16:
+            return attend_by_math(q, k, v, None, spec)  # the fused kernel gives NaN where queries are large
+        if spec.bias is not None:
+            mask = dense(spec)
+            return attend_by_math(q, k, v, mask, spec) if coarse(mask, spec) else attend(q, k, v, mask, spec)
+        if spec.mask is None:
+            return attend(q, k, v, None, spec)
+        padding = spec.mask if isinstance(spec.mask, Padding) else None
+        if padding is None and top_left_causal(spec):
+            return attend(q, k, v, None, spec, is_causal=True)
+        items = cut(spec)
+        if items is not None:
+            return attend_cut(q, k, v, items, spec)
+        if padding is None:
+            return attend(q, k, v, spec.allowed() if q.is_cpu else dense(spec), spec)
+        if q.is_cpu and not (torch.compiler.is_compiling() or padding.lasts):
+            padding.lasts = True  # SDPA makes numbers of bools in each call, cheaper than a table for one call alone
+            return attend(q, k, v, spec.allowed(), spec)
+        return attend(q, k, v, together(spec), spec)
+
+
+def dense(spec: AttentionSpec) -> Tensor | None:
+    """Mask and bias as the one tensor SDPA takes."""
+    table = together(spec)
+    if table is not None and spec.device.type != "cpu" and table.shape[-1] != spec.seqlen_k:
+        # the efficient kernel wants the keys side by side, and raises where they are one number
+        table = table.expand(*table.shape[:-1], spec.seqlen_k).contiguous()
+    return table
+
+
+def together(spec: AttentionSpec) -> Tensor | None:
+    """Mask and bias in one, in the dtype that SDPA takes; an axis on which neither depends may have size 1."""
+    if spec.bias is None and isinstance(spec.mask, Padding) and all(map(eager, spec.mask.tensors())):
+        return spec.mask.once(("added", spec.seqlen_k, spec.dtype), lambda: added(spec))
+    mask, bias = spec.allowed(), spec.added()
+    if bias is None:
+        return mask
+    table = bias if mask is None else torch.where(mask, bias, float("-inf"))
+    if spec.device.type == "cpu":  # a mask of float32 is used as it is there, and misread on a GPU
+        return narrowed(table, torch.float32 if spec.dtype in HALF and table.dtype != spec.dtype else spec.dtype)
+    # always level there: a kernel multiplies by log2(e), which makes -inf of float32's lowest number
+    return narrowed(table, spec.dtype, level=True)
+
+
+def added(spec: AttentionSpec) -> Tensor:
+    """Padding as the numbers that SDPA would make of it in each call, in rows that its kernels need not copy."""
+    valid = validity(spec.mask, spec)
+    assert valid is not None
+    whole = -(-spec.seqlen_k // ALIGNED) * ALIGNED
+    table = torch.zeros(spec.batch, 1, 1, whole, dtype=spec.dtype, device=spec.device)[..., : spec.seqlen_k]
+    return table.masked_fill_(~valid[:, None, None, :], float("-inf"))
+
+
+ALIGNED = 16
+"""A row of a mask that is no multiple long is copied in each call (``pad_bias`` in aten's attention.cpp)."""
+
+COARSE = 1000.0
+"""A log-sum-exp further from 0 makes the weights of a backward, which is in float32, err by more than 3e-5."""
+
+
+def coarse(mask: Tensor | None, spec: AttentionSpec) -> bool:
+    """On a CPU a backward from the log-sum-exp of a row may be off: by a factor of its keys, beside nothing but -1e9.
+
+    Looked at where that is possible. On a GPU ``dense`` levels the rows.
+    """
+    if mask is None or spec.bias is None or not spec.needs_grad:
+        return False
+    if not mask.numel() or not readable(mask):
+        return True
+    largest = mask.detach().amax(dim=-1)
+    return bool(((largest.abs() > COARSE) & largest.isfinite()).any())
+
+
+def for_every_head(k: Tensor, v: Tensor, spec: AttentionSpec) -> tuple[Tensor, Tensor]:
+    """Keys and values of grouped heads, once for each head of the queries."""
+    groups = spec.heads // spec.heads_kv
+    return k.repeat_interleave(groups, dim=2), v.repeat_interleave(groups, dim=2)
+
+
+def attend_by_math(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, spec: AttentionSpec) -> Tensor:
+    """SDPA's unfused form, called rather than chosen by its switches, which belong to every thread of the process."""
+    if spec.heads != spec.heads_kv:
+        k, v = for_every_head(k, v, spec)
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    if mask is not None and mask.dtype != q.dtype:  # finer than the heads: so are the scores
+        q, k, v = (x.to(mask.dtype) for x in (q, k, v))
+    out: Tensor = torch.ops.aten._scaled_dot_product_attention_math(
+        q, k, v, mask, spec.dropout_p, False, None, scale=spec.scale
+    )[0]
+    return out.transpose(1, 2).to(spec.dtype)
+
+
+def attend_on_cuda(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> Tensor | tuple[Tensor, Tensor]:
+    """SDPA by a kernel of a GPU that serves the problem."""
+    if spec.batch == 0:
+        with only([SDPBackend.MATH]):  # the fused kernels give nothing at all for an empty batch
+            return attend(q, k, v, None, spec)
+    if not spec.needs:  # the commonest call, in the fewest steps
+        return attend(q, k, v, None, spec)
+    if spec.dropout_p == 1.0:
+        # the fused kernels multiply the zeros that are left by 1 / (1 - 1)
+        k, v = for_every_head(k, v, spec)
+        with only([SDPBackend.MATH]):
+            return attend(q, k, v, dense(spec), spec)
+    masked = spec.mask is not None or spec.bias is not None
+    if masked and packs(spec):
+        return attend_packed(q, k, v, spec)
+    if masked and spec.bias is None and top_left_causal(spec):
+        return attend_by_choice(q, k, v, None, spec, is_causal=True)
+    mask = dense(spec) if masked else None
+    if spec.heads != spec.heads_kv and folds(spec):
+        groups = spec.heads // spec.heads_kv
+        rows = None if mask is None else fold_table(mask, groups, spec.seqlen_q)
+        return unfold(attend_by_choice(fold(q, groups), k, v, rows, spec), groups)
+    if mask is not None and spec.heads != spec.heads_kv:
+        # with a mask, grouped heads land in the math kernel up to torch 2.13 (pytorch#191085)
+        k, v = for_every_head(k, v, spec)
+    return attend_by_choice(q, k, v, mask, spec)
+
+
+def packs(spec: AttentionSpec) -> bool:
+    """A problem goes to torch's own flash-attn 2 as packed documents, here and now; else SDPA is handed a mask."""
+    return packable(spec) and runs_packed(spec.head_dim, spec.device.index) and not by_math(spec)
+
+
+def packable(spec: AttentionSpec) -> bool:
+    """Documents, causal or not, or padding is all that is hidden, and the kernel serves what else is asked for.
+
+    A few queries are not worth packing their keys.
+    """
+    if not takes_packed(spec.dtype, spec.head_dim) or spec.aten_only:
+        return False
+    if 0 in (spec.batch, spec.seqlen_q, spec.seqlen_k):
+        return False
+    features = spec.features
+    if "documents" in features:
+        if "causal" in features:
+            assert spec.mask is not None
+            windows = [part for part in spec.mask.parts if isinstance(part, Window)]
+            if not all(window.align == "bottom_right" for window in windows):
+                return False
+        return features <= DOCUMENTS
+    return features <= PADDED and not features.isdisjoint(PADDING) and spec.seqlen_q > FEW
+
+
+ANY = ("backward", "deterministic", "dropout", "gqa")
+"""What documents and padding may stand beside in that kernel."""
+DOCUMENTS = frozenset((*ANY, "documents", "causal"))
+PADDED = frozenset((*ANY, *PADDING))
+
+
+def takes_packed(dtype: torch.dtype, head_dim: int) -> bool:
+    """torch's packed flash-attn 2 has kernels for such heads on some GPU."""
+    return dtype in HALF and head_dim % 8 == 0
+
+
+def runs_packed(head_dim: int, index: int | None) -> bool:
+    """It has them for a GPU, and is switched on."""
+    return head_dim <= packs_up_to(index) and switches()[2]
+
+
+@functools.cache
+def packs_up_to(index: int | None) -> int:
+    """The largest head_dim of torch's packed flash-attn 2 on a GPU; 0 where there is none.
+
+    NVIDIA's, Ampere and newer; where shared memory is small, as on 8.6, 8.9 and 12.0, there is no backward beyond 192.
+    Source: ``check_requires_grad_and_head_dim_gt192_constraints_on_sm86_89_or_120`` in aten's sdp_utils.cpp.
+    """
+    if not torch.cuda.is_available() or torch.version.hip or not torch.backends.cuda.is_flash_attention_available():
+        return 0
+    major, minor = torch.cuda.get_device_capability(index)
+    return 0 if major < 8 else 256 if minor == 0 and major < 12 else 192
+
+
+packs_up_to._dynamo_marked_constant = True  # type: ignore[attr-defined]  # torch.compiler.assume_constant_result, unimported
+
+
+def attend_packed(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> Tensor:
+    """A problem as packed documents: SDPA would be handed a mask, and compute what that hides."""
+    q, k, v, offsets = pack(q, k, v, spec)
+    return unpack(varlen(q, k, v, spec, **offsets), spec)
+
+
+def varlen(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    spec: AttentionSpec,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+) -> Tensor:
+    """The flash-attn 2 inside torch, over documents packed as (total, heads, head_dim).
+
+    Its own package makes head dims and offsets contiguous; the operator raises.
+    """
+    q = q if q.stride(-1) == 1 else q.contiguous()
+    k = k if k.stride(-1) == 1 else k.contiguous()
+    v = v if v.stride(-1) == 1 else v.contiguous()
+    out: Tensor = torch.ops.aten._flash_attention_forward(
+        q,
+        k,
+        v,
+        cu_seqlens_q.contiguous(),
+        cu_seqlens_k.contiguous(),
+        # a longest document of one query takes a decoding path with wrong shapes (flash-attention#1537)
+        max(2, max_seqlen_q),
+        max_seqlen_k,
+        spec.dropout_p,
+        "causal" in spec.needs,
+        False,
+        scale=spec.scale,
+    )[0]
+    return out
+
+
+def attend_by_choice(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, spec: AttentionSpec, is_causal: bool = False
+) -> Tensor:
+    """SDPA by those of a GPU's kernels that are switched on and may serve the problem."""
+    if by_math(spec):
+        kernels = only([SDPBackend.MATH] if switches()[1] else [])
+    elif mask is None and (is_causal or not overflows(spec)):
+        return attend(q, k, v, None, spec, is_causal)  # type: ignore[return-value]
+    else:
+        # cuDNN must not see a mask: NaN gradients (pytorch#196678), misread float masks (pytorch#191612)
+        kernels = without_cudnn()
+    with kernels:
+        out = attend(q, k, v, mask, spec, is_causal)
+    assert isinstance(out, Tensor)
+    return out
+
+
+def overflows(spec: AttentionSpec) -> bool:
+    """cuDNN's backward without a mask and causality gives NaN where a row's scores are all far below 0.
+
+    Half of its last tile of keys is padding then, whose exp(0 - lse) overflows below a log-sum-exp of -88.7: gradients
+    of q at seqlen_k % 128 == 64, whatever the head_dim (a sweep of 3,372 problems on an H200 with cuDNN 9.19). A single
+    query gives NaN in those of k and v, there at seqlen_k % 64 == 0, and with cuDNN 9.25 and 9.26.
+    Source: NVIDIA/cudnn-frontend, issue 1072 and pull request 628.
+    """
+    if not spec.needs_grad or spec.dtype not in HALF:
+        return False
+    if spec.aten_only and torch.compiler.is_compiling():
+        return True  # an exported graph serves every length
+    if spec.seqlen_q == 1 or spec.seqlen_k % 128 == 64:  # noqa: SIM103  symbols that a branch makes a bool
+        return True
+    return False
+
+
+def by_math(spec: AttentionSpec) -> bool:
+    """Only the math kernel's backward is deterministic for this problem.
+
+    The fused ones ask torch's own switch when the backward runs, and add gradients up in any order where it is off or
+    no more than a warning.
+    """
+    return "deterministic" in spec.needs and not is_deterministic()
+
+
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, spec: AttentionSpec, is_causal: bool = False
+) -> Tensor | tuple[Tensor, Tensor]:
+    """SDPA in our layout."""
+    if spec.need_lse:
+        return attend_with_lse(q, k, v, mask, spec, is_causal)
+    out = F.scaled_dot_product_attention(
+        q.transpose(1, 2),
+        k.transpose(1, 2),
+        v.transpose(1, 2),
+        mask,
+        spec.dropout_p,
+        is_causal,
+        scale=spec.softmax_scale,
+        # q may have as many heads as k by now; a bool where sizes are symbols
+        enable_gqa=True if spec.heads != spec.heads_kv and q.shape[2] != k.shape[2] else False,  # noqa: SIM210
+    )
+    return out.transpose(1, 2)
+
+
+def attend_with_lse(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, spec: AttentionSpec, is_causal: bool
+) -> tuple[Tensor, Tensor]:
+    """The CPU kernel behind SDPA, called for the log-sum-exp that SDPA throws away."""
+    if spec.heads != spec.heads_kv:
+        k, v = for_every_head(k, v, spec)
+    if mask is not None and mask.dtype == torch.bool:
+        mask = torch.zeros_like(mask, dtype=q.dtype).masked_fill_(~mask, float("-inf"))
+    out, lse = torch._scaled_dot_product_flash_attention_for_cpu(  # type: ignore[attr-defined]
+        q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), 0.0, is_causal, attn_mask=mask, scale=spec.scale
+    )
+    if mask is not None:  # the kernel gives blind rows zeros, and a log-sum-exp of 0
+        lse = lse.masked_fill((mask == float("-inf")).all(dim=-1), float("-inf"))
+    return out.transpose(1, 2), lse
+
+
+def refusals_of_lse(spec: AttentionSpec) -> list[str]:
+    """What the CPU kernel cannot do where SDPA would take another one."""
+    reasons = []
+    if spec.dropout_p > 0.0:
+        reasons.append("lse beside dropout")
+    if spec.head_dim != spec.head_dim_v:
+        reasons.append(f"lse with head_dim_v={spec.head_dim_v} (the {spec.head_dim} of head_dim)")
+    if "bias_grad" in spec.features:
+        reasons.append("lse beside a bias that wants a gradient")
+    if 0 in (spec.batch, spec.seqlen_q, spec.seqlen_k):
+        reasons.append("lse of an empty problem")
+    if spec.aten_only:
+        reasons.append("lse under export, torch.func or a tensor subclass")
+    return reasons
+
+
+def attend_cut(
+    q: Tensor, k: Tensor, v: Tensor, items: list[Item], spec: AttentionSpec
+) -> Tensor | tuple[Tensor, Tensor]:
+    """SDPA of what is left of a problem."""
+    return attend(q, k, v, None, spec) if keep_all(items, spec) else attend_items(q, k, v, items, spec)
+
+
+def attend_items(
+    q: Tensor, k: Tensor, v: Tensor, items: list[Item], spec: AttentionSpec
+) -> Tensor | tuple[Tensor, Tensor]:
+    """SDPA of every item's pieces, none of which needs a mask."""
+    outs, lses = [], []
+    for item, qs, ks, vs in zip(items, slices(q, items, False), slices(k, items, True), slices(v, items, True)):
+        done = [attend_piece(piece, ks, vs, where, how, spec) for piece, (_, where, how) in zip(qs, item.pieces)]
+        outs.append(done[0][0] if len(done) == 1 else torch.cat([out for out, _ in done], dim=1))
+        if spec.need_lse:
+            lses.append(torch.cat([lse for _, lse in done], dim=2))
+    out = outs[0] if len(outs) == 1 else torch.cat(outs)
+    return (out, torch.cat(lses)) if spec.need_lse else out
+
+
+def attend_piece(
+    q: Tensor, ks: tuple[Tensor, ...], vs: tuple[Tensor, ...], where: int | None, how: bool | Mask, spec: AttentionSpec
+) -> tuple[Tensor, Tensor]:
+    """One piece: out and lse, which is empty where nobody asked."""
+    if where is None:
+        blank = q.new_zeros(*q.shape[:3], spec.head_dim_v)
+        return blank, blank.new_full((1, spec.heads, q.shape[1]), float("-inf"))
+    k, v = ks[where], vs[where]
+    if isinstance(how, Mask):
+        result = attend(q, k, v, how.materialize(1, 1, q.shape[1], k.shape[1], q.device), spec)
+    else:
+        result = attend(q, k, v, None, spec, is_causal=how)
+    return result if isinstance(result, tuple) else (result, result.new_empty(0))
+
+
+def needs_tensor(spec: AttentionSpec) -> bool:
+    """SDPA is handed a mask tensor."""
+    return spec.bias is not None or (spec.mask is not None and not top_left_causal(spec))
+
+
+KERNELS = (
+    SDPBackend.EFFICIENT_ATTENTION,
+    SDPBackend.MATH,
+    SDPBackend.FLASH_ATTENTION,
+    SDPBackend.CUDNN_ATTENTION,
+)
+
+
+def switches() -> tuple[bool, ...]:
+    """Which of ``KERNELS`` the process-wide switches allow; a constant to Dynamo, which cannot trace the question."""
+    asked = torch._C  # what the functions in torch.backends.cuda call
+    return (
+        asked._get_mem_efficient_sdp_enabled(),
+        asked._get_math_sdp_enabled(),
+        asked._get_flash_sdp_enabled(),
+        asked._get_cudnn_sdp_enabled(),
+    )
+
+
+switches._dynamo_marked_constant = True  # type: ignore[attr-defined]  # torch.compiler.assume_constant_result, unimported
+
+
+def kernels_for_masks() -> list[SDPBackend]:
+    """The kernels the switches leave for a call with a mask: all but cuDNN."""
+    return [kernel for kernel, allowed in zip(KERNELS[:3], switches()) if allowed]
+
+
+def without_cudnn() -> contextlib.AbstractContextManager[None]:
+    """SDPA's switches as they are, cuDNN off."""
+    if not switches()[3]:
+        return contextlib.nullcontext()
+    return only(kernels_for_masks())
+
+
+LOCK = threading.RLock()
+"""Held while SDPA's switches, which belong to the process, are other than they were: two threads that set and restore
+them in turns would leave them off."""
+
+
+def only(kernels: list[SDPBackend]) -> contextlib.AbstractContextManager[None]:
+    """SDPA by some kernels alone, one thread at a time; a compiler writes the switches into its graph."""
+    return sdpa_kernel(kernels) if torch.compiler.is_compiling() else alone(kernels)
+
+
+@contextlib.contextmanager
+def alone(kernels: list[SDPBackend]) -> Iterator[None]:
+    with LOCK, sdpa_kernel(kernels):
+        yield

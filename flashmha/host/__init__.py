@@ -1,0 +1,1 @@
+"""This machine and the PyTorch on it: what can be asked of them, whatever the problem."""

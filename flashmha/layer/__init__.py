@@ -1,0 +1,1 @@
+"""``FlashMultiHeadAttention`` and its one forward."""

@@ -1,0 +1,60 @@
+"""The kinds of the arguments of one call: tensors where tensors belong, a mask or a rule, flags."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import has_torch_function
+
+from ..problem.masks import Mask, Padding, told
+
+
+def check_kinds(query: Any, key: Any, value: Any, key_padding_mask: Any, attn_mask: Any) -> None:
+    """Raise where an argument of a layer is of a kind that means nothing.
+
+    Raises:
+        TypeError: with the argument, what it must be, and what to pass.
+    """
+    for name, given in (("query", query), ("key", key), ("value", value)):
+        if not is_tensor(given):
+            raise TypeError(f"{name} must be a tensor, got {told(given)}.")
+    if key_padding_mask is not None and not isinstance(key_padding_mask, Padding) and not is_tensor(key_padding_mask):
+        where = (
+            "; another flashmha mask is given as attn_mask"
+            if isinstance(key_padding_mask, Mask)
+            else hint(key_padding_mask)
+        )
+        raise TypeError(
+            f"key_padding_mask must be a tensor (batch, seqlen_k), True = hidden, a KeyPadding, True = may attend, "
+            f"KeyLengths or None, got {told(key_padding_mask)}{where}."
+        )
+    if attn_mask is not None and not isinstance(attn_mask, Mask) and not is_tensor(attn_mask):
+        raise TypeError(
+            f"attn_mask must be a tensor, True = hidden, a flashmha mask such as causal(), or None, got "
+            f"{told(attn_mask)}{hint(attn_mask)}."
+        )
+
+
+def check_flags(**flags: Any) -> None:
+    """Raise where a flag is neither true nor false; numbers and single elements are, as in ``nn.MultiheadAttention``.
+
+    Raises:
+        TypeError: with the flag.
+    """
+    for name, flag in flags.items():
+        if flag is None or isinstance(flag, (int, torch.SymBool, torch.SymInt)) or getattr(flag, "shape", None) == ():
+            continue
+        mask = "; give the mask as attn_mask=" if isinstance(flag, (Tensor, Mask)) else ""
+        raise TypeError(f"{name} must be True or False, got {told(flag)}{mask}.")
+
+
+def is_tensor(thing: Any) -> bool:
+    """A tensor, or what stands for one where PyTorch's functions are overridden."""
+    return isinstance(thing, Tensor) or has_torch_function((thing,))
+
+
+def hint(thing: Any) -> str:
+    arrays = isinstance(thing, (list, tuple)) or hasattr(thing, "__array__")
+    return "; torch.as_tensor makes one of it" if arrays else ""

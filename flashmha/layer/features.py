@@ -1,0 +1,180 @@
+"""What a layer has beyond ``nn.MultiheadAttention``: features that are set, hops that are overridden.
+
+The class's values mean *absent*, since the state of a stock module has none of these. No annotation here may be
+postponed: TorchScript reads them.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+
+from ..backends import expand, preference
+from ..problem.masks import Window
+
+ABSENT: dict[str, Any] = {
+    "num_kv_heads": None,
+    "window": None,
+    "backend": None,
+    "call_out_proj": False,
+    "need_weights": True,
+    "trust_is_causal": False,
+    "skip_padding": False,
+}
+"""Every feature, and its value in a layer that has none."""
+
+HOPS = ("project", "process_heads", "process_weights", "merge")
+"""What a subclass overrides."""
+
+EXTRA_KEYS = ("keys_before", "keys_after")
+"""What a subclass says about the keys that its ``process_heads`` adds."""
+
+SWITCHES = tuple(name for name, value in ABSENT.items() if isinstance(value, bool))
+
+OWN: dict[str, Any] = {}
+"""The package's own methods of a layer, as they were written; the class fills it in."""
+
+
+def expect(kind: type[nn.Module]) -> None:
+    """Know the methods of a class as they are."""
+    OWN.update({name: getattr(kind, name) for name in (*HOPS, "forward")})
+
+
+def is_own(layer: nn.Module, name: str) -> bool:
+    """A method is the package's own, neither overridden by a subclass nor patched on the class or the instance."""
+    return name not in layer.__dict__ and getattr(type(layer), name) is OWN[name]
+
+
+def has_hops(layer: nn.Module) -> bool:
+    """Some hop is not the package's own; asked in each call, so in one step."""
+    kind, instance = type(layer), layer.__dict__
+    for name in HOPS:  # noqa: SIM110
+        if name in instance or getattr(kind, name) is not OWN[name]:
+            return True
+    return False
+
+
+def overridden(layer: nn.Module) -> list[str]:
+    """The hops that are not the package's own."""
+    return [name for name in HOPS if not is_own(layer, name)]
+
+
+def changed(layer: nn.Module) -> list[str]:
+    """What a layer has that ``nn.MultiheadAttention`` has not: features set, hops overridden."""
+    return [name for name, absent in ABSENT.items() if getattr(layer, name) != absent] + overridden(layer)
+
+
+def replaced(layer: nn.Module) -> list[str]:
+    """The methods around the hops that are not the package's own: ``forward``, and what calls it."""
+    kind = type(layer)
+    found = [] if is_own(layer, "forward") else ["forward"]
+    if kind.__call__ is not nn.Module.__call__:
+        found.append("__call__")
+    if kind._call_impl is not nn.Module._call_impl or "_call_impl" in layer.__dict__:
+        found.append("_call_impl")
+    return found
+
+
+def has_to_run(layer: nn.Module) -> bool:
+    """Something is lost where a layer's weights are used and its ``forward`` is never called.
+
+    That is a feature, a method of its own, an ``out_proj`` that cannot be read, or a backend that is named at present.
+    """
+    if changed(layer) or replaced(layer) or is_quantised(layer.__dict__["_modules"].get("out_proj")):
+        return True
+    return preference(None) is not None
+
+
+def is_quantised(out_proj: nn.Module | None) -> bool:
+    """An ``out_proj`` of ``torch.ao``, whose weight is a method."""
+    return callable(getattr(type(out_proj), "weight", None))
+
+
+def mark(layer: nn.Module) -> None:
+    """Keep ``nn.TransformerEncoderLayer`` from computing a layer's attention behind its back.
+
+    In eval the encoder layer hands the weights of ``self_attn`` to one fused operator and never calls it, unless a
+    module inside has a forward hook. So a layer that has to run carries one that does nothing. The encoder layer looks
+    for hooks on every ``modules()`` of its own, in each call; that is when a layer is marked, as it is then.
+    """
+    hooks: dict[Any, Any] = layer._forward_pre_hooks
+    if has_to_run(layer):
+        if MARK not in hooks:
+            hooks[MARK] = keep_forward
+    elif MARK in hooks:
+        del hooks[MARK]
+
+
+MARK = "flashmha"
+
+
+def keep_forward(layer: nn.Module, arguments: Any) -> None:
+    """A forward pre-hook that does nothing; see ``mark``."""
+
+
+HARMLESS = frozenset(
+    [
+        "__module__",
+        "__qualname__",
+        "__doc__",
+        "__dict__",
+        "__weakref__",
+        "__annotations__",
+        "__annotate__",
+        "__annotate_func__",
+        "__annotations_cache__",
+        "__firstlineno__",
+        "__static_attributes__",
+        "__orig_bases__",
+        "__parameters__",
+        "__init__",
+        "__repr__",
+        "extra_repr",
+        "__constants__",
+        "__jit_ignored_attributes__",
+    ]
+)
+"""What a subclass may define without computing anything else."""
+
+
+def own_code(module: nn.Module, kind: type[nn.Module]) -> list[str]:
+    """What a module has in place of the methods and attributes of a class that it is of: its subclass's, its own."""
+    classes = type(module).__mro__
+    above = classes[: classes.index(kind)]
+    names = [name for each in above for name in vars(each) if name not in HARMLESS]
+    return list(dict.fromkeys(names + shadows(module)))
+
+
+def shadows(module: nn.Module) -> list[str]:
+    """Methods of a module's class that the instance has another one for."""
+    return [name for name in vars(module).keys() - USUAL if callable(getattr(type(module), name, None))]
+
+
+USUAL = {*vars(nn.Module()), "_compiled_call_impl"}
+"""What an instance has in its dictionary and is no method's."""
+
+
+def check_features(features: dict[str, Any]) -> None:
+    """Raise where a feature's value means nothing, before anything is changed."""
+    if features.get("backend") is not None:
+        expand(features["backend"])
+    if features.get("window") is not None:
+        as_window(features["window"])
+    for name in SWITCHES:
+        if not isinstance(features.get(name, True), bool):
+            raise TypeError(f"{name} must be True or False, got {features[name]!r}.")
+
+
+def check_kv_heads(num_heads: int, num_kv_heads: int | None) -> None:
+    if num_kv_heads is not None and (num_kv_heads < 1 or num_heads % num_kv_heads):
+        raise ValueError(
+            f"num_kv_heads must be a divisor of num_heads, got num_heads={num_heads} and num_kv_heads={num_kv_heads}."
+        )
+
+
+def as_window(window: Window | Sequence[int | None]) -> Window:
+    if isinstance(window, Window):
+        return window
+    if not isinstance(window, tuple) or len(window) != 2:
+        raise ValueError(f"window must be a Window or a pair (left, right), got {window!r}.")
+    return Window(*window)

@@ -1,0 +1,309 @@
+"""One forward of a layer, from the call to the output."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple, Union
+
+import torch
+from torch import Tensor
+from torch.overrides import has_torch_function
+
+from ..backends import preference
+from ..backends.base import HALF
+from ..functional import autocast, casts_to, run
+from ..problem.masks import Mask, Padding, joined
+from ..problem.scores import TensorBias
+from ..problem.spec import AttentionSpec, needs_aten
+from ..weights.recipe import Padded, attention_with_weights
+from . import nested, padding, projection, shortcut
+from .arguments import check_flags, check_kinds
+from .call import Reading, read_call
+from .columns import added, append, widen
+from .features import changed, has_hops, is_own
+from .hops import check_heads, check_output, check_weights, refuse_weights, three
+from .stock import stock_forward
+
+Wanted = Union[str, Sequence[str], None]  # noqa: UP007
+
+
+class Problem(NamedTuple):
+    """What one call of a layer asks of attention.
+
+    ``dtype`` is what it is computed in where that is not the layer's own; ``padded`` says where the tokens lie if
+    padding was left out, ``custom`` whether the layer has hops of its own.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    spec: AttentionSpec
+    dtype: torch.dtype | None = None
+    padded: Padded | None = None
+    custom: bool = False
+
+
+def attend(
+    layer: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_padding_mask: Padding | Tensor | None,
+    need_weights: bool,
+    attn_mask: Mask | Tensor | None,
+    average_attn_weights: bool,
+    is_causal: bool,
+    backend: Wanted,
+) -> tuple[Tensor, Tensor | None]:
+    """One forward of a layer."""
+    if not (type(need_weights) is type(average_attn_weights) is type(is_causal) is bool):
+        check_flags(need_weights=need_weights, average_attn_weights=average_attn_weights, is_causal=is_causal)
+    need_weights = need_weights and layer.need_weights
+    if backend is None:
+        found = shortcut.attend(
+            layer, query, key, value, key_padding_mask, need_weights, average_attn_weights, attn_mask, is_causal
+        )
+        if found is not None:
+            return found
+    unmasked = key_padding_mask is None and attn_mask is None
+    tensors = isinstance(query, Tensor) and isinstance(key, Tensor) and isinstance(value, Tensor)
+    if not (tensors and (unmasked or (attn_mask is None and isinstance(key_padding_mask, (Tensor, Padding))))):
+        check_kinds(query, key, value, key_padding_mask, attn_mask)
+    if query.is_nested or (key is not query and key.is_nested) or (value is not key and value.is_nested):
+        nested.check(layer, query, key, value, key_padding_mask, attn_mask)
+        return attend_nested(layer, query, key, value, need_weights, average_attn_weights, is_causal, backend)
+    if torch._C._get_tracing_state() is not None or wants_torch_function(layer, query, key, value):
+        refuse_torchscript(layer, backend)
+        return as_stock(
+            layer, query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
+        )
+    call = read_call(layer, query, key, value, key_padding_mask, need_weights, attn_mask, is_causal)
+    return attend_call(layer, call, need_weights, average_attn_weights, backend, layer.skip_padding)
+
+
+def attend_call(
+    layer: Any,
+    call: Reading,
+    need_weights: bool,
+    average_attn_weights: bool,
+    backend: Wanted,
+    skip_padding: bool,
+    rows: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """A call that was read: hops 2 to 5. Weights count for ``rows`` (batch, seqlen_q) alone."""
+    wanted = layer.backend if backend is None else backend
+    q, k, v, spec, dtype, padded, custom = prepare(layer, call, wanted, skip_padding)
+    weights: Tensor | None = None
+    says = need_weights and custom and not is_own(layer, "process_weights")
+    if need_weights and not says and q.shape[2] != layer.num_heads:
+        refuse_weights(layer, q.shape[2])
+    if need_weights:
+        out, weights = attention_with_weights(
+            q,
+            k,
+            v,
+            spec,
+            wanted,
+            layer,
+            average=average_attn_weights and not says,
+            batched=call.batched or says,
+            dtype=weights_dtype(q) if dtype is None else call.query.dtype,
+            rows=rows,
+            padded=padded,
+        )
+    else:
+        out = run(q, k, v, spec, wanted, layer)  # type: ignore[assignment]
+    if weights is not None and says:
+        sizes = weights.shape[0], weights.shape[2], weights.shape[3]
+        weights = layer.process_weights(weights)
+        check_weights(layer, weights, sizes)
+        weights = weights.mean(dim=1) if average_attn_weights else weights
+        weights = weights if call.batched else weights.squeeze(0)
+    output = layer.merge(out) if dtype is None else projection.merge(layer, out, dtype).to(call.query.dtype)
+    if not isinstance(output, Tensor) or output.shape != (q.shape[0], q.shape[1], layer.embed_dim):
+        check_output(layer, output, q.shape[0], q.shape[1])
+    if padded is not None:
+        output = padding.unpack(output, padded.places, (call.query.shape[0], call.query.shape[1]))
+    if not call.batched:
+        return output.squeeze(0), weights
+    if not layer.batch_first:
+        output = output.transpose(0, 1).contiguous()
+    return output, weights
+
+
+def weights_dtype(q: Tensor) -> torch.dtype:
+    """What a softmax of scores of q gives: on a GPU autocast takes it to float32."""
+    if q.is_cuda and casts_to(q.device) is not None:
+        return torch.promote_types(q.dtype, torch.float32)
+    return q.dtype
+
+
+def prepare(layer: Any, call: Reading, wanted: Wanted, skip_padding: bool) -> Problem:
+    """Hops 2 and 3: the heads projected and processed, and the problem they make."""
+    query, key, value, mask, bias, _, columns, rule = call
+    padded: Padded | None = None
+    custom = has_hops(layer)
+    dtype = computing_dtype(layer, call, wanted) if query.dtype in HALF else None
+    if layer.window is not None:
+        mask = joined(mask, layer.window)
+    if skip_padding and rule is not None and padding.refusal(layer, call) is None:
+        real = padding.tokens_of(rule, key.shape[1])
+        padded = Padded(mask, real.places, call.valid)
+        query, key, value = padding.pack(query, key, value, real.places)
+        mask = padding.packed(mask, real)
+    if dtype is None:
+        projected = layer.project(query, key, value)
+        heads = layer.process_heads(*(three("project", projected) if custom else projected))
+        if custom:
+            heads = three("process_heads", heads)
+            check_heads(layer, projected, heads, query.shape[0], query.shape[1])
+        q, k, v = heads
+        if torch._C._is_any_autocast_enabled():
+            q, k, v = autocast(q, k, v)
+    else:
+        q, k, v = projection.project(layer, query, key, value, dtype)
+    before = after = 0
+    if custom or layer.keys_before or layer.keys_after:
+        before, after = added(layer, key.shape[1], k.shape[1], mask is not None or bias is not None)
+    if before or after or columns:
+        sizes = q.shape[0], q.shape[2], q.shape[1], k.shape[1] - before - after
+        mask, bias = widen(mask, bias, before, after + columns, sizes, q)
+    if columns:
+        k, v = append(layer, k, v)
+    spec = AttentionSpec.of(
+        q,
+        k,
+        v,
+        mask=mask,
+        bias=None if bias is None else TensorBias(bias),
+        dropout_p=layer.dropout if layer.training else 0.0,
+    )
+    return Problem(q, k, v, spec, dtype, padded, custom)
+
+
+def computing_dtype(layer: Any, call: Reading, wanted: Wanted) -> torch.dtype | None:
+    """float32 where this CPU is slower in the half precision the layer is kept in; ``None`` for the layer's own.
+
+    Not for a layer that was told a backend or has hops of its own, which were written for the layer's dtype.
+    """
+    query, dtype = call.query, call.query.dtype
+    if query.device.type != "cpu" or casts_to(query.device) is not None or not projection.emulated(dtype):
+        return None
+    if layer.call_out_proj or has_hops(layer) or preference(wanted) is not None or needs_aten(query):
+        return None
+    weights = (layer.in_proj_weight, layer.q_proj_weight, layer.k_proj_weight, layer.v_proj_weight)
+    tensors = (call.key, call.value, getattr(layer.out_proj, "weight", None), *weights)
+    if any(isinstance(x, Tensor) and x.dtype != dtype for x in tensors):
+        return None  # an error of the caller's, which the projection reports
+    return torch.float32
+
+
+def attend_nested(
+    layer: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    need_weights: bool,
+    average_attn_weights: bool,
+    is_causal: bool,
+    backend: Wanted,
+) -> tuple[Tensor, Tensor | None]:
+    """Nested tensors: padded for the layer, and nested again; what the padding would hold is not computed."""
+    if layer.window is not None and query is not key:
+        raise AssertionError(
+            "window beside nested query and key of their own lengths is not supported: the last query of each item "
+            "would have to sit at its own last key; call the layer item by item."
+        )
+    same_q, same_kv = query is key, key is value
+    dense_k, valid_k = nested.padded(key)
+    dense_v = dense_k if same_kv else nested.padded(value)[0]
+    dense_q, valid_q = (dense_k, valid_k) if same_q else nested.padded(query)
+    call = read_call(layer, dense_q, dense_k, dense_v, ~valid_k, need_weights, None, is_causal)
+    out, weights = attend_call(layer, call, need_weights, average_attn_weights, backend, True, rows=valid_q)
+    return nested.like(out, query, valid_q), weights
+
+
+def refuse_torchscript(layer: Any, backend: Wanted) -> None:
+    """Raise where PyTorch's own function would lose what a layer or a call asks for."""
+    lost = changed(layer) + ([] if backend is None else [f"backend={backend!r}"])
+    if lost:
+        raise RuntimeError(
+            "TorchScript and tensors with __torch_function__ run F.multi_head_attention_forward, which has no "
+            f"{', no '.join(lost)}, and this {type(layer).__name__} uses that; use torch.compile or torch.export."
+        )
+
+
+TENSORS = ("in_proj_weight", "in_proj_bias", "q_proj_weight", "k_proj_weight", "v_proj_weight", "bias_k", "bias_v")
+"""Every tensor that a layer itself holds."""
+
+
+def wants_torch_function(layer: Any, *inputs: Tensor) -> bool:
+    """Some input or weight is a tensor subclass that wants to see the call (a mode alone does not count)."""
+    out_proj = layer.out_proj  # an adapter may stand there, or anything with a weight and a bias
+    inner, outer = layer._parameters, (getattr(out_proj, "weight", None), getattr(out_proj, "bias", None))
+    usual = type(layer) in projection.PLAIN and "in_proj_weight" in inner and "in_proj_bias" in inner
+    held = (*inner.values(), layer.bias_k, layer.bias_v) if usual else [getattr(layer, name) for name in TENSORS]
+    tensors: Any = (*inputs, *held, *outer)
+    if not has_torch_function(tensors):
+        return False
+    for tensor in tensors:
+        kind = type(tensor)
+        if kind is Tensor or kind is torch.nn.Parameter:
+            continue
+        if getattr(kind, "__torch_function__", None) not in (None, torch._C._disabled_torch_function_impl):
+            return True
+    return False
+
+
+def as_stock(
+    layer: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_padding_mask: Padding | Tensor | None,
+    need_weights: bool,
+    attn_mask: Mask | Tensor | None,
+    average_attn_weights: bool,
+    is_causal: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """The call as ``F.multi_head_attention_forward``."""
+    if isinstance(attn_mask, Mask):
+        attn_mask, is_causal = as_tensor(layer, attn_mask, query, key), False
+    if isinstance(key_padding_mask, Padding):
+        axis = 1 if layer.batch_first and key.dim() == 3 else 0
+        key_padding_mask.check(key.shape[1 - axis] if key.dim() == 3 else 1, 1, 1, key.shape[axis])
+        hidden = ~key_padding_mask.real(key.shape[axis])
+        key_padding_mask = hidden if key.dim() == 3 else hidden[0]
+    return stock_forward(
+        query,
+        key,
+        value,
+        layer.embed_dim,
+        layer.num_heads,
+        layer.in_proj_weight,
+        layer.in_proj_bias,
+        layer.bias_k,
+        layer.bias_v,
+        layer.add_zero_attn,
+        layer.dropout,
+        layer.out_proj.weight,
+        layer.out_proj.bias,
+        layer.training,
+        key_padding_mask,
+        need_weights,
+        attn_mask,
+        layer.q_proj_weight,
+        layer.k_proj_weight,
+        layer.v_proj_weight,
+        average_attn_weights,
+        is_causal,
+        layer.batch_first,
+        not layer._qkv_same_embed_dim,
+    )
+
+
+def as_tensor(layer: Any, mask: Mask, query: Tensor, key: Tensor) -> Tensor:
+    """A rule as a mask tensor of the stock class: (batch * heads, seqlen_q, seqlen_k), ``True`` = hidden."""
+    axis = 1 if layer.batch_first and query.dim() == 3 else 0
+    batch = query.shape[1 - axis] if query.dim() == 3 else 1
+    sizes = batch, layer.num_heads, query.shape[axis], key.shape[axis]
+    mask.check(*sizes)
+    return ~mask.materialize(*sizes, query.device).expand(sizes).flatten(0, 1)

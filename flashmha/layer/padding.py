@@ -1,0 +1,153 @@
+"""Padding left out of a self-attention call: the real tokens end to end, and every token back in its place."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..backends import expand, get, preference
+from ..backends.sdpa.backend import runs_packed, takes_packed
+from ..functional import computed_in
+from ..problem.masks import Documents, KeyPadding, Mask, Padding, Window, eager, joined, short
+from .call import Reading, each_once, extra_columns
+from .features import overridden
+
+
+def refusal(layer: Any, call: Reading) -> str | None:
+    """Why padding cannot be left out of a call, so that every row is computed; ``None`` where it can."""
+    return unpackable(layer, call) or beside_holes(call, layer.window)
+
+
+def unpackable(layer: Any, call: Reading) -> str | None:
+    """``refusal`` without a look at where the padding lies."""
+    if call.padding is None:
+        return "no bool key_padding_mask"
+    if not all(map(eager, (call.query, *call.padding.tensors()))):
+        return RECORDED
+    if call.query.is_cuda and torch.cuda.is_current_stream_capturing():
+        return RECORDED
+    if call.query.is_meta:
+        return "tensors without data, whose real tokens cannot be counted"
+    if not (same_memory(call.query, call.key) and same_memory(call.key, call.value)):
+        return "query, key and value are not one tensor"
+    if not call.query.shape[0] or not call.query.shape[1]:
+        return "no tokens at all"
+    if extra_columns(layer):
+        return "add_bias_kv or add_zero_attn"
+    hops = overridden(layer)
+    if hops:
+        return f"{', '.join(hops)} overridden, which may count positions"
+    if call.bias is not None or any(not isinstance(part, (Padding, Window)) for part in parts(call.mask)):
+        return "an attn_mask beside causality"
+    if call.query.is_cuda and preference(layer.backend) is None and not packs(layer, call):
+        return f"no kernel here for packed tokens in {short(computed_in(call.query))}: they would need a dense mask"
+    call.padding.check(call.key.shape[0], 1, 1, call.key.shape[1])  # the last to look at it, where it is left out
+    return None
+
+
+RECORDED = "PyTorch records the call (compile, export, torch.func, a CUDA graph)"
+
+
+def beside_holes(call: Reading, *windows: Window | None) -> str | None:
+    """Why padding with holes has to stay: what a window sees would move. Causality alone minds no hole."""
+    bounded = [part for part in (*parts(call.mask), *windows) if part is not None and part.feature == "window"]
+    if bounded and call.padding is not None and call.padding.once("holes", lambda: has_holes(call.valid)):
+        return "a window over padding with holes"
+    return None
+
+
+def positioned(layer: Any, call: Reading) -> str | None:
+    """Why the order of a call's keys counts, or no kernel gains by another; ``None`` where real ones may come first."""
+    if type(call.padding) is not KeyPadding or call.mask is not call.padding or call.bias is not None:
+        return "something beside a padding mask"
+    if call.columns or layer.window is not None or overridden(layer):
+        return "a layer with a window, keys or methods of its own"
+    if not call.query.is_cuda or preference(layer.backend) is not None or not packs(layer, call):
+        return "no kernel that keys would be moved for"
+    return None
+
+
+def same_memory(one: Tensor, two: Tensor) -> bool:
+    """Two tensors are one, or aliases of one, as hooks on a module's inputs and checkpoints make of it."""
+    if one is two:
+        return True
+    alike = one.shape == two.shape and one.stride() == two.stride() and one.dtype == two.dtype
+    return alike and type(two) in (Tensor, torch.nn.Parameter) and one.data_ptr() == two.data_ptr()
+
+
+def packs(layer: Any, call: Reading) -> bool:
+    """A kernel for packed documents runs on this GPU and in the dtype of the layer's heads."""
+    device, dtype, size = call.query.device, computed_in(call.query), layer.embed_dim // layer.num_heads
+    able = (get(name) for name in expand("flash_attn"))
+    if any(dtype in kernel.limits.dtypes and kernel.unavailable(device) is None for kernel in able):
+        return True
+    whole = all(part.feature != "window" for part in parts(call.mask)) and layer.window is None
+    return whole and takes_packed(dtype, size) and runs_packed(size, device.index)
+
+
+class Tokens(NamedTuple):
+    """The real tokens of a batch: where they lie in (batch * seqlen), where each item's start among them, the most of
+    an item."""
+
+    places: Tensor
+    offsets: Tensor
+    longest: int
+
+
+@torch.inference_mode(False)
+@torch.no_grad()
+def tokens(valid: Tensor) -> Tokens:
+    """The tokens that are real, as plain tensors; the host waits for a GPU once."""
+    lengths = valid.sum(dim=1) if len(valid) else valid.new_zeros(1, dtype=torch.int64)  # documents are one at least
+    total, longest = torch.stack((lengths.sum(), lengths.max())).tolist()
+    places = torch.nonzero_static(valid.flatten(), size=total).squeeze(1)
+    return Tokens(places, F.pad(lengths.cumsum(0), (1, 0)).to(torch.int32), longest)
+
+
+def tokens_of(padding: Padding, seqlen: int) -> Tokens:
+    """``tokens``, looked for once a rule."""
+    return padding.once(("tokens", seqlen), lambda: tokens(padding.real(seqlen)))
+
+
+def documents(real: Tokens) -> Documents:
+    """The real tokens end to end, one document a batch item."""
+    return Documents(real.offsets, max_seqlen=real.longest, total=real.places.shape[0])
+
+
+def packed(mask: Mask | None, real: Tokens) -> Mask | None:
+    """The mask among the real tokens end to end: those documents, and the windows."""
+    return joined(documents(real), *windows(mask))
+
+
+def pack(query: Tensor, key: Tensor, value: Tensor, places: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The tokens at ``places`` as (1, tokens, features), one object where the inputs were."""
+    return each_once(lambda x: take(x, places), query, key, value)
+
+
+def take(x: Tensor, places: Tensor) -> Tensor:
+    """(batch, seqlen, ...) as (1, tokens, ...): the tokens at ``places`` in (batch * seqlen)."""
+    return x.flatten(0, 1).index_select(0, places)[None]
+
+
+def unpack(tokens: Tensor, places: Tensor, sizes: tuple[int, int]) -> Tensor:
+    """(1, tokens, ...) as (batch, seqlen, ...), 0 where there was padding; ``sizes`` is (batch, seqlen)."""
+    blank = tokens.new_zeros(sizes[0] * sizes[1], *tokens.shape[2:])
+    return torch.unflatten(blank.index_copy_(0, places, tokens[0]), 0, sizes)
+
+
+def has_holes(valid: Tensor) -> bool:
+    """Padding between real tokens, where positions would move."""
+    starts = (valid[:, 1:] & ~valid[:, :-1]).sum(dim=1) + valid[:, 0]
+    return bool((starts > 1).any())
+
+
+def windows(mask: Mask | None) -> list[Window]:
+    """What of a mask counts positions among the real tokens as well."""
+    return [part for part in parts(mask) if type(part) is Window]
+
+
+def parts(mask: Mask | None) -> tuple[Mask, ...]:
+    return () if mask is None else mask.parts

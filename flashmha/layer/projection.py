@@ -1,0 +1,201 @@
+"""Between features and heads: the projections of queries, keys and values, and the one behind attention."""
+
+from __future__ import annotations
+
+import platform
+import warnings
+import weakref
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+
+from ..backends import get
+from ..backends.base import HALF
+from ..backends.rewrites.heads import spares, split
+from .call import each_once
+from .features import is_quantised
+
+if TYPE_CHECKING:
+    from .module import FlashMultiHeadAttention
+
+
+def project(
+    layer: FlashMultiHeadAttention, query: Tensor, key: Tensor, value: Tensor, dtype: torch.dtype | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k and v (batch, seqlen, heads, head_dim) of (batch, seqlen, features), computed in ``dtype``."""
+    heads = layer.num_heads
+    heads_kv = layer.num_kv_heads or heads
+    head_dim = layer.embed_dim // heads
+    packed_weight, bias = parameters(layer, "in_proj_weight", "in_proj_bias")
+    if not layer.batch_first:  # as the caller's tensors lie, so that a projection is one operator
+        query, key, value = each_once(swapped, query, key, value)
+    if layer._qkv_same_embed_dim:  # which of the two sets of weights counts is the flag's to say
+        weight, bias = settled(packed_weight, bias, dtype)
+        if dtype is not None:
+            query, key, value = each_once(lambda x: x.to(dtype), query, key, value)
+        projected = by_one_matrix(query, key, value, weight, bias, heads, heads_kv, head_dim)
+    else:
+        sizes = (heads, heads_kv, heads_kv)
+        biases = (None, None, None) if bias is None else bias.split([size * head_dim for size in sizes])
+        weights = (layer.q_proj_weight, layer.k_proj_weight, layer.v_proj_weight)
+        made = [linear(*each, dtype) for each in zip((query, key, value), weights, biases)]
+        projected = tuple(torch.unflatten(x, -1, (size, head_dim)) for x, size in zip(made, sizes))  # type: ignore[assignment]
+    return projected if layer.batch_first else tuple(map(swapped, projected))  # type: ignore[return-value]
+
+
+def by_one_matrix(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    heads: int,
+    heads_kv: int,
+    head_dim: int,
+    together: bool = True,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Heads (.., .., heads, head_dim) of (.., .., features); what is one object is projected by one operator.
+
+    ``together`` where a backend may write gradients of neighbouring heads side by side.
+    """
+    outer, inner, _ = query.shape
+    if query is key and key is value:
+        packed = F.linear(query, weight, bias)
+        if heads == heads_kv and not packed.is_cuda:  # what ``split`` says, in fewer steps
+            return packed.view(outer, inner, 3, heads, head_dim).unbind(2)  # type: ignore[return-value]
+        return split(packed, head_dim, [heads, heads_kv, heads_kv])  # type: ignore[return-value]
+    rows, rows_kv = heads * head_dim, heads_kv * head_dim
+    sizes = [rows, 2 * rows_kv] if key is value else [rows, rows_kv, rows_kv]
+    weights = weight.split_with_sizes(sizes)
+    biases = (None, None, None) if bias is None else bias.split_with_sizes(sizes)
+    q = F.linear(query, weights[0], biases[0]).view(outer, inner, heads, head_dim)
+    if key is value:
+        packed = F.linear(key, weights[1], biases[1])
+        k, v = split(packed, head_dim, [heads_kv, heads_kv], together and packed.is_cuda and joins(packed))
+    else:
+        outer, inner, _ = key.shape
+        k = F.linear(key, weights[1], biases[1]).view(outer, inner, heads_kv, head_dim)
+        v = F.linear(value, weights[2], biases[2]).view(outer, inner, heads_kv, head_dim)
+    return q, k, v
+
+
+def joins(packed: Tensor) -> bool:
+    """Gradients of these heads may come side by side: flash-attn 4 is here, which writes them so, and it pays."""
+    return spares(packed) and get("flash4").unavailable(packed.device) is None
+
+
+def swapped(x: Tensor) -> Tensor:
+    """(seqlen, batch, ...) as (batch, seqlen, ...), and back."""
+    return x.transpose(0, 1)
+
+
+def merge(layer: FlashMultiHeadAttention, out: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """(batch, seqlen_q, embed_dim) of out (batch, seqlen_q, heads, head_dim)."""
+    out_proj = layer.out_proj
+    if layer.call_out_proj:
+        try:
+            projected: Tensor = out_proj(out.flatten(2))
+        except NotImplementedError as error:
+            if not is_quantised(out_proj):
+                raise
+            raise TypeError(
+                f"out_proj must take the heads as they are, got {type(out_proj).__name__}, which takes quantised ones. "
+                f"{QUANTISE}, or quantise out_proj dynamically."
+            ) from error
+        return projected
+    if (
+        type(out_proj) not in PLAIN
+        or out_proj._forward_hooks
+        or out_proj._forward_pre_hooks
+        or "forward" in out_proj.__dict__
+    ):
+        warn_unheard(layer)
+    weight, bias = parameters(out_proj, "weight", "bias")
+    if not isinstance(weight, Tensor):
+        raise TypeError(
+            f"out_proj must have a tensor as its weight, got {type(weight).__name__} in {type(out_proj).__name__}. "
+            f"{QUANTISE}, or set call_out_proj=True, which calls out_proj as it is."
+        )
+    if layer.batch_first:
+        return linear(out.flatten(2), weight, bias, dtype)
+    # the layout of the output, so that neither it nor its gradient is copied once more
+    return swapped(linear(swapped(out).contiguous().flatten(2), weight, bias, dtype))
+
+
+QUANTISE = "Quantise the stock layer: flashmha.restore_mha(model) comes before prepare and convert"
+
+
+def unheard(layer: FlashMultiHeadAttention) -> str | None:
+    """What stands at ``out_proj`` and never runs, since its weight and bias are read instead; ``None`` for nothing."""
+    out_proj: Any = layer.out_proj
+    if layer.call_out_proj or not isinstance(out_proj, nn.Module):
+        return None
+    if getattr(out_proj, "merged", False):  # an adapter that counts by its weight, as PEFT's does
+        return None
+    kind = type(out_proj)
+    if kind.forward is not nn.Linear.forward or "forward" in vars(out_proj):
+        what = f"the forward of out_proj ({kind.__name__}) never runs"
+    elif out_proj._forward_hooks or out_proj._forward_pre_hooks:
+        what = "hooks on out_proj never run"
+    else:
+        return None
+    return f"{what}, as in nn.MultiheadAttention, which reads its weight and bias; call_out_proj=True calls it"
+
+
+warned: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+"""Layers that ``warn_unheard`` spoke of."""
+
+
+def warn_unheard(layer: FlashMultiHeadAttention) -> None:
+    """Say at a layer's first forward that something at its ``out_proj`` does not run."""
+    if torch.compiler.is_compiling() or layer in warned:
+        return
+    why = unheard(layer)
+    if why is not None:
+        warned.add(layer)
+        warnings.warn(f"{type(layer).__name__}: {why}.", stacklevel=2)
+
+
+PLAIN: list[type] = [nn.Linear, NonDynamicallyQuantizableLinear]
+"""Classes that define nothing under the names of their parameters; the layer's own joins them."""
+
+
+def parameters(module: Any, weight: str, bias: str) -> tuple[Any, Any]:
+    """``getattr`` of two parameters, without the exceptions raised and caught on the way to those of ``nn.Module``.
+
+    A subclass may have a property there, a module whose weights were replaced holds them elsewhere, and anything with
+    a weight and a bias may stand for a module.
+    """
+    if type(module) in PLAIN:
+        held, own = module._parameters, module.__dict__
+        if weight in held and bias in held and weight not in own and bias not in own:
+            return held[weight], held[bias]
+    return getattr(module, weight), getattr(module, bias)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype | None = None) -> Tensor:
+    """``F.linear`` in ``dtype``."""
+    weight, bias = settled(weight, bias, dtype)
+    return F.linear(x if dtype is None else x.to(dtype), weight, bias)
+
+
+def settled(weight: Tensor, bias: Tensor | None, dtype: torch.dtype | None) -> tuple[Tensor, Tensor | None]:
+    """Weight and bias in ``dtype``; a bias of another dtype joins in the weight's, as it does in the stock module."""
+    weight = weight if dtype is None else weight.to(dtype)
+    return weight, bias if bias is None or bias.dtype == weight.dtype else bias.to(weight.dtype)
+
+
+def emulated(dtype: torch.dtype) -> bool:
+    """This CPU computes in a half precision dtype more slowly than in float32: an x86 without instructions for it.
+
+    Those are AMX, and AVX512-BF16 for bfloat16. Measured on x86 alone, so other CPUs are left as they are.
+    """
+    if platform.machine().lower() not in ("x86_64", "amd64") or dtype not in HALF or torch.cpu._is_amx_tile_supported():
+        return False
+    return dtype != torch.bfloat16 or not torch.cpu._is_avx512_bf16_supported()
+
+
+emulated._dynamo_marked_constant = True  # type: ignore[attr-defined]

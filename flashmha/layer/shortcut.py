@@ -1,0 +1,204 @@
+"""The plain call: attention beside no mask but padding, documents or the causal hint, by the shortest way.
+
+A small layer takes as long as its Python. What ``forward`` finds out step by step about any call is known of this one
+from a look at its layer and its input, so it is one projection, one kernel and one projection, as if written by hand.
+Every look below is a microsecond of a call, so each happens once, in the object's own dictionary.
+"""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn import Parameter
+
+from ..backends import OWN, choose, note
+from ..backends import state as thread
+from ..backends.base import HALF
+from ..functional import casts_to, check_result, without_autocast
+from ..problem.masks import Documents, KeyLengths, KeyPadding, Mask, Padding, causal, private
+from ..problem.spec import SHARED, AttentionSpec, asks_deterministic, only_warns
+from ..weights.recipe import attention_with_weights
+from .features import HOPS
+from .projection import PLAIN, by_one_matrix
+
+SPECIAL = (*HOPS, "num_kv_heads", "window", "backend", "call_out_proj", "keys_before", "keys_after")
+"""What a layer must not have of its own."""
+
+ELSEWHERE = (*SPECIAL, "in_proj_weight", "in_proj_bias", "out_proj")
+"""What an instance must not have in its own dictionary: hops and features, and what belongs among its parameters."""
+
+AWAY = ("weight", "bias", "forward")
+"""The same of ``out_proj``."""
+
+hops_of = operator.attrgetter(*SPECIAL)
+usual: dict[type, tuple[Any, ...]] = {}
+"""A class, and what it has under those names unless somebody patches it."""
+
+
+def expect(kind: type) -> None:
+    """Know a class as it is."""
+    usual[kind] = hops_of(kind)
+
+
+problems: dict[tuple[Any, ...], AttentionSpec] = {}
+"""The problems of plain calls, by what is known before the projection; of padded ones the form."""
+
+casts, traces = torch._C._is_any_autocast_enabled, torch._C._get_tracing_state
+transforms = torch._C._are_functorch_transforms_active
+
+
+def attend(
+    layer: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_padding_mask: Padding | Tensor | None,
+    need_weights: bool,
+    average: bool,
+    attn_mask: Mask | Tensor | None = None,
+    is_causal: bool = False,
+) -> tuple[Tensor, Tensor | None] | None:
+    """What a layer returns for a call; ``None`` where ``forward`` has to look closer."""
+    if torch.compiler.is_compiling() or type(query) is not Tensor or query.is_nested:
+        return None
+    kind = type(layer)
+    if kind not in usual or usual[kind] != hops_of(kind):
+        return None
+    # who traces or transforms wants to see every step
+    if transforms() or traces() is not None:
+        return None
+    cast = casts_to(query.device) if casts() else None
+    if need_weights and (cast is not None or attn_mask is not None or is_causal):
+        return None
+    state, shape, dtype = layer.__dict__, query.shape, query.dtype
+    out_proj = state["_modules"].get("out_proj")
+    if len(shape) != 3 or type(out_proj) not in PLAIN or not state.keys().isdisjoint(ELSEWHERE):
+        return None
+    if not state["_qkv_same_embed_dim"] or state["add_zero_attn"]:
+        return None
+    if state.get("bias_k", query) is not None or state.get("bias_v", query) is not None:
+        return None
+    # a parameter that was pruned, parametrized or put there by hand lies elsewhere
+    behind = out_proj.__dict__
+    if behind["_forward_hooks"] or behind["_forward_pre_hooks"] or not behind.keys().isdisjoint(AWAY):
+        return None
+    inner, outer = state["_parameters"], behind["_parameters"]
+    weight, bias = inner.get("in_proj_weight"), inner.get("in_proj_bias", query)
+    weight_out, bias_out = outer.get("weight"), outer.get("bias", query)
+    if not (type(weight) is type(weight_out) is Parameter and weight.dtype == weight_out.dtype == dtype):
+        return None
+    if bias is not None and (type(bias) is not Parameter or bias.dtype != dtype):
+        return None
+    if bias_out is not None and (type(bias_out) is not Parameter or bias_out.dtype != dtype):
+        return None
+    width, heads, dropout = shape[2], state["num_heads"], state["dropout"] if state["training"] else 0.0
+    if width != state["embed_dim"] or width % heads or type(dropout) is not float:
+        return None
+    if dtype in HALF and not query.is_cuda:  # which a CPU may only emulate
+        return None
+    batch_first, keys = state["batch_first"], shape
+    if not (query is key and key is value):
+        if not are_keys(key, value, shape, dtype, batch_first):
+            return None
+        keys = key.shape  # type: ignore[assignment]  # mypy knows two classes of that name
+    mask: Mask | None = None
+    if key_padding_mask is not None or attn_mask is not None or is_causal:
+        if key_padding_mask is not None and layer.skip_padding:
+            return None
+        sizes = (keys[0], shape[1], keys[1]) if batch_first else (keys[1], shape[0], keys[0])
+        mask = rule(key_padding_mask, attn_mask, is_causal, sizes, query.device)
+        if mask is None:
+            return None
+        mask = mask.own() if need_weights and isinstance(mask, Padding) else mask
+    recorded = torch.is_grad_enabled()
+    grad = recorded and (query.requires_grad or key.requires_grad or value.requires_grad or weight.requires_grad)
+    grad = grad or (recorded and bias is not None and bias.requires_grad)
+    # fmt: off
+    asked = (
+        shape, keys, heads, batch_first, dtype, cast, query.device, grad, dropout, type(mask), asks_deterministic(),
+        only_warns(), mask.sizes if type(mask) is Documents else None,
+    )
+    # fmt: on
+    known, spec, backend = problems.get(asked), None, None
+    if known is not None:
+        spec = known if mask is None or known.shared else known.padded(mask)
+        backend = None if need_weights else choose(spec)
+    together = backend is None or backend.joins_gradients
+    q, k, v = by_one_matrix(query, key, value, weight, bias, heads, heads, width // heads, together)
+    if not batch_first:
+        q, k, v = q.transpose(0, 1), k.transpose(0, 1), v.transpose(0, 1)
+    if spec is None:
+        spec = AttentionSpec.of(q, k, v, mask=mask, dropout_p=dropout)
+        if type(q) is Tensor:
+            if len(problems) >= SHARED:
+                problems.clear()
+            problems[asked] = spec if spec.shared or mask is None else spec.unpadded()
+        backend = None if need_weights else choose(spec)
+    weights: Tensor | None = None
+    if backend is None:
+        out, weights = attention_with_weights(q, k, v, spec, None, layer, average=average)
+    else:
+        if thread.calls is not None:
+            note(layer, spec, backend)
+        if cast is None:
+            out = backend(q, k, v, spec)  # type: ignore[assignment]
+        else:
+            with without_autocast(query.device):
+                out = backend(q, k, v, spec)  # type: ignore[assignment]
+        if type(backend) not in OWN:
+            check_result(out, spec, backend)
+    if not batch_first:
+        out = out.transpose(0, 1).contiguous()
+    return F.linear(out.flatten(2), weight_out, bias_out), weights
+
+
+def are_keys(key: Tensor, value: Tensor, shape: torch.Size, dtype: torch.dtype, batch_first: bool) -> bool:
+    """Keys and values are ordinary tensors that fit queries of a shape and a dtype."""
+    if type(key) is not Tensor or type(value) is not Tensor or key.is_nested or value.is_nested:
+        return False
+    keys, axis = key.shape, 0 if batch_first else 1
+    if len(keys) != 3 or value.shape != keys or keys[2] != shape[2] or keys[axis] != shape[axis]:
+        return False
+    return key.dtype == value.dtype == dtype
+
+
+def rule(
+    key_padding_mask: Padding | Tensor | None,
+    attn_mask: Mask | Tensor | None,
+    is_causal: bool,
+    sizes: tuple[int, int, int],
+    device: torch.device,
+) -> Mask | None:
+    """The mask of a call of (batch, seqlen_q, seqlen_k): padding, documents or the causal hint.
+
+    ``None`` for anything else, and for what may be an error.
+    """
+    batch, seqlen_q, seqlen_k = sizes
+    if attn_mask is None and not is_causal:
+        if type(key_padding_mask) is Tensor:
+            fits = key_padding_mask.shape == (batch, seqlen_k) and key_padding_mask.device == device
+            return private(KeyPadding(~key_padding_mask)) if fits and key_padding_mask.dtype == torch.bool else None
+        if not isinstance(key_padding_mask, Padding):
+            return None
+        attn_mask, key_padding_mask = key_padding_mask, None
+    if key_padding_mask is not None:
+        return None
+    if type(attn_mask) in RULES:
+        mask: Mask = attn_mask  # type: ignore[assignment]
+        if any(tensor.device != device for tensor in mask.tensors()):
+            return None
+        mask.check(batch, 1, seqlen_q, seqlen_k)
+        return mask
+    if not is_causal or type(attn_mask) is not Tensor or attn_mask.shape != (seqlen_q, seqlen_k):
+        return None
+    return CAUSAL if attn_mask.dtype == torch.bool or attn_mask.is_floating_point() else None
+
+
+RULES = (KeyPadding, KeyLengths, Documents)
+"""Masks that are taken as they are."""
+CAUSAL = causal(align="top_left")
+"""What the hint promises."""

@@ -1,0 +1,1 @@
+"""``replace_mha`` and back; torch's encoder, and padding on its way through it."""

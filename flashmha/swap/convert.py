@@ -1,0 +1,359 @@
+"""replace_mha: every ``nn.MultiheadAttention`` of a model on flashmha, in place, and back.
+
+A swapped module is the same object with another class. So parameters, hooks, dtype, device, tying, shared
+instances, user attributes and the train/eval flag are not copied: they stay. What a swap changes beside the class is
+written on the module itself and undone by ``restore_mha``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import fnmatch
+import sys
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, TypeVar
+
+from torch import nn
+
+from ..layer.features import ABSENT, EXTRA_KEYS, MARK, changed, check_features, is_own, shadows
+from ..layer.module import FlashMultiHeadAttention, taken
+from ..layer.projection import unheard
+from .encoder import FlashTransformerEncoder, FlashTransformerEncoderLayer, is_stock
+from .route import unknown
+
+M = TypeVar("M", bound=nn.Module)
+
+OPTIONS = tuple(sorted(set(ABSENT) - {"num_kv_heads"}))
+"""What ``replace_mha`` can set on every layer; grouped heads would need other parameters."""
+
+UNDO = "_flashmha_undo"
+"""On a module that was changed: attribute -> whether it was there before, and its value."""
+
+CLASS = "__class__"
+"""Among these: the class that a swap gave, and the one before."""
+
+Where = str | Iterable[str] | Callable[[str, nn.Module], bool] | None
+
+
+def replace_mha(
+    model: M, *, where: Where = None, to: type[FlashMultiHeadAttention] = FlashMultiHeadAttention, **options: Any
+) -> M:
+    """Put every ``nn.MultiheadAttention`` of a model on flashmha, in place; returns the model.
+
+    Parameters stay the same objects, so that optimizers go on. Subclasses of ``nn.MultiheadAttention`` keep their
+    own code and are left alone, and so are parametrized and FSDP-wrapped layers: swap first (``swap_report`` says
+    which and why). ``nn.TransformerEncoder`` and ``nn.TransformerEncoderLayer`` are kept from bypassing their
+    attention in eval. Options reach layers that were flashmha's before, too. A second call changes nothing, except for
+    what it names.
+
+    Args:
+        model: any module; it may itself be an ``nn.MultiheadAttention``.
+        where: which layers: a name, a pattern (``"encoder.layers.*.self_attn"``), a list of them, or a function
+            (name, module) -> bool. Default all.
+        to: the class of the swapped layers, ``FlashMultiHeadAttention`` or a subclass without an ``__init__`` of its
+            own. A layer that is exactly a ``FlashMultiHeadAttention`` already becomes one, too.
+        options: ``backend``, ``window``, ``call_out_proj``, ``need_weights``, ``skip_padding`` and
+            ``trust_is_causal`` of ``FlashMultiHeadAttention``, for every such layer.
+
+    Warns:
+        UserWarning: the model has no ``nn.MultiheadAttention``; a layer's ``out_proj`` has hooks or an adapter that
+            never run without ``call_out_proj=True``, as in the stock class.
+
+    Raises:
+        TypeError, ValueError: an option or a class that does not exist or means nothing, or a ``where`` that chooses
+            no layer; the model is as it was.
+    """
+    check_model(model)
+    check_target(to)
+    unknown = sorted(set(options) - set(OPTIONS))
+    if unknown:
+        raise TypeError(f"options must be among {', '.join(OPTIONS)}, got {', '.join(unknown)}.")
+    check_features(options)
+    layers = {id(module): name for name, module in chosen(model, where)}
+    with all_or_nothing(model):
+        for _, module, fsdp in walk(model):
+            if id(module) in layers:
+                swap(module, fsdp, to, options)
+        keep_encoders_calling(model)
+    warn_of_silence(model, layers, to, named=where is not None)
+    return model
+
+
+def swap(module: nn.Module, fsdp: bool, to: type[FlashMultiHeadAttention], options: dict[str, Any]) -> None:
+    """One layer: its class, where it may change, and its options, where it is ours."""
+    given, _ = vars(module).get(UNDO, {}).get(CLASS, (FlashMultiHeadAttention, None))
+    stock = type(module) is nn.MultiheadAttention and refusal(module, fsdp) is None
+    if stock or (type(module) is given and to is not FlashMultiHeadAttention):
+        set_class(module, to)
+    if isinstance(module, FlashMultiHeadAttention):
+        for name, value in options.items():
+            remember(module, name)
+            setattr(module, name, value)
+
+
+def keep_encoders_calling(model: nn.Module) -> None:
+    """Encoders and their layers call an attention of ours in eval too."""
+    for _, module, _ in walk(model):
+        if isinstance(module, nn.TransformerEncoderLayer) and holds(
+            getattr(module, "self_attn", None), FlashMultiHeadAttention
+        ):
+            if is_stock(module, nn.TransformerEncoderLayer):
+                set_class(module, FlashTransformerEncoderLayer)
+            elif type(module) is not FlashTransformerEncoderLayer and getattr(module, "activation_relu_or_gelu", False):
+                remember(module, "activation_relu_or_gelu")
+                module.activation_relu_or_gelu = 0
+    for _, module, _ in walk(model):
+        if isinstance(module, nn.TransformerEncoder) and holds(module, FlashMultiHeadAttention):
+            if is_stock(module, nn.TransformerEncoder) and all(
+                holds(layer, FlashTransformerEncoderLayer) for layer in module.layers
+            ):
+                set_class(module, FlashTransformerEncoder)
+            elif type(module) is not FlashTransformerEncoder and getattr(module, "use_nested_tensor", False):
+                remember(module, "use_nested_tensor")
+                module.use_nested_tensor = False
+
+
+def restore_mha(model: M) -> M:
+    """Undo ``replace_mha``, in place; returns the model. Layers that were built as flashmha's stay, as they were.
+
+    A layer that was parametrized or sharded after the swap waits until that is undone (``swap_report`` says so).
+    """
+    check_model(model)
+    for _, module, _ in walk(model):
+        if UNDO not in vars(module) or waits(module) is not None:
+            continue
+        before = vars(module).pop(UNDO)
+        _, kind = before.pop(CLASS, (None, None))
+        for name, (had, value) in before.items():
+            if had:
+                setattr(module, name, value)
+            else:
+                vars(module).pop(name, None)
+        if kind is nn.MultiheadAttention:
+            for name in (*ABSENT, *EXTRA_KEYS):  # set by hand since the swap, and nothing to the stock class
+                vars(module).pop(name, None)
+            module._forward_pre_hooks.pop(MARK, None)  # type: ignore[call-overload]
+        if kind is not None:
+            module.__class__ = kind
+    return model
+
+
+@dataclasses.dataclass(frozen=True)
+class SwapRow:
+    """One attention layer of a model: its name, its class, whether flashmha runs it, and why (not)."""
+
+    name: str
+    kind: str
+    swapped: bool
+    why: str
+
+    def __str__(self) -> str:
+        return f"{'swapped' if self.swapped else 'left   '}  {self.name or '(root)'}  {self.kind}: {self.why}"
+
+
+class SwapReport(tuple[SwapRow, ...]):
+    """One row for each ``nn.MultiheadAttention`` of a model, and for each encoder around them; print it."""
+
+    def __str__(self) -> str:
+        return "\n".join(map(str, self)) or "no nn.MultiheadAttention in this model"
+
+
+def swap_report(model: nn.Module) -> SwapReport:
+    """What ``replace_mha`` swapped in a model, what not, and why; before a swap, what it would leave."""
+    check_model(model)
+    rows = []
+    for name, module, fsdp in walk(model):
+        kind, undo = type(module).__name__, vars(module).get(UNDO, {})
+        if isinstance(module, FlashMultiHeadAttention):
+            why = "by replace_mha" if CLASS in undo else "built as one"
+            if changed(module):
+                why += f", with {', '.join(changed(module))}"
+            notes = [note for note in (waits(module), own_forward(module), silent(name, module)) if note is not None]
+            rows.append(SwapRow(name, kind, True, "; ".join([why, *notes])))
+        elif isinstance(module, nn.MultiheadAttention):
+            why = refusal(module, fsdp) or "replace_mha would swap it"
+            rows.append(SwapRow(name, kind, False, why))
+        elif isinstance(module, (nn.TransformerEncoderLayer, nn.TransformerEncoder)) and UNDO in vars(module):
+            kept = [f"{attribute} set to {getattr(module, attribute)}" for attribute in undo if attribute != CLASS]
+            rows.append(
+                SwapRow(name, kind, True, "; ".join(kept or ["calls self_attn in eval too", *about_padding(module)]))
+            )
+    return SwapReport(rows)
+
+
+def about_padding(module: nn.Module) -> list[str]:
+    """What an encoder does about padding, as far as its own make-up says."""
+    if not isinstance(module, FlashTransformerEncoder):
+        return []
+    why = unknown(module)
+    return [
+        "may leave padding out once for all layers" if why is None else f"each layer sees padding for itself: {why}"
+    ]
+
+
+def check_model(model: object) -> None:
+    """Raise ``TypeError`` unless a model is one."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be an nn.Module, got {model!r}.")
+
+
+def refusal(module: nn.MultiheadAttention, fsdp: bool) -> str | None:
+    """Why a stock layer must stay as it is."""
+    if hasattr(module, "parametrizations"):
+        return "parametrized: swap first, parametrize then"
+    if fsdp:
+        return "wrapped by FSDP: swap first, wrap then"
+    if type(module) is not nn.MultiheadAttention:
+        return "a subclass of nn.MultiheadAttention, whose own code a swap would lose"
+    return taken(module)
+
+
+def waits(module: nn.Module) -> str | None:
+    """Why a layer or an encoder that was swapped cannot be restored yet."""
+    given, before = vars(module).get(UNDO, {}).get(CLASS, (None, None))
+    if given is not None and type(module) is not given:
+        return "changed class since, which has to be undone before restore_mha can"
+    grouped = before is nn.MultiheadAttention and getattr(module, "num_kv_heads", None) not in (None, module.num_heads)
+    return "got grouped heads since, which nn.MultiheadAttention has not" if grouped else None
+
+
+def own_forward(module: nn.Module) -> str | None:
+    own = shadows(module)
+    return f"the instance has a {', '.join(own)} of its own, which runs in place of ours" if own else None
+
+
+def silent(name: str, module: FlashMultiHeadAttention) -> str | None:
+    """What does not run at a layer's ``out_proj``, as far as it can be known.
+
+    An adapter around the layer puts it into the weights, and a ``merge`` of the layer's own may call it.
+    """
+    wrapped = name.rpartition(".")[2] == "base_layer"
+    return None if wrapped or not is_own(module, "merge") else unheard(module)
+
+
+def check_target(to: Any) -> None:
+    if not (isinstance(to, type) and issubclass(to, FlashMultiHeadAttention)):
+        raise TypeError(f"to must be FlashMultiHeadAttention or a subclass of it, got {to!r}.")
+    if to.__init__ is not FlashMultiHeadAttention.__init__:
+        raise TypeError(
+            f"to must have no __init__ of its own, since a swap changes the class of a layer and builds none, got "
+            f"{to.__name__}; build such layers yourself and put them in place."
+        )
+
+
+def chosen(model: nn.Module, where: Where) -> list[tuple[str, nn.MultiheadAttention]]:
+    """The attention layers of a model that ``where`` speaks of."""
+    names: dict[int, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        names.setdefault(id(module), []).append(name)
+    layers = [(name, module) for name, module, _ in walk(model) if isinstance(module, nn.MultiheadAttention)]
+    if where is None:
+        return layers
+    if callable(where):
+        found = [(name, module) for name, module in layers if where(name, module)]
+        unknown = [] if found or not layers else [getattr(where, "__name__", repr(where))]
+    else:
+        patterns = [where] if isinstance(where, str) or not isinstance(where, Iterable) else list(where)
+        if not all(isinstance(pattern, str) for pattern in patterns):
+            raise TypeError(
+                f"where must be names, patterns of names or a function (name, module) -> bool, got {where!r}."
+            )
+
+        def called(module: nn.Module, pattern: str) -> bool:
+            return any(fnmatch.fnmatchcase(name, pattern) for name in names[id(module)])
+
+        found = [(name, module) for name, module in layers if any(called(module, pattern) for pattern in patterns)]
+        unknown = [pattern for pattern in patterns if not any(called(module, pattern) for _, module in layers)]
+    if unknown or not found:
+        there = ", ".join(name or "(root)" for name, _ in layers) or "none"
+        raise ValueError(
+            f"where must choose attention layers of this model (there is {there}), got {', '.join(unknown) or where!r}."
+        )
+    return found
+
+
+def warn_of_silence(model: nn.Module, layers: dict[int, str], to: type[FlashMultiHeadAttention], named: bool) -> None:
+    """Warn of what a caller may take for done: nothing to swap, layers that stayed, adapters that do not run."""
+    if not layers:
+        warnings.warn(nothing_there(model), stacklevel=3)
+    elif not named and not holds(model, FlashMultiHeadAttention):
+        left = [f"{row.name or '(root)'}: {row.why}" for row in swap_report(model)]
+        warnings.warn(f"replace_mha changed nothing: {left[0]}{' ...' * (len(left) > 1)}.", stacklevel=3)
+    for _, module, fsdp in walk(model):
+        why: str | None = None
+        if id(module) not in layers or not isinstance(module, nn.MultiheadAttention):
+            continue
+        name = layers[id(module)]
+        if not isinstance(module, FlashMultiHeadAttention):
+            why = f"stays as it is: {refusal(module, fsdp)}" if named else None
+        elif not isinstance(module, to):
+            why = f"stays a {type(module).__name__}, whose own code {to.__name__} would replace"
+        else:
+            why = silent(name, module)
+        if why is not None:
+            warnings.warn(f"{name or type(module).__name__}: {why}.", stacklevel=3)
+
+
+def nothing_there(model: nn.Module) -> str:
+    """What a model has in place of a stock layer."""
+    kinds = ((name or "(root)", type(module).__name__) for name, module in model.named_modules())
+    looks = [f"{name} ({kind})" for name, kind in kinds if "attention" in kind.lower() or "attn" in kind.lower()]
+    several = f", but {', '.join(looks[:3])}{', ...' * (len(looks) > 3)}, whose own code stays" if looks else ""
+    return f"replace_mha changed nothing: there is no nn.MultiheadAttention in this {type(model).__name__}{several}."
+
+
+@contextlib.contextmanager
+def all_or_nothing(model: nn.Module) -> Iterator[None]:
+    """Every module's class and attributes are as they were before, if something is raised inside."""
+    kinds = (nn.MultiheadAttention, nn.TransformerEncoderLayer, nn.TransformerEncoder)
+    before = [
+        (module, type(module), vars(module).copy(), dict(vars(module).get(UNDO, {})))
+        for module in model.modules()
+        if isinstance(module, kinds)
+    ]
+    try:
+        yield
+    except BaseException:
+        for module, kind, attributes, undo in before:
+            module.__class__ = kind
+            vars(module).clear()
+            vars(module).update(attributes)
+            if UNDO in attributes:
+                attributes[UNDO].clear()
+                attributes[UNDO].update(undo)
+        raise
+
+
+def walk(model: nn.Module) -> Iterator[tuple[str, nn.Module, bool]]:
+    """Every module once: its name, itself, and whether FSDP (either version) wraps it or something around it."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")  # nobody has wrapped anything where it was not imported
+    kinds = tuple(getattr(fsdp, name) for name in ("FullyShardedDataParallel", "FSDPModule") if hasattr(fsdp, name))
+    wrapped: set[str] = set()
+    for name, module in model.named_modules():
+        inside = (bool(name) and name.rpartition(".")[0] in wrapped) or isinstance(module, kinds)
+        if inside:
+            wrapped.add(name)
+        yield name, module, inside
+
+
+def holds(module: nn.Module | None, kind: type[nn.Module]) -> bool:
+    """The module is one of a kind or wraps one, as ``torch.compile`` and adapters do."""
+    return module is not None and any(isinstance(inner, kind) for inner in module.modules())
+
+
+def remember(module: nn.Module, *names: str) -> None:
+    """Write down attributes as they are before the first change."""
+    before = vars(module).setdefault(UNDO, {})
+    for name in names:
+        if name not in before:
+            before[name] = (name in vars(module), vars(module).get(name))
+
+
+def set_class(module: nn.Module, kind: type[nn.Module]) -> None:
+    """Change a module's class, and write down the one that it had before the first change."""
+    before = vars(module).setdefault(UNDO, {})
+    _, first = before.get(CLASS, (None, type(module)))
+    before[CLASS] = (kind, first)
+    module.__class__ = kind

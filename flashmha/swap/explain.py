@@ -1,0 +1,151 @@
+"""explain: which backend would serve, and why not the others."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+from .. import backends
+from ..backends import Explanation, Wanted
+from ..backends.rewrites.order import RealFirst
+from ..functional import as_bias, as_mask, attention, autocast, check_arguments
+from ..layer import padding
+from ..layer.arguments import check_kinds
+from ..layer.call import read_call
+from ..layer.forward import prepare
+from ..layer.module import FlashMultiHeadAttention
+from ..problem.masks import Mask, Padding, short
+from ..problem.spec import AttentionSpec
+from ..weights.recipe import is_defined
+from .encoder import FlashTransformerEncoder, found_causal
+from .route import enter
+
+NAIVE = "naive"
+
+
+def explain(
+    subject: AttentionSpec | FlashMultiHeadAttention | FlashTransformerEncoder | Tensor, *args: Any, **kwargs: Any
+) -> Explanation:
+    """Which backend would serve a problem, and why not the others: one line a backend. Nothing is computed.
+
+    ``explain(spec, backend=None)`` for an ``AttentionSpec``, where ``capability=(9, 0)`` asks on paper, for a GPU that
+    need not be here; ``explain(q, k, v, mask=..., ...)`` for a call of ``attention``; ``explain(layer, query, key,
+    value, ...)`` for a call of a layer, which projects its inputs to see the problem, and says in ``notes`` what it
+    does about padding and precision. ``explain(encoder, src, ...)`` for a call of a ``FlashTransformerEncoder``: the
+    attention of its first layer, and whether padding is left out once for all of them.
+    """
+    for kind, answer, form in FORMS:
+        if isinstance(subject, kind):
+            try:
+                inspect.signature(answer).bind(subject, *args, **kwargs)
+            except TypeError as error:
+                raise TypeError(f"the call must be {form}, got: {error}.") from None
+            return answer(subject, *args, **kwargs)
+    raise TypeError(
+        "subject must be an AttentionSpec, a FlashMultiHeadAttention, a FlashTransformerEncoder or the tensor q, got "
+        f"{type(subject).__name__}."
+    )
+
+
+def explain_spec(spec: AttentionSpec, backend: Wanted = None, capability: tuple[int, int] | None = None) -> Explanation:
+    return backends.explain(spec, backend, capability)
+
+
+def explain_call(q: Tensor, k: Tensor, v: Tensor, *, backend: Wanted = None, **options: Any) -> Explanation:
+    unknown = sorted(set(options) - set(OPTIONS))
+    if unknown:
+        raise TypeError(f"options must be among {', '.join(OPTIONS)}, got {', '.join(unknown)}.")
+    options["mask"], options["bias"] = as_mask(options.get("mask")), as_bias(options.get("bias"))
+    plain = ("sinks", "softcap", "softmax_scale", "dropout_p", "deterministic", "return_lse")
+    check_arguments(q, k, v, **{name: options[name] for name in plain if name in options})
+    options["need_lse"] = options.pop("return_lse", False)
+    return backends.explain(AttentionSpec.of(*autocast(q, k, v), **options), backend)
+
+
+def explain_layer(
+    layer: FlashMultiHeadAttention,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_padding_mask: Padding | Tensor | None = None,
+    need_weights: bool = True,
+    attn_mask: Mask | Tensor | None = None,
+    average_attn_weights: bool = True,
+    is_causal: bool = False,
+    backend: Wanted = None,
+) -> Explanation:
+    check_kinds(query, key, value, key_padding_mask, attn_mask)
+    wanted = layer.backend if backend is None else backend
+    need_weights = need_weights and layer.need_weights
+    check_kinds(query, key, value, key_padding_mask, attn_mask)
+    call = read_call(layer, query, key, value, key_padding_mask, need_weights, attn_mask, is_causal)
+    problem = prepare(layer, call, wanted, layer.skip_padding)
+    notes = []
+    if problem.padded is not None:
+        notes.append(f"skip_padding: {left_out(problem.q.shape[1], problem.padded.rows.numel())}")
+    elif layer.skip_padding and key_padding_mask is not None:
+        notes.append(f"skip_padding: every row is computed ({padding.refusal(layer, call)})")
+    if problem.dtype is not None:
+        notes.append(f"computed in {short(problem.dtype)}: this CPU is slower in {short(call.query.dtype)}")
+    elif problem.spec.dtype != call.query.dtype:
+        notes.append(f"computed in {short(problem.spec.dtype)}: autocast takes {short(call.query.dtype)} there")
+    said = backends.explain(problem.spec, wanted)
+    plain = need_weights and problem.padded is None and said.chosen is not None
+    if plain and is_defined(problem.spec, backends.get(str(said.chosen)), wanted):
+        rows = {**said.rows, str(said.chosen): "could serve", NAIVE: "chosen"}
+        said = dataclasses.replace(said, chosen=NAIVE, rows=rows)
+        notes.append("attention weights of a small problem: the definition makes them and the output in one pass")
+    return dataclasses.replace(said, notes=(*said.notes, *notes))
+
+
+def explain_encoder(
+    encoder: FlashTransformerEncoder,
+    src: Tensor,
+    mask: Any = None,
+    src_key_padding_mask: Tensor | None = None,
+    is_causal: bool | None = None,
+) -> Explanation:
+    causal = found_causal(mask, src_key_padding_mask) if is_causal is None else is_causal
+    way = enter(encoder, src, mask, src_key_padding_mask, causal)
+    first = encoder.layers[0].self_attn
+    if not isinstance(first, FlashMultiHeadAttention):
+        raise TypeError(f"encoder must have attention of flashmha in its first layer, got {type(first).__name__}.")
+    said = explain_layer(
+        first, way.src, way.src, way.src, way.key_padding_mask, False, way.mask, is_causal=way.is_causal
+    )
+    notes = list(said.notes)
+    if isinstance(way.packed, RealFirst):
+        notes.append("every row is computed, the real tokens of each item first, in one order for all layers")
+    elif way.packed is not None:
+        notes.append(f"once for all layers: {left_out(way.src.shape[:2].numel(), src.shape[:2].numel())}")
+    elif way.hidden is not None:
+        notes.append(
+            "every row is computed and padding zeroed behind the last layer: too little of it to pay for packing"
+        )
+    if way.why is not None:
+        notes.append(f"not once for all layers ({way.why})")
+    return dataclasses.replace(said, notes=tuple(notes))
+
+
+def left_out(real: int, total: int) -> str:
+    """What a note says of padding that is left out."""
+    return (
+        f"{total - real} of {total} positions are left out; "
+        "while compiling or capturing a CUDA graph every row is computed"
+    )
+
+
+OPTIONS = tuple(inspect.signature(attention).parameters)[3:]
+"""What ``attention`` takes by name."""
+
+FORMS: tuple[tuple[type, Callable[..., Explanation], str], ...] = (
+    (AttentionSpec, explain_spec, "explain(spec, backend=None, capability=None)"),
+    (FlashMultiHeadAttention, explain_layer, "explain(layer, query, key, value, ...), as the layer is called"),
+    (FlashTransformerEncoder, explain_encoder, "explain(encoder, src, ...), as the encoder is called"),
+    (Tensor, explain_call, "explain(q, k, v, ...), as attention is called"),
+)
+"""Kinds of subjects, what answers for each, and how that is called."""

@@ -1,0 +1,1 @@
+"""Models that the kit draws: encoders, transformers and trees of layers."""

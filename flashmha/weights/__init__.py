@@ -1,0 +1,1 @@
+"""Attention weights beside the output of a fused kernel."""
