@@ -755,13 +755,13 @@ def counted() -> Iterator[list[str]]:
 @pytest.mark.parametrize(
     "sharing, padding, need_weights, training, most",
     [
-        ("aaa", False, False, False, 9),
-        ("aaa", False, False, True, 9),
-        ("aaa", False, True, False, 31),
-        ("abb", False, False, True, 11),
-        ("abc", False, False, False, 10),
-        ("aaa", True, False, False, 17),
-        ("abb", True, False, True, 19),
+        ("aaa", False, False, False, 14),
+        ("aaa", False, False, True, 14),
+        ("aaa", False, True, False, 34),
+        ("abb", False, False, True, 16),
+        ("abc", False, False, False, 15),
+        ("aaa", True, False, False, 22),
+        ("abb", True, False, True, 24),
     ],
 )
 @pytest.mark.parametrize("batch_first", [True, False])

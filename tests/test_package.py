@@ -34,7 +34,7 @@ ORDER = """
     backends.flash_attn.flash4 backends.choice.registry backends functional weights weights.deferred layer
     layer.features layer.stock layer.nested layer.arguments layer.call layer.columns layer.hops layer.padding
     layer.packed weights.kernels weights.tiles weights.recipe layer.projection layer.shortcut layer.forward
-    layer.module swap swap.route swap.encoder swap.convert swap.explain commands commands.devices
+    layer.module swap swap.route swap.stack swap.encoder swap.convert swap.explain commands commands.devices
     commands.screen commands.destination commands.variables commands.picture backends.parity testing.record
     testing.values testing.paste testing.choice testing.dropout testing.attention testing.grid testing.judge
     testing.drop_in testing.models testing.models.anatomy testing.models.tree testing.layer

@@ -250,8 +250,8 @@ def capturing(spec: AttentionSpec) -> bool:
     return spec.device.type == "cuda" and torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 
-def choose(spec: AttentionSpec, wanted: Wanted = None) -> Backend:
-    """The backend that serves a problem.
+def choose(spec: AttentionSpec, wanted: Wanted = None, calls: int = 1) -> Backend:
+    """The backend that serves a problem, in as many calls as will follow at once.
 
     Raises:
         NoBackendError: nobody can, or the one that was named cannot; with every reason.
@@ -270,7 +270,7 @@ def choose(spec: AttentionSpec, wanted: Wanted = None) -> Backend:
     before = kept(spec)
     if before is not None:
         if before.wait is not None:
-            before.wait.lose(before.loss)
+            before.wait.lose(before.loss * calls)
         return before.backend
     found, compiles, passed = pick(spec, reasons)
     if found is None:
@@ -282,7 +282,7 @@ def choose(spec: AttentionSpec, wanted: Wanted = None) -> Backend:
         kernel = kernel_of(passed, spec)
         wait = None if kernel is None else waits.of(passed.name, kernel, spec.needs_grad)
         if wait is not None:
-            wait.lose(loss(spec))
+            wait.lose(loss(spec) * calls)
     keep(spec, found, reasons, wait)
     return found
 

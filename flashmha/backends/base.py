@@ -26,7 +26,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from typing import ClassVar, Literal
 
 import torch
@@ -59,6 +59,9 @@ FEATURES = (
 """Everything a problem may need, in the order tables show it."""
 
 HALF = (torch.float16, torch.bfloat16)
+
+Serve = Callable[[Tensor, Tensor, Tensor], Tensor | tuple[Tensor, Tensor]]
+"""What a backend does with the q, k and v of a problem."""
 
 CONTRACTS = (1,)
 """The versions of the contract above that this release keeps."""
@@ -232,6 +235,17 @@ class Backend(abc.ABC):
         With ``spec.need_lse`` the pair (out, lse), lse (batch, heads, seqlen_q) in float32 (float64 for float64),
         ``-inf`` for a row that may look at nothing, its sink where there are sinks.
         """
+
+    def prepare(self, spec: AttentionSpec) -> Serve:
+        """A function of q, k and v that serves one problem, for several calls of it in a row: the layers of a model.
+
+        What follows from the problem alone may be found here, once for all of them.
+        """
+
+        def serve(q: Tensor, k: Tensor, v: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+            return self(q, k, v, spec)
+
+        return serve
 
     def __repr__(self) -> str:
         return f"<backend {self.name}>"

@@ -66,7 +66,7 @@ def by_one_matrix(
         packed = F.linear(query, weight, bias)
         if heads == heads_kv and not packed.is_cuda:  # what ``split`` says, in fewer steps
             return packed.view(outer, inner, 3, heads, head_dim).unbind(2)  # type: ignore[return-value]
-        return split(packed, head_dim, [heads, heads_kv, heads_kv])  # type: ignore[return-value]
+        return split(packed, head_dim, [heads, heads_kv, heads_kv], together and joins(packed))  # type: ignore[return-value]
     rows, rows_kv = heads * head_dim, heads_kv * head_dim
     sizes = [rows, 2 * rows_kv] if key is value else [rows, rows_kv, rows_kv]
     weights = weight.split_with_sizes(sizes)

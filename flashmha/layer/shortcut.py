@@ -8,7 +8,7 @@ Every look below is a microsecond of a call, so each happens once, in the object
 from __future__ import annotations
 
 import operator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -18,9 +18,9 @@ from torch.nn import Parameter
 from ..backends import OWN, choose, note
 from ..backends import state as thread
 from ..backends.base import HALF
-from ..functional import casts_to, check_result, without_autocast
+from ..functional import casts_to, check_result, computed_in, without_autocast
 from ..problem.masks import Documents, KeyLengths, KeyPadding, Mask, Padding, causal, private
-from ..problem.spec import SHARED, AttentionSpec, asks_deterministic, only_warns
+from ..problem.spec import AttentionSpec
 from ..weights.recipe import attention_with_weights
 from .features import HOPS
 from .projection import PLAIN, by_one_matrix
@@ -44,11 +44,48 @@ def expect(kind: type) -> None:
     usual[kind] = hops_of(kind)
 
 
-problems: dict[tuple[Any, ...], AttentionSpec] = {}
-"""The problems of plain calls, by what is known before the projection; of padded ones the form."""
-
 casts, traces = torch._C._is_any_autocast_enabled, torch._C._get_tracing_state
 transforms = torch._C._are_functorch_transforms_active
+
+
+class Linears(NamedTuple):
+    """The two projections of a plain layer."""
+
+    weight: Parameter
+    bias: Parameter | None
+    weight_out: Parameter
+    bias_out: Parameter | None
+
+
+def linears(layer: Any, dtype: torch.dtype) -> Linears | None:
+    """The projections of a layer in which nothing is special; ``None`` where something is, or is of another dtype."""
+    kind = type(layer)
+    if kind not in usual or usual[kind] != hops_of(kind):
+        return None
+    state = layer.__dict__
+    out_proj = state["_modules"].get("out_proj")
+    if type(out_proj) not in PLAIN or not state.keys().isdisjoint(ELSEWHERE):
+        return None
+    if not state["_qkv_same_embed_dim"] or state["add_zero_attn"]:
+        return None
+    if state.get("bias_k", state) is not None or state.get("bias_v", state) is not None:
+        return None
+    # a parameter that was pruned, parametrized or put there by hand lies elsewhere
+    behind = out_proj.__dict__
+    if behind["_forward_hooks"] or behind["_forward_pre_hooks"] or not behind.keys().isdisjoint(AWAY):
+        return None
+    inner, outer = state["_parameters"], behind["_parameters"]
+    weight, bias = inner.get("in_proj_weight"), inner.get("in_proj_bias", state)
+    weight_out, bias_out = outer.get("weight"), outer.get("bias", state)
+    if not (type(weight) is type(weight_out) is Parameter and weight.dtype == weight_out.dtype == dtype):
+        return None
+    if bias is not None and (type(bias) is not Parameter or bias.dtype != dtype):
+        return None
+    if bias_out is not None and (type(bias_out) is not Parameter or bias_out.dtype != dtype):
+        return None
+    if type(state["dropout"]) is not float or (dtype in HALF and not weight.is_cuda):  # which a CPU may only emulate
+        return None
+    return Linears(weight, bias, weight_out, bias_out)
 
 
 def attend(
@@ -65,40 +102,19 @@ def attend(
     """What a layer returns for a call; ``None`` where ``forward`` has to look closer."""
     if torch.compiler.is_compiling() or type(query) is not Tensor or query.is_nested:
         return None
-    kind = type(layer)
-    if kind not in usual or usual[kind] != hops_of(kind):
-        return None
     # who traces or transforms wants to see every step
     if transforms() or traces() is not None:
         return None
+    shape, dtype = query.shape, query.dtype
     cast = casts_to(query.device) if casts() else None
-    if need_weights and (cast is not None or attn_mask is not None or is_causal):
+    if len(shape) != 3 or (need_weights and (cast is not None or attn_mask is not None or is_causal)):
         return None
-    state, shape, dtype = layer.__dict__, query.shape, query.dtype
-    out_proj = state["_modules"].get("out_proj")
-    if len(shape) != 3 or type(out_proj) not in PLAIN or not state.keys().isdisjoint(ELSEWHERE):
+    own = linears(layer, dtype)
+    if own is None:
         return None
-    if not state["_qkv_same_embed_dim"] or state["add_zero_attn"]:
-        return None
-    if state.get("bias_k", query) is not None or state.get("bias_v", query) is not None:
-        return None
-    # a parameter that was pruned, parametrized or put there by hand lies elsewhere
-    behind = out_proj.__dict__
-    if behind["_forward_hooks"] or behind["_forward_pre_hooks"] or not behind.keys().isdisjoint(AWAY):
-        return None
-    inner, outer = state["_parameters"], behind["_parameters"]
-    weight, bias = inner.get("in_proj_weight"), inner.get("in_proj_bias", query)
-    weight_out, bias_out = outer.get("weight"), outer.get("bias", query)
-    if not (type(weight) is type(weight_out) is Parameter and weight.dtype == weight_out.dtype == dtype):
-        return None
-    if bias is not None and (type(bias) is not Parameter or bias.dtype != dtype):
-        return None
-    if bias_out is not None and (type(bias_out) is not Parameter or bias_out.dtype != dtype):
-        return None
+    state = layer.__dict__
     width, heads, dropout = shape[2], state["num_heads"], state["dropout"] if state["training"] else 0.0
-    if width != state["embed_dim"] or width % heads or type(dropout) is not float:
-        return None
-    if dtype in HALF and not query.is_cuda:  # which a CPU may only emulate
+    if width != state["embed_dim"] or width % heads:
         return None
     batch_first, keys = state["batch_first"], shape
     if not (query is key and key is value):
@@ -114,31 +130,26 @@ def attend(
         if mask is None:
             return None
         mask = mask.own() if need_weights and isinstance(mask, Padding) else mask
-    recorded = torch.is_grad_enabled()
-    grad = recorded and (query.requires_grad or key.requires_grad or value.requires_grad or weight.requires_grad)
-    grad = grad or (recorded and bias is not None and bias.requires_grad)
-    # fmt: off
-    asked = (
-        shape, keys, heads, batch_first, dtype, cast, query.device, grad, dropout, type(mask), asks_deterministic(),
-        only_warns(), mask.sizes if type(mask) is Documents else None,
+    weight, bias, weight_out, bias_out = own
+    grad = torch.is_grad_enabled() and (
+        query.requires_grad
+        or key.requires_grad
+        or value.requires_grad
+        or weight.requires_grad
+        or (bias is not None and bias.requires_grad)
     )
-    # fmt: on
-    known, spec, backend = problems.get(asked), None, None
-    if known is not None:
-        spec = known if mask is None or known.shared else known.padded(mask)
-        backend = None if need_weights else choose(spec)
+    computed = dtype if cast is None else computed_in(query)
+    of_q, of_k = heads_of(shape, heads, batch_first), heads_of(keys, heads, batch_first)
+    spec = AttentionSpec.between(of_q, of_k, computed, query.device, grad, mask, dropout)
+    backend = None if need_weights else choose(spec)
     together = backend is None or backend.joins_gradients
     q, k, v = by_one_matrix(query, key, value, weight, bias, heads, heads, width // heads, together)
     if not batch_first:
         q, k, v = q.transpose(0, 1), k.transpose(0, 1), v.transpose(0, 1)
-    if spec is None:
-        spec = AttentionSpec.of(q, k, v, mask=mask, dropout_p=dropout)
-        if type(q) is Tensor:
-            if len(problems) >= SHARED:
-                problems.clear()
-            problems[asked] = spec if spec.shared or mask is None else spec.unpadded()
-        backend = None if need_weights else choose(spec)
     weights: Tensor | None = None
+    if type(q) is not Tensor:  # a mode makes other tensors of ours
+        spec = AttentionSpec.of(q, k, v, mask=mask, dropout_p=dropout)
+        backend = None if need_weights else choose(spec)
     if backend is None:
         out, weights = attention_with_weights(q, k, v, spec, None, layer, average=average)
     else:
@@ -154,6 +165,12 @@ def attend(
     if not batch_first:
         out = out.transpose(0, 1).contiguous()
     return F.linear(out.flatten(2), weight_out, bias_out), weights
+
+
+def heads_of(shape: tuple[int, ...], heads: int, batch_first: bool) -> tuple[int, int, int, int]:
+    """The shape of the heads of a layer's input."""
+    outer, inner, width = shape
+    return (outer, inner, heads, width // heads) if batch_first else (inner, outer, heads, width // heads)
 
 
 def are_keys(key: Tensor, value: Tensor, shape: torch.Size, dtype: torch.dtype, batch_first: bool) -> bool:

@@ -173,17 +173,11 @@ class AttentionSpec:
             )
             # fmt: on
             try:
-                known = shared.get(key)
+                known = again(key, mask)
             except TypeError:  # what has no hash is no number, and is refused below
                 key = known = None
             if known is not None:
-                if known.shared or mask is None:
-                    return known
-                for tensor in mask.tensors():  # a generator would take two steps more
-                    if tensor.device != device:
-                        refuse_device("mask", mask, device)
-                mask.check(known.batch, known.heads, known.seqlen_q, known.seqlen_k)
-                return known.padded(mask)
+                return known
         if not (q.dim() == k.dim() == v.dim() == 4 and dtype == k.dtype == v.dtype and device == k.device == v.device):
             refuse_tensors(q, k, v)
         if not dtype.is_floating_point:
@@ -232,15 +226,66 @@ class AttentionSpec:
             "deterministic": deterministic,
             "aten_only": needs_aten(q, k, v),
         }
-        if torch.compiler.is_compiling():
-            return cls(**fields)
-        spec: AttentionSpec = object.__new__(cls)  # as the line above, without a call for each field
+        return cls(**fields) if torch.compiler.is_compiling() else cls.kept(key, fields)
+
+    @classmethod
+    def between(
+        cls,
+        shape_q: tuple[int, ...],
+        shape_k: tuple[int, ...],
+        dtype: torch.dtype,
+        device: torch.device,
+        needs_grad: bool,
+        mask: Mask | None = None,
+        dropout_p: float = 0.0,
+    ) -> AttentionSpec:
+        """The problem of heads before they are projected: ordinary tensors, v like k; as ``of`` would say of them.
+
+        For sizes and dtypes that a layer was checked for, outside compilers and transforms.
+        """
+        deterministic, rule = asks_deterministic() and is_deterministic(), type(mask)
+        # fmt: off
+        key = (
+            shape_q, shape_k, shape_k, dtype, dtype, dtype, device, device, device,
+            needs_grad, None, None, dropout_p, False, deterministic, rule,
+            mask.sizes if rule is Documents or rule is Window else None,  # type: ignore[union-attr]
+        )
+        # fmt: on
+        shares = mask is None or rule in REMADE
+        known = again(key, mask) if shares else None
+        if known is not None:
+            return known
+        batch, seqlen_q, heads, head_dim = shape_q
+        fields = {
+            "batch": batch,
+            "seqlen_q": seqlen_q,
+            "seqlen_k": shape_k[1],
+            "heads": heads,
+            "heads_kv": shape_k[2],
+            "head_dim": head_dim,
+            "head_dim_v": head_dim,
+            "dtype": dtype,
+            "device": device,
+            "mask": mask,
+            "dropout_p": dropout_p,
+            "needs_grad": needs_grad,
+            "deterministic": deterministic,
+        }
+        if mask is not None and any(tensor.device != device for tensor in mask.tensors()):
+            refuse_device("mask", mask, device)
+        return cls.kept(key if shares else None, fields)
+
+    @classmethod
+    def kept(cls, key: tuple[Any, ...] | None, fields: dict[str, Any]) -> AttentionSpec:
+        """A problem of these fields, shared under a key where it may be."""
+        spec: AttentionSpec = object.__new__(cls)  # as the class does, without a call for each field
         spec.__dict__.update(fields)
         spec.settle()
         if key is not None:
             if len(shared) >= SHARED:
                 shared.clear()
-            if mask is None or rule is Window:
+            mask = fields["mask"]
+            if mask is None or type(mask) is Window:
                 shared[key] = spec
                 spec.__dict__["shared"] = True
             elif spec.mask is mask:
@@ -389,6 +434,18 @@ def surely(condition: Any) -> bool:
 SHARED = 1024
 """How many problems are kept."""
 shared: dict[tuple[Any, ...], AttentionSpec] = {}
+
+
+def again(key: tuple[Any, ...], mask: Mask | None) -> AttentionSpec | None:
+    """A problem that was made before: itself, or its form over another mask of the kind."""
+    known = shared.get(key)
+    if known is None or known.shared or mask is None:
+        return known
+    for tensor in mask.tensors():  # a generator would take two steps more
+        if tensor.device != known.device:
+            refuse_device("mask", mask, known.device)
+    mask.check(known.batch, known.heads, known.seqlen_q, known.seqlen_k)
+    return known.padded(mask)
 
 
 def plain(q: Tensor, k: Tensor, v: Tensor) -> bool:

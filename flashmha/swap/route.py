@@ -26,7 +26,8 @@ class Route(NamedTuple):
 
     ``packed`` holds the tokens where padding is left out or comes last, ``hidden`` the rows to be zeroed where packing
     would not pay; ``why`` says why neither is done where padding was to be left out. With ``padded_norm`` the last norm
-    sees zeros in place of padding, as it does behind stock's nested tensors.
+    sees zeros in place of padding, as it does behind stock's nested tensors. ``straight`` where every layer is known,
+    so that they may run as functions.
     """
 
     src: Tensor
@@ -37,6 +38,7 @@ class Route(NamedTuple):
     hidden: Tensor | None = None
     padded_norm: bool = False
     why: str | None = None
+    straight: bool = False
 
 
 def enter(
@@ -51,12 +53,29 @@ def enter(
     Padding is left out once where every layer has ``skip_padding``, and in eval without gradients where the stock
     encoder would make nested tensors. Else, where a kernel gains by it, the real tokens of each item come first.
     """
-    if key_padding_mask is None or not len(encoder.layers):
+    if not len(encoder.layers):
         return Route(src, mask, key_padding_mask, is_causal)
     given = key_padding_mask.tensors()[0] if isinstance(key_padding_mask, Padding) else key_padding_mask
-    if not (eager(src) and eager(given)) or src.is_nested or src.is_meta:
-        return Route(src, mask, handed_down(encoder, src, mask, key_padding_mask, False), is_causal)
+    if not eager(src) or not (given is None or eager(given)) or src.is_nested or src.is_meta:
+        if given is not None:
+            key_padding_mask = handed_down(encoder, src, mask, key_padding_mask, False)
+        return Route(src, mask, key_padding_mask, is_causal)
     strange = unknown_layers(encoder)
+    way = Route(src, mask, None, is_causal)
+    if key_padding_mask is not None:
+        way = around(encoder, src, mask, key_padding_mask, is_causal, strange)
+    return way._replace(straight=strange is None)
+
+
+def around(
+    encoder: nn.TransformerEncoder,
+    src: Tensor,
+    mask: Mask | Tensor | None,
+    key_padding_mask: Tensor,
+    is_causal: bool,
+    strange: str | None,
+) -> Route:
+    """The route beside padding. ``strange`` is what in a layer may count on (batch, seqlen)."""
     way, why = left_out(encoder, src, mask, key_padding_mask, is_causal, strange)
     if way is not None:
         return way

@@ -252,20 +252,24 @@ def window_options(left: int | None, right: int | None) -> dict[str, Any]:
 def packed(q: Tensor, k: Tensor, v: Tensor, documents: Documents) -> tuple[Tensor, Tensor, Tensor, dict[str, Any]]:
     """Batch 1 with ``Documents`` as the packed tensors (total, heads, head_dim) and offsets a kernel wants."""
     q, k, v = q[0], k[0], v[0]
-    ends = documents.cu_seqlens.int()
-    ends_k = ends if documents.aligned else documents.cu_seqlens_k.int()
+    where = offsets(documents, q.shape[0], k.shape[0])
     if documents.total != q.shape[0] or documents.total_k != k.shape[0]:
-        real = owned(q, ends)
-        real_k = real if documents.aligned and q.shape[0] == k.shape[0] else owned(k, ends_k)
+        real = owned(q, where["cu_seqlens_q"])
+        real_k = real if documents.aligned and q.shape[0] == k.shape[0] else owned(k, where["cu_seqlens_k"])
         q = torch.where(real, q, 0.0)
         k, v = (torch.where(real_k, x, 0.0) for x in (k, v))
-    offsets = {
+    return q, k, v, where
+
+
+def offsets(documents: Documents, total_q: int, total_k: int) -> dict[str, Any]:
+    """Where documents start and how long they are, in the words of a kernel."""
+    ends = documents.cu_seqlens.int()
+    return {
         "cu_seqlens_q": ends,
-        "cu_seqlens_k": ends_k,
-        "max_seqlen_q": longest(documents.max_seqlen, documents.cu_seqlens, q.shape[0]),
-        "max_seqlen_k": longest(documents.max_seqlen_k, documents.cu_seqlens_k, k.shape[0]),
+        "cu_seqlens_k": ends if documents.aligned else documents.cu_seqlens_k.int(),
+        "max_seqlen_q": longest(documents.max_seqlen, documents.cu_seqlens, total_q),
+        "max_seqlen_k": longest(documents.max_seqlen_k, documents.cu_seqlens_k, total_k),
     }
-    return q, k, v, offsets
 
 
 def unpacked(out: Tensor, documents: Documents) -> Tensor:

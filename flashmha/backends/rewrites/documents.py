@@ -18,7 +18,7 @@ from torch import Tensor
 from ...problem.masks import Documents, KeyPadding, Padding, find
 from ...problem.spec import AttentionSpec
 from ..base import FEATURES
-from ..flash_attn.package import packed, unpacked, unpacked_lse
+from ..flash_attn.package import offsets, packed, unpacked, unpacked_lse
 from .compact import key_lengths, padding
 from .order import Order, permuted, real_first
 
@@ -43,17 +43,31 @@ def refusals(spec: AttentionSpec) -> list[str]:
 
 def pack(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> tuple[Tensor, Tensor, Tensor, dict[str, Any]]:
     """A batch as tensors (total, heads, head_dim) and the offsets a kernel wants; the device is never waited for."""
-    rule = spec.mask if isinstance(spec.mask, Padding) else None
-    documents = None if rule is not None else find(spec.mask, Documents)
+    documents = None if isinstance(spec.mask, Padding) else find(spec.mask, Documents)
     if documents is not None:
         return packed(q, k, v, documents)
-    rule = padding(spec) if rule is None else rule
-    assert rule is not None
-    plan = rule.once(("documents", spec.seqlen_q, spec.seqlen_k), functools.partial(planned, rule, spec))
+    plan = plan_of(spec)
     k, v = k.flatten(0, 1), v.flatten(0, 1)
     if plan.order is not None:
         k, v = permuted((k, v), plan.order)
     return q.flatten(0, 1), k, v, plan.offsets
+
+
+def offsets_in_place(spec: AttentionSpec) -> dict[str, Any] | None:
+    """The offsets a kernel wants where no token has to be moved, nor to be kept out; else ``None``."""
+    documents = None if isinstance(spec.mask, Padding) else find(spec.mask, Documents)
+    if documents is None:
+        plan = plan_of(spec)
+        return plan.offsets if plan.order is None else None
+    whole = documents.total == spec.seqlen_q and documents.total_k == spec.seqlen_k
+    return offsets(documents, spec.seqlen_q, spec.seqlen_k) if whole else None
+
+
+def plan_of(spec: AttentionSpec) -> Plan:
+    """Padding as documents, as the rule keeps it."""
+    rule = spec.mask if isinstance(spec.mask, Padding) else padding(spec)
+    assert rule is not None
+    return rule.once(("documents", spec.seqlen_q, spec.seqlen_k), functools.partial(planned, rule, spec))
 
 
 class Plan(NamedTuple):
@@ -68,13 +82,13 @@ def planned(rule: Padding, spec: AttentionSpec) -> Plan:
         order, lengths = real_first(rule.valid), rule.valid.sum(1)
     else:
         order, lengths = None, key_lengths(spec)
-    offsets = {
+    where = {
         "cu_seqlens_q": query_offsets(spec.batch, spec.seqlen_q, spec.device),
         "cu_seqlens_k": key_offsets(lengths, spec.seqlen_k),
         "max_seqlen_q": spec.seqlen_q,
         "max_seqlen_k": spec.seqlen_k,
     }
-    return Plan(order, offsets)
+    return Plan(order, where)
 
 
 def query_offsets(batch: int, seqlen_q: int, device: torch.device) -> Tensor:

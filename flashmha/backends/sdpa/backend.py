@@ -15,9 +15,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from ...problem.masks import Mask, Padding, Window, eager, readable
 from ...problem.scores import narrowed
 from ...problem.spec import AttentionSpec, is_deterministic
-from ..base import FEATURES, HALF, Backend, Limits
+from ..base import FEATURES, HALF, Backend, Limits, Serve
 from ..rewrites.compact import validity
-from ..rewrites.documents import PADDING, pack, unpack
+from ..rewrites.documents import PADDING, offsets_in_place, pack, unpack
 from ..rewrites.grouped import FEW, fold, fold_table, folds, unfold
 from .pieces import Item, cut, keep_all, slices
 
@@ -89,6 +89,18 @@ class Sdpa(Backend):
             padding.lasts = True  # SDPA makes numbers of bools in each call, cheaper than a table for one call alone
             return attend(q, k, v, spec.allowed(), spec)
         return attend(q, k, v, together(spec), spec)
+
+    def prepare(self, spec: AttentionSpec) -> Serve:
+        if spec.device.type == "cuda" and spec.mask is not None and spec.bias is None and spec.dropout_p < 1.0:
+            where = offsets_in_place(spec) if packs(spec) else None
+            if where is not None:
+
+                def serve(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+                    out = varlen(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), spec, **where)
+                    return out.view(spec.batch, spec.seqlen_q, *out.shape[1:])
+
+                return serve
+        return super().prepare(spec)
 
 
 def dense(spec: AttentionSpec) -> Tensor | None:

@@ -1,0 +1,146 @@
+"""The layers of an encoder run as functions, one after another.
+
+Calling a module takes Python, of which a short batch has more than a GPU has work. Where every layer is known
+(``route.unknown_layers``) the same operators run without it, in the same order; and what is the same for all layers,
+the problem and its backend, is found out once.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..backends import OWN, choose, note
+from ..backends import state as thread
+from ..backends.base import Backend, Serve
+from ..functional import check_result, computed_in, without_autocast
+from ..layer import shortcut
+from ..layer.projection import by_one_matrix, parameters
+from ..problem.masks import Mask
+from ..problem.spec import AttentionSpec
+from .route import Route
+
+
+def run(encoder: nn.TransformerEncoder, route: Route) -> Tensor:
+    """What the last layer of an encoder gives, whose layers are known."""
+    attention = Attention(route, len(encoder.layers))
+    x = route.src
+    for layer in encoder.layers:
+        x = through(layer, x, attention)
+    return x
+
+
+def through(layer: Any, x: Tensor, attention: Attention) -> Tensor:
+    """One encoder layer."""
+    parts = layer._modules
+    if layer.norm_first:
+        x = x + dropout(parts["dropout1"], attention(parts["self_attn"], norm(parts["norm1"], x)))
+        return x + feed_forward(layer, norm(parts["norm2"], x))
+    x = norm(parts["norm1"], x + dropout(parts["dropout1"], attention(parts["self_attn"], x)))
+    return norm(parts["norm2"], x + feed_forward(layer, x))
+
+
+def feed_forward(layer: Any, x: Tensor) -> Tensor:
+    parts = layer._modules
+    activation = layer.activation
+    x = linear(parts["linear1"], x)
+    x = activation.forward(x) if isinstance(activation, nn.Module) else activation(x)
+    return dropout(parts["dropout2"], linear(parts["linear2"], dropout(parts["dropout"], x)))
+
+
+def linear(part: Any, x: Tensor) -> Tensor:
+    out: Tensor = F.linear(x, *parameters(part, "weight", "bias")) if type(part) is nn.Linear else part.forward(x)
+    return out
+
+
+def norm(part: Any, x: Tensor) -> Tensor:
+    if type(part) is nn.LayerNorm:
+        return torch.layer_norm(x, part.normalized_shape, *parameters(part, "weight", "bias"), part.eps)
+    out: Tensor = part.forward(x)
+    return out
+
+
+def dropout(part: Any, x: Tensor) -> Tensor:
+    if type(part) is nn.Dropout and not (part.training and part.p):
+        return x
+    out: Tensor = part.forward(x)
+    return out
+
+
+class Same(NamedTuple):
+    """What layers that are alike share: all that their problem follows from, and what serves it."""
+
+    key: tuple[Any, ...]
+    spec: AttentionSpec
+    backend: Backend
+    serve: Serve
+
+
+class Attention:
+    """Self-attention, layer by layer, beside the masks of a route."""
+
+    def __init__(self, route: Route, layers: int) -> None:
+        self.route, self.layers = route, layers
+        self.masked = route.mask is not None or route.key_padding_mask is not None or route.is_causal
+        self.same: Same | None = None
+
+    def __call__(self, layer: Any, x: Tensor) -> Tensor:
+        own = shortcut.linears(layer, x.dtype) if type(x) is Tensor and x.dim() == 3 else None
+        same = None if own is None else self.problem(layer, own, x)
+        if own is None or same is None:
+            return self.module(layer, x)
+        spec, backend = same.spec, same.backend
+        heads, head_dim = spec.heads, spec.head_dim
+        q, k, v = by_one_matrix(x, x, x, own.weight, own.bias, heads, heads, head_dim, backend.joins_gradients)
+        if type(q) is not Tensor:  # a mode makes other tensors of ours
+            return self.module(layer, x)
+        batch_first = layer.batch_first
+        if not batch_first:
+            q, k, v = q.transpose(0, 1), k.transpose(0, 1), v.transpose(0, 1)
+        if thread.calls is not None:
+            note(layer, spec, backend)
+        with without_autocast(x.device):
+            attended: Any = same.serve(q, k, v)
+        if type(backend) not in OWN:
+            check_result(attended, spec, backend)
+        if not batch_first:
+            attended = attended.transpose(0, 1).contiguous()
+        return F.linear(attended.flatten(2), own.weight_out, own.bias_out)
+
+    def module(self, layer: Any, x: Tensor) -> Tensor:
+        """The layer's own forward."""
+        route = self.route
+        masks = {"attn_mask": route.mask, "key_padding_mask": route.key_padding_mask, "is_causal": route.is_causal}
+        out: Tensor = layer.forward(x, x, x, **masks, need_weights=False)[0]
+        return out
+
+    def problem(self, layer: Any, own: shortcut.Linears, x: Tensor) -> Same | None:
+        """The problem of a layer and its backend, those of the layer before where they are alike; ``None`` for more."""
+        state, shape = layer.__dict__, x.shape
+        dropout = state["dropout"] if state["training"] else 0.0
+        grad = torch.is_grad_enabled() and (
+            x.requires_grad or own.weight.requires_grad or (own.bias is not None and own.bias.requires_grad)
+        )
+        batch_first, heads = state["batch_first"], state["num_heads"]
+        key = (shape, x.dtype, heads, state["embed_dim"], batch_first, dropout, grad, layer.skip_padding)
+        if self.same is not None and self.same.key == key:
+            return self.same
+        if shape[2] != state["embed_dim"] or shape[2] % heads:
+            return None
+        mask: Mask | None = None
+        if self.masked:
+            route, padding = self.route, self.route.key_padding_mask
+            if padding is not None and layer.skip_padding:
+                return None
+            batch, seqlen = shape[:2] if batch_first else (shape[1], shape[0])
+            mask = shortcut.rule(padding, route.mask, route.is_causal, (batch, seqlen, seqlen), x.device)
+            if mask is None:
+                return None
+        of_q = shortcut.heads_of(shape, heads, batch_first)
+        spec = AttentionSpec.between(of_q, of_q, computed_in(x), x.device, grad, mask, dropout)
+        backend = choose(spec, calls=self.layers)
+        self.same = Same(key, spec, backend, backend.prepare(spec))
+        return self.same
