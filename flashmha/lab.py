@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from .backends import Backend, expand, get, record
 from .backends.parity import AGAIN, allowed_error, moved
-from .functional import attention, computed_in
+from .functional import attention
+from .host.torch_state import computed_in
 from .problem.masks import causal, short
 
 

@@ -17,7 +17,7 @@ from flashmha.backends import get
 from flashmha.backends.choice import ranking
 from flashmha.backends.flash_attn import package as flash
 from flashmha.backends.sdpa import backend as sdpa
-from flashmha.functional import computed_in, without_autocast
+from flashmha.host.torch_state import computed_in, without_autocast
 from flashmha.layer import padding
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)

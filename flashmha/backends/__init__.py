@@ -18,14 +18,15 @@ from typing import Any, NamedTuple
 
 import torch
 
+from ..host.torch_state import asks_deterministic, in_backward, only_warns, surely
 from ..problem.errors import NoBackendError, lines
-from ..problem.spec import SHARED, AttentionSpec, asks_deterministic, only_warns, surely
+from ..problem.spec import SHARED, AttentionSpec
 from .base import FEATURES, Backend, Limits, written
 from .choice import registry, tuned
 from .choice.ranking import LAST, WORTH, work
 from .choice.registry import FAMILIES, discover, expand, get, names, origin, prefer, register, unregister
 from .choice.tuned import load_tuned
-from .choice.waiting import Wait, in_backward, keeps, loss, waits
+from .choice.waiting import Wait, keeps, loss, waits
 from .flash_attn.flash2 import Flash2
 from .flash_attn.flash3 import Flash3
 from .flash_attn.flash4 import Flash4

@@ -9,10 +9,11 @@ from torch.overrides import has_torch_function
 
 from ..backends import preference
 from ..backends.base import HALF
-from ..functional import autocast, casts_to, run
+from ..functional import run
+from ..host.torch_state import autocast, casts_to, needs_aten
 from ..problem.masks import Mask, Padding, joined
 from ..problem.scores import TensorBias
-from ..problem.spec import AttentionSpec, needs_aten
+from ..problem.spec import AttentionSpec
 from ..weights.recipe import Padded, attention_with_weights
 from . import nested, padding, projection, shortcut
 from .arguments import check_flags, check_kinds

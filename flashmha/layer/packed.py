@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..problem.masks import Documents, KeyLengths, KeyPadding, is_dense, told
+from ..host.torch_state import is_dense
+from ..problem.masks import Documents, KeyLengths, KeyPadding, told
 from . import nested, padding
 from .call import hides_alone
 

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from ..backends import expand, get, preference
 from ..backends.sdpa.backend import runs_packed, takes_packed
-from ..functional import computed_in
-from ..problem.masks import Documents, KeyPadding, Mask, Padding, Window, eager, joined, short
+from ..host.torch_state import computed_in, eager
+from ..problem.masks import Documents, KeyPadding, Mask, Padding, Window, joined, short
 from .call import Reading, each_once, extra_columns
 from .features import overridden
 

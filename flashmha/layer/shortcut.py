@@ -18,9 +18,10 @@ from torch.nn import Parameter
 from ..backends import OWN, choose, note
 from ..backends import state as thread
 from ..backends.base import HALF
-from ..functional import casts_to, check_result, without_autocast
+from ..functional import check_result
+from ..host.torch_state import asks_deterministic, casts_to, only_warns, without_autocast
 from ..problem.masks import Documents, KeyLengths, KeyPadding, Mask, Padding, causal, private
-from ..problem.spec import SHARED, AttentionSpec, asks_deterministic, only_warns
+from ..problem.spec import SHARED, AttentionSpec
 from ..weights.recipe import attention_with_weights
 from .features import HOPS
 from .projection import PLAIN, by_one_matrix

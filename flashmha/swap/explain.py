@@ -12,7 +12,8 @@ from torch import Tensor
 from .. import backends
 from ..backends import Explanation, Wanted
 from ..backends.rewrites.order import RealFirst
-from ..functional import as_bias, as_mask, attention, autocast, check_arguments
+from ..functional import as_bias, as_mask, attention, check_arguments
+from ..host.torch_state import autocast
 from ..layer import padding
 from ..layer.arguments import check_kinds
 from ..layer.call import read_call

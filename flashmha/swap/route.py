@@ -13,12 +13,13 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.modules.module import _has_any_global_hook
 
 from ..backends.rewrites.order import RealFirst
+from ..host.torch_state import eager
 from ..layer import padding
 from ..layer.call import Reading, read_call
 from ..layer.features import HOPS, MARK, replaced
 from ..layer.module import FlashMultiHeadAttention
 from ..layer.packed import Packed
-from ..problem.masks import KeyPadding, Mask, Padding, eager, joined, plainly, private
+from ..problem.masks import KeyPadding, Mask, Padding, joined, plainly, private
 
 
 class Route(NamedTuple):

@@ -15,11 +15,9 @@ import os
 import threading
 import time
 from collections.abc import Hashable, Iterator
-from typing import Any
 
-import torch
-
-from ...problem.spec import AttentionSpec, asks_deterministic
+from ...host.torch_state import asks_deterministic, in_backward
+from ...problem.spec import AttentionSpec
 from .ranking import keys, work
 
 logger = logging.getLogger("flashmha")
@@ -143,11 +141,3 @@ def loss(spec: AttentionSpec) -> float:
 def keeps() -> bool:
     """Problems stay with their first choice: torch is to be deterministic, or the variable says so."""
     return asks_deterministic() or os.environ.get(VARIABLE, "0") not in ("", "0")
-
-
-task: Any = getattr(torch._C, "_current_graph_task_id", None)
-
-
-def in_backward() -> bool:
-    """The autograd engine runs on this thread."""
-    return task is not None and task() != -1
