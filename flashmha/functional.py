@@ -9,9 +9,10 @@ from torch import Tensor
 
 from .backends import OWN, Backend, Wanted, choose, note
 from .host.torch_state import autocast, is_dense, without_autocast
-from .problem.masks import Dense, Mask, told
+from .problem.masks import Dense, Mask
 from .problem.scores import Bias, TensorBias
 from .problem.spec import AttentionSpec
+from .problem.wording import told
 
 
 def attention(

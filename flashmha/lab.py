@@ -17,7 +17,8 @@ from .backends import Backend, expand, get, record
 from .backends.parity import AGAIN, allowed_error, moved
 from .functional import attention
 from .host.torch_state import computed_in
-from .problem.masks import causal, short
+from .problem.masks import causal
+from .problem.wording import short
 
 
 def has_flash_attention() -> bool:

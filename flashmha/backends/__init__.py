@@ -19,8 +19,9 @@ from typing import Any, NamedTuple
 import torch
 
 from ..host.torch_state import asks_deterministic, in_backward, only_warns, surely
-from ..problem.errors import NoBackendError, lines
+from ..problem.errors import NoBackendError
 from ..problem.spec import SHARED, AttentionSpec
+from ..problem.wording import lines
 from .base import FEATURES, Backend, Limits, written
 from .choice import registry, tuned
 from .choice.ranking import LAST, WORTH, work

@@ -26,9 +26,9 @@ from ..backends.choice.ranking import KINDS, LAST, MARGIN, MODES, Row, Table, de
 from ..backends.choice.tuned import SCHEMA, read
 from ..benchmark.environment import commit, environment, seconds, wait
 from ..functional import attention
-from ..problem.errors import in_one_line
-from ..problem.masks import Dense, Documents, KeyPadding, Mask, Window, causal, find, short
+from ..problem.masks import Dense, Documents, KeyPadding, Mask, Window, causal, find
 from ..problem.spec import AttentionSpec
+from ..problem.wording import in_one_line, short
 from .destination import check_file
 from .devices import device
 from .explain import DTYPES, at_least

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from ..host.torch_state import is_dense
-from ..problem.masks import Documents, KeyLengths, KeyPadding, told
+from ..problem.masks import Documents, KeyLengths, KeyPadding
+from ..problem.wording import told
 from . import nested, padding
 from .call import hides_alone
 

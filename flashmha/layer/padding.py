@@ -11,7 +11,8 @@ from torch import Tensor
 from ..backends import expand, get, preference
 from ..backends.sdpa.backend import runs_packed, takes_packed
 from ..host.torch_state import computed_in, eager
-from ..problem.masks import Documents, KeyPadding, Mask, Padding, Window, joined, short
+from ..problem.masks import Documents, KeyPadding, Mask, Padding, Window, joined
+from ..problem.wording import short
 from .call import Reading, each_once, extra_columns
 from .features import overridden
 

@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from ..host.torch_state import eager, is_dense, readable
+from .wording import told
 
 M = TypeVar("M", bound="Mask")
 T = TypeVar("T")
@@ -614,25 +615,6 @@ class Intersection(Mask):
 
     def __repr__(self) -> str:
         return " & ".join(map(repr, self._parts))
-
-
-def told(thing: object) -> str:
-    """What a caller passed, in a few words."""
-    if type(thing).__name__ == "CausalBias":
-        upper = thing.variant.name == "UPPER_LEFT"  # type: ignore[attr-defined]
-        return f"torch's CausalBias (say mask=causal({'align=' + repr('top_left') if upper else ''}))"
-    if isinstance(thing, Tensor) and not is_dense(thing):
-        return f"a {'nested' if thing.is_nested else short(thing.layout)} tensor of {short(thing.dtype)}"
-    if isinstance(thing, Tensor):
-        return f"{short(thing.dtype)} of shape {tuple(thing.shape)}"
-    kind, words = type(thing).__name__, " ".join(repr(thing).split())
-    if kind in words and len(words) > 40:  # an object that says no more than its class
-        return kind
-    return f"{kind} {words if len(words) <= 80 else words[:77] + '...'}"
-
-
-def short(name: torch.dtype | torch.layout) -> str:
-    return str(name).removeprefix("torch.")
 
 
 def check_broadcast(name: str, tensor: Tensor, want: tuple[int, ...], hint: str = "") -> None:

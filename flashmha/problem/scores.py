@@ -27,7 +27,8 @@ import torch
 from torch import Tensor
 
 from ..host.torch_state import is_dense
-from .masks import Documents, check_broadcast, home, index_grid, lookup, positional, told
+from .masks import Documents, check_broadcast, home, index_grid, lookup, positional
+from .wording import told
 
 ScoreMod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)

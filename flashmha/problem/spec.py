@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from ..host.torch_state import asks_deterministic, is_dense, is_deterministic, needs_aten, plain
-from .masks import Dense, Documents, KeyLengths, KeyPadding, Mask, Window, find, normalize, short, told
+from .masks import Dense, Documents, KeyLengths, KeyPadding, Mask, Window, find, normalize
 from .scores import DTYPES, Bias
+from .wording import short, told
 
 CPU = torch.device("cpu")
 NUMBER = (int, float, torch.SymFloat, Tensor)

@@ -19,8 +19,9 @@ from ..layer.arguments import check_kinds
 from ..layer.call import read_call
 from ..layer.forward import prepare
 from ..layer.module import FlashMultiHeadAttention
-from ..problem.masks import Mask, Padding, short
+from ..problem.masks import Mask, Padding
 from ..problem.spec import AttentionSpec
+from ..problem.wording import short
 from ..weights.recipe import is_defined
 from .encoder import FlashTransformerEncoder, found_causal
 from .route import enter

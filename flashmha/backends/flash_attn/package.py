@@ -15,9 +15,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ...problem.errors import first_line, in_one_line
 from ...problem.masks import Documents, Window, find
 from ...problem.spec import AttentionSpec
+from ...problem.wording import first_line, in_one_line
 from ..base import Backend
 
 packages: dict[str, FlashAttn] = {}
