@@ -13,7 +13,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.autograd.forward_ad as forward_ad
@@ -25,8 +25,8 @@ from ..backends.naive import Naive, probabilities, scores, weigh
 from ..functional import answer, run
 from ..host.torch_state import is_batched, traced, without_autocast
 from ..layer.features import overridden
-from ..layer.padding import unpack
-from ..problem.masks import Mask, normalize
+from ..problem.masks import normalize
+from ..problem.packing import Padded, unpack
 from ..problem.scores import TensorBias
 from ..problem.spec import SHARED, AttentionSpec
 from . import tiles
@@ -339,14 +339,6 @@ def taken_apart(recipe: Recipe) -> tuple[list[Tensor | None], Callable[..., Reci
         return Recipe(q.detach(), k.detach(), again(rest), lse, average, batched, dtype, rows, places)
 
     return [recipe.lse, recipe.rows, recipe.places, *held], whole
-
-
-class Padded(NamedTuple):
-    """Where packed tokens came from: the mask before packing, their places in (batch * seqlen), the real positions."""
-
-    mask: Mask | None
-    places: Tensor
-    rows: Tensor
 
 
 def attention_with_weights(
