@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from ..backends.choice.tuned import PACKAGES, installed
 from ..host.clock import seconds
+from ..host.machine import PACKAGES, installed
 
 
 class Canary:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..backends.rewrites.compact import has_triton
+from ..host.machine import has_triton
 from ..problem.masks import Dense, KeyLengths, KeyPadding, Window
 from ..problem.scores import TensorBias
 from ..problem.spec import AttentionSpec
