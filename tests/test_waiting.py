@@ -20,9 +20,10 @@ from torch.utils.checkpoint import checkpoint
 
 import flashmha
 from flashmha import AttentionSpec, Backend, Documents, KeyLengths, KeyPadding, Limits, causal
-from flashmha.backends import choose, chosen, explain, get, register, unregister, use_backend
+from flashmha.backends import choose, chosen, explain, get, register, unregister, use_backend, waits
 from flashmha.backends.choice import ranking, waiting
-from flashmha.backends.choice.waiting import VARIABLE, Wait, Waits, loss
+from flashmha.backends.choice.waiting import VARIABLE, loss
+from flashmha.backends.waits import Wait, Waits
 from flashmha.testing import specs
 
 COST = 2.0
@@ -263,7 +264,7 @@ def test_compiling_costs_what_it_took_here(seconds: list[float]) -> None:
     assert made.seconds("flash4") == COST
     for number, one in enumerate(seconds):
         made.end("flash4", number, one)
-    took = [one for one in seconds if one >= waiting.NOTHING]
+    took = [one for one in seconds if one >= waits.NOTHING]
     assert made.seconds("flash4") == pytest.approx(sum(took) / len(took) if took else COST)
     assert made.seconds("flex") == COST
     assert made.of("flash4", "one", True).cost == 2 * made.of("flash4", "two", False).cost
