@@ -28,13 +28,13 @@ from .choice.ranking import LAST, WORTH, work
 from .choice.registry import FAMILIES, discover, expand, get, names, origin, prefer, register, unregister
 from .choice.tuned import load_tuned
 from .choice.waiting import keeps, loss
+from .compiling import Wait, waits
 from .flash_attn.flash2 import Flash2
 from .flash_attn.flash3 import Flash3
 from .flash_attn.flash4 import Flash4
 from .flex import Flex
 from .naive import Naive
 from .sdpa.backend import Sdpa, packs, switches
-from .waits import Wait, waits
 
 __all__ = [
     "FAMILIES",

@@ -15,10 +15,10 @@ from torch import Tensor
 from ...problem.masks import Dense, Documents, KeyPadding, find
 from ...problem.spec import AttentionSpec
 from ..base import HALF, Limits
+from ..compiling import waits
 from ..rewrites.block_tables import edged, worth
 from ..rewrites.compact import intervals, key_lengths, missing, validity
 from ..rewrites.documents import packed, unpacked, unpacked_lse
-from ..waits import waits
 from .flash4_kernels import attend
 from .package import FlashAttn, normal_lse, trimmed
 
