@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .backends import OWN, Backend, Wanted, choose, note
-from .problem.masks import Dense, Mask, is_dense, told
+from .host.torch_state import autocast, is_dense, without_autocast
+from .problem.masks import Dense, Mask
 from .problem.scores import Bias, TensorBias
 from .problem.spec import AttentionSpec
+from .problem.wording import told
 
 
 def attention(
@@ -157,53 +158,3 @@ def check_result(result: Any, spec: AttentionSpec, backend: Backend) -> None:
         )
     if parts[0].dtype != spec.dtype:
         raise ValueError(f"the backend {backend.name} must return out in {spec.dtype}, got {parts[0].dtype}.")
-
-
-AUTOCAST = tuple(kind for kind in ("cpu", "cuda", "xpu", "mps", "hpu") if torch.amp.is_autocast_available(kind))
-"""Device types that autocast; asked here, because Dynamo cannot trace the question before torch 2.13."""
-
-
-def casts_to(device: torch.device) -> torch.dtype | None:
-    """The dtype of autocast on a device; ``None`` where it is off."""
-    if device.type not in AUTOCAST or not torch.is_autocast_enabled(device.type):
-        return None
-    return torch.get_autocast_dtype(device.type)
-
-
-def computed_in(tensor: Tensor) -> torch.dtype:
-    """The dtype of the products of a tensor, projections and scores: autocast's where it casts, else the tensor's own.
-
-    The one rule for what a layer's heads will be, before they are projected.
-    """
-    dtype = casts_to(tensor.device)
-    if dtype is None or tensor.dtype == torch.float64 or not tensor.dtype.is_floating_point:
-        return tensor.dtype
-    return dtype
-
-
-def autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """q, k and v in the autocast dtype where autocast is on: kernels outside torch do not do it themselves."""
-    dtype = casts_to(q.device)
-    if dtype is None or q.dtype == k.dtype == v.dtype == dtype:
-        return q, k, v
-    return tuple([x.to(computed_in(x)) for x in (q, k, v)])  # type: ignore[return-value]
-
-
-def without_autocast(device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    """Autocast off, as it is behind the door, where q, k and v have been cast; nothing is entered where it is off."""
-    if casts_to(device) is None:
-        return contextlib.nullcontext()
-    return torch.autocast(device.type, enabled=False) if torch.compiler.is_compiling() else Uncast(device.type)
-
-
-class Uncast(contextlib.AbstractContextManager[None]):
-    """``torch.autocast(kind, enabled=False)`` where it is on, in a tenth of the time: each layer enters it."""
-
-    def __init__(self, kind: str) -> None:
-        self.kind = kind
-
-    def __enter__(self) -> None:
-        torch.set_autocast_enabled(self.kind, False)
-
-    def __exit__(self, *raised: object) -> None:
-        torch.set_autocast_enabled(self.kind, True)

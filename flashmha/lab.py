@@ -15,8 +15,10 @@ from torch import Tensor, nn
 
 from .backends import Backend, expand, get, record
 from .backends.parity import AGAIN, allowed_error, moved
-from .functional import attention, computed_in
-from .problem.masks import causal, short
+from .functional import attention
+from .host.torch_state import computed_in
+from .problem.masks import causal
+from .problem.wording import short
 
 
 def has_flash_attention() -> bool:
@@ -119,7 +121,7 @@ def benchmark_attention(
             raise ValueError(f"{name} must be at least 1, got {size!r}.")
     if not isinstance(d_model, int) or d_model < 1 or d_model % num_heads:
         raise ValueError(f"d_model must be a multiple of num_heads, got d_model={d_model} and num_heads={num_heads}.")
-    from .benchmark.environment import peak_bytes, quiet, seconds
+    from .host.clock import peak_bytes, quiet, seconds
 
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")

@@ -14,10 +14,10 @@ from torch import nn
 import flashmha
 from flashmha import FlashMultiHeadAttention, KeyPadding, attention, compare_outputs, explain, record
 from flashmha.backends import get
-from flashmha.backends.choice import ranking
 from flashmha.backends.flash_attn import package as flash
 from flashmha.backends.sdpa import backend as sdpa
-from flashmha.functional import computed_in, without_autocast
+from flashmha.host import machine
+from flashmha.host.torch_state import computed_in, without_autocast
 from flashmha.layer import padding
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -94,7 +94,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "a pretended GPU")
     monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: True)
-    monkeypatch.setattr(ranking, "known", {})
+    monkeypatch.setattr(machine, "known", {})
     monkeypatch.setattr(flash, "smoke", lambda backend, device: None)
     for name in ("flash2", "flash3", "flash4"):
         monkeypatch.setattr(get(name), "unavailable", lambda device: "not here")

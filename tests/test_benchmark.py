@@ -26,7 +26,6 @@ from flashmha.backends import get, unregister
 from flashmha.backends.naive import Naive
 from flashmha.benchmark import Case, Plan, every_case, run, runner, select
 from flashmha.benchmark.encoders import FlashmhaEncoder, HandEncoder, PackedEncoder, StockEncoder
-from flashmha.benchmark.environment import peak_bytes
 from flashmha.benchmark.gate import Seat, admit, judge
 from flashmha.benchmark.inputs import draw
 from flashmha.benchmark.kernels import ByHand, Linear, sdpa
@@ -38,6 +37,7 @@ from flashmha.benchmark.suites import lengths_of
 from flashmha.benchmark.verdicts import judge as judge_cases
 from flashmha.benchmark.verdicts import middle, noise_floor, ratio, share_of_gemm, verdict
 from flashmha.commands import markdown as table
+from flashmha.host.clock import peak_bytes
 
 CPU = torch.device("cpu")
 TINY = "small/layer/train/b1s8e64h4"

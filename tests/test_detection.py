@@ -18,10 +18,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from flashmha import AttentionSpec, KeyLengths, NoBackendError, Window
 from flashmha.__main__ import main
 from flashmha.backends import choose, get
-from flashmha.backends.choice import ranking
 from flashmha.backends.flash_attn import package as flash
 from flashmha.backends.flash_attn.flash3 import HEAD_DIMS, Flash3
 from flashmha.commands import info
+from flashmha.host import machine
 
 CUDA = torch.device("cuda", 0)
 MODULES = ("flash_attn", "flash_attn_2_cuda", "flash_attn_interface", "flash_attn_3", "fa3_fwd", "flash_attn_config")
@@ -52,7 +52,7 @@ def install(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Install
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "a pretended GPU")
-    monkeypatch.setattr(ranking, "known", {})
+    monkeypatch.setattr(machine, "known", {})
     monkeypatch.setattr(flash, "smoke", lambda backend, device: None)
     monkeypatch.setattr(info, "devices", lambda: [CUDA])
     monkeypatch.setattr(info, "description", str)

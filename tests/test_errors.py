@@ -28,7 +28,7 @@ from flashmha import (
     replace_mha,
 )
 from flashmha.backends import unregister
-from flashmha.problem.errors import in_one_line
+from flashmha.problem.wording import in_one_line
 from flashmha.testing import Blueprint, Call, assert_same, blueprints, problems
 
 Arguments = dict[str, Any]

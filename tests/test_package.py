@@ -24,10 +24,11 @@ from flashmha.commands import markdown as table
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "flashmha"
 ORDER = """
-    host host.public host.extras problem problem.masks problem.scores problem.spec problem.errors
-    backends.rewrites backends.rewrites.heads backends.rewrites.order backends.base backends.flash_attn
-    backends.flash_attn.package backends.rewrites.compact backends.sdpa backends.sdpa.pieces
-    backends.rewrites.block_tables backends.rewrites.grouped backends.rewrites.documents backends.choice
+    host host.public host.extras host.torch_state host.machine host.clock problem problem.wording
+    problem.masks problem.scores problem.spec problem.errors problem.packing backends.rewrites
+    backends.rewrites.heads backends.rewrites.order backends.base backends.compiling backends.rewrites.compact
+    backends.rewrites.documents backends.flash_attn backends.flash_attn.package backends.sdpa
+    backends.sdpa.pieces backends.rewrites.block_tables backends.rewrites.grouped backends.choice
     backends.choice.plugins backends.choice.ranking backends.choice.tuned backends.choice.waiting
     backends.flash_attn.flash4_masks backends.flash_attn.flash4_launches backends.flash_attn.flash4_kernels
     backends.naive backends.sdpa.backend backends.flex backends.flash_attn.flash2 backends.flash_attn.flash3

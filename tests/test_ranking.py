@@ -37,7 +37,7 @@ from flashmha import (
 from flashmha.backends import choose, chosen, explain, get, names, order, reason, register, unregister
 from flashmha.backends.choice import ranking, tuned
 from flashmha.backends.choice.ranking import KINDS, MODES, TABLE, Row, agreed, combined, derive, kind
-from flashmha.backends.choice.waiting import Waits
+from flashmha.backends.compiling import Waits
 from flashmha.problem.masks import combine
 from flashmha.testing import specs
 

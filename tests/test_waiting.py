@@ -20,9 +20,10 @@ from torch.utils.checkpoint import checkpoint
 
 import flashmha
 from flashmha import AttentionSpec, Backend, Documents, KeyLengths, KeyPadding, Limits, causal
-from flashmha.backends import choose, chosen, explain, get, register, unregister, use_backend
-from flashmha.backends.choice import ranking, waiting
-from flashmha.backends.choice.waiting import VARIABLE, Wait, Waits, loss
+from flashmha.backends import choose, chosen, compiling, explain, get, register, unregister, use_backend
+from flashmha.backends.choice import ranking
+from flashmha.backends.choice.waiting import VARIABLE, loss
+from flashmha.backends.compiling import Wait, Waits
 from flashmha.testing import specs
 
 COST = 2.0
@@ -34,8 +35,8 @@ PATIENCE = 3
 def fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[Waits]:
     """Nothing lost and nothing compiled, on a machine where each call of a problem loses half a second."""
     monkeypatch.delenv(VARIABLE, raising=False)
-    monkeypatch.setattr(waiting, "SECONDS", COST)
-    monkeypatch.setattr(waiting, "PATIENCE", PATIENCE)
+    monkeypatch.setattr(compiling, "SECONDS", COST)
+    monkeypatch.setattr(compiling, "PATIENCE", PATIENCE)
     monkeypatch.setattr(flashmha.backends, "loss", lambda spec: 0.5)
     made = Waits()
     monkeypatch.setattr(flashmha.backends, "waits", made)
@@ -87,7 +88,7 @@ def test_a_kernel_is_compiled_once_it_has_cost_more_than_compiling(name: str, lo
         on(),
         mock.patch.object(flashmha.backends, "loss", lambda spec: lost),
         mock.patch.object(flashmha.backends, "waits", Waits()),
-        mock.patch.object(waiting, "SECONDS", seconds),
+        mock.patch.object(compiling, "SECONDS", seconds),
     ):
         assert not flashmha.backends.long(spec)
         sums = itertools.accumulate(itertools.repeat(lost))
@@ -250,7 +251,7 @@ def test_a_problem_that_has_no_name_is_not_counted(fresh: Waits, slow: Any) -> N
 
 
 def test_what_is_remembered_is_bounded(fresh: Waits, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(waiting, "MOST", 5)
+    monkeypatch.setattr(compiling, "MOST", 5)
     for number in range(20):
         fresh.of("flash4", number, False).lose(1.0)
         assert len(fresh.kernels) <= 5
@@ -263,7 +264,7 @@ def test_compiling_costs_what_it_took_here(seconds: list[float]) -> None:
     assert made.seconds("flash4") == COST
     for number, one in enumerate(seconds):
         made.end("flash4", number, one)
-    took = [one for one in seconds if one >= waiting.NOTHING]
+    took = [one for one in seconds if one >= compiling.NOTHING]
     assert made.seconds("flash4") == pytest.approx(sum(took) / len(took) if took else COST)
     assert made.seconds("flex") == COST
     assert made.of("flash4", "one", True).cost == 2 * made.of("flash4", "two", False).cost

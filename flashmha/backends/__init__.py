@@ -18,14 +18,17 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ..problem.errors import NoBackendError, lines
-from ..problem.spec import SHARED, AttentionSpec, asks_deterministic, only_warns, surely
+from ..host.torch_state import asks_deterministic, in_backward, only_warns, surely
+from ..problem.errors import NoBackendError
+from ..problem.spec import SHARED, AttentionSpec
+from ..problem.wording import lines
 from .base import FEATURES, Backend, Limits, written
 from .choice import registry, tuned
 from .choice.ranking import LAST, WORTH, work
 from .choice.registry import FAMILIES, discover, expand, get, names, origin, prefer, register, unregister
 from .choice.tuned import load_tuned
-from .choice.waiting import Wait, in_backward, keeps, loss, waits
+from .choice.waiting import keeps, loss
+from .compiling import Wait, waits
 from .flash_attn.flash2 import Flash2
 from .flash_attn.flash3 import Flash3
 from .flash_attn.flash4 import Flash4

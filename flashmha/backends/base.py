@@ -32,8 +32,8 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from ..problem.masks import short
 from ..problem.spec import AttentionSpec
+from ..problem.wording import short
 
 FEATURES = (
     "backward",

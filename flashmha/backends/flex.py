@@ -19,7 +19,7 @@ from ..problem.masks import Dense, Documents, Rule, find
 from ..problem.scores import Bias, TensorBias, levelled, narrowed
 from ..problem.spec import AttentionSpec
 from .base import FEATURES, Backend, Limits
-from .choice.waiting import waits
+from .compiling import waits
 
 
 class Flex(Backend):

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..problem.masks import readable
+from ..host.torch_state import readable
 from ..problem.scores import narrowed
 from ..problem.spec import AttentionSpec
 from .base import FEATURES, Backend, Limits

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from ..backends import Backend, Call, record
 from ..backends.parity import AGAIN, allowed_error
+from ..host.clock import host_seconds, peak_bytes, wait
 from ..problem.errors import NoBackendError
-from .environment import host_seconds, peak_bytes, wait
 from .inputs import Inputs
 from .peers import Contestant
 from .reference import Named, Reference

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..problem.errors import in_one_line
+from ..problem.wording import in_one_line
 from .cases import Case
 from .peers import HEADLINES, how
 from .verdicts import best_peer, judge, middle, share_of_gemm, verdict

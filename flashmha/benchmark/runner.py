@@ -13,8 +13,9 @@ from typing import Any
 import torch
 
 from .. import __version__
+from ..host.clock import quiet, seconds
 from .cases import Case
-from .environment import Canary, commit, environment, quiet, seconds
+from .environment import Canary, commit, environment
 from .gate import Seat, admit, sweep
 from .inputs import draw
 from .lineup import contestants, everybody, shown_by_name

@@ -13,7 +13,7 @@ from ..benchmark.report import Run, faults, levels, load, markdown, origin_line,
 from ..benchmark.runner import FEWEST, Plan, run
 from ..benchmark.suites import ON_REQUEST, SUITES, every_case
 from ..host.extras import wanted_by
-from ..problem.errors import in_one_line
+from ..problem.wording import in_one_line
 from .destination import check_folder
 from .devices import device
 from .screen import add_json, print_json, print_table, progress

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from ..backends import BY_LIMITS, asked, explain, origin
-from ..problem.masks import ALIGNMENTS, Dense, Documents, KeyLengths, KeyPadding, Mask, Window, causal, short
+from ..problem.masks import ALIGNMENTS, Dense, Documents, KeyLengths, KeyPadding, Mask, Window, causal
 from ..problem.scores import ALiBi, Bias, TensorBias
 from ..problem.spec import AttentionSpec
+from ..problem.wording import short
 from .devices import device
 from .picture import Picture
 from .screen import add_json, print_json, print_table

@@ -12,7 +12,7 @@ import torch
 from .. import __version__
 from ..backends import VARIABLE, get, names, origin
 from ..backends.choice import tuned, waiting
-from ..problem.errors import lines
+from ..problem.wording import lines
 from .devices import description, devices
 from .screen import add_json, print_json, print_table
 from .variables import check_variables

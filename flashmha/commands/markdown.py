@@ -7,7 +7,7 @@ from pathlib import Path
 from ..backends import get, names, origin
 from ..backends.base import FEATURES, Backend
 from ..benchmark.report import figures
-from ..problem.masks import short
+from ..problem.wording import short
 
 RESULTS = {
     "speed": Path("benchmarks", "results", "cpu.json"),

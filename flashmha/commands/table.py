@@ -9,7 +9,7 @@ from typing import Any
 
 from ..backends import get, names, origin
 from ..backends.base import FEATURES, Limits
-from ..problem.masks import short
+from ..problem.wording import short
 from .destination import check_file
 from .markdown import table, write
 from .screen import add_json, print_json

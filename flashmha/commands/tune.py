@@ -22,13 +22,15 @@ from torch import Tensor
 
 from .. import __version__
 from ..backends import FAMILIES, expand, get, names, origin, reason
-from ..backends.choice.ranking import KINDS, LAST, MARGIN, MODES, Row, Table, derive, graphics, keys
+from ..backends.choice.ranking import KINDS, LAST, MARGIN, MODES, Row, Table, derive, keys
 from ..backends.choice.tuned import SCHEMA, read
-from ..benchmark.environment import commit, environment, seconds, wait
+from ..benchmark.environment import commit, environment
 from ..functional import attention
-from ..problem.errors import in_one_line
-from ..problem.masks import Dense, Documents, KeyPadding, Mask, Window, causal, find, short
+from ..host.clock import seconds, wait
+from ..host.machine import graphics
+from ..problem.masks import Dense, Documents, KeyPadding, Mask, Window, causal, find
 from ..problem.spec import AttentionSpec
+from ..problem.wording import in_one_line, short
 from .destination import check_file
 from .devices import device
 from .explain import DTYPES, at_least

@@ -10,8 +10,8 @@ import torch
 from ..backends import Backend, expand, get, names
 from ..backends.base import FEATURES
 from ..host.extras import wanted_by
-from ..problem.errors import in_one_line
 from ..problem.spec import AttentionSpec
+from ..problem.wording import in_one_line
 from ..testing.values import HEAD_DIMS, LONGEST
 from .devices import device, devices
 from .screen import Advance, add_json, print_json, print_table, progress

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 from torch.overrides import has_torch_function
 
-from ..problem.masks import Mask, Padding, told
+from ..problem.masks import Mask, Padding
+from ..problem.wording import told
 
 
 def check_kinds(query: Any, key: Any, value: Any, key_padding_mask: Any, attn_mask: Any) -> None:

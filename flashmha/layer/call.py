@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..functional import casts_to
-from ..problem.masks import Dense, KeyPadding, Mask, Padding, causal, joined, private, readable
+from ..host.torch_state import casts_to, readable
+from ..problem.masks import Dense, KeyPadding, Mask, Padding, causal, joined, private
 from ..problem.scores import plus
 
 

@@ -9,11 +9,14 @@ from torch.overrides import has_torch_function
 
 from ..backends import preference
 from ..backends.base import HALF
-from ..functional import autocast, casts_to, run
+from ..functional import run
+from ..host.torch_state import autocast, casts_to, needs_aten
+from ..problem import packing
 from ..problem.masks import Mask, Padding, joined
+from ..problem.packing import Padded
 from ..problem.scores import TensorBias
-from ..problem.spec import AttentionSpec, needs_aten
-from ..weights.recipe import Padded, attention_with_weights
+from ..problem.spec import AttentionSpec
+from ..weights.recipe import attention_with_weights
 from . import nested, padding, projection, shortcut
 from .arguments import check_flags, check_kinds
 from .call import Reading, read_call
@@ -121,7 +124,7 @@ def attend_call(
     if not isinstance(output, Tensor) or output.shape != (q.shape[0], q.shape[1], layer.embed_dim):
         check_output(layer, output, q.shape[0], q.shape[1])
     if padded is not None:
-        output = padding.unpack(output, padded.places, (call.query.shape[0], call.query.shape[1]))
+        output = packing.unpack(output, padded.places, (call.query.shape[0], call.query.shape[1]))
     if not call.batched:
         return output.squeeze(0), weights
     if not layer.batch_first:
@@ -145,10 +148,10 @@ def prepare(layer: Any, call: Reading, wanted: Wanted, skip_padding: bool) -> Pr
     if layer.window is not None:
         mask = joined(mask, layer.window)
     if skip_padding and rule is not None and padding.refusal(layer, call) is None:
-        real = padding.tokens_of(rule, key.shape[1])
+        real = packing.tokens_of(rule, key.shape[1])
         padded = Padded(mask, real.places, call.valid)
         query, key, value = padding.pack(query, key, value, real.places)
-        mask = padding.packed(mask, real)
+        mask = packing.packed(mask, real)
     if dtype is None:
         projected = layer.project(query, key, value)
         heads = layer.process_heads(*(three("project", projected) if custom else projected))

@@ -18,7 +18,8 @@ from torch.nn import Parameter
 from ..backends import OWN, choose, note
 from ..backends import state as thread
 from ..backends.base import HALF
-from ..functional import casts_to, check_result, computed_in, without_autocast
+from ..functional import check_result
+from ..host.torch_state import casts_to, computed_in, without_autocast
 from ..problem.masks import Documents, KeyLengths, KeyPadding, Mask, Padding, causal, private
 from ..problem.spec import AttentionSpec
 from ..weights.recipe import attention_with_weights

@@ -5,22 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from .spec import AttentionSpec
-
-
-def lines(rows: Mapping[str, str]) -> str:
-    """``name  text`` for every row, aligned."""
-    width = max([0, *[len(name) for name in rows]])
-    return "\n".join(f"  {name:<{width}}  {text}" for name, text in rows.items())
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of an exception's text, of its representation where that is blank."""
-    return (str(error).strip() or repr(error)).splitlines()[0]
-
-
-def in_one_line(error: BaseException) -> str:
-    """An exception's type and the first line of its text."""
-    return f"{type(error).__name__}: {first_line(error)}"
+from .wording import lines
 
 
 class NoBackendError(RuntimeError):

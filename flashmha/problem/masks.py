@@ -26,6 +26,9 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import Tensor
 
+from ..host.torch_state import eager, is_dense, readable
+from .wording import told
+
 M = TypeVar("M", bound="Mask")
 T = TypeVar("T")
 MaskMod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
@@ -614,32 +617,6 @@ class Intersection(Mask):
         return " & ".join(map(repr, self._parts))
 
 
-def told(thing: object) -> str:
-    """What a caller passed, in a few words."""
-    if type(thing).__name__ == "CausalBias":
-        upper = thing.variant.name == "UPPER_LEFT"  # type: ignore[attr-defined]
-        return f"torch's CausalBias (say mask=causal({'align=' + repr('top_left') if upper else ''}))"
-    if isinstance(thing, Tensor) and not is_dense(thing):
-        return f"a {'nested' if thing.is_nested else short(thing.layout)} tensor of {short(thing.dtype)}"
-    if isinstance(thing, Tensor):
-        return f"{short(thing.dtype)} of shape {tuple(thing.shape)}"
-    kind, words = type(thing).__name__, " ".join(repr(thing).split())
-    if kind in words and len(words) > 40:  # an object that says no more than its class
-        return kind
-    return f"{kind} {words if len(words) <= 80 else words[:77] + '...'}"
-
-
-def is_dense(thing: object) -> bool:
-    """A tensor whose numbers are there to read: neither sparse nor nested, nor torch's CausalBias, which has none."""
-    if not isinstance(thing, Tensor) or type(thing).__name__ == "CausalBias":
-        return False
-    return thing.layout == torch.strided and not thing.is_nested
-
-
-def short(name: torch.dtype | torch.layout) -> str:
-    return str(name).removeprefix("torch.")
-
-
 def check_broadcast(name: str, tensor: Tensor, want: tuple[int, ...], hint: str = "") -> None:
     """Raise ``ValueError`` where four axes do not broadcast to (batch, heads, seqlen_q, seqlen_k)."""
     for size, target in zip(tensor.shape, want):
@@ -671,36 +648,6 @@ def is_vector_of_integers(thing: object) -> bool:
     return (
         isinstance(thing, Tensor) and is_dense(thing) and thing.dtype in (torch.int32, torch.int64) and thing.dim() == 1
     )
-
-
-def readable(tensor: Tensor) -> bool:
-    """Looking at a tensor's values waits for no device, breaks no graph and is not itself recorded."""
-    return tensor.device.type == "cpu" and eager(tensor)
-
-
-def eager(tensor: Tensor) -> bool:
-    """Operators on a tensor run when they are called, and nobody records them."""
-    return (
-        type(tensor) in (Tensor, torch.nn.Parameter)
-        and not torch.compiler.is_compiling()
-        and not torch.jit.is_tracing()
-        and not traced()
-        and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
-    )
-
-
-TRACERS = (
-    torch._C._TorchDispatchModeKey.FAKE,
-    torch._C._TorchDispatchModeKey.PROXY,
-    torch._C._TorchDispatchModeKey.FUNCTIONAL,
-)
-
-
-def traced() -> bool:
-    """Operators are being recorded rather than run (make_fx, fake tensors); a mode that only watches does not count."""
-    if not torch._C._len_torch_dispatch_stack():
-        return False
-    return any(torch._C._get_dispatch_mode(key) is not None for key in TRACERS)
 
 
 def find(mask: Mask | None, kind: type[M]) -> M | None:

@@ -26,7 +26,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from .masks import Documents, check_broadcast, home, index_grid, is_dense, lookup, positional, told
+from ..host.torch_state import is_dense
+from .masks import Documents, check_broadcast, home, index_grid, lookup, positional
+from .wording import told
 
 ScoreMod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)

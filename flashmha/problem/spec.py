@@ -14,8 +14,10 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from .masks import Dense, Documents, KeyLengths, KeyPadding, Mask, Window, find, is_dense, normalize, short, told
+from ..host.torch_state import asks_deterministic, is_dense, is_deterministic, needs_aten, plain
+from .masks import Dense, Documents, KeyLengths, KeyPadding, Mask, Window, find, normalize
 from .scores import DTYPES, Bias
+from .wording import short, told
 
 CPU = torch.device("cpu")
 NUMBER = (int, float, torch.SymFloat, Tensor)
@@ -405,30 +407,8 @@ def refuse_tensors(q: Tensor, k: Tensor, v: Tensor) -> NoReturn:
     )
 
 
-asks_deterministic = torch._C._get_deterministic_algorithms
-only_warns = torch._C._get_deterministic_algorithms_warn_only
-
-
-def is_deterministic() -> bool:
-    """``torch.use_deterministic_algorithms(True)`` holds; with ``warn_only`` torch's kernels promise nothing."""
-    return asks_deterministic() and not only_warns()
-
-
-# a constant to Dynamo, which guards both switches
-is_deterministic._dynamo_marked_constant = True  # type: ignore[attr-defined]  # torch.compiler.assume_constant_result
-
-
 REMADE = (Window, KeyPadding, KeyLengths, Documents)
 """Masks whose problem is made of the last with such a mask; a window has no tensors, so that one problem is enough."""
-
-
-def surely(condition: Any) -> bool:
-    """A condition on sizes holds; under a compiler only where that is known without binding the graph to it."""
-    if not torch.compiler.is_compiling():
-        return bool(condition)
-    from torch.fx.experimental.symbolic_shapes import statically_known_true  # sympy's import takes most of a second
-
-    return bool(statically_known_true(condition))
 
 
 SHARED = 1024
@@ -446,31 +426,3 @@ def again(key: tuple[Any, ...], mask: Mask | None) -> AttentionSpec | None:
             refuse_device("mask", mask, known.device)
     mask.check(known.batch, known.heads, known.seqlen_q, known.seqlen_k)
     return known.padded(mask)
-
-
-def plain(q: Tensor, k: Tensor, v: Tensor) -> bool:
-    """Ordinary tensors that nobody transforms or records: their sizes and flags are all there is to know."""
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
-        return False
-    return type(q) is Tensor and type(k) is Tensor and type(v) is Tensor
-
-
-PLAIN_TENSORS = ("Tensor", "Parameter", "FakeTensor", "FunctionalTensor")
-
-
-def needs_aten(*tensors: Tensor) -> bool:
-    """PyTorch needs its own operators here: exporting, torch.func transforms, tensor subclasses."""
-    if torch.compiler.is_compiling():
-        return bool(torch.compiler._is_exporting_flag)  # is_exporting() is always True to Dynamo before torch 2.13
-    if torch._C._functorch.peek_interpreter_stack() is not None and any(map(is_wrapped, tensors)):
-        return True
-    for tensor in tensors:
-        kind = type(tensor)
-        if kind is not Tensor and kind.__name__ not in PLAIN_TENSORS:
-            return True
-    return False
-
-
-def is_wrapped(tensor: Tensor) -> bool:
-    """A transform of torch.func works on this tensor."""
-    return torch._C._functorch.is_functorch_wrapped_tensor(tensor)

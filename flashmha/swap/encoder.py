@@ -12,7 +12,7 @@ import torch
 import torch.fx
 from torch import Tensor, nn
 
-from ..problem.masks import eager
+from ..host.torch_state import eager
 from . import route, stack
 from .route import Route, enter, leave
 

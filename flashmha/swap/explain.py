@@ -12,14 +12,16 @@ from torch import Tensor
 from .. import backends
 from ..backends import Explanation, Wanted
 from ..backends.rewrites.order import RealFirst
-from ..functional import as_bias, as_mask, attention, autocast, check_arguments
+from ..functional import as_bias, as_mask, attention, check_arguments
+from ..host.torch_state import autocast
 from ..layer import padding
 from ..layer.arguments import check_kinds
 from ..layer.call import read_call
 from ..layer.forward import prepare
 from ..layer.module import FlashMultiHeadAttention
-from ..problem.masks import Mask, Padding, short
+from ..problem.masks import Mask, Padding
 from ..problem.spec import AttentionSpec
+from ..problem.wording import short
 from ..weights.recipe import is_defined
 from .encoder import FlashTransformerEncoder, found_causal
 from .route import enter

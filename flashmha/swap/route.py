@@ -13,12 +13,14 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.modules.module import _has_any_global_hook
 
 from ..backends.rewrites.order import RealFirst
+from ..host.torch_state import eager
 from ..layer import padding
 from ..layer.call import Reading, read_call
 from ..layer.features import HOPS, MARK, replaced
 from ..layer.module import FlashMultiHeadAttention
 from ..layer.packed import Packed
-from ..problem.masks import KeyPadding, Mask, Padding, eager, joined, plainly, private
+from ..problem import packing
+from ..problem.masks import KeyPadding, Mask, Padding, joined, plainly, private
 
 
 class Route(NamedTuple):
@@ -115,12 +117,12 @@ def left_out(
         return (zeroed(encoder, src, mask, key_padding_mask, is_causal, why) if nests else None), why
     assert call.padding is not None
     valid: Any = call.valid
-    windows = padding.windows(call.mask)
+    windows = packing.windows(call.mask)
     if not pays(encoder, valid):
         hidden = hidden_rows(attentions[0], valid)
         # as a rule, which a layer does not leave out
         return Route(src, joined(call.padding, *windows), None, False, None, hidden, nesting), None
-    real = padding.tokens_of(call.padding, valid.shape[1])
+    real = packing.tokens_of(call.padding, valid.shape[1])
     if real.places.shape[0] == valid.numel():
         return Route(src, joined(*windows), None, False), None
     packed = Packed(src, real, attentions[0].batch_first)

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from ..backends import OWN, choose, note
 from ..backends import state as thread
 from ..backends.base import Backend, Serve
-from ..functional import check_result, computed_in, without_autocast
+from ..functional import check_result
+from ..host.torch_state import computed_in, without_autocast
 from ..layer import shortcut
 from ..layer.projection import by_one_matrix, parameters
 from ..problem.masks import Mask

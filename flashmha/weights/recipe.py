@@ -13,7 +13,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.autograd.forward_ad as forward_ad
@@ -22,10 +22,11 @@ from torch import Tensor
 from ..backends import OWN, Wanted, capturing, choose, note, preference
 from ..backends.base import Backend
 from ..backends.naive import Naive, probabilities, scores, weigh
-from ..functional import answer, run, without_autocast
+from ..functional import answer, run
+from ..host.torch_state import is_batched, traced, without_autocast
 from ..layer.features import overridden
-from ..layer.padding import unpack
-from ..problem.masks import Mask, normalize, traced
+from ..problem.masks import normalize
+from ..problem.packing import Padded, unpack
 from ..problem.scores import TensorBias
 from ..problem.spec import SHARED, AttentionSpec
 from . import tiles
@@ -340,14 +341,6 @@ def taken_apart(recipe: Recipe) -> tuple[list[Tensor | None], Callable[..., Reci
     return [recipe.lse, recipe.rows, recipe.places, *held], whole
 
 
-class Padded(NamedTuple):
-    """Where packed tokens came from: the mask before packing, their places in (batch * seqlen), the real positions."""
-
-    mask: Mask | None
-    places: Tensor
-    rows: Tensor
-
-
 def attention_with_weights(
     q: Tensor,
     k: Tensor,
@@ -501,12 +494,6 @@ def with_bias(spec: AttentionSpec, bias: Tensor | None) -> AttentionSpec:
 def finer(dtype: torch.dtype) -> torch.dtype:
     """At least float32."""
     return torch.promote_types(dtype, torch.float32)
-
-
-def is_batched(grad: Tensor) -> bool:
-    """``is_grads_batched`` walks the graph once for many gradients."""
-    functorch = torch._C._functorch
-    return functorch.is_legacy_batchedtensor(grad) or functorch.is_functorch_wrapped_tensor(grad)
 
 
 def spread(rows: Tensor, average: bool) -> Tensor:

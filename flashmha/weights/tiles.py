@@ -16,10 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..backends.rewrites.compact import has_triton
-from ..problem.masks import Dense, KeyLengths, KeyPadding, Window, short
+from ..host.machine import has_triton
+from ..problem.masks import Dense, KeyLengths, KeyPadding, Window
 from ..problem.scores import TensorBias
 from ..problem.spec import AttentionSpec
+from ..problem.wording import short
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 LARGEST_HEAD_DIM = 256

@@ -14,8 +14,8 @@ from importlib import metadata
 import torch
 from torch import Tensor
 
-from ...problem.errors import in_one_line
 from ...problem.spec import AttentionSpec
+from ...problem.wording import in_one_line
 from ..base import Backend, Limits
 
 GROUP = "flashmha.backends"

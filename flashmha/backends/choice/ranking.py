@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from ...host.machine import graphics
 from ...problem.masks import Documents, find
 from ...problem.spec import AttentionSpec
 from ..base import HALF
@@ -99,19 +100,6 @@ class Table:
             return True
         name, major = graphics(index)
         return self.capability in (None, major) and self.gpu in (None, name)
-
-
-known: dict[int, tuple[str | None, int | None]] = {}
-
-
-def graphics(index: int | None) -> tuple[str | None, int | None]:
-    """The name and the compute capability (major version) of a CUDA device; nothing where there is none."""
-    if not torch.cuda.is_available():
-        return None, None
-    index = torch.cuda.current_device() if index is None else index
-    if index not in known:
-        known[index] = (torch.cuda.get_device_name(index), torch.cuda.get_device_capability(index)[0])
-    return known[index]
 
 
 def kind(spec: AttentionSpec) -> str:

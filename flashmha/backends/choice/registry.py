@@ -11,7 +11,7 @@ import threading
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
-from ...problem.errors import in_one_line
+from ...problem.wording import in_one_line
 from ..base import CONTRACTS, Backend, Limits
 from . import plugins
 from .plugins import Unusable

@@ -5,38 +5,25 @@ It is asked before the built-in table, for what it holds. A file that was measur
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
 import math
 import os
 import threading
-from collections.abc import Sequence
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from ...host.machine import PACKAGES, graphics, installed
 from ...problem.spec import AttentionSpec
-from .ranking import KINDS, MODES, PLACE, TABLE, Row, Table, derive, graphics, keys, kind, mode
+from .ranking import KINDS, MODES, PLACE, TABLE, Row, Table, derive, keys, kind, mode
 
 VARIABLE = "FLASHMHA_TUNED"
 SCHEMA = 1
 """The form of the file; a file of another one is measured again."""
 DEVICES = ("cpu", "cuda", "mps", "xpu")
 """The device types that ``tune`` measures."""
-PACKAGES = ("triton", "flash-attn", "flash-attn-3", "fa3-fwd", "flash-attn-4", "nvidia-cutlass-dsl")
-"""The packages of kernels, whose versions a measurement depends on."""
-
-
-def installed(packages: Sequence[str] = PACKAGES) -> dict[str, str]:
-    """The versions of those packages that are here."""
-    found: dict[str, str] = {}
-    for package in packages:
-        with contextlib.suppress(metadata.PackageNotFoundError):
-            found[package] = metadata.version(package)
-    return found
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,21 +8,11 @@ arithmetic on estimates: nothing here looks at a device, and nothing is timed bu
 
 from __future__ import annotations
 
-import contextlib
-import dataclasses
-import logging
 import os
-import threading
-import time
-from collections.abc import Hashable, Iterator
-from typing import Any
 
-import torch
-
-from ...problem.spec import AttentionSpec, asks_deterministic
+from ...host.torch_state import asks_deterministic
+from ...problem.spec import AttentionSpec
 from .ranking import keys, work
-
-logger = logging.getLogger("flashmha")
 
 SPEED, STREAM = 5e14, 3e12
 """Operations and bytes a second of a fused kernel on an H200, half precision."""
@@ -31,105 +21,9 @@ TRAINING = 3.5
 GAIN = 0.3
 """The part of its time that a call loses with the next backend; on an H200 61 us become 84, or 120 with cuDNN, at 512
 tokens, and 16 become 20 or 22 at 128."""
-SECONDS = 4.0
-"""What compiling a kernel takes, before this process has compiled one."""
-NOTHING = 0.02
-"""A first call of fewer seconds compiled nothing: the package had the kernel."""
-PATIENCE = 1000
-"""Calls before a problem moves, whatever they have lost: by then a backward has shown whether there are checkpoints."""
-MOST = 1024
-"""The most kernels that are waited for; the one first asked for is forgotten."""
 
 VARIABLE = "FLASHMHA_FIRST_CHOICE"
 """Set to anything but 0: a problem stays with the backend it was given first."""
-
-
-@dataclasses.dataclass(eq=False)
-class Wait:
-    """A kernel that problems could use.
-
-    Attributes:
-        backend: whose it is.
-        cost: the seconds that compiling it takes, as far as is known.
-        calls: how many went without it.
-        lost: the seconds that were lost so.
-        stays: it is never waited for in this process.
-    """
-
-    backend: str
-    cost: float
-    calls: int = 0
-    lost: float = 0.0
-    stays: bool = False
-
-    @property
-    def over(self) -> bool:
-        """It is worth its seconds now, or is there."""
-        return self.lost >= self.cost and self.calls >= PATIENCE and not self.stays
-
-    def lose(self, seconds: float) -> None:
-        """Count a call. In a backward it is a checkpoint that computes a forward again, and has to find the backend
-        that the forward found: then everything stays as it is."""
-        if in_backward():
-            self.stays = True
-        self.calls += 1
-        self.lost += seconds
-
-    def __str__(self) -> str:
-        if self.stays:
-            return "never waited for, since checkpoints compute forwards again, which must not find another backend"
-        return f"{self.lost:.3g} of {self.cost:.3g} seconds lost without it so far"
-
-
-class Waits:
-    """The kernels that are waited for, and what compiling took in this process; of all threads."""
-
-    def __init__(self) -> None:
-        self.kernels: dict[tuple[str, Hashable], Wait] = {}
-        self.took: dict[str, tuple[int, float]] = {}
-        self.lock = threading.Lock()
-
-    def seconds(self, backend: str) -> float:
-        """What compiling a kernel of a backend takes: the mean of those compiled here."""
-        count, total = self.took.get(backend, (0, 0.0))
-        return total / count if count else SECONDS
-
-    def find(self, backend: str, kernel: Hashable) -> Wait | None:
-        """What is known of a kernel; ``None`` where no problem has lost anything without it."""
-        return self.kernels.get((backend, kernel))
-
-    def of(self, backend: str, kernel: Hashable, needs_grad: bool) -> Wait:
-        """The wait for a kernel, from now on; a training needs one a direction."""
-        name = (backend, kernel)
-        with self.lock:
-            found = self.kernels.get(name)
-            if found is None:
-                if len(self.kernels) >= MOST:
-                    self.kernels.pop(next(iter(self.kernels)))
-                found = self.kernels[name] = Wait(backend, self.seconds(backend) * (2 if needs_grad else 1))
-        return found
-
-    def end(self, backend: str, kernel: Hashable, seconds: float) -> None:
-        """A kernel is there, and its first call took some seconds: problems that wait for it move."""
-        with self.lock:
-            wait = self.kernels.pop((backend, kernel), None)
-            if wait is not None:
-                wait.lost = float("inf")
-            if seconds < NOTHING:
-                return
-            count, total = self.took.get(backend, (0, 0.0))
-            self.took[backend] = (count + 1, total + seconds)
-        logger.info("%s compiled a kernel in %.1f s", backend, seconds)
-
-    @contextlib.contextmanager
-    def ending(self, backend: str, kernel: Hashable) -> Iterator[None]:
-        """Around the first call of a kernel; one that raises compiled nothing."""
-        start = time.perf_counter()
-        yield
-        self.end(backend, kernel, time.perf_counter() - start)
-
-
-waits = Waits()
 
 
 def loss(spec: AttentionSpec) -> float:
@@ -143,11 +37,3 @@ def loss(spec: AttentionSpec) -> float:
 def keeps() -> bool:
     """Problems stay with their first choice: torch is to be deterministic, or the variable says so."""
     return asks_deterministic() or os.environ.get(VARIABLE, "0") not in ("", "0")
-
-
-task: Any = getattr(torch._C, "_current_graph_task_id", None)
-
-
-def in_backward() -> bool:
-    """The autograd engine runs on this thread."""
-    return task is not None and task() != -1

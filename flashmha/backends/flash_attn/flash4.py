@@ -15,11 +15,12 @@ from torch import Tensor
 from ...problem.masks import Dense, Documents, KeyPadding, find
 from ...problem.spec import AttentionSpec
 from ..base import HALF, Limits
-from ..choice.waiting import waits
+from ..compiling import waits
 from ..rewrites.block_tables import edged, worth
 from ..rewrites.compact import intervals, key_lengths, missing, validity
+from ..rewrites.documents import packed, unpacked, unpacked_lse
 from .flash4_kernels import attend
-from .package import FlashAttn, normal_lse, packed, trimmed, unpacked, unpacked_lse
+from .package import FlashAttn, normal_lse, trimmed
 
 STEPS = (64, 80, 128, 192)
 """Lengths up to which the package compiles for one tile, by head_dim and pass."""

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .compact import has_triton
+from ...host.machine import has_triton
 
 WORTH = 512
 """Sequences as long as this have tiles to skip that pay for the table."""

@@ -8,12 +8,12 @@ torch for CUDA and is imported on first use.
 from __future__ import annotations
 
 import functools
-import importlib.util
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from ...host.machine import has_triton
 from ...problem.masks import KeyLengths, KeyPadding, Mask, Padding, Window, find, private
 from ...problem.spec import AttentionSpec
 
@@ -68,12 +68,6 @@ def intervals(valid: Tensor, window: Window, seqlen_q: int) -> Intervals:
     first = torch.zeros_like(meets) if window.right is None else meets - window.right
     last = torch.full_like(meets, seqlen_q) if window.left is None else meets + window.left
     return Intervals(torch.where(valid, first, seqlen_q), torch.where(valid, last, -1))
-
-
-@functools.cache
-def has_triton() -> bool:
-    """Triton is installed; looking takes longer than a kernel."""
-    return importlib.util.find_spec("triton") is not None
 
 
 def missing() -> str | None:

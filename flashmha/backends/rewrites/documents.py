@@ -18,7 +18,6 @@ from torch import Tensor
 from ...problem.masks import Documents, KeyPadding, Padding, find
 from ...problem.spec import AttentionSpec
 from ..base import FEATURES
-from ..flash_attn.package import offsets, packed, unpacked, unpacked_lse
 from .compact import key_lengths, padding
 from .order import Order, permuted, real_first
 
@@ -134,3 +133,65 @@ def read_cache(
     """
     k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (k, v))
     return function(q, k, v, cache_seqlens=key_lengths(spec), return_softmax_lse=spec.need_lse, **options)
+
+
+def packed(q: Tensor, k: Tensor, v: Tensor, documents: Documents) -> tuple[Tensor, Tensor, Tensor, dict[str, Any]]:
+    """Batch 1 with ``Documents`` as the packed tensors (total, heads, head_dim) and offsets a kernel wants."""
+    q, k, v = q[0], k[0], v[0]
+    where = offsets(documents, q.shape[0], k.shape[0])
+    if documents.total != q.shape[0] or documents.total_k != k.shape[0]:
+        real = owned(q, where["cu_seqlens_q"])
+        real_k = real if documents.aligned and q.shape[0] == k.shape[0] else owned(k, where["cu_seqlens_k"])
+        q = torch.where(real, q, 0.0)
+        k, v = (torch.where(real_k, x, 0.0) for x in (k, v))
+    return q, k, v, where
+
+
+def offsets(documents: Documents, total_q: int, total_k: int) -> dict[str, Any]:
+    """Where documents start and how long they are, in the words of a kernel."""
+    ends = documents.cu_seqlens.int()
+    return {
+        "cu_seqlens_q": ends,
+        "cu_seqlens_k": ends if documents.aligned else documents.cu_seqlens_k.int(),
+        "max_seqlen_q": longest(documents.max_seqlen, documents.cu_seqlens, total_q),
+        "max_seqlen_k": longest(documents.max_seqlen_k, documents.cu_seqlens_k, total_k),
+    }
+
+
+def unpacked(out: Tensor, documents: Documents) -> Tensor:
+    """A packed output as batch 1, zeros where no document is."""
+    return (out if documents.total == out.shape[0] else real_rows(out, documents.cu_seqlens)).unsqueeze(0)
+
+
+def unpacked_lse(lse: Tensor, documents: Documents) -> Tensor:
+    """A packed log-sum-exp (heads, total) as batch 1, ``-inf`` where no document is."""
+    if documents.total == lse.shape[1]:
+        return lse.unsqueeze(0)
+    real = owned(lse.transpose(0, 1), documents.cu_seqlens)[:, 0, 0]
+    return lse.masked_fill(~real, float("-inf")).unsqueeze(0)
+
+
+def real_rows(packed_rows: Tensor, offsets: Tensor) -> Tensor:
+    """Rows of documents as they are, and zeros behind them.
+
+    Kernels never write rows that belong to no document, nor their gradients (flash-attention#2324); ``torch.where``
+    keeps what arrives in their gradient out.
+    """
+    return torch.where(owned(packed_rows, offsets), packed_rows, 0.0)
+
+
+def owned(packed_rows: Tensor, offsets: Tensor) -> Tensor:
+    """Which rows belong to a document, (total, 1, 1)."""
+    return (torch.arange(packed_rows.shape[0], device=packed_rows.device) < offsets[-1])[:, None, None]
+
+
+def longest(known: int | None, offsets: Tensor, total: int) -> int:
+    """A bound on the longest document, at least 1: a bound of 0 launches an empty grid, which is an error.
+
+    Where the device must not be asked, while somebody compiles or captures a CUDA graph, it is the total.
+    """
+    if known is not None:
+        return max(1, known)
+    if torch.compiler.is_compiling() or (offsets.is_cuda and torch.cuda.is_current_stream_capturing()):
+        return total
+    return max(1, int(offsets.diff().max()))

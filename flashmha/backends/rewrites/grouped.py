@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ...problem.spec import AttentionSpec, surely
+from ...host.torch_state import surely
+from ...problem.spec import AttentionSpec
 
 FEW = 8
 """Queries up to which a group is folded: eight heads a group make 64 rows of them, a tile of the smallest kernel.

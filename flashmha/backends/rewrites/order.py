@@ -12,7 +12,8 @@ import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 
-from ...problem.masks import KeyLengths, KeyPadding, eager, private
+from ...host.torch_state import eager
+from ...problem.masks import KeyLengths, KeyPadding, private
 from .heads import neighbours
 
 

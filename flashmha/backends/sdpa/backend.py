@@ -12,9 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ...problem.masks import Mask, Padding, Window, eager, readable
+from ...host.torch_state import eager, is_deterministic, readable
+from ...problem.masks import Mask, Padding, Window
 from ...problem.scores import narrowed
-from ...problem.spec import AttentionSpec, is_deterministic
+from ...problem.spec import AttentionSpec
 from ..base import FEATURES, HALF, Backend, Limits, Serve
 from ..rewrites.compact import validity
 from ..rewrites.documents import PADDING, offsets_in_place, pack, unpack

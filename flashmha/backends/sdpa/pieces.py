@@ -11,7 +11,8 @@ import dataclasses
 import torch
 from torch import Tensor
 
-from ...problem.masks import Documents, KeyLengths, KeyPadding, Mask, Window, find, joined, readable
+from ...host.torch_state import readable
+from ...problem.masks import Documents, KeyLengths, KeyPadding, Mask, Window, find, joined
 from ...problem.spec import AttentionSpec
 from ..rewrites.compact import padding
 
