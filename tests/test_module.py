@@ -757,11 +757,11 @@ def counted() -> Iterator[list[str]]:
     [
         ("aaa", False, False, False, 14),
         ("aaa", False, False, True, 14),
-        ("aaa", False, True, False, 34),
-        ("abb", False, False, True, 16),
-        ("abc", False, False, False, 15),
-        ("aaa", True, False, False, 22),
-        ("abb", True, False, True, 24),
+        ("aaa", False, True, False, 38),
+        ("abb", False, False, True, 18),
+        ("abc", False, False, False, 17),
+        ("aaa", True, False, False, 26),
+        ("abb", True, False, True, 28),
     ],
 )
 @pytest.mark.parametrize("batch_first", [True, False])

@@ -140,7 +140,8 @@ def attend(
         or (bias is not None and bias.requires_grad)
     )
     computed = dtype if cast is None else computed_in(query)
-    of_q, of_k = heads_of(shape, heads, batch_first), heads_of(keys, heads, batch_first)
+    of_q = heads_of(shape, heads, batch_first)
+    of_k = of_q if keys is shape else heads_of(keys, heads, batch_first)
     spec = AttentionSpec.between(of_q, of_k, computed, query.device, grad, mask, dropout)
     backend = None if need_weights else choose(spec)
     together = backend is None or backend.joins_gradients

@@ -370,14 +370,13 @@ def unknown_layer(layer: Any) -> str | None:
         return f".self_attn has a {', '.join(replaced(attention))} of its own"
     if hooked(attention):
         return ".self_attn has hooks"
-    parts = [(name, modules[name] if name in modules else getattr(layer, name)) for name in PARTS]
-    if attention.call_out_proj:
-        parts.append(("self_attn.out_proj", attention.out_proj))
-    for name, part in parts:
+    for name in PARTS:
+        part = modules[name] if name in modules else getattr(layer, name)
         why = unknown_part(part)
         if why is not None:
             return f".{name} {why}"
-    return None
+    why = unknown_part(attention.out_proj) if attention.call_out_proj else None
+    return None if why is None else f".self_attn.out_proj {why}"
 
 
 def unknown_part(part: Any) -> str | None:
@@ -385,11 +384,10 @@ def unknown_part(part: Any) -> str | None:
     if not isinstance(part, nn.Module):
         function = part.func if isinstance(part, functools.partial) else part
         return None if function in FUNCTIONS else f"is {getattr(part, '__name__', 'a function')}, which is not torch's"
-    kind = type(part)
-    shadowed = not part.__dict__.keys().isdisjoint(CALLS)
-    if shadowed or kind.forward not in FORWARDS or kind.__call__ is not nn.Module.__call__:
+    kind, own = type(part), part.__dict__
+    if not own.keys().isdisjoint(CALLS) or kind.forward not in FORWARDS or kind.__call__ is not nn.Module.__call__:
         return f"is a {kind.__name__}, which may mix tokens"
-    if isinstance(part, (nn.LayerNorm, nn.RMSNorm)) and len(part.normalized_shape) != 1:
+    if "normalized_shape" in own and len(own["normalized_shape"]) != 1:
         return "normalises over more than one token"
     return "has hooks" if hooked(part) else None
 

@@ -17,7 +17,7 @@ from ..backends import OWN, choose, note
 from ..backends import state as thread
 from ..backends.base import Backend, Serve
 from ..functional import check_result
-from ..host.torch_state import computed_in, without_autocast
+from ..host.torch_state import casts_to, computed_in, without_autocast
 from ..layer import shortcut
 from ..layer.projection import by_one_matrix, parameters
 from ..problem.masks import Mask
@@ -78,6 +78,7 @@ class Same(NamedTuple):
     spec: AttentionSpec
     backend: Backend
     serve: Serve
+    casts: bool
 
 
 class Attention:
@@ -103,8 +104,12 @@ class Attention:
             q, k, v = q.transpose(0, 1), k.transpose(0, 1), v.transpose(0, 1)
         if thread.calls is not None:
             note(layer, spec, backend)
-        with without_autocast(x.device):
-            attended: Any = same.serve(q, k, v)
+        attended: Any
+        if same.casts:
+            with without_autocast(x.device):
+                attended = same.serve(q, k, v)
+        else:
+            attended = same.serve(q, k, v)
         if type(backend) not in OWN:
             check_result(attended, spec, backend)
         if not batch_first:
@@ -143,5 +148,5 @@ class Attention:
         of_q = shortcut.heads_of(shape, heads, batch_first)
         spec = AttentionSpec.between(of_q, of_q, computed_in(x), x.device, grad, mask, dropout)
         backend = choose(spec, calls=self.layers)
-        self.same = Same(key, spec, backend, backend.prepare(spec))
+        self.same = Same(key, spec, backend, backend.prepare(spec), casts_to(x.device) is not None)
         return self.same

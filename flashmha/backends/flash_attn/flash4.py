@@ -170,9 +170,7 @@ class Flash4(FlashAttn):
             out = unpacked(out, documents)
             if spec.need_lse:
                 lse = unpacked_lse(lse, documents)
-                if spec.sinks is not None:  # a row of no document sees its sink alone
-                    lse = torch.where(lse == float("-inf"), spec.sinks.to(lse.dtype)[:, None], lse)
-        return (out, normal_lse(lse)) if spec.need_lse else out
+        return (out, normal_lse(lse, spec.sinks)) if spec.need_lse else out
 
     def masked(
         self, q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec

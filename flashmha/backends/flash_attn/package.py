@@ -249,6 +249,12 @@ def window_options(left: int | None, right: int | None) -> dict[str, Any]:
     return {"causal": False, "window_size": (-1 if left is None else left, -1 if right is None else right)}
 
 
-def normal_lse(lse: Tensor) -> Tensor:
-    """``-inf`` for a row that saw nothing, where flash-attn 2 says ``+inf``."""
-    return lse.masked_fill(lse == float("inf"), float("-inf"))
+def normal_lse(lse: Tensor, sinks: Tensor | None = None) -> Tensor:
+    """The log-sum-exp of a row that saw nothing as ``-inf``, where flash-attn 2 says ``+inf``; its sink beside sinks.
+
+    There a row is ``+inf`` too whose scores lie so far below its sink that a kernel's exponential of the difference
+    overflows. The sink is its log-sum-exp then, and gets all of its gradient.
+    """
+    if sinks is None:
+        return lse.masked_fill(lse == float("inf"), float("-inf"))
+    return torch.where(lse.isinf(), sinks.to(lse.dtype)[:, None], lse)
