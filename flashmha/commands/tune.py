@@ -21,7 +21,8 @@ import torch
 from torch import Tensor
 
 from .. import __version__
-from ..backends import FAMILIES, expand, get, names, origin, reason
+from ..backends import FAMILIES, expand, get, names, origin
+from ..backends.choice.choose import reason
 from ..backends.choice.ranking import KINDS, LAST, MARGIN, MODES, Row, Table, derive, keys
 from ..backends.choice.tuned import SCHEMA, read
 from ..benchmark.environment import commit, environment

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 from torch.overrides import has_torch_function
 
-from ..backends import preference
 from ..backends.base import HALF
+from ..backends.choice.wishes import preference
 from ..functional import run
 from ..host.torch_state import autocast, casts_to, needs_aten
 from ..problem import packing

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..backends import expand, get, preference
+from ..backends import expand, get
+from ..backends.choice.wishes import preference
 from ..backends.sdpa.backend import runs_packed, takes_packed
 from ..host.torch_state import computed_in, eager
 from ..problem.masks import KeyPadding, Padding, Window

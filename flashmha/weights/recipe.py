@@ -19,8 +19,11 @@ import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 
-from ..backends import OWN, Wanted, capturing, choose, note, preference
+from ..backends import choose, note
 from ..backends.base import Backend
+from ..backends.choice.builtin import OWN
+from ..backends.choice.waiting import capturing
+from ..backends.choice.wishes import Wanted, preference
 from ..backends.naive import Naive, probabilities, scores, weigh
 from ..functional import answer, run
 from ..host.torch_state import is_batched, traced, without_autocast
