@@ -13,8 +13,7 @@ from .problem.spec import AttentionSpec
 from .swap.convert import SwapReport, replace_mha, restore_mha, swap_report
 from .swap.encoder import FlashTransformerEncoder, FlashTransformerEncoderLayer
 from .swap.explain import explain
-
-__version__ = "0.1.0"
+from .version import __version__ as __version__
 
 __all__ = [
     "ALiBi",

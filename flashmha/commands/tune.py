@@ -20,7 +20,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import __version__
 from ..backends import FAMILIES, expand, get, names, origin
 from ..backends.choice.choose import reason
 from ..backends.choice.ranking import KINDS, LAST, MARGIN, MODES, Row, Table, derive, keys
@@ -32,6 +31,7 @@ from ..host.machine import graphics
 from ..problem.masks import Dense, Documents, KeyPadding, Mask, Window, causal, find
 from ..problem.spec import AttentionSpec
 from ..problem.wording import in_one_line, short
+from ..version import __version__
 from .destination import check_file
 from .devices import device
 from .explain import DTYPES, at_least

@@ -111,6 +111,7 @@ def attend_call(
             dtype=weights_dtype(q) if dtype is None else call.query.dtype,
             rows=rows,
             padded=padded,
+            remade=custom and not (is_own(layer, "project") and is_own(layer, "process_heads")),
         )
     else:
         out = run(q, k, v, spec, wanted, layer)  # type: ignore[assignment]

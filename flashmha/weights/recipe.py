@@ -27,7 +27,6 @@ from ..backends.choice.wishes import Wanted, preference
 from ..backends.naive import Naive, probabilities, scores, weigh
 from ..functional import answer, run
 from ..host.torch_state import is_batched, traced, without_autocast
-from ..layer.features import overridden
 from ..problem.masks import normalize
 from ..problem.packing import Padded, unpack
 from ..problem.scores import TensorBias
@@ -357,12 +356,13 @@ def attention_with_weights(
     dtype: torch.dtype | None = None,
     rows: Tensor | None = None,
     padded: Padded | None = None,
+    remade: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """The output, and the attention weights before dropout, 0 in blind rows, which are computed when read.
 
     The weights are (batch, heads, seqlen_q, seqlen_k), or their mean over heads with ``average``, without the batch
     axis unless ``batched``, in ``dtype``, and 0 outside ``rows`` (batch, seqlen_q). ``padded`` for q, k and v that hold
-    the real tokens alone.
+    the real tokens alone, ``remade`` where a hop of the layer's own made q and k.
 
     Where PyTorch records what runs (compile, export, torch.func, forward AD) both are ordinary tensors, and a compiler
     drops what nobody reads; the definition makes both in one pass, unless a backend is named.
@@ -391,7 +391,7 @@ def attention_with_weights(
         recipe.places, recipe.rows = padded.places, padded.rows
     elif lse is not None:
         recipe.lse = lse.detach() if lse.requires_grad else lse
-    at_once = is_small(spec) or may_change(layer, q, k) or capturing(spec) or spec.device.type == "meta"
+    at_once = is_small(spec) or (remade and may_change(q, k)) or capturing(spec) or spec.device.type == "meta"
     make = Recipe.make if at_once else defer
     if spec.needs_grad:
         fused = None if spec.dropout_p > 0.0 or backend.name == "naive" else v
@@ -420,10 +420,8 @@ def is_defined(spec: AttentionSpec, backend: Backend, wanted: Wanted) -> bool:
     return is_small(spec) and type(backend) in OWN and preference(wanted) is None
 
 
-def may_change(layer: Any, q: Tensor, k: Tensor) -> bool:
+def may_change(q: Tensor, k: Tensor) -> bool:
     """A hop of the layer's own may return memory that is written before the weights are read: a cache's, an input's."""
-    if layer is None or {"project", "process_heads"}.isdisjoint(overridden(layer)):
-        return False
     written = q.is_inference() or k.is_inference() or q._version > 0 or k._version > 0
     return written or q._is_view() or k._is_view()
 
