@@ -40,7 +40,8 @@ from flashmha.backends.base import HALF
 from flashmha.backends.rewrites import compact
 from flashmha.backends.rewrites.grouped import FEW
 from flashmha.backends.sdpa import backend as sdpa
-from flashmha.backends.sdpa.backend import attend_on_cuda, kernels_for_masks, without_cudnn
+from flashmha.backends.sdpa.backend import attend_on_cuda
+from flashmha.backends.sdpa.switches import kernels_for_masks, without_cudnn
 from flashmha.testing import noise, seeds, specs, tensors
 from flashmha.testing.grid import KINDS, SHAPES, drawn
 

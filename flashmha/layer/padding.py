@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..backends import expand, get
 from ..backends.choice.wishes import preference
-from ..backends.sdpa.backend import runs_packed, takes_packed
+from ..backends.sdpa.packed import runs_packed, takes_packed
 from ..host.torch_state import computed_in, eager
 from ..problem.masks import KeyPadding, Padding, Window
 from ..problem.packing import has_holes, parts, take

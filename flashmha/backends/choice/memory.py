@@ -8,7 +8,7 @@ from ...host.torch_state import asks_deterministic, only_warns
 from ...problem.spec import SHARED, AttentionSpec
 from ..base import Backend
 from ..compiling import Wait
-from ..sdpa.backend import switches
+from ..sdpa.switches import switches
 from . import registry, tuned
 from .builtin import OWN
 from .waiting import WAITS, capturing, keeps, loss, movable, unready

@@ -9,7 +9,8 @@ import torch
 from ...host.torch_state import surely
 from ...problem.spec import AttentionSpec
 from ..base import Backend
-from ..sdpa.backend import packs, switches
+from ..sdpa.packed import packs
+from ..sdpa.switches import switches
 from . import registry, tuned
 from .builtin import OWN
 from .ranking import WORTH, work
