@@ -14,7 +14,8 @@ from ..host.torch_state import computed_in, eager
 from ..problem.masks import KeyPadding, Padding, Window
 from ..problem.packing import has_holes, parts, take
 from ..problem.wording import short
-from .call import Reading, each_once, extra_columns
+from .call import Reading, each_once
+from .checks import extra_columns
 from .features import overridden
 
 
