@@ -8,9 +8,8 @@ from torch import Tensor
 from torch.overrides import has_torch_function
 
 from ..backends.base import HALF
-from ..backends.choice.wishes import preference
 from ..functional import run
-from ..host.torch_state import autocast, casts_to, needs_aten
+from ..host.torch_state import autocast
 from ..problem import packing
 from ..problem.masks import Mask, Padding, joined
 from ..problem.packing import Padded
@@ -23,6 +22,7 @@ from .call import Reading, read_call
 from .columns import added, append, widen
 from .features import changed, has_hops, is_own
 from .hops import check_heads, check_output, check_weights, refuse_weights, three
+from .precision import computing_dtype, weights_dtype
 from .stock import stock_forward
 
 Wanted = Union[str, Sequence[str], None]  # noqa: UP007
@@ -133,13 +133,6 @@ def attend_call(
     return output, weights
 
 
-def weights_dtype(q: Tensor) -> torch.dtype:
-    """What a softmax of scores of q gives: on a GPU autocast takes it to float32."""
-    if q.is_cuda and casts_to(q.device) is not None:
-        return torch.promote_types(q.dtype, torch.float32)
-    return q.dtype
-
-
 def prepare(layer: Any, call: Reading, wanted: Wanted, skip_padding: bool) -> Problem:
     """Hops 2 and 3: the heads projected and processed, and the problem they make."""
     query, key, value, mask, bias, _, columns, rule = call
@@ -181,23 +174,6 @@ def prepare(layer: Any, call: Reading, wanted: Wanted, skip_padding: bool) -> Pr
         dropout_p=layer.dropout if layer.training else 0.0,
     )
     return Problem(q, k, v, spec, dtype, padded, custom)
-
-
-def computing_dtype(layer: Any, call: Reading, wanted: Wanted) -> torch.dtype | None:
-    """float32 where this CPU is slower in the half precision the layer is kept in; ``None`` for the layer's own.
-
-    Not for a layer that was told a backend or has hops of its own, which were written for the layer's dtype.
-    """
-    query, dtype = call.query, call.query.dtype
-    if query.device.type != "cpu" or casts_to(query.device) is not None or not projection.emulated(dtype):
-        return None
-    if layer.call_out_proj or has_hops(layer) or preference(wanted) is not None or needs_aten(query):
-        return None
-    weights = (layer.in_proj_weight, layer.q_proj_weight, layer.k_proj_weight, layer.v_proj_weight)
-    tensors = (call.key, call.value, getattr(layer.out_proj, "weight", None), *weights)
-    if any(isinstance(x, Tensor) and x.dtype != dtype for x in tensors):
-        return None  # an error of the caller's, which the projection reports
-    return torch.float32
 
 
 def attend_nested(
