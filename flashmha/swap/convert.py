@@ -8,7 +8,6 @@ written on the module itself and undone by ``restore_mha``.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import fnmatch
 import warnings
 from collections.abc import Callable, Iterable, Iterator
@@ -16,12 +15,11 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-from ..layer.features import ABSENT, EXTRA_KEYS, MARK, changed, check_features, is_own
+from ..layer.features import ABSENT, EXTRA_KEYS, MARK, check_features
 from ..layer.module import FlashMultiHeadAttention
-from ..layer.projection import unheard
 from .encoder import FlashTransformerEncoder, FlashTransformerEncoderLayer, is_stock
-from .modules import CLASS, UNDO, check_model, holds, own_forward, refusal, remember, set_class, waits, walk
-from .route import unknown
+from .modules import CLASS, UNDO, check_model, holds, refusal, remember, set_class, waits, walk
+from .report import silent, swap_report
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -133,68 +131,6 @@ def restore_mha(model: M) -> M:
         if kind is not None:
             module.__class__ = kind
     return model
-
-
-@dataclasses.dataclass(frozen=True)
-class SwapRow:
-    """One attention layer of a model: its name, its class, whether flashmha runs it, and why (not)."""
-
-    name: str
-    kind: str
-    swapped: bool
-    why: str
-
-    def __str__(self) -> str:
-        return f"{'swapped' if self.swapped else 'left   '}  {self.name or '(root)'}  {self.kind}: {self.why}"
-
-
-class SwapReport(tuple[SwapRow, ...]):
-    """One row for each ``nn.MultiheadAttention`` of a model, and for each encoder around them; print it."""
-
-    def __str__(self) -> str:
-        return "\n".join(map(str, self)) or "no nn.MultiheadAttention in this model"
-
-
-def swap_report(model: nn.Module) -> SwapReport:
-    """What ``replace_mha`` swapped in a model, what not, and why; before a swap, what it would leave."""
-    check_model(model)
-    rows = []
-    for name, module, fsdp in walk(model):
-        kind, undo = type(module).__name__, vars(module).get(UNDO, {})
-        if isinstance(module, FlashMultiHeadAttention):
-            why = "by replace_mha" if CLASS in undo else "built as one"
-            if changed(module):
-                why += f", with {', '.join(changed(module))}"
-            notes = [note for note in (waits(module), own_forward(module), silent(name, module)) if note is not None]
-            rows.append(SwapRow(name, kind, True, "; ".join([why, *notes])))
-        elif isinstance(module, nn.MultiheadAttention):
-            why = refusal(module, fsdp) or "replace_mha would swap it"
-            rows.append(SwapRow(name, kind, False, why))
-        elif isinstance(module, (nn.TransformerEncoderLayer, nn.TransformerEncoder)) and UNDO in vars(module):
-            kept = [f"{attribute} set to {getattr(module, attribute)}" for attribute in undo if attribute != CLASS]
-            rows.append(
-                SwapRow(name, kind, True, "; ".join(kept or ["calls self_attn in eval too", *about_padding(module)]))
-            )
-    return SwapReport(rows)
-
-
-def about_padding(module: nn.Module) -> list[str]:
-    """What an encoder does about padding, as far as its own make-up says."""
-    if not isinstance(module, FlashTransformerEncoder):
-        return []
-    why = unknown(module)
-    return [
-        "may leave padding out once for all layers" if why is None else f"each layer sees padding for itself: {why}"
-    ]
-
-
-def silent(name: str, module: FlashMultiHeadAttention) -> str | None:
-    """What does not run at a layer's ``out_proj``, as far as it can be known.
-
-    An adapter around the layer puts it into the weights, and a ``merge`` of the layer's own may call it.
-    """
-    wrapped = name.rpartition(".")[2] == "base_layer"
-    return None if wrapped or not is_own(module, "merge") else unheard(module)
 
 
 def check_target(to: Any) -> None:
