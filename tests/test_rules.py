@@ -31,6 +31,7 @@ from flashmha.backends.rewrites import documents as packing
 from flashmha.backends.rewrites.heads import neighbours
 from flashmha.backends.rewrites.order import RealFirst, permuted, real_first
 from flashmha.backends.sdpa import backend as sdpa
+from flashmha.backends.sdpa import packed as varlen
 from flashmha.backends.sdpa import pieces as blocks
 from flashmha.problem import masks
 from flashmha.swap import encoder, route
@@ -487,7 +488,7 @@ def test_a_padded_call_takes_few_steps(monkeypatch: pytest.MonkeyPatch) -> None:
         torch.randn(2, 17, 16),
         validity("left", 2, 17, 1),
     )
-    monkeypatch.setattr(sdpa, "packs_up_to", lambda index: 256)
+    monkeypatch.setattr(varlen, "packs_up_to", lambda index: 256)
     monkeypatch.setattr(torch.ops.aten, "_flash_attention_forward", lambda q, *rest, **more: (q,))
     q, k, v = noise(0, 3, 2, 17, 2, 8, dtype=torch.bfloat16).unbind()
     rules = {44: masks.private(KeyPadding(valid)), 52: masks.private(KeyLengths(valid.sum(1)))}

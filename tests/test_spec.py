@@ -37,7 +37,7 @@ from flashmha import (
 from flashmha.backends import choose, get, names, order, register
 from flashmha.backends.base import FEATURES
 from flashmha.backends.choice.choose import reason as reason_against
-from flashmha.backends.sdpa.backend import by_math
+from flashmha.backends.sdpa.switches import by_math
 from flashmha.host.torch_state import is_deterministic
 from flashmha.testing import seeds, specs, tensors
 

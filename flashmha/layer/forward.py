@@ -1,12 +1,12 @@
 """One forward of a layer, from the call to the output."""
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple, Union
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..backends.base import HALF
+from ..backends.choice.wishes import Wanted
 from ..functional import run
 from ..host.torch_state import autocast
 from ..problem import packing
@@ -23,8 +23,6 @@ from .features import has_hops, is_own
 from .hops import check_heads, check_output, check_weights, refuse_weights, three
 from .precision import computing_dtype, weights_dtype
 from .stock import as_stock, refuse_torchscript, wants_torch_function
-
-Wanted = Union[str, Sequence[str], None]  # noqa: UP007
 
 
 class Problem(NamedTuple):

@@ -7,12 +7,10 @@ import torch
 from torch import Tensor
 
 from ..backends.base import HALF
-from ..backends.choice.wishes import preference
+from ..backends.choice.wishes import Wanted, preference
 from ..host.torch_state import casts_to, needs_aten
-from . import precision
 from .call import Reading
 from .features import has_hops
-from .forward import Wanted
 
 
 def weights_dtype(q: Tensor) -> torch.dtype:
@@ -28,7 +26,7 @@ def computing_dtype(layer: Any, call: Reading, wanted: Wanted) -> torch.dtype | 
     Not for a layer that was told a backend or has hops of its own, which were written for the layer's dtype.
     """
     query, dtype = call.query, call.query.dtype
-    if query.device.type != "cpu" or casts_to(query.device) is not None or not precision.emulated(dtype):
+    if query.device.type != "cpu" or casts_to(query.device) is not None or not emulated(dtype):
         return None
     if layer.call_out_proj or has_hops(layer) or preference(wanted) is not None or needs_aten(query):
         return None

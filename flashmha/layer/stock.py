@@ -13,10 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import has_torch_function
 
+from ..backends.choice.wishes import Wanted
 from ..problem.masks import Mask, Padding
 from . import projection
 from .features import changed
-from .forward import Wanted
 
 
 def stock_forward(

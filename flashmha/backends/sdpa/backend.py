@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend
 
-from ...host.torch_state import eager, is_deterministic, readable
+from ...host.torch_state import eager, readable
 from ...problem.masks import Mask, Padding
 from ...problem.scores import narrowed
 from ...problem.spec import AttentionSpec
@@ -16,7 +16,7 @@ from ..rewrites.compact import validity
 from ..rewrites.grouped import fold, fold_table, folds, unfold
 from .packed import attend_packed, packs
 from .pieces import Item, cut, keep_all, slices
-from .switches import kernels_for_masks, only, switches, without_cudnn
+from .switches import by_math, kernels_for_masks, only, switches, without_cudnn
 
 
 def top_left_causal(spec: AttentionSpec) -> bool:
@@ -219,15 +219,6 @@ def overflows(spec: AttentionSpec) -> bool:
     if spec.seqlen_q == 1 or spec.seqlen_k % 128 == 64:  # noqa: SIM103  symbols that a branch makes a bool
         return True
     return False
-
-
-def by_math(spec: AttentionSpec) -> bool:
-    """Only the math kernel's backward is deterministic for this problem.
-
-    The fused ones ask torch's own switch when the backward runs, and add gradients up in any order where it is off or
-    no more than a warning.
-    """
-    return "deterministic" in spec.needs and not is_deterministic()
 
 
 def attend(

@@ -12,8 +12,7 @@ from ...problem.spec import AttentionSpec
 from ..base import HALF
 from ..rewrites.documents import PADDING, pack, unpack
 from ..rewrites.grouped import FEW
-from .backend import by_math
-from .switches import switches
+from .switches import by_math, switches
 
 
 def packs(spec: AttentionSpec) -> bool:

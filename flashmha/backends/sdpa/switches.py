@@ -9,6 +9,9 @@ from collections.abc import Iterator
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from ...host.torch_state import is_deterministic
+from ...problem.spec import AttentionSpec
+
 KERNELS = (
     SDPBackend.EFFICIENT_ATTENTION,
     SDPBackend.MATH,
@@ -57,3 +60,12 @@ def only(kernels: list[SDPBackend]) -> contextlib.AbstractContextManager[None]:
 def alone(kernels: list[SDPBackend]) -> Iterator[None]:
     with LOCK, sdpa_kernel(kernels):
         yield
+
+
+def by_math(spec: AttentionSpec) -> bool:
+    """Only the math kernel's backward is deterministic for this problem.
+
+    The fused ones ask torch's own switch when the backward runs, and add gradients up in any order where it is off or
+    no more than a warning.
+    """
+    return "deterministic" in spec.needs and not is_deterministic()
