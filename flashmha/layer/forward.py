@@ -14,7 +14,7 @@ from ..problem.masks import Mask, Padding, joined
 from ..problem.packing import Padded
 from ..problem.scores import TensorBias
 from ..problem.spec import AttentionSpec
-from ..weights.recipe import attention_with_weights
+from ..weights.attend import attention_with_weights
 from . import nested, padding, projection, shortcut
 from .arguments import check_flags, check_kinds
 from .call import Reading, read_call

@@ -23,7 +23,7 @@ from ..functional import check_result
 from ..host.torch_state import asks_deterministic, casts_to, only_warns, without_autocast
 from ..problem.masks import Documents, KeyLengths, KeyPadding, Mask, Padding, causal, private
 from ..problem.spec import SHARED, AttentionSpec
-from ..weights.recipe import attention_with_weights
+from ..weights.attend import attention_with_weights
 from .features import HOPS
 from .projection import PLAIN, by_one_matrix
 

@@ -23,7 +23,7 @@ from ..layer.module import FlashMultiHeadAttention
 from ..problem.masks import Mask, Padding
 from ..problem.spec import AttentionSpec
 from ..problem.wording import short
-from ..weights.recipe import is_defined
+from ..weights.attend import is_defined
 from .encoder import FlashTransformerEncoder, found_causal
 from .route import enter
 
