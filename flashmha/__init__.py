@@ -10,11 +10,11 @@ from .problem.errors import NoBackendError
 from .problem.masks import Dense, Documents, KeyLengths, KeyPadding, Mask, Rule, Window, causal
 from .problem.scores import ALiBi, Bias, RelativeBias, TensorBias
 from .problem.spec import AttentionSpec
-from .swap.convert import SwapReport, replace_mha, restore_mha, swap_report
+from .swap.convert import replace_mha, restore_mha
 from .swap.encoder import FlashTransformerEncoder, FlashTransformerEncoderLayer
 from .swap.explain import explain
-
-__version__ = "0.1.0"
+from .swap.report import SwapReport, swap_report
+from .version import __version__ as __version__
 
 __all__ = [
     "ALiBi",

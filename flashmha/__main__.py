@@ -9,8 +9,8 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from . import __version__
 from .commands.variables import check_variables
+from .version import __version__
 
 COMMANDS = {
     "info": ("flashmha.commands.info", "versions, devices, and what stands against each backend"),

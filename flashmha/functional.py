@@ -7,7 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .backends import OWN, Backend, Wanted, choose, note
+from .backends import Backend, choose, note
+from .backends.choice.builtin import OWN
+from .backends.choice.wishes import Wanted
 from .host.torch_state import autocast, is_dense, without_autocast
 from .problem.masks import Dense, Mask
 from .problem.scores import Bias, TensorBias

@@ -15,7 +15,7 @@ import flashmha
 from flashmha import FlashMultiHeadAttention, KeyPadding, attention, compare_outputs, explain, record
 from flashmha.backends import get
 from flashmha.backends.flash_attn import package as flash
-from flashmha.backends.sdpa import backend as sdpa
+from flashmha.backends.sdpa import packed
 from flashmha.host import machine
 from flashmha.host.torch_state import computed_in, without_autocast
 from flashmha.layer import padding
@@ -54,7 +54,7 @@ def test_the_dtype_said_before_the_projection_is_that_of_the_heads(
 
 def layer_in_float32(x: torch.Tensor, cast: torch.dtype | None) -> bool:
     """A layer of half precision without autocast computes in float32 on a CPU that only emulates it."""
-    return cast is None and x.dtype in (torch.bfloat16, torch.float16) and flashmha.layer.projection.emulated(x.dtype)
+    return cast is None and x.dtype in (torch.bfloat16, torch.float16) and flashmha.layer.precision.emulated(x.dtype)
 
 
 @given(cast=st.sampled_from(CASTS[1:]), dtype=st.sampled_from(DTYPES))
@@ -99,12 +99,12 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     for name in ("flash2", "flash3", "flash4"):
         monkeypatch.setattr(get(name), "unavailable", lambda device: "not here")
     monkeypatch.setattr(padding, "eager", lambda tensor: True)
-    sdpa.packs_up_to.cache_clear()
+    packed.packs_up_to.cache_clear()
     was, dtype = torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
     yield
     torch.set_autocast_enabled("cuda", was)
     torch.set_autocast_dtype("cuda", dtype)
-    sdpa.packs_up_to.cache_clear()
+    packed.packs_up_to.cache_clear()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

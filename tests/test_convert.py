@@ -26,6 +26,7 @@ from flashmha.layer.features import ABSENT
 from flashmha.testing import (
     Architecture,
     Tree,
+    anatomy,
     architectures,
     assert_drop_in,
     assert_same,
@@ -35,7 +36,6 @@ from flashmha.testing import (
     seeds,
     trees,
 )
-from flashmha.testing.models import anatomy
 from flashmha.testing.models.encoder import fused_architectures, quiet
 from flashmha.testing.models.tree import WIDTH, Block, Group, Leaf
 

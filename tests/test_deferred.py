@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from flashmha import Dense, FlashMultiHeadAttention, KeyLengths
-from flashmha.backends.sdpa.backend import switches
+from flashmha.backends.sdpa.switches import switches
 from flashmha.testing import noise, seeds
 from flashmha.weights import deferred
 from flashmha.weights import recipe as weights

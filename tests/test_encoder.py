@@ -19,6 +19,7 @@ from flashmha import FlashMultiHeadAttention, replace_mha, restore_mha, swap_rep
 from flashmha.testing import (
     Architecture,
     EncoderMasks,
+    anatomy,
     architectures,
     assert_drop_in,
     assert_same,
@@ -28,7 +29,6 @@ from flashmha.testing import (
     without_fast_path,
 )
 from flashmha.testing.judge import gradients
-from flashmha.testing.models import anatomy
 from flashmha.testing.models.encoder import fused_architectures, quiet
 from flashmha.testing.models.transformer import KINDS
 from flashmha.testing.models.tree import WIDTH

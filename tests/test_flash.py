@@ -20,7 +20,7 @@ from flashmha.backends.flash_attn.flash2 import Flash2
 from flashmha.backends.flash_attn.flash3 import Flash3
 from flashmha.backends.flash_attn.package import FlashAttn
 from flashmha.backends.rewrites.grouped import FEW
-from flashmha.backends.sdpa import backend as sdpa
+from flashmha.backends.sdpa import packed as varlen
 from flashmha.backends.sdpa.backend import Sdpa
 from flashmha.testing import assert_agrees, noise, seeds, specs
 
@@ -261,12 +261,12 @@ class PretendedSdpa(Sdpa):
         Sdpa.limits,
         devices=("cpu",),
         dtypes=HALF,
-        features=(sdpa.DOCUMENTS | sdpa.PADDED) - {"dropout", "deterministic"},
+        features=(varlen.DOCUMENTS | varlen.PADDED) - {"dropout", "deterministic"},
         head_dim_step=8,
     )
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> Tensor | tuple[Tensor, Tensor]:
-        return sdpa.attend_packed(q, k, v, spec) if sdpa.packable(spec) else super().__call__(q, k, v, spec)
+        return varlen.attend_packed(q, k, v, spec) if varlen.packable(spec) else super().__call__(q, k, v, spec)
 
 
 @given(data=st.data(), seed=seeds())
@@ -292,7 +292,7 @@ def test_the_kernel_inside_torch_gets_dense_heads_and_offsets(mask: Mask | None)
         return (two(q, k, v, *told[:4], softmax_scale=scale, causal=told[5]),)
 
     with mock.patch.object(torch.ops.aten, "_flash_attention_forward", kernel):
-        out = sdpa.attend_packed(q, k, v, spec)
+        out = varlen.attend_packed(q, k, v, spec)
     torch.testing.assert_close(out, get("naive")(q, k, v, spec), atol=2e-3, rtol=2e-3)
 
 
@@ -321,8 +321,8 @@ def test_the_kernel_inside_torch_is_for_documents_and_padding(name: str) -> None
     mask, changes, packed = PACKED[name]
     sizes: dict[str, Any] = {"batch": 1, "seqlen_q": 9, "seqlen_k": 9, "heads": 2, "heads_kv": 1, "dtype": torch.half}
     spec = AttentionSpec(**{**sizes, "head_dim": 8, "head_dim_v": 8, "mask": mask, **changes})
-    assert sdpa.packable(spec) == packed
-    assert not sdpa.packable(dataclasses.replace(spec, head_dim=12, head_dim_v=12))
+    assert varlen.packable(spec) == packed
+    assert not varlen.packable(dataclasses.replace(spec, head_dim=12, head_dim_v=12))
 
 
 MASKS: dict[str, Mask] = {

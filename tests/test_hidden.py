@@ -15,7 +15,7 @@ from flashmha.backends.sdpa.backend import attend_on_cuda, dense
 from flashmha.problem.scores import ALiBi, Bias, RelativeBias, TensorBias, narrowed, plus
 from flashmha.testing import assert_agrees, noise, seeds
 from flashmha.testing.judge import answer
-from flashmha.weights.recipe import attention_with_weights
+from flashmha.weights.attend import attention_with_weights
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 LOWEST = tuple(torch.finfo(dtype).min for dtype in DTYPES)

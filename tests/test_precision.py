@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from flashmha import FlashMultiHeadAttention, backends, explain
-from flashmha.layer import projection
+from flashmha.layer import precision
 from flashmha.testing import seeds
 
 HALVES = (torch.bfloat16, torch.float16)
@@ -21,7 +21,7 @@ def spec_of(layer: nn.Module, x: Tensor) -> torch.dtype:
 
 @pytest.fixture(params=(True, False))
 def emulated(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
-    monkeypatch.setattr(projection, "emulated", lambda dtype: request.param)
+    monkeypatch.setattr(precision, "emulated", lambda dtype: request.param)
     return bool(request.param)
 
 
@@ -33,11 +33,11 @@ def test_a_dtype_is_emulated_where_an_x86_has_no_instructions_for_it(
 ) -> None:
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512_bf16)
-    monkeypatch.setattr(projection.platform, "machine", lambda: machine)
+    monkeypatch.setattr(precision.platform, "machine", lambda: machine)
     lacking = machine == "x86_64" and not amx
-    assert projection.emulated(torch.float16) == lacking
-    assert projection.emulated(torch.bfloat16) == (lacking and not avx512_bf16)
-    assert not projection.emulated(torch.float32)
+    assert precision.emulated(torch.float16) == lacking
+    assert precision.emulated(torch.bfloat16) == (lacking and not avx512_bf16)
+    assert not precision.emulated(torch.float32)
 
 
 @pytest.mark.usefixtures("emulated")

@@ -17,6 +17,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from patches import everywhere
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -34,9 +35,12 @@ from flashmha import (
     attention,
     causal,
 )
-from flashmha.backends import choose, chosen, explain, get, names, order, reason, register, unregister
+from flashmha.backends import choose, explain, get, names, order, register, unregister
 from flashmha.backends.choice import ranking, tuned
+from flashmha.backends.choice.choose import reason
+from flashmha.backends.choice.memory import chosen
 from flashmha.backends.choice.ranking import KINDS, MODES, TABLE, Row, agreed, combined, derive, kind
+from flashmha.backends.choice.waiting import long
 from flashmha.backends.compiling import Waits
 from flashmha.problem.masks import combine
 from flashmha.testing import specs
@@ -61,9 +65,9 @@ def untuned(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """No tuned table, before and after."""
     monkeypatch.delenv(tuned.VARIABLE, raising=False)
     monkeypatch.setattr(tuned, "state", tuned.Tuned())
-    monkeypatch.setattr(flashmha.backends, "waits", Waits())
     chosen.clear()
-    yield
+    with everywhere(waits=Waits()):
+        yield
     chosen.clear()
 
 
@@ -255,10 +259,11 @@ def test_what_was_remembered_holds_for_its_switches_alone() -> None:
 
 
 @pytest.fixture
-def served(monkeypatch: pytest.MonkeyPatch) -> None:
+def served(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Every backend serves every problem inside its limits, as on a machine with all packages."""
-    monkeypatch.setattr(flashmha.backends, "reason", lambda backend, spec: backend.unsupported(spec))
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    with everywhere(reason=lambda backend, spec: backend.unsupported(spec)):
+        yield
 
 
 def shared(spec: AttentionSpec) -> AttentionSpec:
@@ -333,8 +338,8 @@ def test_a_causal_problem_is_half_as_long() -> None:
 def test_nothing_is_compiled_while_a_graph_is_captured(slow: type[Backend], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    assert not flashmha.backends.long(LONG.changed(device=CUDA))
-    assert flashmha.backends.long(LONG)
+    assert not long(LONG.changed(device=CUDA))
+    assert long(LONG)
 
 
 def test_the_definition_is_no_somebody_else(slow: type[Backend]) -> None:
@@ -362,7 +367,7 @@ def test_explain_says_what_choose_does_whoever_compiles(spec: AttentionSpec, wai
     def unready(backend: Backend, spec: AttentionSpec) -> str | None:
         return WHY if backend.name in waits else None
 
-    with mock.patch.object(flashmha.backends, "unready", unready), mock.patch.object(flashmha.backends, "WORTH", worth):
+    with everywhere(unready=unready, WORTH=worth):
         said, got = explain(spec), choose(spec).name
         able = [name for name in order(spec) if reason(flashmha.backends.get(name), spec) is None]
         assert said.chosen == got and said.rows[got] == "chosen"

@@ -31,6 +31,7 @@ from flashmha.backends.rewrites import documents as packing
 from flashmha.backends.rewrites.heads import neighbours
 from flashmha.backends.rewrites.order import RealFirst, permuted, real_first
 from flashmha.backends.sdpa import backend as sdpa
+from flashmha.backends.sdpa import packed as varlen
 from flashmha.backends.sdpa import pieces as blocks
 from flashmha.problem import masks
 from flashmha.swap import encoder, route
@@ -466,15 +467,15 @@ def test_a_gpu_moves_keys_in_one_operator_and_a_prefix_in_none(kind: Any, side_b
     spec = AttentionSpec.of(q, k, v, mask=kind(valid if kind is KeyPadding else valid.sum(1)))
     empty = mock.Mock(side_effect=lambda q, *rest, **more: (q * 1.0,))
     with mock.patch.object(torch.ops.aten, "_flash_attention_forward", empty):
-        sdpa.attend_packed(q, k, v, spec)
+        packed.attend_packed(q, k, v, spec)
         with Ran() as ran:
-            out = sdpa.attend_packed(q, k, v, spec)
+            out = packed.attend_packed(q, k, v, spec)
     del ran.names["aten::mul"]  # the kernel
     ran.names.pop("aten::equal", None)  # how a CPU tells that nothing changed
     moves = 0 if kind is KeyLengths else 1 if side_by_side else 2
     assert ran.names == ({"aten::index_select": moves} if moves else {})
     with mock.patch.object(torch.ops.aten, "_flash_attention_forward", kernel):
-        out = sdpa.attend_packed(q, k, v, spec)
+        out = packed.attend_packed(q, k, v, spec)
         with Ran() as ran:
             torch.autograd.grad(out.float().square().sum(), packed)
     assert ran.names["aten::index_select"] <= 2 and not ran.names["aten::index_add_"]
@@ -487,7 +488,7 @@ def test_a_padded_call_takes_few_steps(monkeypatch: pytest.MonkeyPatch) -> None:
         torch.randn(2, 17, 16),
         validity("left", 2, 17, 1),
     )
-    monkeypatch.setattr(sdpa, "packs_up_to", lambda index: 256)
+    monkeypatch.setattr(varlen, "packs_up_to", lambda index: 256)
     monkeypatch.setattr(torch.ops.aten, "_flash_attention_forward", lambda q, *rest, **more: (q,))
     q, k, v = noise(0, 3, 2, 17, 2, 8, dtype=torch.bfloat16).unbind()
     rules = {44: masks.private(KeyPadding(valid)), 52: masks.private(KeyLengths(valid.sum(1)))}

@@ -36,7 +36,8 @@ from flashmha import (
 )
 from flashmha.backends import choose, get, names, order, register
 from flashmha.backends.base import FEATURES
-from flashmha.backends.sdpa.backend import by_math
+from flashmha.backends.choice.choose import reason as reason_against
+from flashmha.backends.sdpa.switches import by_math
 from flashmha.host.torch_state import is_deterministic
 from flashmha.testing import seeds, specs, tensors
 
@@ -266,7 +267,7 @@ def test_explain_says_what_choose_does(spec: AttentionSpec) -> None:
     assert set(said.rows) == set(names())
     assert said.rows[said.chosen] == "chosen"
     for name, row in said.rows.items():
-        assert (row in ("chosen", "could serve")) == (backends.reason(get(name), spec) is None)
+        assert (row in ("chosen", "could serve")) == (reason_against(get(name), spec) is None)
         assert name in str(said)
 
 

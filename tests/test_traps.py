@@ -40,7 +40,9 @@ from flashmha.backends.base import HALF
 from flashmha.backends.rewrites import compact
 from flashmha.backends.rewrites.grouped import FEW
 from flashmha.backends.sdpa import backend as sdpa
-from flashmha.backends.sdpa.backend import attend_on_cuda, kernels_for_masks, without_cudnn
+from flashmha.backends.sdpa import switches
+from flashmha.backends.sdpa.backend import attend_on_cuda
+from flashmha.backends.sdpa.switches import kernels_for_masks, without_cudnn
 from flashmha.testing import noise, seeds, specs, tensors
 from flashmha.testing.grid import KINDS, SHAPES, drawn
 
@@ -312,7 +314,7 @@ def test_trap_10_a_call_takes_no_kernel_that_is_switched_off_and_cudnn_no_mask(
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(F, "scaled_dot_product_attention", watched)
-        patch.setattr(sdpa, "is_deterministic", lambda: switched)
+        patch.setattr(switches, "is_deterministic", lambda: switched)
         with sdpa_kernel(list(allowed)):
             refused = get("sdpa").unsupported(on_gpu(spec))
             if refused is None:

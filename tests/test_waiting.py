@@ -14,15 +14,17 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from patches import everywhere
 from test_ranking import CUDA, SHORT, WHY, on, passing, problem, shared
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 import flashmha
 from flashmha import AttentionSpec, Backend, Documents, KeyLengths, KeyPadding, Limits, causal
-from flashmha.backends import choose, chosen, compiling, explain, get, register, unregister, use_backend
+from flashmha.backends import choose, compiling, explain, get, register, unregister, use_backend
 from flashmha.backends.choice import ranking
-from flashmha.backends.choice.waiting import VARIABLE, loss
+from flashmha.backends.choice.memory import chosen
+from flashmha.backends.choice.waiting import VARIABLE, long, loss
 from flashmha.backends.compiling import Wait, Waits
 from flashmha.testing import specs
 
@@ -37,16 +39,13 @@ def fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[Waits]:
     monkeypatch.delenv(VARIABLE, raising=False)
     monkeypatch.setattr(compiling, "SECONDS", COST)
     monkeypatch.setattr(compiling, "PATIENCE", PATIENCE)
-    monkeypatch.setattr(flashmha.backends, "loss", lambda spec: 0.5)
     made = Waits()
-    monkeypatch.setattr(flashmha.backends, "waits", made)
-    monkeypatch.setattr(flashmha.backends.flash_attn.flash4, "waits", made)
     monkeypatch.setattr(get("flash4"), "compiled", set())
-    monkeypatch.setattr(flashmha.backends, "reason", lambda backend, spec: backend.unsupported(spec))
-    monkeypatch.setattr(flashmha.backends, "absent", lambda backend, spec: None)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     chosen.clear()
-    yield made
+    here = {"reason": lambda backend, spec: backend.unsupported(spec), "absent": lambda backend, spec: None}
+    with everywhere(loss=lambda spec: 0.5, waits=made, **here):
+        yield made
     chosen.clear()
 
 
@@ -86,11 +85,10 @@ def test_a_kernel_is_compiled_once_it_has_cost_more_than_compiling(name: str, lo
     chosen.clear()
     with (
         on(),
-        mock.patch.object(flashmha.backends, "loss", lambda spec: lost),
-        mock.patch.object(flashmha.backends, "waits", Waits()),
+        everywhere(loss=lambda spec: lost, waits=Waits()),
         mock.patch.object(compiling, "SECONDS", seconds),
     ):
-        assert not flashmha.backends.long(spec)
+        assert not long(spec)
         sums = itertools.accumulate(itertools.repeat(lost))
         calls = next(count for count, total in enumerate(sums, 1) if total >= cost and count >= PATIENCE)
         assert until(spec, 200) == calls
@@ -171,7 +169,7 @@ def test_a_checkpoint_finds_the_backend_that_its_forward_found(name: str, compil
             handle.remove()
             if compiled:
                 get("flash4").compiled.add(get("flash4").kernel_key(spec))  # type: ignore[attr-defined]
-                flashmha.backends.waits.end("flash4", get("flash4").kernel_key(spec), 1.0)
+                compiling.waits.end("flash4", get("flash4").kernel_key(spec), 1.0)
             assert choose(spec).name == first
         assert set(again) == {first}
         if not compiled:
@@ -222,7 +220,7 @@ def test_nothing_moves_while_a_graph_is_captured(monkeypatch: pytest.MonkeyPatch
 
 def test_a_kernel_that_another_problem_brings_along_is_taken_in_time() -> None:
     spec = PROBLEMS["training"]
-    with on(), mock.patch.object(flashmha.backends, "loss", lambda spec: 0.0):
+    with on(), everywhere(loss=lambda spec: 0.0):
         first = choose(spec).name
         key = get("flash4").kernel_key(spec)
         with waiting_for("flash4", key):
@@ -232,7 +230,7 @@ def test_a_kernel_that_another_problem_brings_along_is_taken_in_time() -> None:
 
 
 def waiting_for(backend: str, key: Any) -> Any:
-    return flashmha.backends.waits.ending(backend, key)
+    return compiling.waits.ending(backend, key)
 
 
 def test_another_backend_counts_by_problem(slow: Any) -> None:

@@ -23,6 +23,7 @@ from flashmha import AttentionSpec, Backend, FlashMultiHeadAttention, register
 from flashmha.backends import get, unregister
 from flashmha.testing import noise, seeds
 from flashmha.testing.record import placed
+from flashmha.weights import attend
 from flashmha.weights import recipe as weights
 from flashmha.weights.deferred import Deferred
 
@@ -434,7 +435,7 @@ def others(call: dict[str, Any]) -> dict[str, Any]:
 @given(case=cases(backend=None))
 def test_gradients_that_are_traced_are_those_of_a_call(case: Case) -> None:
     """PyTorch's own test of AOTAutograd over nn.MultiheadAttention: both ways run the same operators."""
-    assume(case.batch * case.heads * case.seqlen_q * case.seqlen_k <= weights.SMALL)
+    assume(case.batch * case.heads * case.seqlen_q * case.seqlen_k <= attend.SMALL)
     layer, answers = case.layers(torch.float32)[1], []
     names = [name for name, _ in layer.named_parameters()]
     for traced in (False, True):

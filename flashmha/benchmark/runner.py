@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
-from .. import __version__
 from ..host.clock import quiet, seconds
+from ..version import __version__
 from .cases import Case
 from .environment import Canary, commit, environment
 from .gate import Seat, admit, sweep

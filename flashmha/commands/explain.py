@@ -9,7 +9,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ..backends import BY_LIMITS, asked, explain, origin
+from ..backends import explain, origin
+from ..backends.choice.explanation import BY_LIMITS
+from ..backends.choice.wishes import asked
 from ..problem.masks import ALIGNMENTS, Dense, Documents, KeyLengths, KeyPadding, Mask, Window, causal
 from ..problem.scores import ALiBi, Bias, TensorBias
 from ..problem.spec import AttentionSpec

@@ -9,10 +9,11 @@ from importlib import metadata
 
 import torch
 
-from .. import __version__
-from ..backends import VARIABLE, get, names, origin
+from ..backends import get, names, origin
 from ..backends.choice import tuned, waiting
+from ..backends.choice.wishes import VARIABLE
 from ..problem.wording import lines
+from ..version import __version__
 from .devices import description, devices
 from .screen import add_json, print_json, print_table
 from .variables import check_variables

@@ -20,8 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import __version__
-from ..backends import FAMILIES, expand, get, names, origin, reason
+from ..backends import FAMILIES, expand, get, names, origin
+from ..backends.choice.choose import reason
 from ..backends.choice.ranking import KINDS, LAST, MARGIN, MODES, Row, Table, derive, keys
 from ..backends.choice.tuned import SCHEMA, read
 from ..benchmark.environment import commit, environment
@@ -31,6 +31,7 @@ from ..host.machine import graphics
 from ..problem.masks import Dense, Documents, KeyPadding, Mask, Window, causal, find
 from ..problem.spec import AttentionSpec
 from ..problem.wording import in_one_line, short
+from ..version import __version__
 from .destination import check_file
 from .devices import device
 from .explain import DTYPES, at_least

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from ..backends import VARIABLE, expand, read_variable
+from ..backends import expand
 from ..backends.choice import tuned
+from ..backends.choice.wishes import VARIABLE, read_variable
 
 
 def check_variables(*devices: str, table: bool = True) -> None:

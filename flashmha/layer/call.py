@@ -6,16 +6,16 @@ the stock module's own, text included, since programs match on them.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..host.torch_state import casts_to, readable
+from ..host.torch_state import readable
 from ..problem.masks import Dense, KeyPadding, Mask, Padding, causal, joined, private
 from ..problem.scores import plus
+from .checks import check_attn_mask_shape, check_float_mask, check_inputs, check_masks, extra_columns, four_axes
 
 
 class Reading(NamedTuple):
@@ -169,151 +169,3 @@ def is_causal_mask(mask: Tensor) -> bool:
 
 CORNER = 2**14
 """Entries from which reading one first is cheaper than comparing all."""
-
-
-def check_inputs(layer: Any, query: Tensor, key: Tensor, value: Tensor) -> None:
-    """The errors of ``nn.MultiheadAttention`` for query, key and value."""
-    embed_dim = layer.embed_dim
-    one = query is key and key is value and layer._qkv_same_embed_dim
-    if layer._qkv_same_embed_dim and layer.in_proj_weight is None:
-        raise AssertionError("use_separate_proj_weight is False but in_proj_weight is None")
-    if one and query.dim() == 3 and query.shape[2] == embed_dim and embed_dim % layer.num_heads == 0:
-        return  # nothing is left that could differ
-    if query.dim() not in (2, 3):
-        raise AssertionError(
-            f"query should be unbatched 2D or batched 3D tensor but received {query.dim()}-D query tensor"
-        )
-    if key.dim() != query.dim() or value.dim() != query.dim():
-        kind = "For batched (3-D) `query`" if query.dim() == 3 else "For unbatched (2-D) `query`"
-        raise AssertionError(
-            f"{kind}, expected `key` and `value` to be {query.dim()}-D"
-            f" but found {key.dim()}-D and {value.dim()}-D tensors respectively"
-        )
-    if query.shape[-1] != embed_dim:
-        raise AssertionError(f"was expecting embedding dimension of {embed_dim}, but got {query.shape[-1]}")
-    if embed_dim % layer.num_heads:
-        raise AssertionError(f"embed_dim {embed_dim} not divisible by num_heads {layer.num_heads}")
-    if layer._qkv_same_embed_dim:
-        if key.shape != value.shape:
-            raise AssertionError(f"key shape {key.shape} does not match value shape {value.shape}")
-        if key.shape[-1] != embed_dim:
-            raise RuntimeError(
-                f"key and value must have embedding dimension {embed_dim}, got {key.shape[-1]}; "
-                "pass kdim= and vdim= to the constructor where they differ."
-            )
-    else:
-        if key.shape[:-1] != value.shape[:-1]:
-            raise AssertionError(
-                f"key's sequence and batch dims {key.shape[:-1]} do not match value's {value.shape[:-1]}"
-            )
-        for name in ("q_proj_weight", "k_proj_weight", "v_proj_weight"):
-            if getattr(layer, name) is None:
-                raise AssertionError(f"use_separate_proj_weight is True but {name} is None")
-        for name, x, weight in (("key", key, layer.k_proj_weight), ("value", value, layer.v_proj_weight)):
-            if weight.shape[1] != x.shape[-1]:
-                want = (weight.shape[0], x.shape[-1])
-                raise AssertionError(f"expecting {name} weights shape of {want}, but got {weight.shape}")
-    batch_axis = 0 if layer.batch_first else 1
-    if query.dim() == 3 and query.shape[batch_axis] != key.shape[batch_axis]:
-        raise RuntimeError(
-            f"query and key must have one batch size, got {query.shape[batch_axis]} and {key.shape[batch_axis]} "
-            f"(axis {batch_axis}, batch_first={layer.batch_first})."
-        )
-
-
-def check_masks(
-    layer: Any,
-    query: Tensor,
-    key: Tensor,
-    key_padding_mask: Tensor | None,
-    attn_mask: Tensor | None,
-    columns: int,
-) -> None:
-    """The errors of ``nn.MultiheadAttention`` for dtypes and axes of the masks, and its one warning."""
-    batched = query.dim() == 3
-    kind = "For batched (3-D) `query`" if batched else "For unbatched (2-D) `query`"
-    for mask, name in ((key_padding_mask, "key_padding_mask"), (attn_mask, "attn_mask")):
-        if mask is not None and mask.dtype != torch.bool and not mask.is_floating_point():
-            raise AssertionError(f"only bool and floating types of {name} are supported")
-    if key_padding_mask is not None:
-        axes = 2 if batched else 1
-        if key_padding_mask.dim() != axes:
-            raise AssertionError(
-                f"{kind}, expected `key_padding_mask` to be `None` or {axes}-D"
-                f" but found {key_padding_mask.dim()}-D tensor instead"
-            )
-        seqlen_k = key.shape[1 if batched and layer.batch_first else 0] + columns
-        if batched:
-            batch = key.shape[0 if layer.batch_first else 1]
-            if key_padding_mask.shape[0] != batch:
-                raise AssertionError(
-                    f"Expected key_padded_mask.shape[0] to be {batch}, but got {key_padding_mask.shape[0]}"
-                )
-        if key_padding_mask.shape[-1] + columns != seqlen_k:
-            raise AssertionError(
-                f"Expected key_padded_mask.shape[1] to be {seqlen_k}, but got {key_padding_mask.shape[-1] + columns}"
-            )
-    if attn_mask is not None:
-        if attn_mask.dim() not in ((2, 3, 4) if batched else (2, 3)):
-            raise AssertionError(
-                f"{kind}, expected `attn_mask` to be `None`, 2-D or 3-D but found {attn_mask.dim()}-D tensor instead"
-            )
-        if not batched and attn_mask.dim() == 3:
-            want = (layer.num_heads, query.shape[0], key.shape[0])
-            if attn_mask.shape != want:
-                raise AssertionError(f"Expected `attn_mask` shape to be {want} but got {attn_mask.shape}")
-    if key_padding_mask is not None and attn_mask is not None and key_padding_mask.dtype != attn_mask.dtype:
-        warnings.warn(
-            "Support for mismatched key_padding_mask and attn_mask is deprecated. Use same type for both instead.",
-            stacklevel=3,
-        )
-
-
-def check_attn_mask_shape(layer: Any, query: Tensor, key: Tensor, attn_mask: Tensor) -> None:
-    """The errors of ``nn.MultiheadAttention`` for the sizes of ``attn_mask``."""
-    if query.dim() == 2:
-        batch, seqlen_q, seqlen_k = 1, query.shape[0], key.shape[0]
-    elif layer.batch_first:
-        batch, seqlen_q, seqlen_k = query.shape[0], query.shape[1], key.shape[1]
-    else:
-        batch, seqlen_q, seqlen_k = query.shape[1], query.shape[0], key.shape[0]
-    axes = attn_mask.dim()
-    if axes == 4:
-        heads = layer.num_heads if attn_mask.shape[1] != 1 else 1
-        items = batch if attn_mask.shape[0] != 1 else 1
-        sizes: tuple[int, ...] = (items, heads, seqlen_q, seqlen_k)
-    else:
-        sizes = (seqlen_q, seqlen_k) if axes == 2 else (batch * layer.num_heads, seqlen_q, seqlen_k)
-    if attn_mask.shape != sizes:
-        raise RuntimeError(f"The shape of the {axes}D attn_mask is {attn_mask.shape}, but should be {sizes}.")
-
-
-def check_float_mask(mask: Tensor, name: str, query: Tensor, need_weights: bool) -> None:
-    """A float mask has the dtype of the heads; float32 will do where stock lets it."""
-    if mask.dtype == query.dtype or (mask.dtype == torch.float32 and not need_weights):
-        return
-    dtype = casts_to(query.device)
-    if dtype is not None and mask.dtype in (torch.float32, dtype):
-        return
-    raise RuntimeError(
-        f"Expected {name} dtype to be bool or to match query dtype, "
-        f"but got {name}.dtype: {mask.dtype} and query.dtype: {query.dtype} instead."
-    )
-
-
-def four_axes(mask: Tensor, name: str, batch: int, heads: int) -> Tensor:
-    """A mask as (batch or 1, heads or 1, seqlen_q or 1, seqlen_k)."""
-    if name == "key_padding_mask":
-        return mask[:, None, None, :] if mask.dim() == 2 else mask[None, None, None, :]
-    if mask.dim() == 3:
-        return mask.reshape(batch, heads, *mask.shape[1:])
-    return mask[None, None] if mask.dim() == 2 else mask
-
-
-def extra_columns(layer: Any) -> int:
-    """How many keys ``add_bias_kv`` and ``add_zero_attn`` append."""
-    learned = layer.bias_k is not None
-    if learned != (layer.bias_v is not None):
-        given, absent = ("bias_k", "bias_v") if learned else ("bias_v", "bias_k")
-        raise AssertionError(f"{given} is set but {absent} is None")
-    return learned + bool(layer.add_zero_attn)

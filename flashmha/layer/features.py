@@ -9,7 +9,8 @@ from typing import Any
 
 from torch import nn
 
-from ..backends import expand, preference
+from ..backends import expand
+from ..backends.choice.wishes import preference
 from ..problem.masks import Window
 
 ABSENT: dict[str, Any] = {

@@ -1,31 +1,28 @@
 """One forward of a layer, from the call to the output."""
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple, Union
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.overrides import has_torch_function
 
-from ..backends import preference
 from ..backends.base import HALF
+from ..backends.choice.wishes import Wanted
 from ..functional import run
-from ..host.torch_state import autocast, casts_to, needs_aten
+from ..host.torch_state import autocast
 from ..problem import packing
 from ..problem.masks import Mask, Padding, joined
 from ..problem.packing import Padded
 from ..problem.scores import TensorBias
 from ..problem.spec import AttentionSpec
-from ..weights.recipe import attention_with_weights
+from ..weights.attend import attention_with_weights
 from . import nested, padding, projection, shortcut
 from .arguments import check_flags, check_kinds
 from .call import Reading, read_call
 from .columns import added, append, widen
-from .features import changed, has_hops, is_own
+from .features import has_hops, is_own
 from .hops import check_heads, check_output, check_weights, refuse_weights, three
-from .stock import stock_forward
-
-Wanted = Union[str, Sequence[str], None]  # noqa: UP007
+from .precision import computing_dtype, weights_dtype
+from .stock import as_stock, refuse_torchscript, wants_torch_function
 
 
 class Problem(NamedTuple):
@@ -111,6 +108,7 @@ def attend_call(
             dtype=weights_dtype(q) if dtype is None else call.query.dtype,
             rows=rows,
             padded=padded,
+            remade=custom and not (is_own(layer, "project") and is_own(layer, "process_heads")),
         )
     else:
         out = run(q, k, v, spec, wanted, layer)  # type: ignore[assignment]
@@ -130,13 +128,6 @@ def attend_call(
     if not layer.batch_first:
         output = output.transpose(0, 1).contiguous()
     return output, weights
-
-
-def weights_dtype(q: Tensor) -> torch.dtype:
-    """What a softmax of scores of q gives: on a GPU autocast takes it to float32."""
-    if q.is_cuda and casts_to(q.device) is not None:
-        return torch.promote_types(q.dtype, torch.float32)
-    return q.dtype
 
 
 def prepare(layer: Any, call: Reading, wanted: Wanted, skip_padding: bool) -> Problem:
@@ -182,23 +173,6 @@ def prepare(layer: Any, call: Reading, wanted: Wanted, skip_padding: bool) -> Pr
     return Problem(q, k, v, spec, dtype, padded, custom)
 
 
-def computing_dtype(layer: Any, call: Reading, wanted: Wanted) -> torch.dtype | None:
-    """float32 where this CPU is slower in the half precision the layer is kept in; ``None`` for the layer's own.
-
-    Not for a layer that was told a backend or has hops of its own, which were written for the layer's dtype.
-    """
-    query, dtype = call.query, call.query.dtype
-    if query.device.type != "cpu" or casts_to(query.device) is not None or not projection.emulated(dtype):
-        return None
-    if layer.call_out_proj or has_hops(layer) or preference(wanted) is not None or needs_aten(query):
-        return None
-    weights = (layer.in_proj_weight, layer.q_proj_weight, layer.k_proj_weight, layer.v_proj_weight)
-    tensors = (call.key, call.value, getattr(layer.out_proj, "weight", None), *weights)
-    if any(isinstance(x, Tensor) and x.dtype != dtype for x in tensors):
-        return None  # an error of the caller's, which the projection reports
-    return torch.float32
-
-
 def attend_nested(
     layer: Any,
     query: Tensor,
@@ -222,91 +196,3 @@ def attend_nested(
     call = read_call(layer, dense_q, dense_k, dense_v, ~valid_k, need_weights, None, is_causal)
     out, weights = attend_call(layer, call, need_weights, average_attn_weights, backend, True, rows=valid_q)
     return nested.like(out, query, valid_q), weights
-
-
-def refuse_torchscript(layer: Any, backend: Wanted) -> None:
-    """Raise where PyTorch's own function would lose what a layer or a call asks for."""
-    lost = changed(layer) + ([] if backend is None else [f"backend={backend!r}"])
-    if lost:
-        raise RuntimeError(
-            "TorchScript and tensors with __torch_function__ run F.multi_head_attention_forward, which has no "
-            f"{', no '.join(lost)}, and this {type(layer).__name__} uses that; use torch.compile or torch.export."
-        )
-
-
-TENSORS = ("in_proj_weight", "in_proj_bias", "q_proj_weight", "k_proj_weight", "v_proj_weight", "bias_k", "bias_v")
-"""Every tensor that a layer itself holds."""
-
-
-def wants_torch_function(layer: Any, *inputs: Tensor) -> bool:
-    """Some input or weight is a tensor subclass that wants to see the call (a mode alone does not count)."""
-    out_proj = layer.out_proj  # an adapter may stand there, or anything with a weight and a bias
-    inner, outer = layer._parameters, (getattr(out_proj, "weight", None), getattr(out_proj, "bias", None))
-    usual = type(layer) in projection.PLAIN and "in_proj_weight" in inner and "in_proj_bias" in inner
-    held = (*inner.values(), layer.bias_k, layer.bias_v) if usual else [getattr(layer, name) for name in TENSORS]
-    tensors: Any = (*inputs, *held, *outer)
-    if not has_torch_function(tensors):
-        return False
-    for tensor in tensors:
-        kind = type(tensor)
-        if kind is Tensor or kind is torch.nn.Parameter:
-            continue
-        if getattr(kind, "__torch_function__", None) not in (None, torch._C._disabled_torch_function_impl):
-            return True
-    return False
-
-
-def as_stock(
-    layer: Any,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    key_padding_mask: Padding | Tensor | None,
-    need_weights: bool,
-    attn_mask: Mask | Tensor | None,
-    average_attn_weights: bool,
-    is_causal: bool,
-) -> tuple[Tensor, Tensor | None]:
-    """The call as ``F.multi_head_attention_forward``."""
-    if isinstance(attn_mask, Mask):
-        attn_mask, is_causal = as_tensor(layer, attn_mask, query, key), False
-    if isinstance(key_padding_mask, Padding):
-        axis = 1 if layer.batch_first and key.dim() == 3 else 0
-        key_padding_mask.check(key.shape[1 - axis] if key.dim() == 3 else 1, 1, 1, key.shape[axis])
-        hidden = ~key_padding_mask.real(key.shape[axis])
-        key_padding_mask = hidden if key.dim() == 3 else hidden[0]
-    return stock_forward(
-        query,
-        key,
-        value,
-        layer.embed_dim,
-        layer.num_heads,
-        layer.in_proj_weight,
-        layer.in_proj_bias,
-        layer.bias_k,
-        layer.bias_v,
-        layer.add_zero_attn,
-        layer.dropout,
-        layer.out_proj.weight,
-        layer.out_proj.bias,
-        layer.training,
-        key_padding_mask,
-        need_weights,
-        attn_mask,
-        layer.q_proj_weight,
-        layer.k_proj_weight,
-        layer.v_proj_weight,
-        average_attn_weights,
-        is_causal,
-        layer.batch_first,
-        not layer._qkv_same_embed_dim,
-    )
-
-
-def as_tensor(layer: Any, mask: Mask, query: Tensor, key: Tensor) -> Tensor:
-    """A rule as a mask tensor of the stock class: (batch * heads, seqlen_q, seqlen_k), ``True`` = hidden."""
-    axis = 1 if layer.batch_first and query.dim() == 3 else 0
-    batch = query.shape[1 - axis] if query.dim() == 3 else 1
-    sizes = batch, layer.num_heads, query.shape[axis], key.shape[axis]
-    mask.check(*sizes)
-    return ~mask.materialize(*sizes, query.device).expand(sizes).flatten(0, 1)

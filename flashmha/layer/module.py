@@ -27,8 +27,8 @@ from .features import (
     replaced,
     shadows,
 )
-from .forward import attend, refuse_torchscript
-from .stock import stock_forward
+from .forward import attend
+from .stock import refuse_torchscript, stock_forward
 
 torch.fx.wrap("attend")  # FX sees one call
 

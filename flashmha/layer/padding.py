@@ -7,13 +7,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..backends import expand, get, preference
-from ..backends.sdpa.backend import runs_packed, takes_packed
+from ..backends import expand, get
+from ..backends.choice.wishes import preference
+from ..backends.sdpa.packed import runs_packed, takes_packed
 from ..host.torch_state import computed_in, eager
 from ..problem.masks import KeyPadding, Padding, Window
 from ..problem.packing import has_holes, parts, take
 from ..problem.wording import short
-from .call import Reading, each_once, extra_columns
+from .call import Reading, each_once
+from .checks import extra_columns
 from .features import overridden
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import platform
 import warnings
 import weakref
 from typing import TYPE_CHECKING, Any
@@ -13,7 +12,6 @@ from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from ..backends import get
-from ..backends.base import HALF
 from ..backends.rewrites.heads import spares, split
 from .call import each_once
 from .features import is_quantised
@@ -186,16 +184,3 @@ def settled(weight: Tensor, bias: Tensor | None, dtype: torch.dtype | None) -> t
     """Weight and bias in ``dtype``; a bias of another dtype joins in the weight's, as it does in the stock module."""
     weight = weight if dtype is None else weight.to(dtype)
     return weight, bias if bias is None or bias.dtype == weight.dtype else bias.to(weight.dtype)
-
-
-def emulated(dtype: torch.dtype) -> bool:
-    """This CPU computes in a half precision dtype more slowly than in float32: an x86 without instructions for it.
-
-    Those are AMX, and AVX512-BF16 for bfloat16. Measured on x86 alone, so other CPUs are left as they are.
-    """
-    if platform.machine().lower() not in ("x86_64", "amd64") or dtype not in HALF or torch.cpu._is_amx_tile_supported():
-        return False
-    return dtype != torch.bfloat16 or not torch.cpu._is_avx512_bf16_supported()
-
-
-emulated._dynamo_marked_constant = True  # type: ignore[attr-defined]

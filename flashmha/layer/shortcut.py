@@ -15,14 +15,15 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn import Parameter
 
-from ..backends import OWN, choose, note
-from ..backends import state as thread
+from ..backends import choose, note
 from ..backends.base import HALF
+from ..backends.choice.builtin import OWN
+from ..backends.choice.record import recording
 from ..functional import check_result
 from ..host.torch_state import casts_to, computed_in, without_autocast
 from ..problem.masks import Documents, KeyLengths, KeyPadding, Mask, Padding, causal, private
 from ..problem.spec import AttentionSpec
-from ..weights.recipe import attention_with_weights
+from ..weights.attend import attention_with_weights
 from .features import HOPS
 from .projection import PLAIN, by_one_matrix
 
@@ -155,7 +156,7 @@ def attend(
     if backend is None:
         out, weights = attention_with_weights(q, k, v, spec, None, layer, average=average)
     else:
-        if thread.calls is not None:
+        if recording.calls is not None:
             note(layer, spec, backend)
         if cast is None:
             out = backend(q, k, v, spec)  # type: ignore[assignment]

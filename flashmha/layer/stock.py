@@ -6,11 +6,17 @@ opened, and their share of the output and their weights are zeroed. No annotatio
 reads them.
 """
 
-from typing import Optional
+from typing import Any, Optional
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.overrides import has_torch_function
+
+from ..backends.choice.wishes import Wanted
+from ..problem.masks import Mask, Padding
+from . import projection
+from .features import changed
 
 
 def stock_forward(
@@ -142,3 +148,91 @@ def float_mask(mask: Tensor, query: Tensor) -> Tensor:
     if mask.dtype != torch.bool:
         return mask
     return torch.zeros_like(mask, dtype=query.dtype).masked_fill(mask, float("-inf"))
+
+
+def refuse_torchscript(layer: Any, backend: Wanted) -> None:
+    """Raise where PyTorch's own function would lose what a layer or a call asks for."""
+    lost = changed(layer) + ([] if backend is None else [f"backend={backend!r}"])
+    if lost:
+        raise RuntimeError(
+            "TorchScript and tensors with __torch_function__ run F.multi_head_attention_forward, which has no "
+            f"{', no '.join(lost)}, and this {type(layer).__name__} uses that; use torch.compile or torch.export."
+        )
+
+
+TENSORS = ("in_proj_weight", "in_proj_bias", "q_proj_weight", "k_proj_weight", "v_proj_weight", "bias_k", "bias_v")
+"""Every tensor that a layer itself holds."""
+
+
+def wants_torch_function(layer: Any, *inputs: Tensor) -> bool:
+    """Some input or weight is a tensor subclass that wants to see the call (a mode alone does not count)."""
+    out_proj = layer.out_proj  # an adapter may stand there, or anything with a weight and a bias
+    inner, outer = layer._parameters, (getattr(out_proj, "weight", None), getattr(out_proj, "bias", None))
+    usual = type(layer) in projection.PLAIN and "in_proj_weight" in inner and "in_proj_bias" in inner
+    held = (*inner.values(), layer.bias_k, layer.bias_v) if usual else [getattr(layer, name) for name in TENSORS]
+    tensors: Any = (*inputs, *held, *outer)
+    if not has_torch_function(tensors):
+        return False
+    for tensor in tensors:
+        kind = type(tensor)
+        if kind is Tensor or kind is torch.nn.Parameter:
+            continue
+        if getattr(kind, "__torch_function__", None) not in (None, torch._C._disabled_torch_function_impl):
+            return True
+    return False
+
+
+def as_stock(
+    layer: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_padding_mask: Padding | Tensor | None,
+    need_weights: bool,
+    attn_mask: Mask | Tensor | None,
+    average_attn_weights: bool,
+    is_causal: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """The call as ``F.multi_head_attention_forward``."""
+    if isinstance(attn_mask, Mask):
+        attn_mask, is_causal = as_tensor(layer, attn_mask, query, key), False
+    if isinstance(key_padding_mask, Padding):
+        axis = 1 if layer.batch_first and key.dim() == 3 else 0
+        key_padding_mask.check(key.shape[1 - axis] if key.dim() == 3 else 1, 1, 1, key.shape[axis])
+        hidden = ~key_padding_mask.real(key.shape[axis])
+        key_padding_mask = hidden if key.dim() == 3 else hidden[0]
+    return stock_forward(
+        query,
+        key,
+        value,
+        layer.embed_dim,
+        layer.num_heads,
+        layer.in_proj_weight,
+        layer.in_proj_bias,
+        layer.bias_k,
+        layer.bias_v,
+        layer.add_zero_attn,
+        layer.dropout,
+        layer.out_proj.weight,
+        layer.out_proj.bias,
+        layer.training,
+        key_padding_mask,
+        need_weights,
+        attn_mask,
+        layer.q_proj_weight,
+        layer.k_proj_weight,
+        layer.v_proj_weight,
+        average_attn_weights,
+        is_causal,
+        layer.batch_first,
+        not layer._qkv_same_embed_dim,
+    )
+
+
+def as_tensor(layer: Any, mask: Mask, query: Tensor, key: Tensor) -> Tensor:
+    """A rule as a mask tensor of the stock class: (batch * heads, seqlen_q, seqlen_k), ``True`` = hidden."""
+    axis = 1 if layer.batch_first and query.dim() == 3 else 0
+    batch = query.shape[1 - axis] if query.dim() == 3 else 1
+    sizes = batch, layer.num_heads, query.shape[axis], key.shape[axis]
+    mask.check(*sizes)
+    return ~mask.materialize(*sizes, query.device).expand(sizes).flatten(0, 1)

@@ -8,31 +8,24 @@ written on the module itself and undone by ``restore_mha``.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import fnmatch
-import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
 
 from torch import nn
 
-from ..layer.features import ABSENT, EXTRA_KEYS, MARK, changed, check_features, is_own, shadows
-from ..layer.module import FlashMultiHeadAttention, taken
-from ..layer.projection import unheard
+from ..layer.features import ABSENT, EXTRA_KEYS, MARK, check_features
+from ..layer.module import FlashMultiHeadAttention
 from .encoder import FlashTransformerEncoder, FlashTransformerEncoderLayer, is_stock
-from .route import unknown
+from .modules import CLASS, UNDO, check_model, holds, refusal, remember, set_class, waits, walk
+from .report import silent, swap_report
 
 M = TypeVar("M", bound=nn.Module)
 
 OPTIONS = tuple(sorted(set(ABSENT) - {"num_kv_heads"}))
 """What ``replace_mha`` can set on every layer; grouped heads would need other parameters."""
 
-UNDO = "_flashmha_undo"
-"""On a module that was changed: attribute -> whether it was there before, and its value."""
-
-CLASS = "__class__"
-"""Among these: the class that a swap gave, and the one before."""
 
 Where = str | Iterable[str] | Callable[[str, nn.Module], bool] | None
 
@@ -140,99 +133,6 @@ def restore_mha(model: M) -> M:
     return model
 
 
-@dataclasses.dataclass(frozen=True)
-class SwapRow:
-    """One attention layer of a model: its name, its class, whether flashmha runs it, and why (not)."""
-
-    name: str
-    kind: str
-    swapped: bool
-    why: str
-
-    def __str__(self) -> str:
-        return f"{'swapped' if self.swapped else 'left   '}  {self.name or '(root)'}  {self.kind}: {self.why}"
-
-
-class SwapReport(tuple[SwapRow, ...]):
-    """One row for each ``nn.MultiheadAttention`` of a model, and for each encoder around them; print it."""
-
-    def __str__(self) -> str:
-        return "\n".join(map(str, self)) or "no nn.MultiheadAttention in this model"
-
-
-def swap_report(model: nn.Module) -> SwapReport:
-    """What ``replace_mha`` swapped in a model, what not, and why; before a swap, what it would leave."""
-    check_model(model)
-    rows = []
-    for name, module, fsdp in walk(model):
-        kind, undo = type(module).__name__, vars(module).get(UNDO, {})
-        if isinstance(module, FlashMultiHeadAttention):
-            why = "by replace_mha" if CLASS in undo else "built as one"
-            if changed(module):
-                why += f", with {', '.join(changed(module))}"
-            notes = [note for note in (waits(module), own_forward(module), silent(name, module)) if note is not None]
-            rows.append(SwapRow(name, kind, True, "; ".join([why, *notes])))
-        elif isinstance(module, nn.MultiheadAttention):
-            why = refusal(module, fsdp) or "replace_mha would swap it"
-            rows.append(SwapRow(name, kind, False, why))
-        elif isinstance(module, (nn.TransformerEncoderLayer, nn.TransformerEncoder)) and UNDO in vars(module):
-            kept = [f"{attribute} set to {getattr(module, attribute)}" for attribute in undo if attribute != CLASS]
-            rows.append(
-                SwapRow(name, kind, True, "; ".join(kept or ["calls self_attn in eval too", *about_padding(module)]))
-            )
-    return SwapReport(rows)
-
-
-def about_padding(module: nn.Module) -> list[str]:
-    """What an encoder does about padding, as far as its own make-up says."""
-    if not isinstance(module, FlashTransformerEncoder):
-        return []
-    why = unknown(module)
-    return [
-        "may leave padding out once for all layers" if why is None else f"each layer sees padding for itself: {why}"
-    ]
-
-
-def check_model(model: object) -> None:
-    """Raise ``TypeError`` unless a model is one."""
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be an nn.Module, got {model!r}.")
-
-
-def refusal(module: nn.MultiheadAttention, fsdp: bool) -> str | None:
-    """Why a stock layer must stay as it is."""
-    if hasattr(module, "parametrizations"):
-        return "parametrized: swap first, parametrize then"
-    if fsdp:
-        return "wrapped by FSDP: swap first, wrap then"
-    if type(module) is not nn.MultiheadAttention:
-        return "a subclass of nn.MultiheadAttention, whose own code a swap would lose"
-    return taken(module)
-
-
-def waits(module: nn.Module) -> str | None:
-    """Why a layer or an encoder that was swapped cannot be restored yet."""
-    given, before = vars(module).get(UNDO, {}).get(CLASS, (None, None))
-    if given is not None and type(module) is not given:
-        return "changed class since, which has to be undone before restore_mha can"
-    grouped = before is nn.MultiheadAttention and getattr(module, "num_kv_heads", None) not in (None, module.num_heads)
-    return "got grouped heads since, which nn.MultiheadAttention has not" if grouped else None
-
-
-def own_forward(module: nn.Module) -> str | None:
-    own = shadows(module)
-    return f"the instance has a {', '.join(own)} of its own, which runs in place of ours" if own else None
-
-
-def silent(name: str, module: FlashMultiHeadAttention) -> str | None:
-    """What does not run at a layer's ``out_proj``, as far as it can be known.
-
-    An adapter around the layer puts it into the weights, and a ``merge`` of the layer's own may call it.
-    """
-    wrapped = name.rpartition(".")[2] == "base_layer"
-    return None if wrapped or not is_own(module, "merge") else unheard(module)
-
-
 def check_target(to: Any) -> None:
     if not (isinstance(to, type) and issubclass(to, FlashMultiHeadAttention)):
         raise TypeError(f"to must be FlashMultiHeadAttention or a subclass of it, got {to!r}.")
@@ -324,36 +224,3 @@ def all_or_nothing(model: nn.Module) -> Iterator[None]:
                 attributes[UNDO].clear()
                 attributes[UNDO].update(undo)
         raise
-
-
-def walk(model: nn.Module) -> Iterator[tuple[str, nn.Module, bool]]:
-    """Every module once: its name, itself, and whether FSDP (either version) wraps it or something around it."""
-    fsdp = sys.modules.get("torch.distributed.fsdp")  # nobody has wrapped anything where it was not imported
-    kinds = tuple(getattr(fsdp, name) for name in ("FullyShardedDataParallel", "FSDPModule") if hasattr(fsdp, name))
-    wrapped: set[str] = set()
-    for name, module in model.named_modules():
-        inside = (bool(name) and name.rpartition(".")[0] in wrapped) or isinstance(module, kinds)
-        if inside:
-            wrapped.add(name)
-        yield name, module, inside
-
-
-def holds(module: nn.Module | None, kind: type[nn.Module]) -> bool:
-    """The module is one of a kind or wraps one, as ``torch.compile`` and adapters do."""
-    return module is not None and any(isinstance(inner, kind) for inner in module.modules())
-
-
-def remember(module: nn.Module, *names: str) -> None:
-    """Write down attributes as they are before the first change."""
-    before = vars(module).setdefault(UNDO, {})
-    for name in names:
-        if name not in before:
-            before[name] = (name in vars(module), vars(module).get(name))
-
-
-def set_class(module: nn.Module, kind: type[nn.Module]) -> None:
-    """Change a module's class, and write down the one that it had before the first change."""
-    before = vars(module).setdefault(UNDO, {})
-    _, first = before.get(CLASS, (None, type(module)))
-    before[CLASS] = (kind, first)
-    module.__class__ = kind

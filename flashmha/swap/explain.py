@@ -10,7 +10,8 @@ from typing import Any
 from torch import Tensor
 
 from .. import backends
-from ..backends import Explanation, Wanted
+from ..backends import Explanation
+from ..backends.choice.wishes import Wanted
 from ..backends.rewrites.order import RealFirst
 from ..functional import as_bias, as_mask, attention, check_arguments
 from ..host.torch_state import autocast
@@ -22,7 +23,7 @@ from ..layer.module import FlashMultiHeadAttention
 from ..problem.masks import Mask, Padding
 from ..problem.spec import AttentionSpec
 from ..problem.wording import short
-from ..weights.recipe import is_defined
+from ..weights.attend import is_defined
 from .encoder import FlashTransformerEncoder, found_causal
 from .route import enter
 

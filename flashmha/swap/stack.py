@@ -13,9 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..backends import OWN, choose, note
-from ..backends import state as thread
+from ..backends import choose, note
 from ..backends.base import Backend, Serve
+from ..backends.choice.builtin import OWN
+from ..backends.choice.record import recording
 from ..functional import check_result
 from ..host.torch_state import casts_to, computed_in, without_autocast
 from ..layer import shortcut
@@ -102,7 +103,7 @@ class Attention:
         batch_first = layer.batch_first
         if not batch_first:
             q, k, v = q.transpose(0, 1), k.transpose(0, 1), v.transpose(0, 1)
-        if thread.calls is not None:
+        if recording.calls is not None:
             note(layer, spec, backend)
         attended: Any
         if same.casts:

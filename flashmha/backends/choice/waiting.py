@@ -9,10 +9,17 @@ arithmetic on estimates: nothing here looks at a device, and nothing is timed bu
 from __future__ import annotations
 
 import os
+from collections.abc import Hashable
 
-from ...host.torch_state import asks_deterministic
+import torch
+
+from ...host.torch_state import asks_deterministic, in_backward
 from ...problem.spec import AttentionSpec
-from .ranking import keys, work
+from ..base import Backend
+from ..compiling import Wait, waits
+from . import registry
+from .builtin import OWN
+from .ranking import WORTH, keys, work
 
 SPEED, STREAM = 5e14, 3e12
 """Operations and bytes a second of a fused kernel on an H200, half precision."""
@@ -37,3 +44,44 @@ def loss(spec: AttentionSpec) -> float:
 def keeps() -> bool:
     """Problems stay with their first choice: torch is to be deterministic, or the variable says so."""
     return asks_deterministic() or os.environ.get(VARIABLE, "0") not in ("", "0")
+
+
+def capturing(spec: AttentionSpec) -> bool:
+    """A CUDA graph is being captured around a problem."""
+    return spec.device.type == "cuda" and torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+
+
+WAITS = "not compiled yet"
+"""What is said of a backend that was passed over."""
+
+
+def unready(backend: Backend, spec: AttentionSpec) -> str | None:
+    """What a backend has to compile before it serves a problem; inside another graph that is part of compiling it."""
+    return None if spec.aten_only or torch.compiler.is_compiling() else backend.unready(spec)
+
+
+def kernel_of(backend: Backend, spec: AttentionSpec) -> Hashable:
+    """What a backend would compile for a problem; of others, no more is known than the problem."""
+    return backend.kernel_key(spec) if type(backend) in OWN else spec.outline
+
+
+def known_wait(backend: Backend, spec: AttentionSpec) -> Wait | None:
+    """What was lost without a kernel so far; ``None`` where that was not counted."""
+    kernel = kernel_of(backend, spec)
+    return None if kernel is None else waits.find(backend.name, kernel)
+
+
+def movable(spec: AttentionSpec) -> bool:
+    """A problem may go to another backend than before: no CUDA graph is captured, and no checkpoint computes anew."""
+    return not in_backward() and not capturing(spec)
+
+
+def still(wait: Wait, spec: AttentionSpec) -> dict[str, str]:
+    """Why a problem that was chosen for before is not served by the backend that it waits for."""
+    compiles = unready(registry.entries[wait.backend], spec)
+    return {} if compiles is None else {wait.backend: f"{WAITS}: {compiles}; {wait}"}
+
+
+def long(spec: AttentionSpec) -> bool:
+    """A kernel for the problem is worth the seconds of compiling it. Nothing is, while a CUDA graph is captured."""
+    return not capturing(spec) and work(spec) >= WORTH

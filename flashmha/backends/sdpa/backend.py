@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
-import contextlib
-import functools
-import threading
-from collections.abc import Iterator
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention import SDPBackend
 
-from ...host.torch_state import eager, is_deterministic, readable
-from ...problem.masks import Mask, Padding, Window
+from ...host.torch_state import eager, readable
+from ...problem.masks import Mask, Padding
 from ...problem.scores import narrowed
 from ...problem.spec import AttentionSpec
 from ..base import FEATURES, HALF, Backend, Limits, Serve
 from ..rewrites.compact import validity
-from ..rewrites.documents import PADDING, offsets_in_place, pack, unpack
-from ..rewrites.grouped import FEW, fold, fold_table, folds, unfold
+from ..rewrites.documents import offsets_in_place
+from ..rewrites.grouped import fold, fold_table, folds, unfold
+from .packed import attend_packed, packs, varlen
 from .pieces import Item, cut, keep_all, slices
+from .switches import by_math, kernels_for_masks, only, switches, without_cudnn
 
 
 def top_left_causal(spec: AttentionSpec) -> bool:
@@ -203,103 +200,6 @@ def attend_on_cuda(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> Tens
     return attend_by_choice(q, k, v, mask, spec)
 
 
-def packs(spec: AttentionSpec) -> bool:
-    """A problem goes to torch's own flash-attn 2 as packed documents, here and now; else SDPA is handed a mask."""
-    return packable(spec) and runs_packed(spec.head_dim, spec.device.index) and not by_math(spec)
-
-
-def packable(spec: AttentionSpec) -> bool:
-    """Documents, causal or not, or padding is all that is hidden, and the kernel serves what else is asked for.
-
-    A few queries are not worth packing their keys.
-    """
-    if not takes_packed(spec.dtype, spec.head_dim) or spec.aten_only:
-        return False
-    if 0 in (spec.batch, spec.seqlen_q, spec.seqlen_k):
-        return False
-    features = spec.features
-    if "documents" in features:
-        if "causal" in features:
-            assert spec.mask is not None
-            windows = [part for part in spec.mask.parts if isinstance(part, Window)]
-            if not all(window.align == "bottom_right" for window in windows):
-                return False
-        return features <= DOCUMENTS
-    return features <= PADDED and not features.isdisjoint(PADDING) and spec.seqlen_q > FEW
-
-
-ANY = ("backward", "deterministic", "dropout", "gqa")
-"""What documents and padding may stand beside in that kernel."""
-DOCUMENTS = frozenset((*ANY, "documents", "causal"))
-PADDED = frozenset((*ANY, *PADDING))
-
-
-def takes_packed(dtype: torch.dtype, head_dim: int) -> bool:
-    """torch's packed flash-attn 2 has kernels for such heads on some GPU."""
-    return dtype in HALF and head_dim % 8 == 0
-
-
-def runs_packed(head_dim: int, index: int | None) -> bool:
-    """It has them for a GPU, and is switched on."""
-    return head_dim <= packs_up_to(index) and switches()[2]
-
-
-@functools.cache
-def packs_up_to(index: int | None) -> int:
-    """The largest head_dim of torch's packed flash-attn 2 on a GPU; 0 where there is none.
-
-    NVIDIA's, Ampere and newer; where shared memory is small, as on 8.6, 8.9 and 12.0, there is no backward beyond 192.
-    Source: ``check_requires_grad_and_head_dim_gt192_constraints_on_sm86_89_or_120`` in aten's sdp_utils.cpp.
-    """
-    if not torch.cuda.is_available() or torch.version.hip or not torch.backends.cuda.is_flash_attention_available():
-        return 0
-    major, minor = torch.cuda.get_device_capability(index)
-    return 0 if major < 8 else 256 if minor == 0 and major < 12 else 192
-
-
-packs_up_to._dynamo_marked_constant = True  # type: ignore[attr-defined]  # torch.compiler.assume_constant_result, unimported
-
-
-def attend_packed(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> Tensor:
-    """A problem as packed documents: SDPA would be handed a mask, and compute what that hides."""
-    q, k, v, offsets = pack(q, k, v, spec)
-    return unpack(varlen(q, k, v, spec, **offsets), spec)
-
-
-def varlen(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    spec: AttentionSpec,
-    cu_seqlens_q: Tensor,
-    cu_seqlens_k: Tensor,
-    max_seqlen_q: int,
-    max_seqlen_k: int,
-) -> Tensor:
-    """The flash-attn 2 inside torch, over documents packed as (total, heads, head_dim).
-
-    Its own package makes head dims and offsets contiguous; the operator raises.
-    """
-    q = q if q.stride(-1) == 1 else q.contiguous()
-    k = k if k.stride(-1) == 1 else k.contiguous()
-    v = v if v.stride(-1) == 1 else v.contiguous()
-    out: Tensor = torch.ops.aten._flash_attention_forward(
-        q,
-        k,
-        v,
-        cu_seqlens_q.contiguous(),
-        cu_seqlens_k.contiguous(),
-        # a longest document of one query takes a decoding path with wrong shapes (flash-attention#1537)
-        max(2, max_seqlen_q),
-        max_seqlen_k,
-        spec.dropout_p,
-        "causal" in spec.needs,
-        False,
-        scale=spec.scale,
-    )[0]
-    return out
-
-
 def attend_by_choice(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, spec: AttentionSpec, is_causal: bool = False
 ) -> Tensor:
@@ -332,15 +232,6 @@ def overflows(spec: AttentionSpec) -> bool:
     if spec.seqlen_q == 1 or spec.seqlen_k % 128 == 64:  # noqa: SIM103  symbols that a branch makes a bool
         return True
     return False
-
-
-def by_math(spec: AttentionSpec) -> bool:
-    """Only the math kernel's backward is deterministic for this problem.
-
-    The fused ones ask torch's own switch when the backward runs, and add gradients up in any order where it is off or
-    no more than a warning.
-    """
-    return "deterministic" in spec.needs and not is_deterministic()
 
 
 def attend(
@@ -434,53 +325,3 @@ def attend_piece(
 def needs_tensor(spec: AttentionSpec) -> bool:
     """SDPA is handed a mask tensor."""
     return spec.bias is not None or (spec.mask is not None and not top_left_causal(spec))
-
-
-KERNELS = (
-    SDPBackend.EFFICIENT_ATTENTION,
-    SDPBackend.MATH,
-    SDPBackend.FLASH_ATTENTION,
-    SDPBackend.CUDNN_ATTENTION,
-)
-
-
-def switches() -> tuple[bool, ...]:
-    """Which of ``KERNELS`` the process-wide switches allow; a constant to Dynamo, which cannot trace the question."""
-    asked = torch._C  # what the functions in torch.backends.cuda call
-    return (
-        asked._get_mem_efficient_sdp_enabled(),
-        asked._get_math_sdp_enabled(),
-        asked._get_flash_sdp_enabled(),
-        asked._get_cudnn_sdp_enabled(),
-    )
-
-
-switches._dynamo_marked_constant = True  # type: ignore[attr-defined]  # torch.compiler.assume_constant_result, unimported
-
-
-def kernels_for_masks() -> list[SDPBackend]:
-    """The kernels the switches leave for a call with a mask: all but cuDNN."""
-    return [kernel for kernel, allowed in zip(KERNELS[:3], switches()) if allowed]
-
-
-def without_cudnn() -> contextlib.AbstractContextManager[None]:
-    """SDPA's switches as they are, cuDNN off."""
-    if not switches()[3]:
-        return contextlib.nullcontext()
-    return only(kernels_for_masks())
-
-
-LOCK = threading.RLock()
-"""Held while SDPA's switches, which belong to the process, are other than they were: two threads that set and restore
-them in turns would leave them off."""
-
-
-def only(kernels: list[SDPBackend]) -> contextlib.AbstractContextManager[None]:
-    """SDPA by some kernels alone, one thread at a time; a compiler writes the switches into its graph."""
-    return sdpa_kernel(kernels) if torch.compiler.is_compiling() else alone(kernels)
-
-
-@contextlib.contextmanager
-def alone(kernels: list[SDPBackend]) -> Iterator[None]:
-    with LOCK, sdpa_kernel(kernels):
-        yield

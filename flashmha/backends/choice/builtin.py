@@ -1,0 +1,13 @@
+"""This package's own backends."""
+
+from __future__ import annotations
+
+from ..flash_attn.flash2 import Flash2
+from ..flash_attn.flash3 import Flash3
+from ..flash_attn.flash4 import Flash4
+from ..flex import Flex
+from ..naive import Naive
+from ..sdpa.backend import Sdpa
+
+OWN = (Sdpa, Flash4, Flash3, Flash2, Flex, Naive)
+"""This package's own backends, in the order of the list."""

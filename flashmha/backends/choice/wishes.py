@@ -1,0 +1,64 @@
+"""Who asked for a backend: a call, ``use_backend`` or the environment."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from .registry import expand
+
+Wanted = str | Sequence[str] | None
+
+
+VARIABLE = "FLASHMHA_BACKEND"
+
+
+KEY: Any = os.environ.encodekey(VARIABLE)
+"""The name as ``os.environ`` keeps it."""
+
+
+class Wish(threading.local):
+    """What ``use_backend`` set, a thread. (Dynamo guards a ``threading.local``, no ``ContextVar``.)"""
+
+    wanted: Wanted = None
+
+
+wish = Wish()
+
+
+def asked(wanted: Wanted = None) -> tuple[str, Wanted]:
+    """The strongest wish of call, context and environment: where it was said, and the names; ``None`` for automatic."""
+    if wanted is not None:
+        return "backend", wanted
+    if wish.wanted is not None:
+        return "use_backend", wish.wanted
+    values = getattr(os.environ, "_data", None)
+    if values is not None and KEY not in values:  # where ``get`` would raise and catch two exceptions, in every call
+        return VARIABLE, None
+    return VARIABLE, read_variable()
+
+
+def read_variable() -> list[str] | None:
+    """The names in ``FLASHMHA_BACKEND``; ``None`` where it is not set, or to nothing."""
+    named = os.environ.get(VARIABLE)
+    return [name.strip() for name in named.split(",")] if named else None
+
+
+def preference(wanted: Wanted = None) -> Wanted:
+    """The names that were asked for; ``None`` for automatic."""
+    return asked(wanted)[1]
+
+
+@contextlib.contextmanager
+def use_backend(backend: str | Sequence[str]) -> Iterator[None]:
+    """Ask for a backend, or a list in order, in every call of this thread inside the ``with``."""
+    expand(backend)
+    before = wish.wanted
+    wish.wanted = backend
+    try:
+        yield
+    finally:
+        wish.wanted = before

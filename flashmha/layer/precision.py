@@ -1,0 +1,50 @@
+"""The dtype that a layer computes in."""
+
+import platform
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..backends.base import HALF
+from ..backends.choice.wishes import Wanted, preference
+from ..host.torch_state import casts_to, needs_aten
+from .call import Reading
+from .features import has_hops
+
+
+def weights_dtype(q: Tensor) -> torch.dtype:
+    """What a softmax of scores of q gives: on a GPU autocast takes it to float32."""
+    if q.is_cuda and casts_to(q.device) is not None:
+        return torch.promote_types(q.dtype, torch.float32)
+    return q.dtype
+
+
+def computing_dtype(layer: Any, call: Reading, wanted: Wanted) -> torch.dtype | None:
+    """float32 where this CPU is slower in the half precision the layer is kept in; ``None`` for the layer's own.
+
+    Not for a layer that was told a backend or has hops of its own, which were written for the layer's dtype.
+    """
+    query, dtype = call.query, call.query.dtype
+    if query.device.type != "cpu" or casts_to(query.device) is not None or not emulated(dtype):
+        return None
+    if layer.call_out_proj or has_hops(layer) or preference(wanted) is not None or needs_aten(query):
+        return None
+    weights = (layer.in_proj_weight, layer.q_proj_weight, layer.k_proj_weight, layer.v_proj_weight)
+    tensors = (call.key, call.value, getattr(layer.out_proj, "weight", None), *weights)
+    if any(isinstance(x, Tensor) and x.dtype != dtype for x in tensors):
+        return None  # an error of the caller's, which the projection reports
+    return torch.float32
+
+
+def emulated(dtype: torch.dtype) -> bool:
+    """This CPU computes in a half precision dtype more slowly than in float32: an x86 without instructions for it.
+
+    Those are AMX, and AVX512-BF16 for bfloat16. Measured on x86 alone, so other CPUs are left as they are.
+    """
+    if platform.machine().lower() not in ("x86_64", "amd64") or dtype not in HALF or torch.cpu._is_amx_tile_supported():
+        return False
+    return dtype != torch.bfloat16 or not torch.cpu._is_avx512_bf16_supported()
+
+
+emulated._dynamo_marked_constant = True  # type: ignore[attr-defined]

@@ -1,0 +1,165 @@
+"""Output and weights of one call."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.autograd.forward_ad as forward_ad
+from torch import Tensor
+
+from ..backends import choose, note
+from ..backends.base import Backend
+from ..backends.choice.builtin import OWN
+from ..backends.choice.waiting import capturing
+from ..backends.choice.wishes import Wanted, preference
+from ..backends.naive import Naive, probabilities, scores, weigh
+from ..functional import answer, run
+from ..host.torch_state import traced, without_autocast
+from ..problem.masks import normalize
+from ..problem.packing import Padded
+from ..problem.spec import SHARED, AttentionSpec
+from .blocks import spread
+from .deferred import Cell, Deferred, expect_look
+from .graph import Weights
+from .recipe import Recipe, remembered, with_bias
+
+
+def attention_with_weights(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    spec: AttentionSpec,
+    wanted: Wanted = None,
+    layer: Any = None,
+    *,
+    average: bool = True,
+    batched: bool = True,
+    dtype: torch.dtype | None = None,
+    rows: Tensor | None = None,
+    padded: Padded | None = None,
+    remade: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """The output, and the attention weights before dropout, 0 in blind rows, which are computed when read.
+
+    The weights are (batch, heads, seqlen_q, seqlen_k), or their mean over heads with ``average``, without the batch
+    axis unless ``batched``, in ``dtype``, and 0 outside ``rows`` (batch, seqlen_q). ``padded`` for q, k and v that hold
+    the real tokens alone, ``remade`` where a hop of the layer's own made q and k.
+
+    Where PyTorch records what runs (compile, export, torch.func, forward AD) both are ordinary tensors, and a compiler
+    drops what nobody reads; the definition makes both in one pass, unless a backend is named.
+    """
+    dtype = q.dtype if dtype is None else dtype
+    backend = None if recorded(spec) else choose(spec, wanted)
+    if backend is None or (padded is None and is_defined(spec, backend, wanted)):
+        out, weights = by_definition(q, k, v, spec, wanted, layer)
+        return out, shaped(weights, average, batched, dtype, rows)
+    note(layer, spec, backend)
+    free = (q.detach(), k.detach()) if q.requires_grad or k.requires_grad else (q, k)
+    recipe = Recipe(*free, spec, None, average, batched, dtype, rows)
+    learned: Tensor | None = None
+    if spec.bias is not None:  # the caller's own tensor, which may change before the weights are read
+        bias = spec.bias.tensors()[0]
+        learned = bias if bias.requires_grad else None
+        recipe.spec = with_bias(spec, bias.detach().clone())
+    problem = recipe.spec
+    told = asking(spec, backend)
+    result = answer(backend, q, k, v, told)
+    out, lse = result if isinstance(result, tuple) else (result, None)
+    if padded is not None:
+        batch, seqlen = padded.rows.shape
+        sizes = {"batch": batch, "seqlen_q": seqlen, "seqlen_k": seqlen}
+        recipe.spec = recipe.spec.changed(**sizes, mask=normalize(padded.mask, seqlen, seqlen))
+        recipe.places, recipe.rows = padded.places, padded.rows
+    elif lse is not None:
+        recipe.lse = lse.detach() if lse.requires_grad else lse
+    at_once = is_small(spec) or (remade and may_change(q, k)) or capturing(spec) or spec.device.type == "meta"
+    make = Recipe.make if at_once else defer
+    if spec.needs_grad:
+        fused = None if spec.dropout_p > 0.0 or backend.name == "naive" else v
+        out, weights = Weights.apply(out, q, k, fused, learned, problem, recipe, make)  # type: ignore[no-untyped-call]
+    else:
+        with torch.no_grad():
+            weights = make(recipe)
+    return out, weights
+
+
+SMALL = 2**12
+"""Scores of all heads, up to which the definition makes output and weights in one pass, as ordinary tensors.
+
+On one thread of a CPU that trains in the time of the stock layer (0.95 to 1.04 of it, 1 x 8 to 4 x 16 tokens); an eval
+whose weights are thrown away takes 20 to 50 us more, which being ordinary is worth.
+"""
+
+
+def is_small(spec: AttentionSpec) -> bool:
+    """The weights of a problem are made at once, as ordinary tensors."""
+    return spec.batch * spec.heads * spec.seqlen_q * spec.seqlen_k <= SMALL
+
+
+def is_defined(spec: AttentionSpec, backend: Backend, wanted: Wanted) -> bool:
+    """The definition makes output and weights, though automatic choice found a backend for the output alone."""
+    return is_small(spec) and type(backend) in OWN and preference(wanted) is None
+
+
+def may_change(q: Tensor, k: Tensor) -> bool:
+    """A hop of the layer's own may return memory that is written before the weights are read: a cache's, an input's."""
+    written = q.is_inference() or k.is_inference() or q._version > 0 or k._version > 0
+    return written or q._is_view() or k._is_view()
+
+
+DEFINITION = Naive()
+
+
+def by_definition(
+    q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, wanted: Wanted, layer: Any
+) -> tuple[Tensor, Tensor]:
+    """Output and weights (batch, heads, seqlen_q, seqlen_k) as ordinary tensors."""
+    with without_autocast(spec.device):
+        weights = probabilities(*scores(q, k, spec), spec)
+        if preference(wanted) is None and not torch.compiler.is_compiling():
+            note(layer, spec, DEFINITION)
+            return weigh(weights, v, spec), weights
+    out = run(q, k, v, spec, wanted, layer)
+    assert isinstance(out, Tensor)
+    return out, weights
+
+
+def shaped(weights: Tensor, average: bool, batched: bool, dtype: torch.dtype, rows: Tensor | None) -> Tensor:
+    """The weights (batch, heads, seqlen_q, seqlen_k) of the definition as the caller wants them."""
+    weights = weights.mean(dim=1) if average else weights
+    if rows is not None:
+        weights = weights.masked_fill(~spread(rows, average), 0.0)
+    return (weights if batched else weights[0]).to(dtype)
+
+
+def asking(spec: AttentionSpec, backend: Backend) -> AttentionSpec:
+    """The problem as the backend is asked for it: with the log-sum-exp too, where it can give that.
+
+    Not beside a bias, which may move all scores of a row far off, as -10000 does, where a log-sum-exp in float32 is
+    coarse.
+    """
+    known = remembered.get(spec) if spec.shared else None
+    if known is not None and known[0] is backend:
+        return known[1]
+    found = spec.with_lse() if spec.bias is None else spec
+    if backend.unsupported(found) is not None or backend.unbuilt(found) is not None:
+        found = spec
+    if spec.shared:
+        if len(remembered) >= SHARED:
+            remembered.clear()
+        remembered[spec] = (backend, found)
+    return found
+
+
+def recorded(spec: AttentionSpec) -> bool:
+    """Somebody records operators, or differentiates forward."""
+    return torch.compiler.is_compiling() or spec.aten_only or traced() or forward_ad._current_level >= 0
+
+
+def defer(recipe: Recipe) -> Deferred:
+    """The weights of a recipe, computed when they are read."""
+    cell = Cell(recipe.make, recipe.spec.device, recipe.cost)
+    made: Deferred = Deferred(cell, recipe.shape, recipe.dtype, recipe.spec.device)
+    expect_look(cell)
+    return made
