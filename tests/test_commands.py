@@ -163,7 +163,9 @@ def test_a_variable_set_to_nothing_is_not_set(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_table_holds_the_limits_as_data() -> None:
-    for row in answer("table"):
+    rows = answer("table")
+    assert [row["name"] for row in rows] == list(names())
+    for row in rows:
         limits = get(row["name"]).limits
         assert set(row["features"]) == limits.features and row["head_dim"] == limits.head_dim
         assert row["devices"] == list(limits.devices)
