@@ -1,11 +1,9 @@
 """flash-attn 4 as it is called: judged on a CPU through pretended kernels that do what they are told, and no more."""
 
-import contextlib
 import dataclasses
+import functools
 import math
-import sys
 import types
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -17,9 +15,8 @@ from test_block_tables import Tile, defined, seen, states
 from torch import Tensor
 
 from flashmha import AttentionSpec, Dense, KeyLengths, KeyPadding, Mask, Window, causal
-from flashmha.backends import get
-from flashmha.backends.flash_attn import flash4_kernels
 from flashmha.backends.flash_attn.flash4 import Flash4, kind
+from flashmha.backends.flash_attn.flash4_kernels import Tools
 from flashmha.backends.rewrites import block_tables, compact
 from flashmha.testing import assert_agrees, noise, seeds, specs
 from flashmha.testing.grid import KINDS, drawn
@@ -28,10 +25,15 @@ pytestmark = pytest.mark.cpu("pretends the kernels")
 
 
 class Pretended(Flash4):
-    """``flash4`` on a CPU; the kernels come from ``pretend``."""
+    """``flash4`` on a CPU, whose kernels do what they are told."""
 
     name = "pretended"
     limits = dataclasses.replace(Flash4.limits, devices=("cpu",))
+
+    def __init__(self, functions: Any = None, **tools: Any) -> None:
+        kernels = functools.partial(types.SimpleNamespace, within="within", shown="shown", blocks=blocks)
+        own: dict[str, Any] = {"move": move, "masks": kernels, "takes_tables": lambda device: True, "least": 4}
+        super().__init__(functions or (pretended_forward, pretended_backward), tools=Tools(**{**own, **tools}))
 
     def unavailable(self, device: torch.device) -> str | None:
         return None
@@ -110,19 +112,6 @@ def blocks(told: dict[str, Any], q: Tensor, k: Tensor, *, backward: bool) -> tup
     else:
         allowed = told["table"][told["items"].long(), : q.shape[1], : k.shape[1]].bool()
     return defined(allowed, TILES[backward], by_keys=backward), TILES[backward]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def pretend() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(get("flash4"), "functions", (pretended_forward, pretended_backward))
-        patch.setattr(torch.cuda, "device", contextlib.nullcontext)
-        patch.setattr(compact, "move", move)
-        patch.setattr(block_tables, "WORTH", 4)
-        patch.setattr(flash4_kernels, "served", lambda device: True)
-        mask = types.SimpleNamespace(within="within", shown="shown", blocks=blocks)
-        patch.setitem(sys.modules, "flashmha.backends.flash_attn.flash4_masks", mask)
-        yield
 
 
 @given(spec=specs(limits=Pretended.limits, head_dims=(24, 32)), seed=seeds())
@@ -206,7 +195,7 @@ TABLE = Dense(torch.ones(33, 40, dtype=torch.bool).tril(3))
 @pytest.mark.parametrize("deterministic", (False, True))
 @pytest.mark.parametrize("here", (False, True))
 def test_a_mask_of_ones_own_comes_with_the_tiles_to_look_at(
-    mask: Mask, seqlen_q: int, deterministic: bool, here: bool, monkeypatch: pytest.MonkeyPatch
+    mask: Mask, seqlen_q: int, deterministic: bool, here: bool
 ) -> None:
     listed = []
 
@@ -215,13 +204,13 @@ def test_a_mask_of_ones_own_comes_with_the_tiles_to_look_at(
         listed.append((backward, states(made[0], by_keys=backward)))
         return made
 
-    monkeypatch.setattr(sys.modules["flashmha.backends.flash_attn.flash4_masks"], "blocks", spy)
-    monkeypatch.setattr(flash4_kernels, "served", lambda device: here)
+    masks = functools.partial(types.SimpleNamespace, within="within", shown="shown", blocks=spy)
+    backend = Pretended(masks=masks, takes_tables=lambda device: here)
     if TABLE in mask.parts:  # its rows are as many as there are queries
         own = Dense(TABLE.allowed[:, :, :seqlen_q])
         mask = own if len(mask.parts) == 1 else own & PADDED
     spec = AttentionSpec(2, seqlen_q, 40, 4, 2, 24, 24, torch.bfloat16, mask=mask, deterministic=deterministic)
-    assert_agrees(Pretended(), dataclasses.replace(spec, needs_grad=True), 0)
+    assert_agrees(backend, dataclasses.replace(spec, needs_grad=True), 0)
     served = here and seqlen_q == 33 and ("dense_mask" in spec.features or len(mask.parts) == 2)
     wanted = {False} if deterministic else {False, True}
     assert {backward for backward, _ in listed} == (wanted if served else set())

@@ -14,13 +14,11 @@ import pytest
 import torch
 from formula import Formula
 from hypothesis import assume, given
-from test_flash4 import Pretended, move
+from test_flash4 import Pretended
 from torch import Tensor
 
 from flashmha import AttentionSpec, Documents, KeyLengths, KeyPadding, Mask, Window, causal
-from flashmha.backends import get
 from flashmha.backends.flash_attn import flash4_launches
-from flashmha.backends.rewrites import compact
 from flashmha.testing import assert_agrees, noise, seeds, specs
 
 pytestmark = pytest.mark.cpu("pretends the kernels")
@@ -232,20 +230,22 @@ def installed(change: str = "") -> Iterator[Package]:
     flash4_launches.launches.cache_clear()
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(sys.modules, package.__name__, package)
-        patch.setattr(get("flash4"), "functions", (package._flash_attn_fwd, package._flash_attn_bwd))
-        patch.setattr(torch.cuda, "device", contextlib.nullcontext)
-        patch.setattr(compact, "move", move)
-        patch.setattr(flash4_launches, "was_read", lambda device: change != "another release")
         yield package
     flash4_launches.launches.cache_clear()
 
 
+def through(package: Package) -> Pretended:
+    """The backend of a pretended package."""
+    functions = (package._flash_attn_fwd, package._flash_attn_bwd)
+    return Pretended(functions, was_read=lambda device: package.change != "another release")
+
+
 @given(spec=specs(limits=Pretended.limits, head_dims=(24, 32)), seed=seeds())
 def test_kernels_that_are_launched_again_say_the_same(spec: AttentionSpec, seed: int) -> None:
-    backend = Pretended()
     masked = spec.features & {"dense_mask"} or (spec.features & {"key_padding", "key_lengths"} and spec.window)
-    assume(backend.unsupported(spec) is None and not masked)
+    assume(Pretended().unsupported(spec) is None and not masked)
     with installed() as package:
+        backend = through(package)
         for _ in range(2):
             assert_agrees(backend, spec, seed)
         assert package.launched or not (spec.batch and spec.seqlen_q and spec.seqlen_k)
@@ -268,12 +268,12 @@ CHANGES = ("", "another order", "one more", "another release")
 def test_the_package_serves_a_kind_once_and_one_that_changed_serves_all(change: str, mask: str, heads_kv: int) -> None:
     batch = 1 if mask == "documents" else 2
     with installed(change) as package:
-        seen = []
+        backend, seen = through(package), []
         for seed in range(3):
             q = noise(seed, batch, 9, 4, 24, dtype=torch.bfloat16).requires_grad_()
             k, v = (noise(seed + n, batch, 9, heads_kv, 24, dtype=torch.bfloat16).requires_grad_() for n in (3, 6))
             spec = AttentionSpec.of(q, k, v, mask=MASKS[mask], need_lse=True)
-            out, lse = Pretended()(q, k, v, spec)
+            out, lse = backend(q, k, v, spec)
             torch.autograd.grad(out.sum() + lse.sum(), (q, k, v))
             seen.append(package.served)
     once = {"": (1, 1), "another order": (0, 0), "one more": (1, 0), "another release": (0, 0)}[change]
@@ -284,11 +284,12 @@ def test_the_package_serves_a_kind_once_and_one_that_changed_serves_all(change: 
 def test_one_projection_and_gradients_of_any_strides_are_told_right() -> None:
     """Gradients that a kernel cannot read are copied; heads that lie side by side are not."""
     found = []
-    with installed():
+    with installed() as package:
+        backend = through(package)
         for copies in (False, True, False):
             x = noise(0, 2, 9, 12, 24, dtype=torch.bfloat16).requires_grad_()
             q, k, v = (y.contiguous() if copies else y for y in x.split(4, dim=2))
-            out = Pretended()(q, k, v, AttentionSpec.of(q, k, v))
+            out = backend(q, k, v, AttentionSpec.of(q, k, v))
             assert isinstance(out, Tensor)
             grads = []
             for toward in (torch.ones(()).to(out).expand(out.shape), torch.ones_like(out.mT).mT):

@@ -7,6 +7,7 @@ import functools
 import importlib.util
 from collections.abc import Sequence
 from importlib import metadata
+from typing import Any
 
 import torch
 
@@ -16,6 +17,35 @@ def has_triton() -> bool:
     """Triton is installed; looking takes longer than a kernel."""
     return importlib.util.find_spec("triton") is not None
 
+
+class Machine:
+    """The GPUs of this machine, as PyTorch knows them; a test makes a backend with one of its own."""
+
+    def has_cuda(self) -> bool:
+        return torch.cuda.is_available()
+
+    def current(self) -> int:
+        """The index of the current CUDA device."""
+        return torch.cuda.current_device()
+
+    def captures(self) -> bool:
+        """A CUDA graph is being captured."""
+        return torch.cuda.is_current_stream_capturing()
+
+    def capability(self, index: int | None) -> tuple[int, int]:
+        """The compute capability of a CUDA device."""
+        return torch.cuda.get_device_capability(index)
+
+    def device(self, index: int) -> torch.device:
+        """Where the tensors lie that a kernel is tried on."""
+        return torch.device("cuda", index)
+
+    def on(self, device: torch.device) -> contextlib.AbstractContextManager[Any]:
+        """A device is the current one: kernels are launched there, whatever the tensors say."""
+        return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+
+
+HERE = Machine()
 
 known: dict[int, tuple[str | None, int | None]] = {}
 

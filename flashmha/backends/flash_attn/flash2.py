@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,7 +13,7 @@ from ...problem.spec import AttentionSpec
 from ..base import HALF, Limits
 from ..rewrites.documents import is_cache, pack, packs, read_cache, refusals, unpack, unpack_lse
 from ..rewrites.grouped import fold, folds, unfold, unfold_lse
-from .package import FlashAttn, lacks, normal_lse, trimmed, window_options
+from .package import FlashAttn, Functions, lacks, normal_lse, trimmed, window_options
 
 BUCKETS = (32, 64, 96, 128, 192, 256)
 """The head dims there are kernels for, each for those below it; a build may have been made without some."""
@@ -55,7 +54,7 @@ class Flash2(FlashAttn):
         capability=(8, 9, 10, 12),
     )
 
-    def load(self) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    def load(self) -> Functions:
         import flash_attn_2_cuda  # noqa: F401  the extension: a bare `import flash_attn` proves nothing
         from flash_attn import flash_attn_func, flash_attn_varlen_func
 
@@ -64,9 +63,9 @@ class Flash2(FlashAttn):
 
     def unbuilt(self, spec: AttentionSpec) -> str | None:
         bucket = [size for size in BUCKETS if spec.head_dim <= size][0]  # noqa: RUF015  Dynamo reads it
-        why = lacks(self.name, spec.device.index, bucket, spec.dtype, False)
+        why = lacks(self.key, spec.device.index, bucket, spec.dtype, False)
         if why is None and spec.needs_grad:
-            why = lacks(self.name, spec.device.index, bucket, spec.dtype, True, spec.heads != spec.heads_kv)
+            why = lacks(self.key, spec.device.index, bucket, spec.dtype, True, spec.heads != spec.heads_kv)
         return None if why is None else f"head_dim={spec.head_dim} ({why})"
 
     def refusals(self, spec: AttentionSpec) -> list[str]:

@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...host.machine import HERE, Machine
 from ...problem.spec import AttentionSpec
 from ..base import HALF, Limits
 from ..rewrites.documents import is_cache, pack, packs, read_cache, refusals, unpack, unpack_lse
-from .package import FlashAttn, lacks, normal_lse, trimmed, window_options
+from .package import FlashAttn, Functions, lacks, normal_lse, trimmed, window_options
 
 BUILDS = (
     ("flash_attn_interface", "flash_attn_config"),
@@ -62,13 +63,21 @@ class Flash3(FlashAttn):
         capability=(9,),
     )
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.flags: dict[str, bool] = {}
-        self.splitting = False
+    def __init__(
+        self,
+        functions: Functions | None = None,
+        cached: Callable[..., Any] | None = None,
+        machine: Machine = HERE,
+        flags: dict[str, bool] | None = None,
+        splitting: bool = False,
+    ) -> None:
+        super().__init__(functions, cached, machine)
+        self.flags = {} if flags is None else flags
+        """What the package was built with, and without."""
+        self.splitting = splitting
         """The build can split the keys of a few queries over the whole GPU."""
 
-    def load(self) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    def load(self) -> Functions:
         missing: ModuleNotFoundError | None = None
         for interface, config in BUILDS:
             try:
@@ -101,7 +110,7 @@ class Flash3(FlashAttn):
         if off or not spec.needs_grad:
             return f"this build has no {', no '.join(name.lower() for name in off)}" if off else None
         bucket = [size for size in there if spec.head_dim <= size][0]  # noqa: RUF015  Dynamo reads it
-        why = lacks(self.name, spec.device.index, bucket, spec.dtype, True, spec.heads != spec.heads_kv)
+        why = lacks(self.key, spec.device.index, bucket, spec.dtype, True, spec.heads != spec.heads_kv)
         return None if why is None else f"head_dim={spec.head_dim} ({why})"
 
     def refusals(self, spec: AttentionSpec) -> list[str]:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...host.machine import HERE, Machine
 from ...problem.masks import Dense, Documents, KeyPadding, find
 from ...problem.spec import AttentionSpec
 from ..base import HALF, Limits
@@ -19,8 +20,8 @@ from ..compiling import waits
 from ..rewrites.block_tables import edged, worth
 from ..rewrites.compact import intervals, key_lengths, missing, validity
 from ..rewrites.documents import packed, unpacked, unpacked_lse
-from .flash4_kernels import attend
-from .package import FlashAttn, normal_lse, trimmed
+from .flash4_kernels import Tools, attend
+from .package import FlashAttn, Functions, normal_lse, packages, trimmed
 
 STEPS = (64, 80, 128, 192)
 """Lengths up to which the package compiles for one tile, by head_dim and pass."""
@@ -88,13 +89,14 @@ class Flash4(FlashAttn):
         only_on={"dense_mask": (9,)},
     )
 
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, functions: Functions | None = None, machine: Machine = HERE, tools: Tools | None = None) -> None:
+        super().__init__(functions, machine=machine)
+        self.tools = Tools() if tools is None else tools
         self.compiled: set[tuple[Any, ...]] = set()
         self.latest: AttentionSpec | None = None
         """A problem that was served and is shared: the next layer's, most of the time."""
 
-    def load(self) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    def load(self) -> Functions:
         # flash-attn 2 ships an older prototype under the same name: the signature check tells them apart
         from flash_attn.cute.interface import _flash_attn_bwd, _flash_attn_fwd
 
@@ -127,7 +129,7 @@ class Flash4(FlashAttn):
 
     def unbuilt(self, spec: AttentionSpec) -> str | None:
         if "dense_mask" in spec.features:
-            return untried(spec.device.index)
+            return untried(self.key, spec.device.index)
         return missing() if "key_padding" in spec.features and spec.window is None else None
 
     def unready(self, spec: AttentionSpec) -> str | None:
@@ -152,6 +154,7 @@ class Flash4(FlashAttn):
             "scale": spec.scale,
             "softcap": spec.softcap or 0.0,
             "deterministic": spec.deterministic,
+            "package": self.key,
         }
         documents = None
         if spec.mask is not None:
@@ -225,12 +228,10 @@ def kind(spec: AttentionSpec) -> tuple[Any, ...]:
 
 
 @functools.cache
-def untried(index: int | None) -> str | None:
+def untried(key: str, index: int | None) -> str | None:
     """Why mask tensors are not served on a GPU."""
-    return (
-        "; ".join(Flash4.limits.refusals_on(torch.cuda.get_device_capability(index), frozenset(("dense_mask",))))
-        or None
-    )
+    backend = packages[key]
+    return "; ".join(backend.limits.refusals_on(backend.machine.capability(index), frozenset(("dense_mask",)))) or None
 
 
 untried._dynamo_marked_constant = True  # type: ignore[attr-defined]  # torch.compiler.assume_constant_result, unimported

@@ -5,6 +5,7 @@ Not a backend: ``flash4`` says what a problem needs, and this file calls the pac
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -12,11 +13,11 @@ import torch
 from torch import Tensor
 
 from ...problem.spec import AttentionSpec
-from ..rewrites.block_tables import served, worth
-from ..rewrites.compact import compact, spread
+from ..rewrites.block_tables import WORTH, served
+from ..rewrites.compact import Mover, compact, move, spread
 from ..rewrites.heads import neighbours
-from .flash4_launches import fits, launches, packed
-from .package import packages
+from .flash4_launches import fits, launches, packed, was_read
+from .package import FlashAttn, Functions, packages
 
 TOLD: dict[str, tuple[str, Any]] = {
     "cu_seqlens_q": ("Tensor?", None),
@@ -35,6 +36,7 @@ TOLD: dict[str, tuple[str, Any]] = {
     "right": ("SymInt?", None),
     "softcap": ("float", 0.0),
     "deterministic": ("bool", False),
+    "package": ("str", "flash4"),
 }
 """What the kernels are told beside tensors that may want a gradient, in the order of ``forward``: type and default.
 
@@ -43,6 +45,34 @@ TOLD: dict[str, tuple[str, Any]] = {
 ``items`` (batch,) say which of its items counts for each of the batch; both bounds of a window are ``None`` where it is
 causal or there is none.
 """
+
+
+def own_masks() -> Any:
+    """``flash4_masks``, which needs the package."""
+    from . import flash4_masks
+
+    return flash4_masks
+
+
+@dataclasses.dataclass(frozen=True)
+class Tools:
+    """What serves the package's kernels on a GPU; a test on a CPU makes a backend with its own.
+
+    Attributes:
+        move: moves real keys to the front and back, as ``compact.move``.
+        masks: gives ``flash4_masks``.
+        takes_tables: tables of tiles are made and taken on a device.
+        least: sequences as long as this have tiles to skip.
+        was_read: the package's launches are known on a device.
+    """
+
+    move: Mover = move
+    masks: Callable[[], Any] = own_masks
+    takes_tables: Callable[[torch.device], bool] = served
+    least: int = WORTH
+    was_read: Callable[[torch.device], bool] = was_read
+
+
 UNTOLD = {name: default for name, (_, default) in TOLD.items()}
 
 
@@ -60,10 +90,11 @@ def attend(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, told: dict[str,
 
 def forward(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, told: dict[str, Any]) -> tuple[Tensor, ...]:
     """out, lse, and the keys and values as the kernel saw them where they were moved."""
+    package: Any = packages[told["package"]]
     moved: tuple[Tensor, ...] = ()
     if told["valid"] is not None:
-        with torch.cuda.device(q.device):
-            k, v, lengths = compact(k, v, told["valid"])
+        with package.machine.on(q.device):
+            k, v, lengths = compact(k, v, told["valid"], package.tools.move)
         moved, told = (k, v), {**told, "lengths": lengths}
 
     tables = listed(told, q, k)
@@ -71,11 +102,11 @@ def forward(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, told: dict[st
     def serve(**places: Tensor) -> tuple[Tensor, ...]:
         more = {"learnable_sink": sinks, "num_splits": 1, "return_lse": True, **places}
         # the package asks the current device, not the tensors', which kernels to build, and so does triton
-        with torch.cuda.device(q.device):
-            made: tuple[Tensor, ...] = kernels()[0](q, k, v, **options(told, tables), **more)
+        with package.machine.on(q.device):
+            made: tuple[Tensor, ...] = kernels(package)[0](q, k, v, **options(told, tables), **more)
         return made
 
-    again = launches(*kernels(), q.device)
+    again = launches(*kernels(package), q.device, package.tools.was_read)
     made = None if again is None else again.forward(told, (q, k, v), sinks, tables, serve)
     out, lse = serve()[:2] if made is None else made
     return out, lse, *moved
@@ -88,6 +119,7 @@ def backward(
     q, k, v, sinks, out, lse = saved
     assert q is not None and k is not None and v is not None and out is not None and lse is not None
     dq, dk, dv = into
+    package: Any = packages[told["package"]]
     valid, made = told["valid"], (dk, dv)
     if valid is not None:
         told = {**told, "lengths": valid.sum(1, dtype=torch.int32)}  # counted again rather than kept
@@ -100,17 +132,17 @@ def backward(
     def serve() -> tuple[Tensor, ...]:
         more: dict[str, Any] = {"deterministic": told["deterministic"], "learnable_sink": sinks, "dlse": d_lse}
         more |= {"dq": dq, "dk": made[0], "dv": made[1]}
-        with torch.cuda.device(q.device):
-            result: tuple[Tensor, ...] = kernels()[1](q, k, v, out, d_out, lse, **options(told, tables), **more)
+        with package.machine.on(q.device):
+            result: tuple[Tensor, ...] = kernels(package)[1](q, k, v, out, d_out, lse, **options(told, tables), **more)
         return result
 
-    again = launches(*kernels(), q.device)
+    again = launches(*kernels(package), q.device, package.tools.was_read)
     given = (q, k, v, sinks, out, lse)
     found = None if again is None else again.backward(told, given, (d_out, d_lse), (dq, *made), tables, serve)
     d_sinks = serve()[3:] if found is None else found
     if valid is not None:
-        with torch.cuda.device(q.device):
-            spread(made, (dk, dv), valid)
+        with package.machine.on(q.device):
+            spread(made, (dk, dv), valid, package.tools.move)
     if valid is None and told["lengths"] is not None:
         # gradients of keys past their length are never written (flash-attention#2167)
         past = torch.arange(dk.shape[1], device=dk.device) >= told["lengths"][:, None]
@@ -139,14 +171,16 @@ def options(told: dict[str, Any], tables: Any) -> dict[str, Any]:
         found["seqused_k"] = told["lengths"]
     # a mask of one's own makes the kernel forget causality and windows: it holds both
     if told["first"] is not None:
-        from .flash4_masks import within
-
-        found |= {"mask_mod": within, "aux_tensors": [told["first"], told["last"]]}
+        found |= {"mask_mod": masks(told).within, "aux_tensors": [told["first"], told["last"]]}
     elif told["table"] is not None:
-        from .flash4_masks import shown
-
-        found |= {"mask_mod": shown, "aux_tensors": [told["table"], told["items"]]}
+        found |= {"mask_mod": masks(told).shown, "aux_tensors": [told["table"], told["items"]]}
     return found if tables is None else {**found, "block_sparse_tensors": tables}
+
+
+def masks(told: dict[str, Any]) -> Any:
+    """``flash4_masks``, or what a test has in its place."""
+    package: Any = packages[told["package"]]
+    return package.tools.masks()
 
 
 def listed(told: dict[str, Any], q: Tensor, k: Tensor, *, backward: bool = False) -> Any:
@@ -154,17 +188,18 @@ def listed(told: dict[str, Any], q: Tensor, k: Tensor, *, backward: bool = False
     if told["first"] is None and told["table"] is None:
         return None
     # flash_bwd_sm90 has no order of writing for a gradient of q that arrives tile by tile
-    if (backward and told["deterministic"]) or not worth(q.shape[1], k.shape[1]) or not served(q.device):
+    package: Any = packages[told["package"]]
+    tools = package.tools
+    if (backward and told["deterministic"]) or min(q.shape[1], k.shape[1]) < tools.least:
         return None
-    from .flash4_masks import blocks
+    if not tools.takes_tables(q.device):
+        return None
+    with package.machine.on(q.device):
+        return masks(told).blocks(told, q, k, backward=backward)
 
-    with torch.cuda.device(q.device):
-        return blocks(told, q, k, backward=backward)
 
-
-def kernels() -> tuple[Callable[..., Any], Callable[..., Any]]:
+def kernels(package: FlashAttn) -> Functions:
     """The package's forward and backward."""
-    package = packages["flash4"]
     return package.functions or package.load()
 
 

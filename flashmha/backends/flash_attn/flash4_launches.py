@@ -305,12 +305,20 @@ class Watched:
 
 
 @functools.lru_cache(maxsize=8)
-def launches(forward: Callable[..., Any], backward: Callable[..., Any], device: torch.device) -> Launches | None:
-    """The launches of a package's functions on a device; ``None`` where the package has to serve all of it."""
+def launches(
+    forward: Callable[..., Any],
+    backward: Callable[..., Any],
+    device: torch.device,
+    known: Callable[[torch.device], bool],
+) -> Launches | None:
+    """The launches of a package's functions on a device; ``None`` where the package has to serve all of it.
+
+    ``known`` says whether they are known there, as ``was_read``.
+    """
     package = sys.modules.get(forward.__module__)
     if getattr(package, OWNERS[0], None) is not forward or getattr(package, OWNERS[2], None) is not backward:
         return None
-    if not all(hasattr(package, name) for name in NEEDED) or not was_read(device):
+    if not all(hasattr(package, name) for name in NEEDED) or not known(device):
         return None
     return Launches(forward) if all(hasattr(getattr(package, name), "compile_cache") for name in OWNERS) else None
 

@@ -15,13 +15,16 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from ...host.machine import HERE, Machine
 from ...problem.masks import Documents, Window, find
 from ...problem.spec import AttentionSpec
 from ...problem.wording import first_line, in_one_line
 from ..base import Backend
 
 packages: dict[str, FlashAttn] = {}
-"""The packages by name, so that a probe takes nothing but constants, as Dynamo wants it."""
+"""The packages by key, so that a probe takes nothing but constants, as Dynamo wants it."""
+
+Functions = tuple[Callable[..., Any], Callable[..., Any]]
 
 
 class FlashAttn(Backend):
@@ -29,20 +32,29 @@ class FlashAttn(Backend):
 
     Subclasses say how to import the package (``load``), which keywords its functions must take (``keywords``) and
     how to call it (``__call__``).
+
+    Args:
+        functions: the package's two functions, where it is not to be imported.
+        cached: its function for a cache of keys, whose items have lengths; forward alone.
+        machine: the GPUs that it is tried out on.
     """
 
     distribution: ClassVar[str]
     keywords: ClassVar[tuple[str, ...]]
 
-    def __init__(self) -> None:
+    def __init__(
+        self,
+        functions: Functions | None = None,
+        cached: Callable[..., Any] | None = None,
+        machine: Machine = HERE,
+    ) -> None:
         self.probed: dict[int, str | None] = {}
         self.tried: dict[tuple[int, int, torch.dtype, bool, bool], str | None] = {}
-        self.functions: tuple[Callable[..., Any], Callable[..., Any]] | None = None
-        self.cached: Callable[..., Any] | None = None
-        """The function for a cache of keys, whose items have lengths; forward alone."""
-        packages[self.name] = self
+        self.functions, self.cached, self.machine = functions, cached, machine
+        self.key = self.name if self.name not in packages else f"{self.name} {len(packages)}"
+        packages[self.key] = self
 
-    def load(self) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    def load(self) -> Functions:
         """Import the package: its dense and its packed ("varlen") function."""
         raise NotImplementedError
 
@@ -54,7 +66,7 @@ class FlashAttn(Backend):
         reason = super().unavailable(device)
         if reason is not None:
             return reason
-        return probe(self.name, device.index)
+        return probe(self.key, device.index)
 
     def refusals(self, spec: AttentionSpec) -> list[str]:
         reasons = super().refusals(spec)
@@ -76,26 +88,27 @@ class FlashAttn(Backend):
 CAPTURING = "not tried out yet, and a CUDA graph is being captured: run one call before"
 
 
-def probe(name: str, index: int | None) -> str | None:
+def probe(key: str, index: int | None) -> str | None:
     """Why a package does not work on a CUDA device; asked once a device, and only a clean answer is kept."""
-    backend = packages[name]
-    if not torch.cuda.is_available():
+    backend = packages[key]
+    machine = backend.machine
+    if not machine.has_cuda():
         return "no CUDA device (torch.cuda.is_available() is False)"
-    index = torch.cuda.current_device() if index is None else index
+    index = machine.current() if index is None else index
     if index in backend.probed:
         return backend.probed[index]
-    if torch.cuda.is_current_stream_capturing():
+    if machine.captures():
         return CAPTURING
-    backend.probed[index] = reason = trial(backend, torch.device("cuda", index))
+    backend.probed[index] = reason = trial(backend, index)
     return reason
 
 
 probe._dynamo_marked_constant = True  # type: ignore[attr-defined]  # torch.compiler.assume_constant_result, unimported
 
 
-def trial(backend: FlashAttn, device: torch.device) -> str | None:
+def trial(backend: FlashAttn, index: int) -> str | None:
     """Find, import and run a package on a device: the reason it does not work, with the exception's own text."""
-    wrong = backend.limits.refusals_on(torch.cuda.get_device_capability(device), frozenset())
+    wrong = backend.limits.refusals_on(backend.machine.capability(index), frozenset())
     if wrong:
         return wrong[0]
     try:
@@ -105,41 +118,37 @@ def trial(backend: FlashAttn, device: torch.device) -> str | None:
             if missing:
                 return f"{backend.distribution} {installed(backend)} has no argument {', '.join(missing)}"
         backend.functions = functions
-        return smoke(backend, device)
+        return run(backend, backend.machine.device(index), 64, torch.bfloat16, False)
     except Exception as error:  # a broken binary fails in many ways, and each is a reason rather than a crash
         hint = f"; install: {backend.install}" if isinstance(error, ModuleNotFoundError) and backend.install else ""
         return f"{in_one_line(error)}{hint}"
 
 
-def smoke(backend: FlashAttn, device: torch.device) -> str | None:
-    """Run one small forward and compare it."""
-    return run(backend, device, 64, torch.bfloat16, False)
-
-
 def lacks(
-    name: str, index: int | None, head_dim: int, dtype: torch.dtype, backward: bool, grouped: bool = False
+    key: str, index: int | None, head_dim: int, dtype: torch.dtype, backward: bool, grouped: bool = False
 ) -> str | None:
     """Why a build cannot run a head_dim in a dtype, by trying; asked once each, and only a clean answer is kept.
 
     A backward of grouped heads is tried by itself: it adds up gradients, and a build may fail there alone
     (kernels-community#1085).
     """
-    backend = packages[name]
-    index = torch.cuda.current_device() if index is None else index
-    key = (index, head_dim, dtype, backward, grouped)
-    if key in backend.tried:
-        return backend.tried[key]
-    if torch.cuda.is_current_stream_capturing():
+    backend = packages[key]
+    machine = backend.machine
+    index = machine.current() if index is None else index
+    asked = (index, head_dim, dtype, backward, grouped)
+    if asked in backend.tried:
+        return backend.tried[asked]
+    if machine.captures():
         return CAPTURING
     missing = "grouped backward" if grouped else "backward" if backward else "kernel"
     try:
-        why = run(backend, torch.device("cuda", index), head_dim, dtype, backward, grouped)
+        why = run(backend, machine.device(index), head_dim, dtype, backward, grouped)
     except torch.OutOfMemoryError as error:  # says nothing about the build
         return first_line(error)
     except Exception as error:
         why = first_line(error)
-    backend.tried[key] = None if why is None else f"this build has no {missing}: {why}"
-    return backend.tried[key]
+    backend.tried[asked] = None if why is None else f"this build has no {missing}: {why}"
+    return backend.tried[asked]
 
 
 lacks._dynamo_marked_constant = True  # type: ignore[attr-defined]  # as above
@@ -154,7 +163,7 @@ def run(
     grouped: bool = False,
 ) -> str | None:
     """Run one small forward, and its backward, to the end; what the definition says of the numbers."""
-    with clean(device, backward):
+    with clean(device, backward), backend.machine.on(device):
         q, k, v = waves(device, head_dim, dtype)
         k, v = (x[:, :, :1] if grouped else x for x in (k, v))
         found = results(lambda q, k, v: backend(q, k, v, AttentionSpec.of(q, k, v)), q, k, v, backward)
@@ -203,8 +212,7 @@ def clean(device: torch.device, backward: bool = False) -> Iterator[None]:
         torch.set_grad_enabled(backward),
         # checkpointing counts what is saved by hooks: the last ones hide those before
         torch.autograd.graph.saved_tensors_hooks(same, same) if backward else contextlib.nullcontext(),
-        torch.autocast("cuda", enabled=False),
-        torch.cuda.device(device),
+        torch.autocast(device.type, enabled=False),
     ):
         yield
 

@@ -8,6 +8,7 @@ torch for CUDA and is imported on first use.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -23,6 +24,8 @@ TILE = 256
 
 
 Pair = tuple[Tensor, Tensor]
+Mover = Callable[..., None]
+"""What ``move`` is: a kernel, or what a test on a CPU has in its place."""
 
 
 def validity(mask: Mask | None, spec: AttentionSpec) -> Tensor | None:
@@ -78,20 +81,20 @@ def missing() -> str | None:
 missing._dynamo_marked_constant = True  # type: ignore[attr-defined]  # torch.compiler.assume_constant_result, unimported
 
 
-def compact(k: Tensor, v: Tensor, valid: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def compact(k: Tensor, v: Tensor, valid: Tensor, mover: Mover | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """Keys and values (batch, seqlen_k, heads_kv, head_dim) with the real ones first, in the order they had.
 
     Also how many are real, (batch,) int32. One tile behind them is 0. On the current device.
     """
     made = (k.new_empty(k.shape), v.new_empty(v.shape))
     lengths = valid.new_empty(valid.shape[0], dtype=torch.int32)
-    move((k, v), made, valid, lengths, scatter=True)
+    (mover or move)((k, v), made, valid, lengths, scatter=True)
     return *made, lengths
 
 
-def spread(sources: Pair, targets: Pair, valid: Tensor) -> None:
+def spread(sources: Pair, targets: Pair, valid: Tensor, mover: Mover | None = None) -> None:
     """Gradients of compacted keys and values, written where those were; 0 for padding."""
-    move(sources, targets, valid, None, scatter=False)
+    (mover or move)(sources, targets, valid, None, scatter=False)
 
 
 def move(sources: Pair, targets: Pair, valid: Tensor, lengths: Tensor | None, *, scatter: bool) -> None:
