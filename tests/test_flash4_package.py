@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
 import inspect
 import sys
@@ -16,9 +15,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from flashmha.backends import get
-from flashmha.backends.flash_attn import flash4_kernels, flash4_launches
-from flashmha.backends.flash_attn.flash4_kernels import UNTOLD, backward, forward
+from flashmha.backends.flash_attn import flash4_launches
+from flashmha.backends.flash_attn.flash4 import Flash4
+from flashmha.backends.flash_attn.flash4_kernels import UNTOLD, Tools, backward, forward
 from flashmha.backends.rewrites.block_tables import edged
 
 pytestmark = [
@@ -54,7 +53,7 @@ def package() -> Iterator[Any]:
 def copied(patch: pytest.MonkeyPatch) -> Iterator[Any]:
     from flash_attn.cute import block_sparsity, interface
 
-    from flashmha.backends.flash_attn import flash4_masks as flash4_mask
+    from flashmha.backends.flash_attn import flash4_masks
     from flashmha.backends.rewrites import block_tables
 
     def made(first: Tensor, last: Tensor, *sizes: Any, by_keys: bool) -> Any:
@@ -63,9 +62,17 @@ def copied(patch: pytest.MonkeyPatch) -> Iterator[Any]:
         rows, columns = (columns, rows) if by_keys else (rows, columns)
         return block_tables.unwritten(last.shape[0], rows, columns, first.device)
 
-    patch.setattr(flash4_mask, "block_tables", made)
-    patch.setattr(flash4_mask, "mask_tables", made)
-    patch.setattr(flash4_kernels, "served", lambda device: True)
+    def blocks(told: dict[str, Any], q: Tensor, k: Tensor, *, backward: bool) -> Any:
+        """As those of ``flash4_masks``, of tables that nothing is written in."""
+        size = flash4_masks.tile(q.shape[-1], backward)
+        if size is None:
+            return None
+        table, last = told["table"], told["last"]
+        several = made(told["first"], last, q.shape[1], size, by_keys=backward) if table is None else None
+        if several is None:
+            several = made(table, told["items"], q.shape[1], k.shape[1], size, by_keys=backward)
+        return flash4_masks.BlockSparseTensorsTorch(*several, block_size=size)
+
     copy: Any = types.ModuleType("interface_on_a_cpu")
     copy.__file__ = interface.__file__
     sparse: dict[str, Any] = {"__name__": block_sparsity.__name__}
@@ -86,9 +93,9 @@ def copied(patch: pytest.MonkeyPatch) -> Iterator[Any]:
     patch.setattr(copy.utils, "convert_from_dlpack_leading_static", lambda *given, **told: None)
     for name in flash4_launches.OWNERS:
         getattr(copy, name).compile_cache = Listed()
-    patch.setattr(get("flash4"), "functions", (copy._flash_attn_fwd, copy._flash_attn_bwd))
-    patch.setattr(torch.cuda, "device", contextlib.nullcontext)
-    patch.setattr(flash4_launches, "was_read", lambda device: True)
+    masks = types.SimpleNamespace(within=flash4_masks.within, shown=flash4_masks.shown, blocks=blocks)
+    tools = Tools(masks=lambda: masks, takes_tables=lambda device: True, was_read=lambda device: True)
+    copy.backend = Flash4((copy._flash_attn_fwd, copy._flash_attn_bwd), tools=tools)
     flash4_launches.launches.cache_clear()
     yield copy
     flash4_launches.launches.cache_clear()
@@ -143,7 +150,8 @@ seen: dict[Any, Keys] = {}
 @given(call=calls())
 def test_a_kind_is_finer_than_the_keys_of_the_package_and_its_calls_are_expected(call: Any, package: Any) -> None:
     (q, k, v, sinks), told, with_lse = call
-    launches = flash4_launches.launches(package._flash_attn_fwd, package._flash_attn_bwd, q.device)
+    told["package"] = package.backend.key
+    launches = flash4_launches.launches(*package.backend.functions, q.device, package.backend.tools.was_read)
     assert launches is not None
     caches: list[Listed] = [owner.compile_cache for owner in launches.owners]
     out, lse = q.new_empty(q.shape), None

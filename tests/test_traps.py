@@ -37,12 +37,17 @@ from flashmha import (
 )
 from flashmha.backends import get, names
 from flashmha.backends.base import HALF
-from flashmha.backends.rewrites import compact
+from flashmha.backends.choice.registry import instead
+from flashmha.backends.flash_attn.flash2 import Flash2
+from flashmha.backends.flash_attn.flash3 import Flash3
+from flashmha.backends.flash_attn.flash4 import Flash4
+from flashmha.backends.flash_attn.flash4_kernels import Tools
 from flashmha.backends.rewrites.grouped import FEW
 from flashmha.backends.sdpa import backend as sdpa
 from flashmha.backends.sdpa import switches
 from flashmha.backends.sdpa.backend import attend_on_cuda
 from flashmha.backends.sdpa.switches import kernels_for_masks, without_cudnn
+from flashmha.host.machine import Machine
 from flashmha.testing import noise, seeds, specs, tensors
 from flashmha.testing.grid import KINDS, SHAPES, drawn
 
@@ -110,19 +115,13 @@ def told() -> Iterator[Told]:
         options["dq"].copy_(d_out)
         return (options["dq"], options["dk"].zero_(), options["dv"].zero_())
 
-    with pytest.MonkeyPatch.context() as patch:
-        every = {"flash2": (shorter, shorter), "flash3": (shorter, shorter), "flash4": (newer, back)}
-        for name, answers in every.items():
-            patch.setattr(get(name), "functions", answers)
-        for name in FLASH[:2]:
-            patch.setattr(get(name), "cached", cached)
-        patch.setitem(
-            sys.modules,
-            "flashmha.backends.flash_attn.flash4_masks",
-            types.SimpleNamespace(within="within", shown="shown"),
-        )
-        patch.setattr(compact, "move", lambda sources, targets, *rest, scatter: [t.zero_() for t in targets])
-        patch.setattr(torch.cuda, "device", contextlib.nullcontext)
+    def move(sources: Any, targets: Any, *rest: Any, scatter: bool) -> None:
+        for target in targets:
+            target.zero_()
+
+    tools = Tools(move, lambda: types.SimpleNamespace(within="within", shown="shown"))
+    every = [kind((shorter, shorter), cached) for kind in (Flash2, Flash3)]
+    with instead(*every, Flash4((newer, back), tools=tools)):
         yield seen
 
 
@@ -210,12 +209,17 @@ def test_trap_04_a_mask_mod_replaces_causality_and_window(told: Told, data: st.D
 
 
 @pytest.mark.cpu("asks what a kernel is told")
-def test_trap_05_flash4_runs_on_the_device_of_its_tensors_and_never_as_mla(
-    told: Told, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_trap_05_flash4_runs_on_the_device_of_its_tensors_and_never_as_mla(told: Told) -> None:
     entered: list[torch.device] = []
-    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext(entered.append(device)))
-    as_told(told, "flash4", AttentionSpec(1, 4, 4, 2, 2, 8, 8, torch.bfloat16))
+
+    class Watched(Machine):
+        def on(self, device: torch.device) -> Any:
+            entered.append(device)
+            return super().on(device)
+
+    backend: Any = get("flash4")
+    with instead(Flash4(backend.functions, Watched(), backend.tools)):
+        as_told(told, "flash4", AttentionSpec(1, 4, 4, 2, 2, 8, 8, torch.bfloat16))
     assert entered == [torch.device("cpu")]
     assert "head_dim=512 (at most 256)" in str(get("flash4").unsupported(problem(head_dim_v=512)))
 
@@ -505,8 +509,8 @@ def test_trap_16_lengths_go_to_the_function_for_caches_and_never_with_a_gradient
 
 
 @pytest.mark.cpu("asks what a kernel is told")
-@pytest.mark.parametrize("name", FLASH[:2])
-def test_trap_16_a_cache_is_not_copied(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("kind", (Flash2, Flash3))
+def test_trap_16_a_cache_is_not_copied(kind: type[Flash2 | Flash3]) -> None:
     k, v = noise(0, 2, 2, 9, 4, 8, dtype=torch.bfloat16).unbind()
     q, read = k[:, :1], []
 
@@ -514,9 +518,7 @@ def test_trap_16_a_cache_is_not_copied(name: str, monkeypatch: pytest.MonkeyPatc
         read.extend((k, v))
         return q
 
-    monkeypatch.setattr(get(name), "functions", (cached, cached))
-    monkeypatch.setattr(get(name), "cached", cached)
-    get(name)(q, k, v, AttentionSpec.of(q, k, v, mask=KeyLengths(torch.tensor([5, 0]))))
+    kind((cached, cached), cached)(q, k, v, AttentionSpec.of(q, k, v, mask=KeyLengths(torch.tensor([5, 0]))))
     assert read[0] is k and read[1] is v
 
 
@@ -524,16 +526,17 @@ def test_trap_16_a_cache_is_not_copied(name: str, monkeypatch: pytest.MonkeyPatc
 @pytest.mark.parametrize("mask", (None, causal(), KeyLengths(torch.tensor([5, 300]))))
 @pytest.mark.parametrize(("seqlen_q", "seqlen_k"), ((1, 512), (128, 4096), (129, 4096), (1, 511)))
 def test_trap_16_flash3_splits_the_keys_of_few_queries_where_the_build_can(
-    told: Told, mask: Any, seqlen_q: int, seqlen_k: int, monkeypatch: pytest.MonkeyPatch
+    told: Told, mask: Any, seqlen_q: int, seqlen_k: int
 ) -> None:
-    spec = problem(seqlen_q=seqlen_q, seqlen_k=seqlen_k, mask=mask)
-    told_apart = as_told(told, "flash3", spec).get("num_splits", 1)
-    monkeypatch.setattr(get("flash3"), "splitting", True)
+    spec, backend = problem(seqlen_q=seqlen_q, seqlen_k=seqlen_k, mask=mask), get("flash3")
+    assert isinstance(backend, Flash3)
+    assert as_told(told, "flash3", spec).get("num_splits", 1) == 1
     few = seqlen_q <= 128 and seqlen_k >= 512
-    assert (told_apart, as_told(told, "flash3", spec).get("num_splits", 1)) == (1, 0 if few else 1)
-    if not isinstance(mask, KeyLengths):
-        learning = dataclasses.replace(spec, needs_grad=True)
-        assert "num_splits" not in as_told(told, "flash3", learning)
+    with instead(Flash3(backend.functions, backend.cached, splitting=True)):
+        assert as_told(told, "flash3", spec).get("num_splits", 1) == (0 if few else 1)
+        if not isinstance(mask, KeyLengths):
+            learning = dataclasses.replace(spec, needs_grad=True)
+            assert "num_splits" not in as_told(told, "flash3", learning)
 
 
 @pytest.mark.cpu("asks what a kernel is told")
