@@ -16,19 +16,30 @@ from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
 from flashmha import AttentionSpec, KeyLengths, NoBackendError, Window
-from flashmha.__main__ import main
 from flashmha.backends import choose, get
+from flashmha.backends.choice.registry import instead
 from flashmha.backends.flash_attn import package as flash
+from flashmha.backends.flash_attn.flash2 import Flash2
 from flashmha.backends.flash_attn.flash3 import HEAD_DIMS, Flash3
-from flashmha.commands import info
-from flashmha.host import machine
+from flashmha.backends.flash_attn.flash4 import Flash4
+from flashmha.commands.info import show
+from flashmha.host.machine import Machine
 
 CUDA = torch.device("cuda", 0)
 MODULES = ("flash_attn", "flash_attn_2_cuda", "flash_attn_interface", "flash_attn_3", "fa3_fwd", "flash_attn_config")
-FUNCTIONS = "def flash_attn_func(q, k, v, {0}): ...\ndef flash_attn_varlen_func(q, k, v, {0}): ...\n"
+FUNCTIONS = """
+import torch.nn.functional as F
+
+def flash_attn_func(q, k, v, {0}):
+    return F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)
+
+def flash_attn_varlen_func(q, k, v, {0}): ...
+"""
 FLASH4 = "def _flash_attn_fwd(q, k, v, {0}): ...\ndef _flash_attn_bwd(q, k, v, {0}): ...\n"
-FLASH2 = "dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic"
-FLASH3 = "softmax_scale, causal, window_size, softcap, deterministic"
+FLASH2 = "*, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes=0, deterministic, return_attn_probs"
+    "*, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes=None, deterministic, return_attn_probs"
+)
+FLASH3 = "*, softmax_scale, causal, window_size, softcap, deterministic=False, return_attn_probs=False"
 Install = Callable[[dict[str, str]], None]
 
 
@@ -44,25 +55,40 @@ def forget() -> None:
         del sys.modules[name]
 
 
+class Pretended(Machine):
+    """A machine with a Hopper GPU, whose kernels run on the CPU."""
+
+    def __init__(self, capability: tuple[int, int] = (9, 0)) -> None:
+        self.major_minor, self.capturing, self.full = capability, False, False
+
+    def has_cuda(self) -> bool:
+        return True
+
+    def current(self) -> int:
+        return 0
+
+    def captures(self) -> bool:
+        return self.capturing
+
+    def capability(self, index: int | None) -> tuple[int, int]:
+        return self.major_minor
+
+    def device(self, index: int) -> torch.device:
+        if self.full:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return torch.device("cpu")
+
+
 @pytest.fixture
-def install(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Install]:
-    """A machine with a Hopper GPU and no flash-attn, on which files can be installed; nothing runs on that GPU."""
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+def pretended() -> Pretended:
+    return Pretended()
+
+
+@pytest.fixture
+def install(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, pretended: Pretended) -> Iterator[Install]:
+    """A pretended machine without flash-attn, on which files can be installed."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "a pretended GPU")
-    monkeypatch.setattr(machine, "known", {})
-    monkeypatch.setattr(flash, "smoke", lambda backend, device: None)
-    monkeypatch.setattr(info, "devices", lambda: [CUDA])
-    monkeypatch.setattr(info, "description", str)
-    for name in ("flash2", "flash3", "flash4"):
-        monkeypatch.setattr(get(name), "probed", {})
-        monkeypatch.setattr(get(name), "tried", {})
-        monkeypatch.setattr(get(name), "functions", None)
-        monkeypatch.setattr(get(name), "cached", None)
-    for name, value in (("flags", {}), ("splitting", False)):
-        monkeypatch.setattr(get("flash3"), name, value)
     hidden = {name: sys.modules[name] for name in sys.modules if name.startswith(MODULES)}
     forget()
     monkeypatch.syspath_prepend(tmp_path)
@@ -73,7 +99,8 @@ def install(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Install
             (tmp_path / name).write_text(text)
         importlib.invalidate_caches()
 
-    yield write
+    with instead(*(kind(machine=pretended) for kind in (Flash2, Flash3, Flash4))):
+        yield write
     forget()
     sys.modules.update(hidden)
 
@@ -84,7 +111,7 @@ def check_said(name: str, reason: str) -> None:
     assert said is not None and reason in said
     out = io.StringIO()
     with contextlib.redirect_stdout(out):
-        assert main(["info"]) == 0
+        show([CUDA], json=False)
     assert f"{said}" in out.getvalue()
     with pytest.raises(NoBackendError) as caught:
         choose(problem(), name)
@@ -143,20 +170,16 @@ def test_a_broken_package_is_a_reason(name: str, install: Install) -> None:
 
 @pytest.mark.parametrize(("name", "capability"), (("flash2", (7, 5)), ("flash3", (8, 0)), ("flash4", (8, 9))))
 def test_a_gpu_that_is_too_old_is_a_reason(
-    name: str, capability: tuple[int, int], install: Install, monkeypatch: pytest.MonkeyPatch
+    name: str, capability: tuple[int, int], install: Install, pretended: Pretended
 ) -> None:
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+    pretended.major_minor = capability
     check_said(name, "compute capability {}.{} (only ".format(*capability))
 
 
-def test_a_gpu_the_binary_has_no_kernels_for_is_a_reason(install: Install, monkeypatch: pytest.MonkeyPatch) -> None:
-    def run(backend: Any, device: torch.device) -> None:
-        raise RuntimeError("CUDA error: no kernel image is available for execution on the device\nmore")
-
-    install({"flash_attn_2_cuda.py": "", "flash_attn/__init__.py": FUNCTIONS.format(FLASH2)})
-    assert get("flash2").unavailable(CUDA) is None
-    monkeypatch.setattr(get("flash2"), "probed", {})
-    monkeypatch.setattr(flash, "smoke", run)
+def test_a_gpu_the_binary_has_no_kernels_for_is_a_reason(install: Install) -> None:
+    raises = 'raise RuntimeError("CUDA error: no kernel image is available for execution on the device\\nmore")'
+    broken = FUNCTIONS.format(FLASH2).replace("return F.", f"{raises}\n    return F.")
+    install({"flash_attn_2_cuda.py": "", "flash_attn/__init__.py": broken})
     check_said("flash2", "RuntimeError: CUDA error: no kernel image is available for execution on the device")
 
 
@@ -214,7 +237,7 @@ class Attention(torch.autograd.Function):
             grads = (torch.zeros_like(q), *grads[1:])
         return grads
 
-def flash_attn_func(q, k, v, *, alibi_slopes=None, {0}, return_attn_probs=False):
+def flash_attn_func(q, k, v, {0}):
     return Attention.apply(q, k, v)
 
 flash_attn_varlen_func = flash_attn_func
@@ -223,14 +246,12 @@ flash_attn_varlen_func = flash_attn_func
 
 
 @pytest.fixture
-def part(install: Install, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+def part(install: Install) -> list[Any]:
     """What a part of flash-attn 2 was called for, once it is installed and runs on a CPU."""
-    install({"flash_attn_2_cuda.py": "", "flash_attn/__init__.py": PART.format(FLASH2.replace("alibi_slopes, ", ""))})
-    plain = flash.waves
-    monkeypatch.setattr(flash, "waves", lambda device, head_dim, dtype: plain(torch.device("cpu"), head_dim, dtype))
-    monkeypatch.setattr(torch.cuda, "device", contextlib.nullcontext)
+    install({"flash_attn_2_cuda.py": "", "flash_attn/__init__.py": PART.format(FLASH2)})
     assert get("flash2").unavailable(CUDA) is None
     calls: list[Any] = sys.modules["flash_attn"].calls
+    calls.clear()
     return calls
 
 
@@ -279,23 +300,18 @@ def test_each_dtype_of_flash2_is_tried_by_itself_and_one_head_dim_for_its_kernel
     assert part == [("forward", 64, torch.float16), ("forward", 64, torch.bfloat16)]
 
 
-def test_no_head_dim_is_tried_out_while_a_cuda_graph_is_captured(
-    part: list[Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with monkeypatch.context() as patch:
-        patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-        said = get("flash2").unbuilt(problem())
-        assert said == f"head_dim=64 ({flash.CAPTURING})" and not part
+def test_no_head_dim_is_tried_out_while_a_cuda_graph_is_captured(part: list[Any], pretended: Pretended) -> None:
+    pretended.capturing = True
+    said = get("flash2").unbuilt(problem())
+    assert said == f"head_dim=64 ({flash.CAPTURING})" and not part
+    pretended.capturing = False
     assert get("flash2").unbuilt(problem()) is None
 
 
-def test_a_full_gpu_says_nothing_about_a_build(part: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(*args: Any) -> None:
-        raise torch.OutOfMemoryError("CUDA out of memory.")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(flash, "run", full)
-        assert get("flash2").unbuilt(problem()) == "head_dim=64 (CUDA out of memory.)"
+def test_a_full_gpu_says_nothing_about_a_build(part: list[Any], pretended: Pretended) -> None:
+    pretended.full = True
+    assert get("flash2").unbuilt(problem()) == "head_dim=64 (CUDA out of memory.)"
+    pretended.full = False
     assert get("flash2").unbuilt(problem()) is None
 
 
@@ -317,11 +333,11 @@ def test_a_trial_leaves_no_trace_in_the_call_that_asked(part: list[Any]) -> None
     assert not saved and not flops.get_total_flops()
 
 
-def test_a_compiler_takes_what_was_tried_as_a_constant(part: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)  # a compiler asks a GPU for more
+def test_a_compiler_takes_what_was_tried_as_a_constant(part: list[Any]) -> None:
+    key: str = get("flash2").key  # type: ignore[attr-defined]
 
     def asks(x: torch.Tensor) -> torch.Tensor:
-        return x + (flash.lacks("flash2", 0, 64, x.dtype, True) is None)
+        return x + (flash.lacks(key, 0, 64, x.dtype, True) is None)
 
     assert torch.compile(asks, backend="eager", fullgraph=True)(torch.zeros(1).bfloat16()) == 1
     assert part[-1] == ("backward", 64, torch.bfloat16)
@@ -365,9 +381,8 @@ def test_a_build_without_a_function_for_caches_serves_lengths_all_the_same(
 
 @given(off=st.sets(st.sampled_from(HEAD_DIMS)), head_dim=st.integers(1, 256))
 def test_a_head_dim_of_flash3_is_served_by_the_next_kernel_there_is(off: set[int], head_dim: int) -> None:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(get("flash3"), "flags", {f"FLASHATTENTION_DISABLE_HDIM{size}": True for size in off})
-        said = get("flash3").unbuilt(AttentionSpec(1, 4, 4, 1, 1, head_dim, head_dim, torch.bfloat16, CUDA))
+    backend = Flash3(flags={f"FLASHATTENTION_DISABLE_HDIM{size}": True for size in off})
+    said = backend.unbuilt(AttentionSpec(1, 4, 4, 1, 1, head_dim, head_dim, torch.bfloat16, CUDA))
     larger = [size for size in HEAD_DIMS if size >= head_dim and size not in off]
     assert (said is None) == bool(larger)
     assert said is None or said.startswith(f"head_dim={head_dim} (this build has kernels for ")
