@@ -37,8 +37,6 @@ def flash_attn_varlen_func(q, k, v, {0}): ...
 """
 FLASH4 = "def _flash_attn_fwd(q, k, v, {0}): ...\ndef _flash_attn_bwd(q, k, v, {0}): ...\n"
 FLASH2 = "*, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes=0, deterministic, return_attn_probs"
-    "*, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes=None, deterministic, return_attn_probs"
-)
 FLASH3 = "*, softmax_scale, causal, window_size, softcap, deterministic=False, return_attn_probs=False"
 Install = Callable[[dict[str, str]], None]
 
@@ -349,7 +347,7 @@ CACHE = "def flash_attn_with_kvcache(q, k, v, cache_seqlens): ...\n"
 
 @pytest.mark.parametrize(
     ("more", "off", "splitting"),
-    ((", num_splits", False, True), (", num_splits", True, False), ("", False, False)),
+    ((", num_splits=1", False, True), (", num_splits=1", True, False), ("", False, False)),
 )
 def test_keys_are_split_where_a_build_can(more: str, off: bool, splitting: bool, install: Install) -> None:
     install(
