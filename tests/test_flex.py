@@ -13,7 +13,6 @@ from torch._dynamo.testing import CompileCounter
 from torch.nn.attention.flex_attention import create_block_mask
 
 from flashmha import ALiBi, AttentionSpec, KeyLengths, KeyPadding, Rule, TensorBias, Window, causal
-from flashmha.backends import flex
 from flashmha.backends.flex import KEPT, Flex
 from flashmha.problem.masks import Mask
 from flashmha.testing import assert_agrees, assert_same, noise, seeds, specs, tensors
@@ -21,6 +20,11 @@ from flashmha.testing import assert_agrees, assert_same, noise, seeds, specs, te
 COMPILE = torch.compile
 PLAIN = dataclasses.replace(Flex.limits, features=Flex.limits.features - {"documents", "sinks", "lse", "lse_grad"})
 Made = list[Callable[..., Any]]
+
+
+def on_a_gpu() -> Flex:
+    """One that compiles a kernel for a CPU's tensors, too."""
+    return Flex(lambda spec: True)
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +38,6 @@ def made() -> Iterator[Made]:
         return lambda q, k, v, **rest: torch.zeros_like(q)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(flex, "fuses", lambda spec: True)
         patch.setattr(torch, "compile", compile_nothing)
         yield functions
 
@@ -52,7 +55,7 @@ def test_every_shape_is_compiled_once_and_the_longest_unused_goes_first(
     made: Made, seqlens: list[int], data: st.DataObject
 ) -> None:
     made.clear()
-    backend = Flex()
+    backend = on_a_gpu()
     found = [run(backend, seqlen) for seqlen in seqlens]
     assert len(made) == len(seqlens)
     assert (
@@ -90,7 +93,7 @@ OTHERS: dict[str, dict[str, Any]] = {
 
 def test_what_makes_another_kernel_is_another_function(made: Made) -> None:
     made.clear()
-    backend = Flex()
+    backend = on_a_gpu()
     for options in (*OTHERS.values(), *OTHERS.values()):
         run(backend, **options)
     assert len(made) == len(OTHERS)
@@ -98,7 +101,7 @@ def test_what_makes_another_kernel_is_another_function(made: Made) -> None:
 
 def test_layouts_and_gradients_are_kernels_of_one_problem(made: Made) -> None:
     made.clear()
-    backend = Flex()
+    backend = on_a_gpu()
     q = noise(0, 2, 4, 2, 16).float()
     turned = q.transpose(1, 2).contiguous().transpose(1, 2)
     spec = AttentionSpec.of(q, q, q)
@@ -118,7 +121,7 @@ def test_problems_that_differ_in_the_values_of_tensors_share_a_function(
 ) -> None:
     spec = data.draw(specs(limits=PLAIN, head_dims=(16,)))
     made.clear()
-    backend = Flex()
+    backend = on_a_gpu()
     q, k, v = tensors(spec, seed)
     backend(q, k, v, spec)
     for held in (spec.mask, spec.bias):
@@ -133,9 +136,8 @@ def test_one_that_does_not_compile_is_not_kept(monkeypatch: pytest.MonkeyPatch) 
     def fail(*args: Any, **kwargs: Any) -> Tensor:
         raise RuntimeError("no kernel")
 
-    monkeypatch.setattr(flex, "fuses", lambda spec: True)
     monkeypatch.setattr(torch, "compile", lambda function, **options: fail)
-    backend = Flex()
+    backend = on_a_gpu()
     with pytest.raises(RuntimeError, match="no kernel"):
         run(backend)
     assert not backend.kernels.functions
@@ -144,9 +146,8 @@ def test_one_that_does_not_compile_is_not_kept(monkeypatch: pytest.MonkeyPatch) 
 def test_more_shapes_than_dynamo_keeps_are_compiled_once_each(monkeypatch: pytest.MonkeyPatch) -> None:
     torch._dynamo.reset()
     counter, shapes = CompileCounter(), range(3, 4 + torch._dynamo.config.recompile_limit)
-    monkeypatch.setattr(flex, "fuses", lambda spec: True)
     monkeypatch.setattr(torch, "compile", lambda function, **options: COMPILE(function, backend=counter, **options))
-    backend = Flex()
+    backend = on_a_gpu()
     for seed in range(2):
         for seqlen in shapes:
             run(backend, seqlen, seed, mask=causal() & KeyLengths(torch.tensor([seed + 1, 3])), need_lse=True)
@@ -155,20 +156,18 @@ def test_more_shapes_than_dynamo_keeps_are_compiled_once_each(monkeypatch: pytes
 
 def test_a_function_of_one_shape_gives_the_answer(monkeypatch: pytest.MonkeyPatch) -> None:
     torch._dynamo.reset()
-    monkeypatch.setattr(flex, "fuses", lambda spec: True)
     monkeypatch.setattr(torch, "compile", lambda function, **options: COMPILE(function, backend="eager", **options))
     spec = AttentionSpec(2, 5, 7, 4, 2, 16, 16, mask=Window(3, 1), softcap=5.0, sinks=torch.zeros(4), need_lse=True)
-    assert_agrees(Flex, spec, 0)
+    assert_agrees(on_a_gpu(), spec, 0)
 
 
 @pytest.mark.parametrize(
     "mask", (KeyPadding(torch.arange(9)[None] % 3 != torch.tensor([[0], [1]])), causal()), ids=repr
 )
 def test_somebodys_compiler_cannot_lay_out_a_block_mask(mask: Mask, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(flex, "fuses", lambda spec: False)
-    monkeypatch.setattr(flex, "fused_into_graph", lambda spec: torch.compiler.is_compiling())
     monkeypatch.setattr(torch, "compile", COMPILE)
-    backend, q = Flex(), noise(0, 2, 9, 2, 16).float()
+    joins = lambda spec: torch.compiler.is_compiling()  # noqa: E731
+    backend, q = Flex(lambda spec: False, joins), noise(0, 2, 9, 2, 16).float()
     seen: list[Any] = []
 
     def look(graph: torch.fx.GraphModule, inputs: Any) -> Any:

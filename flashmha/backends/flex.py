@@ -21,6 +21,8 @@ from ..problem.spec import AttentionSpec
 from .base import FEATURES, Backend, Limits
 from .compiling import waits
 
+Question = Callable[[AttentionSpec], bool]
+
 
 class Flex(Backend):
     """``flex_attention``: any rule and any bias without a (seqlen_q, seqlen_k) tensor on a GPU; forward on a CPU.
@@ -41,11 +43,13 @@ class Flex(Backend):
     head_dim_min_gpu = 16
     """Triton's smallest matrix product; the unfused form on a CPU takes any head_dim."""
 
-    def __init__(self) -> None:
+    def __init__(self, compiles: Question | None = None, joins: Question | None = None) -> None:
+        """``compiles`` and ``joins`` are ``fuses`` and ``fused_into_graph`` of a machine that is not this one."""
         self.kernels = Kernels()
+        self.fuses, self.joins = compiles or fuses, joins or fused_into_graph
 
     def unready(self, spec: AttentionSpec) -> str | None:
-        if not fuses(spec) or self.kernels.serve(problem_key(spec)):
+        if not self.fuses(spec) or self.kernels.serve(problem_key(spec)):
             return None
         return "not compiled for this shape yet (some seconds)"
 
@@ -71,7 +75,7 @@ class Flex(Backend):
             k.transpose(1, 2),
             v.transpose(1, 2),
             score_mod=score_mod(spec),
-            block_mask=block_mask(spec),
+            block_mask=block_mask(spec, self.joins(spec)),
             scale=spec.scale,
             enable_gqa=spec.heads != spec.heads_kv,
             **(asking_for_lse() if need_lse else {}),
@@ -96,7 +100,7 @@ class Flex(Backend):
         """flex_attention, compiled where that makes a kernel."""
         from torch.nn.attention.flex_attention import flex_attention
 
-        if fuses(spec):
+        if self.fuses(spec):
             rules = [] if spec.mask is None else [part.fn for part in spec.mask.parts if isinstance(part, Rule)]
             return self.kernels.of((problem_key(spec), tensors_key(q, k, v)), rules)
         traced: Callable[..., Any] = flex_attention
@@ -237,8 +241,8 @@ MOST, LEAST = torch.finfo(torch.float32).max, torch.finfo(torch.float32).min / 2
 ``-inf`` there, which hides."""
 
 
-def block_mask(spec: AttentionSpec) -> Any:
-    """The mask as flex's ``BlockMask``."""
+def block_mask(spec: AttentionSpec, joins: bool) -> Any:
+    """The mask as flex's ``BlockMask``; ``joins`` where it is made in one graph with the kernel that reads it."""
     if spec.mask is None:
         return None
     from torch.nn.attention.flex_attention import create_block_mask
@@ -255,7 +259,7 @@ def block_mask(spec: AttentionSpec) -> Any:
         spec.seqlen_k,
         device=str(spec.device),
     )
-    if fused_into_graph(spec):
+    if joins:
         # the kernel finds a batch item by the stride of the heads, and a compiler may give that axis, of size 1, any
         # stride: torch 2.11 read past the tables of padding in inference
         for name in TABLES:
