@@ -12,8 +12,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from flashmha import Documents, FlashMultiHeadAttention, KeyLengths, KeyPadding, Mask, Window, causal, pack
+from flashmha.backends.choice.registry import instead
 from flashmha.backends.rewrites import heads
 from flashmha.backends.sdpa import pieces as blocks
+from flashmha.backends.sdpa.backend import Sdpa
 from flashmha.testing import noise, randomized, seeds
 
 MASKS: dict[str, Mask | None] = {
@@ -145,8 +147,7 @@ def problems(draw: st.DrawFn, **fixed: Any) -> Problem:
 def test_packed_items_are_attended_as_if_each_came_alone(worth: int, problem: Problem, need_weights: bool) -> None:
     layer = problem.layer()
     answers = []
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(blocks, "SHARE", worth)
+    with instead(Sdpa(blocks.Costs(document=worth))):
         for run in (problem.packed, problem.one_by_one):
             x, y = problem.inputs()
             out, maps = run(layer, x, y, need_weights)

@@ -26,11 +26,13 @@ from torch.utils.checkpoint import checkpoint
 
 import flashmha
 from flashmha import AttentionSpec, FlashMultiHeadAttention, KeyLengths, KeyPadding, replace_mha
+from flashmha.backends.choice.registry import instead
 from flashmha.backends.rewrites import documents as packing
 from flashmha.backends.rewrites.heads import neighbours
 from flashmha.backends.rewrites.order import RealFirst, permuted, real_first
 from flashmha.backends.sdpa import backend as sdpa
 from flashmha.backends.sdpa import pieces as blocks
+from flashmha.backends.sdpa.backend import Sdpa
 from flashmha.problem import masks
 from flashmha.swap import encoder, route
 from flashmha.testing import noise, seeds
@@ -104,7 +106,7 @@ def test_a_rule_gives_the_numbers_of_the_tensor_mask(
         more["attn_mask"] = torch.ones(seqlen, seqlen, dtype=torch.bool).triu(1)
         if causal == "rule":
             more["attn_mask"] = flashmha.causal()
-    with mock.patch.object(blocks, "WORTH", worth):
+    with instead(Sdpa(blocks.Costs(item=worth))):
         expected = answers(layer, x, *rest, key_padding_mask=~valid, **more)
         rule = KeyPadding(valid)
         for _ in range(2):  # what is made, and what was kept
@@ -270,7 +272,7 @@ def test_a_rule_whose_tensor_changes_is_read_again(
     x, tables = noise(seed, 3, 6, 8), [validity("holes", 3, 6, seed + step) for step in range(3)]
     valid = tables[0].clone()
     rule = KeyPadding(valid)
-    with mock.patch.object(blocks, "WORTH", worth):
+    with instead(Sdpa(blocks.Costs(item=worth))):
         for table in (*tables, tables[0]):
             CHANGES[change](valid, table)
             expected = answers(layer, x, key_padding_mask=~table, need_weights=need_weights)

@@ -16,7 +16,7 @@ from ..rewrites.compact import validity
 from ..rewrites.documents import offsets_in_place
 from ..rewrites.grouped import fold, fold_table, folds, unfold
 from .packed import attend_packed, packs, varlen
-from .pieces import Item, cut, keep_all, slices
+from .pieces import Costs, Item, cut, keep_all, slices
 from .switches import by_math, kernels_for_masks, only, switches, without_cudnn
 
 
@@ -46,6 +46,10 @@ class Sdpa(Backend):
         not_on=dict.fromkeys(("cuda", "mps", "xpu"), frozenset({"lse"})),
         aten=True,
     )
+
+    def __init__(self, costs: Costs = Costs()) -> None:  # noqa: B008  a tuple
+        self.costs = costs
+        """From what size on a problem is cut up on a CPU."""
 
     def refusals(self, spec: AttentionSpec) -> list[str]:
         reasons = super().refusals(spec)
@@ -78,7 +82,7 @@ class Sdpa(Backend):
         padding = spec.mask if isinstance(spec.mask, Padding) else None
         if padding is None and top_left_causal(spec):
             return attend(q, k, v, None, spec, is_causal=True)
-        items = cut(spec)
+        items = cut(spec, self.costs)
         if items is not None:
             return attend_cut(q, k, v, items, spec)
         if padding is None:

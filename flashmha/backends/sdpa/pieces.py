@@ -7,6 +7,7 @@ waiting, the hidden part is cheaper to leave out.
 from __future__ import annotations
 
 import dataclasses
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,6 +25,13 @@ SHARE = 2**17
 """The same for packed documents, a document: one call for all looks at every pair of them."""
 
 
+class Costs(NamedTuple):
+    """What a call costs beside what it spares: a padded item's, a document's."""
+
+    item: int = WORTH
+    document: int = SHARE
+
+
 Piece = tuple[int, int | None, bool | Mask]
 
 
@@ -39,13 +47,13 @@ class Item:
     pieces: list[Piece]
 
 
-def cut(spec: AttentionSpec) -> list[Item] | None:
+def cut(spec: AttentionSpec, costs: Costs = Costs()) -> list[Item] | None:  # noqa: B008  a tuple
     """One ``Item`` a batch item, or ``None`` where the mask is better handed over whole.
 
     Serves key padding without holes and key lengths, with top-left causality or none, and documents with any windows.
     """
     work = spec.heads * spec.seqlen_q * spec.seqlen_k * spec.head_dim
-    least = min(SHARE, WORTH)
+    least = min(costs)
     if spec.mask is None or spec.bias is not None or spec.aten_only or (type(work) is int and work <= least):
         return None
     if not all(map(readable, spec.mask.tensors())):
@@ -55,19 +63,21 @@ def cut(spec: AttentionSpec) -> list[Item] | None:
     items: list[Item] | None = None
     if documents is not None:
         calls = documents.cu_seqlens.shape[0] - 1
-        if kinds <= {Documents, Window} and work > SHARE * calls:
+        if kinds <= {Documents, Window} and work > costs.document * calls:
             windows = joined(*[part for part in spec.mask.parts if type(part) is Window])
             how = windows if windows is not None and not follows(window, documents.aligned) else windows is not None
             items = cut_documents(documents, how, spec)
     elif kinds & {KeyPadding, KeyLengths} and kinds <= {KeyPadding, KeyLengths, Window}:
         drawing = "dropout" in spec.features  # for the whole problem at once, as torch draws
         most = work * (2 if spec.needs_grad else 1)
-        if follows(window, True, spec.seqlen_q - spec.seqlen_k) and most > 2 * WORTH and spec.batch and not drawing:
+        pays = most > 2 * costs.item and spec.batch
+        if pays and follows(window, True, spec.seqlen_q - spec.seqlen_k) and not drawing:
             rule = padding(spec)
             assert rule is not None
             sizes = (spec.seqlen_q, spec.seqlen_k, spec.heads, spec.head_dim, spec.needs_grad)
-            name = ("items", *sizes, window is not None)
-            items = rule.once(name, lambda: cut_padding(rule.real(spec.seqlen_k), spec, window is not None))
+            name = ("items", *sizes, window is not None, costs.item)
+            valid, item = rule.real, costs.item
+            items = rule.once(name, lambda: cut_padding(valid(spec.seqlen_k), spec, window is not None, item))
     # where nobody looks at anything, the mask keeps the output in the autograd graph
     return items if items and any(piece[1] is not None for item in items for piece in item.pieces) else None
 
@@ -85,13 +95,13 @@ def cut_documents(documents: Documents, how: bool | Mask, spec: AttentionSpec) -
     return [Item([*k_sizes, spec.seqlen_k - sum(k_sizes)], [piece for piece in pieces if piece[0]])]
 
 
-def cut_padding(valid: Tensor, spec: AttentionSpec, causal: bool) -> list[Item] | None:
+def cut_padding(valid: Tensor, spec: AttentionSpec, causal: bool, cost: int) -> list[Item] | None:
     """The real keys of each batch item, where they are neighbours and enough are not."""
     real = valid.to(torch.uint8)
     counts = real.sum(dim=1).tolist()
     hidden = spec.batch * spec.seqlen_k - (sum(counts) // 2 if causal else sum(counts))
     spared = hidden * spec.heads * spec.seqlen_q * spec.head_dim
-    if spared and spared * (2 if spec.needs_grad else 1) <= 2 * WORTH * spec.batch:
+    if spared and spared * (2 if spec.needs_grad else 1) <= 2 * cost * spec.batch:
         return None
     starts = real.argmax(dim=1).tolist()
     ends = (spec.seqlen_k - real.flip(1).argmax(dim=1)).tolist()
