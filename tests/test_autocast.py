@@ -9,14 +9,16 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from test_ranking import answering
 from torch import nn
 
 import flashmha
 from flashmha import FlashMultiHeadAttention, KeyPadding, attention, compare_outputs, explain, record
-from flashmha.backends import get
-from flashmha.backends.flash_attn import package as flash
+from flashmha.backends.choice.registry import instead
+from flashmha.backends.flash_attn.flash2 import Flash2
+from flashmha.backends.flash_attn.flash3 import Flash3
+from flashmha.backends.flash_attn.flash4 import Flash4
 from flashmha.backends.sdpa import packed
-from flashmha.host import machine
 from flashmha.host.torch_state import computed_in, without_autocast
 from flashmha.layer import padding
 
@@ -94,14 +96,11 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "a pretended GPU")
     monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: True)
-    monkeypatch.setattr(machine, "known", {})
-    monkeypatch.setattr(flash, "smoke", lambda backend, device: None)
-    for name in ("flash2", "flash3", "flash4"):
-        monkeypatch.setattr(get(name), "unavailable", lambda device: "not here")
     monkeypatch.setattr(padding, "eager", lambda tensor: True)
     packed.packs_up_to.cache_clear()
     was, dtype = torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
-    yield
+    with instead(*(answering(kind, unavailable=lambda device: "not here") for kind in (Flash2, Flash3, Flash4))):
+        yield
     torch.set_autocast_enabled("cuda", was)
     torch.set_autocast_dtype("cuda", dtype)
     packed.packs_up_to.cache_clear()

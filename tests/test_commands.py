@@ -116,10 +116,12 @@ WRONG_VARIABLES = {
 
 
 @pytest.fixture
-def untuned(monkeypatch: pytest.MonkeyPatch) -> None:
+def untuned(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """No tuned table, before and after."""
     monkeypatch.delenv(tuned.VARIABLE, raising=False)
-    monkeypatch.setattr(tuned, "state", tuned.Tuned())
+    tuned.replace(tuned.Tuned())
+    yield
+    tuned.replace(tuned.Tuned())
 
 
 CALLS = {

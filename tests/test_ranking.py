@@ -11,7 +11,6 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import pytest
 import torch
@@ -37,11 +36,15 @@ from flashmha import (
 )
 from flashmha.backends import choose, explain, get, names, order, register, unregister
 from flashmha.backends.choice import ranking, tuned
+from flashmha.backends.choice.builtin import OWN
 from flashmha.backends.choice.choose import reason
 from flashmha.backends.choice.memory import chosen
 from flashmha.backends.choice.ranking import KINDS, MODES, TABLE, Row, Table, agreed, combined, derive, kind
+from flashmha.backends.choice.registry import instead
 from flashmha.backends.choice.waiting import long
-from flashmha.backends.compiling import Waits
+from flashmha.backends.compiling import waits
+from flashmha.backends.sdpa.backend import Sdpa
+from flashmha.host.machine import Machine
 from flashmha.problem.masks import combine
 from flashmha.testing import specs
 
@@ -54,21 +57,53 @@ BUILT_IN = ("sdpa", "flash4", "flash3", "flash2", "flex", "naive")
 @contextlib.contextmanager
 def on(graphics: tuple[str, int] = HOPPER) -> Iterator[None]:
     """A machine with such a GPU, on which nothing can run."""
-    with mock.patch.object(ranking, "graphics", lambda index: graphics):
-        tuned.state.known.clear()
-        yield
-    tuned.state.known.clear()
+    before = tuned.state.machine
+    tuned.replace(dataclasses.replace(tuned.state, machine=Pretended(graphics), known={}))
+    yield
+    tuned.replace(dataclasses.replace(tuned.state, machine=before, known={}))
+
+
+class Pretended(Machine):
+    """A machine with a GPU and such packages."""
+
+    def __init__(self, gpu: tuple[str, int] = HOPPER, **packages: str) -> None:
+        self.gpu, self.packages = gpu, packages
+
+    def graphics(self, index: int | None) -> tuple[str | None, int | None]:
+        return self.gpu
+
+    def installed(self) -> dict[str, str]:
+        return self.packages
+
+
+def answering(kind: type[Backend], **answers: Any) -> Backend:
+    """A backend of its own with other answers."""
+    backend = kind()
+    for question, answer in answers.items():
+        setattr(backend, question, answer)
+    return backend
+
+
+def willing(kind: type[Backend]) -> Backend:
+    """A backend that this machine has, and whose build serves what its limits say."""
+    return answering(kind, unavailable=nothing, unbuilt=nothing)
+
+
+def nothing(about: Any) -> None:
+    """No reason against a backend."""
 
 
 @pytest.fixture(autouse=True)
 def untuned(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """No tuned table, before and after."""
     monkeypatch.delenv(tuned.VARIABLE, raising=False)
-    monkeypatch.setattr(tuned, "state", tuned.Tuned())
+    tuned.replace(tuned.Tuned())
     chosen.clear()
-    with everywhere(waits=Waits()):
-        yield
+    waits.begin()
+    yield
+    waits.begin()
     chosen.clear()
+    tuned.replace(tuned.Tuned())
 
 
 def problem(seqlen: int = 128, batch: int = 2, **changes: Any) -> AttentionSpec:
@@ -113,10 +148,15 @@ def test_our_own_say_the_same_of_problems_with_one_outline(spec: AttentionSpec, 
         assert dataclasses.replace(spec, needs_grad=grad, deterministic=False).outline != spec.outline
 
 
-def test_padding_is_judged_once_and_again_under_another_list(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = []
-    judge = type(get("sdpa")).unsupported
-    monkeypatch.setattr(type(get("sdpa")), "unsupported", lambda *this: [asked.append(1), judge(*this)][1])
+@pytest.fixture
+def asked() -> Iterator[list[AttentionSpec]]:
+    """The problems that sdpa judges."""
+    found: list[AttentionSpec] = []
+    with instead(answering(Sdpa, unsupported=lambda spec: [found.append(spec), Sdpa().unsupported(spec)][1])):
+        yield found
+
+
+def test_padding_is_judged_once_and_again_under_another_list(asked: list[AttentionSpec]) -> None:
 
     def padded(value: bool) -> AttentionSpec:
         return AttentionSpec(2, 37, 37, 2, 2, 8, 8, mask=KeyPadding(torch.full((2, 37), value)))
@@ -265,7 +305,7 @@ def test_what_was_remembered_holds_for_its_switches_alone() -> None:
 def served(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Every backend serves every problem inside its limits, as on a machine with all packages."""
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    with everywhere(reason=lambda backend, spec: backend.unsupported(spec)):
+    with instead(*map(willing, OWN)):
         yield
 
 
@@ -365,20 +405,18 @@ def test_a_shared_problem_stays_with_whom_it_was_given(slow: Any) -> None:
     assert choose(spec).name == "slow", "another list is another choice"
 
 
-@given(spec=specs(), waits=st.sets(st.sampled_from(BUILT_IN[:-1])), worth=st.sampled_from((0.0, 1e30)))
-def test_explain_says_what_choose_does_whoever_compiles(spec: AttentionSpec, waits: set[str], worth: float) -> None:
-    def unready(backend: Backend, spec: AttentionSpec) -> str | None:
-        return WHY if backend.name in waits else None
-
-    with everywhere(unready=unready, WORTH=worth):
+@given(spec=specs(), slow=st.sets(st.sampled_from(BUILT_IN[:-1])), worth=st.sampled_from((0.0, 1e30)))
+def test_explain_says_what_choose_does_whatever_compiles(spec: AttentionSpec, slow: set[str], worth: float) -> None:
+    compiling = {name: (lambda spec: WHY) if name in slow else nothing for name in BUILT_IN}
+    with instead(*(answering(kind, unready=compiling[kind.name]) for kind in OWN)), everywhere(WORTH=worth):
         said, got = explain(spec), choose(spec).name
         able = [name for name in order(spec) if reason(flashmha.backends.get(name), spec) is None]
         assert said.chosen == got and said.rows[got] == "chosen"
         first = able[0]
-        ready = [name for name in able if name not in waits and (name != "naive" or first == "naive")]
-        assert got == (first if first not in waits or worth == 0.0 or not ready else ready[0])
+        ready = [name for name in able if name not in slow and (name != "naive" or first == "naive")]
+        assert got == (first if first not in slow or worth == 0.0 or not ready else ready[0])
         passed = [name for name, row in said.rows.items() if row == f"not compiled yet: {WHY}"]
-        assert set(passed) <= waits and got not in passed
+        assert set(passed) <= slow and got not in passed
 
 
 # Tables
@@ -574,18 +612,16 @@ def test_a_gpu_or_a_package_that_differs_is_refused(name: str, tmp_path: Path, m
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.version, "cuda", None)
     monkeypatch.setattr(torch.backends.cudnn, "version", lambda: None)
-    monkeypatch.setattr(tuned, "graphics", lambda index: HOPPER)
-    monkeypatch.setattr(tuned, "installed", dict)
+    tuned.replace(tuned.Tuned(machine=Pretended()))
     base = {"device": "cuda", "gpu": HOPPER[0]}
     flashmha.load_tuned(saved(tmp_path, **base))
     with pytest.raises(ValueError, match=said):
         flashmha.load_tuned(saved(tmp_path, **{**base, **changes}))
 
 
-def test_a_new_package_is_a_difference(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_new_package_is_a_difference() -> None:
     found = {"device": "cuda", "gpu": None, "env": HERE}
-    monkeypatch.setattr(tuned, "installed", lambda: {"flash-attn": "2.8.3"})
-    assert ("flash-attn", None, "2.8.3") in tuned.differences(found)
+    assert ("flash-attn", None, "2.8.3") in tuned.differences(found, Pretended(**{"flash-attn": "2.8.3"}))
 
 
 def test_the_variable_is_read_at_the_first_automatic_choice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -618,7 +654,7 @@ def test_a_graph_reads_the_variable_while_it_is_traced(tmp_path: Path, monkeypat
     monkeypatch.setenv(tuned.VARIABLE, str(saved(tmp_path)))
     for dynamic in (False, True):
         torch._dynamo.reset()
-        tuned.state = tuned.Tuned()
+        tuned.replace(tuned.Tuned())
         compiled, x = torch.compile(packed, fullgraph=True, backend="eager", dynamic=dynamic), torch.randn(2, 16, 16)
         with torch.no_grad():
             torch.testing.assert_close(compiled(x), packed(x, backend="naive"))

@@ -434,10 +434,19 @@ def test_a_preferred_backend_is_moved_and_the_others_stay(moves: list[tuple[str,
         assert asked == model
 
 
+@contextlib.contextmanager
+def forgotten() -> Iterator[None]:
+    """What was tuned is forgotten at the end."""
+    yield
+    tuned.replace(tuned.Tuned())
+
+
 @given(name=st.sampled_from(("mine", "flex", "naive")), before=st.sampled_from((None, "sdpa")))
 def test_a_preference_is_stronger_than_a_measurement(name: str, before: str | None) -> None:
     row = ranking.Row(("dense",), ("eval",), ("sdpa", "flash2", "flex"), "somewhere")
-    with fresh_list(), mock.patch.object(tuned, "row", lambda spec: row):
+    table = ranking.Table("of this CPU", SPEC.device.type, (SPEC.dtype,), (row,))
+    tuned.replace(tuned.Tuned(table, settled=True, fits=True))
+    with fresh_list(), forgotten():
         backends.register(serving("mine"))
         assert explain(SPEC).chosen == "sdpa"
         flashmha.prefer(name, before=before)

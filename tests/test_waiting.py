@@ -15,7 +15,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from patches import everywhere
-from test_ranking import CUDA, SHORT, WHY, on, passing, problem, shared
+from test_ranking import CUDA, SHORT, WHY, on, passing, problem, shared, willing
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -23,9 +23,11 @@ import flashmha
 from flashmha import AttentionSpec, Backend, Documents, KeyLengths, KeyPadding, Limits, causal
 from flashmha.backends import choose, compiling, explain, get, register, unregister, use_backend
 from flashmha.backends.choice import ranking
+from flashmha.backends.choice.builtin import OWN
 from flashmha.backends.choice.memory import chosen
+from flashmha.backends.choice.registry import instead
 from flashmha.backends.choice.waiting import VARIABLE, long, loss
-from flashmha.backends.compiling import Wait, Waits
+from flashmha.backends.compiling import Wait, Waits, waits
 from flashmha.testing import specs
 
 COST = 2.0
@@ -37,15 +39,12 @@ PATIENCE = 3
 def fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[Waits]:
     """Nothing lost and nothing compiled, on a machine where each call of a problem loses half a second."""
     monkeypatch.delenv(VARIABLE, raising=False)
-    monkeypatch.setattr(compiling, "SECONDS", COST)
-    monkeypatch.setattr(compiling, "PATIENCE", PATIENCE)
-    made = Waits()
-    monkeypatch.setattr(get("flash4"), "compiled", set())
+    waits.begin(COST, PATIENCE)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     chosen.clear()
-    here = {"reason": lambda backend, spec: backend.unsupported(spec), "absent": lambda backend, spec: None}
-    with everywhere(loss=lambda spec: 0.5, waits=made, **here):
-        yield made
+    with everywhere(loss=lambda spec: 0.5), instead(*map(willing, OWN)):
+        yield waits
+    waits.begin()
     chosen.clear()
 
 
@@ -83,11 +82,8 @@ def until(spec: AttentionSpec, most: int = 50) -> int:
 def test_a_kernel_is_compiled_once_it_has_cost_more_than_compiling(name: str, lost: float, seconds: float) -> None:
     spec, cost = PROBLEMS[name], seconds * (2 if PROBLEMS[name].needs_grad else 1)
     chosen.clear()
-    with (
-        on(),
-        everywhere(loss=lambda spec: lost, waits=Waits()),
-        mock.patch.object(compiling, "SECONDS", seconds),
-    ):
+    waits.begin(seconds, PATIENCE)
+    with on(), everywhere(loss=lambda spec: lost):
         assert not long(spec)
         sums = itertools.accumulate(itertools.repeat(lost))
         calls = next(count for count, total in enumerate(sums, 1) if total >= cost and count >= PATIENCE)
@@ -230,7 +226,7 @@ def test_a_kernel_that_another_problem_brings_along_is_taken_in_time() -> None:
 
 
 def waiting_for(backend: str, key: Any) -> Any:
-    return compiling.waits.ending(backend, key)
+    return waits.ending(backend, key)
 
 
 def test_another_backend_counts_by_problem(slow: Any) -> None:
@@ -248,8 +244,8 @@ def test_a_problem_that_has_no_name_is_not_counted(fresh: Waits, slow: Any) -> N
     assert spec.outline is None and not fresh.kernels
 
 
-def test_what_is_remembered_is_bounded(fresh: Waits, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compiling, "MOST", 5)
+def test_what_is_remembered_is_bounded() -> None:
+    fresh = Waits(most=5)
     for number in range(20):
         fresh.of("flash4", number, False).lose(1.0)
         assert len(fresh.kernels) <= 5
@@ -258,7 +254,7 @@ def test_what_is_remembered_is_bounded(fresh: Waits, monkeypatch: pytest.MonkeyP
 
 @given(seconds=st.lists(st.floats(0.0, 100.0), max_size=5))
 def test_compiling_costs_what_it_took_here(seconds: list[float]) -> None:
-    made = Waits()
+    made = Waits(COST)
     assert made.seconds("flash4") == COST
     for number, one in enumerate(seconds):
         made.end("flash4", number, one)

@@ -40,6 +40,7 @@ class Wait:
         calls: how many went without it.
         lost: the seconds that were lost so.
         stays: it is never waited for in this process.
+        patience: the fewest calls before it is worth its seconds.
     """
 
     backend: str
@@ -47,11 +48,12 @@ class Wait:
     calls: int = 0
     lost: float = 0.0
     stays: bool = False
+    patience: int = PATIENCE
 
     @property
     def over(self) -> bool:
         """It is worth its seconds now, or is there."""
-        return self.lost >= self.cost and self.calls >= PATIENCE and not self.stays
+        return self.lost >= self.cost and self.calls >= self.patience and not self.stays
 
     def lose(self, seconds: float) -> None:
         """Count a call. In a backward it is a checkpoint that computes a forward again, and has to find the backend
@@ -68,17 +70,28 @@ class Wait:
 
 
 class Waits:
-    """The kernels that are waited for, and what compiling took in this process; of all threads."""
+    """The kernels that are waited for, and what compiling took in this process; of all threads.
 
-    def __init__(self) -> None:
+    Args:
+        cost: the seconds of compiling a kernel, before one was compiled.
+        patience: the fewest calls before a problem moves.
+        most: the most kernels that are waited for.
+    """
+
+    def __init__(self, cost: float = SECONDS, patience: int = PATIENCE, most: int = MOST) -> None:
+        self.lock = threading.Lock()
+        self.begin(cost, patience, most)
+
+    def begin(self, cost: float = SECONDS, patience: int = PATIENCE, most: int = MOST) -> None:
+        """Nothing is lost and nothing compiled yet."""
+        self.cost, self.patience, self.most = cost, patience, most
         self.kernels: dict[tuple[str, Hashable], Wait] = {}
         self.took: dict[str, tuple[int, float]] = {}
-        self.lock = threading.Lock()
 
     def seconds(self, backend: str) -> float:
         """What compiling a kernel of a backend takes: the mean of those compiled here."""
         count, total = self.took.get(backend, (0, 0.0))
-        return total / count if count else SECONDS
+        return total / count if count else self.cost
 
     def find(self, backend: str, kernel: Hashable) -> Wait | None:
         """What is known of a kernel; ``None`` where no problem has lost anything without it."""
@@ -90,9 +103,10 @@ class Waits:
         with self.lock:
             found = self.kernels.get(name)
             if found is None:
-                if len(self.kernels) >= MOST:
+                if len(self.kernels) >= self.most:
                     self.kernels.pop(next(iter(self.kernels)))
-                found = self.kernels[name] = Wait(backend, self.seconds(backend) * (2 if needs_grad else 1))
+                cost = self.seconds(backend) * (2 if needs_grad else 1)
+                found = self.kernels[name] = Wait(backend, cost, patience=self.patience)
         return found
 
     def end(self, backend: str, kernel: Hashable, seconds: float) -> None:

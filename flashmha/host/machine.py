@@ -36,6 +36,14 @@ class Machine:
         """The compute capability of a CUDA device."""
         return torch.cuda.get_device_capability(index)
 
+    def graphics(self, index: int | None) -> tuple[str | None, int | None]:
+        """The name and the major version of a CUDA device, as ``graphics`` below."""
+        return graphics(index)
+
+    def installed(self) -> dict[str, str]:
+        """The versions of the packages of kernels, as ``installed`` below."""
+        return installed()
+
     def device(self, index: int) -> torch.device:
         """Where the tensors lie that a kernel is tried on."""
         return torch.device("cuda", index)

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from ...host.machine import graphics
+from ...host.machine import HERE, Machine
 from ...problem.masks import Documents, find
 from ...problem.spec import AttentionSpec
 from ..base import HALF
@@ -92,13 +92,13 @@ class Table:
                 places[place] = (*places.get(place, ()), row)
         object.__setattr__(self, "places", places)
 
-    def applies(self, device: str, index: int | None, dtype: torch.dtype | None) -> bool:
+    def applies(self, device: str, index: int | None, dtype: torch.dtype | None, machine: Machine = HERE) -> bool:
         """It was measured on such a device, in this dtype (``None``: whichever it is)."""
         if device != self.device or (dtype is not None and dtype not in self.dtypes):
             return False
         if self.capability is None and self.gpu is None:
             return True
-        name, major = graphics(index)
+        name, major = machine.graphics(index)
         return self.capability in (None, major) and self.gpu in (None, name)
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from ...host.machine import PACKAGES, graphics, installed
+from ...host.machine import HERE, PACKAGES, Machine
 from ...problem.spec import AttentionSpec
 from .ranking import KINDS, MODES, PLACE, TABLE, Row, Table, derive, keys, kind, mode
 
@@ -36,6 +36,7 @@ class Tuned:
         settled: ``load_tuned`` was called or the variable was read.
         fits: it was held against this machine.
         known: what ``tables`` said.
+        machine: what it is held against.
     """
 
     table: Table | None = None
@@ -44,6 +45,7 @@ class Tuned:
     settled: bool = False
     fits: bool = False
     known: dict[Any, list[Table]] = dataclasses.field(default_factory=dict)
+    machine: Machine = HERE
 
 
 state = Tuned()
@@ -62,7 +64,7 @@ def load_tuned(file: str | os.PathLike[str] | None) -> None:
     """
     if file is not None and not isinstance(file, (str, os.PathLike)):
         raise TypeError(f"file must be a path, or None for the built-in table alone, got {file!r}.")
-    replace(Tuned(settled=True) if file is None else held(read(file)))
+    replace(Tuned(settled=True, machine=state.machine) if file is None else held(read(file)))
 
 
 def replace(new: Tuned, before: Tuned | None = None) -> Tuned:
@@ -99,7 +101,7 @@ def read(file: str | os.PathLike[str]) -> Tuned:
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         said = f"misses {error}" if isinstance(error, KeyError) else f"holds what `tune` does not write: {error}"
         raise ValueError(f"{path} must be a whole file of `flashmha tune`, but it {said}; {again}.") from error
-    return Tuned(table, path, found, settled=True)
+    return Tuned(table, path, found, settled=True, machine=state.machine)
 
 
 def check(found: dict[str, Any]) -> None:
@@ -123,7 +125,7 @@ def check(found: dict[str, Any]) -> None:
 
 def held(new: Tuned) -> Tuned:
     """A table that was measured with what this machine has."""
-    for name, was, now in differences(new.found):
+    for name, was, now in differences(new.found, new.machine):
         raise ValueError(
             f"{new.path} must be measured with what runs here: it was measured with {name} {was or 'not installed'} "
             f"and this is {now or 'not installed'}; run `flashmha tune --save {new.path}` again."
@@ -131,17 +133,21 @@ def held(new: Tuned) -> Tuned:
     return dataclasses.replace(new, fits=True, known={})
 
 
-def differences(found: dict[str, Any]) -> list[tuple[str, Any, Any]]:
+def differences(found: dict[str, Any], machine: Machine = HERE) -> list[tuple[str, Any, Any]]:
     """What a file was measured with and what is here instead: name, then, now."""
     env = found["env"]
     rows: list[tuple[str, Any, Any]] = [("torch", env.get("torch"), str(torch.__version__))]
     if found["device"] == "cuda":
-        here = [graphics(index)[0] for index in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
+        here = (
+            [machine.graphics(index)[0] for index in range(torch.cuda.device_count())]
+            if torch.cuda.is_available()
+            else []
+        )
         gpu = found["gpu"]
         rows.append(("the GPU", gpu, gpu if gpu in here else ", ".join(dict.fromkeys(map(str, here))) or None))
         rows.append(("CUDA", env.get("cuda"), torch.version.cuda))
         rows.append(("cuDNN", env.get("cudnn"), torch.backends.cudnn.version() if here else None))
-        now = installed()
+        now = machine.installed()
         rows += [(package, env["packages"].get(package), now.get(package)) for package in PACKAGES]
     return [row for row in rows if row[1] != row[2]]
 
@@ -156,7 +162,7 @@ def settled(device: str) -> Tuned:
         now = state
         if not now.settled:
             file = os.environ.get(VARIABLE)
-            now = replace(read(file) if file else Tuned(settled=True), now)
+            now = replace(read(file) if file else Tuned(settled=True, machine=now.machine), now)
         if now.table is not None and now.table.device == device and not now.fits:
             now = replace(held(now), now)
         return now
@@ -170,7 +176,7 @@ def tables(device: str, index: int | None, dtype: torch.dtype | None = None) -> 
     found = state.known.get(key)
     if found is None:
         now = settled(device)
-        found = [table for table in (now.table, TABLE) if table is not None and table.applies(*key)]
+        found = [table for table in (now.table, TABLE) if table is not None and table.applies(*key, now.machine)]
         if index is not None or device == "cpu":  # else the current device, which may be another one next time
             now.known[key] = found
     return found
