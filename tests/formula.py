@@ -13,7 +13,7 @@ from torch import Tensor
 
 
 def seen(q: Tensor, k: Tensor, told: dict[str, Any]) -> tuple[Tensor, Tensor]:
-    """Who may look at whom, and how far a key lies behind its query, (batch, 1, seqlen_q, seqlen_k)."""
+    """Which key a query sees, and how far it lies behind the query, (batch, 1, seqlen_q, seqlen_k)."""
     rows, columns = (torch.arange(n, device=q.device) for n in (q.shape[-3], k.shape[-3]))
     rows, columns = rows[:, None], columns[None]
     batch = 1 if q.dim() == 3 else q.shape[0]

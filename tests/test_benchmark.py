@@ -1,4 +1,4 @@
-"""The benchmark: verdicts, the gate, who takes part, and a small run from the command to its files."""
+"""The benchmark: verdicts, the gate, the contestants, and a small run from the command to its files."""
 
 import dataclasses
 import itertools
@@ -581,8 +581,8 @@ def test_the_list_names_every_case(capsys: pytest.CaptureFixture[str]) -> None:
     "arguments",
     (
         ["--case", "nothing/*"],
-        ["--peers", "nobody"],
-        ["--backends", "nobody"],
+        ["--peers", "no such peer"],
+        ["--backends", "no such backend"],
         ["--backends", "flash2"],
         ["--rounds", "0"],
         ["--budget", "0"],
@@ -809,7 +809,7 @@ def test_the_figures_come_from_the_results_beside_the_page(tmp_path: Path) -> No
     assert figures(results) in page.read_text()
     marks = "\n".join(table.marks("gpu"))
     page.write_text(marks)
-    assert not table.write(page), "nobody has measured it yet"
+    assert not table.write(page), "it is not measured yet"
     page.write_text(table.marks("speed")[0])
     with pytest.raises(ValueError, match="must hold the lines"):
         table.write(page)

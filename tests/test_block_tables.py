@@ -10,12 +10,12 @@ from flashmha.backends.rewrites import block_tables
 from flashmha.backends.rewrites.block_tables import EDGE, BlockTables
 
 POISON = 1_000_000
-"""What lies behind a count, and nobody may read."""
+"""What lies behind a count, and is never to be read."""
 Tile = tuple[int, int]
 
 
 def seen(first: Tensor, last: Tensor, seqlen_q: int) -> Tensor:
-    """Who may look at whom (batch, seqlen_q, seqlen_k)."""
+    """Which key a query sees, (batch, seqlen_q, seqlen_k)."""
     rows = torch.arange(seqlen_q, device=first.device)[:, None]
     return (rows >= first[:, None]) & (rows <= last[:, None])
 
@@ -90,7 +90,7 @@ def test_every_pair_is_looked_at_once_and_none_too_many(problem: Problem, by_key
     allowed = seen(first, last, seqlen_q)
     tables = defined(allowed, tile, by_keys=by_keys)
     state = spread(states(tables, by_keys=by_keys), tile, seqlen_q, first.shape[1])
-    assert state[allowed].all(), "what somebody sees is listed"
+    assert state[allowed].all(), "what a query sees is listed"
     assert allowed[state == 2].all(), "a full tile hides nothing"
     assert (tables.mask_block_cnt + tables.full_block_cnt).min() > 0, "no row is without work"
 

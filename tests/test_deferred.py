@@ -47,7 +47,7 @@ def maps(grad: bool = False, average: bool = True, batch: int = 2, seqlen: int =
 OTHERWISE = {
     *("bernoulli", "bernoulli_", "cauchy_", "exponential_", "geometric_", "log_normal_", "multinomial", "normal_"),
     *("random_", "uniform_", "empty_like"),  # random
-    *("data_ptr", "const_data_ptr", "_cdata", "__hash__", "__sizeof__", "__dir__", "_python_dispatch"),  # who it is
+    *("data_ptr", "const_data_ptr", "_cdata", "__hash__", "__sizeof__", "__dir__", "_python_dispatch"),  # its identity
     *(
         "__cuda_array_interface__",
         "storage",

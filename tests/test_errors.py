@@ -307,7 +307,7 @@ def test_an_unknown_backend_is_refused_with_the_names_there_are(name: str, liste
     layer(x, x, x)
 
 
-def test_arguments_nobody_knows_are_refused() -> None:
+def test_unknown_arguments_are_refused() -> None:
     with pytest.raises(TypeError, match="unexpected keyword argument 'heads'"):
         FlashMultiHeadAttention(4, 2, heads=2)
     x = torch.ones(2, 1, 4)
@@ -372,7 +372,7 @@ def test_a_named_backend_that_cannot_serve_raises_with_its_reason(
 
 
 @given(seed=st.integers(0, 9), dropout=st.sampled_from((0.0, 0.3)), window=st.sampled_from((None, Window(1, 0))))
-def test_when_nobody_can_serve_every_backend_says_why(seed: int, dropout: float, window: Window | None) -> None:
+def test_when_no_backend_can_serve_each_says_why(seed: int, dropout: float, window: Window | None) -> None:
     q = torch.randn(1, 2, 2, 4, generator=torch.Generator().manual_seed(seed)).to(torch.float8_e4m3fn)
     with pytest.raises(NoBackendError) as caught:
         attention(q, q, q, dropout_p=dropout, mask=window)
@@ -416,8 +416,8 @@ def test_the_environment_variable_is_obeyed_and_may_be_wrong(rounds: int) -> Non
         for _ in range(rounds):
             with pytest.raises(NoBackendError, match="flash2"):
                 layer(x, x, x, need_weights=False)
-        patch.setenv("FLASHMHA_BACKEND", "nobody")
-        with pytest.raises(ValueError, match="nobody"):
+        patch.setenv("FLASHMHA_BACKEND", "nonsense")
+        with pytest.raises(ValueError, match="nonsense"):
             layer(x, x, x, need_weights=False)
     layer(x, x, x, need_weights=False)
 
@@ -441,7 +441,7 @@ SHAPES: dict[str, Callable[[Tensor], Any]] = {
 @pytest.mark.parametrize("need_weights", (True, False))
 def test_a_result_of_another_shape_is_not_passed_on(name: str, need_weights: bool) -> None:
     class Odd(Backend):
-        """Somebody's backend, which returns something else."""
+        """A backend of another package, which returns something else."""
 
         limits = Limits(devices=(), dtypes=(torch.float32,), features=frozenset())
 

@@ -237,7 +237,7 @@ def test_padding_of_any_pattern_is_exact_on_every_row(
 
 @both
 @given(data=st.data(), seed=seeds(), real=st.floats(0.0, 1.0))
-def test_what_stands_in_padding_reaches_nobody(
+def test_what_stands_in_padding_reaches_no_other_token(
     kind: type[FlashAttn], data: st.DataObject, seed: int, real: float
 ) -> None:
     q = noise(seed, 3, 5, 4, 8, dtype=torch.bfloat16).requires_grad_()
@@ -360,8 +360,8 @@ def test_compilers_see_padding_as_one_graph_with_the_same_numbers(
 @both
 @pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize("needs_grad", (True, False))
-def test_nobody_waits_for_the_device_to_read_padding(kind: type[FlashAttn], mask: str, needs_grad: bool) -> None:
-    """Tensors without values: whoever asks for one gets an error."""
+def test_no_call_waits_for_the_device_to_read_padding(kind: type[FlashAttn], mask: str, needs_grad: bool) -> None:
+    """Tensors without values: a look at one is an error."""
     backend = pretended(kind)
 
     def kernel(q: Tensor, *rest: Any, **told: Any) -> Any:

@@ -164,7 +164,7 @@ def test_a_function_of_one_shape_gives_the_answer(monkeypatch: pytest.MonkeyPatc
 @pytest.mark.parametrize(
     "mask", (KeyPadding(torch.arange(9)[None] % 3 != torch.tensor([[0], [1]])), causal()), ids=repr
 )
-def test_somebodys_compiler_cannot_lay_out_a_block_mask(mask: Mask, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_compiler_around_it_cannot_lay_out_a_block_mask(mask: Mask, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "compile", COMPILE)
     joins = lambda spec: torch.compiler.is_compiling()  # noqa: E731
     backend, q = Flex(lambda spec: False, joins), noise(0, 2, 9, 2, 16).float()

@@ -118,7 +118,7 @@ def test_a_captured_step_gives_the_numbers_of_the_eager_one_at_every_replay(
 @pytest.mark.parametrize("name", (*BACKENDS, None))
 @masks
 @training
-def test_nobody_waits_for_the_device(name: str | None, mask: str, training: bool) -> None:
+def test_no_call_waits_for_the_device(name: str | None, mask: str, training: bool) -> None:
     module, x = layer(name, training)
     given = arguments(mask)
     with refusing():

@@ -1,4 +1,4 @@
-"""Padding: exact on every row by default, left out altogether where somebody asks for it."""
+"""Padding: exact on every row by default, left out altogether where skip_padding says so."""
 
 import dataclasses
 import weakref
@@ -159,7 +159,7 @@ def test_a_window_counts_slots_with_and_without_padding(batch: Batch) -> None:
 
 @given(batch=batches(pattern="right"), backend=st.sampled_from(("naive", "sdpa")))
 def test_a_named_backend_serves_the_packed_tokens(batch: Batch, backend: str) -> None:
-    # on a GPU nobody looks whether a float mask hides alone, or an attn_mask is causality
+    # on a GPU no call looks whether a float mask hides alone, or an attn_mask is causality
     assume(batch.hidden.device.type == "cpu" or not (batch.floating or batch.is_causal))
     with backends.record() as calls:
         batch.layer(skip_padding=True, backend=backend)(**batch.call())

@@ -1,4 +1,4 @@
-"""Half precision on a CPU that has no unit for it: computed in float32, unless somebody asked for something else."""
+"""Half precision on a CPU that has no unit for it: computed in float32, unless a backend or a hop was named."""
 
 import pytest
 import torch
@@ -75,7 +75,7 @@ def test_it_errs_no_more_than_the_stock_layer(
 
 @pytest.mark.cpu("a GPU has units for half precision")
 @pytest.mark.parametrize("dtype", HALVES)
-def test_what_somebody_asked_for_stays(emulated: bool, dtype: torch.dtype) -> None:
+def test_what_was_named_stays(emulated: bool, dtype: torch.dtype) -> None:
     class Own(FlashMultiHeadAttention):
         def process_heads(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
             assert q.dtype == k.dtype == v.dtype == dtype

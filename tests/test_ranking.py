@@ -1,4 +1,4 @@
-"""Who is asked first: measured tables, SDPA's switches, and who is passed over because it has to compile."""
+"""The order of choice: measured tables, SDPA's switches, and backends passed over since they have to compile."""
 
 from __future__ import annotations
 
@@ -206,7 +206,7 @@ def test_a_replaced_backend_of_ours_is_a_third_party() -> None:
 
 @contextlib.contextmanager
 def replaced(name: str) -> Iterator[None]:
-    """A backend of ours unregistered, and somebody else's under its name and in its place."""
+    """A backend of ours unregistered, and another package's under its name and in its place."""
     before = dict(flashmha.backends.choice.registry.entries)
     after = names()[names().index(name) + 1]
     unregister(name)
@@ -317,7 +317,7 @@ def shared(spec: AttentionSpec) -> AttentionSpec:
 
 
 def passing(backend_name: str, why: str | None = None, **more: Any) -> type[Backend]:
-    """A backend of somebody else, which has to compile first where it is told why."""
+    """A backend of another package, which has to compile first where ``why`` says so."""
 
     class Passing(Backend):
         name = backend_name
@@ -339,7 +339,7 @@ WHY = "a kernel for bfloat16, head_dim=64"
 
 @pytest.fixture
 def slow() -> Iterator[type[Backend]]:
-    """A backend in front of everybody that has to compile."""
+    """A backend in front of all others that has to compile."""
     one = passing("slow", WHY)
     register(one, before="sdpa")
     yield one
@@ -353,7 +353,7 @@ def floating(spec: AttentionSpec) -> AttentionSpec:
 SHORT, LONG = floating(problem(128)), floating(problem(4096, batch=64))
 
 
-def test_a_short_problem_goes_to_somebody_who_is_ready(slow: type[Backend], caplog: pytest.LogCaptureFixture) -> None:
+def test_a_short_problem_goes_to_a_backend_that_is_ready(slow: type[Backend], caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, "flashmha"):
         assert choose(SHORT).name == "sdpa"
     assert not caplog.records
@@ -385,7 +385,7 @@ def test_nothing_is_compiled_while_a_graph_is_captured(slow: type[Backend], monk
     assert long(LONG)
 
 
-def test_the_definition_is_no_somebody_else(slow: type[Backend]) -> None:
+def test_the_definition_is_no_replacement(slow: type[Backend]) -> None:
     only_naive = SHORT.changed(needs=SHORT.features | {"softcap", "dropout"}, softcap=5.0, dropout_p=0.1)
     assert reason(flashmha.backends.get("naive"), only_naive) is None
     assert choose(only_naive).name == explain(only_naive).chosen == "slow"
@@ -397,7 +397,7 @@ def test_a_shared_problem_stays_with_whom_it_was_given(slow: Any) -> None:
     spec = shared(SHORT)
     assert choose(spec).name == "sdpa"
     slow.compiled = True
-    assert choose(SHORT).name == "slow", "nobody remembers a problem that is not shared"
+    assert choose(SHORT).name == "slow", "a problem that is not shared is not remembered"
     assert choose(spec).name == "sdpa" and explain(spec).chosen == "sdpa"
     assert explain(spec).rows["slow"] == "could serve"
     unregister("slow")
@@ -434,7 +434,7 @@ def test_explain_says_what_choose_does_whatever_compiles(spec: AttentionSpec, sl
     )
 )
 def test_rows_say_of_every_cell_what_was_measured(times: dict[Any, dict[int, list[float]]]) -> None:
-    """Whoever comes first is as fast as the fastest; a size in between counts as the larger."""
+    """The first is as fast as the fastest; a size in between counts as the larger."""
     cells = [
         {"kind": kind, "mode": mode, "head_dim": head_dim, "keys": many, "us": dict(zip(BUILT_IN, us))}
         for (kind, mode, head_dim), steps in times.items()
@@ -552,7 +552,7 @@ REFUSED = {
     "a module for a dtype": ({"dtype": "nn"}, "must be a whole file"),
     "no cells": ({"cells": None}, "must be a whole file"),
     "nothing measured": ({"cells": []}, "no cell with a time"),
-    "a device nobody has": ({"device": "tpu"}, "device 'tpu', which is none of cpu, cuda"),
+    "a device of no machine": ({"device": "tpu"}, "device 'tpu', which is none of cpu, cuda"),
     "an unknown kind": ({"cells": [{"kind": "x", "mode": "eval"}]}, "must be a whole file"),
     "half a cell": ({"cells": [{"kind": "dense", "mode": "eval"}]}, "must be a whole file"),
     "times that are none": (
@@ -579,7 +579,7 @@ def test_a_missing_or_damaged_file_is_refused(text: str | None, by: str, tmp_pat
 
 
 def check_refused(path: Path, said: str, by: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A file raises where it is loaded, or at every automatic choice until there is another; and nobody follows it."""
+    """A file raises where it is loaded, or at every automatic choice until there is another; and no choice follows it."""
     if by == "load_tuned":
         with pytest.raises(ValueError, match=said) as caught:
             flashmha.load_tuned(path)
@@ -589,7 +589,7 @@ def check_refused(path: Path, said: str, by: str, monkeypatch: pytest.MonkeyPatc
     for _ in range(2):
         with pytest.raises(ValueError, match=f"^{by}: .*{said}"):
             choose(plain(128))
-    assert choose(plain(128), "naive").name == "naive", "who is named needs no table"
+    assert choose(plain(128), "naive").name == "naive", "a backend that is named needs no table"
     flashmha.load_tuned(None)
     assert choose(plain(128)).name == "sdpa"
 

@@ -109,7 +109,7 @@ BROKEN = {
     broken=st.lists(st.sampled_from(sorted(BROKEN)), max_size=3),
     takers=st.lists(st.sampled_from((*BUILT_IN, "flash_attn", "good0")), max_size=2, unique=True),
 )
-def test_a_plug_in_works_or_says_why_and_hurts_nobody(good: int, broken: list[str], takers: list[str]) -> None:
+def test_a_plug_in_works_or_says_why_and_hurts_no_other(good: int, broken: list[str], takers: list[str]) -> None:
     offers = {f"good_package_{i}": (f"good{i}", source(f"good{i}")) for i in range(good)}
     reasons = {}
     for i, kind in enumerate(broken):
@@ -171,7 +171,7 @@ ASKING = {
 
 
 @pytest.mark.parametrize("how", ASKING)
-def test_whoever_asks_first_finds_the_plug_ins(how: str) -> None:
+def test_the_first_question_finds_the_plug_ins(how: str) -> None:
     with environment({"first_package": ("mine", source("mine"))}):
         assert "first_package" not in sys.modules
         ASKING[how]()
@@ -437,8 +437,10 @@ def test_a_preferred_backend_is_moved_and_the_others_stay(moves: list[tuple[str,
 @contextlib.contextmanager
 def forgotten() -> Iterator[None]:
     """What was tuned is forgotten at the end."""
-    yield
-    tuned.replace(tuned.Tuned())
+    try:
+        yield
+    finally:
+        tuned.replace(tuned.Tuned())
 
 
 @given(name=st.sampled_from(("mine", "flex", "naive")), before=st.sampled_from((None, "sdpa")))
@@ -475,7 +477,7 @@ def test_a_plug_in_is_chosen_automatically_once_it_is_preferred() -> None:
 
 
 @pytest.mark.parametrize("change", (flashmha.prefer, flashmha.unregister))
-@pytest.mark.parametrize("name", ("nobody", "flash_attn", 3, None, ["sdpa"]))
+@pytest.mark.parametrize("name", ("no such name", "flash_attn", 3, None, ["sdpa"]))
 def test_only_a_backend_on_the_list_is_moved_or_taken_off(change: Any, name: Any) -> None:
     with fresh_list():
         with pytest.raises(ValueError, match="name must be one of sdpa, flash4") as caught:

@@ -197,7 +197,7 @@ def test_limits_and_reasons_say_the_same(name: str, data: st.DataObject) -> None
     device = torch.device((limits.devices or ("cpu",))[0])
     everywhere = dataclasses.replace(limits, not_on={})
     spec = data.draw(specs(limits=everywhere, head_dims=(8, 16, 64)))
-    spec = dataclasses.replace(spec, device=device)  # its tensors stay on the CPU: nobody reads them
+    spec = dataclasses.replace(spec, device=device)  # its tensors stay on the CPU, unread
     said = get(name).unsupported(spec) or ""
     assert not any(f"no {feature}" in said for feature in FEATURES), said
     assert "dtype" not in said and "device" not in said and "batch" not in said

@@ -210,7 +210,7 @@ def large(batch: int, seqlen: int, heads: int, head_dim: int, device: torch.devi
 
 
 @pytest.mark.gpu
-def test_nobody_holds_the_weights_of_all_heads(device: torch.device) -> None:
+def test_no_tensor_holds_the_weights_of_all_heads(device: torch.device) -> None:
     spec = large(2, 1024, 16, 64, device)
     q, k, _ = tensors(spec, 0)
     recipe = weights.Recipe(q, k, spec, None, True, True, spec.dtype)
@@ -222,7 +222,7 @@ def test_nobody_holds_the_weights_of_all_heads(device: torch.device) -> None:
 
 
 @pytest.mark.gpu
-def test_nobody_waits_for_the_device_and_a_graph_replays(device: torch.device) -> None:
+def test_no_call_waits_for_the_device_and_a_graph_replays(device: torch.device) -> None:
     spec = large(2, 200, 4, 64, device, mask=Window(None, 0))
     q, k, v = tensors(spec, 0)
     _, lse = get("naive")(q, k, v, spec.changed(need_lse=True))

@@ -57,7 +57,7 @@ ON_CUDA = dataclasses.replace(get("sdpa").limits, features=get("sdpa").limits.fe
 
 
 def problem(**changes: Any) -> AttentionSpec:
-    """A problem on a GPU that every flash-attn serves, with changes; nobody runs it."""
+    """A problem on a GPU that every flash-attn serves, with changes; it never runs."""
     usual: dict[str, Any] = {"dtype": torch.bfloat16, "device": torch.device("cuda"), "head_dim": 64, "head_dim_v": 64}
     sizes = {"batch": 2, "seqlen_q": 128, "seqlen_k": 128, "heads": 8, "heads_kv": 8}
     return AttentionSpec(**(sizes | usual | changes))
@@ -97,7 +97,7 @@ def told() -> Iterator[Told]:
         return out, lse, q.new_empty(0)
 
     def shorter(*args: Any, **options: Any) -> Any:
-        """As flash-attn 2 and 3 answer: out alone, where nobody asked for more."""
+        """As flash-attn 2 and 3 answer: out alone, where no more was asked for."""
         result = kernel(*args, **options)
         return result if options["return_attn_probs"] else result[0]
 
@@ -256,12 +256,12 @@ def test_trap_07_rows_behind_the_last_document_are_zeros(
 
 
 @given(batch=st.integers(0, 3), seqlen=lengths, seed=seeds())
-def test_trap_08_nobody_stumbles_over_an_empty_batch_or_an_item_that_is_all_padding(
+def test_trap_08_an_empty_batch_and_an_item_that_is_all_padding_are_served(
     batch: int, seqlen: int, seed: int
 ) -> None:
     q = noise(seed, batch, seqlen, 2, 64).float()
     valid = torch.zeros(batch, seqlen, dtype=torch.bool)
-    valid[1:, 0] = True  # whoever sees one key gets its value
+    valid[1:, 0] = True  # a row that sees one key gets its value
     for out in answers(q, q, q, mask=KeyPadding(valid)).values():
         assert out.shape == q.shape and not out[:1].any()
         assert near(out[1:], q[1:, :1].expand_as(q[1:]))

@@ -1,4 +1,4 @@
-"""Attention weights that are computed when somebody looks: what they are, what they cost, what they survive."""
+"""Attention weights that are computed when they are read: what they are, what they cost, what they survive."""
 
 import copy
 import dataclasses
@@ -215,7 +215,7 @@ def test_no_tensor_is_as_large_as_all_the_weights(
         asked = (out.sum() + (seen**2).sum()) if look else out.sum()
         if training:
             asked.backward()
-    assert largest.numel < heads * seqlen * seqlen, "somebody held (batch, heads, seqlen_q, seqlen_k)"
+    assert largest.numel < heads * seqlen * seqlen, "a tensor held (batch, heads, seqlen_q, seqlen_k)"
     if not look and not masked:
         assert largest.numel < seqlen * seqlen, "the weights were computed and not read"
 

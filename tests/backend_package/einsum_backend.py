@@ -1,4 +1,4 @@
-"""einsum: a backend somebody else wrote."""
+"""einsum: a backend of another package."""
 
 import torch
 from torch import Tensor
