@@ -48,7 +48,7 @@ CPU_FILES = {
     "test_spec": "judges problems without tensors",
     "test_testing": "judges the kit by backends with seeded bugs",
 }
-"""Files whose laws have no numbers of a device, and what they have instead."""
+"""Files whose laws have no numbers of a device, and what they have instead; ``pytest --device cpu`` runs them."""
 PACKAGES = ("flash-attn", "flash_attn_3", "fa3-fwd", "flash-attn-4", "triton", "hypothesis", "pytest")
 
 
@@ -63,8 +63,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "cpu(reason): a law about a CPU, left out on another device")
-    config.addinivalue_line("markers", "gpu: needs a kernel of a GPU")
+    config.addinivalue_line("markers", "cpu(reason): a law about a CPU, which pytest --device cpu runs")
+    config.addinivalue_line("markers", "gpu: needs a kernel of a GPU, which pytest --device cuda has")
     if config.getoption("--device") == "cuda":
         if not torch.cuda.is_available():
             raise pytest.UsageError("--device must be cpu on this machine: torch.cuda.is_available() is False")
@@ -95,9 +95,9 @@ def device(pytestconfig: pytest.Config) -> torch.device:
 def machine(device: torch.device) -> torch.device:
     """A device that runs kernels of Triton: a GPU, or a CPU where ``TRITON_INTERPRET=1`` interprets them."""
     if importlib.util.find_spec("triton") is None:
-        pytest.skip("triton is not installed")
+        pytest.skip("needs triton: pip install triton")
     if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
-        pytest.skip("needs a GPU, or TRITON_INTERPRET=1")
+        pytest.skip("needs a GPU (pytest --device cuda), or TRITON_INTERPRET=1")
     return device
 
 

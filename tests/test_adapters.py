@@ -155,7 +155,7 @@ def test_called_adapters_count() -> None:
 
 
 def test_an_adapter_of_peft_is_spoken_of_where_it_does_not_count() -> None:
-    peft = pytest.importorskip("peft")
+    peft = pytest.importorskip("peft", reason="needs pip install peft")
     net, x = model(), torch.randn(3, 2, WIDTH)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -403,7 +403,10 @@ def static() -> nn.Module:
 
 
 @pytest.mark.cpu("torch has quantised operators for CPUs alone")
-@pytest.mark.skipif(not torch.backends.quantized.supported_engines[1:], reason="no engine for quantised operators")
+@pytest.mark.skipif(
+    not torch.backends.quantized.supported_engines[1:],
+    reason="needs an engine for quantised operators",
+)
 @pytest.mark.parametrize("build", [dynamic, static])
 @pytest.mark.parametrize("grad", [False, True])
 def test_a_quantised_out_proj_names_the_way_to_quantise(build: Callable[[], nn.Module], grad: bool) -> None:

@@ -26,14 +26,14 @@ def check_available(name: str, device: torch.device) -> None:
     """Skip a test, with the reason, where a backend does not run."""
     reason = get(name).unavailable(device)
     if reason is not None:
-        pytest.skip(f"{name} is not available: {reason}")
+        pytest.skip(f"needs {name}: {reason}")
 
 
 def check_any(name: str, device: torch.device) -> None:
     """Skip a test of any problem, with the reason, where a backend does not run or compiles for each."""
     check_available(name, device)
     if device.type != "cpu" and name in COMPILED:
-        pytest.skip(f"{name} compiles for every problem: judged by those of a grid")
+        pytest.skip(f"needs pytest --device cpu, or the grid: {name} compiles for every problem on a GPU")
 
 
 def check_built(name: str, device: torch.device, *features: str) -> None:
@@ -43,7 +43,7 @@ def check_built(name: str, device: torch.device, *features: str) -> None:
         feature for feature in features if feature not in limits.features - limits.not_on.get(device.type, set())
     ]
     if missing:
-        pytest.skip(f"{name} is built without {', '.join(missing)}")
+        pytest.skip(f"needs a build of {name} with {', '.join(missing)}")
 
 
 def refusal(name: str, spec: AttentionSpec) -> str | None:
@@ -93,7 +93,7 @@ def test_a_compiled_kernel_agrees_with_the_definition(
     check_available(name, device)
     refused = refusal(name, kernel.example(device))
     if refused is not None:
-        pytest.skip(f"{name} refuses the kind: {refused}")
+        pytest.skip(f"needs a device or a build on which {name} serves the kind: {refused}")
     spec = data.draw(drawn(st.just(kernel), device))
     assume(get(name).unbuilt(spec) is None)
     assert_agrees(name, spec, seed)
@@ -211,7 +211,7 @@ def dropping(name: str, device: torch.device, seed: int, learning: bool = False)
     v.requires_grad_(learning)
     refused = refusal(name, AttentionSpec.of(q, k, v, dropout_p=0.5))
     if refused is not None:
-        pytest.skip(f"{name} refuses: {refused}")
+        pytest.skip(f"needs a device or a build on which {name} serves dropout: {refused}")
     return q, k, v
 
 

@@ -29,7 +29,7 @@ from flashmha.benchmark.encoders import FlashmhaEncoder, HandEncoder, PackedEnco
 from flashmha.benchmark.gate import Seat, admit, judge
 from flashmha.benchmark.inputs import draw
 from flashmha.benchmark.kernels import ByHand, Linear, sdpa
-from flashmha.benchmark.lineup import contestants, everybody
+from flashmha.benchmark.lineup import all_contestants, contestants
 from flashmha.benchmark.peers import CONTROL, Contestant, Flashmha, StockBest, Through, how
 from flashmha.benchmark.reference import Reference, definition
 from flashmha.benchmark.report import absences_table, figures, load, markdown, save
@@ -182,11 +182,11 @@ OURS = {"layer": "flashmha_best", "core": "attention", "encoder": "flashmha_enco
 
 @fewer(3)
 @given(drawn, st.integers(0, 9))
-def test_everybody_computes_the_same_or_says_why_not(case: Case, seed: int) -> None:
+def test_every_contestant_computes_the_same_or_says_why_not(case: Case, seed: int) -> None:
     inputs = draw(case, CPU, seed)
     reference = Reference.of(inputs)
-    everyone, _ = everybody(CPU)
-    taking_part = contestants(everyone, case, CPU, backends=["naive"])
+    every, _ = all_contestants(CPU)
+    taking_part = contestants(every, case, CPU, backends=["naive"])
     assert {CONTROL, OURS[case.level]} <= {one.name for one in taking_part}
     for contestant in taking_part:
         seat, row = admit(contestant, inputs, reference)
@@ -502,7 +502,7 @@ def test_a_named_backend_has_a_row_of_its_own(
 
 
 def test_one_command_writes_every_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    pytest.importorskip("matplotlib")
+    pytest.importorskip("matplotlib", reason="needs pip install matplotlib")
     folder, again = tmp_path / "made", tmp_path / "again"
     call = ["bench", "--case", TINY, "overhead/*", "--rounds", "2", "--out", str(folder), *ENDLESS]
     assert main(call) in (0, 3)
@@ -518,7 +518,7 @@ def test_one_command_writes_every_file(tmp_path: Path, capsys: pytest.CaptureFix
 @fewer(5)
 @given(runs())
 def test_no_marker_is_cut_and_no_table_is_empty(found: dict[str, Any]) -> None:
-    pytest.importorskip("matplotlib")
+    pytest.importorskip("matplotlib", reason="needs pip install matplotlib")
     from flashmha.benchmark import plots
 
     figures: list[Any] = []
@@ -538,7 +538,7 @@ def test_no_marker_is_cut_and_no_table_is_empty(found: dict[str, Any]) -> None:
 
 
 def test_a_run_on_a_gpu_has_one_more_plot(tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
+    pytest.importorskip("matplotlib", reason="needs pip install matplotlib")
     main(["bench", "--case", TINY, "--rounds", "2", "--no-plots", "--out", str(tmp_path), *ENDLESS])
     found = json.loads((tmp_path / "run.json").read_text())
     for case in found["cases"]:
@@ -593,7 +593,7 @@ def test_the_list_names_every_case(capsys: pytest.CaptureFixture[str]) -> None:
 )
 def test_a_wrong_call_takes_one_line(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     if arguments == ["--backends", "flash2"] and torch.cuda.is_available():
-        pytest.skip("a GPU may have it")
+        pytest.skip("needs a machine without a CUDA device")
     with pytest.raises(SystemExit) as caught:
         main(["bench", "--no-plots", *arguments])
     assert caught.value.code == 2
@@ -601,11 +601,11 @@ def test_a_wrong_call_takes_one_line(arguments: list[str], capsys: pytest.Captur
 
 
 def test_peers_are_chosen_by_name_and_compiled_ones_only_when_asked() -> None:
-    everyone, absent = everybody(CPU)
+    every, absent = all_contestants(CPU)
     small, causal = (select(every_case(), [suite], levels=["layer"])[0] for suite in ("small", "causal"))
 
     def names(case: Case, *peers: str) -> set[str]:
-        return {one.name for one in contestants(everyone, case, CPU, peers or None)}
+        return {one.name for one in contestants(every, case, CPU, peers or None)}
 
     assert names(small, "linear_sdpa") & {"stock", "stock_best", "linear_sdpa"} == {"linear_sdpa"}
     assert "flashmha_best" in names(small, "linear_sdpa")
@@ -614,11 +614,11 @@ def test_peers_are_chosen_by_name_and_compiled_ones_only_when_asked() -> None:
         assert "stock_compiled" in names(causal, "*_compiled")
 
 
-def test_everybody_is_here_or_absent_with_a_reason() -> None:
+def test_every_contestant_is_here_or_absent_with_a_reason() -> None:
     from flashmha.benchmark.plots import LINES, PAIRS
 
-    everyone, absent = everybody(CPU)
-    here = {one.name for one in everyone}
+    every, absent = all_contestants(CPU)
+    here = {one.name for one in every}
     assert not here & absent.keys() and all(absent.values())
     shown = {name for pairs in PAIRS.values() for pair in pairs.values() for name in pair} | LINES.keys()
     assert shown <= here | absent.keys()
@@ -669,9 +669,9 @@ def test_a_package_called_by_hand_is_timed_if_right_and_else_says_why(packages: 
     inputs = draw(case, CPU, 0)
     reference = Reference.of(inputs)
     by_hand = ("flash_attn_4", "flash_attn_3", "flash_attn_2", "linear_flash_attn_4")
-    everyone, absent = everybody(CPU)
+    every, absent = all_contestants(CPU)
     assert not absent.keys() & {*by_hand, "flash_attn_mha", "flash_attn_3_kvcache"}
-    for one in contestants(everyone, case, CPU, peers=[*by_hand, "flash_attn_mha"], backends=[]):
+    for one in contestants(every, case, CPU, peers=[*by_hand, "flash_attn_mha"], backends=[]):
         if one.ours:
             continue
         row = admit(one, inputs, reference)[1]
@@ -691,17 +691,17 @@ def test_a_package_called_by_hand_is_timed_if_right_and_else_says_why(packages: 
 def test_a_cache_is_for_decoding(packages: str) -> None:
     case = select(every_case(), ["decode"])[0]
     case = dataclasses.replace(case, seqlen_k=64, embed_dim=64)
-    one = next(one for one in everybody(CPU)[0] if one.name == "flash_attn_2_kvcache")
+    one = next(one for one in all_contestants(CPU)[0] if one.name == "flash_attn_2_kvcache")
     inputs = draw(case, CPU, 0)
     assert admit(one, inputs, Reference.of(inputs))[1]["status"] == "ok"
     assert one.refuses(dataclasses.replace(case, suite="dense")) is not None
 
 
 def test_an_encoder_is_run_as_its_case_says() -> None:
-    everyone, absent = everybody(CPU)
+    every, absent = all_contestants(CPU)
     for case in every_case("cuda"):
         if case.level == "encoder" and case.how != "reduced" and "stock_encoder_compiled" not in absent:
-            names = {one.name for one in contestants(everyone, case, CPU, backends=[])}
+            names = {one.name for one in contestants(every, case, CPU, backends=[])}
             assert names and {how(name) for name in names} == {case.how}
             wanted = {"compiled": {"hand_encoder_compiled"}, "eager": {CONTROL, "packed_encoder"}}[case.how]
             assert wanted <= names

@@ -876,7 +876,7 @@ def test_a_wrong_call_gets_one_line_and_status_two(call: str) -> None:
     assert err.count("\n") == 1 and err.endswith("\n") and WRONG[call] in err and "Traceback" not in err
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a CUDA device")
 @pytest.mark.parametrize("command", ("explain", "verify", "bench", "tune"))
 def test_a_device_that_is_not_there_is_refused(command: str) -> None:
     status, out, err = run(command, "--device", "cuda")
@@ -895,8 +895,8 @@ def test_every_command_has_help_and_json(command: str) -> None:
 @pytest.fixture(scope="module")
 def python(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The interpreter of an environment that has everything this one has, this flashmha, and the backend package."""
-    pytest.importorskip("ensurepip", reason="no ensurepip to make an environment with pip")
-    pytest.importorskip("hatchling", reason="no hatchling to build a package with")
+    pytest.importorskip("ensurepip", reason="needs ensurepip, to make an environment with pip")
+    pytest.importorskip("hatchling", reason="needs pip install hatchling")
     folder = tmp_path_factory.mktemp("environment")
     venv.create(folder, with_pip=True, symlinks=os.name != "nt")
     binaries = folder / ("Scripts" if os.name == "nt" else "bin")

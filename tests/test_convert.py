@@ -761,7 +761,7 @@ def test_parametrized_output_projections_do_not_hinder_the_swap() -> None:
 @pytest.fixture(scope="module")
 def group(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     if not (dist.is_available() and dist.is_gloo_available()):
-        pytest.skip("this build of torch has no gloo")
+        pytest.skip("needs a build of torch with gloo")
     store = Path(tmp_path_factory.mktemp("gloo")) / "store"
     dist.init_process_group("gloo", store=dist.FileStore(str(store), 1), rank=0, world_size=1)
     yield
@@ -1108,7 +1108,7 @@ class Adaptable(nn.Module):
 
 
 def lora(model: nn.Module) -> Any:
-    peft = pytest.importorskip("peft", reason="peft is not installed: its way of working is tested by hand above")
+    peft = pytest.importorskip("peft", reason="needs pip install peft; its way of working is tested by hand above")
     torch.manual_seed(0)
     config = peft.LoraConfig(target_modules=["self_attn"], r=2, init_lora_weights=False)
     return peft.get_peft_model(model, config).double()

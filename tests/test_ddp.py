@@ -45,7 +45,7 @@ def test_the_layers_are_swapped_whatever_the_order(runs: dict[str, Any]) -> None
 def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What every rank of every order got, and what one process gets."""
     if not (dist.is_available() and dist.is_gloo_available()):
-        pytest.skip("this build of torch has no gloo")
+        pytest.skip("needs a build of torch with gloo")
     folder = tmp_path_factory.mktemp("ddp")
     torch.multiprocessing.spawn(one_rank, args=(str(folder),), nprocs=RANKS)
     results: dict[str, Any] = {order: [] for order in ORDERS}

@@ -27,7 +27,7 @@ from flashmha import (
 )
 from flashmha.testing import noise, seeds
 
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device on this machine")
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a machine with a CUDA device")
 
 shapes = st.tuples(st.integers(1, 3), st.integers(1, 20), st.integers(1, 4), st.sampled_from((1, 8, 16)))
 dtypes = st.sampled_from((torch.float64, torch.float32, torch.bfloat16, torch.float16))
@@ -194,7 +194,7 @@ class TestFlashWrapper:
         said = compare_outputs(*(x.cuda() for x in qkv((2, 128, 4, 64), seed, dtype)), causal=causal)
         assert said["allclose"] and math.isfinite(said["max_diff"])
 
-    @pytest.mark.skipif(not has_flash_attention(), reason="no flash-attn package that runs on this machine")
+    @pytest.mark.skipif(not has_flash_attention(), reason="needs flash-attn 2, 3 or 4 and a GPU it runs on")
     def test_a_flash_backend_serves_a_named_call(self) -> None:
         Q, K, V = (x.cuda() for x in qkv((2, 128, 4, 64), 0, torch.bfloat16))
         with backends.use_backend("flash_attn"):

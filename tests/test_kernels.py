@@ -64,7 +64,8 @@ def refusing() -> Iterator[None]:
     try:
         yield
     except NoBackendError as error:
-        pytest.skip("; ".join(f"{name}: {why}" for name, why in error.reasons.items()))
+        reasons = "; ".join(f"{name}: {why}" for name, why in error.reasons.items())
+        pytest.skip(f"needs a backend that serves: {reasons}")
 
 
 @pytest.fixture(autouse=True)

@@ -224,7 +224,7 @@ def test_no_hint_installs_the_package_of_the_same_name_on_the_index() -> None:
 
 
 def test_a_wheel_holds_the_package_under_its_import_name(tmp_path: Path) -> None:
-    pytest.importorskip("hatchling")
+    pytest.importorskip("hatchling", reason="needs pip install hatchling")
     build = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(tmp_path)]
     subprocess.run(build, capture_output=True, text=True, check=True, cwd=ROOT)
     (wheel,) = tmp_path.iterdir()
@@ -278,3 +278,18 @@ def test_the_console_script_and_the_module_are_one() -> None:
     )
     assert result.stdout.strip() == f"flashmha {flashmha.__version__}"
     assert 'flashmha = "flashmha.__main__:main"' in (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+
+
+SKIPS = {"pytest.skip": 0, "pytest.mark.skipif": None, "pytest.mark.skip": None, "pytest.importorskip": None}
+"""How a test is skipped, and where its reason stands: among the arguments, or as ``reason``."""
+
+
+@pytest.mark.parametrize("file", sorted(Path(__file__).parent.glob("*.py")), ids=lambda file: file.name)
+def test_a_skip_says_what_would_run_it(file: Path) -> None:
+    for call in ast.walk(ast.parse(file.read_text())):
+        if isinstance(call, ast.Call) and (name := ast.unparse(call.func)) in SKIPS:
+            given = {each.arg: each.value for each in call.keywords} | dict(enumerate(call.args))
+            reason = given.get("reason", given.get(SKIPS[name]))
+            assert reason is not None, f"line {call.lineno} gives no reason"
+            first = reason.values[0] if isinstance(reason, ast.JoinedStr) else reason
+            assert isinstance(first, ast.Constant) and first.value.startswith("needs "), f"line {call.lineno}"

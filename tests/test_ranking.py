@@ -579,7 +579,7 @@ def test_a_missing_or_damaged_file_is_refused(text: str | None, by: str, tmp_pat
 
 
 def check_refused(path: Path, said: str, by: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A file raises where it is loaded, or at every automatic choice until there is another; and no choice follows it."""
+    """A file raises where it is loaded, or at every automatic choice until there is another; no choice follows it."""
     if by == "load_tuned":
         with pytest.raises(ValueError, match=said) as caught:
             flashmha.load_tuned(path)

@@ -455,8 +455,9 @@ def test_the_log_sum_exp_of_a_blind_row_is_its_sink(name: str) -> None:
     sinks = torch.tensor([0.5, -2.0])
     spec = AttentionSpec.of(q, q, q, mask=KeyPadding(torch.zeros(1, 3, dtype=torch.bool)), sinks=sinks, need_lse=True)
     backend = get(name)
-    if backend.unsupported(spec) or backend.unavailable(spec.device):
-        pytest.skip("does not serve it here")
+    why = backend.unsupported(spec) or backend.unavailable(spec.device)
+    if why is not None:
+        pytest.skip(f"needs a device on which {name} serves sinks: {why}")
     out, lse = backend(q, q, q, spec)
     assert not out.any() and torch.equal(lse, sinks[None, :, None].expand(1, 2, 3))
 

@@ -48,11 +48,11 @@ def machine(device: torch.device) -> torch.device:
     if device.type == "cuda":
         reason = tiles.unavailable(device)
     elif importlib.util.find_spec("triton") is None:
-        reason = "triton is not installed"
+        reason = "triton: pip install triton"
     else:
-        reason = None if INTERPRETED else "needs a GPU, or TRITON_INTERPRET=1"
+        reason = None if INTERPRETED else "a GPU (pytest --device cuda), or TRITON_INTERPRET=1"
     if reason is not None:
-        pytest.skip(reason)
+        pytest.skip(f"needs {reason.removeprefix('needs ')}")
     return device
 
 
@@ -258,7 +258,7 @@ def test_more_weights_than_32_bits_count(device: torch.device) -> None:
 @pytest.mark.gpu
 def test_another_device_than_the_current_one(device: torch.device) -> None:
     if torch.cuda.device_count() < 2:
-        pytest.skip("needs two GPUs")
+        pytest.skip("needs two GPUs, and pytest --device cuda")
     spec = large(1, 100, 2, 64, torch.device("cuda", 1), bias=TensorBias(torch.zeros(100, 100, device="cuda:1")))
     q, k, _ = tensors(spec, 0)
     exact, _ = defined(spec, q, k, True, torch.float64)

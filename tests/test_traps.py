@@ -256,9 +256,7 @@ def test_trap_07_rows_behind_the_last_document_are_zeros(
 
 
 @given(batch=st.integers(0, 3), seqlen=lengths, seed=seeds())
-def test_trap_08_an_empty_batch_and_an_item_that_is_all_padding_are_served(
-    batch: int, seqlen: int, seed: int
-) -> None:
+def test_trap_08_an_empty_batch_and_an_item_that_is_all_padding_are_served(batch: int, seqlen: int, seed: int) -> None:
     q = noise(seed, batch, seqlen, 2, 64).float()
     valid = torch.zeros(batch, seqlen, dtype=torch.bool)
     valid[1:, 0] = True  # a row that sees one key gets its value

@@ -18,7 +18,7 @@ from .cases import Case
 from .environment import Canary, commit, environment
 from .gate import Seat, admit, sweep
 from .inputs import draw
-from .lineup import contestants, everybody, shown_by_name
+from .lineup import all_contestants, contestants, shown_by_name
 from .peers import CONTROL, HEADLINES, Contestant
 from .reference import Reference
 from .verdicts import judge, middle
@@ -69,7 +69,7 @@ class Plan:
 
 def run(plan: Plan, tell: Tell) -> dict[str, Any]:
     """Measure a plan; everything known afterwards, ready for JSON."""
-    everyone, absent = everybody(plan.device)
+    every, absent = all_contestants(plan.device)
     began, utc = time.monotonic(), datetime.datetime.now(datetime.timezone.utc)
     measured: list[dict[str, Any]] = []
     dropped: list[str] = []
@@ -85,7 +85,7 @@ def run(plan: Plan, tell: Tell) -> dict[str, Any]:
                 tell(f"{case.id}: dropped, {'stopped' if stopped else 'the budget is spent'}")
                 continue
             share = effort(case, plan) / sum(effort(other, plan) for other in queue[place:])
-            taking_part = contestants(everyone, case, plan.device, plan.peers, plan.backends)
+            taking_part = contestants(every, case, plan.device, plan.peers, plan.backends)
             try:
                 measured.append(measure(case, taking_part, plan, canary, began + plan.budget, share))
                 tell(f"{case.id}: {spoken(measured[-1])}")
@@ -113,7 +113,7 @@ def run(plan: Plan, tell: Tell) -> dict[str, Any]:
         },
         "env": env,
         "absent": absent,
-        "named": shown_by_name(everyone, plan.backends),
+        "named": shown_by_name(every, plan.backends),
         "dropped": dropped,
         "stopped": stopped,
         "unstable": bool(drifted) or floor > UNSTABLE.get(plan.device.type, 0.1),

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from ..benchmark.cases import LEVELS, PASSES, select
-from ..benchmark.lineup import contestants, everybody
+from ..benchmark.lineup import all_contestants, contestants
 from ..benchmark.report import Run, faults, levels, load, markdown, origin_line, save, summary_lines, verdict_table
 from ..benchmark.runner import FEWEST, Plan, run
 from ..benchmark.suites import ON_REQUEST, SUITES, every_case
@@ -122,8 +122,8 @@ def planned(options: argparse.Namespace) -> Plan:
     """
     where = device(options.device)
     check_variables(where.type)
-    everyone, absent = everybody(where)
-    known = [one.name for one in everyone]
+    every, absent = all_contestants(where)
+    known = [one.name for one in every]
     for name in options.backends or ():
         if f"attention:{name}" not in known:
             raise ValueError(
@@ -150,10 +150,10 @@ def planned(options: argparse.Namespace) -> Plan:
 
 
 def show_cases(plan: Plan, json: bool) -> int:
-    everyone, _ = everybody(plan.device)
+    every, _ = all_contestants(plan.device)
     rows = []
     for case in plan.cases:
-        those = contestants(everyone, case, plan.device, plan.peers, plan.backends)
+        those = contestants(every, case, plan.device, plan.peers, plan.backends)
         rows.append((case.id, [one.name for one in those if one.refuses(case) is None]))
     if json:
         print_json([{"id": name, "contestants": those} for name, those in rows])
