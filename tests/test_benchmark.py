@@ -16,13 +16,18 @@ import torch
 from conftest import fewer, slow
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
+from test_ranking import answering, nothing
 from torch import Tensor
 from torch._dynamo.testing import CompileCounter
 from torch.utils.flop_counter import FlopCounterMode
 
 from flashmha import Backend, Limits, register
 from flashmha.__main__ import main
-from flashmha.backends import get, unregister
+from flashmha.backends import unregister
+from flashmha.backends.choice.registry import instead
+from flashmha.backends.flash_attn.flash2 import Flash2
+from flashmha.backends.flash_attn.flash3 import Flash3
+from flashmha.backends.flash_attn.flash4 import Flash4
 from flashmha.backends.naive import Naive
 from flashmha.benchmark import Case, Plan, every_case, run, runner, select
 from flashmha.benchmark.encoders import FlashmhaEncoder, HandEncoder, PackedEncoder, StockEncoder
@@ -522,7 +527,7 @@ def test_no_marker_is_cut_and_no_table_is_empty(found: dict[str, Any]) -> None:
     from flashmha.benchmark import plots
 
     figures: list[Any] = []
-    with mock.patch.object(plots.Figure, "savefig", lambda figure, *where, **options: figures.append(figure)):
+    with mock.patch("matplotlib.figure.Figure.savefig", lambda figure, *where, **options: figures.append(figure)):
         plots.draw(found, Path("nowhere"))
     for figure in figures:
         for ax in figure.axes:
@@ -645,7 +650,7 @@ class Mha(torch.nn.Module):
 
 
 @pytest.fixture(params=("right", "wrong", "refuses", "starves"))
-def packages(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+def packages(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """flash-attn packages on a CPU, all of one kind."""
 
     def dense(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> tuple[Tensor, Tensor | None]:
@@ -655,12 +660,11 @@ def packages(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
             raise torch.OutOfMemoryError("tried to allocate everything")
         return sdpa(q, k, v, None, causal) * (1.2 if request.param == "wrong" else 1.0), None
 
-    for name in ("flash4", "flash3", "flash2"):
-        monkeypatch.setattr(get(name), "unavailable", lambda device: None)
-        monkeypatch.setattr(get(name), "public", lambda: dense)
+    here = [answering(kind, unavailable=nothing, public=lambda: dense) for kind in (Flash4, Flash3, Flash2)]
     monkeypatch.setitem(sys.modules, "flash_attn.modules.mha", types.SimpleNamespace(MHA=Mha))  # type: ignore[arg-type]
     kind: str = request.param
-    return kind
+    with instead(*here):
+        yield kind
 
 
 @settings(fewer(5), suppress_health_check=[HealthCheck.function_scoped_fixture, *slow])

@@ -23,6 +23,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from test_ranking import answering, nothing
 from torch import Tensor
 
 import flashmha
@@ -30,7 +31,10 @@ from flashmha import ALiBi, AttentionSpec, Backend, KeyLengths, Limits, Mask, Wi
 from flashmha.__main__ import COMMANDS, main
 from flashmha.backends import get, names
 from flashmha.backends.choice import ranking, tuned
+from flashmha.backends.choice.builtin import OWN
 from flashmha.backends.choice.ranking import KINDS, MODES, Row
+from flashmha.backends.choice.registry import instead
+from flashmha.backends.flash_attn.flash4 import Flash4
 from flashmha.benchmark import runner
 from flashmha.commands import tune
 from flashmha.commands.destination import check_file, check_folder
@@ -95,7 +99,6 @@ def test_info_says_what_every_backend_says_of_every_device(terminal: bool) -> No
 
 
 def test_info_says_where_compiled_kernels_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(get("flash4"), "unavailable", lambda device: None)
     for value, folder, wanted in (
         ("0", None, "FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED=1 keeps them on disk"),
         ("1", "somewhere", "kernels are kept in somewhere"),
@@ -103,9 +106,10 @@ def test_info_says_where_compiled_kernels_are_kept(monkeypatch: pytest.MonkeyPat
     ):
         monkeypatch.setenv("FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED", value)
         monkeypatch.setenv("FLASH_ATTENTION_CUTE_DSL_CACHE_DIR", folder or "")
-        rows = answer("info")["devices"][0]["backends"]
-        assert wanted in rows["flash4"]["on_disk"] and rows["naive"]["on_disk"] is None
-        assert f"flash4: {rows['flash4']['on_disk']}" in run("info")[1]
+        with instead(answering(Flash4, unavailable=nothing)):
+            rows = answer("info")["devices"][0]["backends"]
+            assert wanted in rows["flash4"]["on_disk"] and rows["naive"]["on_disk"] is None
+            assert f"flash4: {rows['flash4']['on_disk']}" in run("info")[1]
 
 
 WRONG_VARIABLES = {
@@ -280,9 +284,7 @@ def test_on_paper_the_limits_answer_and_nothing_is_tried(
     arguments += [] if wanted is None else ["--backend", wanted]
     there = dataclasses.replace(spec, device=torch.device("cuda"))
     tried = mock.Mock(side_effect=AssertionError("asked the machine"))
-    with contextlib.ExitStack() as stack:
-        for name in names():
-            stack.enter_context(mock.patch.multiple(get(name), unavailable=tried, unbuilt=tried, unready=tried))
+    with instead(*(answering(kind, unavailable=tried, unbuilt=tried, unready=tried) for kind in OWN)):
         said = answer("explain", *arguments)
         status, out, _ = run("explain", *arguments)
     asked_for = names() if wanted is None else ("flash4", "flash3", "flash2", "sdpa")

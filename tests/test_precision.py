@@ -1,5 +1,7 @@
 """Half precision on a CPU that has no unit for it: computed in float32, unless a backend or a hop was named."""
 
+import platform
+
 import pytest
 import torch
 from hypothesis import given
@@ -33,7 +35,7 @@ def test_a_dtype_is_emulated_where_an_x86_has_no_instructions_for_it(
 ) -> None:
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512_bf16)
-    monkeypatch.setattr(precision.platform, "machine", lambda: machine)
+    monkeypatch.setattr(platform, "machine", lambda: machine)
     lacking = machine == "x86_64" and not amx
     assert precision.emulated(torch.float16) == lacking
     assert precision.emulated(torch.bfloat16) == (lacking and not avx512_bf16)

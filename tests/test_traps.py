@@ -44,7 +44,6 @@ from flashmha.backends.flash_attn.flash4 import Flash4
 from flashmha.backends.flash_attn.flash4_kernels import Tools
 from flashmha.backends.rewrites.grouped import FEW
 from flashmha.backends.sdpa import backend as sdpa
-from flashmha.backends.sdpa import switches
 from flashmha.backends.sdpa.backend import attend_on_cuda
 from flashmha.backends.sdpa.switches import kernels_for_masks, without_cudnn
 from flashmha.host.machine import Machine
@@ -293,6 +292,16 @@ def test_trap_10_cudnn_never_sees_a_mask() -> None:
         assert torch.backends.cuda.cudnn_sdp_enabled()
 
 
+@contextlib.contextmanager
+def deterministic_algorithms(switched: bool) -> Iterator[None]:
+    """Torch's algorithms are deterministic inside the ``with``, where it is switched on."""
+    torch.use_deterministic_algorithms(switched)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
 KERNELS = (SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH, SDPBackend.CUDNN_ATTENTION)
 
 
@@ -319,8 +328,7 @@ def test_trap_10_a_call_takes_no_kernel_that_is_switched_off_and_cudnn_no_mask(
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(F, "scaled_dot_product_attention", watched)
-        patch.setattr(switches, "is_deterministic", lambda: switched)
-        with sdpa_kernel(list(allowed)):
+        with sdpa_kernel(list(allowed)), deterministic_algorithms(switched):
             refused = get("sdpa").unsupported(on_gpu(spec))
             if refused is None:
                 attend_on_cuda(*tensors(spec, seed), spec)
