@@ -293,3 +293,12 @@ def test_a_skip_says_what_would_run_it(file: Path) -> None:
             assert reason is not None, f"line {call.lineno} gives no reason"
             first = reason.values[0] if isinstance(reason, ast.JoinedStr) else reason
             assert isinstance(first, ast.Constant) and first.value.startswith("needs "), f"line {call.lineno}"
+
+
+def test_every_file_that_runs_kernels_of_triton_is_interpreted_in_ci() -> None:
+    """Those that ask for ``machine``, a fixture; a kernel's file has its test among them."""
+    (line,) = [line for line in (ROOT / ".ci/run").read_text().splitlines() if "TRITON_INTERPRET=1" in line]
+    asking = {
+        file.name for file in Path(__file__).parent.glob("test_*.py") if "machine: torch.device" in file.read_text()
+    }
+    assert asking == set(re.findall(r"test_\w+\.py", line)) != set()

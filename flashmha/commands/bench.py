@@ -122,8 +122,8 @@ def planned(options: argparse.Namespace) -> Plan:
     """
     where = device(options.device)
     check_variables(where.type)
-    every, absent = all_contestants(where)
-    known = [one.name for one in every]
+    all_of_them, absent = all_contestants(where)
+    known = [one.name for one in all_of_them]
     for name in options.backends or ():
         if f"attention:{name}" not in known:
             raise ValueError(
@@ -150,10 +150,10 @@ def planned(options: argparse.Namespace) -> Plan:
 
 
 def show_cases(plan: Plan, json: bool) -> int:
-    every, _ = all_contestants(plan.device)
+    all_of_them, _ = all_contestants(plan.device)
     rows = []
     for case in plan.cases:
-        those = contestants(every, case, plan.device, plan.peers, plan.backends)
+        those = contestants(all_of_them, case, plan.device, plan.peers, plan.backends)
         rows.append((case.id, [one.name for one in those if one.refuses(case) is None]))
     if json:
         print_json([{"id": name, "contestants": those} for name, those in rows])
