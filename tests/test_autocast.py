@@ -99,7 +99,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(padding, "eager", lambda tensor: True)
     packed.packs_up_to.cache_clear()
     was, dtype = torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
-    with instead(*(answering(kind, unavailable=lambda device: "not here") for kind in (Flash2, Flash3, Flash4))):
+    with instead(*(answering(kind, why_not_here=lambda device: "not here") for kind in (Flash2, Flash3, Flash4))):
         yield
     torch.set_autocast_enabled("cuda", was)
     torch.set_autocast_dtype("cuda", dtype)

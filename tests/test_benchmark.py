@@ -660,7 +660,7 @@ def packages(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
             raise torch.OutOfMemoryError("tried to allocate everything")
         return sdpa(q, k, v, None, causal) * (1.2 if request.param == "wrong" else 1.0), None
 
-    here = [answering(kind, unavailable=nothing, public=lambda: dense) for kind in (Flash4, Flash3, Flash2)]
+    here = [answering(kind, why_not_here=nothing, public=lambda: dense) for kind in (Flash4, Flash3, Flash2)]
     monkeypatch.setitem(sys.modules, "flash_attn.modules.mha", types.SimpleNamespace(MHA=Mha))  # type: ignore[arg-type]
     kind: str = request.param
     with instead(*here):

@@ -89,7 +89,7 @@ def test_info_says_what_every_backend_says_of_every_device(terminal: bool) -> No
     assert said["versions"]["torch"] == torch.__version__
     assert [backend["name"] for backend in said["backends"]] == list(names())
     for device in said["devices"]:
-        reasons = {name: get(name).unavailable(torch.device(device["device"])) for name in names()}
+        reasons = {name: get(name).why_not_here(torch.device(device["device"])) for name in names()}
         assert {name: row["reason"] for name, row in device["backends"].items()} == reasons
         assert all(row["available"] == (row["reason"] is None) for row in device["backends"].values())
     assert said["devices"][0]["device"] == "cpu"
@@ -106,7 +106,7 @@ def test_info_says_where_compiled_kernels_are_kept(monkeypatch: pytest.MonkeyPat
     ):
         monkeypatch.setenv("FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED", value)
         monkeypatch.setenv("FLASH_ATTENTION_CUTE_DSL_CACHE_DIR", folder or "")
-        with instead(answering(Flash4, unavailable=nothing)):
+        with instead(answering(Flash4, why_not_here=nothing)):
             rows = answer("info")["devices"][0]["backends"]
             assert wanted in rows["flash4"]["on_disk"] and rows["naive"]["on_disk"] is None
             assert f"flash4: {rows['flash4']['on_disk']}" in run("info")[1]
@@ -284,7 +284,7 @@ def test_on_paper_the_limits_answer_and_nothing_is_tried(
     arguments += [] if wanted is None else ["--backend", wanted]
     there = dataclasses.replace(spec, device=torch.device("cuda"))
     tried = mock.Mock(side_effect=AssertionError("asked the machine"))
-    with instead(*(answering(kind, unavailable=tried, unbuilt=tried, unready=tried) for kind in OWN)):
+    with instead(*(answering(kind, why_not_here=tried, why_not_built=tried, must_compile=tried) for kind in OWN)):
         said = answer("explain", *arguments)
         status, out, _ = run("explain", *arguments)
     asked_for = names() if wanted is None else ("flash4", "flash3", "flash2", "sdpa")
@@ -293,7 +293,7 @@ def test_on_paper_the_limits_answer_and_nothing_is_tried(
         limits = get(name).limits
         fits = limits.capability is None or major in limits.capability
         fits = fits and (name != "flash4" or "dense_mask" not in spec.features or major == 9)
-        if fits and get(name).unsupported(there) is None:
+        if fits and get(name).why_not(there) is None:
             assert row == ("could serve by its limits" if name in asked_for else "could serve, not asked for")
             able += [name] if name in asked_for else []
         else:
@@ -378,7 +378,7 @@ class Mute(Right):
 
     name = "mute"
 
-    def refusals(self, spec: AttentionSpec) -> list[str]:
+    def limits_exceeded(self, spec: AttentionSpec) -> list[str]:
         return ["no"]
 
 

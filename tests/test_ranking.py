@@ -86,7 +86,7 @@ def answering(kind: type[Backend], **answers: Any) -> Backend:
 
 def willing(kind: type[Backend]) -> Backend:
     """A backend that this machine has, and whose build serves what its limits say."""
-    return answering(kind, unavailable=nothing, unbuilt=nothing)
+    return answering(kind, why_not_here=nothing, why_not_built=nothing)
 
 
 def nothing(about: Any) -> None:
@@ -141,7 +141,7 @@ def test_our_own_say_the_same_of_problems_with_one_outline(spec: AttentionSpec, 
     assert twin.outline == outline
     if cuda:
         spec, twin = (on_cuda(one, dtype=torch.bfloat16) for one in (spec, twin))
-    assert [get(name).unsupported(spec) for name in BUILT_IN] == [get(name).unsupported(twin) for name in BUILT_IN]
+    assert [get(name).why_not(spec) for name in BUILT_IN] == [get(name).why_not(twin) for name in BUILT_IN]
     with on():
         assert order(spec) == order(twin)
     if grad != spec.needs_grad:
@@ -152,7 +152,7 @@ def test_our_own_say_the_same_of_problems_with_one_outline(spec: AttentionSpec, 
 def asked() -> Iterator[list[AttentionSpec]]:
     """The problems that sdpa judges."""
     found: list[AttentionSpec] = []
-    with instead(answering(Sdpa, unsupported=lambda spec: [found.append(spec), Sdpa().unsupported(spec)][1])):
+    with instead(answering(Sdpa, why_not=lambda spec: [found.append(spec), Sdpa().why_not(spec)][1])):
         yield found
 
 
@@ -324,7 +324,7 @@ def passing(backend_name: str, why: str | None = None, **more: Any) -> type[Back
         limits = Limits(devices=(), dtypes=(torch.bfloat16, torch.float32), features=ALL)
         compiled = why is None
 
-        def unready(self, spec: AttentionSpec) -> str | None:
+        def must_compile(self, spec: AttentionSpec) -> str | None:
             return None if type(self).compiled else why
 
         def __call__(self, q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> Tensor:
@@ -408,7 +408,7 @@ def test_a_shared_problem_stays_with_whom_it_was_given(slow: Any) -> None:
 @given(spec=specs(), slow=st.sets(st.sampled_from(BUILT_IN[:-1])), worth=st.sampled_from((0.0, 1e30)))
 def test_explain_says_what_choose_does_whatever_compiles(spec: AttentionSpec, slow: set[str], worth: float) -> None:
     compiling = {name: (lambda spec: WHY) if name in slow else nothing for name in BUILT_IN}
-    with instead(*(answering(kind, unready=compiling[kind.name]) for kind in OWN)), everywhere(WORTH=worth):
+    with instead(*(answering(kind, must_compile=compiling[kind.name]) for kind in OWN)), everywhere(WORTH=worth):
         said, got = explain(spec), choose(spec).name
         able = [name for name in order(spec) if reason(flashmha.backends.get(name), spec) is None]
         assert said.chosen == got and said.rows[got] == "chosen"

@@ -180,7 +180,7 @@ def test_checkpoints_of_a_training_save_what_their_forward_saved() -> None:
         limits = Limits(devices=("cpu",), dtypes=(torch.float32,), features=frozenset(flashmha.backends.FEATURES))
         compiled = False
 
-        def unready(self, spec: AttentionSpec) -> str | None:
+        def must_compile(self, spec: AttentionSpec) -> str | None:
             return None if type(self).compiled else WHY
 
         def __call__(self, q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> Tensor:
@@ -284,9 +284,9 @@ def test_a_call_that_waits_asks_no_backend_again() -> None:
     asked: list[AttentionSpec] = []
 
     class Curious(passing("curious", WHY)):  # type: ignore[misc]
-        def refusals(self, spec: AttentionSpec) -> list[str]:
+        def limits_exceeded(self, spec: AttentionSpec) -> list[str]:
             asked.append(spec)
-            return super().refusals(spec)
+            return super().limits_exceeded(spec)
 
     register(Curious, before="sdpa")
     try:

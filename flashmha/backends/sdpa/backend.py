@@ -51,8 +51,8 @@ class Sdpa(Backend):
         self.costs = costs
         """From what size on a problem is cut up on a CPU."""
 
-    def refusals(self, spec: AttentionSpec) -> list[str]:
-        reasons = super().refusals(spec)
+    def limits_exceeded(self, spec: AttentionSpec) -> list[str]:
+        reasons = super().limits_exceeded(spec)
         if spec.need_lse:
             reasons += refusals_of_lse(spec)
         if spec.device.type == "cuda" and needs_tensor(spec) and not kernels_for_masks():
