@@ -117,9 +117,8 @@ def explain_encoder(
     first = encoder.layers[0].self_attn
     if not isinstance(first, FlashMultiHeadAttention):
         raise TypeError(f"encoder must have attention of flashmha in its first layer, got {type(first).__name__}.")
-    said = explain_layer(
-        first, way.src, way.src, way.src, way.key_padding_mask, False, way.mask, is_causal=way.is_causal
-    )
+    x = way.src if first.batch_first or not isinstance(way.packed, RealFirst) else way.src.transpose(0, 1)
+    said = explain_layer(first, x, x, x, way.key_padding_mask, False, way.mask, is_causal=way.is_causal)
     notes = list(said.notes)
     if isinstance(way.packed, RealFirst):
         notes.append("every row is computed, the real tokens of each item first, in one order for all layers")

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.modules.module import _has_any_global_hook
 
+from ..backends.rewrites.documents import worth_moving
 from ..backends.rewrites.order import RealFirst
 from ..host.torch_state import eager
 from ..layer import padding
@@ -26,10 +27,10 @@ from ..problem.masks import KeyPadding, Mask, Padding, joined, plainly, private
 class Route(NamedTuple):
     """What the layers of an encoder are called with; ``leave`` is the way back.
 
-    ``packed`` holds the tokens where padding is left out or comes last, ``hidden`` the rows to be zeroed where packing
-    would not pay; ``why`` says why neither is done where padding was to be left out. With ``padded_norm`` the last norm
-    sees zeros in place of padding, as it does behind stock's nested tensors. ``straight`` where every layer is known,
-    so that they may run as functions.
+    ``packed`` holds the tokens where padding is left out, or where it comes last and they lie (batch, seqlen) whatever
+    ``batch_first`` says; ``hidden`` the rows to be zeroed where packing would not pay. ``why`` says why neither is done
+    where padding was to be left out. With ``padded_norm`` the last norm sees zeros in place of padding, as it does
+    behind stock's nested tensors. ``straight`` where every layer is known, so that they may run as functions.
     """
 
     src: Tensor
@@ -158,7 +159,7 @@ def real_first(encoder: nn.TransformerEncoder, src: Tensor, mask: Any, rule: Any
     """
     if mask is not None or type(rule) is not KeyPadding or not eager(src):
         return None
-    if is_causal or not moves_keys(src):
+    if is_causal or not moves_keys(src, rule.valid):
         return None
     attentions: list[Any] = [layer.self_attn for layer in encoder.layers]
     for attention in different(attentions):
@@ -170,9 +171,10 @@ def real_first(encoder: nn.TransformerEncoder, src: Tensor, mask: Any, rule: Any
     return RealFirst(src, rule, attentions[0].batch_first)
 
 
-def moves_keys(src: Tensor) -> bool:
-    """Kernels here may have keys moved, so that it is worth looking further."""
-    return src.is_cuda
+def moves_keys(src: Tensor, valid: Tensor) -> bool:
+    """Kernels here may have keys moved, and gain by it, so that it is worth looking further."""
+    batch, seqlen = valid.shape
+    return src.is_cuda and worth_moving(batch, seqlen, seqlen, src.shape[2])
 
 
 def leave(encoder: nn.TransformerEncoder, route: Route, output: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ from ..backends import choose, note
 from ..backends.base import Backend, Serve
 from ..backends.choice.builtin import OWN
 from ..backends.choice.record import recording
+from ..backends.rewrites.order import RealFirst
 from ..functional import check_result
 from ..host.torch_state import casts_to, computed_in, without_autocast
 from ..layer import shortcut
@@ -87,6 +88,7 @@ class Attention:
 
     def __init__(self, route: Route, layers: int) -> None:
         self.route, self.layers = route, layers
+        self.batch_first = True if isinstance(route.packed, RealFirst) else None
         self.masked = route.mask is not None or route.key_padding_mask is not None or route.is_causal
         self.same: Same | None = None
 
@@ -100,7 +102,7 @@ class Attention:
         q, k, v = by_one_matrix(x, x, x, own.weight, own.bias, heads, heads, head_dim, backend.joins_gradients)
         if type(q) is not Tensor:  # a mode makes other tensors of ours
             return self.module(layer, x)
-        batch_first = layer.batch_first
+        batch_first = layer.batch_first if self.batch_first is None else self.batch_first
         if not batch_first:
             q, k, v = q.transpose(0, 1), k.transpose(0, 1), v.transpose(0, 1)
         if recording.calls is not None:
@@ -121,8 +123,10 @@ class Attention:
         """The layer's own forward."""
         route = self.route
         masks = {"attn_mask": route.mask, "key_padding_mask": route.key_padding_mask, "is_causal": route.is_causal}
+        turned = self.batch_first is not None and not layer.batch_first
+        x = x.transpose(0, 1) if turned else x
         out: Tensor = layer.forward(x, x, x, **masks, need_weights=False)[0]
-        return out
+        return out.transpose(0, 1) if turned else out
 
     def problem(self, layer: Any, own: shortcut.Linears, x: Tensor) -> Same | None:
         """The problem of a layer and its backend, those of the layer before where they are alike; ``None`` for more."""
@@ -131,7 +135,8 @@ class Attention:
         grad = torch.is_grad_enabled() and (
             x.requires_grad or own.weight.requires_grad or (own.bias is not None and own.bias.requires_grad)
         )
-        batch_first, heads = state["batch_first"], state["num_heads"]
+        batch_first = state["batch_first"] if self.batch_first is None else self.batch_first
+        heads = state["num_heads"]
         key = (shape, x.dtype, heads, state["embed_dim"], batch_first, dropout, grad, layer.skip_padding)
         if self.same is not None and self.same.key == key:
             return self.same

@@ -10,14 +10,18 @@ from torch import Tensor
 from ...problem.masks import Window
 from ...problem.spec import AttentionSpec
 from ..base import HALF
-from ..rewrites.documents import PADDING, pack, unpack
+from ..rewrites.documents import PADDING, pack, unpack, worth_moving
 from ..rewrites.grouped import FEW
 from .switches import by_math, switches
 
 
 def packs(spec: AttentionSpec) -> bool:
     """A problem goes to torch's own flash-attn 2 as packed documents, here and now; else SDPA is handed a mask."""
-    return packable(spec) and runs_packed(spec.head_dim, spec.device.index) and not by_math(spec)
+    if not (packable(spec) and runs_packed(spec.head_dim, spec.device.index)) or by_math(spec):
+        return False
+    if "documents" in spec.features:
+        return True
+    return worth_moving(spec.batch, spec.seqlen_q, spec.seqlen_k, spec.heads * spec.head_dim)
 
 
 def packable(spec: AttentionSpec) -> bool:
