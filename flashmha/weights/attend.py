@@ -19,10 +19,10 @@ from ..host.torch_state import traced, without_autocast
 from ..problem.masks import normalize
 from ..problem.packing import Padded
 from ..problem.spec import SHARED, AttentionSpec
-from .blocks import spread
+from .blocks import shaped
 from .deferred import Cell, Deferred, expect_look
 from .graph import Weights
-from .recipe import Recipe, remembered, with_bias
+from .recipe import Recipe, with_bias
 
 
 def attention_with_weights(
@@ -125,14 +125,6 @@ def by_definition(
     return out, weights
 
 
-def shaped(weights: Tensor, average: bool, batched: bool, dtype: torch.dtype, rows: Tensor | None) -> Tensor:
-    """The weights (batch, heads, seqlen_q, seqlen_k) of the definition as the caller wants them."""
-    weights = weights.mean(dim=1) if average else weights
-    if rows is not None:
-        weights = weights.masked_fill(~spread(rows, average), 0.0)
-    return (weights if batched else weights[0]).to(dtype)
-
-
 def asking(spec: AttentionSpec, backend: Backend) -> AttentionSpec:
     """The problem as the backend is asked for it: with the log-sum-exp too, where it can give that.
 
@@ -163,3 +155,7 @@ def defer(recipe: Recipe) -> Deferred:
     made: Deferred = Deferred(cell, recipe.shape, recipe.dtype, recipe.spec.device)
     expect_look(cell)
     return made
+
+
+remembered: dict[AttentionSpec, tuple[Backend, AttentionSpec]] = {}
+"""What ``asking`` said about a shared problem, and of which backend."""

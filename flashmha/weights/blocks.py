@@ -97,3 +97,11 @@ def finer(dtype: torch.dtype) -> torch.dtype:
 def spread(rows: Tensor, average: bool) -> Tensor:
     """(batch, seqlen_q) against the axes of the weights."""
     return rows[:, :, None] if average else rows[:, None, :, None]
+
+
+def shaped(weights: Tensor, average: bool, batched: bool, dtype: torch.dtype, rows: Tensor | None) -> Tensor:
+    """The weights (batch, heads, seqlen_q, seqlen_k) of the definition as the caller wants them."""
+    weights = weights.mean(dim=1) if average else weights
+    if rows is not None:
+        weights = weights.masked_fill(~spread(rows, average), 0.0)
+    return (weights if batched else weights[0]).to(dtype)

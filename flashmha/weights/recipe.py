@@ -18,15 +18,13 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from ..backends.base import Backend
 from ..backends.naive import probabilities, scores
 from ..host.torch_state import without_autocast
 from ..problem.packing import unpack
 from ..problem.scores import TensorBias
 from ..problem.spec import AttentionSpec
 from . import tiles
-from .attend import shaped
-from .blocks import Score, cut, spread
+from .blocks import Score, cut, shaped, spread
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -176,10 +174,6 @@ class Recipe:
             return q, k
         sizes = (self.spec.batch, self.spec.seqlen_q)
         return unpack(q, self.places, sizes), unpack(k, self.places, sizes)
-
-
-remembered: dict[AttentionSpec, tuple[Backend, AttentionSpec]] = {}
-"""What ``asking`` said about a shared problem, and of which backend."""
 
 
 def with_bias(spec: AttentionSpec, bias: Tensor | None) -> AttentionSpec:
