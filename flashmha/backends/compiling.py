@@ -1,4 +1,4 @@
-"""What was lost without a kernel, against the seconds that compiling it takes: the book that backends write in."""
+"""What was lost without each kernel, and the seconds that compiling took: the book that backends write in."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Who asked for a backend: a call, ``use_backend`` or the environment."""
+"""The wish for a backend: of a call, of ``use_backend``, of the environment."""
 
 from __future__ import annotations
 
