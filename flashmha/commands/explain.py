@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -17,22 +16,9 @@ from ..problem.scores import ALiBi, Bias, TensorBias
 from ..problem.spec import AttentionSpec
 from ..problem.wording import short
 from .devices import device
+from .flags import DTYPES, at_least
 from .picture import Picture
 from .screen import add_json, print_json, print_table
-
-DTYPES = ("float32", "float64", "bfloat16", "float16")
-
-
-def at_least(smallest: int) -> Callable[[str], int]:
-    """Reads a whole number from ``smallest`` up."""
-
-    def read(text: str) -> int:
-        if not text.isdecimal() or int(text) < smallest:
-            raise argparse.ArgumentTypeError(f"must be a whole number of at least {smallest}, got {text!r}")
-        return within(int(text))
-
-    return read
-
 
 LARGEST = 2**48
 """Beyond any size, and within the integers of a tensor."""

@@ -34,7 +34,7 @@ from ..problem.wording import in_one_line, short
 from ..version import __version__
 from .destination import check_file
 from .devices import device
-from .explain import DTYPES, at_least
+from .flags import DTYPES, at_least
 from .screen import add_json, print_json, print_table, progress
 
 
