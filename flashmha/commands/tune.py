@@ -22,7 +22,8 @@ from torch import Tensor
 
 from ..backends import FAMILIES, expand, get, names, origin
 from ..backends.choice.choose import reason
-from ..backends.choice.ranking import KINDS, LAST, MARGIN, MODES, Row, Table, derive, keys
+from ..backends.choice.ranking import KINDS, LAST, MARGIN, MODES, Row, Table, keys
+from ..backends.choice.rows import derive
 from ..backends.choice.tuned import SCHEMA, read
 from ..benchmark.environment import commit, environment
 from ..functional import attention

@@ -11,11 +11,7 @@ from typing import Any
 from .registry import expand
 
 Wanted = str | Sequence[str] | None
-
-
 VARIABLE = "FLASHMHA_BACKEND"
-
-
 KEY: Any = os.environ.encodekey(VARIABLE)
 """The name as ``os.environ`` keeps it."""
 
