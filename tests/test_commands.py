@@ -30,6 +30,7 @@ from flashmha import ALiBi, AttentionSpec, Backend, KeyLengths, Limits, Mask, Wi
 from flashmha.__main__ import COMMANDS, main
 from flashmha.backends import get, names
 from flashmha.backends.choice import ranking, tuned
+from flashmha.backends.choice import rows as derived
 from flashmha.backends.choice.ranking import KINDS, MODES, Row
 from flashmha.benchmark import runner
 from flashmha.commands import tune
@@ -462,7 +463,7 @@ def test_tune_shows_the_fastest_and_names_flags_in_the_table() -> None:
 @given(data=st.data())
 def test_a_star_is_what_the_rows_of_the_figures_choose(data: st.DataObject) -> None:
     cells = data.draw(measured_cells())
-    table = ranking.Table("", "cpu", (torch.float32,), ranking.derive(cells, ""))
+    table = ranking.Table("", "cpu", (torch.float32,), derived.derive(cells, ""))
     columns, rows = tune.shown(cells)
     for cell, row in zip(cells, rows):
         stars = [column.split()[0] for column, text in zip(columns, row) if "*" in text]
@@ -504,15 +505,15 @@ def test_a_lead_within_the_spread_is_a_tie(times: list[float], noise: list[list[
     for turn in range(2):
         us = {name: time * (1 + spread * wave[turn] / 2.5) for name, time, wave in zip(names, times, noise)}
         cell = {"us": us, "spread": dict.fromkeys(names, spread)}
-        orders.append([(one, two) for one in names for two in names if ranking.beaten(one, two, cell)])
+        orders.append([(one, two) for one in names for two in names if derived.beaten(one, two, cell)])
     assert not any((two, one) in orders[1] for one, two in orders[0])
 
 
 def test_equal_times_keep_the_order_of_the_list_and_clear_ones_do_not() -> None:
     close = {"us": {"sdpa": 11.0, "flash2": 10.0}, "spread": {"sdpa": 0.06, "flash2": 0.06}}
-    assert ranking.agreed([close]) == ("sdpa", "flash2")
-    assert ranking.agreed([{**close, "spread": {"sdpa": 0.01, "flash2": 0.01}}]) == ("flash2", "sdpa")
-    assert ranking.agreed([{"us": close["us"]}]) == ("flash2", "sdpa"), "an older file has no spread"
+    assert derived.agreed([close]) == ("sdpa", "flash2")
+    assert derived.agreed([{**close, "spread": {"sdpa": 0.01, "flash2": 0.01}}]) == ("flash2", "sdpa")
+    assert derived.agreed([{"us": close["us"]}]) == ("flash2", "sdpa"), "an older file has no spread"
 
 
 @pytest.mark.parametrize("threads", (1, 2))

@@ -20,8 +20,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from flashmha import Dense, FlashMultiHeadAttention, KeyLengths
 from flashmha.backends.sdpa.switches import switches
 from flashmha.testing import noise, seeds
-from flashmha.weights import deferred
-from flashmha.weights import recipe as weights
+from flashmha.weights import attend, deferred
 from flashmha.weights.deferred import Deferred, fill
 
 
@@ -29,7 +28,7 @@ from flashmha.weights.deferred import Deferred, fill
 def every_map_is_deferred() -> Iterator[None]:
     """Also the small ones, which are ordinary tensors otherwise."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(weights, "SMALL", 0)
+        patch.setattr(attend, "SMALL", 0)
         yield
 
 

@@ -467,15 +467,15 @@ def test_a_gpu_moves_keys_in_one_operator_and_a_prefix_in_none(kind: Any, side_b
     spec = AttentionSpec.of(q, k, v, mask=kind(valid if kind is KeyPadding else valid.sum(1)))
     empty = mock.Mock(side_effect=lambda q, *rest, **more: (q * 1.0,))
     with mock.patch.object(torch.ops.aten, "_flash_attention_forward", empty):
-        packed.attend_packed(q, k, v, spec)
+        varlen.attend_packed(q, k, v, spec)
         with Ran() as ran:
-            out = packed.attend_packed(q, k, v, spec)
+            out = varlen.attend_packed(q, k, v, spec)
     del ran.names["aten::mul"]  # the kernel
     ran.names.pop("aten::equal", None)  # how a CPU tells that nothing changed
     moves = 0 if kind is KeyLengths else 1 if side_by_side else 2
     assert ran.names == ({"aten::index_select": moves} if moves else {})
     with mock.patch.object(torch.ops.aten, "_flash_attention_forward", kernel):
-        out = packed.attend_packed(q, k, v, spec)
+        out = varlen.attend_packed(q, k, v, spec)
         with Ran() as ran:
             torch.autograd.grad(out.float().square().sum(), packed)
     assert ran.names["aten::index_select"] <= 2 and not ran.names["aten::index_add_"]

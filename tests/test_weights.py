@@ -23,8 +23,7 @@ from flashmha import AttentionSpec, Backend, FlashMultiHeadAttention, register
 from flashmha.backends import get, unregister
 from flashmha.testing import noise, seeds
 from flashmha.testing.record import placed
-from flashmha.weights import attend
-from flashmha.weights import recipe as weights
+from flashmha.weights import attend, blocks
 from flashmha.weights.deferred import Deferred
 
 
@@ -112,7 +111,7 @@ def cotangents(case: Case, *tensors: Tensor) -> list[Tensor]:
 def test_values_and_gradients_are_those_of_the_stock_layer(case: Case) -> None:
     answers = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(weights, "BLOCK", case.block)
+        patch.setattr(blocks, "BLOCK", case.block)
         for layer in case.layers():
             call, wanted = case.call()
             out, seen = layer(**call)

@@ -1,4 +1,4 @@
-"""The machine: its clock, its memory, its description."""
+"""The machine of a run: its description, and a canary that says how steady it is."""
 
 from __future__ import annotations
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -17,54 +16,9 @@ from ..problem.scores import ALiBi, Bias, TensorBias
 from ..problem.spec import AttentionSpec
 from ..problem.wording import short
 from .devices import device
+from .flags import DTYPES, at_least, bound, version, whole_numbers
 from .picture import Picture
 from .screen import add_json, print_json, print_table
-
-DTYPES = ("float32", "float64", "bfloat16", "float16")
-
-
-def at_least(smallest: int) -> Callable[[str], int]:
-    """Reads a whole number from ``smallest`` up."""
-
-    def read(text: str) -> int:
-        if not text.isdecimal() or int(text) < smallest:
-            raise argparse.ArgumentTypeError(f"must be a whole number of at least {smallest}, got {text!r}")
-        return within(int(text))
-
-    return read
-
-
-LARGEST = 2**48
-"""Beyond any size, and within the integers of a tensor."""
-
-
-def within(number: int) -> int:
-    """A number that tensors can hold."""
-    if abs(number) > LARGEST:
-        raise argparse.ArgumentTypeError(f"must be at most {LARGEST}, got {number}")
-    return number
-
-
-def version(text: str) -> tuple[int, int]:
-    """Reads ``9.0``, or ``9``."""
-    major, _, minor = text.partition(".")
-    if not major.isdecimal() or not (minor or "0").isdecimal():
-        raise argparse.ArgumentTypeError(f"must be a compute capability such as 9.0, got {text!r}")
-    return int(major), int(minor or 0)
-
-
-def whole_numbers(text: str) -> list[int]:
-    """Reads ``5,3``."""
-    try:
-        numbers = [int(one) for one in text.split(",")]
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"must be whole numbers between commas, got {text!r}") from None
-    return [within(number) for number in numbers]
-
-
-def bound(text: str) -> int | None:
-    """Reads a side of a window."""
-    return None if text == "none" else at_least(0)(text)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

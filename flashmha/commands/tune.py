@@ -22,7 +22,8 @@ from torch import Tensor
 
 from ..backends import FAMILIES, expand, get, names, origin
 from ..backends.choice.choose import reason
-from ..backends.choice.ranking import KINDS, LAST, MARGIN, MODES, Row, Table, derive, keys
+from ..backends.choice.ranking import KINDS, LAST, MARGIN, MODES, Row, Table, keys
+from ..backends.choice.rows import derive
 from ..backends.choice.tuned import SCHEMA, read
 from ..benchmark.environment import commit, environment
 from ..functional import attention
@@ -34,7 +35,7 @@ from ..problem.wording import in_one_line, short
 from ..version import __version__
 from .destination import check_file
 from .devices import device
-from .explain import DTYPES, at_least
+from .flags import DTYPES, at_least
 from .screen import add_json, print_json, print_table, progress
 
 

@@ -47,8 +47,6 @@ def traced() -> bool:
 
 
 asks_deterministic = torch._C._get_deterministic_algorithms
-
-
 only_warns = torch._C._get_deterministic_algorithms_warn_only
 
 

@@ -28,6 +28,7 @@ from .features import (
     shadows,
 )
 from .forward import attend
+from .projection import shrink_kv
 from .stock import refuse_torchscript, stock_forward
 
 torch.fx.wrap("attend")  # FX sees one call
@@ -353,18 +354,3 @@ def alike(module: nn.MultiheadAttention, kind: type[Any]) -> Any:
 
 def copied(value: Any) -> Any:
     return value.copy() if isinstance(value, (dict, set)) else value
-
-
-def shrink_kv(layer: FlashMultiHeadAttention) -> None:
-    """Give a new layer the smaller projections of grouped heads; the values are drawn afterwards."""
-    width = layer.embed_dim // layer.num_heads * (layer.num_kv_heads or layer.num_heads)
-
-    def rows(parameter: Optional[Tensor], size: int) -> Optional[nn.Parameter]:
-        return None if parameter is None else nn.Parameter(parameter.new_empty(size, *parameter.shape[1:]))
-
-    layer.in_proj_weight = rows(layer.in_proj_weight, layer.embed_dim + 2 * width)  # type: ignore[assignment]
-    layer.in_proj_bias = rows(layer.in_proj_bias, layer.embed_dim + 2 * width)  # type: ignore[assignment]
-    layer.k_proj_weight = rows(layer.k_proj_weight, width)  # type: ignore[assignment]
-    layer.v_proj_weight = rows(layer.v_proj_weight, width)  # type: ignore[assignment]
-    if layer.bias_k is not None and layer.bias_v is not None:
-        layer.bias_k, layer.bias_v = (nn.Parameter(x.new_empty(1, 1, width)) for x in (layer.bias_k, layer.bias_v))

@@ -184,3 +184,18 @@ def settled(weight: Tensor, bias: Tensor | None, dtype: torch.dtype | None) -> t
     """Weight and bias in ``dtype``; a bias of another dtype joins in the weight's, as it does in the stock module."""
     weight = weight if dtype is None else weight.to(dtype)
     return weight, bias if bias is None or bias.dtype == weight.dtype else bias.to(weight.dtype)
+
+
+def shrink_kv(layer: FlashMultiHeadAttention) -> None:
+    """Give a new layer the smaller projections of grouped heads; the values are drawn afterwards."""
+    width = layer.embed_dim // layer.num_heads * (layer.num_kv_heads or layer.num_heads)
+
+    def rows(parameter: Tensor | None, size: int) -> nn.Parameter | None:
+        return None if parameter is None else nn.Parameter(parameter.new_empty(size, *parameter.shape[1:]))
+
+    layer.in_proj_weight = rows(layer.in_proj_weight, layer.embed_dim + 2 * width)  # type: ignore[assignment]
+    layer.in_proj_bias = rows(layer.in_proj_bias, layer.embed_dim + 2 * width)  # type: ignore[assignment]
+    layer.k_proj_weight = rows(layer.k_proj_weight, width)  # type: ignore[assignment]
+    layer.v_proj_weight = rows(layer.v_proj_weight, width)  # type: ignore[assignment]
+    if layer.bias_k is not None and layer.bias_v is not None:
+        layer.bias_k, layer.bias_v = (nn.Parameter(x.new_empty(1, 1, width)) for x in (layer.bias_k, layer.bias_v))

@@ -1,4 +1,4 @@
-"""How problems, tensors and errors are put into words."""
+"""How values, tensors and errors are put into words."""
 
 from __future__ import annotations
 

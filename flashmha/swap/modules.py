@@ -12,8 +12,6 @@ from ..layer.module import taken
 
 UNDO = "_flashmha_undo"
 """On a module that was changed: attribute -> whether it was there before, and its value."""
-
-
 CLASS = "__class__"
 """Among these: the class that a swap gave, and the one before."""
 

@@ -11,12 +11,8 @@ from ..problem.spec import AttentionSpec
 
 BLOCK = 2**19
 """Scores computed at a time: about what a core's cache holds."""
-
-
 BLOCK_ON_GPU = 2**26
 """The same on a GPU, which a small block leaves idle."""
-
-
 LOG2_E = 1.4426950408889634
 
 

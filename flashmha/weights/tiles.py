@@ -264,7 +264,7 @@ def gradients(
     dq, dk = (torch.zeros(x.shape, dtype=x.dtype, device=x.device) for x in (q, k))
     if not (grad.numel() and spec.heads):
         return dq, dk
-    from .kernels import gradient_of_k_kernel, gradient_of_q_kernel
+    from .gradient_kernels import gradient_of_k_kernel, gradient_of_q_kernel
 
     with on(q.device):
         problem = Problem(q, k, lse, spec)

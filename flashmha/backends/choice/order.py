@@ -51,8 +51,6 @@ def is_part(spec: AttentionSpec) -> bool:
 
 BUILDS_MASKS = frozenset(("window", "documents", "softcap"))
 """Where SDPA makes a dense mask on a GPU unless it packs documents, or does nothing."""
-
-
 orders: tuple[dict[str, Backend], dict[Any, tuple[str, ...]]] = ({}, {})
 """A list of backends, and the orders that were made of it."""
 

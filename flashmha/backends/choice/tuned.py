@@ -17,7 +17,9 @@ import torch
 
 from ...host.machine import PACKAGES, graphics, installed
 from ...problem.spec import AttentionSpec
-from .ranking import KINDS, MODES, PLACE, TABLE, Row, Table, derive, keys, kind, mode
+from .measured import TABLE
+from .ranking import KINDS, MODES, PLACE, Row, Table, keys, kind, mode
+from .rows import derive
 
 VARIABLE = "FLASHMHA_TUNED"
 SCHEMA = 1

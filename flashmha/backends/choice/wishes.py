@@ -1,4 +1,4 @@
-"""Who asked for a backend: a call, ``use_backend`` or the environment."""
+"""The wish for a backend: of a call, of ``use_backend``, of the environment."""
 
 from __future__ import annotations
 
@@ -11,11 +11,7 @@ from typing import Any
 from .registry import expand
 
 Wanted = str | Sequence[str] | None
-
-
 VARIABLE = "FLASHMHA_BACKEND"
-
-
 KEY: Any = os.environ.encodekey(VARIABLE)
 """The name as ``os.environ`` keeps it."""
 

@@ -14,7 +14,8 @@ from ...problem.spec import AttentionSpec
 from ..base import HALF, Limits
 from ..rewrites.documents import is_cache, pack, packs, read_cache, refusals, unpack, unpack_lse
 from ..rewrites.grouped import fold, folds, unfold, unfold_lse
-from .package import FlashAttn, lacks, normal_lse, trimmed, window_options
+from .package import FlashAttn, lacks
+from .windows import normal_lse, trimmed, window_options
 
 BUCKETS = (32, 64, 96, 128, 192, 256)
 """The head dims there are kernels for, each for those below it; a build may have been made without some."""

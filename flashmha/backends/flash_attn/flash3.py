@@ -13,7 +13,8 @@ from torch import Tensor
 from ...problem.spec import AttentionSpec
 from ..base import HALF, Limits
 from ..rewrites.documents import is_cache, pack, packs, read_cache, refusals, unpack, unpack_lse
-from .package import FlashAttn, lacks, normal_lse, trimmed, window_options
+from .package import FlashAttn, lacks
+from .windows import normal_lse, trimmed, window_options
 
 BUILDS = (
     ("flash_attn_interface", "flash_attn_config"),

@@ -20,7 +20,8 @@ from ..rewrites.block_tables import edged, worth
 from ..rewrites.compact import intervals, key_lengths, missing, validity
 from ..rewrites.documents import packed, unpacked, unpacked_lse
 from .flash4_kernels import attend
-from .package import FlashAttn, normal_lse, trimmed
+from .package import FlashAttn
+from .windows import normal_lse, trimmed
 
 STEPS = (64, 80, 128, 192)
 """Lengths up to which the package compiles for one tile, by head_dim and pass."""

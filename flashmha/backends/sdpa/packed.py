@@ -46,11 +46,7 @@ def packable(spec: AttentionSpec) -> bool:
 
 ANY = ("backward", "deterministic", "dropout", "gqa")
 """What documents and padding may stand beside in that kernel."""
-
-
 DOCUMENTS = frozenset((*ANY, "documents", "causal"))
-
-
 PADDED = frozenset((*ANY, *PADDING))
 
 
