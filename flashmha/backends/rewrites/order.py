@@ -82,10 +82,10 @@ class Permuted(torch.autograd.Function):
 class RealFirst:
     """The tokens of a padded batch with the real ones of each item first, and the way back; every row stays.
 
-    The batch is (batch, seqlen, ...), with ``batch_first=False`` (seqlen, batch, ...). ``tokens`` are (batch, seqlen,
-    ...) in either case, as kernels want them. ``padding`` is theirs: ``KeyLengths``, which a kernel reads where keys
-    lie. Layers whose attention looks at no position, and which treat tokens one by one elsewhere, compute what they would
-    have.
+    The batch is (batch, seqlen, ...), with ``batch_first=False`` (seqlen, batch, ...). ``tokens`` are (batch,
+    seqlen, ...) in either case, as kernels want them. ``padding`` is theirs: ``KeyLengths``, which a kernel reads
+    where keys lie. Layers whose attention looks at no position, and which treat tokens one by one elsewhere,
+    compute what they would have.
     """
 
     def __init__(self, x: Tensor, padding: KeyPadding, batch_first: bool = True) -> None:
