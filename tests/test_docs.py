@@ -225,7 +225,4 @@ def test_the_citation_is_of_this_version() -> None:
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
     assert {"cff-version", "message", "title", "authors", "type"} <= set(citation)
     assert citation["version"] == flashmha.__version__ and citation["license"] == "BSD-3-Clause"
-    assert all(
-        {"name"} <= set(author) or {"family-names", "given-names"} <= set(author) for author in citation["authors"]
-    )
-    json.dumps(citation, default=str)
+    assert citation["authors"] and all("name" in author for author in citation["authors"])
