@@ -6,6 +6,7 @@ the picture as JSON, under the keyword ``Description``, so that a test can hold 
 
 from __future__ import annotations
 
+import functools
 import json
 import sys
 from pathlib import Path
@@ -15,7 +16,7 @@ import matplotlib
 import matplotlib.ticker
 from matplotlib.figure import Figure
 
-from flashmha.benchmark.report import load, origin_line
+from flashmha.benchmark.report import Run, load, origin_line
 from flashmha.benchmark.verdicts import best_peer
 
 ROOT = Path(__file__).parent.parent
@@ -33,10 +34,16 @@ LINES = {
 SLOWER = "#fbe3df"
 
 
+@functools.cache
+def run() -> Run:
+    """The committed run."""
+    return load(RUN)
+
+
 def points() -> dict[str, dict[str, list[tuple[int, float]]]]:
     """For each panel and each line the points (sequence length, how many times faster)."""
     found: dict[str, dict[str, list[tuple[int, float]]]] = {}
-    for case in load(RUN)["cases"]:
+    for case in run()["cases"]:
         sizes = case["case"]
         alone = sizes["level"] == "layer" and sizes["suite"] in SUITES
         if not alone or (sizes["suite"] == "padded" and sizes["causal"]):
@@ -93,7 +100,7 @@ def short(length: int) -> str:
 
 def described() -> str:
     """What the picture shows and where it comes from, as JSON."""
-    return json.dumps({"points": points(), "origin": origin_line(load(RUN))}, ensure_ascii=True, sort_keys=True)
+    return json.dumps({"points": points(), "origin": origin_line(run())}, ensure_ascii=True, sort_keys=True)
 
 
 def main() -> int:

@@ -12,6 +12,7 @@ where a page would change.
 from __future__ import annotations
 
 import argparse
+import functools
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -231,6 +232,7 @@ def short_table() -> str:
 # Pages
 
 
+@functools.cache
 def read(section: str) -> Run:
     """The run that a section shows."""
     return load(RESULTS / f"{RUNS[section]}.json")

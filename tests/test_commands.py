@@ -838,8 +838,6 @@ WRONG = {
     "verify --examples 0": "--examples must be at least 1, got 0.",
     "bench --device cuda:99": "device must be one of cpu",
     "bench --suites nothing": "invalid choice: 'nothing'",
-    "table --write nowhere/at/all.md": "--write must name a file that exists, got nowhere/at/all.md.",
-    "table --write .": "--write must name a file that exists, got ..",
     "bench --report . --no-plots": ". must be a file that can be read",
     "bench --report nowhere.json --no-plots": "nowhere.json must be a file that can be read",
     f"explain --seqlen-k {10**30}": "must be at most 281474976710656, got",

@@ -34,7 +34,7 @@ def script(name: str) -> ModuleType:
     return module
 
 
-tables = script("tables")
+tables, pictures = script("tables"), script("pictures")
 
 
 # Snippets
@@ -170,12 +170,10 @@ def test_the_figures_of_a_run_hide_no_loss(section: str) -> None:
 
 
 def test_the_picture_is_drawn_from_the_results() -> None:
-    pictures = script("pictures")
     assert Image.open(pictures.PICTURE).text["Description"] == pictures.described(), "run: python scripts/pictures.py"
 
 
 def test_the_picture_can_be_drawn(tmp_path: Path) -> None:
-    pictures = script("pictures")
     pictures.draw(tmp_path / "again.png")
     sizes = [Image.open(path).size for path in (tmp_path / "again.png", pictures.PICTURE)]
     assert sizes[0] == sizes[1]
