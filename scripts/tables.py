@@ -177,10 +177,14 @@ def summary(run: Run) -> list[str]:
         first, *more = reason.split("; ")
         said.append(f"{case_id}: {name} is {status}: {first}{f' (and {len(more)} more)' * bool(more)}.")
     if run["dropped"]:
-        shown = [name for name in run["dropped"] if "/" in name]
-        said.append(f"Dropped, since the time was spent: {len(run['dropped'])} cases ({', '.join(shown)}).")
+        why = "the run was stopped" if run.get("stopped") else "the time was spent"
+        said.append(f"Dropped, since {why}: {len(run['dropped'])} cases ({', '.join(run['dropped'])}).")
     if run["unstable"]:
-        said.append(f"UNSTABLE: twins of ours differed by up to {run['noise_floor']:.1%}.")
+        drifted = sum(case["drifted"] for case in run["cases"])
+        said.append(
+            f"UNSTABLE: twins of ours differed by up to {run['noise_floor']:.1%}, and the rate of the machine drifted "
+            f"in {drifted} cases: a ratio nearer to 1 than its spread or that floor says nothing."
+        )
     return said
 
 
