@@ -32,11 +32,10 @@ from flashmha.benchmark.kernels import ByHand, Linear, sdpa
 from flashmha.benchmark.lineup import contestants, everybody
 from flashmha.benchmark.peers import CONTROL, Contestant, Flashmha, StockBest, Through, how
 from flashmha.benchmark.reference import Reference, definition
-from flashmha.benchmark.report import absences_table, figures, load, markdown, save
+from flashmha.benchmark.report import absences_table, load, markdown, save
 from flashmha.benchmark.suites import lengths_of
 from flashmha.benchmark.verdicts import judge as judge_cases
 from flashmha.benchmark.verdicts import middle, noise_floor, ratio, share_of_gemm, verdict
-from flashmha.commands import markdown as table
 from flashmha.host.clock import peak_bytes
 
 CPU = torch.device("cpu")
@@ -394,13 +393,6 @@ def test_a_run_survives_its_file(found: dict[str, Any], tmp_path_factory: pytest
     assert markdown(again) == markdown(found)
     judge_cases(again["cases"])
     assert again == json.loads(json.dumps(found)), "the verdicts follow from the seconds alone"
-    shown = [case for case in found["cases"] if case["case"]["headline"] and case["case"]["level"] == "layer"]
-    graphs = sum("flashmha_graph" in case["ratios"] for case in shown)
-    every = [case["case"] for case in found["cases"]]
-    encoders = [case["headline"] for case in every if case["level"] == "encoder"]
-    heads = 2 * (len(encoders) < len(every)) + 2 * bool(encoders)  # names and dashes
-    lines = [line for line in figures(path).splitlines() if line.startswith("| ")]
-    assert len(lines) == len(shown) + graphs + 2 * sum(encoders) + heads
 
 
 def times_of(case: dict[str, Any]) -> dict[str, list[float]]:
@@ -784,32 +776,3 @@ def test_a_seat_trains_every_parameter_and_leaves_no_gradient() -> None:
     }
     seat()
     assert all(leaf.grad is None for leaf in seat.leaves.values())
-
-
-@given(before=st.text("ab\n"), between=st.text("ab\n"), after=st.text("ab\n"))
-def test_a_section_is_replaced_and_nothing_else(
-    before: str, between: str, after: str, tmp_path_factory: pytest.TempPathFactory
-) -> None:
-    begin, end = table.marks("backends")
-    path = tmp_path_factory.mktemp("page") / "page.md"
-    path.write_bytes(f"{before}{begin}{between}{end}{after}".encode())
-    table.write(path)
-    assert path.read_bytes().decode() == f"{before}{begin}\n{table.table()}\n{end}{after}"
-    assert not table.write(path)
-
-
-def test_the_figures_come_from_the_results_beside_the_page(tmp_path: Path) -> None:
-    main(["bench", "--case", TINY, "--rounds", "1", "--no-plots", "--out", str(tmp_path / "made"), *ENDLESS])
-    results = tmp_path / table.RESULTS["speed"]
-    results.parent.mkdir(parents=True)
-    results.write_bytes((tmp_path / "made" / "run.json").read_bytes())
-    page = tmp_path / "README.md"
-    page.write_text("\n".join(table.marks("speed")))
-    assert table.write(page) and not table.write(page)
-    assert figures(results) in page.read_text()
-    marks = "\n".join(table.marks("gpu"))
-    page.write_text(marks)
-    assert not table.write(page), "nobody has measured it yet"
-    page.write_text(table.marks("speed")[0])
-    with pytest.raises(ValueError, match="must hold the lines"):
-        table.write(page)

@@ -128,7 +128,6 @@ CALLS = {
     "explain": ("--device", "cpu"),
     "verify": ("--backend", "naive", "--device", "cpu", "--examples", 1),
     "bench": ("--list",),
-    "table": (),
 }
 
 
@@ -161,13 +160,6 @@ def test_a_table_is_made_anew_whatever_the_variable_names(tmp_path: Path, monkey
 def test_a_variable_set_to_nothing_is_not_set(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FLASHMHA_BACKEND", "")
     assert run("info")[0] == run("explain", "--device", "cpu")[0] == 0
-
-
-def test_table_holds_the_limits_as_data() -> None:
-    for row in answer("table"):
-        limits = get(row["name"]).limits
-        assert set(row["features"]) == limits.features and row["head_dim"] == limits.head_dim
-        assert row["devices"] == list(limits.devices)
 
 
 # explain
@@ -665,7 +657,7 @@ def test_a_command_names_the_package_it_misses(command: str, package: str, inste
     assert ran.stderr.endswith(f"{package}, which is not installed: pip install {package}{instead}\n")
 
 
-@pytest.mark.parametrize("command", ("info", "explain --device cpu --causal", "table", "bench --list --device cpu"))
+@pytest.mark.parametrize("command", ("info", "explain --device cpu --causal", "bench --list --device cpu"))
 def test_the_other_commands_need_no_extra(command: str) -> None:
     ran = bare(f"import sys\nfrom flashmha.__main__ import main\nsys.exit(main({command.split()}))")
     assert ran.returncode == 0 and "sdpa" in ran.stdout, ran.stderr
@@ -848,8 +840,6 @@ WRONG = {
     "verify --examples 0": "--examples must be at least 1, got 0.",
     "bench --device cuda:99": "device must be one of cpu",
     "bench --suites nothing": "invalid choice: 'nothing'",
-    "table --write nowhere/at/all.md": "--write must name a file that exists, got nowhere/at/all.md.",
-    "table --write .": "--write must name a file that exists, got ..",
     "bench --report . --no-plots": ". must be a file that can be read",
     "bench --report nowhere.json --no-plots": "nowhere.json must be a file that can be read",
     f"explain --seqlen-k {10**30}": "must be at most 281474976710656, got",

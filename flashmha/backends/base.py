@@ -69,7 +69,7 @@ CONTRACTS = (1,)
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
-    """What a backend can do, as data: reasons, the README's table and the tests all come from here.
+    """What a backend can do, as data: reasons, the site's table and the tests all come from here.
 
     Attributes:
         devices: device types.

@@ -1,4 +1,4 @@
-"""The report of a run: its JSON file, tables in Markdown and for the screen, and the figures of the README."""
+"""The report of a run: its JSON file, and tables in Markdown and for the screen."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from ..problem.wording import in_one_line
-from .cases import Case
 from .peers import HEADLINES, how
 from .verdicts import best_peer, judge, middle, share_of_gemm, verdict
 
@@ -88,11 +87,11 @@ ENCODER_LEGEND = (
 )
 
 
-def encoder_table(run: Run, name_of: Callable[[dict[str, Any]], str], headlines: bool = False) -> Table:
+def encoder_table(run: Run, name_of: Callable[[dict[str, Any]], str]) -> Table:
     """One row for each way that ours ran each encoder, against each peer that ran alike."""
     rows: list[Sequence[str]] = []
     for case in run["cases"]:
-        if case["case"]["level"] != "encoder" or (headlines and not case["case"]["headline"]):
+        if case["case"]["level"] != "encoder":
             continue
         if not case["ratios"]:
             rows.append((name_of(case), *"-" * 6))
@@ -104,12 +103,6 @@ def encoder_table(run: Run, name_of: Callable[[dict[str, Any]], str], headlines:
             against = [judged(case["ratios"][one].get(peer), run["noise_floor"]) for peer in peers]
             rows.append((name_of(case) + KINDS[how(one)], way, took, *against, cell_of_memory(case, one, peers[0])))
     return filled(ENCODER_COLUMNS, rows)
-
-
-def encoder_words(case: dict[str, Any]) -> str:
-    """An encoder for a reader, dtype included."""
-    found = Case.of(case["case"])
-    return f"{found.words}, {found.dtype}" if found.autocast is None else found.words
 
 
 def judged(ratio: dict[str, float] | None, floor: float) -> str:
@@ -293,87 +286,3 @@ def markdown_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str
     """A table in Markdown."""
     clean = [[text.replace("|", "\\|").replace("\n", " ") for text in row] for row in rows]
     return "\n".join("| " + " | ".join(row) + " |" for row in (columns, ["---"] * len(columns), *clean))
-
-
-FIGURES = (
-    *("case", "stock as called", "stock at its best", "hand-written layer", "flash-attn's layer", "best peer"),
-    *("memory", "of GEMM", "spread"),
-)
-Pair = tuple[str, str] | None
-"""One of ours, and the peer it is compared with."""
-
-
-def figures(path: Path) -> str:
-    """The headline cases of a run as small tables for the README, and what they say and where they come from."""
-    run = load(path)
-    parts = [] if levels(run) == ["encoder"] else [layer_figures(run)]
-    if "encoder" in levels(run):
-        said = [ENCODER_LEGEND, *summary_lines(run), origin_line(run)]
-        parts += [markdown_table(*encoder_table(run, encoder_words, headlines=True)), " ".join(said)]
-    return "\n\n".join(parts)
-
-
-def layer_figures(run: Run) -> str:
-    """The headline layers of a run, and what is said below them."""
-    rows: list[Sequence[str]] = []
-    said = [
-        "How many times faster ours is. *stock as called*: both with default arguments, masks as tensors. Every other "
-        "column: both told all they can be told, that no weights are wanted (unless they are read) and, with "
-        "`is_causal=True`, that a causal mask is causal. *hand-written layer*: two `nn.Linear` around SDPA. *memory*: "
-        "our peak as a share of stock's at its best. *spread*: half the width of the middle half of the rounds."
-    ]
-    shown = [case for case in run["cases"] if case["case"]["headline"] and case["case"]["level"] == "layer"]
-    dtypes = {case["case"]["dtype"] for case in shown}
-    for case in shown:
-        words, ratios = Case.of(case["case"]).words, case["ratios"]
-        if len(dtypes) > 1 and case["case"]["dtype"] != "float32":
-            words += f", {case['case']['dtype']}"
-        best, skip = "flashmha_best", "flashmha_skip"
-        rows.append(figures_row(case, words, best, ("flashmha", "stock"), "stock_best"))
-        if skip in ratios:
-            rows.append(figures_row(case, f"{words}, `skip_padding`", skip, (skip, "stock"), "stock_best"))
-        if "flashmha_graph" in ratios:
-            rows.append(figures_row(case, words + KINDS["graph"], "flashmha_graph", None, "stock_graph", "_graph"))
-        if "stock_slow" in ratios.get("flashmha", {}):
-            rows.append(figures_row(case, f"{words}, stock off its fast path", "flashmha", None, "stock_slow"))
-    for case in run["cases"]:
-        if case["case"]["suite"] == "overhead" and "sdpa" in case["ratios"].get("attention", {}):
-            extra = extra_microseconds(case, "attention", "sdpa")
-            said.append(f"On tiny tensors `attention` takes {extra:.1f} us more than SDPA called by hand.")
-    if run["canaries"]:
-        said += [f"All in {', '.join(sorted(dtypes))}."] if len(dtypes) == 1 else []
-        said += [
-            "*best peer* is the fastest of all that run as ours does, *of GEMM* our share of the rate of a large "
-            "matrix product in the same rounds.",
-            *(summary_line(run, one) for one, summary in run["summary"].items() if summary["level"] == "layer"),
-        ]
-    if run["unstable"]:
-        drifted = sum(case["drifted"] for case in run["cases"])
-        said.append(
-            f"UNSTABLE: twins of ours differed by up to {run['noise_floor']:.1%}, and the rate of the machine drifted "
-            f"in {drifted} cases: a ratio nearer to 1 than its spread or that floor says nothing."
-        )
-    if run["dropped"]:
-        said.append(f"Time ran out for {len(run['dropped'])} more cases, none of them in this table.")
-    return f"{markdown_table(*filled(FIGURES, rows))}\n\n{' '.join([*said, origin_line(run)])}"
-
-
-def figures_row(
-    case: dict[str, Any], words: str, one: str, as_called: Pair, at_best: str, kind: str = ""
-) -> Sequence[str]:
-    pairs: list[Pair] = [as_called, (one, at_best)]
-    pairs.append(None if at_best == "stock_slow" else (one, f"linear_sdpa{kind}"))
-    found = [None if pair is None else case["ratios"].get(pair[0], {}).get(pair[1]) for pair in pairs]
-    wide = max((each["q75"] / each["q25"] for each in found if each), default=1.0)
-    layer, best = case["ratios"].get(one, {}).get("flash_attn_mha"), best_peer(case, one)
-    share = share_of_gemm(case, one)
-    against = "" if share is None else cell(case["ratios"].get(one, {}).get(best))
-    return (
-        words,
-        *map(cell, found),
-        "" if layer is None or kind else cell(layer),
-        against,
-        cell_of_memory(case, one, at_best),
-        percent(share),
-        f"±{50 * (wide - 1):.0f}%",
-    )

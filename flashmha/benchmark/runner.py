@@ -48,7 +48,7 @@ class Plan:
     """What to measure, and for how long.
 
     Attributes:
-        cases: reported in this order; those of the README run first.
+        cases: reported in this order; the headline cases run first.
         device: where.
         rounds: turns of everybody, a case.
         budget: seconds in all; rounds are dropped first, down to ``FEWEST``, then cases.
