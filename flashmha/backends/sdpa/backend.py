@@ -13,9 +13,8 @@ from ...problem.scores import narrowed
 from ...problem.spec import AttentionSpec
 from ..base import FEATURES, HALF, Backend, Limits, Serve
 from ..rewrites.compact import validity
-from ..rewrites.documents import offsets_in_place
 from ..rewrites.grouped import fold, fold_table, folds, unfold
-from .packed import attend_packed, packs, varlen
+from .packed import attend_in_place, attend_packed, packs
 from .pieces import Item, cut, keep_all, slices
 from .switches import by_math, kernels_for_masks, only, switches, without_cudnn
 
@@ -90,13 +89,8 @@ class Sdpa(Backend):
 
     def prepare(self, spec: AttentionSpec) -> Serve:
         if spec.device.type == "cuda" and spec.mask is not None and spec.bias is None and spec.dropout_p < 1.0:
-            where = offsets_in_place(spec) if packs(spec) else None
-            if where is not None:
-
-                def serve(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-                    out = varlen(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), spec, **where)
-                    return out.view(spec.batch, spec.seqlen_q, *out.shape[1:])
-
+            serve = attend_in_place(spec) if packs(spec) else None
+            if serve is not None:
                 return serve
         return super().prepare(spec)
 
