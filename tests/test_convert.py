@@ -257,7 +257,7 @@ def test_nothing_is_half_changed_where_a_layer_refuses_an_option(swapped: bool) 
     if swapped:
         replace_mha(model, backend="sdpa")
     before = anatomy(model)
-    with pytest.raises(AttributeError):
+    with pytest.raises(AttributeError, match="'window' of 'Half'"):
         replace_mha(model, backend="naive", window=(1, 0))
     assert anatomy(model) == before
     assert anatomy(restore_mha(model)) == anatomy(restore_mha(model))
@@ -466,31 +466,37 @@ def test_a_second_swap_sets_the_options_it_names_and_one_restore_undoes_both(
     assert anatomy(model) == before
 
 
-BAD_OPTIONS: dict[str, dict[str, Any]] = {
-    "unknown": {"windows": (1, 0)},
-    "of the constructor": {"num_kv_heads": 1},
-    "of stock": {"dropout": 0.5},
-    "no backend of that name": {"backend": "no such backend"},
-    "one of several backends": {"backend": ["naive", "no such backend"]},
-    "no backend at all": {"backend": []},
-    "backend of another type": {"backend": 5},
-    "window of another type": {"window": 3},
-    "window of three": {"window": (1, 2, 3)},
-    "window of words": {"window": ("left", 0)},
-    "a good one and a bad one": {"window": (1, 0), "backend": "no such backend"},
+BAD_OPTIONS: dict[str, tuple[dict[str, Any], str]] = {
+    "unknown": ({"windows": (1, 0)}, "options must be among .*, got windows"),
+    "of the constructor": ({"num_kv_heads": 1}, "options must be among .*, got num_kv_heads"),
+    "of stock": ({"dropout": 0.5}, "options must be among .*, got dropout"),
+    "no backend of that name": ({"backend": "no such backend"}, "backend must be one of .*, got 'no such backend'"),
+    "one of several backends": (
+        {"backend": ["naive", "no such backend"]},
+        "backend must be one of .*, got 'no such backend'",
+    ),
+    "no backend at all": ({"backend": []}, r"backend must name at least one backend, got \[\]"),
+    "backend of another type": ({"backend": 5}, "backend must be a name, .*, got 5"),
+    "window of another type": ({"window": 3}, "window must be .*, got 3"),
+    "window of three": ({"window": (1, 2, 3)}, r"window must be .*, got \(1, 2, 3\)"),
+    "window of words": ({"window": ("left", 0)}, "left must be .*, got 'left'"),
+    "a good one and a bad one": (
+        {"window": (1, 0), "backend": "no such backend"},
+        "backend must be one of .*, got 'no such backend'",
+    ),
 }
 
 
-@pytest.mark.parametrize("bad", BAD_OPTIONS.values(), ids=BAD_OPTIONS.keys())
-def test_a_bad_option_raises_and_leaves_the_model_untouched(bad: dict[str, Any]) -> None:
+@pytest.mark.parametrize(("bad", "said"), BAD_OPTIONS.values(), ids=BAD_OPTIONS.keys())
+def test_a_bad_option_raises_and_leaves_the_model_untouched(bad: dict[str, Any], said: str) -> None:
     model = nn.Sequential(Architecture().encoder(), attention())
     before = anatomy(model)
-    with pytest.raises((TypeError, ValueError)):
+    with pytest.raises((TypeError, ValueError), match=said):
         replace_mha(model, **bad)
     assert anatomy(model) == before
     replace_mha(model, window=(2, 0))
     swapped = anatomy(model)
-    with pytest.raises((TypeError, ValueError)):
+    with pytest.raises((TypeError, ValueError), match=said):
         replace_mha(model, **bad)
     assert anatomy(model) == swapped
 

@@ -17,6 +17,8 @@ from flashmha import (
     Backend,
     FlashAttentionWrapper,
     Limits,
+    NoBackendError,
+    attention,
     backends,
     benchmark_attention,
     compare_outputs,
@@ -157,19 +159,17 @@ class TestFlashWrapper:
 
     @given(num_heads=st.integers(1, 9), d_model=st.integers(-2, 30))
     def test_heads_divide_the_model(self, num_heads: int, d_model: int) -> None:
-        if d_model >= 1 and d_model % num_heads == 0:
-            return
+        assume(d_model < 1 or d_model % num_heads)
         with pytest.raises(ValueError, match="d_model must be a multiple of num_heads, got"):
             benchmark_attention(4, d_model, num_heads)
 
     def test_flash_attention_is_there_where_a_flash_backend_is(self) -> None:
-        found = has_flash_attention()
-        assert isinstance(found, bool)
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        reasons = [backends.get(name).unavailable(device) for name in backends.FAMILIES["flash_attn"]]
-        assert found == (None in reasons)
-        if not torch.cuda.is_available():
-            assert found is False
+        x = torch.zeros(1, 128, 2, 64, dtype=torch.bfloat16, device="cuda" if torch.cuda.is_available() else "cpu")
+        try:
+            ran = attention(x, x, x, backend="flash_attn").shape == x.shape
+        except NoBackendError:
+            ran = False
+        assert has_flash_attention() is ran
 
     def test_the_signatures_are_the_lab_s(self) -> None:
         def defaults(thing: object) -> dict[str, object]:

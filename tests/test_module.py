@@ -5,10 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
-import sys
-from collections.abc import Iterator
-from pathlib import Path
-from types import FrameType
 from typing import Any
 from unittest import mock
 
@@ -16,10 +12,9 @@ import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from test_operators import Operators
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
-import flashmha
 from flashmha import Documents, FlashMultiHeadAttention, KeyPadding, Window, record
 from flashmha.layer import shortcut
 from flashmha.testing import Blueprint, Call, ask, assert_drop_in, assert_same, blueprints, noise, problems
@@ -660,48 +655,7 @@ def test_out_proj_may_be_anything_with_a_weight_and_a_bias(problem: tuple[Bluepr
     assert_layers_agree(ours, stock, call, blueprint)
 
 
-# What a plain call costs beside the layer one writes by hand
-
-
-class Hand(nn.Module):
-    """Self-attention of a batch-first layer, as one writes it by hand."""
-
-    def __init__(self, embed_dim: int, num_heads: int) -> None:
-        super().__init__()
-        self.num_heads = num_heads
-        self.qkv, self.out = nn.Linear(embed_dim, 3 * embed_dim), nn.Linear(embed_dim, embed_dim)
-
-    def forward(self, x: Tensor) -> Tensor:
-        q, k, v = (part.transpose(1, 2) for part in self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).unbind(2))
-        return self.out(nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
-
-
-class Operators(TorchDispatchMode):
-    """The operators that run, in order."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: list[str] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.names.append(str(func))
-        return func(*args, **(kwargs or {}))
-
-
-@given(seqlen=st.integers(1, 9), heads=st.sampled_from((1, 2, 4)), batch=st.integers(1, 3), training=st.booleans())
-def test_a_plain_call_runs_the_operators_of_the_layer_written_by_hand(
-    seqlen: int, heads: int, batch: int, training: bool
-) -> None:
-    layer, hand = FlashMultiHeadAttention(16, heads, batch_first=True).train(training), Hand(16, heads).train(training)
-    ran = []
-    for call in (lambda x: layer(x, x, x, need_weights=False)[0], hand):
-        x = torch.randn(batch, seqlen, 16, requires_grad=training)
-        with Operators() as operators, torch.set_grad_enabled(training):
-            out = call(x)
-            if training:
-                out.backward(torch.ones_like(out))
-        ran.append(operators.names)
-    assert ran[0] == ran[1]
+# The shortest way through a layer
 
 
 PROJECTIONS = {"aaa": 2, "abb": 3}
@@ -727,59 +681,13 @@ def test_a_projection_is_one_operator_and_nothing_is_copied_but_heads(
     patch: Any = contextlib.nullcontext() if shortest else mock.patch.object(shortcut, "attend", lambda *call: None)
     with torch.no_grad(), patch, Operators() as operators:
         out, _ = layer(*inputs, key_padding_mask=mask, need_weights=False)
-    names = [name.removeprefix("aten.").split(".")[0] for name in operators.names]
+    names = [name.split(".")[0] for name in operators.names]
     assert names.count("addmm") == PROJECTIONS.get(sharing, 4)
     assert {"mm", "bmm", "add", "add_", "copy_", "cat", "stack"}.isdisjoint(names)
     assert out.is_contiguous()
     if not out.is_cuda:  # where a mask is copied too
         # what attention gave, where its kernel gives batch by batch and the output lies otherwise
         assert names.count("clone") <= (not batch_first)
-
-
-@contextlib.contextmanager
-def counted() -> Iterator[list[str]]:
-    """The calls of the package's own functions inside the ``with``."""
-    home, names, before = str(Path(flashmha.__file__).parent), [], sys.getprofile()
-
-    def see(frame: FrameType, event: str, argument: Any) -> None:
-        if event == "call" and frame.f_code.co_filename.startswith(home):
-            names.append(frame.f_code.co_name)
-
-    sys.setprofile(see)
-    try:
-        yield names
-    finally:
-        sys.setprofile(before)
-
-
-@pytest.mark.parametrize(
-    "sharing, padding, need_weights, training, most",
-    [
-        ("aaa", False, False, False, 14),
-        ("aaa", False, False, True, 14),
-        ("aaa", False, True, False, 38),
-        ("abb", False, False, True, 18),
-        ("abc", False, False, False, 17),
-        ("aaa", True, False, False, 26),
-        ("abb", True, False, True, 28),
-    ],
-)
-@pytest.mark.parametrize("batch_first", [True, False])
-def test_a_plain_call_takes_few_steps(
-    sharing: str, padding: bool, need_weights: bool, training: bool, most: int, batch_first: bool
-) -> None:
-    layer = FlashMultiHeadAttention(16, 2, batch_first=batch_first).train(training)
-    given = {name: torch.randn(1, 3, 16) if batch_first else torch.randn(3, 1, 16) for name in sharing}
-    inputs, mask = [given[name] for name in sharing], torch.arange(3)[None] > 1 if padding else None
-    if inputs[0].is_cuda:  # SDPA has more kernels there to choose among
-        most += 36 if padding else 7
-    options = {"key_padding_mask": mask, "need_weights": need_weights}
-    with torch.set_grad_enabled(training):
-        layer(*inputs, **options)  # what is found out once, and once more of a problem with a tensor
-        layer(*inputs, **options)
-        with counted() as names:
-            layer(*inputs, **options)
-    assert 0 < len(names) <= most, names
 
 
 FEATURES: tuple[dict[str, Any], ...] = (

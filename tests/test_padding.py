@@ -119,10 +119,11 @@ def test_padding_that_is_cut_off_gives_the_same_numbers(worth: int, spec: flashm
 
 @given(batch=batches(window=None), need_weights=st.booleans())
 def test_real_rows_are_exact_and_padded_rows_are_zero(batch: Batch, need_weights: bool) -> None:
-    answers = []
+    answers, whole = [], []
     for layer in (batch.layer(), batch.layer(skip_padding=True)):
         call = batch.call()
         out, seen = layer(**call, need_weights=need_weights)
+        whole.append(out)
         total = batch.real(out).square().sum()
         if seen is not None:
             total = total + seen[~batch.hidden].square().sum()
@@ -130,12 +131,25 @@ def test_real_rows_are_exact_and_padded_rows_are_zero(batch: Batch, need_weights
         answers.append((batch.real(out), *grads, *(() if seen is None else (seen[~batch.hidden],))))
     for exact, skipped in zip(*answers):
         torch.testing.assert_close(skipped, exact, atol=1e-9, rtol=1e-9)
-    if out.device.type != "cpu":
-        return  # no kernel of a GPU packs float64, so nothing was left out
+    if out.device.type != "cpu":  # no kernel of a GPU packs float64, so nothing is left out
+        torch.testing.assert_close(whole[1], whole[0], atol=1e-9, rtol=1e-9)
+        return
     padded = (out if batch.batch_first else out.transpose(0, 1))[batch.hidden]
     assert not padded.any()
     if seen is not None:
         assert not seen[batch.hidden].any() and not seen.transpose(1, 2)[batch.hidden].any()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("pattern", ("right", "left", "holes"))
+def test_padded_rows_are_zero_where_a_kernel_of_a_gpu_packs(pattern: str) -> None:
+    hidden = Batch(pattern=pattern).hidden
+    layer = FlashMultiHeadAttention(64, 2, batch_first=True, skip_padding=True, dtype=torch.bfloat16)
+    x = noise(0, *hidden.shape, 64, dtype=torch.bfloat16)
+    with backends.record() as calls:
+        out, _ = layer(x, x, x, key_padding_mask=hidden, need_weights=False)
+    assert "documents" in calls[0].spec.features
+    assert not out[hidden].any() and out[~hidden].any(dim=-1).all()
 
 
 @given(batch=batches(window=2))

@@ -18,7 +18,6 @@ from conftest import fewer
 from hypothesis import given
 from hypothesis import strategies as st
 from test_flash import Pretended2, pretended, two
-from test_module import counted
 from test_padding import CHANGES
 from torch import Tensor, nn
 from torch._dynamo.backends.common import aot_autograd
@@ -31,7 +30,6 @@ from flashmha.backends.rewrites import documents as packing
 from flashmha.backends.rewrites.heads import neighbours
 from flashmha.backends.rewrites.order import RealFirst, permuted, real_first
 from flashmha.backends.sdpa import backend as sdpa
-from flashmha.backends.sdpa import packed as varlen
 from flashmha.backends.sdpa import pieces as blocks
 from flashmha.problem import masks
 from flashmha.swap import encoder, route
@@ -479,34 +477,6 @@ def test_a_gpu_moves_keys_in_one_operator_and_a_prefix_in_none(kind: Any, side_b
         with Ran() as ran:
             torch.autograd.grad(out.float().square().sum(), packed)
     assert ran.names["aten::index_select"] <= 2 and not ran.names["aten::index_add_"]
-
-
-@pytest.mark.cpu("pretends a kernel of a GPU")
-def test_a_padded_call_takes_few_steps(monkeypatch: pytest.MonkeyPatch) -> None:
-    layer, x, valid = (
-        FlashMultiHeadAttention(16, 2, batch_first=True),
-        torch.randn(2, 17, 16),
-        validity("left", 2, 17, 1),
-    )
-    monkeypatch.setattr(varlen, "packs_up_to", lambda index: 256)
-    monkeypatch.setattr(torch.ops.aten, "_flash_attention_forward", lambda q, *rest, **more: (q,))
-    q, k, v = noise(0, 3, 2, 17, 2, 8, dtype=torch.bfloat16).unbind()
-    rules = {44: masks.private(KeyPadding(valid)), 52: masks.private(KeyLengths(valid.sum(1)))}
-
-    def whole(rule: masks.Padding) -> None:
-        layer(x, x, x, key_padding_mask=rule, need_weights=False)
-
-    def packed(rule: masks.Padding) -> None:
-        sdpa.attend_on_cuda(q, k, v, AttentionSpec.of(q, k, v, mask=rule))
-
-    for many, rule in rules.items():
-        for call, most in ((whole, many), (packed, 44)):
-            with torch.no_grad():
-                call(rule)  # what is found out once, and once more of a rule that lasts
-                call(rule)
-                with counted() as names:
-                    call(rule)
-            assert 0 < len(names) <= most, names
 
 
 @pytest.mark.cpu("looks at real tokens, which a GPU packs in half precision alone")

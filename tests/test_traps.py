@@ -202,7 +202,10 @@ def test_trap_04_a_mask_mod_replaces_causality_and_window(told: Told, data: st.D
     spec = data.draw(specs(limits=get("flash4").limits, head_dims=(24, 32)))
     assume(get("flash4").unsupported(on_gpu(spec)) is None)
     options = as_told(told, "flash4", spec)
-    if options.get("mask_mod") is not None:
+    padded = not spec.features.isdisjoint(("key_padding", "key_lengths"))
+    mask = "shown" if "dense_mask" in spec.features else "within" if padded and spec.window is not None else None
+    assert options.get("mask_mod") == mask
+    if mask is not None:
         assert not options["causal"] and options["window_size"] == (None, None)
 
 

@@ -284,25 +284,23 @@ def test_a_longer_problem_loses_more(spec: AttentionSpec, times: int) -> None:
         assert loss(spec.changed(needs_grad=True)) >= loss(spec)
 
 
-def test_a_call_that_waits_costs_a_few_steps_more(fresh: Waits) -> None:
-    """Counting and asking for a backward are all that comes on top."""
-    waits, ready = PROBLEMS["training"], shared(problem(64, needs_grad=True))
-    with on():
-        for spec in (waits, ready):
-            choose(spec)
-        assert chosen[waits].wait is not None and chosen[ready].wait is None
-        assert steps(waits) <= steps(ready) + 3
+def test_a_call_that_waits_asks_no_backend_again() -> None:
+    asked: list[AttentionSpec] = []
 
+    class Curious(passing("curious", WHY)):  # type: ignore[misc]
+        def refusals(self, spec: AttentionSpec) -> list[str]:
+            asked.append(spec)
+            return super().refusals(spec)
 
-def steps(spec: AttentionSpec) -> int:
-    """How many functions of Python a choice calls."""
-    called: list[str] = []
-    sys.setprofile(lambda frame, event, arg: called.append(frame.f_code.co_name) if event == "call" else None)
+    register(Curious, before="sdpa")
     try:
-        choose(spec)
+        spec = shared(SHORT)
+        assert choose(spec).name == "sdpa" and asked
+        asked.clear()
+        assert choose(spec).name == "sdpa" and not asked
+        assert choose(SHORT).name == "sdpa" and asked, "a problem of its own is judged by itself"
     finally:
-        sys.setprofile(None)
-    return len(called)
+        unregister("curious")
 
 
 def test_threads_count_together(fresh: Waits) -> None:
