@@ -1,6 +1,7 @@
 """The benchmark: verdicts, the gate, who takes part, and a small run from the command to its files."""
 
 import dataclasses
+import functools
 import itertools
 import json
 import math
@@ -33,6 +34,7 @@ from flashmha.benchmark.lineup import contestants, everybody
 from flashmha.benchmark.peers import CONTROL, Contestant, Flashmha, StockBest, Through, how
 from flashmha.benchmark.reference import Reference, definition
 from flashmha.benchmark.report import absences_table, load, markdown, save
+from flashmha.benchmark.rounds import FEWEST, take_turns
 from flashmha.benchmark.suites import lengths_of
 from flashmha.benchmark.verdicts import judge as judge_cases
 from flashmha.benchmark.verdicts import middle, noise_floor, ratio, share_of_gemm, verdict
@@ -346,6 +348,45 @@ def test_peak_memory_is_that_of_what_lives_at_once(sizes: list[int], kept: bool)
                 alive.clear()
 
     assert peak_bytes(work, CPU) == 1024 * (sum(sizes) if kept else max(sizes))
+
+
+@given(
+    broken=st.dictionaries(st.sampled_from("abcd"), st.integers(0, 9)),
+    rounds=st.integers(1, 6),
+    repeats=st.integers(0, 3),
+    late=st.booleans(),
+)
+def test_what_raises_takes_no_more_turns_and_the_others_take_all(
+    broken: dict[str, int], rounds: int, repeats: int, late: bool
+) -> None:
+    """Each call of a timer is one turn here, and the first one finds out how many calls that takes."""
+    turns = dict.fromkeys("abcd", 0)
+    told: dict[str, str] = {}
+
+    def timer(name: str, calls: int) -> float:
+        turns[name] += 1
+        if turns[name] == broken.get(name):
+            raise ValueError(name)
+        return 1.0
+
+    answers = iter([False] * repeats)
+    done = min(rounds, FEWEST) if late else rounds
+    timers = {name: functools.partial(timer, name) for name in turns}
+    samples = take_turns(
+        timers,
+        block=1.0,
+        most=8,
+        rounds=rounds,
+        until=-math.inf if late else math.inf,
+        seed=0,
+        failed=lambda name, error: told.update({name: str(error)}),
+        counts=lambda: next(answers, True),
+    )
+    fell = {name for name, at in broken.items() if 1 <= at <= 1 + done + repeats}
+    assert told == {name: name for name in fell} and timers.keys() == samples.keys() == turns.keys() - fell
+    if len(fell) < len(turns):
+        assert all(turns[name] == 1 + done + repeats for name in samples)
+        assert all(times == [1.0] * done for times in samples.values())
 
 
 @st.composite
@@ -738,14 +779,14 @@ def test_what_is_compiled_is_compiled_and_has_itself_as_a_twin(monkeypatch: pyte
 
 
 def test_who_finds_no_memory_beside_the_others_takes_no_part(monkeypatch: pytest.MonkeyPatch) -> None:
-    plain = runner.in_a_row
+    plain = runner.turn_of
 
-    def starving(seat: Any, device: torch.device) -> int:
+    def starving(seat: Any, *arguments: Any) -> float:
         if seat.contestant.name == "stock":
             raise torch.OutOfMemoryError("tried to allocate everything")
-        return plain(seat, device)
+        return plain(seat, *arguments)
 
-    monkeypatch.setattr(runner, "in_a_row", starving)
+    monkeypatch.setattr(runner, "turn_of", starving)
     plan = Plan(select(every_case(), globs=[TINY])[:1], CPU, rounds=1, budget=1e9, peers=["stock*"], backends=[])
     rows = run(plan, lambda line: None)["cases"][0]["contestants"]
     assert rows["stock"]["status"] == "refused" and "seconds" not in rows["stock"]

@@ -32,7 +32,8 @@ from flashmha.backends import get, names
 from flashmha.backends.choice import ranking, tuned
 from flashmha.backends.choice import rows as derived
 from flashmha.backends.choice.ranking import KINDS, MODES, Row
-from flashmha.benchmark import runner
+from flashmha.benchmark import runner, tuning
+from flashmha.benchmark.grid import GRIDS, grid_cells
 from flashmha.commands import tune
 from flashmha.commands.destination import check_file, check_folder
 
@@ -448,7 +449,7 @@ def test_tune_shows_the_fastest_and_names_flags_in_the_table() -> None:
     status, out, err = run("tune", *TINY, "--kinds", "dense", "decode", "--pass", "eval", "--backends", "naive", "flex")
     lines = out.splitlines()
     assert (status, err) == (0, "") and lines[0].split()[-4:] == ["flex", "us", "naive", "us"]
-    assert len(lines) == 1 + 2 + 4 + tune.LEGEND.count("\n") + 1
+    assert len(lines) == 1 + 2 + 4 + tune.MARKS.count("\n") + 1
     assert all(line.count("*") == 1 for line in lines[1:7])
 
 
@@ -456,7 +457,7 @@ def test_tune_shows_the_fastest_and_names_flags_in_the_table() -> None:
 def test_a_star_is_what_the_rows_of_the_figures_choose(data: st.DataObject) -> None:
     cells = data.draw(measured_cells())
     table = ranking.Table("", "cpu", (torch.float32,), derived.derive(cells, ""))
-    columns, rows = tune.shown(cells)
+    columns, rows = tune.table_of(cells)
     for cell, row in zip(cells, rows):
         stars = [column.split()[0] for column, text in zip(columns, row) if "*" in text]
         (first,) = [
@@ -468,10 +469,10 @@ def test_a_star_is_what_the_rows_of_the_figures_choose(data: st.DataObject) -> N
 @st.composite
 def measured_cells(draw: st.DrawFn) -> list[dict[str, Any]]:
     """Cells as ``tune`` measures them, of a few problems, with times and spreads of any size."""
-    grid = tune.GRIDS["cpu"]
+    grid = GRIDS["cpu"]
     kinds = draw(st.lists(st.sampled_from(KINDS), min_size=1, max_size=3, unique=True))
     found = []
-    for cell in tune.cells(grid, kinds, MODES, [8, 16], [16, 32, 64]):
+    for cell in grid_cells(grid, kinds, MODES, [8, 16], [16, 32, 64]):
         here = draw(st.lists(st.sampled_from(("sdpa", "flash2", "naive")), unique=True))
         found.append(
             {
@@ -511,13 +512,13 @@ def test_equal_times_keep_the_order_of_the_list_and_clear_ones_do_not() -> None:
 @pytest.mark.parametrize("threads", (1, 2))
 def test_tune_records_the_threads_it_times_with(threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: set[int] = set()
-    plain = tune.taken
+    plain = tuning.seconds
 
-    def taken(*arguments: Any) -> float:
+    def seconds(*arguments: Any) -> float:
         seen.add(torch.get_num_threads())
         return plain(*arguments)
 
-    monkeypatch.setattr(tune, "taken", taken)
+    monkeypatch.setattr(tuning, "seconds", seconds)
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
@@ -530,14 +531,14 @@ def test_tune_records_the_threads_it_times_with(threads: int, monkeypatch: pytes
 
 
 class Later(Right):
-    """Falls over at its fourth call, when it is being timed."""
+    """Falls over at its second call, when it is being timed."""
 
     name = "later"
     calls = 0
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> Tensor:
         type(self).calls += 1
-        if self.calls % 4 == 0:
+        if self.calls % 2 == 0:
             raise ValueError("too late")
         return super().__call__(q, k, v, spec)
 
@@ -578,19 +579,23 @@ def test_a_wrong_gradient_never_wins() -> None:
 
 @given(kind=st.sampled_from([kind for kind in KINDS if kind != "decode"]), seqlen=st.integers(8, 90))
 def test_the_definition_of_a_cell_is_that_of_its_last_queries(kind: str, seqlen: int) -> None:
-    grid = dataclasses.replace(tune.GRIDS["cpu"], width=16, tokens=180)
-    for cell in tune.cells(grid, [kind], MODES, [8], [seqlen]):
-        inputs = tune.Inputs.of(cell, torch.float64, torch.device("cpu"), 0)
-        spec = inputs.spec()
+    grid = dataclasses.replace(GRIDS["cpu"], width=16, tokens=180)
+    for cell in grid_cells(grid, [kind], MODES, [8], [seqlen]):
+        plan = tuning.Tuning(grid, [cell], ["naive"], "float64", torch.device("cpu"))
+        trial = tuning.Trial.of(cell, plan)
+        spec, inputs = trial.spec(), trial.inputs
         assert ranking.kind(spec) == kind and ranking.mode(spec) == cell.mode and ranking.keys(spec) == seqlen
-        assert not any(x.is_contiguous() for x in (inputs.q, inputs.k, inputs.v)), "not views of one projection"
-        assert tune.Definition(inputs).error(inputs.run("naive")) < 1e-5
-        assert tune.Definition(inputs).error([x * 1.2 for x in inputs.run("naive")]) > tune.WRONG
+        assert not any(x.is_contiguous() for x in (inputs.query, inputs.key, inputs.value)), (
+            "not views of one projection"
+        )
+        definition, answer = tuning.Definition(cell, trial, plan), trial.run("naive")
+        assert definition.error(answer) < 1e-5
+        assert definition.error([x * 1.2 for x in answer]) > tuning.TOLERATED
 
 
 def test_a_budget_drops_the_last_cells_and_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ticks = itertools.count()
-    monkeypatch.setattr(tune.time, "monotonic", lambda: float(next(ticks)))
+    monkeypatch.setattr(tuning.time, "monotonic", lambda: float(next(ticks)))
     status, out, err = run("tune", *TINY, "--budget", "0.5")
     assert status == 0 and "problems were dropped: the budget is spent" in err
     assert len(out.splitlines()) == 1
@@ -599,8 +604,8 @@ def test_a_budget_drops_the_last_cells_and_says_so(tmp_path: Path, monkeypatch: 
 
 
 def test_the_grid_of_a_gpu_is_the_one_that_is_documented() -> None:
-    grid = tune.GRIDS["cuda"]
-    found = tune.cells(grid, KINDS, MODES, grid.head_dims, None)
+    grid = GRIDS["cuda"]
+    found = grid_cells(grid, KINDS, MODES, grid.head_dims, None)
     assert len({str(cell) for cell in found}) == len(found) == 7 * 2 * 3 * 6 + 6
     for cell in found:
         if cell.kind != "decode":
@@ -775,11 +780,11 @@ def stopping(measure: Any, after: int) -> Any:
 
 
 def test_a_run_that_is_stopped_keeps_what_was_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tune, "measure", stopping(tune.measure, 2))
+    monkeypatch.setattr(tuning, "measure_cell", stopping(tuning.measure_cell, 2))
     status, out, err = run("tune", *TINY, "--kinds", "dense", "--save", tmp_path / "tuned.json")
     found = json.loads((tmp_path / "tuned.json").read_text())
-    assert status == 1 and len(found["cells"]) == 2 and set(found["dropped"].values()) == {tune.STOPPED}
-    assert len(found["cells"]) + len(found["dropped"]) == 4 and tune.STOPPED in err
+    assert status == 1 and len(found["cells"]) == 2 and set(found["dropped"].values()) == {tuning.STOPPED}
+    assert len(found["cells"]) + len(found["dropped"]) == 4 and tuning.STOPPED in err
     monkeypatch.setattr(runner, "measure", stopping(runner.measure, 1))
     call = ("bench", "--case", SMALLEST_CASE, "small/layer/train/b1s8e64h4", *SMALLEST_BENCH[3:], "--no-plots")
     status, out, _ = run(*call, "--out", tmp_path / "made")

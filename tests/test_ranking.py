@@ -36,7 +36,7 @@ from flashmha import (
     causal,
 )
 from flashmha.backends import choose, explain, get, names, order, register, unregister
-from flashmha.backends.choice import measured, ranking, tuned
+from flashmha.backends.choice import ranking, tuned
 from flashmha.backends.choice.choose import reason
 from flashmha.backends.choice.measured import TABLE
 from flashmha.backends.choice.memory import chosen
@@ -429,6 +429,10 @@ def test_few_queries_and_one_share_a_cell() -> None:
     assert cell["us"] == pytest.approx({"sdpa": 2.0, "flash2": 3.0})
 
 
+SLACK = 0.2
+"""How much slower than the fastest the first of a built-in row may be."""
+
+
 @pytest.mark.parametrize("row", TABLE.rows, ids=lambda row: " ".join((*row.kinds, *row.modes)))
 def test_a_built_in_row_is_what_its_file_says(row: Row) -> None:
     assert set(row.kinds) <= set(KINDS) and set(row.modes) <= set(MODES) and set(row.order) < set(BUILT_IN)
@@ -440,7 +444,7 @@ def test_a_built_in_row_is_what_its_file_says(row: Row) -> None:
         if first is row and cell["us"]:
             covered += 1
             who = next(name for name in row.order if name in cell["us"])
-            assert cell["us"][who] <= min(cell["us"].values()) * (1 + measured.SLACK), (cell, who)
+            assert cell["us"][who] <= min(cell["us"].values()) * (1 + SLACK), (cell, who)
     assert covered, "no cell of the file"
 
 

@@ -30,6 +30,7 @@ from flashmha.backends.rewrites import documents as packing
 from flashmha.backends.rewrites.heads import neighbours
 from flashmha.backends.rewrites.order import RealFirst, permuted, real_first
 from flashmha.backends.sdpa import backend as sdpa
+from flashmha.backends.sdpa import packed as varlen
 from flashmha.backends.sdpa import pieces as blocks
 from flashmha.problem import masks
 from flashmha.swap import encoder, route

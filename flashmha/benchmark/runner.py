@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
-import random
+import functools
 import time
 import warnings
 from collections.abc import Callable, Sequence
@@ -21,12 +21,10 @@ from .inputs import draw
 from .lineup import contestants, everybody, shown_by_name
 from .peers import CONTROL, HEADLINES, Contestant
 from .reference import Reference
+from .rounds import FEWEST, take_turns
 from .verdicts import judge, middle
 
 SCHEMA = 1
-FEWEST = 3
-"""Rounds of a case, however short the budget."""
-
 BLOCK = {"cpu": 0.02, "cuda": 0.01}
 """Seconds that the calls of one turn take together, at least."""
 
@@ -171,49 +169,45 @@ def race(
 ) -> tuple[dict[str, list[float]], dict[str, list[float]], bool]:
     """Seconds of a call, round by round, everybody once a round in a new order; what the canaries did in each, and
     whether too many rounds drifted."""
-    calls: dict[str, int] = {}
-    for name, seat in list(seats.items()):
-        try:
-            calls[name] = in_a_row(seat, plan.device)
-        except torch.OutOfMemoryError as error:  # it fitted alone, and not beside the others
-            rows[name] |= {"status": "refused", "raised": True, "reason": f"OutOfMemoryError: {error}"[:300]}
-            error.__traceback__ = None  # it holds the tensors of the attempt
-            del seats[name], seat
-            sweep(plan.device)
-    samples: dict[str, list[float]] = {name: [] for name in seats}
     songs: dict[str, list[float]] = {}
-    shuffler, names = random.Random(plan.seed), list(seats)
     beats: list[float] = []
     spare = int(REPEATS * plan.rounds)
-    done = 0
-    while seats and done < plan.rounds and (done < FEWEST or time.monotonic() < until):
-        shuffler.shuffle(names)
-        turn = {name: taken(seats[name], calls[name], plan.device) for name in names}
+
+    def failed(name: str, error: Exception) -> None:
+        if not isinstance(error, torch.OutOfMemoryError):
+            raise error
+        rows[name] |= {"status": "refused", "raised": True, "reason": f"OutOfMemoryError: {error}"[:300]}
+        error.__traceback__ = None  # it holds the tensors of the attempt
+        del seats[name]  # it fitted alone, and not beside the others
+        sweep(plan.device)
+
+    def is_steady() -> bool:
+        nonlocal spare
         song = canary.sing()
         if song:
             beats.append(song["gemm_tflops"])
             if abs(beats[-1] / middle(beats) - 1) > DRIFT and len(beats) > FEWEST:
                 spare -= 1
                 if spare >= 0:
-                    continue
-        for kept, found in ((samples, turn), (songs, song)):
-            for name, one in found.items():
-                kept.setdefault(name, []).append(float(f"{one:.5g}"))
-        done += 1
+                    return False
+        for name, one in song.items():
+            songs.setdefault(name, []).append(float(f"{one:.5g}"))
+        return True
+
+    samples = take_turns(
+        {name: functools.partial(turn_of, seat, plan.device) for name, seat in seats.items()},
+        block=BLOCK.get(plan.device.type, BLOCK["cpu"]),
+        most=10_000,
+        rounds=plan.rounds,
+        until=until,
+        seed=plan.seed,
+        failed=failed,
+        counts=is_steady,
+    )
     return samples, songs, spare < 0
 
 
-def taken(seat: Seat, calls: int, device: torch.device) -> float:
+def turn_of(seat: Seat, device: torch.device, calls: int) -> float:
     """Seconds of one of several calls in a row, under the switches that the contestant wants."""
     with seat.contestant.setting():
         return seconds(seat, calls, device)
-
-
-def in_a_row(seat: Seat, device: torch.device) -> int:
-    """How many calls make a turn of ``BLOCK`` seconds."""
-    block, calls = BLOCK.get(device.type, BLOCK["cpu"]), 1
-    while True:
-        took = taken(seat, calls, device) * calls
-        if took >= block / 4:
-            return max(1, min(10_000, round(calls * block / took)))
-        calls *= 4

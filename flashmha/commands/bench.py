@@ -10,7 +10,8 @@ from pathlib import Path
 from ..benchmark.cases import LEVELS, PASSES, select
 from ..benchmark.lineup import contestants, everybody
 from ..benchmark.report import Run, faults, levels, load, markdown, origin_line, save, summary_lines, verdict_table
-from ..benchmark.runner import FEWEST, Plan, run
+from ..benchmark.rounds import FEWEST
+from ..benchmark.runner import Plan, run
 from ..benchmark.suites import ON_REQUEST, SUITES, every_case
 from ..host.extras import wanted_by
 from ..problem.wording import in_one_line

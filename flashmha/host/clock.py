@@ -16,11 +16,10 @@ AHEAD = 500_000
 
 
 def seconds(run: Callable[[], object], calls: int, device: torch.device) -> float:
-    """Seconds of one of several calls in a row: on CUDA between two events, on a CPU this thread's own time.
+    """Seconds of one of several calls in a row: on CUDA between two events, else this thread's own time.
 
-    The GPU starts late, so that the first launch is not in the time of those that keep it busy.
-
-    ``time.thread_time`` leaves out what other processes take, and what other threads do: run with one thread.
+    The GPU starts late, so that the first launch is not in the time of those that keep it busy. ``time.thread_time``
+    leaves out what other processes take, and what other threads do: where torch has several, all time counts.
     """
     if device.type == "cuda":
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
@@ -31,10 +30,11 @@ def seconds(run: Callable[[], object], calls: int, device: torch.device) -> floa
         end.record()
         end.synchronize()
         return float(start.elapsed_time(end)) / 1e3 / calls
-    began = time.thread_time()
+    clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
+    began = clock()
     for _ in range(calls):
         run()
-    return (time.thread_time() - began) / calls
+    return (clock() - began) / calls
 
 
 def wait(device: torch.device) -> None:

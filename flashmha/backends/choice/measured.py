@@ -43,9 +43,8 @@ TABLE = Table(
         Row(("padded causal", "window"), BOTH, ("flash4", "flash3", "flash2", "flex", "sdpa"), SOURCE),
     ),
 )
-"""The machines this package was measured on: Hopper, in half precision."""
+"""The machines this package was measured on: Hopper, in half precision.
 
-
-SLACK = 0.2
-"""How much slower than the fastest the first of a row may be in a cell it covers. ``MARGIN`` would make 45 rows, and
-most of them would tell the noise of one run from that of the next."""
+The first of a row is at most a fifth slower than the fastest in the cells it covers. ``MARGIN`` would make 54 rows of
+the first file, most of which tell the noise of one run from that of the next.
+"""

@@ -3,26 +3,34 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from .ranking import LAST, MARGIN, PLACE, Row
 
 
 def derive(cells: Iterable[dict[str, Any]], source: str) -> tuple[Row, ...]:
-    """The rows of what ``flashmha tune`` measured, as few as say the same within ``MARGIN``.
+    """The rows of what ``flashmha tune`` measured: for each kind, mode and head_dim the order, where it changes.
 
     A cell has its ``kind``, ``mode``, ``head_dim``, ``keys``, the microseconds ``us`` of each backend, in the order of
     the list, and the ``spread`` of those: half the middle half of the rounds, as a share of the time. A size between
     two that were measured counts as the larger; beyond the largest, as the largest.
     """
-    places: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    places: dict[tuple[str, str], dict[int, list[dict[str, Any]]]] = {}
     for cell in combined(cells):
-        places.setdefault((cell["kind"], cell["mode"]), []).append(cell)
-    groups: list[Group] = [((kind,), (mode,), those) for (kind, mode), those in places.items()]
-    for axis in (0, 1):
-        groups = list(pooled(groups, axis))
-    return tuple(row for kinds, modes, those in groups for row in by_head_dim(kinds, modes, those, source))
+        places.setdefault((cell["kind"], cell["mode"]), {}).setdefault(cell["head_dim"], []).append(cell)
+    rows: list[Row] = []
+    for (kind, mode), sizes in places.items():
+        steps = [(size, by_keys(sizes[size])) for size in sorted(sizes)]
+        for place, (size, orders) in enumerate(steps):
+            if place + 1 < len(steps) and steps[place + 1][1] == orders:
+                continue  # the next size has the same rows
+            bound = None if place + 1 == len(steps) else size
+            rows += [
+                Row((kind,), (mode,), order, source, bound, None if many == orders[-1][0] else many)
+                for many, order in orders
+            ]
+    return tuple(rows)
 
 
 def combined(cells: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -41,86 +49,18 @@ def combined(cells: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     return found
 
 
-Group = tuple[tuple[str, ...], tuple[str, ...], list[dict[str, Any]]]
-"""Kinds, modes and their cells."""
-
-
-def pooled(groups: Sequence[Group], axis: int) -> Iterator[Group]:
-    """Groups joined along kinds (0) or modes (1), where that needs no more rows."""
-    joined: list[Group] = []
-    for group in groups:
-        for place, other in enumerate(joined):
-            together = join(other, group, axis)
-            if together is not None:
-                joined[place] = together
-                break
-        else:
-            joined.append(group)
-    return iter(joined)
-
-
-def join(one: Group, two: Group, axis: int) -> Group | None:
-    """Two groups as one, ``None`` where they have to stay two."""
-    cells = [*one[2], *two[2]]
-    if one[1 - axis] != two[1 - axis]:
-        return None
-    few = max(len(by_head_dim(*group, "")) for group in (one, two))
-    both = tuple(dict.fromkeys((*one[axis], *two[axis])))
-    kinds, modes = (both, one[1]) if axis == 0 else (one[0], both)
-    try:
-        together = by_head_dim(kinds, modes, cells, "")
-    except Disagreement:
-        return None
-    return (kinds, modes, cells) if len(together) <= few else None
-
-
-class Disagreement(Exception):
-    """Cells of one size that no order suits."""
-
-
-def by_head_dim(
-    kinds: tuple[str, ...], modes: tuple[str, ...], cells: Sequence[dict[str, Any]], source: str
-) -> list[Row]:
-    """Rows of one group: head dims share theirs where that needs no more of them."""
-    parts: list[tuple[int, list[dict[str, Any]], list[tuple[int, tuple[str, ...]]]]] = []
-    for size in sorted({cell["head_dim"] for cell in cells}):
-        those = [cell for cell in cells if cell["head_dim"] == size]
-        steps = by_keys(those)
-        if parts:
-            _, before, few = parts[-1]
-            try:
-                together = by_keys([*before, *those])
-            except Disagreement:
-                together = None
-            if together is not None and len(together) <= max(len(few), len(steps)):
-                parts[-1] = (size, [*before, *those], together)
-                continue
-        parts.append((size, those, steps))
-    rows = []
-    for size, _, steps in parts:
-        bound = None if size == parts[-1][0] else size
-        rows += [
-            Row(kinds, modes, order, source, bound, None if many == steps[-1][0] else many) for many, order in steps
-        ]
-    return rows
-
-
 def by_keys(cells: Sequence[dict[str, Any]]) -> list[tuple[int, tuple[str, ...]]]:
-    """The order up to each number of keys at which it changes."""
+    """The order up to each number of keys at which it changes: neighbours that one order suits share it."""
     steps: list[tuple[int, tuple[str, ...]]] = []
     since: list[dict[str, Any]] = []
-    for many in sorted({cell["keys"] for cell in cells}):
-        those = [cell for cell in cells if cell["keys"] == many]
-        alone = agreed(those)
-        if alone is None:
-            raise Disagreement
-        together = agreed([*since, *those]) if steps else None
+    for cell in sorted(cells, key=lambda cell: int(cell["keys"])):
+        together = agreed([*since, cell]) if steps else None
         if together is not None:
-            since += those
-            steps[-1] = (many, together)
+            since.append(cell)
+            steps[-1] = (cell["keys"], together)
         else:
-            since = list(those)
-            steps.append((many, alone))
+            since = [cell]
+            steps.append((cell["keys"], agreed(since) or ()))
     return steps
 
 
