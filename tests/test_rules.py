@@ -33,7 +33,7 @@ from flashmha.backends.rewrites.order import RealFirst, permuted, real_first
 from flashmha.backends.sdpa import backend as sdpa
 from flashmha.backends.sdpa import packed as varlen
 from flashmha.backends.sdpa import pieces as blocks
-from flashmha.problem import masks
+from flashmha.problem import computed, ragged
 from flashmha.swap import encoder, route
 from flashmha.testing import noise, seeds
 
@@ -303,7 +303,7 @@ def test_away_from_a_cpu_version_and_address_tell_a_change(move: str, monkeypatc
     made: list[int] = []
     valid = torch.ones(2, 3, dtype=torch.bool)
     rule = KeyPadding(valid)
-    monkeypatch.setattr(masks, "compares", lambda tensor: False)
+    monkeypatch.setattr(computed, "tells_by_values", lambda tensor: False)
     for _ in range(2):
         rule.once("one", lambda: made.append(1))
     MOVES[move](valid)
@@ -313,12 +313,12 @@ def test_away_from_a_cpu_version_and_address_tell_a_change(move: str, monkeypatc
 
 def test_a_captured_graph_keeps_nothing_of_a_caller_s_rule(monkeypatch: pytest.MonkeyPatch) -> None:
     here = {"queue": (1, False)}
-    monkeypatch.setattr(masks, "queue", lambda tensor: here["queue"])
+    monkeypatch.setattr(ragged, "stream_of", lambda tensor: here["queue"])
     valid = torch.ones(2, 3, dtype=torch.bool)
     # another stream, other tensors
     for rule, expected in (
         (KeyPadding(valid), [0, 0, 1, 2, 0, 3]),
-        (masks.private(KeyPadding(valid)), [0, 0, 1, 1, 2, 3]),
+        (ragged.private(KeyPadding(valid)), [0, 0, 1, 1, 2, 3]),
     ):
         numbers, found = itertools.count(), []
         for now in ((1, False), (1, False), (7, True), (7, True), (1, False), (2, False)):
@@ -491,12 +491,12 @@ def test_a_padded_call_takes_few_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(varlen, "packs_up_to", lambda index: 256)
     monkeypatch.setattr(torch.ops.aten, "_flash_attention_forward", lambda q, *rest, **more: (q,))
     q, k, v = noise(0, 3, 2, 17, 2, 8, dtype=torch.bfloat16).unbind()
-    rules = {44: masks.private(KeyPadding(valid)), 52: masks.private(KeyLengths(valid.sum(1)))}
+    rules = {44: ragged.private(KeyPadding(valid)), 52: ragged.private(KeyLengths(valid.sum(1)))}
 
-    def whole(rule: masks.Padding) -> None:
+    def whole(rule: ragged.Padding) -> None:
         layer(x, x, x, key_padding_mask=rule, need_weights=False)
 
-    def packed(rule: masks.Padding) -> None:
+    def packed(rule: ragged.Padding) -> None:
         sdpa.attend_on_cuda(q, k, v, AttentionSpec.of(q, k, v, mask=rule))
 
     for many, rule in rules.items():
@@ -528,7 +528,7 @@ def test_a_compiler_prepares_a_mask_once_for_all_layers() -> None:
         return graph
 
     def run(q: Tensor, hidden: Tensor) -> Tensor:
-        rule = masks.private(KeyPadding(~hidden))
+        rule = ragged.private(KeyPadding(~hidden))
         for _ in range(3):
             q = backend(q, q, q, AttentionSpec.of(q, q, q, mask=rule))  # type: ignore[assignment]
         return q

@@ -29,7 +29,8 @@ from ..benchmark.environment import commit, environment
 from ..functional import attention
 from ..host.clock import seconds, wait
 from ..host.machine import graphics
-from ..problem.masks import Dense, Documents, KeyPadding, Mask, Window, causal, find
+from ..problem.masks import Dense, Mask, Window, causal, find
+from ..problem.ragged import Documents, KeyPadding
 from ..problem.spec import AttentionSpec
 from ..problem.wording import in_one_line, short
 from ..version import __version__
