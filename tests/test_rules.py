@@ -32,7 +32,7 @@ from flashmha.backends.rewrites.order import RealFirst, permuted, real_first
 from flashmha.backends.sdpa import backend as sdpa
 from flashmha.backends.sdpa import packed as varlen
 from flashmha.backends.sdpa import pieces as blocks
-from flashmha.problem import masks
+from flashmha.problem import computed, ragged
 from flashmha.swap import encoder, route
 from flashmha.testing import noise, seeds
 
@@ -302,7 +302,7 @@ def test_away_from_a_cpu_version_and_address_tell_a_change(move: str, monkeypatc
     made: list[int] = []
     valid = torch.ones(2, 3, dtype=torch.bool)
     rule = KeyPadding(valid)
-    monkeypatch.setattr(masks, "compares", lambda tensor: False)
+    monkeypatch.setattr(computed, "tells_by_values", lambda tensor: False)
     for _ in range(2):
         rule.once("one", lambda: made.append(1))
     MOVES[move](valid)
@@ -312,12 +312,12 @@ def test_away_from_a_cpu_version_and_address_tell_a_change(move: str, monkeypatc
 
 def test_a_captured_graph_keeps_nothing_of_a_caller_s_rule(monkeypatch: pytest.MonkeyPatch) -> None:
     here = {"queue": (1, False)}
-    monkeypatch.setattr(masks, "queue", lambda tensor: here["queue"])
+    monkeypatch.setattr(ragged, "stream_of", lambda tensor: here["queue"])
     valid = torch.ones(2, 3, dtype=torch.bool)
     # another stream, other tensors
     for rule, expected in (
         (KeyPadding(valid), [0, 0, 1, 2, 0, 3]),
-        (masks.private(KeyPadding(valid)), [0, 0, 1, 1, 2, 3]),
+        (ragged.private(KeyPadding(valid)), [0, 0, 1, 1, 2, 3]),
     ):
         numbers, found = itertools.count(), []
         for now in ((1, False), (1, False), (7, True), (7, True), (1, False), (2, False)):
@@ -499,7 +499,7 @@ def test_a_compiler_prepares_a_mask_once_for_all_layers() -> None:
         return graph
 
     def run(q: Tensor, hidden: Tensor) -> Tensor:
-        rule = masks.private(KeyPadding(~hidden))
+        rule = ragged.private(KeyPadding(~hidden))
         for _ in range(3):
             q = backend(q, q, q, AttentionSpec.of(q, q, q, mask=rule))  # type: ignore[assignment]
         return q

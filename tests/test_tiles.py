@@ -18,7 +18,8 @@ from torch import Tensor
 from flashmha.backends import get
 from flashmha.backends.base import FEATURES, Limits
 from flashmha.backends.naive import log_sum_exp, probabilities, scores
-from flashmha.problem.masks import Documents, Rule, Window
+from flashmha.problem.masks import Rule, Window
+from flashmha.problem.ragged import Documents
 from flashmha.problem.scores import TensorBias
 from flashmha.problem.spec import AttentionSpec
 from flashmha.testing import assert_close, seeds, specs, tensors

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..problem.masks import Dense, Documents, Rule, find
+from ..problem.masks import Dense, Rule
 from ..problem.scores import Bias, TensorBias, levelled, narrowed
 from ..problem.spec import AttentionSpec
 from .base import FEATURES, Backend, Limits
@@ -210,7 +210,7 @@ def score_mod(spec: AttentionSpec) -> Callable[..., Tensor] | None:
     cap = spec.softcap
     bias = None
     if spec.bias is not None:
-        bias = spec.bias.bias_mod(spec.seqlen_q, spec.seqlen_k, find(spec.mask, Documents))
+        bias = spec.bias.bias_mod(spec.seqlen_q, spec.seqlen_k, spec.documents)
     if cap is None and bias is None:
         return None
 

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 
 import torch
 
-from ..problem.masks import Dense, Documents, KeyPadding, Mask, Window, causal
+from ..problem.masks import Dense, Mask, Window, causal
+from ..problem.ragged import Documents, KeyPadding
 from .cases import Case
 
 

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from ..functional import attention
 from ..layer.module import FlashMultiHeadAttention
-from ..problem.masks import KeyPadding, Mask, causal
+from ..problem.masks import Mask, causal
+from ..problem.ragged import KeyPadding
 from .cases import HOW, Case
 from .inputs import Inputs, stock_module
 

@@ -11,7 +11,9 @@ from torch import Tensor
 from ..backends import explain, origin
 from ..backends.choice.explanation import BY_LIMITS
 from ..backends.choice.wishes import asked
-from ..problem.masks import ALIGNMENTS, Dense, Documents, KeyLengths, KeyPadding, Mask, Window, causal
+from ..problem.masks import Dense, Mask, Window, causal
+from ..problem.positions import ALIGNMENTS
+from ..problem.ragged import Documents, KeyLengths, KeyPadding
 from ..problem.scores import ALiBi, Bias, TensorBias
 from ..problem.spec import AttentionSpec
 from ..problem.wording import short

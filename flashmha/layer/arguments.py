@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 from torch.overrides import has_torch_function
 
-from ..problem.masks import Mask, Padding
+from ..problem.masks import Mask
+from ..problem.ragged import Padding
 from ..problem.wording import told
 
 

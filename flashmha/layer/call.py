@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from ..host.torch_state import readable
-from ..problem.masks import Dense, KeyPadding, Mask, Padding, causal, joined, private
+from ..problem.masks import Dense, Mask, causal, joined
+from ..problem.ragged import KeyPadding, Padding, private
 from ..problem.scores import plus
 from .checks import check_attn_mask_shape, check_float_mask, check_inputs, check_masks, extra_columns, four_axes
 

@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..problem.masks import Dense, KeyPadding, Mask
+from ..problem.masks import Dense, Mask
+from ..problem.ragged import KeyPadding
 from .features import EXTRA_KEYS
 
 if TYPE_CHECKING:

@@ -10,8 +10,9 @@ from ..backends.choice.wishes import Wanted
 from ..functional import run
 from ..host.torch_state import autocast
 from ..problem import packing
-from ..problem.masks import Mask, Padding, joined
+from ..problem.masks import Mask, joined
 from ..problem.packing import Padded
+from ..problem.ragged import Padding
 from ..problem.scores import TensorBias
 from ..problem.spec import AttentionSpec
 from ..weights.attend import attention_with_weights
@@ -142,7 +143,7 @@ def prepare(layer: Any, call: Reading, wanted: Wanted, skip_padding: bool) -> Pr
         real = packing.tokens_of(rule, key.shape[1])
         padded = Padded(mask, real.places, call.valid)
         query, key, value = padding.pack(query, key, value, real.places)
-        mask = packing.packed(mask, real)
+        mask = packing.packed_mask(mask, real)
     if dtype is None:
         projected = layer.project(query, key, value)
         heads = layer.process_heads(*(three("project", projected) if custom else projected))

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..host.torch_state import is_dense
 from ..problem import packing
-from ..problem.masks import Documents, KeyLengths, KeyPadding
+from ..problem.ragged import Documents, KeyLengths, KeyPadding
 from ..problem.wording import told
 from . import nested
 from .call import hides_alone
@@ -25,7 +25,7 @@ class Packed:
 
     def __init__(self, x: Tensor, real: packing.Tokens, batch_first: bool = True) -> None:
         self.sizes, self.places, self.batch_first = (x.shape[0], x.shape[1]), real.places, batch_first
-        self.documents = packing.documents(real)
+        self.documents = real.documents
         self.tokens = self.pack(x)
 
     def pack(self, other: Tensor) -> Tensor:

@@ -11,8 +11,9 @@ from ..backends import expand, get
 from ..backends.choice.wishes import preference
 from ..backends.sdpa.packed import runs_packed, takes_packed
 from ..host.torch_state import computed_in, eager
-from ..problem.masks import KeyPadding, Padding, Window
+from ..problem.masks import Window
 from ..problem.packing import has_holes, parts, take
+from ..problem.ragged import KeyPadding, Padding
 from ..problem.wording import short
 from .call import Reading, each_once
 from .checks import extra_columns

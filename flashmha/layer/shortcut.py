@@ -21,7 +21,8 @@ from ..backends.choice.builtin import OWN
 from ..backends.choice.record import recording
 from ..functional import check_result
 from ..host.torch_state import casts_to, computed_in, without_autocast
-from ..problem.masks import Documents, KeyLengths, KeyPadding, Mask, Padding, causal, private
+from ..problem.masks import Mask, causal
+from ..problem.ragged import Documents, KeyLengths, KeyPadding, Padding, private
 from ..problem.spec import AttentionSpec
 from ..weights.attend import attention_with_weights
 from .features import HOPS

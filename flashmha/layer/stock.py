@@ -14,7 +14,8 @@ from torch import Tensor
 from torch.overrides import has_torch_function
 
 from ..backends.choice.wishes import Wanted
-from ..problem.masks import Mask, Padding
+from ..problem.masks import Mask
+from ..problem.ragged import Padding
 from . import projection
 from .features import changed
 

@@ -8,16 +8,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .masks import Documents, Mask, Padding, Window, joined
+from .masks import Mask, Window, joined
+from .ragged import Documents, Padding
 
 
 class Tokens(NamedTuple):
-    """The real tokens of a batch: where they lie in (batch * seqlen), where each item's start among them, the most of
-    an item."""
+    """The real tokens of a batch: where they lie in (batch * seqlen), and one document for each batch item."""
 
     places: Tensor
-    offsets: Tensor
-    longest: int
+    documents: Documents
 
 
 @torch.inference_mode(False)
@@ -27,7 +26,8 @@ def tokens(valid: Tensor) -> Tokens:
     lengths = valid.sum(dim=1) if len(valid) else valid.new_zeros(1, dtype=torch.int64)  # documents are one at least
     total, longest = torch.stack((lengths.sum(), lengths.max())).tolist()
     places = torch.nonzero_static(valid.flatten(), size=total).squeeze(1)
-    return Tokens(places, F.pad(lengths.cumsum(0), (1, 0)).to(torch.int32), longest)
+    offsets = F.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)
+    return Tokens(places, Documents(offsets, max_seqlen=longest, total=total))
 
 
 def tokens_of(padding: Padding, seqlen: int) -> Tokens:
@@ -35,14 +35,9 @@ def tokens_of(padding: Padding, seqlen: int) -> Tokens:
     return padding.once(("tokens", seqlen), lambda: tokens(padding.real(seqlen)))
 
 
-def documents(real: Tokens) -> Documents:
-    """The real tokens end to end, one document a batch item."""
-    return Documents(real.offsets, max_seqlen=real.longest, total=real.places.shape[0])
-
-
-def packed(mask: Mask | None, real: Tokens) -> Mask | None:
-    """The mask among the real tokens end to end: those documents, and the windows."""
-    return joined(documents(real), *windows(mask))
+def packed_mask(mask: Mask | None, real: Tokens) -> Mask | None:
+    """The mask among the real tokens end to end: their documents, and the windows."""
+    return joined(real.documents, *windows(mask))
 
 
 def take(x: Tensor, places: Tensor) -> Tensor:

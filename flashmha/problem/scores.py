@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from ..host.torch_state import is_dense
-from .masks import Documents, check_broadcast, home, index_grid, lookup, positional
+from .positions import Restarts, check_broadcast, home, index_grid, lookup, positional
 from .wording import told
 
 ScoreMod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
@@ -41,7 +41,7 @@ class Bias(abc.ABC):
     feature: ClassVar[str]
 
     @abc.abstractmethod
-    def bias_mod(self, seqlen_q: int, seqlen_k: int, documents: Documents | None = None) -> ScoreMod:
+    def bias_mod(self, seqlen_q: int, seqlen_k: int, documents: Restarts | None = None) -> ScoreMod:
         """What is added, as a function of the indices (batch, head, q_idx, k_idx)."""
 
     def check(self, batch: int, heads: int, seqlen_q: int, seqlen_k: int) -> None:  # noqa: B027
@@ -76,7 +76,7 @@ class Bias(abc.ABC):
         seqlen_q: int,
         seqlen_k: int,
         device: torch.device | str | None = None,
-        documents: Documents | None = None,
+        documents: Restarts | None = None,
     ) -> Tensor:
         """The bias as a tensor that broadcasts to (batch, heads, seqlen_q, seqlen_k), made where its tensors are."""
         device = home(self.tensors()) if device is None else device
@@ -108,7 +108,7 @@ class TensorBias(Bias):
     def tensors(self) -> tuple[Tensor, ...]:
         return (self.tensor,)
 
-    def bias_mod(self, seqlen_q: int, seqlen_k: int, documents: Documents | None = None) -> ScoreMod:
+    def bias_mod(self, seqlen_q: int, seqlen_k: int, documents: Restarts | None = None) -> ScoreMod:
         return lookup(self.tensor)
 
     def materialize(
@@ -118,7 +118,7 @@ class TensorBias(Bias):
         seqlen_q: int,
         seqlen_k: int,
         device: torch.device | str | None = None,
-        documents: Documents | None = None,
+        documents: Restarts | None = None,
     ) -> Tensor:
         return self.tensor
 
@@ -150,7 +150,7 @@ class ALiBi(Bias):
     def tensors(self) -> tuple[Tensor, ...]:
         return (self.slopes,)
 
-    def bias_mod(self, seqlen_q: int, seqlen_k: int, documents: Documents | None = None) -> ScoreMod:
+    def bias_mod(self, seqlen_q: int, seqlen_k: int, documents: Restarts | None = None) -> ScoreMod:
         def distance(batch: Tensor, head: Tensor, q_pos: Tensor, k_pos: Tensor) -> Tensor:
             slope = self.slopes[head] if self.slopes.dim() == 1 else self.slopes[batch, head]
             return -slope * (q_pos - k_pos).abs()
@@ -185,7 +185,7 @@ class RelativeBias(Bias):
     def tensors(self) -> tuple[Tensor, ...]:
         return (self.table,)
 
-    def bias_mod(self, seqlen_q: int, seqlen_k: int, documents: Documents | None = None) -> ScoreMod:
+    def bias_mod(self, seqlen_q: int, seqlen_k: int, documents: Restarts | None = None) -> ScoreMod:
         reach = self.table.shape[1] // 2
 
         def look_up(batch: Tensor, head: Tensor, q_pos: Tensor, k_pos: Tensor) -> Tensor:
@@ -216,7 +216,7 @@ class Sum(Bias):
     def tensors(self) -> tuple[Tensor, ...]:
         return tuple(tensor for part in self._parts for tensor in part.tensors())
 
-    def bias_mod(self, seqlen_q: int, seqlen_k: int, documents: Documents | None = None) -> ScoreMod:
+    def bias_mod(self, seqlen_q: int, seqlen_k: int, documents: Restarts | None = None) -> ScoreMod:
         mods = [part.bias_mod(seqlen_q, seqlen_k, documents) for part in self._parts]
 
         def total(batch: Tensor, head: Tensor, q_idx: Tensor, k_idx: Tensor) -> Tensor:

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from ..host.torch_state import asks_deterministic, is_dense, is_deterministic, needs_aten, plain
-from .masks import Dense, Documents, KeyLengths, KeyPadding, Mask, Window, find, normalize
+from .masks import Dense, Mask, Window, find, normalize
+from .ragged import Documents, KeyLengths, KeyPadding, Padding, private
 from .scores import DTYPES, Bias
 from .wording import short, told
 
@@ -353,6 +354,50 @@ class AttentionSpec:
         """The mask's window in bottom-right positions."""
         return find(self.mask, Window)
 
+    @property
+    def dense(self) -> Dense | None:
+        """The mask's tensor for every query and key."""
+        return find(self.mask, Dense)
+
+    @property
+    def documents(self) -> Documents | None:
+        """The mask's packed documents."""
+        mask = self.mask
+        return None if mask is None else mask.documents  # type: ignore[return-value]  # no other rule has positions
+
+    @property
+    def is_padded(self) -> bool:
+        """Keys of some batch items are padding."""
+        return "key_padding" in self.needs or "key_lengths" in self.needs
+
+    def padding(self) -> Padding | None:
+        """The mask's padding as one rule, which keeps what is computed of it."""
+        mask = self.mask
+        if isinstance(mask, Padding):
+            return mask
+        rules = [part for part in (() if mask is None else mask.parts) if isinstance(part, Padding)]
+        if len(rules) < 2:
+            return rules[0] if rules else None
+        valid = self.valid_keys()
+        assert valid is not None
+        return private(KeyPadding(valid))
+
+    def valid_keys(self) -> Tensor | None:
+        """Which keys the padding leaves, (batch, seqlen_k) bool; ``None`` without padding."""
+        valid: Tensor | None = None
+        for part in () if self.mask is None else self.mask.parts:
+            if isinstance(part, Padding):
+                table = part.real(self.seqlen_k)
+                valid = table if valid is None else valid & table
+        return valid
+
+    def key_lengths(self) -> Tensor:
+        """The lengths of a mask with ``KeyLengths`` as kernels take them, (batch,) int32."""
+        rule = find(self.mask, KeyLengths)
+        assert rule is not None
+        lengths = rule.lengths
+        return rule.once(("lengths", self.seqlen_k), lambda: lengths.clamp(0, self.seqlen_k).int())
+
     def allowed(self) -> Tensor | None:
         """The mask as a bool tensor that broadcasts to (batch, heads, seqlen_q, seqlen_k), ``True`` = may attend."""
         if self.mask is None:
@@ -363,8 +408,8 @@ class AttentionSpec:
         """The bias as a tensor that broadcasts to (batch, heads, seqlen_q, seqlen_k)."""
         if self.bias is None:
             return None
-        documents = find(self.mask, Documents)
-        return self.bias.materialize(self.batch, self.heads, self.seqlen_q, self.seqlen_k, self.device, documents)
+        sizes = (self.batch, self.heads, self.seqlen_q, self.seqlen_k)
+        return self.bias.materialize(*sizes, self.device, self.documents)
 
     def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
         printer.text(f"AttentionSpec({self})")  # what Hypothesis prints: one line

@@ -20,7 +20,8 @@ from ..layer.arguments import check_kinds
 from ..layer.call import read_call
 from ..layer.forward import prepare
 from ..layer.module import FlashMultiHeadAttention
-from ..problem.masks import Mask, Padding
+from ..problem.masks import Mask
+from ..problem.ragged import Padding
 from ..problem.spec import AttentionSpec
 from ..problem.wording import short
 from ..weights.attend import is_defined

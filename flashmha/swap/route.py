@@ -21,7 +21,9 @@ from ..layer.features import HOPS, MARK, replaced
 from ..layer.module import FlashMultiHeadAttention
 from ..layer.packed import Packed
 from ..problem import packing
-from ..problem.masks import KeyPadding, Mask, Padding, joined, plainly, private
+from ..problem.computed import make_plain
+from ..problem.masks import Mask, joined
+from ..problem.ragged import KeyPadding, Padding, private
 
 
 class Route(NamedTuple):
@@ -269,7 +271,7 @@ def handed_down(encoder: Any, src: Any, mask: Any, padding: Any, known: bool) ->
             return padding
     if GLOBAL_HOOKS[0] or GLOBAL_HOOKS[1]:
         return padding
-    return private(KeyPadding(~padding if torch.compiler.is_compiling() else plainly(lambda: ~padding)))
+    return private(KeyPadding(~padding if torch.compiler.is_compiling() else make_plain(lambda: ~padding)))
 
 
 GLOBAL_HOOKS = (

@@ -12,19 +12,9 @@ from torch import Tensor
 
 from ..backends import get
 from ..backends.base import FEATURES, HALF, Limits
-from ..problem.masks import (
-    ALIGNMENTS,
-    Dense,
-    Documents,
-    KeyLengths,
-    KeyPadding,
-    Mask,
-    MaskMod,
-    Rule,
-    Window,
-    causal,
-    joined,
-)
+from ..problem.masks import Dense, Mask, Rule, Window, causal, joined
+from ..problem.positions import ALIGNMENTS, MaskMod
+from ..problem.ragged import Documents, KeyLengths, KeyPadding
 from ..problem.scores import ALiBi, Bias, RelativeBias, TensorBias
 from ..problem.spec import AttentionSpec
 from .choice import Choices, Choose

@@ -10,7 +10,8 @@ import torch
 from hypothesis import strategies as st
 
 from ..backends.base import Backend, Limits
-from ..problem.masks import Documents, Window, causal, joined
+from ..problem.masks import Window, causal, joined
+from ..problem.ragged import Documents
 from ..problem.spec import AttentionSpec
 from .attention import Problem, added, rule, sink_values, specs
 from .choice import Choices, Choose

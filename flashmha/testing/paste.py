@@ -11,7 +11,8 @@ import re
 import torch
 from torch import Tensor
 
-from ..problem.masks import Dense, Documents, KeyLengths, KeyPadding, Mask, Rule, Window, find
+from ..problem.masks import Dense, Mask, Rule, Window
+from ..problem.ragged import Documents, KeyLengths, KeyPadding
 from ..problem.scores import ALiBi, Bias, RelativeBias, TensorBias
 from ..problem.spec import AttentionSpec
 from .values import expression, place
@@ -49,7 +50,7 @@ def pasted_mask(mask: Mask, spec: AttentionSpec) -> str:
 
 def pasted_rule(part: Mask, spec: AttentionSpec) -> str:
     if isinstance(part, Window):
-        return pasted_window(part, 0 if find(spec.mask, Documents) else spec.seqlen_k - spec.seqlen_q)
+        return pasted_window(part, 0 if spec.documents else spec.seqlen_k - spec.seqlen_q)
     if isinstance(part, KeyPadding):
         return f"KeyPadding({pasted_tensor(part.valid)})"
     if isinstance(part, KeyLengths):

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from ..host.machine import has_triton
-from ..problem.masks import Dense, KeyLengths, KeyPadding, Window
+from ..problem.masks import Dense, Window
+from ..problem.ragged import KeyLengths, KeyPadding
 from ..problem.scores import TensorBias
 from ..problem.spec import AttentionSpec
 from ..problem.wording import short

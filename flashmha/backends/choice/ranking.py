@@ -12,7 +12,6 @@ import itertools
 import torch
 
 from ...host.machine import graphics
-from ...problem.masks import Documents, find
 from ...problem.spec import AttentionSpec
 
 KINDS = ("dense", "causal", "padded", "padded causal", "window", "documents", "decode", "mask tensor")
@@ -125,7 +124,7 @@ def mode(spec: AttentionSpec) -> str:
 
 def keys(spec: AttentionSpec) -> int:
     """How many keys a query may meet: those of the longest document where that is known, else all."""
-    documents = find(spec.mask, Documents)
+    documents = spec.documents
     return spec.seqlen_k if documents is None or documents.max_seqlen_k is None else documents.max_seqlen_k
 
 

@@ -12,13 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...problem.masks import Dense, Documents, KeyPadding, find
 from ...problem.spec import AttentionSpec
 from ..base import HALF, Limits
 from ..compiling import waits
 from ..rewrites.block_tables import edged, worth
-from ..rewrites.compact import intervals, key_lengths, missing, validity
-from ..rewrites.documents import packed, unpacked, unpacked_lse
+from ..rewrites.compact import intervals, missing
+from ..rewrites.documents import pack, unpack, unpack_lse
 from .flash4_kernels import attend
 from .package import FlashAttn
 from .windows import normal_lse, trimmed
@@ -109,13 +108,13 @@ class Flash4(FlashAttn):
 
     def refusals(self, spec: AttentionSpec) -> list[str]:
         reasons = super().refusals(spec)
-        padded = spec.mask is not None and not spec.features.isdisjoint(("key_padding", "key_lengths"))
+        padded = spec.is_padded
         if padded and "documents" in spec.features and "dense_mask" not in spec.features:
             reasons.append("padding inside Documents")
         if spec.needs_grad and spec.head_dim < 128 and 0 < spec.head_dim % 32 <= 16:
             # seen on a Hopper GPU with 4.0.0b36: gradients of q, and of grouped k and v, are wrong or do not compile
             reasons.append(f"the backward of head_dim={spec.head_dim} (wrong below 128 where it is 1 to 16 modulo 32)")
-        dense = find(spec.mask, Dense)
+        dense = spec.dense
         if dense is not None and dense.allowed.shape[1] > 1:
             reasons.append("a mask tensor that differs from head to head")
         plain = not padded and dense is None
@@ -156,7 +155,7 @@ class Flash4(FlashAttn):
         }
         documents = None
         if spec.mask is not None:
-            documents = None if find(spec.mask, Dense) is not None else find(spec.mask, Documents)
+            documents = None if "dense_mask" in spec.needs else spec.documents
             q, k, v, masked = self.masked(q, k, v, spec)
             told |= masked
         if torch.compiler.is_compiling() or spec is self.latest or (needed := kind(spec)) in self.compiled:
@@ -168,9 +167,9 @@ class Flash4(FlashAttn):
         if spec.shared:
             self.latest = spec
         if documents is not None:
-            out = unpacked(out, documents)
+            out = unpack(out, spec)
             if spec.need_lse:
-                lse = unpacked_lse(lse, documents)
+                lse = unpack_lse(lse, spec)
         return (out, normal_lse(lse, spec.sinks)) if spec.need_lse else out
 
     def masked(
@@ -178,8 +177,8 @@ class Flash4(FlashAttn):
     ) -> tuple[Tensor, Tensor, Tensor, dict[str, Any]]:
         """q, k and v as the kernels take them beside the mask, and what these are told of it."""
         told: dict[str, Any] = {}
-        documents, valid, window = find(spec.mask, Documents), validity(spec.mask, spec), spec.window
-        if find(spec.mask, Dense) is not None:
+        documents, valid, window = spec.documents, spec.valid_keys(), spec.window
+        if "dense_mask" in spec.needs:
             return q, k, v, mask_table(spec)
         if valid is not None and window is not None:
             told["first"], told["last"] = intervals(valid, window, spec.seqlen_q)
@@ -188,11 +187,10 @@ class Flash4(FlashAttn):
         causal = left is None and right == 0
         told |= {"causal": causal, "left": left, "right": None if causal else right}
         if documents is not None:
-            q, k, v, offsets = packed(q, k, v, documents)
+            q, k, v, offsets = pack(q, k, v, spec)
             told |= offsets
         elif valid is not None:
-            padding = find(spec.mask, KeyPadding) is not None
-            told |= {"valid": valid} if padding else {"lengths": key_lengths(spec)}
+            told |= {"valid": valid} if "key_padding" in spec.needs else {"lengths": spec.key_lengths()}
         return q, k, v, told
 
 
@@ -208,7 +206,6 @@ def mask_table(spec: AttentionSpec) -> dict[str, Tensor]:
 def kind(spec: AttentionSpec) -> tuple[Any, ...]:
     """What the package compiles a kernel for, as far as a problem shows it."""
     window = spec.window
-    padded = not spec.features.isdisjoint(("key_padding", "key_lengths"))
     dense = "dense_mask" in spec.features
     return (
         spec.device,
@@ -221,7 +218,7 @@ def kind(spec: AttentionSpec) -> tuple[Any, ...]:
         None if spec.sinks is None else spec.sinks.dtype,
         bisect_left(STEPS, spec.seqlen_q),
         bisect_left(STEPS, spec.seqlen_k),
-        (dense or (padded and window is not None)) and worth(spec.seqlen_q, spec.seqlen_k),
+        (dense or (spec.is_padded and window is not None)) and worth(spec.seqlen_q, spec.seqlen_k),
     )
 
 

@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ...problem.masks import Documents, Window, find
+from ...problem.masks import Window
 from ...problem.spec import AttentionSpec
 from ...problem.wording import first_line, in_one_line
 from ..base import Backend
@@ -65,7 +65,7 @@ class FlashAttn(Backend):
                 reasons.append("a top-left window inside Documents with other offsets for keys (bottom-right only)")
             elif window.left is not None and window.left < 0:
                 reasons.append(f"window left={window.left} (at least 0)")
-            elif window.right is not None and window.right < 0 and find(spec.mask, Documents) is not None:
+            elif window.right is not None and window.right < 0 and spec.documents is not None:
                 reasons.append(f"window right={window.right} inside Documents (at least 0)")
             elif window.right is not None and window.left is not None and window.left + window.right < 0:
                 # what is left of it once keys are cut off would be -1, which means unbounded

@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...problem.masks import Documents, find
 from ...problem.spec import AttentionSpec
 
 
@@ -24,7 +23,7 @@ def trimmed(k: Tensor, v: Tensor, spec: AttentionSpec) -> tuple[Tensor, Tensor, 
         k, v = k[:, :right], v[:, :right]
         left = None if left is None else left + right
         right = 0
-    if find(spec.mask, Documents) is None:
+    if spec.documents is None:
         if left is not None and left >= k.shape[1] - 1:
             left = None
         if right is not None and right >= spec.seqlen_q - 1 and right > 0:

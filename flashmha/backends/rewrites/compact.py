@@ -14,8 +14,7 @@ import torch
 from torch import Tensor
 
 from ...host.machine import has_triton
-from ...problem.masks import KeyLengths, KeyPadding, Mask, Padding, Window, find, private
-from ...problem.spec import AttentionSpec
+from ...problem.masks import Window
 
 TILE = 256
 """At least as many keys as a kernel loads at a time. What it loads behind the last real key must be finite: a weight of
@@ -23,35 +22,6 @@ TILE = 256
 
 
 Pair = tuple[Tensor, Tensor]
-
-
-def validity(mask: Mask | None, spec: AttentionSpec) -> Tensor | None:
-    """Which keys the padding in a mask leaves, (batch, seqlen_k) bool; ``None`` where there is none."""
-    valid: Tensor | None = None
-    for part in () if mask is None else mask.parts:
-        if isinstance(part, Padding):
-            table = part.real(spec.seqlen_k)
-            valid = table if valid is None else valid & table
-    return valid
-
-
-def padding(spec: AttentionSpec) -> Padding | None:
-    """The padding in a mask as one rule, which keeps what is computed of it; ``None`` where there is none."""
-    parts = () if spec.mask is None else spec.mask.parts
-    found = [part for part in parts if isinstance(part, Padding)]
-    if len(found) < 2:
-        return found[0] if found else None
-    valid = validity(spec.mask, spec)
-    assert valid is not None
-    return private(KeyPadding(valid))
-
-
-def key_lengths(spec: AttentionSpec) -> Tensor:
-    """The lengths of a mask with ``KeyLengths`` as kernels take them, (batch,) int32."""
-    rule = find(spec.mask, KeyLengths)
-    assert rule is not None
-    lengths = rule.lengths
-    return rule.once(("lengths", spec.seqlen_k), lambda: lengths.clamp(0, spec.seqlen_k).int())
 
 
 class Intervals(NamedTuple):

@@ -13,7 +13,7 @@ import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 
 from ...host.torch_state import eager
-from ...problem.masks import KeyLengths, KeyPadding, private
+from ...problem.ragged import KeyLengths, KeyPadding, private
 from .heads import neighbours
 
 

@@ -8,11 +8,11 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend
 
 from ...host.torch_state import eager, readable
-from ...problem.masks import Mask, Padding
+from ...problem.masks import Mask
+from ...problem.ragged import Padding
 from ...problem.scores import narrowed
 from ...problem.spec import AttentionSpec
 from ..base import FEATURES, HALF, Backend, Limits, Serve
-from ..rewrites.compact import validity
 from ..rewrites.grouped import fold, fold_table, folds, unfold
 from .packed import attend_in_place, attend_packed, packs
 from .pieces import Item, cut, keep_all, slices
@@ -120,7 +120,7 @@ def together(spec: AttentionSpec) -> Tensor | None:
 
 def added(spec: AttentionSpec) -> Tensor:
     """Padding as the numbers that SDPA would make of it in each call, in rows that its kernels need not copy."""
-    valid = validity(spec.mask, spec)
+    valid = spec.valid_keys()
     assert valid is not None
     whole = -(-spec.seqlen_k // ALIGNED) * ALIGNED
     table = torch.zeros(spec.batch, 1, 1, whole, dtype=spec.dtype, device=spec.device)[..., : spec.seqlen_k]
