@@ -166,7 +166,7 @@ class TestFlashWrapper:
         found = has_flash_attention()
         assert isinstance(found, bool)
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        reasons = [backends.get(name).unavailable(device) for name in backends.FAMILIES["flash_attn"]]
+        reasons = [backends.get(name).why_not_here(device) for name in backends.FAMILIES["flash_attn"]]
         assert found == (None in reasons)
         if not torch.cuda.is_available():
             assert found is False

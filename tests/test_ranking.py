@@ -106,7 +106,7 @@ def test_our_own_say_the_same_of_problems_with_one_outline(spec: AttentionSpec, 
     assert twin.outline == outline
     if cuda:
         spec, twin = (on_cuda(one, dtype=torch.bfloat16) for one in (spec, twin))
-    assert [get(name).unsupported(spec) for name in BUILT_IN] == [get(name).unsupported(twin) for name in BUILT_IN]
+    assert [get(name).why_not(spec) for name in BUILT_IN] == [get(name).why_not(twin) for name in BUILT_IN]
     with on():
         assert order(spec) == order(twin)
     if grad != spec.needs_grad:
@@ -115,8 +115,8 @@ def test_our_own_say_the_same_of_problems_with_one_outline(spec: AttentionSpec, 
 
 def test_padding_is_judged_once_and_again_under_another_list(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
-    judge = type(get("sdpa")).unsupported
-    monkeypatch.setattr(type(get("sdpa")), "unsupported", lambda *this: [asked.append(1), judge(*this)][1])
+    judge = type(get("sdpa")).why_not
+    monkeypatch.setattr(type(get("sdpa")), "why_not", lambda *this: [asked.append(1), judge(*this)][1])
 
     def padded(value: bool) -> AttentionSpec:
         return AttentionSpec(2, 37, 37, 2, 2, 8, 8, mask=KeyPadding(torch.full((2, 37), value)))
@@ -262,7 +262,7 @@ def test_what_was_remembered_holds_for_its_switches_alone() -> None:
 def served(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Every backend serves every problem inside its limits, as on a machine with all packages."""
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    with everywhere(reason=lambda backend, spec: backend.unsupported(spec)):
+    with everywhere(reason=lambda backend, spec: backend.why_not(spec)):
         yield
 
 
@@ -281,7 +281,7 @@ def passing(backend_name: str, why: str | None = None, **more: Any) -> type[Back
         limits = Limits(devices=(), dtypes=(torch.bfloat16, torch.float32), features=ALL)
         compiled = why is None
 
-        def unready(self, spec: AttentionSpec) -> str | None:
+        def must_compile(self, spec: AttentionSpec) -> str | None:
             return None if type(self).compiled else why
 
         def __call__(self, q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> Tensor:
@@ -364,10 +364,10 @@ def test_a_shared_problem_stays_with_whom_it_was_given(slow: Any) -> None:
 
 @given(spec=specs(), waits=st.sets(st.sampled_from(BUILT_IN[:-1])), worth=st.sampled_from((0.0, 1e30)))
 def test_explain_says_what_choose_does_whoever_compiles(spec: AttentionSpec, waits: set[str], worth: float) -> None:
-    def unready(backend: Backend, spec: AttentionSpec) -> str | None:
+    def must_compile(backend: Backend, spec: AttentionSpec) -> str | None:
         return WHY if backend.name in waits else None
 
-    with everywhere(unready=unready, WORTH=worth):
+    with everywhere(must_compile=must_compile, WORTH=worth):
         said, got = explain(spec), choose(spec).name
         able = [name for name in order(spec) if reason(flashmha.backends.get(name), spec) is None]
         assert said.chosen == got and said.rows[got] == "chosen"

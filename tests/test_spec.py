@@ -62,9 +62,9 @@ def problem(**changes: Any) -> AttentionSpec:
 
 @pytest.mark.parametrize("name", FLASH)
 def test_flash_attn_serves_the_usual_problem(name: str) -> None:
-    assert get(name).unsupported(problem()) is None
-    assert get(name).unsupported(problem(mask=causal(), heads_kv=2, needs_grad=True)) is None
-    assert get(name).unsupported(problem(mask=Window(16, 0), softcap=20.0)) is None
+    assert get(name).why_not(problem()) is None
+    assert get(name).why_not(problem(mask=causal(), heads_kv=2, needs_grad=True)) is None
+    assert get(name).why_not(problem(mask=Window(16, 0), softcap=20.0)) is None
 
 
 refused: dict[str, tuple[tuple[str, ...], dict[str, Any], str]] = {
@@ -158,30 +158,28 @@ refused: dict[str, tuple[tuple[str, ...], dict[str, Any], str]] = {
 def test_flash_attn_refuses_with_the_value_and_the_limit(name: str) -> None:
     who, changes, reason = refused[name]
     for backend in who:
-        said = get(backend).unsupported(problem(**changes))
+        said = get(backend).why_not(problem(**changes))
         assert said is not None and reason in said, f"{backend} said {said!r}"
 
 
 def test_flash2_takes_what_the_others_lack() -> None:
-    assert (
-        get("flash2").unsupported(problem(dropout_p=0.1, bias=ALiBi(torch.ones(8)), head_dim=36, head_dim_v=36)) is None
-    )
+    assert get("flash2").why_not(problem(dropout_p=0.1, bias=ALiBi(torch.ones(8)), head_dim=36, head_dim_v=36)) is None
 
 
 @pytest.mark.parametrize("name", FLASH)
 @pytest.mark.parametrize("mask", (KeyLengths(torch.tensor([3, 5])), KeyPadding(torch.ones(2, 128, dtype=torch.bool))))
 @pytest.mark.parametrize("needs_grad", (False, True))
 def test_every_flash_attn_takes_padding_alone(name: str, mask: Any, needs_grad: bool) -> None:
-    assert get(name).unsupported(problem(mask=mask, needs_grad=needs_grad)) is None
+    assert get(name).why_not(problem(mask=mask, needs_grad=needs_grad)) is None
 
 
 def test_flex_names_its_limits_on_each_device() -> None:
     flex, cpu = get("flex"), torch.device("cpu")
-    assert flex.unsupported(problem(dtype=torch.float32, needs_grad=True)) is None
-    assert flex.unsupported(problem(device=cpu, needs_grad=True)) == "no backward on cpu"
-    assert flex.unsupported(problem(head_dim=8, head_dim_v=8)) == "head_dim=8 (at least 16 on cuda)"
-    assert flex.unsupported(problem(device=cpu, head_dim=8, head_dim_v=8)) is None
-    assert flex.unsupported(problem(dropout_p=0.5)) == "no dropout"
+    assert flex.why_not(problem(dtype=torch.float32, needs_grad=True)) is None
+    assert flex.why_not(problem(device=cpu, needs_grad=True)) == "no backward on cpu"
+    assert flex.why_not(problem(head_dim=8, head_dim_v=8)) == "head_dim=8 (at least 16 on cuda)"
+    assert flex.why_not(problem(device=cpu, head_dim=8, head_dim_v=8)) is None
+    assert flex.why_not(problem(dropout_p=0.5)) == "no dropout"
 
 
 @pytest.mark.parametrize("name", names())
@@ -193,7 +191,7 @@ def test_limits_and_reasons_say_the_same(name: str, data: st.DataObject) -> None
     everywhere = dataclasses.replace(limits, not_on={})
     spec = data.draw(specs(limits=everywhere, head_dims=(8, 16, 64)))
     spec = dataclasses.replace(spec, device=device)  # its tensors stay on the CPU: nobody reads them
-    said = get(name).unsupported(spec) or ""
+    said = get(name).why_not(spec) or ""
     assert not any(f"no {feature}" in said for feature in FEATURES), said
     assert "dtype" not in said and "device" not in said and "batch" not in said
 
@@ -206,14 +204,14 @@ def test_a_reason_appears_for_every_feature_taken_away(spec: AttentionSpec) -> N
             (type(get("naive")),),
             {"limits": dataclasses.replace(get("naive").limits, features=frozenset(FEATURES) - {feature})},
         )()
-        assert lacking.unsupported(spec) == f"no {feature}"
+        assert lacking.why_not(spec) == f"no {feature}"
 
 
 def test_no_gpu_is_a_reason_and_not_a_crash() -> None:
     if torch.cuda.is_available():
         return
     for name in FLASH:
-        assert get(name).unavailable(torch.device("cuda")) == "no CUDA device (torch.cuda.is_available() is False)"
+        assert get(name).why_not_here(torch.device("cuda")) == "no CUDA device (torch.cuda.is_available() is False)"
 
 
 @given(seed=seeds())
@@ -447,7 +445,7 @@ def test_the_log_sum_exp_of_a_blind_row_is_its_sink(name: str) -> None:
     sinks = torch.tensor([0.5, -2.0])
     spec = AttentionSpec.of(q, q, q, mask=KeyPadding(torch.zeros(1, 3, dtype=torch.bool)), sinks=sinks, need_lse=True)
     backend = get(name)
-    if backend.unsupported(spec) or backend.unavailable(spec.device):
+    if backend.why_not(spec) or backend.why_not_here(spec.device):
         pytest.skip("does not serve it here")
     out, lse = backend(q, q, q, spec)
     assert not out.any() and torch.equal(lse, sinks[None, :, None].expand(1, 2, 3))

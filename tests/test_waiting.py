@@ -43,7 +43,7 @@ def fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[Waits]:
     monkeypatch.setattr(get("flash4"), "compiled", set())
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     chosen.clear()
-    here = {"reason": lambda backend, spec: backend.unsupported(spec), "absent": lambda backend, spec: None}
+    here = {"reason": lambda backend, spec: backend.why_not(spec), "absent": lambda backend, spec: None}
     with everywhere(loss=lambda spec: 0.5, waits=made, **here):
         yield made
     chosen.clear()
@@ -184,7 +184,7 @@ def test_checkpoints_of_a_training_save_what_their_forward_saved() -> None:
         limits = Limits(devices=("cpu",), dtypes=(torch.float32,), features=frozenset(flashmha.backends.FEATURES))
         compiled = False
 
-        def unready(self, spec: AttentionSpec) -> str | None:
+        def must_compile(self, spec: AttentionSpec) -> str | None:
             return None if type(self).compiled else WHY
 
         def __call__(self, q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> Tensor:

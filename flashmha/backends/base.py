@@ -5,8 +5,8 @@ A backend is one self-contained file with one class. It imports neither another 
 The contract, version 1. A backend may rely on this, and whatever breaks it gets another number:
 
 - The class is made without arguments, once, when it is registered.
-- ``__call__`` sees only problems for which ``unsupported(spec)``, ``unavailable(spec.device)`` and ``unbuilt(spec)``
-  all gave ``None``; ``unbuilt`` is asked only where the other two did.
+- ``__call__`` sees only problems for which ``why_not(spec)``, ``why_not_here(spec.device)`` and ``why_not_built(spec)``
+  all gave ``None``; ``why_not_built`` is asked only where the other two did.
 - ``spec`` describes q, k and v exactly and is checked: one dtype and device, heads a multiple of heads_kv, a mask and
   biases that fit. q, k and v are ``(batch, seqlen, heads, head_dim)`` with any strides and must not be written to.
 - ``spec.features`` is a subset of ``limits.features`` on that device. A feature that a later release adds is a new
@@ -113,7 +113,7 @@ class Limits:
         if unknown:
             raise ValueError(f"features must be among {', '.join(FEATURES)}, got {', '.join(unknown)}.")
 
-    def refusals_on(self, capability: tuple[int, int], features: frozenset[str]) -> list[str]:
+    def exceeded_on(self, capability: tuple[int, int], features: frozenset[str]) -> list[str]:
         """One phrase for each reason that speaks against a CUDA compute capability, of a GPU that need not be here."""
         found = []
         if self.capability is not None and capability[0] not in self.capability:
@@ -157,17 +157,17 @@ class Backend(abc.ABC):
     tolerance: ClassVar[tuple[float, float]] = (2.0, 3.0)
     """How much worse than a plain computation in the same dtype it may be: the output, and gradients."""
 
-    def unavailable(self, device: torch.device) -> str | None:
+    def why_not_here(self, device: torch.device) -> str | None:
         """Why this machine cannot run it on this device; ``None`` where it can."""
         if self.limits.devices and device.type not in self.limits.devices:
             return f"device {device.type} (only {', '.join(self.limits.devices)})"
         return None
 
-    def unbuilt(self, spec: AttentionSpec) -> str | None:
+    def why_not_built(self, spec: AttentionSpec) -> str | None:
         """Why the installed build cannot serve a problem the package can; asked only where it is available."""
         return None
 
-    def unready(self, spec: AttentionSpec) -> str | None:
+    def must_compile(self, spec: AttentionSpec) -> str | None:
         """Why a call would wait for a compiler first; ``None`` where the kernel is there.
 
         Automatic choice asks, so that a short problem goes to somebody who is ready; who was named compiles.
@@ -182,12 +182,12 @@ class Backend(abc.ABC):
         """Where compiled kernels outlive the process, or what turns that on; ``None`` where there is nothing to say."""
         return None
 
-    def unsupported(self, spec: AttentionSpec) -> str | None:
+    def why_not(self, spec: AttentionSpec) -> str | None:
         """Why it cannot serve this problem, out of ``limits``; ``None`` where it can. Pure: it looks at no machine."""
-        reasons = self.refusals(spec)
+        reasons = self.limits_exceeded(spec)
         return "; ".join(reasons) if reasons else None
 
-    def refusals(self, spec: AttentionSpec) -> list[str]:
+    def limits_exceeded(self, spec: AttentionSpec) -> list[str]:
         """One phrase for each limit the problem passes; extend it for the odd rule."""
         limits = self.limits
         reasons: list[str] = []
@@ -205,9 +205,9 @@ class Backend(abc.ABC):
             reasons.append(f"no {', no '.join(missing)}{where}")
         if spec.aten_only and not limits.aten:
             reasons.append("not made of PyTorch operators alone (export, torch.func or a tensor subclass wants that)")
-        return reasons + self.refusals_of_sizes(spec) if limits.sized or not spec.head_dim else reasons
+        return reasons + self.sizes_exceeded(spec) if limits.sized or not spec.head_dim else reasons
 
-    def refusals_of_sizes(self, spec: AttentionSpec) -> list[str]:
+    def sizes_exceeded(self, spec: AttentionSpec) -> list[str]:
         """One phrase for each size out of ``limits``."""
         limits = self.limits
         reasons: list[str] = []

@@ -44,7 +44,7 @@ class Flex(Backend):
     def __init__(self) -> None:
         self.kernels = Kernels()
 
-    def unready(self, spec: AttentionSpec) -> str | None:
+    def must_compile(self, spec: AttentionSpec) -> str | None:
         if not fuses(spec) or self.kernels.serve(problem_key(spec)):
             return None
         return "not compiled for this shape yet (some seconds)"
@@ -52,8 +52,8 @@ class Flex(Backend):
     def kernel_key(self, spec: AttentionSpec) -> Hashable:
         return problem_key(spec)
 
-    def refusals(self, spec: AttentionSpec) -> list[str]:
-        reasons = super().refusals(spec)
+    def limits_exceeded(self, spec: AttentionSpec) -> list[str]:
+        reasons = super().limits_exceeded(spec)
         smallest = min(spec.head_dim, spec.head_dim_v)
         if spec.device.type != "cpu" and smallest < self.head_dim_min_gpu:
             reasons.append(f"head_dim={smallest} (at least {self.head_dim_min_gpu} on {spec.device.type})")

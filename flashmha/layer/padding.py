@@ -85,7 +85,7 @@ def packs(layer: Any, call: Reading) -> bool:
     """A kernel for packed documents runs on this GPU and in the dtype of the layer's heads."""
     device, dtype, size = call.query.device, computed_in(call.query), layer.embed_dim // layer.num_heads
     able = (get(name) for name in expand("flash_attn"))
-    if any(dtype in kernel.limits.dtypes and kernel.unavailable(device) is None for kernel in able):
+    if any(dtype in kernel.limits.dtypes and kernel.why_not_here(device) is None for kernel in able):
         return True
     whole = all(part.feature != "window" for part in parts(call.mask)) and layer.window is None
     return whole and takes_packed(dtype, size) and runs_packed(size, device.index)

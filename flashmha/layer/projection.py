@@ -82,7 +82,7 @@ def by_one_matrix(
 
 def joins(packed: Tensor) -> bool:
     """Gradients of these heads may come side by side: flash-attn 4 is here, which writes them so, and it pays."""
-    return spares(packed) and get("flash4").unavailable(packed.device) is None
+    return spares(packed) and get("flash4").why_not_here(packed.device) is None
 
 
 def swapped(x: Tensor) -> Tensor:

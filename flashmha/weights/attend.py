@@ -135,7 +135,7 @@ def asking(spec: AttentionSpec, backend: Backend) -> AttentionSpec:
     if known is not None and known[0] is backend:
         return known[1]
     found = spec.with_lse() if spec.bias is None else spec
-    if backend.unsupported(found) is not None or backend.unbuilt(found) is not None:
+    if backend.why_not(found) is not None or backend.why_not_built(found) is not None:
         found = spec
     if spec.shared:
         if len(remembered) >= SHARED:

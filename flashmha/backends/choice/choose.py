@@ -13,13 +13,13 @@ from .memory import keep, kept
 from .order import order
 from .ranking import LAST
 from .registry import expand
-from .waiting import WAITS, capturing, keeps, kernel_of, known_wait, long, loss, movable, unready
+from .waiting import WAITS, capturing, keeps, kernel_of, known_wait, long, loss, movable, must_compile
 from .wishes import Wanted, asked
 
 
 def reason(backend: Backend, spec: AttentionSpec) -> str | None:
     """Why a backend cannot serve a problem here and now; ``None`` where it can."""
-    return backend.unsupported(spec) or backend.unavailable(spec.device) or backend.unbuilt(spec)
+    return backend.why_not(spec) or backend.why_not_here(spec.device) or backend.why_not_built(spec)
 
 
 def choose(spec: AttentionSpec, wanted: Wanted = None, calls: int = 1) -> Backend:
@@ -74,7 +74,7 @@ def pick(spec: AttentionSpec, reasons: dict[str, str]) -> tuple[Backend | None, 
         backend = registry.entries[name]
         why = reason(backend, spec)
         if why is None:
-            compiles = unready(backend, spec)
+            compiles = must_compile(backend, spec)
             if compiles is None and (waiting is None or name != LAST):
                 return backend, None, None if waiting is None else waiting[0]
             if compiles is None:

@@ -11,7 +11,7 @@ from ..compiling import Wait
 from ..sdpa.switches import switches
 from . import registry, tuned
 from .builtin import OWN
-from .waiting import WAITS, capturing, keeps, loss, movable, unready
+from .waiting import WAITS, capturing, keeps, loss, movable, must_compile
 
 
 class Choice(NamedTuple):
@@ -56,7 +56,7 @@ def keep(spec: AttentionSpec, backend: Backend, reasons: dict[str, str], wait: W
     stays = keeps()
     if not spec.shared:
         asked = (backend, *(registry.entries[other] for other in reasons))
-        if any(type(one) not in OWN for one in asked) or unready(backend, spec) is not None:
+        if any(type(one) not in OWN for one in asked) or must_compile(backend, spec) is not None:
             return
         waited = wait is None and not stays and any(why.startswith(WAITS) for why in reasons.values())
         if waited or any("out of memory" in why for why in reasons.values()):

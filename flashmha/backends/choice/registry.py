@@ -100,7 +100,7 @@ def made(backend: object) -> Backend:
     return instance
 
 
-QUESTIONS = ("unavailable", "unsupported", "unbuilt", "unready", "on_disk")
+QUESTIONS = ("why_not_here", "why_not", "why_not_built", "must_compile", "on_disk")
 """What a backend is asked beside others, which its faults must not reach."""
 
 

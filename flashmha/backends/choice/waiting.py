@@ -55,9 +55,9 @@ WAITS = "not compiled yet"
 """What is said of a backend that was passed over."""
 
 
-def unready(backend: Backend, spec: AttentionSpec) -> str | None:
+def must_compile(backend: Backend, spec: AttentionSpec) -> str | None:
     """What a backend has to compile before it serves a problem; inside another graph that is part of compiling it."""
-    return None if spec.aten_only or torch.compiler.is_compiling() else backend.unready(spec)
+    return None if spec.aten_only or torch.compiler.is_compiling() else backend.must_compile(spec)
 
 
 def kernel_of(backend: Backend, spec: AttentionSpec) -> Hashable:
@@ -78,7 +78,7 @@ def movable(spec: AttentionSpec) -> bool:
 
 def still(wait: Wait, spec: AttentionSpec) -> dict[str, str]:
     """Why a problem that was chosen for before is not served by the backend that it waits for."""
-    compiles = unready(registry.entries[wait.backend], spec)
+    compiles = must_compile(registry.entries[wait.backend], spec)
     return {} if compiles is None else {wait.backend: f"{WAITS}: {compiles}; {wait}"}
 
 

@@ -47,10 +47,10 @@ class Sdpa(Backend):
         aten=True,
     )
 
-    def refusals(self, spec: AttentionSpec) -> list[str]:
-        reasons = super().refusals(spec)
+    def limits_exceeded(self, spec: AttentionSpec) -> list[str]:
+        reasons = super().limits_exceeded(spec)
         if spec.need_lse:
-            reasons += refusals_of_lse(spec)
+            reasons += limits_of_lse(spec)
         if spec.device.type == "cuda" and needs_tensor(spec) and not kernels_for_masks():
             reasons.append("only cuDNN is enabled, which must not see a mask (pytorch#196678)")
         elif spec.device.type == "cuda" and spec.mask is None and overflows(spec) and not kernels_for_masks():
@@ -270,7 +270,7 @@ def attend_with_lse(
     return out.transpose(1, 2), lse
 
 
-def refusals_of_lse(spec: AttentionSpec) -> list[str]:
+def limits_of_lse(spec: AttentionSpec) -> list[str]:
     """What the CPU kernel cannot do where SDPA would take another one."""
     reasons = []
     if spec.dropout_p > 0.0:
