@@ -37,8 +37,8 @@ from flashmha import (
 )
 from flashmha.backends import choose, explain, get, names, order, register, unregister
 from flashmha.backends.choice import ranking, tuned
-from flashmha.backends.choice.choose import reason
-from flashmha.backends.choice.memory import chosen
+from flashmha.backends.choice.choose import choices, reason
+from flashmha.backends.choice.memory import key_of
 from flashmha.backends.choice.ranking import KINDS, MODES, TABLE, Row, agreed, combined, derive, kind
 from flashmha.backends.choice.waiting import long
 from flashmha.backends.compiling import Waits
@@ -65,10 +65,10 @@ def untuned(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """No tuned table, before and after."""
     monkeypatch.delenv(tuned.VARIABLE, raising=False)
     monkeypatch.setattr(tuned, "state", tuned.Tuned())
-    chosen.clear()
+    choices.clear()
     with everywhere(waits=Waits()):
         yield
-    chosen.clear()
+    choices.clear()
 
 
 def problem(seqlen: int = 128, batch: int = 2, **changes: Any) -> AttentionSpec:
@@ -126,7 +126,7 @@ def test_padding_is_judged_once_and_again_under_another_list(monkeypatch: pytest
     register(passing("curious"), before="sdpa")
     try:
         assert [choose(padded(True)).name for _ in range(3)] == ["curious"] * 3
-        assert not any(entry[3].name == "curious" for entry in chosen.values()), "it may look at the tensors"
+        assert not choices.get(key_of(padded(True))), "it may look at the tensors"
     finally:
         unregister("curious")
     assert [choose(padded(True)).name for _ in range(2)] == ["sdpa"] * 2
@@ -247,10 +247,10 @@ def test_what_was_remembered_holds_for_its_switches_alone() -> None:
             assert choose(spec).name == "sdpa"
             assert explain(spec).chosen == "sdpa"
         assert choose(spec).name == "flash4"
-        remembered = chosen[spec]
+        remembered = choices.get(spec)
         torch.use_deterministic_algorithms(True)
         try:
-            assert choose(spec).name == "flash4" and chosen[spec] is not remembered, "it was asked anew"
+            assert choose(spec).name == "flash4" and choices.get(spec) is not remembered, "it was asked anew"
         finally:
             torch.use_deterministic_algorithms(False)
 
@@ -367,7 +367,7 @@ def test_explain_says_what_choose_does_whoever_compiles(spec: AttentionSpec, wai
     def must_compile(backend: Backend, spec: AttentionSpec) -> str | None:
         return WHY if backend.name in waits else None
 
-    with everywhere(must_compile=must_compile, WORTH=worth):
+    with everywhere(compiled_first=must_compile, WORTH=worth):
         said, got = explain(spec), choose(spec).name
         able = [name for name in order(spec) if reason(flashmha.backends.get(name), spec) is None]
         assert said.chosen == got and said.rows[got] == "chosen"

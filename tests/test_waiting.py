@@ -23,7 +23,7 @@ import flashmha
 from flashmha import AttentionSpec, Backend, Documents, KeyLengths, KeyPadding, Limits, causal
 from flashmha.backends import choose, compiling, explain, get, register, unregister, use_backend
 from flashmha.backends.choice import ranking
-from flashmha.backends.choice.memory import chosen
+from flashmha.backends.choice.choose import choices
 from flashmha.backends.choice.waiting import VARIABLE, long, loss
 from flashmha.backends.compiling import Wait, Waits
 from flashmha.testing import specs
@@ -42,11 +42,11 @@ def fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[Waits]:
     made = Waits()
     monkeypatch.setattr(get("flash4"), "compiled", set())
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    chosen.clear()
+    choices.clear()
     here = {"reason": lambda backend, spec: backend.why_not(spec), "absent": lambda backend, spec: None}
     with everywhere(loss=lambda spec: 0.5, waits=made, **here):
         yield made
-    chosen.clear()
+    choices.clear()
 
 
 @pytest.fixture
@@ -82,7 +82,7 @@ def until(spec: AttentionSpec, most: int = 50) -> int:
 @given(lost=st.sampled_from((0.05, 0.3, 0.5, 1.0, 5.0)), seconds=st.sampled_from((0.5, 2.0, 3.3)))
 def test_a_kernel_is_compiled_once_it_has_cost_more_than_compiling(name: str, lost: float, seconds: float) -> None:
     spec, cost = PROBLEMS[name], seconds * (2 if PROBLEMS[name].needs_grad else 1)
-    chosen.clear()
+    choices.clear()
     with (
         on(),
         everywhere(loss=lambda spec: lost, waits=Waits()),
@@ -290,7 +290,8 @@ def test_a_call_that_waits_costs_a_few_steps_more(fresh: Waits) -> None:
     with on():
         for spec in (waits, ready):
             choose(spec)
-        assert chosen[waits].wait is not None and chosen[ready].wait is None
+        kept = [choices.get(spec) for spec in (waits, ready)]
+        assert kept[0].wait is not None and kept[1].wait is None
         assert steps(waits) <= steps(ready) + 3
 
 

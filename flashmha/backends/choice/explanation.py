@@ -8,8 +8,7 @@ from ...problem.spec import AttentionSpec
 from ...problem.wording import lines
 from ..base import Backend, written
 from . import registry, tuned
-from .choose import pick, reason
-from .memory import kept
+from .choose import chosen_before, pick, reason
 from .order import order
 from .registry import expand, names
 from .waiting import still
@@ -58,7 +57,7 @@ def explain(spec: AttentionSpec, wanted: Wanted = None, capability: tuple[int, i
     notes: list[str] = []
     found: Backend | None = None
     if named is None:
-        before = kept(spec)
+        before = chosen_before(spec)
         if before is not None:
             found = before.backend
             if before.wait is not None:

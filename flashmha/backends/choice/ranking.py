@@ -18,6 +18,7 @@ from ...host.machine import graphics
 from ...problem.masks import Documents, find
 from ...problem.spec import AttentionSpec
 from ..base import HALF
+from . import registry
 
 KINDS = ("dense", "causal", "padded", "padded causal", "window", "documents", "decode", "mask tensor")
 """Kinds of problems that are measured; nothing is known about the others."""
@@ -35,7 +36,7 @@ WORTH = 1e11
 """Operations of a forward from which a kernel is worth seconds of compiling: a fifth of a millisecond on an H200, so
 that a tenth of it, in every layer and step, brings the seconds back within an epoch."""
 LAST = "naive"
-"""Holds every score in memory, so that no measurement puts it in front of anybody."""
+"""The definition, against which answers are held."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -261,7 +262,7 @@ def agreed(cells: Sequence[dict[str, Any]]) -> tuple[str, ...] | None:
 
     Where the times leave a choice the order of the list stays; ``None`` where they leave none.
     """
-    left = list(dict.fromkeys(name for cell in cells for name in cell["us"] if name != LAST))
+    left = list(dict.fromkeys(name for cell in cells for name in cell["us"] if is_ranked(name)))
     order: list[str] = []
     while left:
         for name in left:
@@ -272,6 +273,11 @@ def agreed(cells: Sequence[dict[str, Any]]) -> tuple[str, ...] | None:
         order.append(name)
         left.remove(name)
     return tuple(order)
+
+
+def is_ranked(name: str) -> bool:
+    """A name of a table is ranked: not that of a backend which holds every score."""
+    return name not in registry.entries or not registry.entries[name].holds_scores
 
 
 def beaten(name: str, other: str, cell: dict[str, Any]) -> bool:

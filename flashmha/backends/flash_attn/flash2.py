@@ -26,7 +26,7 @@ class Flash2(FlashAttn):
     Source: Dao, "FlashAttention-2" (2023); signatures of flash-attn 2.8.3.
     """
 
-    name = "flash2"
+    name = measured_as = "flash2"
     distribution = "flash-attn"
     install = "pip install flash-attn --no-build-isolation"
     keywords = ("dropout_p", "softmax_scale", "causal", "window_size", "softcap", "alibi_slopes", "deterministic")

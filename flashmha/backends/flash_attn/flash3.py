@@ -34,7 +34,7 @@ class Flash3(FlashAttn):
     Source: Shah et al., "FlashAttention-3" (2024); signatures of the ``hopper`` folder of flash-attention 2.8.4.
     """
 
-    name = "flash3"
+    name = measured_as = "flash3"
     distribution = "flash_attn_3"
     install = "build the hopper folder of flash-attention (forward only: pip install fa3-fwd)"
     keywords = ("softmax_scale", "causal", "window_size", "softcap")

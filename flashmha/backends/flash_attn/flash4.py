@@ -38,7 +38,7 @@ class Flash4(FlashAttn):
     public functions, which cannot be traced, nor told where gradients go.
     """
 
-    name = "flash4"
+    name = measured_as = "flash4"
     distribution = "flash-attn-4"
     install = "pip install --pre flash-attn-4"
     compiles = "kinds"

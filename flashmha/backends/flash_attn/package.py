@@ -31,6 +31,8 @@ class FlashAttn(Backend):
     how to call it (``__call__``).
     """
 
+    family = "flash_attn"
+    judges_by_outline = results_checked = yields_small_weights = True
     distribution: ClassVar[str]
     keywords: ClassVar[tuple[str, ...]]
 
@@ -55,6 +57,9 @@ class FlashAttn(Backend):
         if reason is not None:
             return reason
         return probe(self.name, device.index)
+
+    def runs_packed(self, dtype: torch.dtype, head_dim: int, device: torch.device, windowed: bool = False) -> bool:
+        return self.limits.takes_heads(dtype, head_dim) and self.why_not_here(device) is None
 
     def limits_exceeded(self, spec: AttentionSpec) -> list[str]:
         reasons = super().limits_exceeded(spec)

@@ -15,7 +15,7 @@ from ..base import FEATURES, HALF, Backend, Limits, Serve
 from ..rewrites.compact import validity
 from ..rewrites.documents import offsets_in_place
 from ..rewrites.grouped import fold, fold_table, folds, unfold
-from .packed import attend_packed, packs, varlen
+from .packed import attend_packed, packs, runs_packed, takes_packed, varlen
 from .pieces import Item, cut, keep_all, slices
 from .switches import by_math, kernels_for_masks, only, switches, without_cudnn
 
@@ -38,7 +38,9 @@ class Sdpa(Backend):
     of NVIDIA's documents, and padding as documents, go to torch's own flash-attn 2 in half precision.
     """
 
-    name = "sdpa"
+    name = measured_as = "sdpa"
+    obeys_switches = launched_by_cpp = True
+    judges_by_outline = results_checked = yields_small_weights = True
     limits = Limits(
         devices=(),
         dtypes=(torch.float64, torch.float32, torch.bfloat16, torch.float16),
@@ -64,6 +66,12 @@ class Sdpa(Backend):
                 "makes the fused ones deterministic)"
             )
         return reasons
+
+    def builds_mask(self, spec: AttentionSpec) -> bool:
+        return spec.device.type != "cpu" and not MASKED.isdisjoint(spec.features) and not packs(spec)
+
+    def runs_packed(self, dtype: torch.dtype, head_dim: int, device: torch.device, windowed: bool = False) -> bool:
+        return not windowed and takes_packed(dtype, head_dim) and runs_packed(head_dim, device.index)
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> Tensor | tuple[Tensor, Tensor]:
         if q.is_cuda:
@@ -99,6 +107,10 @@ class Sdpa(Backend):
 
                 return serve
         return super().prepare(spec)
+
+
+MASKED = frozenset(("window", "documents", "softcap"))
+"""Where SDPA makes a dense mask on a GPU unless it packs documents, or does nothing."""
 
 
 def dense(spec: AttentionSpec) -> Tensor | None:
