@@ -322,18 +322,20 @@ def test_a_list_that_changes_while_a_choice_is_made_is_not_missed() -> None:
 # The contract
 
 
-def example() -> type[Backend]:
-    """The class in the docstring of ``Backend``."""
+def example(block: int = 128) -> type[Backend]:
+    """The class in the docstring of ``Backend``, with so many keys in a block."""
     text = inspect.getdoc(Backend) or ""
     lines = text.split("::\n", 1)[1].split("\n**The contract", 1)[0].splitlines()
     made: dict[str, Any] = {}
-    exec("\n".join(line.removeprefix("    ") for line in lines), made)
+    assert sum("128" in line for line in lines) == 2
+    exec("\n".join(line.removeprefix("    ").replace("128", str(block)) for line in lines), made)
     kind: type[Backend] = made["Blockwise"]
     return kind
 
 
-def test_the_example_in_the_contract_serves_what_it_says() -> None:
-    kind = example()
+@pytest.mark.parametrize("block", (128, 3))
+def test_the_example_in_the_contract_serves_what_it_says(block: int) -> None:
+    kind = example(block)
     try:
         assert names()[-1] == "blockwise" and type(get("blockwise")) is kind
 
@@ -352,7 +354,7 @@ def test_the_contract_names_every_question() -> None:
         thing = getattr(Backend, name)
         assert inspect.getdoc(thing), name
         assert name in text or name == "on_disk", name
-    source = Path(inspect.getfile(AttentionSpec)).parents[1].joinpath("backends", "base.py").read_text(encoding="utf-8")
+    source = Path(flashmha.backends.__file__).with_name("base.py").read_text(encoding="utf-8")
     for name in FACTS:
         if name not in ("name", "limits"):
             assert f"    {name}: ClassVar" in source, name

@@ -175,23 +175,21 @@ class Backend(abc.ABC):
             limits = Limits(
                 devices=("cpu", "cuda"),
                 dtypes=(torch.float32, torch.float64),
-                features=frozenset({"backward", "causal", "window", "key_lengths", "key_padding", "bias", "lse"}),
+                features=frozenset({"causal", "window", "key_lengths", "key_padding", "documents", "lse"}),
             )
 
             def __call__(self, q, k, v, spec):
                 rows = (spec.batch, spec.heads, spec.seqlen_q, 1)
-                lse, out = q.new_full(rows, float("-inf")), q.new_zeros(*rows[:3], spec.head_dim_v)
+                lse, out = q.new_full(rows, float("-inf")), q.new_zeros(*rows[:3], spec.head_dim)
                 for start in range(0, spec.seqlen_k, 128):
                     keys = range(start, min(start + 128, spec.seqlen_k))
-                    k_block, v_block = k[:, start : keys.stop], v[:, start : keys.stop]
+                    k_block, v_block = k[:, keys.start : keys.stop], v[:, keys.start : keys.stop]
                     score = torch.einsum("bqhd,bkhd->bhqk", q, k_block) * spec.scale
-                    bias, allowed = spec.added(keys=keys), spec.allowed(keys=keys)
-                    if bias is not None:
-                        score = score + bias.to(score.dtype)
+                    allowed = spec.allowed(keys=keys)
                     if allowed is not None:
                         score = score.masked_fill(~allowed, float("-inf"))
                     total = torch.logaddexp(lse, score.logsumexp(-1, keepdim=True))
-                    shift = total.masked_fill(total == float("-inf"), 0.0)  # a row that may look at nothing yet
+                    shift = total.masked_fill(total == float("-inf"), 0.0)  # rows that may look at nothing so far
                     out = out * (lse - shift).exp() + (score - shift).exp() @ v_block.transpose(1, 2)
                     lse = total
                 out = out.transpose(1, 2)

@@ -89,15 +89,23 @@ class Mask(abc.ABC):
     __rand__ = __and__
 
     def materialize(
-        self, batch: int, heads: int, seqlen_q: int, seqlen_k: int, device: torch.device | str | None = None
+        self,
+        batch: int,
+        heads: int,
+        seqlen_q: int,
+        seqlen_k: int,
+        device: torch.device | str | None = None,
+        queries: range | None = None,
+        keys: range | None = None,
     ) -> Tensor:
         """The mask as a bool tensor that broadcasts to (batch, heads, seqlen_q, seqlen_k).
 
-        Axes on which no rule depends have size 1. Without a ``device`` it is made where the mask's tensors are.
+        Axes on which no rule depends have size 1. Without a ``device`` it is made where the mask's tensors are. Of a
+        range of queries or keys no more is made than broadcasts to it.
         """
         device = home(self.tensors()) if device is None else device
         documents = find(self, Documents)
-        tables = [part.dense(batch, heads, seqlen_q, seqlen_k, device, documents) for part in self.parts]
+        tables = [part.dense(batch, heads, seqlen_q, seqlen_k, device, documents, queries, keys) for part in self.parts]
         return functools.reduce(operator.and_, tables)
 
     def dense(
@@ -108,9 +116,12 @@ class Mask(abc.ABC):
         seqlen_k: int,
         device: torch.device | str | None,
         documents: Documents | None,
+        queries: range | None = None,
+        keys: range | None = None,
     ) -> Tensor:
-        """One rule evaluated on the whole index grid."""
-        return self.mask_mod(seqlen_q, seqlen_k, documents)(*index_grid(batch, heads, seqlen_q, seqlen_k, device))
+        """One rule evaluated on the index grid, or on a part of it."""
+        grid = index_grid(batch, heads, seqlen_q, seqlen_k, device, queries, keys)
+        return self.mask_mod(seqlen_q, seqlen_k, documents)(*grid)
 
     def picture(self, seqlen_q: int = 8, seqlen_k: int = 8, *, batch: int = 0, head: int = 0) -> str:
         """A small drawing for one batch item and head: one line a query, ``■`` may attend, ``·`` may not.
@@ -340,12 +351,12 @@ class KeyPadding(Padding):
         valid = self.valid
         return lambda batch, head, q_idx, k_idx: valid[batch, k_idx]
 
-    def materialize(self, *grid: Any) -> Tensor:
+    def materialize(self, *grid: Any, queries: range | None = None, keys: range | None = None) -> Tensor:
         batch, seqlen_k = self.valid.shape
-        return self.valid.view(batch, 1, 1, seqlen_k)
+        return narrowed_to(self.valid.view(batch, 1, 1, seqlen_k), None, keys)
 
     def dense(self, *grid: Any) -> Tensor:
-        return self.materialize()
+        return self.materialize(keys=grid[-1])
 
     def __repr__(self) -> str:
         return f"KeyPadding({tuple(self.valid.shape)})"
@@ -542,7 +553,7 @@ class Dense(Mask):
         return lookup(self.allowed)
 
     def dense(self, *grid: Any) -> Tensor:
-        return self.allowed
+        return narrowed_to(self.allowed, *grid[-2:])
 
     def __repr__(self) -> str:
         return f"Dense({tuple(self.allowed.shape)})"
@@ -633,15 +644,42 @@ def home(tensors: tuple[Tensor, ...]) -> torch.device | None:
 
 
 def index_grid(
-    batch: int, heads: int, seqlen_q: int, seqlen_k: int, device: torch.device | str | None
+    batch: int,
+    heads: int,
+    seqlen_q: int,
+    seqlen_k: int,
+    device: torch.device | str | None,
+    queries: range | None = None,
+    keys: range | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The indices of every axis, each along its own of four axes, so that they broadcast to the whole problem."""
+    """The indices of every axis, each along its own of four axes, so that they broadcast to the whole problem, or to a
+    range of its queries and keys."""
+    first_q, end_q = (0, seqlen_q) if queries is None else (queries.start, queries.stop)
+    first_k, end_k = (0, seqlen_k) if keys is None else (keys.start, keys.stop)
     return (
         torch.arange(batch, device=device).view(-1, 1, 1, 1),
         torch.arange(heads, device=device).view(1, -1, 1, 1),
-        torch.arange(seqlen_q, device=device).view(1, 1, -1, 1),
-        torch.arange(seqlen_k, device=device).view(1, 1, 1, -1),
+        torch.arange(first_q, end_q, device=device).view(1, 1, -1, 1),
+        torch.arange(first_k, end_k, device=device).view(1, 1, 1, -1),
     )
+
+
+def narrowed_to(table: Tensor, queries: range | None, keys: range | None) -> Tensor:
+    """Four axes of a whole problem for a range of its queries and keys; an axis of size 1 is the same for all."""
+    for axis, part in ((2, queries), (3, keys)):
+        if part is not None and table.shape[axis] != 1:
+            table = table.narrow(axis, part.start, len(part))
+    return table
+
+
+def check_range(name: str, part: range | None, size: int) -> None:
+    """Raise where a range of queries or keys is none, or reaches beyond the problem."""
+    if part is None:
+        return
+    if not isinstance(part, range):
+        raise TypeError(f"{name} must be a range, or None for all, got {told(part)}.")
+    if part.step != 1 or not 0 <= part.start <= part.stop <= size:
+        raise ValueError(f"{name} must be a range of step 1 within 0 and {size}, got {part}.")
 
 
 def is_vector_of_integers(thing: object) -> bool:
