@@ -29,7 +29,7 @@ def has_flash_attention() -> bool:
     if not torch.cuda.is_available():
         return False
     device = torch.device("cuda", torch.cuda.current_device())
-    return any(get(name).unavailable(device) is None for name in expand("flash_attn"))
+    return any(get(name).why_not_here(device) is None for name in expand("flash_attn"))
 
 
 class FlashAttentionWrapper(nn.Module):

@@ -97,7 +97,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(machine, "known", {})
     monkeypatch.setattr(flash, "smoke", lambda backend, device: None)
     for name in ("flash2", "flash3", "flash4"):
-        monkeypatch.setattr(get(name), "unavailable", lambda device: "not here")
+        monkeypatch.setattr(get(name), "why_not_here", lambda device: "not here")
     monkeypatch.setattr(padding, "eager", lambda tensor: True)
     packed.packs_up_to.cache_clear()
     was, dtype = torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")

@@ -24,7 +24,7 @@ DETERMINISTIC = [name for name in names() if "deterministic" in get(name).limits
 
 def check_available(name: str, device: torch.device) -> None:
     """Skip a test, with the reason, where a backend does not run."""
-    reason = get(name).unavailable(device)
+    reason = get(name).why_not_here(device)
     if reason is not None:
         pytest.skip(f"{name} is not available: {reason}")
 
@@ -48,7 +48,7 @@ def check_built(name: str, device: torch.device, *features: str) -> None:
 
 def refusal(name: str, spec: AttentionSpec) -> str | None:
     """What a backend that is available says against a problem."""
-    return get(name).unsupported(spec) or get(name).unbuilt(spec)
+    return get(name).why_not(spec) or get(name).why_not_built(spec)
 
 
 @pytest.mark.parametrize("name", names())
@@ -56,7 +56,7 @@ def refusal(name: str, spec: AttentionSpec) -> str | None:
 def test_a_backend_agrees_with_the_definition(name: str, device: torch.device, data: st.DataObject, seed: int) -> None:
     check_any(name, device)
     spec = data.draw(served(get(name), device))
-    assume(get(name).unbuilt(spec) is None)
+    assume(get(name).why_not_built(spec) is None)
     assert_agrees(name, spec, seed)
 
 
@@ -95,7 +95,7 @@ def test_a_compiled_kernel_agrees_with_the_definition(
     if refused is not None:
         pytest.skip(f"{name} refuses the kind: {refused}")
     spec = data.draw(drawn(st.just(kernel), device))
-    assume(get(name).unbuilt(spec) is None)
+    assume(get(name).why_not_built(spec) is None)
     assert_agrees(name, spec, seed)
 
 
@@ -168,7 +168,7 @@ def test_automatic_choice_serves_every_problem(spec: AttentionSpec, seed: int) -
             return_lse=spec.need_lse,
         )
     assert [call.backend for call in calls] == [backends.choose(calls[0].spec).name]
-    assert get(calls[0].backend).unsupported(calls[0].spec) is None
+    assert get(calls[0].backend).why_not(calls[0].spec) is None
 
 
 @given(spec=specs(longest=9, head_dims=(1, 4)), seed=seeds())

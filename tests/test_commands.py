@@ -87,7 +87,7 @@ def test_info_says_what_every_backend_says_of_every_device(terminal: bool) -> No
     assert said["versions"]["torch"] == torch.__version__
     assert [backend["name"] for backend in said["backends"]] == list(names())
     for device in said["devices"]:
-        reasons = {name: get(name).unavailable(torch.device(device["device"])) for name in names()}
+        reasons = {name: get(name).why_not_here(torch.device(device["device"])) for name in names()}
         assert {name: row["reason"] for name, row in device["backends"].items()} == reasons
         assert all(row["available"] == (row["reason"] is None) for row in device["backends"].values())
     assert said["devices"][0]["device"] == "cpu"
@@ -97,7 +97,7 @@ def test_info_says_what_every_backend_says_of_every_device(terminal: bool) -> No
 
 
 def test_info_says_where_compiled_kernels_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(get("flash4"), "unavailable", lambda device: None)
+    monkeypatch.setattr(get("flash4"), "why_not_here", lambda device: None)
     for value, folder, wanted in (
         ("0", None, "FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED=1 keeps them on disk"),
         ("1", "somewhere", "kernels are kept in somewhere"),
@@ -272,7 +272,9 @@ def test_on_paper_the_limits_answer_and_nothing_is_tried(
     tried = mock.Mock(side_effect=AssertionError("asked the machine"))
     with contextlib.ExitStack() as stack:
         for name in names():
-            stack.enter_context(mock.patch.multiple(get(name), unavailable=tried, unbuilt=tried, unready=tried))
+            stack.enter_context(
+                mock.patch.multiple(get(name), why_not_here=tried, why_not_built=tried, must_compile=tried)
+            )
         said = answer("explain", *arguments)
         status, out, _ = run("explain", *arguments)
     asked_for = names() if wanted is None else ("flash4", "flash3", "flash2", "sdpa")
@@ -281,7 +283,7 @@ def test_on_paper_the_limits_answer_and_nothing_is_tried(
         limits = get(name).limits
         fits = limits.capability is None or major in limits.capability
         fits = fits and (name != "flash4" or "dense_mask" not in spec.features or major == 9)
-        if fits and get(name).unsupported(there) is None:
+        if fits and get(name).why_not(there) is None:
             assert row == ("could serve by its limits" if name in asked_for else "could serve, not asked for")
             able += [name] if name in asked_for else []
         else:
@@ -366,7 +368,7 @@ class Mute(Right):
 
     name = "mute"
 
-    def refusals(self, spec: AttentionSpec) -> list[str]:
+    def limits_exceeded(self, spec: AttentionSpec) -> list[str]:
         return ["no"]
 
 

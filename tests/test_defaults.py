@@ -132,7 +132,7 @@ def takes(value: str | torch.dtype) -> bool:
 @given(spec=specs(), name=st.sampled_from(BACKENDS), seed=seeds(), value=defaults, first=st.booleans())
 def test_a_backend_answers_alike(spec: AttentionSpec, name: str, seed: int, value: Any, first: bool) -> None:
     backend = flashmha.backends.get(name)
-    assume(backend.unsupported(spec) is None and (name != "flex" or takes(value)))
+    assume(backend.why_not(spec) is None and (name != "flex" or takes(value)))
     assert_no_matter(value, first, lambda: answer(backend, spec, seed).named)
 
 
@@ -170,7 +170,7 @@ def test_transforms_answer_alike(way: str, problem: tuple[Blueprint, Call], valu
 @given(spec=specs(), seed=seeds(), value=defaults)
 def test_the_judge_judges_alike(spec: AttentionSpec, seed: int, value: Any) -> None:
     with default(value):
-        assert_agrees("naive" if flashmha.backends.get("sdpa").unsupported(spec) else "sdpa", spec, seed)
+        assert_agrees("naive" if flashmha.backends.get("sdpa").why_not(spec) else "sdpa", spec, seed)
 
 
 @given(model=models(), value=defaults)

@@ -80,7 +80,7 @@ def install(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Install
 
 def check_said(name: str, reason: str) -> None:
     """A backend, ``flashmha info`` and the error of a call that names it give one reason."""
-    said = get(name).unavailable(CUDA)
+    said = get(name).why_not_here(CUDA)
     assert said is not None and reason in said
     out = io.StringIO()
     with contextlib.redirect_stdout(out):
@@ -154,7 +154,7 @@ def test_a_gpu_the_binary_has_no_kernels_for_is_a_reason(install: Install, monke
         raise RuntimeError("CUDA error: no kernel image is available for execution on the device\nmore")
 
     install({"flash_attn_2_cuda.py": "", "flash_attn/__init__.py": FUNCTIONS.format(FLASH2)})
-    assert get("flash2").unavailable(CUDA) is None
+    assert get("flash2").why_not_here(CUDA) is None
     monkeypatch.setattr(get("flash2"), "probed", {})
     monkeypatch.setattr(flash, "smoke", run)
     check_said("flash2", "RuntimeError: CUDA error: no kernel image is available for execution on the device")
@@ -168,7 +168,7 @@ def test_a_forward_only_build_serves_inference_and_says_why_no_more(install: Ins
             "fa3_fwd_config.py": f"CONFIG = {{'build_flags': {off}}}",
         }
     )
-    assert get("flash3").unavailable(CUDA) is None
+    assert get("flash3").why_not_here(CUDA) is None
     assert choose(problem(), "flash3").name == "flash3"
     for lacks, changes in (
         ("backward", {"needs_grad": True}),
@@ -229,7 +229,7 @@ def part(install: Install, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     plain = flash.waves
     monkeypatch.setattr(flash, "waves", lambda device, head_dim, dtype: plain(torch.device("cpu"), head_dim, dtype))
     monkeypatch.setattr(torch.cuda, "device", contextlib.nullcontext)
-    assert get("flash2").unavailable(CUDA) is None
+    assert get("flash2").why_not_here(CUDA) is None
     calls: list[Any] = sys.modules["flash_attn"].calls
     return calls
 
@@ -239,7 +239,7 @@ def part(install: Install, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 def test_a_build_of_flash2_serves_the_head_dims_it_has(head_dim: int, needs_grad: bool, part: list[Any]) -> None:
     spec = AttentionSpec(1, 4, 4, 2, 2, head_dim, head_dim, torch.bfloat16, CUDA, needs_grad=needs_grad)
     state = torch.get_rng_state()
-    said = get("flash2").unbuilt(spec)
+    said = get("flash2").why_not_built(spec)
     assert torch.equal(torch.get_rng_state(), state)
     if not 32 < head_dim <= 128:
         assert said == f"head_dim={head_dim} (this build has no kernel: no forward kernel)"
@@ -248,7 +248,7 @@ def test_a_build_of_flash2_serves_the_head_dims_it_has(head_dim: int, needs_grad
     else:
         assert said is None
     before = list(part)
-    assert get("flash2").unbuilt(spec) == said and part == before  # asked once
+    assert get("flash2").why_not_built(spec) == said and part == before  # asked once
     with pytest.raises(NoBackendError, match="this build has no") if said else contextlib.nullcontext():
         assert choose(spec, "flash2").name == "flash2"
 
@@ -267,15 +267,15 @@ def test_a_build_of_flash2_whose_numbers_or_grouped_backward_are_wrong(
     """kernels-community#1085: a build that runs a backward, and fails where heads are grouped."""
     sys.modules["flash_attn"].wrong.add(wrong)
     equal, group = (problem(heads_kv=heads_kv, needs_grad=True) for heads_kv in (8, 2))
-    assert reason in (get("flash2").unbuilt(group) or "")
-    assert get("flash2").unbuilt(dataclasses.replace(group, needs_grad=False)) is None or not grouped
-    assert (get("flash2").unbuilt(equal) is None) == grouped
+    assert reason in (get("flash2").why_not_built(group) or "")
+    assert get("flash2").why_not_built(dataclasses.replace(group, needs_grad=False)) is None or not grouped
+    assert (get("flash2").why_not_built(equal) is None) == grouped
 
 
 def test_each_dtype_of_flash2_is_tried_by_itself_and_one_head_dim_for_its_kernel(part: list[Any]) -> None:
     for dtype in (torch.float16, torch.bfloat16):
         for head_dim in (36, 40, 64):
-            assert get("flash2").unbuilt(AttentionSpec(1, 4, 4, 2, 2, head_dim, head_dim, dtype, CUDA)) is None
+            assert get("flash2").why_not_built(AttentionSpec(1, 4, 4, 2, 2, head_dim, head_dim, dtype, CUDA)) is None
     assert part == [("forward", 64, torch.float16), ("forward", 64, torch.bfloat16)]
 
 
@@ -284,9 +284,9 @@ def test_no_head_dim_is_tried_out_while_a_cuda_graph_is_captured(
 ) -> None:
     with monkeypatch.context() as patch:
         patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-        said = get("flash2").unbuilt(problem())
+        said = get("flash2").why_not_built(problem())
         assert said == f"head_dim=64 ({flash.CAPTURING})" and not part
-    assert get("flash2").unbuilt(problem()) is None
+    assert get("flash2").why_not_built(problem()) is None
 
 
 def test_a_full_gpu_says_nothing_about_a_build(part: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -295,8 +295,8 @@ def test_a_full_gpu_says_nothing_about_a_build(part: list[Any], monkeypatch: pyt
 
     with monkeypatch.context() as patch:
         patch.setattr(flash, "run", full)
-        assert get("flash2").unbuilt(problem()) == "head_dim=64 (CUDA out of memory.)"
-    assert get("flash2").unbuilt(problem()) is None
+        assert get("flash2").why_not_built(problem()) == "head_dim=64 (CUDA out of memory.)"
+    assert get("flash2").why_not_built(problem()) is None
 
 
 def test_a_trial_leaves_no_trace_in_the_call_that_asked(part: list[Any]) -> None:
@@ -311,7 +311,7 @@ def test_a_trial_leaves_no_trace_in_the_call_that_asked(part: list[Any]) -> None
         torch.autograd.graph.saved_tensors_hooks(pack, pack),
         FlopCounterMode(display=False) as flops,
     ):
-        assert get("flash2").unbuilt(problem(needs_grad=True)) is None
+        assert get("flash2").why_not_built(problem(needs_grad=True)) is None
         assert torch.is_inference_mode_enabled() and not torch.is_grad_enabled()
     assert [what for what, *_ in part] == ["forward", "forward", "backward"]
     assert not saved and not flops.get_total_flops()
@@ -343,7 +343,7 @@ def test_keys_are_split_where_a_build_can(more: str, off: bool, splitting: bool,
         }
     )
     flash3 = get("flash3")
-    assert flash3.unavailable(CUDA) is None
+    assert flash3.why_not_here(CUDA) is None
     assert isinstance(flash3, Flash3) and flash3.splitting == splitting
 
 
@@ -357,17 +357,17 @@ def test_a_build_without_a_function_for_caches_serves_lengths_all_the_same(
 ) -> None:
     install({"flash_attn_2_cuda.py": "", folder: FUNCTIONS.format(signature) + cache})
     backend = get(name)
-    assert isinstance(backend, flash.FlashAttn) and backend.unavailable(CUDA) is None
+    assert isinstance(backend, flash.FlashAttn) and backend.why_not_here(CUDA) is None
     assert (backend.cached is not None) == bool(cache)
     spec = problem(mask=KeyLengths(torch.tensor([3, 128])))
-    assert backend.unsupported(spec) is None and get("flash3").unbuilt(spec) is None
+    assert backend.why_not(spec) is None and get("flash3").why_not_built(spec) is None
 
 
 @given(off=st.sets(st.sampled_from(HEAD_DIMS)), head_dim=st.integers(1, 256))
 def test_a_head_dim_of_flash3_is_served_by_the_next_kernel_there_is(off: set[int], head_dim: int) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(get("flash3"), "flags", {f"FLASHATTENTION_DISABLE_HDIM{size}": True for size in off})
-        said = get("flash3").unbuilt(AttentionSpec(1, 4, 4, 1, 1, head_dim, head_dim, torch.bfloat16, CUDA))
+        said = get("flash3").why_not_built(AttentionSpec(1, 4, 4, 1, 1, head_dim, head_dim, torch.bfloat16, CUDA))
     larger = [size for size in HEAD_DIMS if size >= head_dim and size not in off]
     assert (said is None) == bool(larger)
     assert said is None or said.startswith(f"head_dim={head_dim} (this build has kernels for ")

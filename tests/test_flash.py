@@ -169,10 +169,10 @@ class Pretended2(Flash2):
         features=Flash2.limits.features - {"dropout"},  # the formula drops nothing
     )
 
-    def unavailable(self, device: torch.device) -> str | None:
+    def why_not_here(self, device: torch.device) -> str | None:
         return None
 
-    def unbuilt(self, spec: AttentionSpec) -> str | None:
+    def why_not_built(self, spec: AttentionSpec) -> str | None:
         return None
 
 
@@ -182,10 +182,10 @@ class Pretended3(Flash3):
     name = "pretended 3"
     limits = dataclasses.replace(Flash3.limits, devices=("cpu",))
 
-    def unavailable(self, device: torch.device) -> str | None:
+    def why_not_here(self, device: torch.device) -> str | None:
         return None
 
-    def unbuilt(self, spec: AttentionSpec) -> str | None:
+    def why_not_built(self, spec: AttentionSpec) -> str | None:
         return None
 
 

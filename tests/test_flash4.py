@@ -33,10 +33,10 @@ class Pretended(Flash4):
     name = "pretended"
     limits = dataclasses.replace(Flash4.limits, devices=("cpu",))
 
-    def unavailable(self, device: torch.device) -> str | None:
+    def why_not_here(self, device: torch.device) -> str | None:
         return None
 
-    def unbuilt(self, spec: AttentionSpec) -> str | None:
+    def why_not_built(self, spec: AttentionSpec) -> str | None:
         return None
 
 
@@ -157,12 +157,12 @@ def test_gradients_of_one_projection_share_one_tensor(data: st.DataObject, seed:
 @given(spec=specs(limits=Pretended.limits, head_dims=(24, 32)), seed=seeds())
 def test_a_kind_is_ready_once_it_ran(spec: AttentionSpec, seed: int) -> None:
     backend = Pretended()
-    if backend.unsupported(spec) is None:
-        assert "not compiled" in str(backend.unready(spec))
+    if backend.why_not(spec) is None:
+        assert "not compiled" in str(backend.must_compile(spec))
         assert_agrees(backend, spec, seed)
-        assert backend.unready(spec) is None and kind(spec) in backend.compiled
+        assert backend.must_compile(spec) is None and kind(spec) in backend.compiled
         longer = dataclasses.replace(spec, dtype=torch.float16 if spec.dtype == torch.bfloat16 else torch.bfloat16)
-        assert backend.unready(longer) is not None
+        assert backend.must_compile(longer) is not None
 
 
 MASKS: dict[str, Mask | None] = {

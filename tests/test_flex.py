@@ -58,14 +58,14 @@ def test_every_shape_is_compiled_once_and_the_longest_unused_goes_first(
     assert (
         len({id(function.__code__) for function in made}) == len({function.__code__ for function in made}) == len(made)
     )
-    kept = [backend.unready(spec) is None for spec in found]
+    kept = [backend.must_compile(spec) is None for spec in found]
     assert kept == [place >= len(found) - KEPT for place in range(len(found))]
     again = data.draw(st.sampled_from(seqlens[-KEPT:]))
     run(backend, again, seed=1)
     assert len(made) == len(seqlens)
     for seqlen in range(100, 99 + KEPT):  # all but one of the old go
         run(backend, seqlen)
-    assert [spec.seqlen_q for spec in found if backend.unready(spec) is None] == [again]
+    assert [spec.seqlen_q for spec in found if backend.must_compile(spec) is None] == [again]
 
 
 RULE = Rule(lambda batch, head, q_pos, k_pos: k_pos <= q_pos)
@@ -107,9 +107,9 @@ def test_layouts_and_gradients_are_kernels_of_one_problem(made: Made) -> None:
     assert len(made) == 2
     with torch.inference_mode():
         backend(q, q, q, spec)
-    assert len(made) == 3 and backend.unready(spec) is None
+    assert len(made) == 3 and backend.must_compile(spec) is None
     learning = AttentionSpec.of(q.requires_grad_(), q, q)
-    assert backend.unready(learning) == "not compiled for this shape yet (some seconds)"
+    assert backend.must_compile(learning) == "not compiled for this shape yet (some seconds)"
 
 
 @given(data=st.data(), seed=seeds())

@@ -37,9 +37,9 @@ from flashmha import (
 )
 from flashmha.backends import choose, explain, get, names, order, register, unregister
 from flashmha.backends.choice import ranking, tuned
-from flashmha.backends.choice.choose import reason
+from flashmha.backends.choice.choose import choices, reason
 from flashmha.backends.choice.measured import TABLE
-from flashmha.backends.choice.memory import chosen
+from flashmha.backends.choice.memory import key_of
 from flashmha.backends.choice.ranking import KINDS, MODES, Row, Table, kind
 from flashmha.backends.choice.rows import agreed, combined, derive
 from flashmha.backends.choice.waiting import long
@@ -67,10 +67,10 @@ def untuned(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """No tuned table, before and after."""
     monkeypatch.delenv(tuned.VARIABLE, raising=False)
     monkeypatch.setattr(tuned, "state", tuned.Tuned())
-    chosen.clear()
+    choices.clear()
     with everywhere(waits=Waits()):
         yield
-    chosen.clear()
+    choices.clear()
 
 
 def problem(seqlen: int = 128, batch: int = 2, **changes: Any) -> AttentionSpec:
@@ -108,7 +108,7 @@ def test_our_own_say_the_same_of_problems_with_one_outline(spec: AttentionSpec, 
     assert twin.outline == outline
     if cuda:
         spec, twin = (on_cuda(one, dtype=torch.bfloat16) for one in (spec, twin))
-    assert [get(name).unsupported(spec) for name in BUILT_IN] == [get(name).unsupported(twin) for name in BUILT_IN]
+    assert [get(name).why_not(spec) for name in BUILT_IN] == [get(name).why_not(twin) for name in BUILT_IN]
     with on():
         assert order(spec) == order(twin)
     if grad != spec.needs_grad:
@@ -117,8 +117,8 @@ def test_our_own_say_the_same_of_problems_with_one_outline(spec: AttentionSpec, 
 
 def test_padding_is_judged_once_and_again_under_another_list(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
-    judge = type(get("sdpa")).unsupported
-    monkeypatch.setattr(type(get("sdpa")), "unsupported", lambda *this: [asked.append(1), judge(*this)][1])
+    judge = type(get("sdpa")).why_not
+    monkeypatch.setattr(type(get("sdpa")), "why_not", lambda *this: [asked.append(1), judge(*this)][1])
 
     def padded(value: bool) -> AttentionSpec:
         return AttentionSpec(2, 37, 37, 2, 2, 8, 8, mask=KeyPadding(torch.full((2, 37), value)))
@@ -128,7 +128,7 @@ def test_padding_is_judged_once_and_again_under_another_list(monkeypatch: pytest
     register(passing("curious"), before="sdpa")
     try:
         assert [choose(padded(True)).name for _ in range(3)] == ["curious"] * 3
-        assert not any(entry[3].name == "curious" for entry in chosen.values()), "it may look at the tensors"
+        assert not choices.get(key_of(padded(True))), "it may look at the tensors"
     finally:
         unregister("curious")
     assert [choose(padded(True)).name for _ in range(2)] == ["sdpa"] * 2
@@ -252,10 +252,10 @@ def test_what_was_remembered_holds_for_its_switches_alone() -> None:
             assert choose(spec).name == "sdpa"
             assert explain(spec).chosen == "sdpa"
         assert choose(spec).name == "flash4"
-        remembered = chosen[spec]
+        remembered = choices.get(spec)
         torch.use_deterministic_algorithms(True)
         try:
-            assert choose(spec).name == "flash4" and chosen[spec] is not remembered, "it was asked anew"
+            assert choose(spec).name == "flash4" and choices.get(spec) is not remembered, "it was asked anew"
         finally:
             torch.use_deterministic_algorithms(False)
 
@@ -267,7 +267,7 @@ def test_what_was_remembered_holds_for_its_switches_alone() -> None:
 def served(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Every backend serves every problem inside its limits, as on a machine with all packages."""
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    with everywhere(reason=lambda backend, spec: backend.unsupported(spec)):
+    with everywhere(reason=lambda backend, spec: backend.why_not(spec)):
         yield
 
 
@@ -286,7 +286,7 @@ def passing(backend_name: str, why: str | None = None, **more: Any) -> type[Back
         limits = Limits(devices=(), dtypes=(torch.bfloat16, torch.float32), features=ALL)
         compiled = why is None
 
-        def unready(self, spec: AttentionSpec) -> str | None:
+        def must_compile(self, spec: AttentionSpec) -> str | None:
             return None if type(self).compiled else why
 
         def __call__(self, q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> Tensor:
@@ -369,10 +369,10 @@ def test_a_shared_problem_stays_with_whom_it_was_given(slow: Any) -> None:
 
 @given(spec=specs(), waits=st.sets(st.sampled_from(BUILT_IN[:-1])), worth=st.sampled_from((0.0, 1e30)))
 def test_explain_says_what_choose_does_whoever_compiles(spec: AttentionSpec, waits: set[str], worth: float) -> None:
-    def unready(backend: Backend, spec: AttentionSpec) -> str | None:
+    def must_compile(backend: Backend, spec: AttentionSpec) -> str | None:
         return WHY if backend.name in waits else None
 
-    with everywhere(unready=unready, WORTH=worth):
+    with everywhere(compiled_first=must_compile, WORTH=worth):
         said, got = explain(spec), choose(spec).name
         able = [name for name in order(spec) if reason(flashmha.backends.get(name), spec) is None]
         assert said.chosen == got and said.rows[got] == "chosen"

@@ -12,8 +12,10 @@ import pytest
 import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
+from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right, causal_upper_left
 from torch.nn.attention.flex_attention import create_block_mask
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import flashmha
 from flashmha import (
@@ -63,9 +65,9 @@ def problem(**changes: Any) -> AttentionSpec:
 
 @pytest.mark.parametrize("name", FLASH)
 def test_flash_attn_serves_the_usual_problem(name: str) -> None:
-    assert get(name).unsupported(problem()) is None
-    assert get(name).unsupported(problem(mask=causal(), heads_kv=2, needs_grad=True)) is None
-    assert get(name).unsupported(problem(mask=Window(16, 0), softcap=20.0)) is None
+    assert get(name).why_not(problem()) is None
+    assert get(name).why_not(problem(mask=causal(), heads_kv=2, needs_grad=True)) is None
+    assert get(name).why_not(problem(mask=Window(16, 0), softcap=20.0)) is None
 
 
 refused: dict[str, tuple[tuple[str, ...], dict[str, Any], str]] = {
@@ -159,30 +161,28 @@ refused: dict[str, tuple[tuple[str, ...], dict[str, Any], str]] = {
 def test_flash_attn_refuses_with_the_value_and_the_limit(name: str) -> None:
     who, changes, reason = refused[name]
     for backend in who:
-        said = get(backend).unsupported(problem(**changes))
+        said = get(backend).why_not(problem(**changes))
         assert said is not None and reason in said, f"{backend} said {said!r}"
 
 
 def test_flash2_takes_what_the_others_lack() -> None:
-    assert (
-        get("flash2").unsupported(problem(dropout_p=0.1, bias=ALiBi(torch.ones(8)), head_dim=36, head_dim_v=36)) is None
-    )
+    assert get("flash2").why_not(problem(dropout_p=0.1, bias=ALiBi(torch.ones(8)), head_dim=36, head_dim_v=36)) is None
 
 
 @pytest.mark.parametrize("name", FLASH)
 @pytest.mark.parametrize("mask", (KeyLengths(torch.tensor([3, 5])), KeyPadding(torch.ones(2, 128, dtype=torch.bool))))
 @pytest.mark.parametrize("needs_grad", (False, True))
 def test_every_flash_attn_takes_padding_alone(name: str, mask: Any, needs_grad: bool) -> None:
-    assert get(name).unsupported(problem(mask=mask, needs_grad=needs_grad)) is None
+    assert get(name).why_not(problem(mask=mask, needs_grad=needs_grad)) is None
 
 
 def test_flex_names_its_limits_on_each_device() -> None:
     flex, cpu = get("flex"), torch.device("cpu")
-    assert flex.unsupported(problem(dtype=torch.float32, needs_grad=True)) is None
-    assert flex.unsupported(problem(device=cpu, needs_grad=True)) == "no backward on cpu"
-    assert flex.unsupported(problem(head_dim=8, head_dim_v=8)) == "head_dim=8 (at least 16 on cuda)"
-    assert flex.unsupported(problem(device=cpu, head_dim=8, head_dim_v=8)) is None
-    assert flex.unsupported(problem(dropout_p=0.5)) == "no dropout"
+    assert flex.why_not(problem(dtype=torch.float32, needs_grad=True)) is None
+    assert flex.why_not(problem(device=cpu, needs_grad=True)) == "no backward on cpu"
+    assert flex.why_not(problem(head_dim=8, head_dim_v=8)) == "head_dim=8 (at least 16 on cuda)"
+    assert flex.why_not(problem(device=cpu, head_dim=8, head_dim_v=8)) is None
+    assert flex.why_not(problem(dropout_p=0.5)) == "no dropout"
 
 
 @pytest.mark.parametrize("name", names())
@@ -194,7 +194,7 @@ def test_limits_and_reasons_say_the_same(name: str, data: st.DataObject) -> None
     everywhere = dataclasses.replace(limits, not_on={})
     spec = data.draw(specs(limits=everywhere, head_dims=(8, 16, 64)))
     spec = dataclasses.replace(spec, device=device)  # its tensors stay on the CPU: nobody reads them
-    said = get(name).unsupported(spec) or ""
+    said = get(name).why_not(spec) or ""
     assert not any(f"no {feature}" in said for feature in FEATURES), said
     assert "dtype" not in said and "device" not in said and "batch" not in said
 
@@ -207,14 +207,14 @@ def test_a_reason_appears_for_every_feature_taken_away(spec: AttentionSpec) -> N
             (type(get("naive")),),
             {"limits": dataclasses.replace(get("naive").limits, features=frozenset(FEATURES) - {feature})},
         )()
-        assert lacking.unsupported(spec) == f"no {feature}"
+        assert lacking.why_not(spec) == f"no {feature}"
 
 
 def test_no_gpu_is_a_reason_and_not_a_crash() -> None:
     if torch.cuda.is_available():
         pytest.skip("needs a machine without a CUDA device")
     for name in FLASH:
-        assert get(name).unavailable(torch.device("cuda")) == "no CUDA device (torch.cuda.is_available() is False)"
+        assert get(name).why_not_here(torch.device("cuda")) == "no CUDA device (torch.cuda.is_available() is False)"
 
 
 @given(seed=seeds())
@@ -448,7 +448,7 @@ def test_the_log_sum_exp_of_a_blind_row_is_its_sink(name: str) -> None:
     sinks = torch.tensor([0.5, -2.0])
     spec = AttentionSpec.of(q, q, q, mask=KeyPadding(torch.zeros(1, 3, dtype=torch.bool)), sinks=sinks, need_lse=True)
     backend = get(name)
-    if backend.unsupported(spec) or backend.unavailable(spec.device):
+    if backend.why_not(spec) or backend.why_not_here(spec.device):
         pytest.skip("does not serve it here")
     out, lse = backend(q, q, q, spec)
     assert not out.any() and torch.equal(lse, sinks[None, :, None].expand(1, 2, 3))
@@ -520,3 +520,56 @@ def test_flash_attn_is_told_a_window_as_it_counts_it(name: str, mask: Any, monke
     q = torch.zeros(1, 9, 2, 8)
     get(name)(q, q, q, AttentionSpec.of(q, q, q, mask=mask))
     assert (seen["causal"], seen["window_size"]) == told_windows[mask]
+
+
+# A range of queries and keys
+
+
+class Sizes(TorchDispatchMode):
+    """The most elements of a tensor that an operator makes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.most = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        for tensor in made if isinstance(made, (tuple, list)) else (made,):
+            if isinstance(tensor, Tensor) and not func.is_view:
+                self.most = max(self.most, tensor.numel())
+        return made
+
+
+@given(spec=specs(), data=st.data())
+def test_a_range_is_a_part_of_the_whole_and_makes_no_more(spec: AttentionSpec, data: st.DataObject) -> None:
+    ranges = []
+    for size in (spec.seqlen_q, spec.seqlen_k):
+        start = data.draw(st.integers(0, size))
+        ranges.append(data.draw(st.sampled_from((None, range(start, data.draw(st.integers(start, size)))))))
+    rows, keys = (range(size) if part is None else part for part, size in zip(ranges, spec_lengths(spec)))
+    bound = spec.batch * spec.heads * len(rows) * len(keys)
+    bound = max(bound, spec.batch * max(*spec_lengths(spec), len(rows), len(keys), spec.heads, 1))
+    for ask in (spec.allowed, spec.added):
+        whole = ask()
+        with Sizes() as sizes:
+            part = ask(*ranges)
+        if whole is None:
+            assert part is None
+            continue
+        full = (spec.batch, spec.heads, *spec_lengths(spec))
+        wanted = whole.expand(full)[:, :, rows.start : rows.stop, keys.start : keys.stop]
+        assert torch.equal(part.expand(wanted.shape), wanted) and part.dtype == whole.dtype
+        assert sizes.most <= bound, "no tensor is larger than the range"
+
+
+def spec_lengths(spec: AttentionSpec) -> tuple[int, int]:
+    return spec.seqlen_q, spec.seqlen_k
+
+
+@pytest.mark.parametrize("part", (3, slice(0, 1), [0], (0, 1), range(0, 4, 2), range(-1, 2), range(2, 1), range(6)))
+@pytest.mark.parametrize("name", ("queries", "keys"))
+@pytest.mark.parametrize("question", ("allowed", "added"))
+def test_a_range_that_is_none_is_refused(part: Any, name: str, question: str) -> None:
+    spec = AttentionSpec(1, 5, 5, 2, 2, 4, 4, mask=causal(), bias=ALiBi(torch.ones(2)))
+    with pytest.raises((TypeError, ValueError), match=rf"^{name} must be a range.*, got "):
+        getattr(spec, question)(**{name: part})

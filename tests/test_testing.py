@@ -464,7 +464,7 @@ def test_what_is_drawn_inside_limits_is_not_refused(limits: Limits, data: st.Dat
         pass
 
     Limited.limits = dataclasses.replace(limits, devices=("cpu",), capability=None)
-    assert Limited().unsupported(data.draw(testing.specs(limits=Limited.limits))) is None
+    assert Limited().why_not(data.draw(testing.specs(limits=Limited.limits))) is None
 
 
 # Layers

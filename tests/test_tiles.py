@@ -47,7 +47,7 @@ def problems(draw: st.DrawFn) -> AttentionSpec:
 def machine(device: torch.device) -> torch.device:
     """A device that runs the kernels."""
     if device.type == "cuda":
-        reason = tiles.unavailable(device)
+        reason = tiles.why_not_here(device)
     elif importlib.util.find_spec("triton") is None:
         reason = "triton is not installed"
     else:
@@ -74,17 +74,17 @@ def test_a_problem_is_served_unless_a_layer_never_has_it(spec: AttentionSpec) ->
     strange = any(isinstance(part, (Rule, Documents)) for part in parts)
     strange = strange or not (spec.bias is None or isinstance(spec.bias, TensorBias))
     strange = strange or spec.softcap is not None or spec.sinks is not None or spec.dtype == torch.float64
-    assert (tiles.unsupported(spec) is not None) == strange
+    assert (tiles.why_not(spec) is not None) == strange
 
 
 @given(spec=specs(limits=LIMITS))
 def test_gradients_want_bfloat16(spec: AttentionSpec) -> None:
-    assert (tiles.no_gradients(spec) is None) == (spec.dtype == torch.bfloat16 and tiles.unsupported(spec) is None)
+    assert (tiles.no_gradients(spec) is None) == (spec.dtype == torch.bfloat16 and tiles.why_not(spec) is None)
 
 
 @pytest.mark.cpu("a CPU runs no kernels")
 def test_a_cpu_keeps_the_blocks() -> None:
-    assert tiles.unavailable(torch.device("cpu")) == "needs a GPU of NVIDIA's"
+    assert tiles.why_not_here(torch.device("cpu")) == "needs a GPU of NVIDIA's"
 
 
 @pytest.mark.parametrize("name", SHARED_MEMORY)
@@ -187,7 +187,7 @@ def test_a_recipe_gives_what_its_blocks_give(
     answers = []
     for reason in (None, "blocks"):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(tiles, "unavailable", lambda device, reason=reason: reason)
+            patch.setattr(tiles, "why_not_here", lambda device, reason=reason: reason)
             answers.append(recipe.make())
     torch.testing.assert_close(answers[0], answers[1], atol=1e-4, rtol=1e-4)
     assert answers[0].shape == recipe.shape

@@ -159,8 +159,8 @@ def test_trap_02_flash2_serves_no_right_bound_past_the_last_key(
     spec = problem(seqlen_q=seqlen_q, seqlen_k=seqlen_k, mask=Window(left, right))
     window = spec.window
     wrong = window is not None and seqlen_q > seqlen_k and (window.right is None or window.right >= seqlen_k)
-    assert ("flash-attention#895" in (get("flash2").unsupported(spec) or "")) == wrong
-    assert "flash-attention#895" not in (get("flash3").unsupported(spec) or "")
+    assert ("flash-attention#895" in (get("flash2").why_not(spec) or "")) == wrong
+    assert "flash-attention#895" not in (get("flash3").why_not(spec) or "")
 
 
 @pytest.mark.cpu("asks what a kernel is told")
@@ -168,7 +168,7 @@ def test_trap_02_flash2_serves_no_right_bound_past_the_last_key(
 @given(data=st.data())
 def test_trap_03_a_kernel_is_told_the_window_in_its_own_words(name: str, told: Told, data: st.DataObject) -> None:
     spec = data.draw(specs(limits=get(name).limits, head_dims=(24, 32)))
-    assume(get(name).unsupported(on_gpu(spec)) is None)
+    assume(get(name).why_not(on_gpu(spec)) is None)
     options = as_told(told, name, spec)
     none, pair = (None if name == "flash4" else -1), options["window_size"]
     bounds = [None if bound == none else bound for bound in pair]
@@ -192,7 +192,7 @@ def test_trap_03_a_kernel_is_told_the_window_in_its_own_words(name: str, told: T
 @given(left=st.integers(0, 9), shift=st.integers(1, 9))
 def test_trap_03_a_window_is_not_unbounded_where_it_holds_nothing(name: str, left: int, shift: int) -> None:
     window = Window(left, None) & Window(None, 0, align="top_left")  # from one end each: they may not meet
-    said = str(get(name).unsupported(problem(seqlen_q=128, seqlen_k=128 + shift, mask=window)))
+    said = str(get(name).why_not(problem(seqlen_q=128, seqlen_k=128 + shift, mask=window)))
     assert (f"window left={left}, right=-{shift} (holds no key)" in said) == (left < shift)
 
 
@@ -200,7 +200,7 @@ def test_trap_03_a_window_is_not_unbounded_where_it_holds_nothing(name: str, lef
 @given(data=st.data())
 def test_trap_04_a_mask_mod_replaces_causality_and_window(told: Told, data: st.DataObject) -> None:
     spec = data.draw(specs(limits=get("flash4").limits, head_dims=(24, 32)))
-    assume(get("flash4").unsupported(on_gpu(spec)) is None)
+    assume(get("flash4").why_not(on_gpu(spec)) is None)
     options = as_told(told, "flash4", spec)
     padded = not spec.features.isdisjoint(("key_padding", "key_lengths"))
     mask = "shown" if "dense_mask" in spec.features else "within" if padded and spec.window is not None else None
@@ -217,7 +217,7 @@ def test_trap_05_flash4_runs_on_the_device_of_its_tensors_and_never_as_mla(
     monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext(entered.append(device)))
     as_told(told, "flash4", AttentionSpec(1, 4, 4, 2, 2, 8, 8, torch.bfloat16))
     assert entered == [torch.device("cpu")]
-    assert "head_dim=512 (at most 256)" in str(get("flash4").unsupported(problem(head_dim_v=512)))
+    assert "head_dim=512 (at most 256)" in str(get("flash4").why_not(problem(head_dim_v=512)))
 
 
 @given(seqlen_q=lengths, seqlen_k=lengths, seed=seeds())
@@ -267,7 +267,7 @@ def test_trap_08_nobody_stumbles_over_an_empty_batch_or_an_item_that_is_all_padd
 def test_trap_09_dropout_is_refused_where_there_is_none_and_off_in_eval(p: float, seed: int) -> None:
     for name in names():
         if "dropout" not in get(name).limits.features:
-            assert "no dropout" in str(get(name).unsupported(problem(dropout_p=p)))
+            assert "no dropout" in str(get(name).why_not(problem(dropout_p=p)))
     layer, x = FlashMultiHeadAttention(8, 2, dropout=p, batch_first=True), noise(seed, 2, 5, 8).float()
     with flashmha.record() as calls:
         layer.train()(x, x, x)
@@ -279,10 +279,10 @@ def test_trap_10_cudnn_never_sees_a_mask() -> None:
     """With nothing but cuDNN allowed, SDPA refuses a mask rather than let it through."""
     sdpa = get("sdpa")
     padded = problem(mask=KeyPadding(torch.ones(2, 128, dtype=torch.bool)))
-    assert sdpa.unsupported(padded) is None
+    assert sdpa.why_not(padded) is None
     with sdpa_kernel([SDPBackend.CUDNN_ATTENTION]):
-        assert sdpa.unsupported(padded) == "only cuDNN is enabled, which must not see a mask (pytorch#196678)"
-        assert sdpa.unsupported(problem(mask=causal())) is None
+        assert sdpa.why_not(padded) == "only cuDNN is enabled, which must not see a mask (pytorch#196678)"
+        assert sdpa.why_not(problem(mask=causal())) is None
         assert kernels_for_masks() == []
     with sdpa_kernel([SDPBackend.CUDNN_ATTENTION, SDPBackend.MATH]):
         assert kernels_for_masks() == [SDPBackend.MATH]
@@ -319,7 +319,7 @@ def test_trap_10_a_call_takes_no_kernel_that_is_switched_off_and_cudnn_no_mask(
         patch.setattr(F, "scaled_dot_product_attention", watched)
         patch.setattr(switches, "is_deterministic", lambda: switched)
         with sdpa_kernel(list(allowed)):
-            refused = get("sdpa").unsupported(on_gpu(spec))
+            refused = get("sdpa").why_not(on_gpu(spec))
             if refused is None:
                 attend_on_cuda(*tensors(spec, seed), spec)
     math = deterministic and spec.needs_grad and not switched
@@ -356,7 +356,7 @@ def test_trap_10_cudnn_makes_no_gradients_of_a_last_tile_that_is_half_empty(
         q, k, v = tensors(spec, seqlen_k)
         attend_on_cuda(q, k, v, spec)
         with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
-            refused = get("sdpa").unsupported(on_gpu(spec))
+            refused = get("sdpa").why_not(on_gpu(spec))
     assert seen == [not barred]
     assert (refused or "").count("cudnn-frontend#1072") == barred
 
@@ -408,7 +408,7 @@ def test_trap_11_few_queries_of_grouped_heads_copy_no_keys(seqlen_q: int, seqlen
 
 @given(spec=specs(limits=get("sdpa").limits, head_dims=(8,)), seed=seeds())
 def test_trap_12_sdpa_is_told_a_mask_or_causality_and_never_both(spec: AttentionSpec, seed: int) -> None:
-    assume(get("sdpa").unsupported(spec) is None)
+    assume(get("sdpa").why_not(spec) is None)
     plain = F.scaled_dot_product_attention
 
     def watched(
@@ -538,7 +538,7 @@ def test_trap_16_flash3_splits_the_keys_of_few_queries_where_the_build_can(
 
 @pytest.mark.cpu("asks what a kernel is told")
 def test_trap_17_flash2_has_no_softcap_beside_dropout_and_gives_no_weights(told: Told) -> None:
-    assert "softcap together with dropout" in str(get("flash2").unsupported(problem(softcap=5.0, dropout_p=0.1)))
+    assert "softcap together with dropout" in str(get("flash2").why_not(problem(softcap=5.0, dropout_p=0.1)))
     q = noise(0, 1, 6, 2, 8, dtype=torch.bfloat16)
     out, lse = get("flash2")(q, q, q, AttentionSpec.of(q, q, q, need_lse=True))
     assert torch.equal(out, q) and lse.shape == (1, 2, 6)
@@ -559,7 +559,7 @@ def test_trap_19_refusals_are_there_without_assertions() -> None:
     code = (
         "import torch, flashmha; from flashmha.backends import get\n"
         "spec = flashmha.AttentionSpec(1, 4, 4, 2, 2, 12, 12, torch.bfloat16, torch.device('cuda'), dropout_p=0.1)\n"
-        "print(__debug__, get('flash4').unsupported(spec))\n"
+        "print(__debug__, get('flash4').why_not(spec))\n"
     )
     ran = subprocess.run([sys.executable, "-O", "-c", code], capture_output=True, text=True, check=True)
     assert ran.stdout.strip() == "False no dropout; head_dim=12 (a multiple of 8)"

@@ -23,7 +23,7 @@ import flashmha
 from flashmha import AttentionSpec, Backend, Documents, KeyLengths, KeyPadding, Limits, causal
 from flashmha.backends import choose, compiling, explain, get, register, unregister, use_backend
 from flashmha.backends.choice import ranking
-from flashmha.backends.choice.memory import chosen
+from flashmha.backends.choice.choose import choices
 from flashmha.backends.choice.waiting import VARIABLE, long, loss
 from flashmha.backends.compiling import Wait, Waits
 from flashmha.testing import specs
@@ -42,11 +42,11 @@ def fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[Waits]:
     made = Waits()
     monkeypatch.setattr(get("flash4"), "compiled", set())
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    chosen.clear()
-    here = {"reason": lambda backend, spec: backend.unsupported(spec), "absent": lambda backend, spec: None}
+    choices.clear()
+    here = {"reason": lambda backend, spec: backend.why_not(spec), "absent": lambda backend, spec: None}
     with everywhere(loss=lambda spec: 0.5, waits=made, **here):
         yield made
-    chosen.clear()
+    choices.clear()
 
 
 @pytest.fixture
@@ -82,7 +82,7 @@ def until(spec: AttentionSpec, most: int = 50) -> int:
 @given(lost=st.sampled_from((0.05, 0.3, 0.5, 1.0, 5.0)), seconds=st.sampled_from((0.5, 2.0, 3.3)))
 def test_a_kernel_is_compiled_once_it_has_cost_more_than_compiling(name: str, lost: float, seconds: float) -> None:
     spec, cost = PROBLEMS[name], seconds * (2 if PROBLEMS[name].needs_grad else 1)
-    chosen.clear()
+    choices.clear()
     with (
         on(),
         everywhere(loss=lambda spec: lost, waits=Waits()),
@@ -184,7 +184,7 @@ def test_checkpoints_of_a_training_save_what_their_forward_saved() -> None:
         limits = Limits(devices=("cpu",), dtypes=(torch.float32,), features=frozenset(flashmha.backends.FEATURES))
         compiled = False
 
-        def unready(self, spec: AttentionSpec) -> str | None:
+        def must_compile(self, spec: AttentionSpec) -> str | None:
             return None if type(self).compiled else WHY
 
         def __call__(self, q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> Tensor:

@@ -161,8 +161,8 @@ class Fused(Backend):
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> Tensor:
         return Once.apply(q, k, v, spec.changed(need_lse=False))
 
-    def refusals(self, spec: AttentionSpec) -> list[str]:
-        return super().refusals(spec) + (["no lse"] if spec.need_lse else [])
+    def limits_exceeded(self, spec: AttentionSpec) -> list[str]:
+        return super().limits_exceeded(spec) + (["no lse"] if spec.need_lse else [])
 
 
 @given(case=cases(backend="fused", mask="none"), look=st.booleans())

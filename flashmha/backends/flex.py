@@ -28,7 +28,9 @@ class Flex(Backend):
     The first call of a shape compiles for some seconds on a GPU; ``KEPT`` shapes stay compiled.
     """
 
-    name = "flex"
+    name = measured_as = "flex"
+    unfused_on = ("cpu",)
+    judges_by_outline = results_checked = yields_small_weights = True
     compiles = "shapes"
     limits = Limits(
         devices=("cuda", "cpu", "xpu"),
@@ -42,9 +44,9 @@ class Flex(Backend):
     """Triton's smallest matrix product; the unfused form on a CPU takes any head_dim."""
 
     def __init__(self) -> None:
-        self.kernels = Kernels()
+        self.kernels = Kernels(self.name)
 
-    def unready(self, spec: AttentionSpec) -> str | None:
+    def must_compile(self, spec: AttentionSpec) -> str | None:
         if not fuses(spec) or self.kernels.serve(problem_key(spec)):
             return None
         return "not compiled for this shape yet (some seconds)"
@@ -52,8 +54,8 @@ class Flex(Backend):
     def kernel_key(self, spec: AttentionSpec) -> Hashable:
         return problem_key(spec)
 
-    def refusals(self, spec: AttentionSpec) -> list[str]:
-        reasons = super().refusals(spec)
+    def limits_exceeded(self, spec: AttentionSpec) -> list[str]:
+        reasons = super().limits_exceeded(spec)
         smallest = min(spec.head_dim, spec.head_dim_v)
         if spec.device.type != "cpu" and smallest < self.head_dim_min_gpu:
             reasons.append(f"head_dim={smallest} (at least {self.head_dim_min_gpu} on {spec.device.type})")
@@ -116,7 +118,8 @@ class Kernels:
     the log. So each function here has a code object of its own, and ``fullgraph`` makes a limit an error.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, backend: str) -> None:
+        self.backend = backend
         self.functions: collections.OrderedDict[Key, tuple[Callable[..., Any], object]] = collections.OrderedDict()
         self.numbers = itertools.count()
         self.lock = threading.Lock()
@@ -135,7 +138,7 @@ class Kernels:
         made = compiled(next(self.numbers))
 
         def first(*args: Any, **kwargs: Any) -> Any:
-            with waits.ending("flex", key[0]):
+            with waits.ending(self.backend, key[0]):
                 result = made(*args, **kwargs)
             with self.lock:
                 self.functions[key] = made, alive

@@ -101,6 +101,8 @@ class Naive(Backend):
     """The definition, in plain PyTorch: every feature, every dtype, every device; memory seqlen_q * seqlen_k."""
 
     name = "naive"
+    holds_scores = True
+    judges_by_outline = results_checked = yields_small_weights = True
     limits = Limits(
         devices=(),
         dtypes=(torch.float64, torch.float32, torch.bfloat16, torch.float16),

@@ -37,7 +37,7 @@ GRAPHED = ("small/layer/*",)
 
 def everybody(device: torch.device) -> tuple[list[Contestant], dict[str, str]]:
     """All contestants of all levels, every backend this machine has among them; and who is absent, with the reason."""
-    absent = {name: why for name in names() if (why := get(name).unavailable(device)) is not None}
+    absent = {name: why for name in names() if (why := get(name).why_not_here(device)) is not None}
     present = [name for name in names() if name not in absent]
     stock, best, linear, sdpa, automatic = Stock(), StockBest(), Linear(), ByHand(), Attention("attention")
     ours = Flashmha("flashmha_best", best, trust_is_causal=True)
@@ -98,7 +98,7 @@ def packages(device: torch.device, absent: dict[str, str]) -> list[Contestant]:
     """The flash-attn packages called by hand, and flash-attn's layer; what is not here joins ``absent``."""
     found: list[Contestant] = []
     for backend, (name, *others) in PACKAGES.items():
-        why = get(backend).unavailable(device)
+        why = get(backend).why_not_here(device)
         if why is not None:
             absent |= dict.fromkeys((name, *others), why)
             continue

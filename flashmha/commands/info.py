@@ -39,7 +39,7 @@ def main(options: argparse.Namespace) -> int:
 
 def show(here: list[torch.device], json: bool) -> None:
     """Everything, as text or as JSON."""
-    reasons = {str(device): {name: get(name).unavailable(device) for name in names()} for device in here}
+    reasons = {str(device): {name: get(name).why_not_here(device) for name in names()} for device in here}
     kept = {
         (device, name): get(name).on_disk(torch.device(device))
         for device, rows in reasons.items()

@@ -69,13 +69,13 @@ def measured_backends(named: Sequence[str] | None, where: torch.device) -> tuple
     if named is None:
         ours = [name for name in names() if origin(name) == "flashmha"]
         left_out = LEFT_OUT.get(where.type, LEFT_OUT["cuda"])
-        return tuple(name for name in ours if name not in left_out and get(name).unavailable(where) is None)
+        return tuple(name for name in ours if name not in left_out and get(name).why_not_here(where) is None)
     for name in expand(list(named), "--backends"):
-        why = get(name).unavailable(where)
+        why = get(name).why_not_here(where)
         if why is not None and not any(one in FAMILIES for one in named):
             raise ValueError(f"--backends must be available on {where}, got {name!r}: {why}.")
     asked = expand(list(named))
-    return tuple(name for name in names() if name in asked and get(name).unavailable(where) is None)
+    return tuple(name for name in names() if name in asked and get(name).why_not_here(where) is None)
 
 
 def main(options: argparse.Namespace) -> int:

@@ -123,7 +123,7 @@ def judge(backend: Backend, where: torch.device, drawn: Draw, advance: Advance) 
         from ..testing.judge import again
     absent = backend.limits.not_on.get(where.type, frozenset())
     verdict = Verdict(backend.name, str(where))
-    reason = backend.unavailable(where)
+    reason = backend.why_not_here(where)
     if reason is not None:
         verdict.verdict, verdict.why = ABSENT, reason
         return verdict
@@ -145,7 +145,7 @@ def judge(backend: Backend, where: torch.device, drawn: Draw, advance: Advance) 
     @hypothesis.given(served(backend, where, head_dims=drawn.head_dims, longest=drawn.longest), seeds())
     def law(spec: AttentionSpec, seed: int) -> None:
         last[:] = [(spec, seed)]
-        refusal = backend.unsupported(spec) or backend.unbuilt(spec)
+        refusal = backend.why_not(spec) or backend.why_not_built(spec)
         refusals[:] = [refusal] if refusal else refusals
         hypothesis.assume(refusal is None)
         share = assert_agrees(backend, spec, seed)
@@ -177,7 +177,7 @@ def main(options: argparse.Namespace) -> int:
     wanted = names() if options.backend is None else expand([name.strip() for name in options.backend.split(",")])
     where = devices() if options.device is None else [device(name.strip()) for name in options.device.split(",")]
     pairs = [(get(name), one) for one in where for name in wanted]
-    able = sum(backend.unavailable(one) is None for backend, one in pairs)
+    able = sum(backend.why_not_here(one) is None for backend, one in pairs)
     with progress("judging", able * drawn.examples) as advance:
         verdicts = [judge(backend, one, drawn, advance) for backend, one in pairs]
     if options.json:

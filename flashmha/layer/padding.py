@@ -7,9 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..backends import expand, get
+from ..backends.choice.registry import some
 from ..backends.choice.wishes import preference
-from ..backends.sdpa.packed import runs_packed, takes_packed
 from ..host.torch_state import computed_in, eager
 from ..problem.masks import Window
 from ..problem.packing import has_holes, parts, take
@@ -85,11 +84,8 @@ def same_memory(one: Tensor, two: Tensor) -> bool:
 def packs(layer: Any, call: Reading) -> bool:
     """A kernel for packed documents runs on this GPU and in the dtype of the layer's heads."""
     device, dtype, size = call.query.device, computed_in(call.query), layer.embed_dim // layer.num_heads
-    able = (get(name) for name in expand("flash_attn"))
-    if any(dtype in kernel.limits.dtypes and kernel.unavailable(device) is None for kernel in able):
-        return True
-    whole = all(part.feature != "window" for part in parts(call.mask)) and layer.window is None
-    return whole and takes_packed(dtype, size) and runs_packed(size, device.index)
+    windowed = layer.window is not None or any(part.feature == "window" for part in parts(call.mask))
+    return some(lambda one: one.runs_packed(dtype, size, device, windowed))
 
 
 def pack(query: Tensor, key: Tensor, value: Tensor, places: Tensor) -> tuple[Tensor, Tensor, Tensor]:

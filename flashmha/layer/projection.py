@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from ..backends import get
+from ..backends.choice.registry import some
 from ..backends.rewrites.heads import spares, split
 from .call import each_once
 from .features import is_quantised
@@ -81,8 +81,8 @@ def by_one_matrix(
 
 
 def joins(packed: Tensor) -> bool:
-    """Gradients of these heads may come side by side: flash-attn 4 is here, which writes them so, and it pays."""
-    return spares(packed) and get("flash4").unavailable(packed.device) is None
+    """Gradients of these heads may come side by side: a backend that writes them so is here, and it pays."""
+    return spares(packed) and some(lambda one: one.joins_gradients and one.why_not_here(packed.device) is None)
 
 
 def swapped(x: Tensor) -> Tensor:

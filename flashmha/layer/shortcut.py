@@ -15,12 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn import Parameter
 
-from ..backends import choose, note
+from ..backends import choose
 from ..backends.base import HALF
-from ..backends.choice.builtin import OWN
-from ..backends.choice.record import recording
-from ..functional import check_result
-from ..host.torch_state import casts_to, computed_in, without_autocast
+from ..backends.choice.serve import serve
+from ..host.torch_state import casts_to, computed_in
 from ..problem.masks import Mask, causal
 from ..problem.ragged import Documents, KeyLengths, KeyPadding, Padding, private
 from ..problem.spec import AttentionSpec
@@ -157,15 +155,7 @@ def attend(
     if backend is None:
         out, weights = attention_with_weights(q, k, v, spec, None, layer, average=average)
     else:
-        if recording.calls is not None:
-            note(layer, spec, backend)
-        if cast is None:
-            out = backend(q, k, v, spec)  # type: ignore[assignment]
-        else:
-            with without_autocast(query.device):
-                out = backend(q, k, v, spec)  # type: ignore[assignment]
-        if type(backend) not in OWN:
-            check_result(out, spec, backend)
+        out = serve(backend, q, k, v, spec, layer)
     if not batch_first:
         out = out.transpose(0, 1).contiguous()
     return F.linear(out.flatten(2), weight_out, bias_out), weights

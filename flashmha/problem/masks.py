@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from ..host.torch_state import is_dense
-from .positions import ALIGNMENTS, MaskMod, Restarts, check_broadcast, home, index_grid, lookup, positional
+from .positions import ALIGNMENTS, MaskMod, Restarts, check_broadcast, home, index_grid, lookup, narrowed_to, positional
 from .wording import told
 
 M = TypeVar("M", bound="Mask")
@@ -97,14 +97,23 @@ class Mask(abc.ABC):
     __rand__ = __and__
 
     def materialize(
-        self, batch: int, heads: int, seqlen_q: int, seqlen_k: int, device: torch.device | str | None = None
+        self,
+        batch: int,
+        heads: int,
+        seqlen_q: int,
+        seqlen_k: int,
+        device: torch.device | str | None = None,
+        queries: range | None = None,
+        keys: range | None = None,
     ) -> Tensor:
         """The mask as a bool tensor that broadcasts to (batch, heads, seqlen_q, seqlen_k).
 
-        Axes on which no rule depends have size 1. Without a ``device`` it is made where the mask's tensors are.
+        Axes on which no rule depends have size 1. Without a ``device`` it is made where the mask's tensors are. Of a
+        range of queries or keys no more is made than broadcasts to it.
         """
         device = home(self.tensors()) if device is None else device
-        tables = [part.dense(batch, heads, seqlen_q, seqlen_k, device, self.documents) for part in self.parts]
+        documents = self.documents
+        tables = [part.dense(batch, heads, seqlen_q, seqlen_k, device, documents, queries, keys) for part in self.parts]
         return functools.reduce(operator.and_, tables)
 
     def dense(
@@ -115,9 +124,12 @@ class Mask(abc.ABC):
         seqlen_k: int,
         device: torch.device | str | None,
         documents: Restarts | None,
+        queries: range | None = None,
+        keys: range | None = None,
     ) -> Tensor:
-        """One rule evaluated on the whole index grid."""
-        return self.mask_mod(seqlen_q, seqlen_k, documents)(*index_grid(batch, heads, seqlen_q, seqlen_k, device))
+        """One rule evaluated on the index grid, or on a part of it."""
+        grid = index_grid(batch, heads, seqlen_q, seqlen_k, device, queries, keys)
+        return self.mask_mod(seqlen_q, seqlen_k, documents)(*grid)
 
     def picture(self, seqlen_q: int = 8, seqlen_k: int = 8, *, batch: int = 0, head: int = 0) -> str:
         """A small drawing for one batch item and head: one line a query, ``■`` may attend, ``·`` may not.
@@ -246,7 +258,7 @@ class Dense(Mask):
         return lookup(self.allowed)
 
     def dense(self, *grid: Any) -> Tensor:
-        return self.allowed
+        return narrowed_to(self.allowed, *grid[-2:])
 
     def merged(self, other: Mask) -> Dense | None:
         return Dense(self.allowed & other.allowed) if isinstance(other, Dense) else None

@@ -8,6 +8,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from .wording import told
+
 MaskMod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 ALIGNMENTS = ("bottom_right", "top_left")
 
@@ -39,15 +41,42 @@ def home(tensors: tuple[Tensor, ...]) -> torch.device | None:
 
 
 def index_grid(
-    batch: int, heads: int, seqlen_q: int, seqlen_k: int, device: torch.device | str | None
+    batch: int,
+    heads: int,
+    seqlen_q: int,
+    seqlen_k: int,
+    device: torch.device | str | None,
+    queries: range | None = None,
+    keys: range | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The indices of every axis, each along its own of four axes, so that they broadcast to the whole problem."""
+    """The indices of every axis, each along its own of four axes, so that they broadcast to the whole problem, or to a
+    range of its queries and keys."""
+    first_q, end_q = (0, seqlen_q) if queries is None else (queries.start, queries.stop)
+    first_k, end_k = (0, seqlen_k) if keys is None else (keys.start, keys.stop)
     return (
         torch.arange(batch, device=device).view(-1, 1, 1, 1),
         torch.arange(heads, device=device).view(1, -1, 1, 1),
-        torch.arange(seqlen_q, device=device).view(1, 1, -1, 1),
-        torch.arange(seqlen_k, device=device).view(1, 1, 1, -1),
+        torch.arange(first_q, end_q, device=device).view(1, 1, -1, 1),
+        torch.arange(first_k, end_k, device=device).view(1, 1, 1, -1),
     )
+
+
+def narrowed_to(table: Tensor, queries: range | None, keys: range | None) -> Tensor:
+    """Four axes of a whole problem for a range of its queries and keys; an axis of size 1 is the same for all."""
+    for axis, part in ((2, queries), (3, keys)):
+        if part is not None and table.shape[axis] != 1:
+            table = table.narrow(axis, part.start, len(part))
+    return table
+
+
+def check_range(name: str, part: range | None, size: int) -> None:
+    """Raise where a range of queries or keys is none, or reaches beyond the problem."""
+    if part is None:
+        return
+    if not isinstance(part, range):
+        raise TypeError(f"{name} must be a range, or None for all, got {told(part)}.")
+    if part.step != 1 or not 0 <= part.start <= part.stop <= size:
+        raise ValueError(f"{name} must be a range of step 1 within 0 and {size}, got {part}.")
 
 
 def positional(fn: MaskMod, seqlen_q: int, seqlen_k: int, documents: Restarts | None, align: str) -> MaskMod:

@@ -12,7 +12,7 @@ from torch import Tensor
 from ..host.torch_state import eager, is_dense, readable
 from .computed import Computed, hides_changes, make_plain, stream_of
 from .masks import Mask, Rebuild
-from .positions import MaskMod, Restarts
+from .positions import MaskMod, Restarts, narrowed_to
 from .wording import told
 
 T = TypeVar("T")
@@ -125,12 +125,12 @@ class KeyPadding(Padding):
             return None
         return private(KeyPadding(self.valid & other.valid))
 
-    def materialize(self, *grid: Any) -> Tensor:
+    def materialize(self, *grid: Any, queries: range | None = None, keys: range | None = None) -> Tensor:
         batch, seqlen_k = self.valid.shape
-        return self.valid.view(batch, 1, 1, seqlen_k)
+        return narrowed_to(self.valid.view(batch, 1, 1, seqlen_k), None, keys)
 
     def dense(self, *grid: Any) -> Tensor:
-        return self.materialize()
+        return self.materialize(keys=grid[-1])
 
     def __repr__(self) -> str:
         return f"KeyPadding({tuple(self.valid.shape)})"

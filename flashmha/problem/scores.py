@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from ..host.torch_state import is_dense
-from .positions import Restarts, check_broadcast, home, index_grid, lookup, positional
+from .positions import Restarts, check_broadcast, home, index_grid, lookup, narrowed_to, positional
 from .wording import told
 
 ScoreMod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
@@ -77,10 +77,16 @@ class Bias(abc.ABC):
         seqlen_k: int,
         device: torch.device | str | None = None,
         documents: Restarts | None = None,
+        queries: range | None = None,
+        keys: range | None = None,
     ) -> Tensor:
-        """The bias as a tensor that broadcasts to (batch, heads, seqlen_q, seqlen_k), made where its tensors are."""
+        """The bias as a tensor that broadcasts to (batch, heads, seqlen_q, seqlen_k), made where its tensors are.
+
+        Of a range of queries or keys no more is made than broadcasts to it.
+        """
         device = home(self.tensors()) if device is None else device
-        made = self.bias_mod(seqlen_q, seqlen_k, documents)(*index_grid(batch, heads, seqlen_q, seqlen_k, device))
+        grid = index_grid(batch, heads, seqlen_q, seqlen_k, device, queries, keys)
+        made = self.bias_mod(seqlen_q, seqlen_k, documents)(*grid)
         return made if made.dim() else made.view(1, 1, 1, 1)  # the sum of single numbers
 
 
@@ -119,8 +125,10 @@ class TensorBias(Bias):
         seqlen_k: int,
         device: torch.device | str | None = None,
         documents: Restarts | None = None,
+        queries: range | None = None,
+        keys: range | None = None,
     ) -> Tensor:
-        return self.tensor
+        return narrowed_to(self.tensor, queries, keys)
 
     def __repr__(self) -> str:
         return f"TensorBias({tuple(self.tensor.shape)})"

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..host.torch_state import asks_deterministic, is_dense, is_deterministic, needs_aten, plain
 from .masks import Dense, Mask, Window, find, normalize
+from .positions import check_range
 from .ragged import Documents, KeyLengths, KeyPadding, Padding, private
 from .scores import DTYPES, Bias
 from .wording import short, told
@@ -398,18 +399,27 @@ class AttentionSpec:
         lengths = rule.lengths
         return rule.once(("lengths", self.seqlen_k), lambda: lengths.clamp(0, self.seqlen_k).int())
 
-    def allowed(self) -> Tensor | None:
-        """The mask as a bool tensor that broadcasts to (batch, heads, seqlen_q, seqlen_k), ``True`` = may attend."""
+    def allowed(self, queries: range | None = None, keys: range | None = None) -> Tensor | None:
+        """The mask as a bool tensor that broadcasts to (batch, heads, seqlen_q, seqlen_k), ``True`` = may attend.
+
+        For a range of queries or keys it broadcasts to that, and nothing larger is made.
+        """
         if self.mask is None:
             return None
-        return self.mask.materialize(self.batch, self.heads, self.seqlen_q, self.seqlen_k, self.device)
+        check_range("queries", queries, self.seqlen_q)
+        check_range("keys", keys, self.seqlen_k)
+        return self.mask.materialize(
+            self.batch, self.heads, self.seqlen_q, self.seqlen_k, self.device, queries=queries, keys=keys
+        )
 
-    def added(self) -> Tensor | None:
-        """The bias as a tensor that broadcasts to (batch, heads, seqlen_q, seqlen_k)."""
+    def added(self, queries: range | None = None, keys: range | None = None) -> Tensor | None:
+        """The bias as a tensor that broadcasts to (batch, heads, seqlen_q, seqlen_k), or to a range as ``allowed``."""
         if self.bias is None:
             return None
+        check_range("queries", queries, self.seqlen_q)
+        check_range("keys", keys, self.seqlen_k)
         sizes = (self.batch, self.heads, self.seqlen_q, self.seqlen_k)
-        return self.bias.materialize(*sizes, self.device, self.documents)
+        return self.bias.materialize(*sizes, self.device, self.documents, queries, keys)
 
     def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
         printer.text(f"AttentionSpec({self})")  # what Hypothesis prints: one line

@@ -13,13 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..backends import choose, note
+from ..backends import choose
 from ..backends.base import Backend, Serve
-from ..backends.choice.builtin import OWN
-from ..backends.choice.record import recording
+from ..backends.choice.serve import serve
 from ..backends.rewrites.order import RealFirst
-from ..functional import check_result
-from ..host.torch_state import casts_to, computed_in, without_autocast
+from ..host.torch_state import computed_in
 from ..layer import shortcut
 from ..layer.projection import by_one_matrix, parameters
 from ..problem.masks import Mask
@@ -79,8 +77,7 @@ class Same(NamedTuple):
     key: tuple[Any, ...]
     spec: AttentionSpec
     backend: Backend
-    serve: Serve
-    casts: bool
+    call: Serve
 
 
 class Attention:
@@ -105,16 +102,7 @@ class Attention:
         batch_first = layer.batch_first if self.batch_first is None else self.batch_first
         if not batch_first:
             q, k, v = q.transpose(0, 1), k.transpose(0, 1), v.transpose(0, 1)
-        if recording.calls is not None:
-            note(layer, spec, backend)
-        attended: Any
-        if same.casts:
-            with without_autocast(x.device):
-                attended = same.serve(q, k, v)
-        else:
-            attended = same.serve(q, k, v)
-        if type(backend) not in OWN:
-            check_result(attended, spec, backend)
+        attended = serve(backend, q, k, v, spec, layer, same.call)
         if not batch_first:
             attended = attended.transpose(0, 1).contiguous()
         return F.linear(attended.flatten(2), own.weight_out, own.bias_out)
@@ -154,5 +142,5 @@ class Attention:
         of_q = shortcut.heads_of(shape, heads, batch_first)
         spec = AttentionSpec.between(of_q, of_q, computed_in(x), x.device, grad, mask, dropout)
         backend = choose(spec, calls=self.layers)
-        self.same = Same(key, spec, backend, backend.prepare(spec), casts_to(x.device) is not None)
+        self.same = Same(key, spec, backend, backend.prepare(spec))
         return self.same

@@ -178,7 +178,7 @@ def grid(backend: Backend, device: torch.device) -> list[Kernel]:
     """The kernels of the grid that a backend serves on a device."""
     kernels = KINDS if backend.compiles == "kinds" else SHAPES
     examples = [(kernel, kernel.example(device)) for kernel in kernels]
-    return [kernel for kernel, spec in examples if not (backend.unsupported(spec) or backend.unbuilt(spec))]
+    return [kernel for kernel, spec in examples if not (backend.why_not(spec) or backend.why_not_built(spec))]
 
 
 @st.composite
@@ -209,7 +209,7 @@ def built(backend: Backend, device: torch.device, wanted: Sequence[int] | None =
 
     def has(dtype: torch.dtype, head_dim: int, **more: Any) -> bool:
         spec = AttentionSpec(1, 3, 3, 1, 1, head_dim, head_dim, dtype, device, **more)
-        return backend.unbuilt(spec) is None
+        return backend.why_not_built(spec) is None
 
     pairs = [(dtype, head_dim) for dtype in limits.dtypes for head_dim in head_dims if has(dtype, head_dim)]
     if not pairs:

@@ -132,7 +132,7 @@ def assert_agrees(backend: Backend | type[Backend] | str, spec: AttentionSpec, s
         backend = get(backend)
     elif isinstance(backend, type):
         backend = backend()
-    refusal = backend.unsupported(spec)
+    refusal = backend.why_not(spec)
     if currently_in_test_context():
         event(f"{backend.name} {'refuses' if refusal else 'serves'}")
         assume(refusal is None)

@@ -8,17 +8,19 @@ import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 
-from ..backends import choose, note
+from ..backends import choose
 from ..backends.base import Backend
-from ..backends.choice.builtin import OWN
+from ..backends.choice.memory import Memory
+from ..backends.choice.record import note
+from ..backends.choice.serve import serve
 from ..backends.choice.waiting import capturing
 from ..backends.choice.wishes import Wanted, preference
 from ..backends.naive import Naive, probabilities, scores, weigh
-from ..functional import answer, run
+from ..functional import run
 from ..host.torch_state import traced, without_autocast
 from ..problem.masks import normalize
 from ..problem.packing import Padded
-from ..problem.spec import SHARED, AttentionSpec
+from ..problem.spec import AttentionSpec
 from .blocks import shaped
 from .deferred import Cell, Deferred, expect_look
 from .graph import Weights
@@ -54,7 +56,6 @@ def attention_with_weights(
     if backend is None or (padded is None and is_defined(spec, backend, wanted)):
         out, weights = by_definition(q, k, v, spec, wanted, layer)
         return out, shaped(weights, average, batched, dtype, rows)
-    note(layer, spec, backend)
     free = (q.detach(), k.detach()) if q.requires_grad or k.requires_grad else (q, k)
     recipe = Recipe(*free, spec, None, average, batched, dtype, rows)
     learned: Tensor | None = None
@@ -63,8 +64,7 @@ def attention_with_weights(
         learned = bias if bias.requires_grad else None
         recipe.spec = with_bias(spec, bias.detach().clone())
     problem = recipe.spec
-    told = asking(spec, backend)
-    result = answer(backend, q, k, v, told)
+    result = serve(backend, q, k, v, with_lse_where_given(spec, backend), layer)
     out, lse = result if isinstance(result, tuple) else (result, None)
     if padded is not None:
         batch, seqlen = padded.rows.shape
@@ -76,7 +76,7 @@ def attention_with_weights(
     at_once = is_small(spec) or (remade and may_change(q, k)) or capturing(spec) or spec.device.type == "meta"
     make = Recipe.make if at_once else defer
     if spec.needs_grad:
-        fused = None if spec.dropout_p > 0.0 or backend.name == "naive" else v
+        fused = None if spec.dropout_p > 0.0 or backend.holds_scores else v
         out, weights = Weights.apply(out, q, k, fused, learned, problem, recipe, make)  # type: ignore[no-untyped-call]
     else:
         with torch.no_grad():
@@ -99,7 +99,7 @@ def is_small(spec: AttentionSpec) -> bool:
 
 def is_defined(spec: AttentionSpec, backend: Backend, wanted: Wanted) -> bool:
     """The definition makes output and weights, though automatic choice found a backend for the output alone."""
-    return is_small(spec) and type(backend) in OWN and preference(wanted) is None
+    return is_small(spec) and backend.yields_small_weights and preference(wanted) is None
 
 
 def may_change(q: Tensor, k: Tensor) -> bool:
@@ -125,22 +125,20 @@ def by_definition(
     return out, weights
 
 
-def asking(spec: AttentionSpec, backend: Backend) -> AttentionSpec:
+def with_lse_where_given(spec: AttentionSpec, backend: Backend) -> AttentionSpec:
     """The problem as the backend is asked for it: with the log-sum-exp too, where it can give that.
 
     Not beside a bias, which may move all scores of a row far off, as -10000 does, where a log-sum-exp in float32 is
     coarse.
     """
-    known = remembered.get(spec) if spec.shared else None
+    known = requests.get(spec) if spec.shared else None
     if known is not None and known[0] is backend:
         return known[1]
-    found = spec.with_lse() if spec.bias is None else spec
-    if backend.unsupported(found) is not None or backend.unbuilt(found) is not None:
+    token, found = requests.token(), spec.with_lse() if spec.bias is None else spec
+    if backend.why_not(found) is not None or backend.why_not_built(found) is not None:
         found = spec
     if spec.shared:
-        if len(remembered) >= SHARED:
-            remembered.clear()
-        remembered[spec] = (backend, found)
+        requests.put(spec, token, (backend, found))
     return found
 
 
@@ -157,5 +155,5 @@ def defer(recipe: Recipe) -> Deferred:
     return made
 
 
-remembered: dict[AttentionSpec, tuple[Backend, AttentionSpec]] = {}
-"""What ``asking`` said about a shared problem, and of which backend."""
+requests: Memory[tuple[Backend, AttentionSpec]] = Memory()
+"""What ``with_lse_where_given`` said about a shared problem, and of which backend."""

@@ -82,7 +82,7 @@ class Recipe:
         """The weights."""
         spec = self.spec
         q, k = self.spread(self.q, self.k)
-        if tiles.unavailable(spec.device) is None and tiles.unsupported(spec) is None:
+        if tiles.why_not_here(spec.device) is None and tiles.why_not(spec) is None:
             made = tiles.weights(q, k, self.lse, spec, self.average, self.dtype)
         else:
             made = self.by_blocks(q, k)
@@ -123,7 +123,7 @@ class Recipe:
             grad = grad.masked_fill(~spread(self.rows, self.average), 0.0)
         q, k = self.spread(self.q, self.k)
         d_bias: Tensor | None = None
-        if not wanted[2] and tiles.unavailable(spec.device) is None and tiles.no_gradients(spec) is None:
+        if not wanted[2] and tiles.why_not_here(spec.device) is None and tiles.no_gradients(spec) is None:
             dq, dk = tiles.gradients(q, k, self.lse, spec, self.average, grad)
         else:
             dq, dk, d_bias = self.gradients_by_blocks(q, k, grad, wanted[2])

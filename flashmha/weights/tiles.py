@@ -1,6 +1,6 @@
 """The weights of a problem, tile by tile on the tensor cores of a GPU.
 
-``unsupported`` judges the problem and ``unavailable`` the machine, as a backend's do. The kernels are Triton's, which
+``why_not`` judges the problem and ``why_not_here`` the machine, as a backend's do. The kernels are Triton's, which
 torch's builds for CUDA bring; they stand in ``kernels``, imported when the first weights are made.
 """
 
@@ -34,7 +34,7 @@ SPARE = 4096
 """Bytes of shared memory that a kernel needs beside its operands."""
 
 
-def unsupported(spec: AttentionSpec) -> str | None:
+def why_not(spec: AttentionSpec) -> str | None:
     """Why no kernel makes the weights of a problem; ``None`` where one does."""
     if spec.dtype not in DTYPES:
         return f"dtype must be one of {', '.join(map(short, DTYPES))}, got {short(spec.dtype)}"
@@ -58,11 +58,11 @@ def no_gradients(spec: AttentionSpec) -> str | None:
     A tile's gradient has the dtype of q on its way to the tensor cores. float16 has no room for numbers as small as
     those, and nothing multiplies float32 faster than PyTorch.
     """
-    return unsupported(spec) if spec.dtype == torch.bfloat16 else f"dtype must be bfloat16, got {short(spec.dtype)}"
+    return why_not(spec) if spec.dtype == torch.bfloat16 else f"dtype must be bfloat16, got {short(spec.dtype)}"
 
 
 @functools.cache
-def unavailable(device: torch.device) -> str | None:
+def why_not_here(device: torch.device) -> str | None:
     """Why no kernel runs on a device; asked once."""
     if device.type != "cuda" or torch.version.cuda is None:
         return "needs a GPU of NVIDIA's"

@@ -8,8 +8,7 @@ from ...problem.spec import AttentionSpec
 from ...problem.wording import lines
 from ..base import Backend, written
 from . import registry, tuned
-from .choose import pick, reason
-from .memory import kept
+from .choose import chosen_before, pick, reason
 from .order import order
 from .registry import expand, names
 from .waiting import still
@@ -58,7 +57,7 @@ def explain(spec: AttentionSpec, wanted: Wanted = None, capability: tuple[int, i
     notes: list[str] = []
     found: Backend | None = None
     if named is None:
-        before = kept(spec)
+        before = chosen_before(spec)
         if before is not None:
             found = before.backend
             if before.wait is not None:
@@ -98,9 +97,9 @@ def on_paper(spec: AttentionSpec, capability: tuple[int, int], said: str, named:
     rows = {}
     for name in (*candidates, *(name for name in names() if name not in candidates)):
         backend = registry.entries[name]
-        against = backend.unsupported(spec)
+        against = backend.why_not(spec)
         reasons = [] if against is None else [against]
-        reasons += backend.limits.refusals_on(capability, spec.features)
+        reasons += backend.limits.exceeded_on(capability, spec.features)
         rows[name] = "; ".join(reasons) or (BY_LIMITS if name in candidates else OTHERWISE)
     able = ", ".join(name for name in candidates if rows[name] == BY_LIMITS) or "none"
     where = f"on compute capability {written(capability)}"
@@ -109,8 +108,8 @@ def on_paper(spec: AttentionSpec, capability: tuple[int, int], said: str, named:
 
 def absent(backend: Backend, spec: AttentionSpec) -> str | None:
     """Why a backend is not available here, and what else stands against the problem wherever it is."""
-    missing = backend.unavailable(spec.device)
+    missing = backend.why_not_here(spec.device)
     if missing is None:
         return None
-    others = (backend.unsupported(spec) or "").split("; ")
+    others = (backend.why_not(spec) or "").split("; ")
     return "; ".join([f"not available: {missing}", *(other for other in others if other not in ("", missing))])

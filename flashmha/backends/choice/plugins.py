@@ -63,10 +63,10 @@ class Unusable(Backend):
         self.name = name
         self.reason = in_one_line(error)
 
-    def unavailable(self, device: torch.device) -> str | None:
+    def why_not_here(self, device: torch.device) -> str | None:
         return self.reason
 
-    def refusals(self, spec: AttentionSpec) -> list[str]:
+    def limits_exceeded(self, spec: AttentionSpec) -> list[str]:
         return [self.reason]
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> Tensor:

@@ -30,7 +30,7 @@ WORTH = 1e11
 """Operations of a forward from which a kernel is worth seconds of compiling: a fifth of a millisecond on an H200, so
 that a tenth of it, in every layer and step, brings the seconds back within an epoch."""
 LAST = "naive"
-"""Holds every score in memory, so that no measurement puts it in front of anybody."""
+"""The definition, against which answers are held."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,7 +6,8 @@ import statistics
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from .ranking import LAST, MARGIN, PLACE, Row
+from . import registry
+from .ranking import MARGIN, PLACE, Row
 
 
 def derive(cells: Iterable[dict[str, Any]], source: str) -> tuple[Row, ...]:
@@ -69,7 +70,7 @@ def agreed(cells: Sequence[dict[str, Any]]) -> tuple[str, ...] | None:
 
     Where the times leave a choice the order of the list stays; ``None`` where they leave none.
     """
-    left = list(dict.fromkeys(name for cell in cells for name in cell["us"] if name != LAST))
+    left = list(dict.fromkeys(name for cell in cells for name in cell["us"] if is_ranked(name)))
     order: list[str] = []
     while left:
         for name in left:
@@ -80,6 +81,11 @@ def agreed(cells: Sequence[dict[str, Any]]) -> tuple[str, ...] | None:
         order.append(name)
         left.remove(name)
     return tuple(order)
+
+
+def is_ranked(name: str) -> bool:
+    """A name of a table is ranked: not that of a backend which holds every score."""
+    return name not in registry.entries or not registry.entries[name].holds_scores
 
 
 def beaten(name: str, other: str, cell: dict[str, Any]) -> bool:

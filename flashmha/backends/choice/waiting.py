@@ -9,7 +9,6 @@ arithmetic on estimates: nothing here looks at a device, and nothing is timed bu
 from __future__ import annotations
 
 import os
-from collections.abc import Hashable
 
 import torch
 
@@ -18,7 +17,6 @@ from ...problem.spec import AttentionSpec
 from ..base import Backend
 from ..compiling import Wait, waits
 from . import registry
-from .builtin import OWN
 from .ranking import WORTH, keys, work
 
 SPEED, STREAM = 5e14, 3e12
@@ -41,7 +39,7 @@ def loss(spec: AttentionSpec) -> float:
     return GAIN * seconds * (TRAINING if spec.needs_grad else 1.0)
 
 
-def keeps() -> bool:
+def keeps_first_choice() -> bool:
     """Problems stay with their first choice: torch is to be deterministic, or the variable says so."""
     return asks_deterministic() or os.environ.get(VARIABLE, "0") not in ("", "0")
 
@@ -55,19 +53,14 @@ WAITS = "not compiled yet"
 """What is said of a backend that was passed over."""
 
 
-def unready(backend: Backend, spec: AttentionSpec) -> str | None:
+def compiled_first(backend: Backend, spec: AttentionSpec) -> str | None:
     """What a backend has to compile before it serves a problem; inside another graph that is part of compiling it."""
-    return None if spec.aten_only or torch.compiler.is_compiling() else backend.unready(spec)
-
-
-def kernel_of(backend: Backend, spec: AttentionSpec) -> Hashable:
-    """What a backend would compile for a problem; of others, no more is known than the problem."""
-    return backend.kernel_key(spec) if type(backend) in OWN else spec.outline
+    return None if spec.aten_only or torch.compiler.is_compiling() else backend.must_compile(spec)
 
 
 def known_wait(backend: Backend, spec: AttentionSpec) -> Wait | None:
     """What was lost without a kernel so far; ``None`` where that was not counted."""
-    kernel = kernel_of(backend, spec)
+    kernel = backend.kernel_key(spec)
     return None if kernel is None else waits.find(backend.name, kernel)
 
 
@@ -78,7 +71,7 @@ def movable(spec: AttentionSpec) -> bool:
 
 def still(wait: Wait, spec: AttentionSpec) -> dict[str, str]:
     """Why a problem that was chosen for before is not served by the backend that it waits for."""
-    compiles = unready(registry.entries[wait.backend], spec)
+    compiles = compiled_first(registry.entries[wait.backend], spec)
     return {} if compiles is None else {wait.backend: f"{WAITS}: {compiles}; {wait}"}
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from ...problem.scores import ALiBi
 from ...problem.spec import AttentionSpec
 from ..base import HALF, Limits
-from ..rewrites.documents import is_cache, pack, packs, read_cache, refusals, unpack, unpack_lse
+from ..rewrites.documents import is_cache, pack, packs, positions_lost, read_cache, unpack, unpack_lse
 from ..rewrites.grouped import fold, folds, unfold, unfold_lse
 from .package import FlashAttn, lacks
 from .windows import normal_lse, trimmed, window_options
@@ -27,7 +27,7 @@ class Flash2(FlashAttn):
     Source: Dao, "FlashAttention-2" (2023); signatures of flash-attn 2.8.3.
     """
 
-    name = "flash2"
+    name = measured_as = "flash2"
     distribution = "flash-attn"
     install = "pip install flash-attn --no-build-isolation"
     keywords = ("dropout_p", "softmax_scale", "causal", "window_size", "softcap", "alibi_slopes", "deterministic")
@@ -63,15 +63,15 @@ class Flash2(FlashAttn):
         self.cached = getattr(importlib.import_module("flash_attn"), "flash_attn_with_kvcache", None)
         return flash_attn_func, flash_attn_varlen_func
 
-    def unbuilt(self, spec: AttentionSpec) -> str | None:
+    def why_not_built(self, spec: AttentionSpec) -> str | None:
         bucket = [size for size in BUCKETS if spec.head_dim <= size][0]  # noqa: RUF015  Dynamo reads it
         why = lacks(self.name, spec.device.index, bucket, spec.dtype, False)
         if why is None and spec.needs_grad:
             why = lacks(self.name, spec.device.index, bucket, spec.dtype, True, spec.heads != spec.heads_kv)
         return None if why is None else f"head_dim={spec.head_dim} ({why})"
 
-    def refusals(self, spec: AttentionSpec) -> list[str]:
-        reasons = super().refusals(spec) + refusals(spec)
+    def limits_exceeded(self, spec: AttentionSpec) -> list[str]:
+        reasons = super().limits_exceeded(spec) + positions_lost(spec)
         window = spec.window
         if window is not None and spec.seqlen_q > spec.seqlen_k:
             # a right bound of seqlen_k or more turns unbounded inside the kernel, and unbounded into seqlen_k

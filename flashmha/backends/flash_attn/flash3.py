@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ...problem.spec import AttentionSpec
 from ..base import HALF, Limits
-from ..rewrites.documents import is_cache, pack, packs, read_cache, refusals, unpack, unpack_lse
+from ..rewrites.documents import is_cache, pack, packs, positions_lost, read_cache, unpack, unpack_lse
 from .package import FlashAttn, lacks
 from .windows import normal_lse, trimmed, window_options
 
@@ -35,7 +35,7 @@ class Flash3(FlashAttn):
     Source: Shah et al., "FlashAttention-3" (2024); signatures of the ``hopper`` folder of flash-attention 2.8.4.
     """
 
-    name = "flash3"
+    name = measured_as = "flash3"
     distribution = "flash_attn_3"
     install = "build the hopper folder of flash-attention (forward only: pip install fa3-fwd)"
     keywords = ("softmax_scale", "causal", "window_size", "softcap")
@@ -90,7 +90,7 @@ class Flash3(FlashAttn):
             return dense, varlen
         raise missing or ModuleNotFoundError("No module named 'flash_attn_interface'")
 
-    def unbuilt(self, spec: AttentionSpec) -> str | None:
+    def why_not_built(self, spec: AttentionSpec) -> str | None:
         there = [size for size in HEAD_DIMS if not self.flags.get(f"FLASHATTENTION_DISABLE_HDIM{size}")]
         if not any(spec.head_dim <= size for size in there):
             return f"head_dim={spec.head_dim} (this build has kernels for {', '.join(map(str, there)) or 'none'})"
@@ -105,8 +105,8 @@ class Flash3(FlashAttn):
         why = lacks(self.name, spec.device.index, bucket, spec.dtype, True, spec.heads != spec.heads_kv)
         return None if why is None else f"head_dim={spec.head_dim} ({why})"
 
-    def refusals(self, spec: AttentionSpec) -> list[str]:
-        reasons = super().refusals(spec) + refusals(spec)
+    def limits_exceeded(self, spec: AttentionSpec) -> list[str]:
+        reasons = super().limits_exceeded(spec) + positions_lost(spec)
         if "deterministic" in spec.features and spec.head_dim > 192:
             reasons.append(f"a deterministic backward at head_dim={spec.head_dim} (at most 192)")
         return reasons

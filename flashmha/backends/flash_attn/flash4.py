@@ -38,7 +38,7 @@ class Flash4(FlashAttn):
     public functions, which cannot be traced, nor told where gradients go.
     """
 
-    name = "flash4"
+    name = measured_as = "flash4"
     distribution = "flash-attn-4"
     install = "pip install --pre flash-attn-4"
     compiles = "kinds"
@@ -106,8 +106,8 @@ class Flash4(FlashAttn):
         dense: Callable[..., Any] = flash_attn_func
         return dense
 
-    def refusals(self, spec: AttentionSpec) -> list[str]:
-        reasons = super().refusals(spec)
+    def limits_exceeded(self, spec: AttentionSpec) -> list[str]:
+        reasons = super().limits_exceeded(spec)
         padded = spec.is_padded
         if padded and "documents" in spec.features and "dense_mask" not in spec.features:
             reasons.append("padding inside Documents")
@@ -125,12 +125,12 @@ class Flash4(FlashAttn):
             )
         return reasons
 
-    def unbuilt(self, spec: AttentionSpec) -> str | None:
+    def why_not_built(self, spec: AttentionSpec) -> str | None:
         if "dense_mask" in spec.features:
             return untried(spec.device.index)
         return missing() if "key_padding" in spec.features and spec.window is None else None
 
-    def unready(self, spec: AttentionSpec) -> str | None:
+    def must_compile(self, spec: AttentionSpec) -> str | None:
         # asked of problems it can serve; under somebody's compiler, compiling is what is going on
         if torch.compiler.is_compiling() or kind(spec) in self.compiled:
             return None
@@ -226,7 +226,7 @@ def kind(spec: AttentionSpec) -> tuple[Any, ...]:
 def untried(index: int | None) -> str | None:
     """Why mask tensors are not served on a GPU."""
     return (
-        "; ".join(Flash4.limits.refusals_on(torch.cuda.get_device_capability(index), frozenset(("dense_mask",))))
+        "; ".join(Flash4.limits.exceeded_on(torch.cuda.get_device_capability(index), frozenset(("dense_mask",))))
         or None
     )
 

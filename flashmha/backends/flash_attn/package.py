@@ -31,6 +31,8 @@ class FlashAttn(Backend):
     how to call it (``__call__``).
     """
 
+    family = "flash_attn"
+    judges_by_outline = results_checked = yields_small_weights = True
     distribution: ClassVar[str]
     keywords: ClassVar[tuple[str, ...]]
 
@@ -50,14 +52,17 @@ class FlashAttn(Backend):
         """The dense function that the package offers to everybody, to measure against."""
         return (self.functions or self.load())[0]
 
-    def unavailable(self, device: torch.device) -> str | None:
-        reason = super().unavailable(device)
+    def why_not_here(self, device: torch.device) -> str | None:
+        reason = super().why_not_here(device)
         if reason is not None:
             return reason
         return probe(self.name, device.index)
 
-    def refusals(self, spec: AttentionSpec) -> list[str]:
-        reasons = super().refusals(spec)
+    def runs_packed(self, dtype: torch.dtype, head_dim: int, device: torch.device, windowed: bool = False) -> bool:
+        return self.limits.takes_heads(dtype, head_dim) and self.why_not_here(device) is None
+
+    def limits_exceeded(self, spec: AttentionSpec) -> list[str]:
+        reasons = super().limits_exceeded(spec)
         window = spec.window
         if window is not None:
             assert spec.mask is not None
@@ -95,7 +100,7 @@ probe._dynamo_marked_constant = True  # type: ignore[attr-defined]  # torch.comp
 
 def trial(backend: FlashAttn, device: torch.device) -> str | None:
     """Find, import and run a package on a device: the reason it does not work, with the exception's own text."""
-    wrong = backend.limits.refusals_on(torch.cuda.get_device_capability(device), frozenset())
+    wrong = backend.limits.exceeded_on(torch.cuda.get_device_capability(device), frozenset())
     if wrong:
         return wrong[0]
     try:

@@ -41,7 +41,7 @@ def packs(spec: AttentionSpec) -> bool:
     return "documents" in spec.needs or spec.is_padded
 
 
-def refusals(spec: AttentionSpec) -> list[str]:
+def positions_lost(spec: AttentionSpec) -> list[str]:
     """What padding cannot stand beside here."""
     padding = [name for name in PADDING if name in spec.features]
     beside = [name for name in FEATURES if name in spec.features & POSITIONS]

@@ -14,7 +14,7 @@ from ...problem.scores import narrowed
 from ...problem.spec import AttentionSpec
 from ..base import FEATURES, HALF, Backend, Limits, Serve
 from ..rewrites.grouped import fold, fold_table, folds, unfold
-from .packed import attend_in_place, attend_packed, packs
+from .packed import attend_in_place, attend_packed, packs, runs_packed, takes_packed
 from .pieces import Item, cut, keep_all, slices
 from .switches import by_math, kernels_for_masks, only, switches, without_cudnn
 
@@ -37,7 +37,9 @@ class Sdpa(Backend):
     of NVIDIA's documents, and padding as documents, go to torch's own flash-attn 2 in half precision.
     """
 
-    name = "sdpa"
+    name = measured_as = "sdpa"
+    obeys_switches = launched_by_cpp = True
+    judges_by_outline = results_checked = yields_small_weights = True
     limits = Limits(
         devices=(),
         dtypes=(torch.float64, torch.float32, torch.bfloat16, torch.float16),
@@ -46,10 +48,10 @@ class Sdpa(Backend):
         aten=True,
     )
 
-    def refusals(self, spec: AttentionSpec) -> list[str]:
-        reasons = super().refusals(spec)
+    def limits_exceeded(self, spec: AttentionSpec) -> list[str]:
+        reasons = super().limits_exceeded(spec)
         if spec.need_lse:
-            reasons += refusals_of_lse(spec)
+            reasons += limits_of_lse(spec)
         if spec.device.type == "cuda" and needs_tensor(spec) and not kernels_for_masks():
             reasons.append("only cuDNN is enabled, which must not see a mask (pytorch#196678)")
         elif spec.device.type == "cuda" and spec.mask is None and overflows(spec) and not kernels_for_masks():
@@ -63,6 +65,12 @@ class Sdpa(Backend):
                 "makes the fused ones deterministic)"
             )
         return reasons
+
+    def builds_mask(self, spec: AttentionSpec) -> bool:
+        return spec.device.type != "cpu" and not MASKED.isdisjoint(spec.features) and not packs(spec)
+
+    def runs_packed(self, dtype: torch.dtype, head_dim: int, device: torch.device, windowed: bool = False) -> bool:
+        return not windowed and takes_packed(dtype, head_dim) and runs_packed(head_dim, device.index)
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> Tensor | tuple[Tensor, Tensor]:
         if q.is_cuda:
@@ -93,6 +101,10 @@ class Sdpa(Backend):
             if serve is not None:
                 return serve
         return super().prepare(spec)
+
+
+MASKED = frozenset(("window", "documents", "softcap"))
+"""Where SDPA makes a dense mask on a GPU unless it packs documents, or does nothing."""
 
 
 def dense(spec: AttentionSpec) -> Tensor | None:
@@ -264,7 +276,7 @@ def attend_with_lse(
     return out.transpose(1, 2), lse
 
 
-def refusals_of_lse(spec: AttentionSpec) -> list[str]:
+def limits_of_lse(spec: AttentionSpec) -> list[str]:
     """What the CPU kernel cannot do where SDPA would take another one."""
     reasons = []
     if spec.dropout_p > 0.0:
