@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -15,13 +15,11 @@ from ..backends import get
 from ..backends.rewrites.heads import spares, split
 from .call import each_once
 from .features import is_quantised
-
-if TYPE_CHECKING:
-    from .module import FlashMultiHeadAttention
+from .protocol import Layer
 
 
 def project(
-    layer: FlashMultiHeadAttention, query: Tensor, key: Tensor, value: Tensor, dtype: torch.dtype | None = None
+    layer: Layer, query: Tensor, key: Tensor, value: Tensor, dtype: torch.dtype | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """q, k and v (batch, seqlen, heads, head_dim) of (batch, seqlen, features), computed in ``dtype``."""
     heads = layer.num_heads
@@ -90,7 +88,7 @@ def swapped(x: Tensor) -> Tensor:
     return x.transpose(0, 1)
 
 
-def merge(layer: FlashMultiHeadAttention, out: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+def merge(layer: Layer, out: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """(batch, seqlen_q, embed_dim) of out (batch, seqlen_q, heads, head_dim)."""
     out_proj = layer.out_proj
     if layer.call_out_proj:
@@ -105,7 +103,7 @@ def merge(layer: FlashMultiHeadAttention, out: Tensor, dtype: torch.dtype | None
             ) from error
         return projected
     if (
-        type(out_proj) not in PLAIN
+        type(out_proj) not in LINEARS
         or out_proj._forward_hooks
         or out_proj._forward_pre_hooks
         or "forward" in out_proj.__dict__
@@ -126,7 +124,7 @@ def merge(layer: FlashMultiHeadAttention, out: Tensor, dtype: torch.dtype | None
 QUANTISE = "Quantise the stock layer: flashmha.restore_mha(model) comes before prepare and convert"
 
 
-def unheard(layer: FlashMultiHeadAttention) -> str | None:
+def unheard(layer: Layer) -> str | None:
     """What stands at ``out_proj`` and never runs, since its weight and bias are read instead; ``None`` for nothing."""
     out_proj: Any = layer.out_proj
     if layer.call_out_proj or not isinstance(out_proj, nn.Module):
@@ -143,11 +141,11 @@ def unheard(layer: FlashMultiHeadAttention) -> str | None:
     return f"{what}, as in nn.MultiheadAttention, which reads its weight and bias; call_out_proj=True calls it"
 
 
-warned: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+warned: weakref.WeakSet[Layer] = weakref.WeakSet()
 """Layers that ``warn_unheard`` spoke of."""
 
 
-def warn_unheard(layer: FlashMultiHeadAttention) -> None:
+def warn_unheard(layer: Layer) -> None:
     """Say at a layer's first forward that something at its ``out_proj`` does not run."""
     if torch.compiler.is_compiling() or layer in warned:
         return
@@ -157,8 +155,14 @@ def warn_unheard(layer: FlashMultiHeadAttention) -> None:
         warnings.warn(f"{type(layer).__name__}: {why}.", stacklevel=2)
 
 
-PLAIN: list[type] = [nn.Linear, NonDynamicallyQuantizableLinear]
-"""Classes that define nothing under the names of their parameters; the layer's own joins them."""
+LINEARS: tuple[type, ...] = (nn.Linear, NonDynamicallyQuantizableLinear)
+"""PyTorch's classes of ``out_proj``."""
+
+
+def holds_parameters(kind: type) -> bool:
+    """A class defines nothing under the names of its parameters: torch's linear layers and the layer itself."""
+    written = None if kind in LINEARS else getattr(kind, "_written", None)
+    return kind in LINEARS or (written is not None and written.kind is kind)
 
 
 def parameters(module: Any, weight: str, bias: str) -> tuple[Any, Any]:
@@ -167,7 +171,7 @@ def parameters(module: Any, weight: str, bias: str) -> tuple[Any, Any]:
     A subclass may have a property there, a module whose weights were replaced holds them elsewhere, and anything with
     a weight and a bias may stand for a module.
     """
-    if type(module) in PLAIN:
+    if holds_parameters(type(module)):
         held, own = module._parameters, module.__dict__
         if weight in held and bias in held and weight not in own and bias not in own:
             return held[weight], held[bias]

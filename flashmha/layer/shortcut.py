@@ -7,8 +7,7 @@ Every look below is a microsecond of a call, so each happens once, in the object
 
 from __future__ import annotations
 
-import operator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -24,8 +23,10 @@ from ..host.torch_state import casts_to, computed_in, without_autocast
 from ..problem.masks import Documents, KeyLengths, KeyPadding, Mask, Padding, causal, private
 from ..problem.spec import AttentionSpec
 from ..weights.attend import attention_with_weights
+from .arguments import Arguments
 from .features import HOPS
-from .projection import PLAIN, by_one_matrix
+from .projection import LINEARS, by_one_matrix
+from .protocol import Layer
 
 SPECIAL = (*HOPS, "num_kv_heads", "window", "backend", "call_out_proj", "keys_before", "keys_after")
 """What a layer must not have of its own."""
@@ -35,15 +36,6 @@ ELSEWHERE = (*SPECIAL, "in_proj_weight", "in_proj_bias", "out_proj")
 
 AWAY = ("weight", "bias", "forward")
 """The same of ``out_proj``."""
-
-hops_of = operator.attrgetter(*SPECIAL)
-usual: dict[type, tuple[Any, ...]] = {}
-"""A class, and what it has under those names unless somebody patches it."""
-
-
-def expect(kind: type) -> None:
-    """Know a class as it is."""
-    usual[kind] = hops_of(kind)
 
 
 casts, traces = torch._C._is_any_autocast_enabled, torch._C._get_tracing_state
@@ -59,14 +51,14 @@ class Linears(NamedTuple):
     bias_out: Parameter | None
 
 
-def linears(layer: Any, dtype: torch.dtype) -> Linears | None:
+def linears(layer: Layer, dtype: torch.dtype) -> Linears | None:
     """The projections of a layer in which nothing is special; ``None`` where something is, or is of another dtype."""
-    kind = type(layer)
-    if kind not in usual or usual[kind] != hops_of(kind):
+    kind, written = type(layer), layer._written
+    if written.kind is not kind or written.read(kind) != written.whole:
         return None
     state = layer.__dict__
     out_proj = state["_modules"].get("out_proj")
-    if type(out_proj) not in PLAIN or not state.keys().isdisjoint(ELSEWHERE):
+    if type(out_proj) not in LINEARS or not state.keys().isdisjoint(ELSEWHERE):
         return None
     if not state["_qkv_same_embed_dim"] or state["add_zero_attn"]:
         return None
@@ -90,18 +82,9 @@ def linears(layer: Any, dtype: torch.dtype) -> Linears | None:
     return Linears(weight, bias, weight_out, bias_out)
 
 
-def attend(
-    layer: Any,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    key_padding_mask: Padding | Tensor | None,
-    need_weights: bool,
-    average: bool,
-    attn_mask: Mask | Tensor | None = None,
-    is_causal: bool = False,
-) -> tuple[Tensor, Tensor | None] | None:
+def attend_plain(layer: Layer, given: Arguments) -> tuple[Tensor, Tensor | None] | None:
     """What a layer returns for a call; ``None`` where ``forward`` has to look closer."""
+    query, key, value, key_padding_mask, need_weights, attn_mask, average, is_causal, _ = given
     if torch.compiler.is_compiling() or type(query) is not Tensor or query.is_nested:
         return None
     # who traces or transforms wants to see every step

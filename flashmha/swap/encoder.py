@@ -13,7 +13,9 @@ import torch.fx
 from torch import Tensor, nn
 
 from ..host.torch_state import eager
-from . import route, stack
+from ..layer.written import Written
+from . import stack
+from .known import BLOCKS
 from .route import Route, enter, leave
 
 torch.fx.wrap("found_causal")  # FX sees one call, which looks when the graph runs
@@ -33,6 +35,9 @@ def is_stock(module: nn.Module, kind: type[nn.Module]) -> bool:
 class FlashTransformerEncoderLayer(nn.TransformerEncoderLayer):
     """``nn.TransformerEncoderLayer`` whose attention always runs in ``self_attn``."""
 
+    __jit_ignored_attributes__ = ["_written"]
+    _written = Written(BLOCKS)
+
     def forward(
         self,
         src: Tensor,
@@ -48,9 +53,6 @@ class FlashTransformerEncoderLayer(nn.TransformerEncoderLayer):
         x = self.norm1(x + self._sa_block(x, src_mask, src_key_padding_mask, is_causal=is_causal))
         out: Tensor = self.norm2(x + self._ff_block(x))
         return out
-
-
-route.expect(FlashTransformerEncoderLayer)
 
 
 class FlashTransformerEncoder(nn.TransformerEncoder):
