@@ -33,8 +33,8 @@ EXTRA_KEYS = ("keys_before", "keys_after")
 
 SWITCHES = tuple(name for name, value in ABSENT.items() if isinstance(value, bool))
 
-WRITTEN = (*HOPS, "forward", *ABSENT, *EXTRA_KEYS)
-"""What a layer's class keeps as it was written."""
+SPECIAL = (*HOPS, "num_kv_heads", "window", "backend", "call_out_proj", *EXTRA_KEYS)
+"""What a plain layer has as its class was written."""
 
 
 def is_own(layer: Layer, name: str) -> bool:

@@ -19,7 +19,7 @@ from .features import (
     EXTRA_KEYS,
     HOPS,
     MARK,
-    WRITTEN,
+    SPECIAL,
     as_window,
     changed,
     check_features,
@@ -90,7 +90,7 @@ class FlashMultiHeadAttention(StockForward):
     keys_after: int = 0
     """How many it puts behind them, as a sink may."""
 
-    _written = Written(WRITTEN)
+    _written = Written((*SPECIAL, "forward"))
 
     def __init__(
         self,

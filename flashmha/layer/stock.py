@@ -17,7 +17,7 @@ from ..backends.choice.wishes import Wanted
 from ..problem.masks import Mask, Padding
 from .arguments import Arguments
 from .features import changed
-from .projection import holds_parameters
+from .projection import is_as_written
 from .protocol import Layer
 
 
@@ -159,7 +159,7 @@ def wants_torch_function(layer: Layer, *inputs: Tensor) -> bool:
     """Some input or weight is a tensor subclass that wants to see the call (a mode alone does not count)."""
     out_proj = layer.out_proj  # an adapter may stand there, or anything with a weight and a bias
     inner, outer = layer._parameters, (getattr(out_proj, "weight", None), getattr(out_proj, "bias", None))
-    usual = holds_parameters(type(layer)) and "in_proj_weight" in inner and "in_proj_bias" in inner
+    usual = is_as_written(type(layer)) and "in_proj_weight" in inner and "in_proj_bias" in inner
     held = (*inner.values(), layer.bias_k, layer.bias_v) if usual else [getattr(layer, name) for name in TENSORS]
     tensors: Any = (*inputs, *held, *outer)
     if not has_torch_function(tensors):

@@ -77,7 +77,7 @@ def unknown_layer(layer: Any) -> str | None:
 def unknown_call(layer: Any) -> str | None:
     """What in the call of a layer's attention is not as this package wrote it; Dynamo traces this."""
     kind = type(layer)
-    if not is_written(layer):
+    if not is_intact(layer):
         return f" is a {kind.__name__} with code of its own, or none of flashmha's"
     if hooked(layer):
         return " has hooks"
@@ -90,7 +90,7 @@ def unknown_call(layer: Any) -> str | None:
     return ".self_attn has hooks" if hooked(attention) else None
 
 
-def is_written(layer: Any) -> bool:
+def is_intact(layer: Any) -> bool:
     """A layer is of the package's own class, and neither that nor the instance has another method."""
     written = getattr(type(layer), "_written", None)
     if written is None or written.kind is not type(layer) or not isinstance(layer, nn.TransformerEncoderLayer):
