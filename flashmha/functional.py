@@ -10,7 +10,7 @@ from torch import Tensor
 from .backends import Backend, choose, note
 from .backends.choice.builtin import OWN
 from .backends.choice.wishes import Wanted
-from .host.torch_state import autocast, is_dense, without_autocast
+from .host.torch_state import autocast, is_autocasting, is_dense, without_autocast
 from .problem.masks import Dense, Mask
 from .problem.scores import Bias, TensorBias
 from .problem.spec import AttentionSpec
@@ -138,7 +138,7 @@ def run(
 
 def answer(backend: Backend, q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> Tensor | tuple[Tensor, Tensor]:
     """What a backend makes of a problem, checked unless it is our own."""
-    if torch._C._is_any_autocast_enabled():  # it would cast masks and sums, which are finer than q, k and v on purpose
+    if is_autocasting():  # it would cast masks and sums, which are finer than q, k and v on purpose
         with without_autocast(spec.device):
             result = backend(q, k, v, spec)
     else:

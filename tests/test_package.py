@@ -103,6 +103,42 @@ def test_no_two_files_import_each_other_by_any_way() -> None:
     assert not left, f"a circle goes through {', '.join(sorted(left))}"
 
 
+STATE = re.compile(
+    r"torch\.(compiler\._?is_\w+|jit\.(is|_is)_\w+|cuda\.is_current_stream_capturing|overrides\.\w*has_torch_function\w*"
+    r"|is_inference_mode_enabled|is_autocast\w*|get_autocast\w*|_is_functional_tensor|_dynamo\.is_\w+|onnx\.is_\w+"
+    r"|_C\.(_functorch\.\w+|_(is|are|get|len|current)_\w+)|autograd\.forward_ad\._current_level"
+    r"|(are|is)_deterministic\w*|_subclasses\.\w+)"
+)
+"""What asks PyTorch whether it compiles, exports, traces, transforms, captures or casts."""
+LITERAL = {"torch.jit.is_scripting": {"layer.module", "swap.encoder"}}
+"""What TorchScript has to read in place, and where."""
+
+
+def asked_of_torch(path: Path) -> set[str]:
+    """The names of torch that a file uses, whole, whatever it calls the modules they are in."""
+    tree, short, found = ast.parse(path.read_text(encoding="utf-8")), {}, set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            short.update({alias.asname: alias.name for alias in node.names if alias.asname})
+        elif isinstance(node, ast.ImportFrom) and not node.level and (node.module or "").startswith("torch"):
+            short.update({alias.asname or alias.name: f"{node.module}.{alias.name}" for alias in node.names})
+    found.update(short.values())
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute):
+            first, _, rest = ast.unparse(node).partition(".")
+            found.add(f"{short.get(first, first)}.{rest}")
+    return found
+
+
+def test_one_room_asks_torch_what_it_is_doing() -> None:
+    asking = {name: set(filter(STATE.fullmatch, asked_of_torch(path))) for name, path in FILES.items()}
+    assert len(asking.pop("host.torch_state")) > 10
+    for name, questions in asking.items():
+        own = {question for question, places in LITERAL.items() if name in places}
+        assert questions <= own, f"{name} asks {', '.join(sorted(questions - own))}; host.torch_state does that"
+        assert own <= questions, f"{name} asks no {', '.join(sorted(own - questions))} any more"
+
+
 def test_every_folder_has_a_floor_and_something_in_it() -> None:
     folders = {".".join(path.relative_to(PACKAGE).parts[:-1]) for path in FILES.values()} - {""}
     roots = {name for name in FILES if "." not in name and FILES[name].name != "__init__.py"} | {"__init__"}

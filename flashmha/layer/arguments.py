@@ -6,9 +6,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.overrides import has_torch_function
 
 from ..backends.choice.wishes import Wanted
+from ..host.torch_state import has_torch_function
 from ..problem.masks import Mask, Padding
 from ..problem.wording import told
 

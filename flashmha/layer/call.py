@@ -155,10 +155,15 @@ def is_causal_mask(mask: Tensor) -> bool:
     hidden = True if mask.dtype == torch.bool else float("-inf")
     if mask.numel() > CORNER and mask.shape[1] > 1 and mask[0, -1].item() != hidden:
         return False
-    future = torch.ones(mask.shape, dtype=torch.bool, device=mask.device).triu_(1)
-    if mask.dtype != torch.bool:
-        future = torch.zeros_like(mask).masked_fill_(future, hidden)
-    return torch.equal(mask, future)
+    return hides_the_future(mask)
+
+
+def hides_the_future(mask: Tensor) -> bool:
+    """The values of a mask (seqlen_q, seqlen_k) hide exactly the future; TorchScript compiles this."""
+    future = torch.ones(mask.shape[0], mask.shape[1], dtype=torch.bool, device=mask.device).triu_(1)
+    if mask.dtype == torch.bool:
+        return torch.equal(mask, future)
+    return torch.equal(mask, torch.zeros_like(mask).masked_fill_(future, float("-inf")))
 
 
 CORNER = 2**14

@@ -8,7 +8,7 @@ from torch import Tensor
 from ..backends.base import HALF
 from ..backends.choice.wishes import Wanted
 from ..functional import run
-from ..host.torch_state import autocast
+from ..host.torch_state import autocast, is_autocasting, tracing_state
 from ..problem import packing
 from ..problem.masks import Mask, Padding, joined
 from ..problem.packing import Padded
@@ -72,7 +72,7 @@ def attend(
     if query.is_nested or (key is not query and key.is_nested) or (value is not key and value.is_nested):
         nested.check_nested(layer, given)
         return attend_nested(layer, given)
-    if torch._C._get_tracing_state() is not None or wants_torch_function(layer, query, key, value):
+    if tracing_state() is not None or wants_torch_function(layer, query, key, value):
         refuse_torchscript(layer, backend)
         return as_stock(layer, given)
     return attend_call(layer, read_call(layer, given), given, layer.skip_padding)
@@ -144,7 +144,7 @@ def prepare(layer: Layer, call: Reading, wanted: Wanted, skip_padding: bool) -> 
             heads = three("process_heads", heads)
             check_heads(layer, projected, heads, query.shape[0], query.shape[1])
         q, k, v = heads
-        if torch._C._is_any_autocast_enabled():
+        if is_autocasting():
             q, k, v = autocast(q, k, v)
     else:
         q, k, v = projection.project(layer, query, key, value, dtype)

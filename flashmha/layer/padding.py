@@ -8,7 +8,7 @@ from torch import Tensor
 from ..backends import expand, get
 from ..backends.choice.wishes import preference
 from ..backends.sdpa.packed import runs_packed, takes_packed
-from ..host.torch_state import computed_in, eager
+from ..host.torch_state import computed_in, eager, is_capturing
 from ..problem.masks import KeyPadding, Padding, Window
 from ..problem.packing import has_holes, parts, take
 from ..problem.wording import short
@@ -29,7 +29,7 @@ def unpackable(layer: Layer, call: Reading) -> str | None:
         return "no bool key_padding_mask"
     if not all(map(eager, (call.query, *call.padding.tensors()))):
         return RECORDED
-    if call.query.is_cuda and torch.cuda.is_current_stream_capturing():
+    if is_capturing(call.query.device):
         return RECORDED
     if call.query.is_meta:
         return "tensors without data, whose real tokens cannot be counted"

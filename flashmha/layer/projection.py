@@ -13,6 +13,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from ..backends import get
 from ..backends.rewrites.heads import spares, split
+from ..host.torch_state import is_compiling
 from .call import each_once
 from .features import is_quantised
 from .protocol import Layer
@@ -151,7 +152,7 @@ warned: weakref.WeakSet[Layer] = weakref.WeakSet()
 
 def warn_unheard(layer: Layer) -> None:
     """Say at a layer's first forward that something at its ``out_proj`` does not run."""
-    if torch.compiler.is_compiling() or layer in warned:
+    if is_compiling() or layer in warned:
         return
     why = unheard(layer)
     if why is not None:

@@ -20,7 +20,15 @@ from ..backends.base import HALF
 from ..backends.choice.builtin import OWN
 from ..backends.choice.record import recording
 from ..functional import check_result
-from ..host.torch_state import casts_to, computed_in, without_autocast
+from ..host.torch_state import (
+    casts_to,
+    computed_in,
+    is_autocasting,
+    is_compiling,
+    is_transforming,
+    tracing_state,
+    without_autocast,
+)
 from ..problem.masks import Documents, KeyLengths, KeyPadding, Mask, Padding, causal, private
 from ..problem.spec import AttentionSpec
 from ..weights.attend import attention_with_weights
@@ -34,10 +42,6 @@ ELSEWHERE = (*SPECIAL, "in_proj_weight", "in_proj_bias", "out_proj")
 
 AWAY = ("weight", "bias", "forward")
 """The same of ``out_proj``."""
-
-
-casts, traces = torch._C._is_any_autocast_enabled, torch._C._get_tracing_state
-transforms = torch._C._are_functorch_transforms_active
 
 
 Linears = tuple[Parameter, Parameter | None, Parameter, Parameter | None, bool]
@@ -81,13 +85,13 @@ def linears(layer: Layer, dtype: torch.dtype) -> Linears | None:
 def attend_plain(layer: Layer, given: Arguments) -> tuple[Tensor, Tensor | None] | None:
     """What a layer returns for a call; ``None`` where ``forward`` has to look closer."""
     query, key, value, key_padding_mask, need_weights, attn_mask, average, is_causal, _ = given
-    if torch.compiler.is_compiling() or type(query) is not Tensor or query.is_nested:
+    if is_compiling() or type(query) is not Tensor or query.is_nested:
         return None
     # who traces or transforms wants to see every step
-    if transforms() or traces() is not None:
+    if is_transforming() or tracing_state() is not None:
         return None
     shape, dtype = query.shape, query.dtype
-    cast = casts_to(query.device) if casts() else None
+    cast = casts_to(query.device) if is_autocasting() else None
     if len(shape) != 3 or (need_weights and (cast is not None or attn_mask is not None or is_causal)):
         return None
     own = linears(layer, dtype)
@@ -112,7 +116,8 @@ def attend_plain(layer: Layer, given: Arguments) -> tuple[Tensor, Tensor | None]
         mask = mask.own() if need_weights and isinstance(mask, Padding) else mask
     weight, bias, weight_out, bias_out, trained = own
     grad = (trained or query.requires_grad or key.requires_grad or value.requires_grad) and torch.is_grad_enabled()
-    spec = problem_of(state, query, keys, dtype if cast is None else computed_in(query), grad, mask)
+    computed = dtype if cast is None else computed_in(query)
+    spec = problem_of(state, shape, keys, batch_first, computed, query.device, grad, mask)
     backend = None if need_weights else choose(spec)
     together = backend is None or backend.joins_gradients
     q, k, v = by_one_matrix(query, key, value, weight, bias, heads, heads, width // heads, batch_first, together)
@@ -138,17 +143,24 @@ def attend_plain(layer: Layer, given: Arguments) -> tuple[Tensor, Tensor | None]
 
 
 def problem_of(
-    state: dict[str, Any], query: Tensor, keys: Sequence[int], dtype: torch.dtype, grad: bool, mask: Mask | None
+    state: dict[str, Any],
+    shape: Sequence[int],
+    keys: Sequence[int],
+    batch_first: bool,
+    dtype: torch.dtype,
+    device: torch.device,
+    grad: bool,
+    mask: Mask | None,
 ) -> AttentionSpec:
-    """The problem of a plain layer, which has this state, beside keys of a shape; the heads are of ``dtype``."""
-    outer, inner, width = query.shape
+    """The problem of a plain layer of this state: queries and keys of two shapes, heads of ``dtype``."""
+    outer, inner, width = shape
     heads, dropout = state["num_heads"], state["dropout"] if state["training"] else 0.0
     head_dim = width // heads
-    if state["batch_first"]:
-        of_q, of_k = (outer, inner, heads, head_dim), (keys[0], keys[1], heads, head_dim)
-    else:
-        of_q, of_k = (inner, outer, heads, head_dim), (keys[1], keys[0], heads, head_dim)
-    return AttentionSpec.between(of_q, of_k, dtype, query.device, grad, mask, dropout)
+    of_q = of_k = (outer, inner, heads, head_dim) if batch_first else (inner, outer, heads, head_dim)
+    if keys is not shape:
+        outer, inner, _ = keys
+        of_k = (outer, inner, heads, head_dim) if batch_first else (inner, outer, heads, head_dim)
+    return AttentionSpec.between(of_q, of_k, dtype, device, grad, mask, dropout)
 
 
 def are_keys(key: Tensor, value: Tensor, shape: torch.Size, dtype: torch.dtype, batch_first: bool) -> bool:

@@ -11,9 +11,9 @@ from typing import Any, Optional
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.overrides import has_torch_function
 
 from ..backends.choice.wishes import Wanted
+from ..host.torch_state import has_torch_function, overrides_functions
 from ..problem.masks import Mask, Padding
 from .arguments import Arguments
 from .features import changed
@@ -164,13 +164,7 @@ def wants_torch_function(layer: Layer, *inputs: Tensor) -> bool:
     tensors: Any = (*inputs, *held, *outer)
     if not has_torch_function(tensors):
         return False
-    for tensor in tensors:
-        kind = type(tensor)
-        if kind is Tensor or kind is torch.nn.Parameter:
-            continue
-        if getattr(kind, "__torch_function__", None) not in (None, torch._C._disabled_torch_function_impl):
-            return True
-    return False
+    return any(map(overrides_functions, tensors))
 
 
 def as_stock(layer: Layer, given: Arguments) -> tuple[Tensor, Tensor | None]:

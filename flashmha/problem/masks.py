@@ -26,7 +26,7 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import Tensor
 
-from ..host.torch_state import eager, is_dense, readable
+from ..host.torch_state import eager, is_compiling, is_dense, is_stream_capturing, readable
 from .wording import told
 
 M = TypeVar("M", bound="Mask")
@@ -219,7 +219,7 @@ class Padding(Mask):
         or a CUDA graph records, but for an object of this package's own, which lives no longer than they do.
         """
         (held,) = self.tensors()
-        if torch.compiler.is_compiling() and self._private:  # made and used in one graph
+        if is_compiling() and self._private:  # made and used in one graph
             return self.kept_in(self._kept or Kept(held, 0, True), name, make)
         if not eager(held):
             return make()
@@ -289,7 +289,7 @@ def queue(tensor: Tensor) -> tuple[int, bool]:
     """The stream that operators on a tensor join, 0 where there is one alone, and whether it is captured."""
     if not tensor.is_cuda:
         return 0, False
-    return torch._C._cuda_getCurrentRawStream(tensor.get_device()), torch.cuda.is_current_stream_capturing()
+    return torch._C._cuda_getCurrentRawStream(tensor.get_device()), is_stream_capturing()
 
 
 P = TypeVar("P", bound="Padding")
@@ -723,7 +723,7 @@ def hides_nothing(part: Mask, seqlen_q: int, seqlen_k: int, documents: Documents
     """A window wider than the problem."""
     if not isinstance(part, Window):
         return False
-    if documents is not None or torch.compiler.is_compiling():  # comparing lengths would bind a graph to them
+    if documents is not None or is_compiling():  # comparing lengths would bind a graph to them
         return part.left is None and part.right is None
     if part.left is not None and part.left < seqlen_k - 1:
         return False

@@ -13,6 +13,7 @@ import torch.fx
 from torch import Tensor, nn
 
 from ..host.torch_state import eager
+from ..layer.call import hides_the_future
 from ..layer.written import Written
 from . import stack
 from .known import BLOCKS
@@ -95,21 +96,10 @@ def found_causal(mask: Optional[Tensor], key_padding_mask: Optional[Tensor]) -> 
 
     Not asked beside a padding mask, which makes every layer read both, nor where the answer would break a graph.
     """
-    if (
-        not isinstance(mask, Tensor)
-        or key_padding_mask is not None
-        or torch.compiler.is_compiling()
-        or torch.jit.is_tracing()
-    ):
+    if mask is None or key_padding_mask is not None:
         return False
     # alone in its condition, or TorchScript compiles what stands below
     if not torch.jit.is_scripting():  # noqa: SIM102
-        if not eager(mask):
+        if not isinstance(mask, Tensor) or not eager(mask):
             return False
-    if mask.dim() != 2 or mask.shape[0] != mask.shape[1] or mask.is_meta:
-        return False
-    future = torch.ones(mask.shape[0], mask.shape[1], dtype=torch.bool, device=mask.device).triu(1)
-    if mask.dtype == torch.bool:
-        return torch.equal(mask, future)
-    causal = torch.zeros_like(mask).masked_fill(future, float("-inf"))
-    return torch.equal(mask, causal)
+    return mask.dim() == 2 and mask.shape[0] == mask.shape[1] and not mask.is_meta and hides_the_future(mask)

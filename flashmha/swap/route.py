@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..backends.rewrites.order import RealFirst
-from ..host.torch_state import eager
+from ..host.torch_state import eager, is_autocast_enabled, is_compiling
 from ..layer import padding
 from ..layer.arguments import Arguments
 from ..layer.call import Reading, read_call
@@ -212,7 +212,7 @@ def would_nest(encoder: nn.TransformerEncoder, src: Tensor, mask: Mask | Tensor 
     """The stock encoder would make nested tensors of a batch whose padding comes last."""
     if not torch.backends.mha.get_fastpath_enabled() or not getattr(encoder, "use_nested_tensor", False):
         return False
-    if encoder.layers[0].training or src.dim() != 3 or mask is not None or torch.is_autocast_enabled():
+    if encoder.layers[0].training or src.dim() != 3 or mask is not None or is_autocast_enabled():
         return False
     return not (torch.is_grad_enabled() and any(x.requires_grad for x in (src, *encoder.parameters())))
 
@@ -261,7 +261,7 @@ def handed_down(encoder: Any, src: Any, mask: Any, padding: Any, known: bool) ->
     """
     if not isinstance(padding, Tensor) or padding.dtype != torch.bool:
         return padding
-    if not torch.compiler.is_compiling() and not (eager(padding) and eager(src)):
+    if not is_compiling() and not (eager(padding) and eager(src)):
         return padding
     if src.is_nested or src.dim() != 3 or (isinstance(mask, Tensor) and mask.dtype != torch.bool):
         return padding
@@ -270,7 +270,7 @@ def handed_down(encoder: Any, src: Any, mask: Any, padding: Any, known: bool) ->
             return padding
     if GLOBAL_HOOKS[0] or GLOBAL_HOOKS[1]:
         return padding
-    return private(KeyPadding(~padding if torch.compiler.is_compiling() else plainly(lambda: ~padding)))
+    return private(KeyPadding(~padding if is_compiling() else plainly(lambda: ~padding)))
 
 
 GLOBAL_HOOKS = (

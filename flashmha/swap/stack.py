@@ -145,7 +145,7 @@ class Attention:
             mask = shortcut.mask_of(padding, route.mask, route.is_causal, (batch, seqlen, seqlen), x.device)
             if mask is None:
                 return None
-        spec = shortcut.problem_of(state, x, shape, computed_in(x), grad, mask)
+        spec = shortcut.problem_of(state, shape, shape, batch_first, computed_in(x), x.device, grad, mask)
         backend = choose(spec, calls=self.layers)
         self.same = Same(key, spec, backend, backend.prepare(spec), casts_to(x.device) is not None)
         return self.same

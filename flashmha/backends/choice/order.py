@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-
-from ...host.torch_state import surely
+from ...host.torch_state import is_compiling, surely
 from ...problem.spec import AttentionSpec
 from ..base import Backend
 from ..sdpa.packed import packs
@@ -36,7 +34,7 @@ def order(spec: AttentionSpec) -> tuple[str, ...]:
         late = ""
     if switched(spec) or (late != "sdpa" and is_part(spec)):
         first = ("sdpa", *first)
-    if torch.compiler.is_compiling():
+    if is_compiling():
         return arranged(registry.entries, first, late, anchor)
     return remembered(registry.entries, first, late, anchor)
 
@@ -44,7 +42,7 @@ def order(spec: AttentionSpec) -> tuple[str, ...]:
 def is_part(spec: AttentionSpec) -> bool:
     """A short problem in a graph that is compiled for a GPU: launching another package's kernel takes longer there than
     it saves. Of sizes that are symbols nothing is known, nor asked, which would bind the graph to it."""
-    if not torch.compiler.is_compiling() or spec.device.type != "cuda":
+    if not is_compiling() or spec.device.type != "cuda":
         return False
     return surely(work(spec) < WORTH)
 

@@ -11,9 +11,7 @@ from __future__ import annotations
 import os
 from collections.abc import Hashable
 
-import torch
-
-from ...host.torch_state import asks_deterministic, in_backward
+from ...host.torch_state import asks_deterministic, in_backward, is_capturing, is_compiling
 from ...problem.spec import AttentionSpec
 from ..base import Backend
 from ..compiling import Wait, waits
@@ -48,7 +46,7 @@ def keeps() -> bool:
 
 def capturing(spec: AttentionSpec) -> bool:
     """A CUDA graph is being captured around a problem."""
-    return spec.device.type == "cuda" and torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+    return is_capturing(spec.device)
 
 
 WAITS = "not compiled yet"
@@ -57,7 +55,7 @@ WAITS = "not compiled yet"
 
 def unready(backend: Backend, spec: AttentionSpec) -> str | None:
     """What a backend has to compile before it serves a problem; inside another graph that is part of compiling it."""
-    return None if spec.aten_only or torch.compiler.is_compiling() else backend.unready(spec)
+    return None if spec.aten_only or is_compiling() else backend.unready(spec)
 
 
 def kernel_of(backend: Backend, spec: AttentionSpec) -> Hashable:

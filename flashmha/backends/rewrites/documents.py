@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ...host.torch_state import is_capturing, is_compiling
 from ...problem.masks import Documents, KeyPadding, Padding, find
 from ...problem.spec import AttentionSpec
 from ..base import FEATURES
@@ -192,6 +193,6 @@ def longest(known: int | None, offsets: Tensor, total: int) -> int:
     """
     if known is not None:
         return max(1, known)
-    if torch.compiler.is_compiling() or (offsets.is_cuda and torch.cuda.is_current_stream_capturing()):
+    if is_compiling() or is_capturing(offsets.device):
         return total
     return max(1, int(offsets.diff().max()))
