@@ -41,11 +41,6 @@ FLOORS = [
     """.strip().splitlines()
 ]
 """Folders, and files of the root, from the ground up; what shares a line imports nothing of the other."""
-KNOWN = {
-    ("layer.columns", "layer.module"): "a layer's type, until there is a protocol",
-    ("layer.projection", "layer.module"): "a layer's type, until there is a protocol",
-}
-"""Imports that are still to go, and why they are there."""
 
 
 def name_of(path: Path) -> str:
@@ -96,7 +91,7 @@ def is_face(name: str, other: str) -> bool:
 
 
 def test_no_two_files_import_each_other_by_any_way() -> None:
-    left = {name: {other for one, other in ARROWS if one == name and (one, other) not in KNOWN} for name in FILES}
+    left = {name: {other for one, other in ARROWS if one == name} for name in FILES}
     while True:
         free = [name for name, others in left.items() if not others & left.keys()]
         if not free:
@@ -104,7 +99,42 @@ def test_no_two_files_import_each_other_by_any_way() -> None:
         for name in free:
             del left[name]
     assert not left, f"a circle goes through {', '.join(sorted(left))}"
-    assert set(KNOWN) <= set(ARROWS), "take out of KNOWN what is gone"
+
+
+STATE = re.compile(
+    r"torch\.(compiler\._?is_\w+|jit\.(is|_is)_\w+|cuda\.is_current_stream_capturing|overrides\.\w*has_torch_function\w*"
+    r"|is_inference_mode_enabled|is_autocast\w*|get_autocast\w*|_is_functional_tensor|_dynamo\.is_\w+|onnx\.is_\w+"
+    r"|_C\.(_functorch\.\w+|_(is|are|get|len|current)_\w+)|autograd\.forward_ad\._current_level"
+    r"|(are|is)_deterministic\w*|_subclasses\.\w+)"
+)
+"""What asks PyTorch whether it compiles, exports, traces, transforms, captures or casts."""
+LITERAL = {"torch.jit.is_scripting": {"layer.module", "swap.encoder"}}
+"""What TorchScript has to read in place, and where."""
+
+
+def asked_of_torch(path: Path) -> set[str]:
+    """The names of torch that a file uses, whole, whatever it calls the modules they are in."""
+    tree, short, found = ast.parse(path.read_text(encoding="utf-8")), {}, set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            short.update({alias.asname: alias.name for alias in node.names if alias.asname})
+        elif isinstance(node, ast.ImportFrom) and not node.level and (node.module or "").startswith("torch"):
+            short.update({alias.asname or alias.name: f"{node.module}.{alias.name}" for alias in node.names})
+    found.update(short.values())
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute):
+            first, _, rest = ast.unparse(node).partition(".")
+            found.add(f"{short.get(first, first)}.{rest}")
+    return found
+
+
+def test_one_room_asks_torch_what_it_is_doing() -> None:
+    asking = {name: set(filter(STATE.fullmatch, asked_of_torch(path))) for name, path in FILES.items()}
+    assert len(asking.pop("host.torch_state")) > 10
+    for name, questions in asking.items():
+        own = {question for question, places in LITERAL.items() if name in places}
+        assert questions <= own, f"{name} asks {', '.join(sorted(questions - own))}; host.torch_state does that"
+        assert own <= questions, f"{name} asks no {', '.join(sorted(own - questions))} any more"
 
 
 def test_every_folder_has_a_floor_and_something_in_it() -> None:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..host.torch_state import is_compiling, is_inference
 from ..problem.masks import Dense, Rule
 from ..problem.scores import Bias, TensorBias, levelled, narrowed
 from ..problem.spec import AttentionSpec
@@ -102,7 +103,7 @@ class Flex(Backend):
             rules = [] if spec.mask is None else [part.fn for part in spec.mask.parts if isinstance(part, Rule)]
             return self.kernels.of((problem_key(spec), tensors_key(q, k, v)), rules)
         traced: Callable[..., Any] = flex_attention
-        return traced if torch.compiler.is_compiling() else unfused
+        return traced if is_compiling() else unfused
 
 
 KEPT = 64
@@ -164,7 +165,7 @@ def problem_key(spec: AttentionSpec) -> Key:
 def tensors_key(q: Tensor, k: Tensor, v: Tensor) -> Key:
     """What else a compiler looks at: how the tensors lie, who wants a gradient, and the modes of autograd."""
     layouts = tuple((x.stride(), x.requires_grad, x.is_inference()) for x in (q, k, v))
-    return (*layouts, torch.is_grad_enabled(), torch.is_inference_mode_enabled())
+    return (*layouts, torch.is_grad_enabled(), is_inference())
 
 
 def compiled(number: int) -> Callable[..., Any]:
@@ -184,7 +185,7 @@ def compiled(number: int) -> Callable[..., Any]:
 
 def fuses(spec: AttentionSpec) -> bool:
     """A call compiles a kernel: on a GPU, outside somebody else's torch.compile."""
-    return spec.device.type != "cpu" and not torch.compiler.is_compiling()
+    return spec.device.type != "cpu" and not is_compiling()
 
 
 @functools.cache
@@ -272,7 +273,7 @@ TABLES = ("kv_num_blocks", "kv_indices", "full_kv_num_blocks", "full_kv_indices"
 
 def fused_into_graph(spec: AttentionSpec) -> bool:
     """Somebody's torch.compile makes the block mask, and a kernel that reads it, in one graph."""
-    return spec.device.type != "cpu" and torch.compiler.is_compiling()
+    return spec.device.type != "cpu" and is_compiling()
 
 
 @torch.library.custom_op("flashmha::whole", mutates_args=())

@@ -7,7 +7,7 @@ the stock module's own, text included, since programs match on them.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,7 +16,9 @@ from ..host.torch_state import readable
 from ..problem.masks import Dense, Mask, causal, joined
 from ..problem.ragged import KeyPadding, Padding, private
 from ..problem.scores import plus
+from .arguments import Arguments
 from .checks import check_attn_mask_shape, check_float_mask, check_inputs, check_masks, extra_columns, four_axes
+from .protocol import Layer
 
 
 class Reading(NamedTuple):
@@ -42,21 +44,13 @@ class Reading(NamedTuple):
         return self.padding.real(self.key.shape[1])
 
 
-def read_call(
-    layer: Any,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    key_padding_mask: Padding | Tensor | None,
-    need_weights: bool,
-    attn_mask: Mask | Tensor | None,
-    is_causal: bool,
-) -> Reading:
+def read_call(layer: Layer, given: Arguments) -> Reading:
     """Read and check one call. A flashmha mask is taken as it is, whatever the hint says.
 
     Raises:
         AssertionError, RuntimeError: what the stock module raises for the same input.
     """
+    query, key, value, key_padding_mask, need_weights, attn_mask, _, is_causal, _ = given
     columns = extra_columns(layer)
     check_inputs(layer, query, key, value)
     mask: Mask | None = None
@@ -94,18 +88,18 @@ def read_call(
             check_float_mask(attn_mask, "attn_mask", query, need_weights)
         attn_mask, mask = None, causal(align="top_left")
     padding = rule
-    for given, name in ((key_padding_mask, "key_padding_mask"), (attn_mask, "attn_mask")):
-        if given is None:
+    for one, name in ((key_padding_mask, "key_padding_mask"), (attn_mask, "attn_mask")):
+        if one is None:
             continue
-        if given.is_floating_point():
-            check_float_mask(given, name, query, need_weights)
-            added = four_axes(given, name, query.shape[0], layer.num_heads)
+        if one.is_floating_point():
+            check_float_mask(one, name, query, need_weights)
+            added = four_axes(one, name, query.shape[0], layer.num_heads)
             bias = added if bias is None else plus(bias, added)
         elif name == "key_padding_mask":
-            padding = private(KeyPadding(~given if given.dim() == 2 else ~given[None]))
+            padding = private(KeyPadding(~one if one.dim() == 2 else ~one[None]))
             mask = joined(mask, padding)
         else:
-            mask = joined(mask, Dense(~four_axes(given, name, query.shape[0], layer.num_heads)))
+            mask = joined(mask, Dense(~four_axes(one, name, query.shape[0], layer.num_heads)))
     # padding of a rule's own is no padding of the call's: its queries are as real as any
     return Reading(query, key, value, joined(mask, rule), bias, batched, columns, None if pads else padding)
 
@@ -162,10 +156,15 @@ def is_causal_mask(mask: Tensor) -> bool:
     hidden = True if mask.dtype == torch.bool else float("-inf")
     if mask.numel() > CORNER and mask.shape[1] > 1 and mask[0, -1].item() != hidden:
         return False
-    future = torch.ones(mask.shape, dtype=torch.bool, device=mask.device).triu_(1)
-    if mask.dtype != torch.bool:
-        future = torch.zeros_like(mask).masked_fill_(future, hidden)
-    return torch.equal(mask, future)
+    return hides_the_future(mask)
+
+
+def hides_the_future(mask: Tensor) -> bool:
+    """The values of a mask (seqlen_q, seqlen_k) hide exactly the future; TorchScript compiles this."""
+    future = torch.ones(mask.shape[0], mask.shape[1], dtype=torch.bool, device=mask.device).triu_(1)
+    if mask.dtype == torch.bool:
+        return torch.equal(mask, future)
+    return torch.equal(mask, torch.zeros_like(mask).masked_fill_(future, float("-inf")))
 
 
 CORNER = 2**14

@@ -6,8 +6,6 @@ keys, and become wider here.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -15,12 +13,10 @@ from torch import Tensor
 from ..problem.masks import Dense, Mask
 from ..problem.ragged import KeyPadding
 from .features import EXTRA_KEYS
-
-if TYPE_CHECKING:
-    from .module import FlashMultiHeadAttention
+from .protocol import Layer
 
 
-def added(layer: Any, given: int, made: int, masked: bool) -> tuple[int, int]:
+def added(layer: Layer, given: int, made: int, masked: bool) -> tuple[int, int]:
     """How many keys ``process_heads`` put in front of the ``given`` ones and behind them.
 
     Raises:
@@ -38,7 +34,7 @@ def added(layer: Any, given: int, made: int, masked: bool) -> tuple[int, int]:
     )
 
 
-def number(layer: Any, name: str) -> int:
+def number(layer: Layer, name: str) -> int:
     keys = getattr(layer, name)
     if isinstance(keys, bool) or not isinstance(keys, (int, torch.SymInt)) or keys < 0:
         raise ValueError(f"{name} must be a number of keys, 0 or more, got {keys!r}.")
@@ -61,7 +57,7 @@ def widen(
     return mask, bias
 
 
-def append(layer: FlashMultiHeadAttention, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+def append(layer: Layer, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     """Keys and values with the learned column of ``add_bias_kv`` and the zero column of ``add_zero_attn``."""
     batch, _, heads, _ = k.shape
     ks, vs = [k], [v]

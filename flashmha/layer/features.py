@@ -12,6 +12,7 @@ from torch import nn
 from ..backends import expand
 from ..backends.choice.wishes import preference
 from ..problem.masks import Window
+from .protocol import Layer
 
 ABSENT: dict[str, Any] = {
     "num_kv_heads": None,
@@ -32,42 +33,37 @@ EXTRA_KEYS = ("keys_before", "keys_after")
 
 SWITCHES = tuple(name for name, value in ABSENT.items() if isinstance(value, bool))
 
-OWN: dict[str, Any] = {}
-"""The package's own methods of a layer, as they were written; the class fills it in."""
+SPECIAL = (*HOPS, "num_kv_heads", "window", "backend", "call_out_proj", *EXTRA_KEYS)
+"""What a plain layer has as its class was written."""
 
 
-def expect(kind: type[nn.Module]) -> None:
-    """Know the methods of a class as they are."""
-    OWN.update({name: getattr(kind, name) for name in (*HOPS, "forward")})
-
-
-def is_own(layer: nn.Module, name: str) -> bool:
+def is_own(layer: Layer, name: str) -> bool:
     """A method is the package's own, neither overridden by a subclass nor patched on the class or the instance."""
-    return name not in layer.__dict__ and getattr(type(layer), name) is OWN[name]
+    return name not in layer.__dict__ and getattr(type(layer), name) is layer._written.values[name]
 
 
-def has_hops(layer: nn.Module) -> bool:
+def has_hops(layer: Layer) -> bool:
     """Some hop is not the package's own; asked in each call, so in one step."""
-    kind, instance = type(layer), layer.__dict__
+    kind, instance, values = type(layer), layer.__dict__, layer._written.values
     for name in HOPS:  # noqa: SIM110
-        if name in instance or getattr(kind, name) is not OWN[name]:
+        if name in instance or getattr(kind, name) is not values[name]:
             return True
     return False
 
 
-def overridden(layer: nn.Module) -> list[str]:
+def overridden(layer: Layer) -> list[str]:
     """The hops that are not the package's own."""
     return [name for name in HOPS if not is_own(layer, name)]
 
 
-def changed(layer: nn.Module) -> list[str]:
+def changed(layer: Layer) -> list[str]:
     """What a layer has that ``nn.MultiheadAttention`` has not: features set, hops overridden."""
     return [name for name, absent in ABSENT.items() if getattr(layer, name) != absent] + overridden(layer)
 
 
-def replaced(layer: nn.Module) -> list[str]:
+def replaced(layer: Layer) -> list[str]:
     """The methods around the hops that are not the package's own: ``forward``, and what calls it."""
-    kind = type(layer)
+    kind: Any = type(layer)
     found = [] if is_own(layer, "forward") else ["forward"]
     if kind.__call__ is not nn.Module.__call__:
         found.append("__call__")
@@ -76,7 +72,7 @@ def replaced(layer: nn.Module) -> list[str]:
     return found
 
 
-def has_to_run(layer: nn.Module) -> bool:
+def has_to_run(layer: Layer) -> bool:
     """Something is lost where a layer's weights are used and its ``forward`` is never called.
 
     That is a feature, a method of its own, an ``out_proj`` that cannot be read, or a backend that is named at present.
@@ -91,14 +87,14 @@ def is_quantised(out_proj: nn.Module | None) -> bool:
     return callable(getattr(type(out_proj), "weight", None))
 
 
-def mark(layer: nn.Module) -> None:
+def mark(layer: Layer) -> None:
     """Keep ``nn.TransformerEncoderLayer`` from computing a layer's attention behind its back.
 
     In eval the encoder layer hands the weights of ``self_attn`` to one fused operator and never calls it, unless a
     module inside has a forward hook. So a layer that has to run carries one that does nothing. The encoder layer looks
     for hooks on every ``modules()`` of its own, in each call; that is when a layer is marked, as it is then.
     """
-    hooks: dict[Any, Any] = layer._forward_pre_hooks
+    hooks = layer._forward_pre_hooks
     if has_to_run(layer):
         if MARK not in hooks:
             hooks[MARK] = keep_forward

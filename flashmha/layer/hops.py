@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from .features import is_own, overridden
+from .protocol import Layer
 
 
 def three(name: str, heads: Any) -> tuple[Any, Any, Any]:
@@ -17,7 +18,7 @@ def three(name: str, heads: Any) -> tuple[Any, Any, Any]:
     return heads[0], heads[1], heads[2]
 
 
-def check_heads(layer: Any, projected: Any, heads: Any, batch: int, seqlen_q: int) -> None:
+def check_heads(layer: Layer, projected: Any, heads: Any, batch: int, seqlen_q: int) -> None:
     """Raise where q, k and v are not heads; the error names the first hop that made them so."""
     if are_heads(heads, batch, seqlen_q):
         return
@@ -36,7 +37,7 @@ def are_heads(heads: Any, batch: int, seqlen_q: int) -> bool:
     return bool(q.shape[1] == seqlen_q and k.shape[1:3] == v.shape[1:3] and q.shape[3] == k.shape[3])
 
 
-def check_output(layer: Any, output: Any, batch: int, seqlen_q: int) -> None:
+def check_output(layer: Layer, output: Any, batch: int, seqlen_q: int) -> None:
     """Raise where ``merge``, or ``out_proj`` as it is called, returned no output.
 
     An ``out_proj`` may be of another width than ``embed_dim``, as in the stock class; what a subclass returns may not.
@@ -49,7 +50,7 @@ def check_output(layer: Any, output: Any, batch: int, seqlen_q: int) -> None:
     raise ValueError(f"{name} must return (batch={batch}, seqlen_q={seqlen_q}, {width}), got {shape(output)}.")
 
 
-def check_weights(layer: Any, weights: Any, sizes: tuple[int, int, int]) -> None:
+def check_weights(layer: Layer, weights: Any, sizes: tuple[int, int, int]) -> None:
     """Raise where ``process_weights`` returned no weights; ``sizes`` is (batch, seqlen_q, seqlen_k)."""
     right = isinstance(weights, Tensor) and weights.dim() == 4
     if not right or (weights.shape[0], weights.shape[2], weights.shape[3]) != sizes:
@@ -60,7 +61,7 @@ def check_weights(layer: Any, weights: Any, sizes: tuple[int, int, int]) -> None
         )
 
 
-def refuse_weights(layer: Any, heads: int) -> None:
+def refuse_weights(layer: Layer, heads: int) -> None:
     """Raise where the weights of the heads are not the layer's, and the layer does not say what its weights are."""
     raise ValueError(
         f"need_weights must be False for this {type(layer).__name__}, got True: its {' and '.join(overridden(layer))} "

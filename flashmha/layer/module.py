@@ -13,12 +13,13 @@ import torch.fx
 from torch import Tensor, nn
 
 from ..problem.masks import Window
-from . import features, projection, shortcut
+from . import features, projection
 from .features import (
     ABSENT,
     EXTRA_KEYS,
     HOPS,
     MARK,
+    SPECIAL,
     as_window,
     changed,
     check_features,
@@ -29,12 +30,13 @@ from .features import (
 )
 from .forward import attend
 from .projection import shrink_kv
-from .stock import refuse_torchscript, stock_forward
+from .stock import StockForward, refuse_torchscript
+from .written import Written
 
 torch.fx.wrap("attend")  # FX sees one call
 
 
-class FlashMultiHeadAttention(nn.MultiheadAttention):
+class FlashMultiHeadAttention(StockForward):
     """``torch.nn.MultiheadAttention``: same constructor, forward, parameters and numbers, on a chosen backend.
 
     Differences, all on purpose: a query that may look at nothing gets zeros (``out_proj.bias`` after the output
@@ -71,7 +73,7 @@ class FlashMultiHeadAttention(nn.MultiheadAttention):
     """
 
     __constants__ = ["batch_first"]
-    __jit_ignored_attributes__ = [*ABSENT, *EXTRA_KEYS]
+    __jit_ignored_attributes__ = [*ABSENT, *EXTRA_KEYS, "_written"]
     bias_k: Optional[Tensor]
     bias_v: Optional[Tensor]
 
@@ -88,6 +90,8 @@ class FlashMultiHeadAttention(nn.MultiheadAttention):
     """How many keys ``process_heads`` puts in front of the call's own, as a prefix does: see there."""
     keys_after: int = 0
     """How many it puts behind them, as a sink may."""
+
+    _written = Written((*SPECIAL, "forward"))
 
     def __init__(
         self,
@@ -171,31 +175,8 @@ class FlashMultiHeadAttention(nn.MultiheadAttention):
         """
         if torch.jit.is_scripting():
             assert backend is None, "TorchScript runs PyTorch's own attention: backend must be None"
-            return stock_forward(
-                query,
-                key,
-                value,
-                self.embed_dim,
-                self.num_heads,
-                self.in_proj_weight,
-                self.in_proj_bias,
-                self.bias_k,
-                self.bias_v,
-                self.add_zero_attn,
-                self.dropout,
-                self.out_proj.weight,
-                self.out_proj.bias,
-                self.training,
-                key_padding_mask,
-                need_weights,
-                attn_mask,
-                self.q_proj_weight,
-                self.k_proj_weight,
-                self.v_proj_weight,
-                average_attn_weights,
-                is_causal,
-                self.batch_first,
-                not self._qkv_same_embed_dim,
+            return self._attend_as_stock(
+                query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
             )
         return attend(
             self,
@@ -317,11 +298,6 @@ class FlashMultiHeadAttention(nn.MultiheadAttention):
         yield from nn.MultiheadAttention.named_modules(self, *args, **kwargs)
 
 
-features.expect(FlashMultiHeadAttention)
-projection.PLAIN.append(FlashMultiHeadAttention)
-shortcut.expect(FlashMultiHeadAttention)
-
-
 STOCK_FORWARD = nn.MultiheadAttention.forward
 """PyTorch's own, as it was when this package was imported."""
 
@@ -333,7 +309,7 @@ def taken(module: nn.MultiheadAttention) -> Optional[str]:
     own = shadows(module)
     if own:
         return f"has a {', '.join(own)} of its own on the instance, which would run in place of ours"
-    names = (*ABSENT, *HOPS, *EXTRA_KEYS, "to_torch", "from_torch")
+    names = (*ABSENT, *HOPS, *EXTRA_KEYS, "to_torch", "from_torch", "_written", "_attend_as_stock")
     used = [name for name in names if hasattr(module, name)]
     if used:
         return f"has an attribute {', '.join(used)} of its own, which would mean something else after a swap"

@@ -3,20 +3,15 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..problem.masks import Mask
+from .arguments import Arguments
+from .protocol import Layer
 
 
-def check(
-    layer: nn.MultiheadAttention,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    key_padding_mask: Mask | Tensor | None,
-    attn_mask: Mask | Tensor | None,
-) -> None:
+def check_nested(layer: Layer, given: Arguments) -> None:
     """Raise ``nn.MultiheadAttention``'s error for what a nested call cannot be."""
+    query, key, value, key_padding_mask, _, attn_mask, *_ = given
     if query.dim() != 3:
         raise AssertionError(
             f"query should be unbatched 2D or batched 3D tensor but received {query.dim()}-D query tensor"
@@ -40,7 +35,7 @@ def check(
         )
 
 
-def wants_grad(layer: nn.MultiheadAttention, *inputs: Tensor) -> bool:
+def wants_grad(layer: Layer, *inputs: Tensor) -> bool:
     out_proj = layer.out_proj
     outer = (getattr(out_proj, "weight", None), getattr(out_proj, "bias", None))
     weights = (layer.in_proj_weight, layer.in_proj_bias, *outer)

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from ..backends.choice.registry import some
 from ..backends.choice.wishes import preference
-from ..host.torch_state import computed_in, eager
+from ..host.torch_state import computed_in, eager, is_capturing
 from ..problem.masks import Window
 from ..problem.packing import has_holes, parts, take
 from ..problem.ragged import KeyPadding, Padding
@@ -17,20 +15,21 @@ from ..problem.wording import short
 from .call import Reading, each_once
 from .checks import extra_columns
 from .features import overridden
+from .protocol import Layer
 
 
-def refusal(layer: Any, call: Reading) -> str | None:
+def refusal(layer: Layer, call: Reading) -> str | None:
     """Why padding cannot be left out of a call, so that every row is computed; ``None`` where it can."""
     return unpackable(layer, call) or beside_holes(call, layer.window)
 
 
-def unpackable(layer: Any, call: Reading) -> str | None:
+def unpackable(layer: Layer, call: Reading) -> str | None:
     """``refusal`` without a look at where the padding lies."""
     if call.padding is None:
         return "no bool key_padding_mask"
     if not all(map(eager, (call.query, *call.padding.tensors()))):
         return RECORDED
-    if call.query.is_cuda and torch.cuda.is_current_stream_capturing():
+    if is_capturing(call.query.device):
         return RECORDED
     if call.query.is_meta:
         return "tensors without data, whose real tokens cannot be counted"
@@ -62,7 +61,7 @@ def beside_holes(call: Reading, *windows: Window | None) -> str | None:
     return None
 
 
-def positioned(layer: Any, call: Reading) -> str | None:
+def positioned(layer: Layer, call: Reading) -> str | None:
     """Why the order of a call's keys counts, or no kernel gains by another; ``None`` where real ones may come first."""
     if type(call.padding) is not KeyPadding or call.mask is not call.padding or call.bias is not None:
         return "something beside a padding mask"
@@ -81,7 +80,7 @@ def same_memory(one: Tensor, two: Tensor) -> bool:
     return alike and type(two) in (Tensor, torch.nn.Parameter) and one.data_ptr() == two.data_ptr()
 
 
-def packs(layer: Any, call: Reading) -> bool:
+def packs(layer: Layer, call: Reading) -> bool:
     """A kernel for packed documents runs on this GPU and in the dtype of the layer's heads."""
     device, dtype, size = call.query.device, computed_in(call.query), layer.embed_dim // layer.num_heads
     windowed = layer.window is not None or any(part.feature == "window" for part in parts(call.mask))

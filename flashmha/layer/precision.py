@@ -1,7 +1,6 @@
 """The dtype that a layer computes in."""
 
 import platform
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,6 +10,7 @@ from ..backends.choice.wishes import Wanted, preference
 from ..host.torch_state import casts_to, needs_aten
 from .call import Reading
 from .features import has_hops
+from .protocol import Layer
 
 
 def weights_dtype(q: Tensor) -> torch.dtype:
@@ -20,7 +20,7 @@ def weights_dtype(q: Tensor) -> torch.dtype:
     return q.dtype
 
 
-def computing_dtype(layer: Any, call: Reading, wanted: Wanted) -> torch.dtype | None:
+def computing_dtype(layer: Layer, call: Reading, wanted: Wanted) -> torch.dtype | None:
     """float32 where this CPU is slower in the half precision the layer is kept in; ``None`` for the layer's own.
 
     Not for a layer that was told a backend or has hops of its own, which were written for the layer's dtype.

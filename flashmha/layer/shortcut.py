@@ -7,8 +7,8 @@ Every look below is a microsecond of a call, so each happens once, in the object
 
 from __future__ import annotations
 
-import operator
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,16 +18,22 @@ from torch.nn import Parameter
 from ..backends import choose
 from ..backends.base import HALF
 from ..backends.choice.serve import serve
-from ..host.torch_state import casts_to, computed_in
+from ..host.torch_state import (
+    casts_to,
+    computed_in,
+    is_autocasting,
+    is_compiling,
+    is_transforming,
+    tracing_state,
+)
 from ..problem.masks import Mask, causal
 from ..problem.ragged import Documents, KeyLengths, KeyPadding, Padding, private
 from ..problem.spec import AttentionSpec
 from ..weights.attend import attention_with_weights
-from .features import HOPS
-from .projection import PLAIN, by_one_matrix
-
-SPECIAL = (*HOPS, "num_kv_heads", "window", "backend", "call_out_proj", "keys_before", "keys_after")
-"""What a layer must not have of its own."""
+from .arguments import Arguments
+from .features import SPECIAL
+from .projection import LINEARS, by_one_matrix
+from .protocol import Layer
 
 ELSEWHERE = (*SPECIAL, "in_proj_weight", "in_proj_bias", "out_proj")
 """What an instance must not have in its own dictionary: hops and features, and what belongs among its parameters."""
@@ -35,37 +41,22 @@ ELSEWHERE = (*SPECIAL, "in_proj_weight", "in_proj_bias", "out_proj")
 AWAY = ("weight", "bias", "forward")
 """The same of ``out_proj``."""
 
-hops_of = operator.attrgetter(*SPECIAL)
-usual: dict[type, tuple[Any, ...]] = {}
-"""A class, and what it has under those names unless somebody patches it."""
+
+Linears = tuple[Parameter, Parameter | None, Parameter, Parameter | None, bool]
+"""The two projections of a plain layer, weight and bias, and whether the first is trained.
+
+A tuple without names: a ``NamedTuple`` takes .3 us more of the 35 of a small layer.
+"""
 
 
-def expect(kind: type) -> None:
-    """Know a class as it is."""
-    usual[kind] = hops_of(kind)
-
-
-casts, traces = torch._C._is_any_autocast_enabled, torch._C._get_tracing_state
-transforms = torch._C._are_functorch_transforms_active
-
-
-class Linears(NamedTuple):
-    """The two projections of a plain layer."""
-
-    weight: Parameter
-    bias: Parameter | None
-    weight_out: Parameter
-    bias_out: Parameter | None
-
-
-def linears(layer: Any, dtype: torch.dtype) -> Linears | None:
+def linears(layer: Layer, dtype: torch.dtype) -> Linears | None:
     """The projections of a layer in which nothing is special; ``None`` where something is, or is of another dtype."""
-    kind = type(layer)
-    if kind not in usual or usual[kind] != hops_of(kind):
+    kind, written = type(layer), layer._written
+    if written.kind is not kind or written.read(kind) != written.whole:
         return None
     state = layer.__dict__
     out_proj = state["_modules"].get("out_proj")
-    if type(out_proj) not in PLAIN or not state.keys().isdisjoint(ELSEWHERE):
+    if type(out_proj) not in LINEARS or not state.keys().isdisjoint(ELSEWHERE):
         return None
     if not state["_qkv_same_embed_dim"] or state["add_zero_attn"]:
         return None
@@ -86,38 +77,28 @@ def linears(layer: Any, dtype: torch.dtype) -> Linears | None:
         return None
     if type(state["dropout"]) is not float or (dtype in HALF and not weight.is_cuda):  # which a CPU may only emulate
         return None
-    return Linears(weight, bias, weight_out, bias_out)
+    return weight, bias, weight_out, bias_out, weight.requires_grad or (bias is not None and bias.requires_grad)
 
 
-def attend(
-    layer: Any,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    key_padding_mask: Padding | Tensor | None,
-    need_weights: bool,
-    average: bool,
-    attn_mask: Mask | Tensor | None = None,
-    is_causal: bool = False,
-) -> tuple[Tensor, Tensor | None] | None:
+def attend_plain(layer: Layer, given: Arguments) -> tuple[Tensor, Tensor | None] | None:
     """What a layer returns for a call; ``None`` where ``forward`` has to look closer."""
-    if torch.compiler.is_compiling() or type(query) is not Tensor or query.is_nested:
+    query, key, value, key_padding_mask, need_weights, attn_mask, average, is_causal, _ = given
+    if is_compiling() or type(query) is not Tensor or query.is_nested:
         return None
     # who traces or transforms wants to see every step
-    if transforms() or traces() is not None:
+    if is_transforming() or tracing_state() is not None:
         return None
     shape, dtype = query.shape, query.dtype
-    cast = casts_to(query.device) if casts() else None
+    cast = casts_to(query.device) if is_autocasting() else None
     if len(shape) != 3 or (need_weights and (cast is not None or attn_mask is not None or is_causal)):
         return None
     own = linears(layer, dtype)
     if own is None:
         return None
     state = layer.__dict__
-    width, heads, dropout = shape[2], state["num_heads"], state["dropout"] if state["training"] else 0.0
+    width, heads, batch_first, keys = shape[2], state["num_heads"], state["batch_first"], shape
     if width != state["embed_dim"] or width % heads:
         return None
-    batch_first, keys = state["batch_first"], shape
     if not (query is key and key is value):
         if not are_keys(key, value, shape, dtype, batch_first):
             return None
@@ -127,30 +108,20 @@ def attend(
         if key_padding_mask is not None and layer.skip_padding:
             return None
         sizes = (keys[0], shape[1], keys[1]) if batch_first else (keys[1], shape[0], keys[0])
-        mask = rule(key_padding_mask, attn_mask, is_causal, sizes, query.device)
+        mask = mask_of(key_padding_mask, attn_mask, is_causal, sizes, query.device)
         if mask is None:
             return None
         mask = mask.own() if need_weights and isinstance(mask, Padding) else mask
-    weight, bias, weight_out, bias_out = own
-    grad = torch.is_grad_enabled() and (
-        query.requires_grad
-        or key.requires_grad
-        or value.requires_grad
-        or weight.requires_grad
-        or (bias is not None and bias.requires_grad)
-    )
+    weight, bias, weight_out, bias_out, trained = own
+    grad = (trained or query.requires_grad or key.requires_grad or value.requires_grad) and torch.is_grad_enabled()
     computed = dtype if cast is None else computed_in(query)
-    of_q = heads_of(shape, heads, batch_first)
-    of_k = of_q if keys is shape else heads_of(keys, heads, batch_first)
-    spec = AttentionSpec.between(of_q, of_k, computed, query.device, grad, mask, dropout)
+    spec = problem_of(state, shape, keys, batch_first, computed, query.device, grad, mask)
     backend = None if need_weights else choose(spec)
     together = backend is None or backend.joins_gradients
-    q, k, v = by_one_matrix(query, key, value, weight, bias, heads, heads, width // heads, together)
-    if not batch_first:
-        q, k, v = q.transpose(0, 1), k.transpose(0, 1), v.transpose(0, 1)
+    q, k, v = by_one_matrix(query, key, value, weight, bias, heads, heads, width // heads, batch_first, together)
     weights: Tensor | None = None
     if type(q) is not Tensor:  # a mode makes other tensors of ours
-        spec = AttentionSpec.of(q, k, v, mask=mask, dropout_p=dropout)
+        spec = AttentionSpec.of(q, k, v, mask=mask, dropout_p=spec.dropout_p)
         backend = None if need_weights else choose(spec)
     if backend is None:
         out, weights = attention_with_weights(q, k, v, spec, None, layer, average=average)
@@ -161,10 +132,25 @@ def attend(
     return F.linear(out.flatten(2), weight_out, bias_out), weights
 
 
-def heads_of(shape: tuple[int, ...], heads: int, batch_first: bool) -> tuple[int, int, int, int]:
-    """The shape of the heads of a layer's input."""
+def problem_of(
+    state: dict[str, Any],
+    shape: Sequence[int],
+    keys: Sequence[int],
+    batch_first: bool,
+    dtype: torch.dtype,
+    device: torch.device,
+    grad: bool,
+    mask: Mask | None,
+) -> AttentionSpec:
+    """The problem of a plain layer of this state: queries and keys of two shapes, heads of ``dtype``."""
     outer, inner, width = shape
-    return (outer, inner, heads, width // heads) if batch_first else (inner, outer, heads, width // heads)
+    heads, dropout = state["num_heads"], state["dropout"] if state["training"] else 0.0
+    head_dim = width // heads
+    of_q = of_k = (outer, inner, heads, head_dim) if batch_first else (inner, outer, heads, head_dim)
+    if keys is not shape:
+        outer, inner, _ = keys
+        of_k = (outer, inner, heads, head_dim) if batch_first else (inner, outer, heads, head_dim)
+    return AttentionSpec.between(of_q, of_k, dtype, device, grad, mask, dropout)
 
 
 def are_keys(key: Tensor, value: Tensor, shape: torch.Size, dtype: torch.dtype, batch_first: bool) -> bool:
@@ -177,7 +163,7 @@ def are_keys(key: Tensor, value: Tensor, shape: torch.Size, dtype: torch.dtype, 
     return key.dtype == value.dtype == dtype
 
 
-def rule(
+def mask_of(
     key_padding_mask: Padding | Tensor | None,
     attn_mask: Mask | Tensor | None,
     is_causal: bool,

@@ -26,7 +26,7 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import Tensor
 
-from ..host.torch_state import is_dense
+from ..host.torch_state import is_compiling, is_dense
 from .positions import ALIGNMENTS, MaskMod, Restarts, check_broadcast, home, index_grid, lookup, narrowed_to, positional
 from .wording import told
 
@@ -199,7 +199,7 @@ class Window(Mask):
         return both
 
     def hides_nothing(self, seqlen_q: int, seqlen_k: int, documents: Restarts | None) -> bool:
-        if documents is not None or torch.compiler.is_compiling():  # comparing lengths would bind a graph to them
+        if documents is not None or is_compiling():  # comparing lengths would bind a graph to them
             return self.left is None and self.right is None
         if self.left is not None and self.left < seqlen_k - 1:
             return False

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from ..host.torch_state import eager, is_dense, readable
+from ..host.torch_state import eager, is_compiling, is_dense, readable
 from .computed import Computed, hides_changes, make_plain, stream_of
 from .masks import Mask, Rebuild
 from .positions import MaskMod, Restarts, narrowed_to
@@ -43,7 +43,7 @@ class Padding(Mask):
         or a CUDA graph records, but for an object of this package's own, which lives no longer than they do.
         """
         (held,) = self.tensors()
-        if torch.compiler.is_compiling() and self._private:  # made and used in one graph
+        if is_compiling() and self._private:  # made and used in one graph
             return self.kept_in(self._kept or Computed(held, 0, True), name, make)
         if not eager(held):
             return make()

@@ -14,7 +14,14 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from ..host.torch_state import asks_deterministic, is_dense, is_deterministic, needs_aten, plain
+from ..host.torch_state import (
+    are_ordinary,
+    asks_deterministic,
+    is_compiling,
+    is_dense,
+    is_deterministic,
+    needs_aten,
+)
 from .masks import Dense, Mask, Window, find, normalize
 from .positions import check_range
 from .ragged import Documents, KeyLengths, KeyPadding, Padding, private
@@ -59,7 +66,7 @@ class AttentionSpec:
     form: AttentionSpec | None = dataclasses.field(init=False, repr=False, default=None)
 
     def __post_init__(self) -> None:
-        if not torch.compiler.is_compiling():
+        if not is_compiling():
             self.check_kinds()
         self.settle()
 
@@ -165,7 +172,7 @@ class AttentionSpec:
         dtype, device = q.dtype, q.device
         key: tuple[Any, ...] | None = None
         rule = type(mask)
-        if bias is None and sinks is None and (mask is None or rule in REMADE) and plain(q, k, v):
+        if bias is None and sinks is None and (mask is None or rule in REMADE) and are_ordinary(q, k, v):
             grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
             if deterministic is None:
                 deterministic = asks_deterministic() and is_deterministic()  # the second takes a step in Python
@@ -230,7 +237,7 @@ class AttentionSpec:
             "deterministic": deterministic,
             "aten_only": needs_aten(q, k, v),
         }
-        return cls(**fields) if torch.compiler.is_compiling() else cls.kept(key, fields)
+        return cls(**fields) if is_compiling() else cls.kept(key, fields)
 
     @classmethod
     def between(
@@ -323,7 +330,7 @@ class AttentionSpec:
 
         ``None`` where there are others, and while somebody traces.
         """
-        if self.bias is not None or self.sinks is not None or torch.compiler.is_compiling():
+        if self.bias is not None or self.sinks is not None or is_compiling():
             return None
         if not (type(self.batch) is type(self.seqlen_q) is type(self.seqlen_k) is int):  # symbols have no hash
             return None
@@ -442,7 +449,7 @@ class AttentionSpec:
 
 def held(names: list[str]) -> frozenset[str] | tuple[str, ...]:
     """Features as a problem holds them: where a graph breaks, Dynamo 2.8 cannot hand on a frozenset it has traced."""
-    return tuple(names) if torch.compiler.is_compiling() else frozenset(names)
+    return tuple(names) if is_compiling() else frozenset(names)
 
 
 def refuse_device(name: str, holder: Mask | Bias, device: torch.device) -> NoReturn:

@@ -16,12 +16,10 @@ from ..backends.rewrites.order import RealFirst
 from ..functional import as_bias, as_mask, attention, check_arguments
 from ..host.torch_state import autocast
 from ..layer import padding
-from ..layer.arguments import check_kinds
+from ..layer.arguments import Arguments, check_kinds
 from ..layer.call import read_call
 from ..layer.forward import prepare
 from ..layer.module import FlashMultiHeadAttention
-from ..problem.masks import Mask
-from ..problem.ragged import Padding
 from ..problem.spec import AttentionSpec
 from ..problem.wording import short
 from ..weights.attend import is_defined
@@ -42,10 +40,10 @@ def explain(
     does about padding and precision. ``explain(encoder, src, ...)`` for a call of a ``FlashTransformerEncoder``: the
     attention of its first layer, and whether padding is left out once for all of them.
     """
-    for kind, answer, form in FORMS:
+    for kind, answer, called, form in FORMS:
         if isinstance(subject, kind):
             try:
-                inspect.signature(answer).bind(subject, *args, **kwargs)
+                inspect.signature(called).bind(subject, *args, **kwargs)
             except TypeError as error:
                 raise TypeError(f"the call must be {form}, got: {error}.") from None
             return answer(subject, *args, **kwargs)
@@ -70,28 +68,17 @@ def explain_call(q: Tensor, k: Tensor, v: Tensor, *, backend: Wanted = None, **o
     return backends.explain(AttentionSpec.of(*autocast(q, k, v), **options), backend)
 
 
-def explain_layer(
-    layer: FlashMultiHeadAttention,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    key_padding_mask: Padding | Tensor | None = None,
-    need_weights: bool = True,
-    attn_mask: Mask | Tensor | None = None,
-    average_attn_weights: bool = True,
-    is_causal: bool = False,
-    backend: Wanted = None,
-) -> Explanation:
-    check_kinds(query, key, value, key_padding_mask, attn_mask)
-    wanted = layer.backend if backend is None else backend
-    need_weights = need_weights and layer.need_weights
-    check_kinds(query, key, value, key_padding_mask, attn_mask)
-    call = read_call(layer, query, key, value, key_padding_mask, need_weights, attn_mask, is_causal)
+def explain_layer(layer: FlashMultiHeadAttention, *args: Any, **kwargs: Any) -> Explanation:
+    given = Arguments(*args, **kwargs)
+    check_kinds(given)
+    wanted = layer.backend if given.backend is None else given.backend
+    need_weights = given.need_weights and layer.need_weights
+    call = read_call(layer, given._replace(need_weights=need_weights))
     problem = prepare(layer, call, wanted, layer.skip_padding)
     notes = []
     if problem.padded is not None:
         notes.append(f"skip_padding: {left_out(problem.q.shape[1], problem.padded.rows.numel())}")
-    elif layer.skip_padding and key_padding_mask is not None:
+    elif layer.skip_padding and given.key_padding_mask is not None:
         notes.append(f"skip_padding: every row is computed ({padding.refusal(layer, call)})")
     if problem.dtype is not None:
         notes.append(f"computed in {short(problem.dtype)}: this CPU is slower in {short(call.query.dtype)}")
@@ -145,10 +132,15 @@ def left_out(real: int, total: int) -> str:
 OPTIONS = tuple(inspect.signature(attention).parameters)[3:]
 """What ``attention`` takes by name."""
 
-FORMS: tuple[tuple[type, Callable[..., Explanation], str], ...] = (
-    (AttentionSpec, explain_spec, "explain(spec, backend=None, capability=None)"),
-    (FlashMultiHeadAttention, explain_layer, "explain(layer, query, key, value, ...), as the layer is called"),
-    (FlashTransformerEncoder, explain_encoder, "explain(encoder, src, ...), as the encoder is called"),
-    (Tensor, explain_call, "explain(q, k, v, ...), as attention is called"),
+FORMS: tuple[tuple[type, Callable[..., Explanation], Callable[..., Any], str], ...] = (
+    (AttentionSpec, explain_spec, explain_spec, "explain(spec, backend=None, capability=None)"),
+    (
+        FlashMultiHeadAttention,
+        explain_layer,
+        FlashMultiHeadAttention.forward,
+        "explain(layer, query, key, value, ...), as the layer is called",
+    ),
+    (FlashTransformerEncoder, explain_encoder, explain_encoder, "explain(encoder, src, ...), as the encoder is called"),
+    (Tensor, explain_call, explain_call, "explain(q, k, v, ...), as attention is called"),
 )
-"""Kinds of subjects, what answers for each, and how that is called."""
+"""Kinds of subjects, what answers for each, and how that is called: a signature, and in words."""

@@ -10,8 +10,8 @@ from ..layer.features import changed, is_own
 from ..layer.module import FlashMultiHeadAttention
 from ..layer.projection import unheard
 from .encoder import FlashTransformerEncoder
+from .known import unknown
 from .modules import CLASS, UNDO, check_model, own_forward, refusal, waits, walk
-from .route import unknown
 
 
 @dataclasses.dataclass(frozen=True)

@@ -2,28 +2,26 @@
 
 from __future__ import annotations
 
-import functools
 import operator
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
-from torch.nn.modules.module import _has_any_global_hook
 
 from ..backends.rewrites.documents import worth_moving
 from ..backends.rewrites.order import RealFirst
-from ..host.torch_state import eager
+from ..host.torch_state import eager, is_autocast_enabled, is_compiling
 from ..layer import padding
+from ..layer.arguments import Arguments
 from ..layer.call import Reading, read_call
-from ..layer.features import HOPS, MARK, replaced
+from ..layer.features import HOPS
 from ..layer.module import FlashMultiHeadAttention
 from ..layer.packed import Packed
 from ..problem import packing
 from ..problem.computed import make_plain
 from ..problem.masks import Mask, joined
 from ..problem.ragged import KeyPadding, Padding, private
+from .known import unknown_call, unknown_layers, unknown_norm
 
 
 class Route(NamedTuple):
@@ -112,7 +110,7 @@ def left_out(
     why = strange if strange is not None or nesting else norm
     if why is None:
         attentions: list[Any] = [layer.self_attn for layer in encoder.layers]
-        call = read_call(attentions[0], src, src, src, key_padding_mask, False, mask, is_causal)
+        call = read_call(attentions[0], asked(src, mask, key_padding_mask, is_causal))
         why = refusal(attentions, call)
         if why is None and nesting and not ends_in_padding(encoder, call.valid):
             why = "padding before real tokens, where the stock encoder makes no nested tensors"
@@ -132,6 +130,11 @@ def left_out(
     return Route(packed.tokens, joined(packed.documents, *windows), None, False, packed, None, nesting), None
 
 
+def asked(src: Tensor, mask: Any, key_padding_mask: Any, is_causal: bool) -> Arguments:
+    """What an encoder layer asks of its attention."""
+    return Arguments(src, src, src, key_padding_mask, False, mask, is_causal=is_causal)
+
+
 def zeroed(
     encoder: nn.TransformerEncoder, src: Tensor, mask: Any, key_padding_mask: Any, is_causal: bool, why: str
 ) -> Route | None:
@@ -139,7 +142,7 @@ def zeroed(
     attention = getattr(encoder.layers[0], "self_attn", None)
     if not isinstance(attention, FlashMultiHeadAttention):
         return None
-    call = read_call(attention, src, src, src, key_padding_mask, False, mask, is_causal)
+    call = read_call(attention, asked(src, mask, key_padding_mask, is_causal))
     if call.padding is None or not call.batched:
         return None
     valid: Any = call.valid
@@ -167,7 +170,7 @@ def real_first(encoder: nn.TransformerEncoder, src: Tensor, mask: Any, rule: Any
     for attention in different(attentions):
         if attention.batch_first != attentions[0].batch_first:
             return None
-        call = read_call(attention, src, src, src, rule, False, None, False)
+        call = read_call(attention, asked(src, None, rule, False))
         if padding.positioned(attention, call) is not None:
             return None
     return RealFirst(src, rule, attentions[0].batch_first)
@@ -213,7 +216,7 @@ def would_nest(encoder: nn.TransformerEncoder, src: Tensor, mask: Mask | Tensor 
     """The stock encoder would make nested tensors of a batch whose padding comes last."""
     if not torch.backends.mha.get_fastpath_enabled() or not getattr(encoder, "use_nested_tensor", False):
         return False
-    if encoder.layers[0].training or src.dim() != 3 or mask is not None or torch.is_autocast_enabled():
+    if encoder.layers[0].training or src.dim() != 3 or mask is not None or is_autocast_enabled():
         return False
     return not (torch.is_grad_enabled() and any(x.requires_grad for x in (src, *encoder.parameters())))
 
@@ -262,16 +265,16 @@ def handed_down(encoder: Any, src: Any, mask: Any, padding: Any, known: bool) ->
     """
     if not isinstance(padding, Tensor) or padding.dtype != torch.bool:
         return padding
-    if not torch.compiler.is_compiling() and not (eager(padding) and eager(src)):
+    if not is_compiling() and not (eager(padding) and eager(src)):
         return padding
     if src.is_nested or src.dim() != 3 or (isinstance(mask, Tensor) and mask.dtype != torch.bool):
         return padding
     for layer in encoder.layers:  # not all(...), which Dynamo 2.8 does not trace
-        if not fits(layer.self_attn, src, padding) if known else not takes_rules(layer, src, padding):
+        if not (known or unknown_call(layer) is None) or not has_sizes(layer.self_attn, src, padding):
             return padding
     if GLOBAL_HOOKS[0] or GLOBAL_HOOKS[1]:
         return padding
-    return private(KeyPadding(~padding if torch.compiler.is_compiling() else make_plain(lambda: ~padding)))
+    return private(KeyPadding(~padding if is_compiling() else make_plain(lambda: ~padding)))
 
 
 GLOBAL_HOOKS = (
@@ -280,125 +283,7 @@ GLOBAL_HOOKS = (
 )
 
 
-def takes_rules(layer: Any, src: Tensor, padding: Tensor) -> bool:
-    """An encoder layer is as this package wrote it, down to its attention, and the padding fits."""
-    attention = getattr(layer, "self_attn", None)
-    if type(layer) not in KNOWN or not isinstance(attention, FlashMultiHeadAttention):
-        return False
-    if KNOWN[type(layer)] != tuple([getattr(type(layer), name) for name in BLOCKS]) or replaced(attention):
-        return False
-    for name in BLOCKS:
-        if name in layer.__dict__:
-            return False
-    modules: tuple[Any, ...] = (layer, attention)
-    for module in modules:
-        ours = 1 if MARK in module._forward_pre_hooks else 0
-        if module._forward_hooks or len(module._forward_pre_hooks) > ours or module._compiled_call_impl is not None:
-            return False
-    return fits(attention, src, padding)
-
-
-def fits(attention: Any, src: Tensor, padding: Tensor) -> bool:
+def has_sizes(attention: Any, src: Tensor, padding: Tensor) -> bool:
     """A mask has the sizes (batch, seqlen) of a layer's input."""
     batch, seqlen = src.shape[:2] if attention.batch_first else (src.shape[1], src.shape[0])
     return padding.shape == (batch, seqlen)
-
-
-# What is known to take tokens one by one
-
-CALLS = ("forward", "_call_impl")
-"""The methods of any module that run."""
-BLOCKS = (*CALLS, "__call__", "_sa_block", "_ff_block")
-"""Those of an encoder layer."""
-blocks_of = operator.attrgetter(*BLOCKS)
-KNOWN: dict[type[nn.Module], tuple[Any, ...]] = {}
-"""The package's own encoder layers, and those methods as they were written."""
-
-PARTS = ("linear1", "dropout", "linear2", "norm1", "norm2", "dropout1", "dropout2", "activation")
-"""The modules of an encoder layer beside ``self_attn``; ``activation`` may be a function."""
-
-# fmt: off
-FUNCTIONS = [
-    F.relu, F.gelu, F.silu, F.mish, F.elu, F.selu, F.celu, F.leaky_relu, F.relu6, F.hardswish, F.hardtanh, F.softplus,
-    F.tanh, F.sigmoid, F.logsigmoid, torch.relu, torch.tanh, torch.sigmoid,
-]
-MODULES: list[type[nn.Module]] = [
-    nn.Linear, NonDynamicallyQuantizableLinear, nn.LayerNorm, nn.RMSNorm, nn.Dropout, nn.Identity,
-    nn.ReLU, nn.GELU, nn.SiLU, nn.Mish, nn.ELU, nn.SELU, nn.CELU, nn.LeakyReLU, nn.ReLU6, nn.Hardswish, nn.Hardtanh,
-    nn.Softplus, nn.Tanh, nn.Sigmoid, nn.LogSigmoid,
-]
-# fmt: on
-FORWARDS = {kind.forward for kind in MODULES}
-
-
-def expect(kind: type[nn.Module]) -> None:
-    """Know an encoder layer as it is."""
-    KNOWN[kind] = blocks_of(kind)
-
-
-def unknown(encoder: nn.TransformerEncoder) -> str | None:
-    """What in an encoder may count on (batch, seqlen), so that padding stays; ``None`` for nothing."""
-    return unknown_layers(encoder) or unknown_norm(encoder)
-
-
-def unknown_layers(encoder: nn.TransformerEncoder) -> str | None:
-    """The same of its layers."""
-    if _has_any_global_hook():
-        return "hooks on every module"
-    for number, layer in enumerate(encoder.layers):
-        why = unknown_layer(layer)
-        if why is not None:
-            return f"layers.{number}{why}"
-    return None
-
-
-def unknown_norm(encoder: nn.TransformerEncoder) -> str | None:
-    """The same of its last norm."""
-    why = None if encoder.norm is None else unknown_part(encoder.norm)
-    return None if why is None else f"norm {why}"
-
-
-def unknown_layer(layer: Any) -> str | None:
-    """The same of one layer."""
-    kind = type(layer)
-    own = layer.__dict__.keys()
-    if kind not in KNOWN or KNOWN[kind] != blocks_of(kind) or not own.isdisjoint(BLOCKS):
-        return f" is a {kind.__name__} with code of its own, or none of flashmha's"
-    if hooked(layer):
-        return " has hooks"
-    modules = layer._modules
-    attention = modules.get("self_attn")
-    if not isinstance(attention, FlashMultiHeadAttention):
-        return f".self_attn is a {type(attention).__name__}"
-    if replaced(attention):
-        return f".self_attn has a {', '.join(replaced(attention))} of its own"
-    if hooked(attention):
-        return ".self_attn has hooks"
-    for name in PARTS:
-        part = modules[name] if name in modules else getattr(layer, name)
-        why = unknown_part(part)
-        if why is not None:
-            return f".{name} {why}"
-    why = unknown_part(attention.out_proj) if attention.call_out_proj else None
-    return None if why is None else f".self_attn.out_proj {why}"
-
-
-def unknown_part(part: Any) -> str | None:
-    """The same of a module, or a function, that is no attention."""
-    if not isinstance(part, nn.Module):
-        function = part.func if isinstance(part, functools.partial) else part
-        return None if function in FUNCTIONS else f"is {getattr(part, '__name__', 'a function')}, which is not torch's"
-    kind, own = type(part), part.__dict__
-    if not own.keys().isdisjoint(CALLS) or kind.forward not in FORWARDS or kind.__call__ is not nn.Module.__call__:
-        return f"is a {kind.__name__}, which may mix tokens"
-    if "normalized_shape" in own and len(own["normalized_shape"]) != 1:
-        return "normalises over more than one token"
-    return "has hooks" if hooked(part) else None
-
-
-def hooked(module: nn.Module) -> bool:
-    """Hooks run around a module, but for the package's own mark, or a compiled form in its place."""
-    before: dict[Any, Any] = module._forward_pre_hooks
-    if len(before) > (MARK in before) or module._forward_hooks or module._backward_hooks or module._backward_pre_hooks:
-        return True
-    return module._compiled_call_impl is not None

@@ -95,17 +95,16 @@ class Attention:
         if own is None or same is None:
             return self.module(layer, x)
         spec, backend = same.spec, same.backend
-        heads, head_dim = spec.heads, spec.head_dim
-        q, k, v = by_one_matrix(x, x, x, own.weight, own.bias, heads, heads, head_dim, backend.joins_gradients)
+        batch_first = layer.batch_first if self.batch_first is None else self.batch_first
+        weight, bias, weight_out, bias_out, _ = own
+        heads, together = spec.heads, backend.joins_gradients
+        q, k, v = by_one_matrix(x, x, x, weight, bias, heads, heads, spec.head_dim, batch_first, together)
         if type(q) is not Tensor:  # a mode makes other tensors of ours
             return self.module(layer, x)
-        batch_first = layer.batch_first if self.batch_first is None else self.batch_first
-        if not batch_first:
-            q, k, v = q.transpose(0, 1), k.transpose(0, 1), v.transpose(0, 1)
         attended = serve(backend, q, k, v, spec, layer, same.call)
         if not batch_first:
             attended = attended.transpose(0, 1).contiguous()
-        return F.linear(attended.flatten(2), own.weight_out, own.bias_out)
+        return F.linear(attended.flatten(2), weight_out, bias_out)
 
     def module(self, layer: Any, x: Tensor) -> Tensor:
         """The layer's own forward."""
@@ -120,11 +119,9 @@ class Attention:
         """The problem of a layer and its backend, those of the layer before where they are alike; ``None`` for more."""
         state, shape = layer.__dict__, x.shape
         dropout = state["dropout"] if state["training"] else 0.0
-        grad = torch.is_grad_enabled() and (
-            x.requires_grad or own.weight.requires_grad or (own.bias is not None and own.bias.requires_grad)
-        )
         batch_first = state["batch_first"] if self.batch_first is None else self.batch_first
         heads = state["num_heads"]
+        grad = (own[-1] or x.requires_grad) and torch.is_grad_enabled()
         key = (shape, x.dtype, heads, state["embed_dim"], batch_first, dropout, grad, layer.skip_padding)
         if self.same is not None and self.same.key == key:
             return self.same
@@ -136,11 +133,10 @@ class Attention:
             if padding is not None and layer.skip_padding:
                 return None
             batch, seqlen = shape[:2] if batch_first else (shape[1], shape[0])
-            mask = shortcut.rule(padding, route.mask, route.is_causal, (batch, seqlen, seqlen), x.device)
+            mask = shortcut.mask_of(padding, route.mask, route.is_causal, (batch, seqlen, seqlen), x.device)
             if mask is None:
                 return None
-        of_q = shortcut.heads_of(shape, heads, batch_first)
-        spec = AttentionSpec.between(of_q, of_q, computed_in(x), x.device, grad, mask, dropout)
+        spec = shortcut.problem_of(state, shape, shape, batch_first, computed_in(x), x.device, grad, mask)
         backend = choose(spec, calls=self.layers)
         self.same = Same(key, spec, backend, backend.prepare(spec))
         return self.same

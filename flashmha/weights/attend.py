@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 
 from ..backends import choose
@@ -13,11 +12,10 @@ from ..backends.base import Backend
 from ..backends.choice.memory import Memory
 from ..backends.choice.record import note
 from ..backends.choice.serve import serve
-from ..backends.choice.waiting import capturing
 from ..backends.choice.wishes import Wanted, preference
 from ..backends.naive import Naive, probabilities, scores, weigh
 from ..functional import run
-from ..host.torch_state import traced, without_autocast
+from ..host.torch_state import is_capturing, is_compiling, is_dual, traced, without_autocast
 from ..problem.masks import normalize
 from ..problem.packing import Padded
 from ..problem.spec import AttentionSpec
@@ -73,7 +71,7 @@ def attention_with_weights(
         recipe.places, recipe.rows = padded.places, padded.rows
     elif lse is not None:
         recipe.lse = lse.detach() if lse.requires_grad else lse
-    at_once = is_small(spec) or (remade and may_change(q, k)) or capturing(spec) or spec.device.type == "meta"
+    at_once = is_small(spec) or (remade and may_change(q, k)) or is_capturing(spec.device) or spec.device.type == "meta"
     make = Recipe.make if at_once else defer
     if spec.needs_grad:
         fused = None if spec.dropout_p > 0.0 or backend.holds_scores else v
@@ -117,7 +115,7 @@ def by_definition(
     """Output and weights (batch, heads, seqlen_q, seqlen_k) as ordinary tensors."""
     with without_autocast(spec.device):
         weights = probabilities(*scores(q, k, spec), spec)
-        if preference(wanted) is None and not torch.compiler.is_compiling():
+        if preference(wanted) is None and not is_compiling():
             note(layer, spec, DEFINITION)
             return weigh(weights, v, spec), weights
     out = run(q, k, v, spec, wanted, layer)
@@ -144,7 +142,7 @@ def with_lse_where_given(spec: AttentionSpec, backend: Backend) -> AttentionSpec
 
 def recorded(spec: AttentionSpec) -> bool:
     """Somebody records operators, or differentiates forward."""
-    return torch.compiler.is_compiling() or spec.aten_only or traced() or forward_ad._current_level >= 0
+    return is_compiling() or spec.aten_only or traced() or is_dual()
 
 
 def defer(recipe: Recipe) -> Deferred:

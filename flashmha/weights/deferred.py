@@ -21,6 +21,8 @@ from torch import Tensor, nn
 from torch._guards import TracingContext
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from ..host.torch_state import is_inference, is_stream_capturing
+
 
 class Cell:
     """The values that a deferred tensor and its aliases share: how they are made, and they themselves once they are.
@@ -34,7 +36,7 @@ class Cell:
         self.make: Callable[[], Tensor] | None = make
         self.made: Tensor | None = None
         self.cost = cost
-        self.inference = torch.is_inference_mode_enabled()
+        self.inference = is_inference()
         self.process, self.lock = os.getpid(), threading.RLock()
         self.stream = torch._C._cuda_getCurrentStream(device.index) if device.type == "cuda" else None
 
@@ -99,7 +101,7 @@ def expect_look(cell: Cell) -> None:
             return
         if oldest is None or oldest.made is not None:
             continue
-        if oldest.stream is not None and torch.cuda.is_current_stream_capturing():
+        if oldest.stream is not None and is_stream_capturing():
             continue  # a graph would hold the kernels
         with contextlib.suppress(torch.OutOfMemoryError):  # a later look says so
             oldest.values()

@@ -5,9 +5,7 @@ A backend is asked what it is (see ``Backend``) and recognised by nothing else; 
 
 from __future__ import annotations
 
-import torch
-
-from ...host.torch_state import surely
+from ...host.torch_state import is_compiling, surely
 from ...problem.spec import AttentionSpec
 from ..sdpa.switches import switches
 from . import registry, tuned
@@ -68,7 +66,7 @@ def moved_behind(names: list[str], some: list[str], anchor: str) -> list[str]:
 def is_short_in_a_graph(spec: AttentionSpec) -> bool:
     """A short problem in a graph that is compiled for a GPU: a launch by Python takes longer there than the better
     kernel saves. Of sizes that are symbols nothing is known, nor asked, which would bind the graph to it."""
-    if not torch.compiler.is_compiling() or spec.device.type != "cuda":
+    if not is_compiling() or spec.device.type != "cuda":
         return False
     return surely(work(spec) < WORTH)
 

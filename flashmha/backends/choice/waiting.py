@@ -10,9 +10,7 @@ from __future__ import annotations
 
 import os
 
-import torch
-
-from ...host.torch_state import asks_deterministic, in_backward
+from ...host.torch_state import asks_deterministic, in_backward, is_capturing, is_compiling
 from ...problem.spec import AttentionSpec
 from ..base import Backend
 from ..compiling import Wait, waits
@@ -46,7 +44,7 @@ def keeps_first_choice() -> bool:
 
 def capturing(spec: AttentionSpec) -> bool:
     """A CUDA graph is being captured around a problem."""
-    return spec.device.type == "cuda" and torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+    return is_capturing(spec.device)
 
 
 WAITS = "not compiled yet"
@@ -55,7 +53,7 @@ WAITS = "not compiled yet"
 
 def compiled_first(backend: Backend, spec: AttentionSpec) -> str | None:
     """What a backend has to compile before it serves a problem; inside another graph that is part of compiling it."""
-    return None if spec.aten_only or torch.compiler.is_compiling() else backend.must_compile(spec)
+    return None if spec.aten_only or is_compiling() else backend.must_compile(spec)
 
 
 def known_wait(backend: Backend, spec: AttentionSpec) -> Wait | None:

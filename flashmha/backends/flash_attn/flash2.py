@@ -6,9 +6,9 @@ import importlib
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor
 
+from ...host.torch_state import is_compiling
 from ...problem.scores import ALiBi
 from ...problem.spec import AttentionSpec
 from ..base import HALF, Limits
@@ -102,7 +102,7 @@ class Flash2(FlashAttn):
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> Tensor | tuple[Tensor, Tensor]:
         dense, varlen = self.functions or self.load()
         # no compiler can trace the function for caches
-        cached = self.cached if is_cache(spec) and not torch.compiler.is_compiling() else None
+        cached = self.cached if is_cache(spec) and not is_compiling() else None
         packing = cached is None and packs(spec)
         # for one query the package folds by itself (seqlenq_ngroups_swapped in csrc/flash_attn/flash_api.cpp); for no
         # other number does it, though it splits the keys of every short problem

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...host.torch_state import is_compiling
 from ...problem.spec import AttentionSpec
 from ..base import HALF, Limits
 from ..rewrites.documents import is_cache, pack, packs, positions_lost, read_cache, unpack, unpack_lse
@@ -148,6 +149,6 @@ class Flash3(FlashAttn):
 
 def splits(spec: AttentionSpec) -> bool:
     """So few queries meet so many keys that a tile of queries alone would leave most of the GPU idle."""
-    if spec.needs_grad or torch.compiler.is_compiling():
+    if spec.needs_grad or is_compiling():
         return False
     return spec.seqlen_q <= TILE and spec.seqlen_k >= KEYS_TO_SPLIT

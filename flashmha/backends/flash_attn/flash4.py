@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...host.torch_state import is_compiling
 from ...problem.spec import AttentionSpec
 from ..base import HALF, Limits
 from ..compiling import waits
@@ -132,7 +133,7 @@ class Flash4(FlashAttn):
 
     def must_compile(self, spec: AttentionSpec) -> str | None:
         # asked of problems it can serve; under somebody's compiler, compiling is what is going on
-        if torch.compiler.is_compiling() or kind(spec) in self.compiled:
+        if is_compiling() or kind(spec) in self.compiled:
             return None
         return "not compiled for this kind of problem yet (3 to 5 seconds a kernel)"
 
@@ -158,7 +159,7 @@ class Flash4(FlashAttn):
             documents = None if "dense_mask" in spec.needs else spec.documents
             q, k, v, masked = self.masked(q, k, v, spec)
             told |= masked
-        if torch.compiler.is_compiling() or spec is self.latest or (needed := kind(spec)) in self.compiled:
+        if is_compiling() or spec is self.latest or (needed := kind(spec)) in self.compiled:
             out, lse = attend(q, k, v, spec, told)
         else:
             with waits.ending(self.name, needed):

@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from ...host.torch_state import is_stream_capturing
 from ...problem.masks import Window
 from ...problem.spec import AttentionSpec
 from ...problem.wording import first_line, in_one_line
@@ -89,7 +90,7 @@ def probe(name: str, index: int | None) -> str | None:
     index = torch.cuda.current_device() if index is None else index
     if index in backend.probed:
         return backend.probed[index]
-    if torch.cuda.is_current_stream_capturing():
+    if is_stream_capturing():
         return CAPTURING
     backend.probed[index] = reason = trial(backend, torch.device("cuda", index))
     return reason
@@ -134,7 +135,7 @@ def lacks(
     key = (index, head_dim, dtype, backward, grouped)
     if key in backend.tried:
         return backend.tried[key]
-    if torch.cuda.is_current_stream_capturing():
+    if is_stream_capturing():
         return CAPTURING
     missing = "grouped backward" if grouped else "backward" if backward else "kernel"
     try:

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...host.torch_state import surely
+from ...host.torch_state import is_capturing, is_compiling, surely
 from ...problem.ragged import Documents, KeyPadding, Padding
 from ...problem.spec import AttentionSpec
 from ..base import FEATURES
@@ -188,6 +188,6 @@ def longest(known: int | None, offsets: Tensor, total: int) -> int:
     """
     if known is not None:
         return max(1, known)
-    if torch.compiler.is_compiling() or (offsets.is_cuda and torch.cuda.is_current_stream_capturing()):
+    if is_compiling() or is_capturing(offsets.device):
         return total
     return max(1, int(offsets.diff().max()))

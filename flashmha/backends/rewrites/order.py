@@ -9,10 +9,9 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
-import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 
-from ...host.torch_state import eager
+from ...host.torch_state import eager, is_dual
 from ...problem.ragged import KeyLengths, KeyPadding, private
 from .heads import neighbours
 
@@ -48,7 +47,7 @@ def real_first(valid: Tensor, batch_first: bool = True) -> Order:
 
 def permuted(rows: tuple[Tensor, ...], order: Order) -> tuple[Tensor, ...]:
     """Tensors (batch * seqlen, ...) in an order; gradients come back by the order undone, adding nothing up."""
-    dual = forward_ad._current_level >= 0  # which the function below has no rule for; Dynamo traces none with one
+    dual = is_dual()  # which the function below has no rule for; Dynamo traces none with one
     if torch.is_grad_enabled() and not dual and any(x.requires_grad for x in rows):
         made: tuple[Tensor, ...] = Permuted.apply(order.places, order.back, *rows)  # type: ignore[no-untyped-call]
         return made

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend
 
-from ...host.torch_state import eager, readable
+from ...host.torch_state import eager, is_compiling, readable
 from ...problem.masks import Mask
 from ...problem.ragged import Padding
 from ...problem.scores import narrowed
@@ -90,7 +90,7 @@ class Sdpa(Backend):
             return attend_cut(q, k, v, items, spec)
         if padding is None:
             return attend(q, k, v, spec.allowed() if q.is_cpu else dense(spec), spec)
-        if q.is_cpu and not (torch.compiler.is_compiling() or padding.lasts):
+        if q.is_cpu and not (is_compiling() or padding.lasts):
             padding.lasts = True  # SDPA makes numbers of bools in each call, cheaper than a table for one call alone
             return attend(q, k, v, spec.allowed(), spec)
         return attend(q, k, v, together(spec), spec)
@@ -233,7 +233,7 @@ def overflows(spec: AttentionSpec) -> bool:
     """
     if not spec.needs_grad or spec.dtype not in HALF:
         return False
-    if spec.aten_only and torch.compiler.is_compiling():
+    if spec.aten_only and is_compiling():
         return True  # an exported graph serves every length
     if spec.seqlen_q == 1 or spec.seqlen_k % 128 == 64:  # noqa: SIM103  symbols that a branch makes a bool
         return True

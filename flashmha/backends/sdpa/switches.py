@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ...host.torch_state import is_deterministic
+from ...host.torch_state import is_compiling, is_deterministic
 from ...problem.spec import AttentionSpec
 
 KERNELS = (
@@ -53,7 +53,7 @@ them in turns would leave them off."""
 
 def only(kernels: list[SDPBackend]) -> contextlib.AbstractContextManager[None]:
     """SDPA by some kernels alone, one thread at a time; a compiler writes the switches into its graph."""
-    return sdpa_kernel(kernels) if torch.compiler.is_compiling() else alone(kernels)
+    return sdpa_kernel(kernels) if is_compiling() else alone(kernels)
 
 
 @contextlib.contextmanager
