@@ -40,6 +40,10 @@ asks_deterministic = torch._C._get_deterministic_algorithms
 only_warns = torch._C._get_deterministic_algorithms_warn_only
 """It was called with ``warn_only``."""
 
+allows_efficient, allows_math = torch._C._get_mem_efficient_sdp_enabled, torch._C._get_math_sdp_enabled
+allows_flash, allows_cudnn = torch._C._get_flash_sdp_enabled, torch._C._get_cudnn_sdp_enabled
+"""The process-wide switch of each of SDPA's kernels is on."""
+
 is_autocast_enabled = torch.is_autocast_enabled
 """Autocast is on for CUDA, or for a device type that is given, as ``nn.TransformerEncoder`` asks."""
 

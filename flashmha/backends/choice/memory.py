@@ -5,18 +5,20 @@ from __future__ import annotations
 from collections.abc import Hashable
 from typing import Any, Generic, TypeVar
 
-import torch
-
-from ...host.torch_state import asks_deterministic, only_warns
+from ...host.torch_state import (
+    allows_cudnn,
+    allows_efficient,
+    allows_flash,
+    allows_math,
+    asks_deterministic,
+    only_warns,
+)
 from ...problem.spec import SHARED, AttentionSpec
 from . import registry, tuned
 
 T = TypeVar("T")
 Token = tuple[Any, Any, tuple[bool, ...]]
 """The list of backends, the tuned table, and torch's switches: deterministic algorithms, and the kernels of SDPA."""
-
-_efficient, _math = torch._C._get_mem_efficient_sdp_enabled, torch._C._get_math_sdp_enabled
-_flash, _cudnn = torch._C._get_flash_sdp_enabled, torch._C._get_cudnn_sdp_enabled
 
 
 def key_of(spec: AttentionSpec) -> Hashable:
@@ -39,7 +41,14 @@ class Memory(Generic[T]):
 
     def token(self) -> Token:
         """What an answer that is looked for now depends on."""
-        switches = (asks_deterministic(), only_warns(), _efficient(), _math(), _flash(), _cudnn())
+        switches = (
+            asks_deterministic(),
+            only_warns(),
+            allows_efficient(),
+            allows_math(),
+            allows_flash(),
+            allows_cudnn(),
+        )
         return registry.entries, tuned.state.table, switches
 
     def get(self, key: Hashable) -> T | None:
@@ -51,7 +60,14 @@ class Memory(Generic[T]):
         if entries is not registry.entries or table is not tuned.state.table:
             return None
         # as ``token`` asks; a call for it would take a step in Python of every call of a layer
-        if switches != (asks_deterministic(), only_warns(), _efficient(), _math(), _flash(), _cudnn()):
+        if switches != (
+            asks_deterministic(),
+            only_warns(),
+            allows_efficient(),
+            allows_math(),
+            allows_flash(),
+            allows_cudnn(),
+        ):
             return None
         return answer
 

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from ...host.torch_state import without_autocast
+from ...host.torch_state import is_autocasting, without_autocast
 from ...problem.spec import AttentionSpec
 from ..base import Backend, Serve
 from .record import note, recording
@@ -22,7 +21,7 @@ def serve(
     """
     if recording.calls is not None:
         note(layer, spec, backend)
-    if torch._C._is_any_autocast_enabled():  # it would cast masks and sums, which are finer than q, k and v on purpose
+    if is_autocasting():  # it would cast masks and sums, which are finer than q, k and v on purpose
         with without_autocast(spec.device):
             result = backend(q, k, v, spec) if call is None else call(q, k, v)
     else:
