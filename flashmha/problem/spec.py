@@ -373,7 +373,7 @@ class AttentionSpec:
     def padding(self) -> Padding | None:
         """The mask's padding as one rule, which keeps what is computed of it."""
         mask = self.mask
-        if isinstance(mask, Padding):
+        if type(mask) is KeyPadding or type(mask) is KeyLengths:  # ``isinstance`` takes a step in Python
             return mask
         rules = [part for part in (() if mask is None else mask.parts) if isinstance(part, Padding)]
         if len(rules) < 2:
