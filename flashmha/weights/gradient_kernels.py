@@ -19,49 +19,30 @@ def weights_and_gradient(
     dense: tl.tensor,
     bias: tl.tensor,
     grad: tl.tensor,
-    first_row: tl.tensor,
-    first_key: tl.tensor,
-    seqlen_q: tl.tensor,
-    seqlen_k: tl.tensor,
+    first: tl.tuple,
+    sizes: tl.tuple,
+    window: tl.tuple,
+    dense_strides: tl.tuple,
+    bias_strides: tl.tuple,
+    grad_strides: tl.tuple,
     scale: tl.tensor,
-    low: tl.tensor,
-    high: tl.tensor,
-    dense_row: tl.tensor,
-    dense_key: tl.tensor,
-    bias_row: tl.tensor,
-    bias_key: tl.tensor,
-    grad_row: tl.tensor,
-    grad_key: tl.tensor,
     WINDOW: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ) -> tl.tensor:
     """The weights of a tile, 0 where hidden, and what came back for them; tables point at (0, 0) of a head."""
-    row, key = tl.cast(first_row, tl.int64), tl.cast(first_key, tl.int64)
-    rows_left, keys_left = seqlen_q - first_row, seqlen_k - first_key
+    row, key = tl.cast(first[0], tl.int64), tl.cast(first[1], tl.int64)
+    rows_left, keys_left = sizes[0] - first[0], sizes[1] - first[1]
     if dense is not None:
-        dense += row * dense_row + key * dense_key
+        dense += row * dense_strides[0] + key * dense_strides[1]
     if bias is not None:
-        bias += row * bias_row + key * bias_key
+        bias += row * bias_strides[0] + key * bias_strides[1]
     rows, keys = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
     score = tl.dot(left, tl.trans(right))
     places = statistic + row + tl.minimum(rows, rows_left - 1)
-    made = exponentials(score, shift, factor, places, bias, rows_left, keys_left, bias_row, bias_key, scale)
-    seen = visible(
-        first_row,
-        first_key,
-        seqlen_q,
-        seqlen_k,
-        low,
-        high,
-        valid,
-        dense,
-        dense_row,
-        dense_key,
-        WINDOW,
-        BLOCK_M,
-        BLOCK_N,
-    )
+    made = exponentials(score, shift, factor, places, bias, bias_strides, (rows_left, keys_left), scale)
+    seen = visible(first, sizes, window, valid, dense, dense_strides, WINDOW, BLOCK_M, BLOCK_N)
+    grad_row, grad_key = grad_strides
     entries = grad + row * grad_row + key * grad_key + rows[:, None] * grad_row + keys[None, :] * grad_key
     return tl.where(seen, made, 0.0), tl.load(entries, mask=seen, other=0.0).to(tl.float32)
 
@@ -149,19 +130,13 @@ def gradient_of_q_kernel(
             dense,
             bias,
             grad,
-            first_row,
-            first_key,
-            seqlen_q,
-            seqlen_k,
+            (first_row, first_key),
+            (seqlen_q, seqlen_k),
+            (low, high),
+            (dense_row, dense_key),
+            (bias_row, bias_key),
+            (grad_row, grad_key),
             scale,
-            low,
-            high,
-            dense_row,
-            dense_key,
-            bias_row,
-            bias_key,
-            grad_row,
-            grad_key,
             WINDOW,
             BLOCK_M,
             BLOCK_N,
@@ -182,19 +157,13 @@ def gradient_of_q_kernel(
             dense,
             bias,
             grad,
-            first_row,
-            first_key,
-            seqlen_q,
-            seqlen_k,
+            (first_row, first_key),
+            (seqlen_q, seqlen_k),
+            (low, high),
+            (dense_row, dense_key),
+            (bias_row, bias_key),
+            (grad_row, grad_key),
             scale,
-            low,
-            high,
-            dense_row,
-            dense_key,
-            bias_row,
-            bias_key,
-            grad_row,
-            grad_key,
             WINDOW,
             BLOCK_M,
             BLOCK_N,
@@ -299,19 +268,13 @@ def gradient_of_k_kernel(
                 table,
                 added_table,
                 grad + head * grad_head,
-                first_row,
-                first_key,
-                seqlen_q,
-                seqlen_k,
+                (first_row, first_key),
+                (seqlen_q, seqlen_k),
+                (low, high),
+                (dense_row, dense_key),
+                (bias_row, bias_key),
+                (grad_row, grad_key),
                 scale,
-                low,
-                high,
-                dense_row,
-                dense_key,
-                bias_row,
-                bias_key,
-                grad_row,
-                grad_key,
                 WINDOW,
                 BLOCK_M,
                 BLOCK_N,

@@ -73,25 +73,21 @@ def statistics_kernel(
     total = tl.zeros((BLOCK_M,), tl.float32)
     for first_key in range(start, stop, BLOCK_N):
         key = tl.cast(first_key, tl.int64)
-        rows_left, keys_left = seqlen_q - first_row, seqlen_k - first_key
-        score = product(q, k + key * k_key, rows_left, keys_left, q_row, k_key, HEAD_DIM, CHUNK, BLOCK_M, BLOCK_N)
+        left = (seqlen_q - first_row, seqlen_k - first_key)
+        score = product(q, k + key * k_key, (q_row, k_key), left, HEAD_DIM, CHUNK, BLOCK_M, BLOCK_N)
         score *= scale
         if bias is not None:
-            score += added(bias + key * bias_key, rows_left, keys_left, bias_row, bias_key, BLOCK_M, BLOCK_N)
+            score += added(bias + key * bias_key, (bias_row, bias_key), left, BLOCK_M, BLOCK_N)
         table = dense
         if dense is not None:
             table += key * dense_key
         seen = visible(
-            first_row,
-            first_key,
-            seqlen_q,
-            seqlen_k,
-            low,
-            high,
+            (first_row, first_key),
+            (seqlen_q, seqlen_k),
+            (low, high),
             valid,
             table,
-            dense_row,
-            dense_key,
+            (dense_row, dense_key),
             WINDOW,
             BLOCK_M,
             BLOCK_N,
@@ -187,10 +183,8 @@ def weights_kernel(
         score = product(
             q + head * q_head,
             k + head // group * k_head,
-            rows_left,
-            keys_left,
-            q_row,
-            k_key,
+            (q_row, k_key),
+            (rows_left, keys_left),
             HEAD_DIM,
             CHUNK,
             BLOCK_M,
@@ -200,20 +194,23 @@ def weights_kernel(
         if bias is not None:
             table += head * bias_head
         part = exponentials(
-            score, shift, factor, statistic + head * seqlen_q, table, rows_left, keys_left, bias_row, bias_key, scale
+            score,
+            shift,
+            factor,
+            statistic + head * seqlen_q,
+            table,
+            (bias_row, bias_key),
+            (rows_left, keys_left),
+            scale,
         )
         if BY_HEAD:
             seen = visible(
-                first_row,
-                first_key,
-                seqlen_q,
-                seqlen_k,
-                low,
-                high,
+                (first_row, first_key),
+                (seqlen_q, seqlen_k),
+                (low, high),
                 valid,
                 dense + head * dense_head,
-                dense_row,
-                dense_key,
+                (dense_row, dense_key),
                 WINDOW,
                 BLOCK_M,
                 BLOCK_N,
@@ -222,16 +219,12 @@ def weights_kernel(
         total += part
     if not BY_HEAD:
         seen = visible(
-            first_row,
-            first_key,
-            seqlen_q,
-            seqlen_k,
-            low,
-            high,
+            (first_row, first_key),
+            (seqlen_q, seqlen_k),
+            (low, high),
             valid,
             dense,
-            dense_row,
-            dense_key,
+            (dense_row, dense_key),
             WINDOW,
             BLOCK_M,
             BLOCK_N,
