@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-T = TypeVar("T")
+Made = TypeVar("Made")
 
 
 class Computed:
@@ -54,7 +54,7 @@ def stream_of(tensor: Tensor) -> tuple[int, bool]:
     return torch._C._cuda_getCurrentRawStream(tensor.get_device()), torch.cuda.is_current_stream_capturing()
 
 
-def make_plain(make: Callable[[], T]) -> T:
+def make_plain(make: Callable[[], Made]) -> Made:
     """Call ``make`` outside autograd and inference mode, so that any later call may use its tensors."""
     with torch.inference_mode(False), torch.no_grad():
         return make()

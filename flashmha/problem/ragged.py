@@ -10,12 +10,10 @@ import torch
 from torch import Tensor
 
 from ..host.torch_state import eager, is_dense, readable
-from .computed import Computed, hides_changes, make_plain, stream_of
+from .computed import Computed, Made, hides_changes, make_plain, stream_of
 from .masks import Mask, Rebuild
 from .positions import MaskMod, Restarts
 from .wording import told
-
-T = TypeVar("T")
 
 
 class Padding(Mask):
@@ -36,7 +34,7 @@ class Padding(Mask):
         """Which keys are real, (batch, seqlen_k) bool."""
         raise NotImplementedError
 
-    def once(self, name: Hashable, make: Callable[[], T]) -> T:
+    def once(self, name: Hashable, make: Callable[[], Made]) -> Made:
         """What ``make`` computes of the tensor, made once a name for as long as the tensor and the stream are the same.
 
         Plain tensors outside autograd, whatever is on around the call. Nothing is kept of what a compiler, a transform
@@ -57,11 +55,11 @@ class Padding(Mask):
             kept = Computed(held, stream, self._private)
         return self.kept_in(kept, name, functools.partial(make_plain, make))
 
-    def kept_in(self, kept: Computed, name: Hashable, make: Callable[[], T]) -> T:
+    def kept_in(self, kept: Computed, name: Hashable, make: Callable[[], Made]) -> Made:
         self._kept = kept
         if name not in kept.values:
             kept.values[name] = make()
-        found: T = kept.values[name]
+        found: Made = kept.values[name]
         return found
 
     def own(self) -> Padding:

@@ -1,7 +1,7 @@
 """What is added to a score before the softmax: tensors, ALiBi, relative position bias.
 
 A score is ``softmax_scale * (q · k)``; then comes the softcap, ``cap * tanh(score / cap)``; then the bias of this
-file; then the mask; and sinks join the softmax last, as one more column per head that nobody reads:
+file; then the mask; and sinks join the softmax last, as one more column per head without a value:
 
     score = softmax_scale * q @ k.T
     score = softcap * tanh(score / softcap)
@@ -31,7 +31,7 @@ from .positions import Restarts, check_broadcast, home, index_grid, lookup, posi
 from .wording import told
 
 ScoreMod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
-DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+BIAS_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 """Of biases and sinks."""
 
 
@@ -94,7 +94,7 @@ class TensorBias(Bias):
     feature = "bias"
 
     def __init__(self, tensor: Tensor) -> None:
-        if not is_dense(tensor) or tensor.dtype not in DTYPES or not 2 <= tensor.dim() <= 4:
+        if not is_dense(tensor) or tensor.dtype not in BIAS_DTYPES or not 2 <= tensor.dim() <= 4:
             hint = "; a bool tensor is a mask: Dense(tensor)" if getattr(tensor, "dtype", None) == torch.bool else ""
             raise ValueError(
                 "bias must be a floating point tensor that broadcasts to (batch, heads, seqlen_q, seqlen_k), "
@@ -136,7 +136,7 @@ class ALiBi(Bias):
     feature = "alibi"
 
     def __init__(self, slopes: Tensor) -> None:
-        if not is_dense(slopes) or slopes.dtype not in DTYPES or slopes.dim() not in (1, 2):
+        if not is_dense(slopes) or slopes.dtype not in BIAS_DTYPES or slopes.dim() not in (1, 2):
             raise ValueError(
                 f"slopes must be a floating point tensor of shape (heads,) or (batch, heads), got {told(slopes)}."
             )
@@ -172,7 +172,7 @@ class RelativeBias(Bias):
     feature = "bias"
 
     def __init__(self, table: Tensor) -> None:
-        if not is_dense(table) or table.dtype not in DTYPES or table.dim() != 2 or table.shape[1] % 2 == 0:
+        if not is_dense(table) or table.dtype not in BIAS_DTYPES or table.dim() != 2 or table.shape[1] % 2 == 0:
             raise ValueError(
                 f"table must be a floating point tensor of shape (heads, 2 * reach + 1), got {told(table)}."
             )

@@ -1,8 +1,7 @@
 """AttentionSpec: one attention problem without its tensors.
 
-The same object is judged by the registry, drawn by the property tests and printed by an error. It holds the
-mask's and the scores' own tensors (lengths, slopes, sinks) but never q, k or v, so that every limit of a GPU
-kernel can be tested on a laptop.
+Backends judge it, property tests draw it, errors print it. It holds the mask's and the scores' own tensors (lengths,
+slopes, sinks) but never q, k or v, so that every limit of a GPU kernel can be tested on a laptop.
 """
 
 from __future__ import annotations
@@ -17,20 +16,20 @@ from torch import Tensor
 from ..host.torch_state import asks_deterministic, is_dense, is_deterministic, needs_aten, plain
 from .masks import Dense, Mask, Window, find, normalize
 from .ragged import Documents, KeyLengths, KeyPadding, Padding, private
-from .scores import DTYPES, Bias
+from .scores import BIAS_DTYPES, Bias
 from .wording import short, told
 
-CPU = torch.device("cpu")
+DEFAULT_DEVICE = torch.device("cpu")
 NUMBER = (int, float, torch.SymFloat, Tensor)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class AttentionSpec:
-    """One attention problem: sizes, dtype, device, mask, scores, and what is asked of the answer.
+    """One attention problem: sizes, dtype, device, mask, scores, and what the answer must have.
 
     ``mask`` is normalised (see ``masks.normalize``); ``softmax_scale`` is always a number. ``aten_only`` is set
     where PyTorch needs its own operators: while exporting, under torch.func, for tensor subclasses. ``shared`` is set
-    where later calls get the same object, so that what was found out about it may be remembered. So is a ``form``,
+    where later calls get the same object, so that what is found out about it may be remembered. So is a ``form``,
     which problems share that differ in the tensors of their padding or documents alone.
     """
 
@@ -42,7 +41,7 @@ class AttentionSpec:
     head_dim: int
     head_dim_v: int
     dtype: torch.dtype = torch.float32
-    device: torch.device = CPU
+    device: torch.device = DEFAULT_DEVICE
     mask: Mask | None = None
     bias: Bias | None = None
     softcap: float | None = None
@@ -91,7 +90,7 @@ class AttentionSpec:
             fill(self, "mask", normalize(self.mask, self.seqlen_q, self.seqlen_k))
         if self.bias is not None:
             self.bias.check(self.batch, self.heads, self.seqlen_q, self.seqlen_k)
-        fill(self, "needs", held(self.needed()))
+        fill(self, "needs", freeze_features(self.needed()))
 
     def check(self) -> None:
         """Raise ``ValueError`` where the numbers do not make one problem."""
@@ -110,7 +109,9 @@ class AttentionSpec:
         if self.softmax_scale is not None and not -math.inf < self.softmax_scale < math.inf:
             raise ValueError(f"softmax_scale must be finite, got {self.softmax_scale}.")
         sinks = self.sinks
-        if sinks is not None and (not is_dense(sinks) or sinks.dtype not in DTYPES or sinks.shape != (self.heads,)):
+        if sinks is None:
+            return
+        if not is_dense(sinks) or sinks.dtype not in BIAS_DTYPES or sinks.shape != (self.heads,):
             raise ValueError(f"sinks must have shape (heads,) = ({self.heads},), floating point, got {told(sinks)}.")
 
     @property
@@ -176,7 +177,7 @@ class AttentionSpec:
             )
             # fmt: on
             try:
-                known = again(key, mask)
+                known = reuse(key, mask)
             except TypeError:  # what has no hash is no number, and is refused below
                 key = known = None
             if known is not None:
@@ -255,7 +256,7 @@ class AttentionSpec:
         )
         # fmt: on
         shares = mask is None or rule in REMADE
-        known = again(key, mask) if shares else None
+        known = reuse(key, mask) if shares else None
         if known is not None:
             return known
         batch, seqlen_q, heads, head_dim = shape_q
@@ -313,14 +314,14 @@ class AttentionSpec:
         return twin
 
     def with_lse(self) -> AttentionSpec:
-        """The same problem, asking for the log-sum-exp too, as numbers that nobody differentiates."""
-        return self.changed(need_lse=True, needs=held([*self.needs, "lse"]))
+        """The same problem, with the log-sum-exp too, as numbers that no gradient passes."""
+        return self.changed(need_lse=True, needs=freeze_features([*self.needs, "lse"]))
 
     @property
     def outline(self) -> tuple[Any, ...] | None:
         """What is known of a problem whose only tensors are those of its mask, but for their values.
 
-        ``None`` where there are others, and while somebody traces.
+        ``None`` where there are others, and while PyTorch traces.
         """
         if self.bias is not None or self.sinks is not None or torch.compiler.is_compiling():
             return None
@@ -430,7 +431,7 @@ class AttentionSpec:
         return shape + (f", needs {' '.join(rest)}" if rest else "")
 
 
-def held(names: list[str]) -> frozenset[str] | tuple[str, ...]:
+def freeze_features(names: list[str]) -> frozenset[str] | tuple[str, ...]:
     """Features as a problem holds them: where a graph breaks, Dynamo 2.8 cannot hand on a frozenset it has traced."""
     return tuple(names) if torch.compiler.is_compiling() else frozenset(names)
 
@@ -461,7 +462,7 @@ SHARED = 1024
 shared: dict[tuple[Any, ...], AttentionSpec] = {}
 
 
-def again(key: tuple[Any, ...], mask: Mask | None) -> AttentionSpec | None:
+def reuse(key: tuple[Any, ...], mask: Mask | None) -> AttentionSpec | None:
     """A problem that was made before: itself, or its form over another mask of the kind."""
     known = shared.get(key)
     if known is None or known.shared or mask is None:

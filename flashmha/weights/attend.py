@@ -19,10 +19,11 @@ from ..host.torch_state import traced, without_autocast
 from ..problem.masks import normalize
 from ..problem.packing import Padded
 from ..problem.spec import SHARED, AttentionSpec
-from .blocks import shaped
-from .deferred import Cell, Deferred, expect_look
+from .blocks import shape_weights
+from .cell import Cell, note_unread
+from .deferred import Deferred
 from .graph import Weights
-from .recipe import Recipe, with_bias
+from .recipe import Recipe, replace_bias
 
 
 def attention_with_weights(
@@ -47,13 +48,13 @@ def attention_with_weights(
     the real tokens alone, ``remade`` where a hop of the layer's own made q and k.
 
     Where PyTorch records what runs (compile, export, torch.func, forward AD) both are ordinary tensors, and a compiler
-    drops what nobody reads; the definition makes both in one pass, unless a backend is named.
+    drops what is never read; the definition makes both in one pass, unless a backend is named.
     """
     dtype = q.dtype if dtype is None else dtype
-    backend = None if recorded(spec) else choose(spec, wanted)
+    backend = None if is_recorded(spec) else choose(spec, wanted)
     if backend is None or (padded is None and is_defined(spec, backend, wanted)):
-        out, weights = by_definition(q, k, v, spec, wanted, layer)
-        return out, shaped(weights, average, batched, dtype, rows)
+        out, weights = define_both(q, k, v, spec, wanted, layer)
+        return out, shape_weights(weights, average, batched, dtype, rows)
     note(layer, spec, backend)
     free = (q.detach(), k.detach()) if q.requires_grad or k.requires_grad else (q, k)
     recipe = Recipe(*free, spec, None, average, batched, dtype, rows)
@@ -61,10 +62,9 @@ def attention_with_weights(
     if spec.bias is not None:  # the caller's own tensor, which may change before the weights are read
         bias = spec.bias.tensors()[0]
         learned = bias if bias.requires_grad else None
-        recipe.spec = with_bias(spec, bias.detach().clone())
+        recipe.spec = replace_bias(spec, bias.detach().clone())
     problem = recipe.spec
-    told = asking(spec, backend)
-    result = answer(backend, q, k, v, told)
+    result = answer(backend, q, k, v, request_with_lse(spec, backend))
     out, lse = result if isinstance(result, tuple) else (result, None)
     if padded is not None:
         batch, seqlen = padded.rows.shape
@@ -84,7 +84,7 @@ def attention_with_weights(
     return out, weights
 
 
-SMALL = 2**12
+FEW_SCORES = 2**12
 """Scores of all heads, up to which the definition makes output and weights in one pass, as ordinary tensors.
 
 On one thread of a CPU that trains in the time of the stock layer (0.95 to 1.04 of it, 1 x 8 to 4 x 16 tokens); an eval
@@ -94,7 +94,7 @@ whose weights are thrown away takes 20 to 50 us more, which being ordinary is wo
 
 def is_small(spec: AttentionSpec) -> bool:
     """The weights of a problem are made at once, as ordinary tensors."""
-    return spec.batch * spec.heads * spec.seqlen_q * spec.seqlen_k <= SMALL
+    return spec.batch * spec.heads * spec.seqlen_q * spec.seqlen_k <= FEW_SCORES
 
 
 def is_defined(spec: AttentionSpec, backend: Backend, wanted: Wanted) -> bool:
@@ -111,7 +111,7 @@ def may_change(q: Tensor, k: Tensor) -> bool:
 DEFINITION = Naive()
 
 
-def by_definition(
+def define_both(
     q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, wanted: Wanted, layer: Any
 ) -> tuple[Tensor, Tensor]:
     """Output and weights (batch, heads, seqlen_q, seqlen_k) as ordinary tensors."""
@@ -125,27 +125,27 @@ def by_definition(
     return out, weights
 
 
-def asking(spec: AttentionSpec, backend: Backend) -> AttentionSpec:
-    """The problem as the backend is asked for it: with the log-sum-exp too, where it can give that.
+def request_with_lse(spec: AttentionSpec, backend: Backend) -> AttentionSpec:
+    """The problem that a backend is given: with the log-sum-exp too, where the backend has that.
 
     Not beside a bias, which may move all scores of a row far off, as -10000 does, where a log-sum-exp in float32 is
     coarse.
     """
-    known = remembered.get(spec) if spec.shared else None
+    known = requests.get(spec) if spec.shared else None
     if known is not None and known[0] is backend:
         return known[1]
     found = spec.with_lse() if spec.bias is None else spec
     if backend.unsupported(found) is not None or backend.unbuilt(found) is not None:
         found = spec
     if spec.shared:
-        if len(remembered) >= SHARED:
-            remembered.clear()
-        remembered[spec] = (backend, found)
+        if len(requests) >= SHARED:
+            requests.clear()
+        requests[spec] = (backend, found)
     return found
 
 
-def recorded(spec: AttentionSpec) -> bool:
-    """Somebody records operators, or differentiates forward."""
+def is_recorded(spec: AttentionSpec) -> bool:
+    """PyTorch records operators, or differentiates forward."""
     return torch.compiler.is_compiling() or spec.aten_only or traced() or forward_ad._current_level >= 0
 
 
@@ -153,9 +153,9 @@ def defer(recipe: Recipe) -> Deferred:
     """The weights of a recipe, computed when they are read."""
     cell = Cell(recipe.make, recipe.spec.device, recipe.cost)
     made: Deferred = Deferred(cell, recipe.shape, recipe.dtype, recipe.spec.device)
-    expect_look(cell)
+    note_unread(cell)
     return made
 
 
-remembered: dict[AttentionSpec, tuple[Backend, AttentionSpec]] = {}
-"""What ``asking`` said about a shared problem, and of which backend."""
+requests: dict[AttentionSpec, tuple[Backend, AttentionSpec]] = {}
+"""What ``request_with_lse`` made of a shared problem, and of which backend."""

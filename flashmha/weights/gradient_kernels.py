@@ -5,11 +5,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .kernel_parts import NUMBERS, exponentials, operand, visible
+from .kernel_parts import UNSPECIALIZED, exponentiate, find_visible, load_tokens
 
 
 @triton.jit
-def weights_and_gradient(
+def load_weights_and_gradient(
     left: tl.tensor,
     right: tl.tensor,
     shift: tl.tensor,
@@ -40,14 +40,14 @@ def weights_and_gradient(
     rows, keys = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
     score = tl.dot(left, tl.trans(right))
     places = statistic + row + tl.minimum(rows, rows_left - 1)
-    made = exponentials(score, shift, factor, places, bias, bias_strides, (rows_left, keys_left), scale)
-    seen = visible(first, sizes, window, valid, dense, dense_strides, WINDOW, BLOCK_M, BLOCK_N)
+    made = exponentiate(score, shift, factor, places, bias, bias_strides, (rows_left, keys_left), scale)
+    seen = find_visible(first, sizes, window, valid, dense, dense_strides, WINDOW, BLOCK_M, BLOCK_N)
     grad_row, grad_key = grad_strides
     entries = grad + row * grad_row + key * grad_key + rows[:, None] * grad_row + keys[None, :] * grad_key
     return tl.where(seen, made, 0.0), tl.load(entries, mask=seen, other=0.0).to(tl.float32)
 
 
-@triton.jit(do_not_specialize=NUMBERS)
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def gradient_of_q_kernel(
     q: tl.tensor,
     k: tl.tensor,
@@ -114,13 +114,13 @@ def gradient_of_q_kernel(
     if WINDOW:
         start = tl.maximum(first_row + low, 0) // BLOCK_N * BLOCK_N
         stop = tl.minimum(tl.minimum(first_row + BLOCK_M, seqlen_q) + high, seqlen_k)
-    left = operand(q + batch * q_batch + head * q_head + row * q_row, rows_left, q_row, HEAD_DIM, 0, CHUNK, BLOCK_M)
+    left = load_tokens(q + batch * q_batch + head * q_head + row * q_row, rows_left, q_row, HEAD_DIM, 0, CHUNK, BLOCK_M)
     average = tl.zeros((BLOCK_M,), tl.float32)
     for first_key in range(start, stop, BLOCK_N):
-        right = operand(
+        right = load_tokens(
             k + tl.cast(first_key, tl.int64) * k_key, seqlen_k - first_key, k_key, HEAD_DIM, 0, CHUNK, BLOCK_N
         )
-        made, back = weights_and_gradient(
+        made, back = load_weights_and_gradient(
             left,
             right,
             shift,
@@ -144,10 +144,10 @@ def gradient_of_q_kernel(
         average += tl.sum(made * back, axis=1)
     total = tl.zeros((BLOCK_M, CHUNK), tl.float32)
     for first_key in range(start, stop, BLOCK_N):
-        right = operand(
+        right = load_tokens(
             k + tl.cast(first_key, tl.int64) * k_key, seqlen_k - first_key, k_key, HEAD_DIM, 0, CHUNK, BLOCK_N
         )
-        made, back = weights_and_gradient(
+        made, back = load_weights_and_gradient(
             left,
             right,
             shift,
@@ -179,7 +179,7 @@ def gradient_of_q_kernel(
     )
 
 
-@triton.jit(do_not_specialize=NUMBERS)
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def gradient_of_k_kernel(
     q: tl.tensor,
     k: tl.tensor,
@@ -245,7 +245,9 @@ def gradient_of_k_kernel(
     if WINDOW:
         start = tl.maximum(first_key - high, 0) // BLOCK_M * BLOCK_M
         stop = tl.minimum(tl.minimum(first_key + BLOCK_N, seqlen_k) - low, seqlen_q)
-    right = operand(k + batch * k_batch + head_kv * k_head + key * k_key, keys_left, k_key, HEAD_DIM, 0, CHUNK, BLOCK_N)
+    right = load_tokens(
+        k + batch * k_batch + head_kv * k_head + key * k_key, keys_left, k_key, HEAD_DIM, 0, CHUNK, BLOCK_N
+    )
     total = tl.zeros((BLOCK_N, CHUNK), tl.float32)
     for member in range(group):
         head = head_kv * group + member
@@ -257,8 +259,8 @@ def gradient_of_k_kernel(
         statistic = (batch * heads + head) * seqlen_q
         for first_row in range(start, stop, BLOCK_M):
             row, rows_left = tl.cast(first_row, tl.int64), seqlen_q - first_row
-            left = operand(q + head * q_head + row * q_row, rows_left, q_row, HEAD_DIM, 0, CHUNK, BLOCK_M)
-            made, back = weights_and_gradient(
+            left = load_tokens(q + head * q_head + row * q_row, rows_left, q_row, HEAD_DIM, 0, CHUNK, BLOCK_M)
+            made, back = load_weights_and_gradient(
                 left,
                 right,
                 shift,

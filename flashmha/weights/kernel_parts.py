@@ -11,11 +11,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
+LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
-def operand(
+def load_tokens(
     x: tl.tensor,
     left: tl.tensor,
     stride: tl.tensor,
@@ -38,7 +38,7 @@ def operand(
 
 
 @triton.jit
-def product(
+def multiply(
     q: tl.tensor,
     k: tl.tensor,
     strides: tl.tuple,
@@ -50,20 +50,20 @@ def product(
 ) -> tl.tensor:
     """``q @ k.T`` of a tile in float32; q and k point at its first row and key of one head."""
     if CHUNK >= HEAD_DIM:
-        rows = operand(q, left[0], strides[0], HEAD_DIM, 0, CHUNK, BLOCK_M)
-        keys = operand(k, left[1], strides[1], HEAD_DIM, 0, CHUNK, BLOCK_N)
+        rows = load_tokens(q, left[0], strides[0], HEAD_DIM, 0, CHUNK, BLOCK_M)
+        keys = load_tokens(k, left[1], strides[1], HEAD_DIM, 0, CHUNK, BLOCK_N)
         score = tl.dot(rows, tl.trans(keys), input_precision="ieee")
     else:
         score = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         for start in range(0, HEAD_DIM, CHUNK):
-            rows = operand(q, left[0], strides[0], HEAD_DIM, start, CHUNK, BLOCK_M)
-            keys = operand(k, left[1], strides[1], HEAD_DIM, start, CHUNK, BLOCK_N)
+            rows = load_tokens(q, left[0], strides[0], HEAD_DIM, start, CHUNK, BLOCK_M)
+            keys = load_tokens(k, left[1], strides[1], HEAD_DIM, start, CHUNK, BLOCK_N)
             score = tl.dot(rows, tl.trans(keys), score, input_precision="ieee")
     return score
 
 
 @triton.jit
-def visible(
+def find_visible(
     first: tl.tuple,
     sizes: tl.tuple,
     window: tl.tuple,
@@ -96,7 +96,7 @@ def visible(
 
 
 @triton.jit
-def added(
+def load_bias(
     bias: tl.tensor,
     strides: tl.tuple,
     left: tl.tuple,
@@ -110,7 +110,7 @@ def added(
 
 
 @triton.jit
-def exponentials(
+def exponentiate(
     score: tl.tensor,
     shift: tl.tensor,
     factor: tl.tensor,
@@ -126,17 +126,17 @@ def exponentials(
     """
     moved = tl.load(shift + statistic)
     if factor is None:  # a blind row has no weights: exp(anything - inf) is 0
-        moved = tl.where(moved == float("-inf"), float("inf"), moved * LOG2_E)
-        made = tl.exp2(score * (scale * LOG2_E) - moved[:, None])
+        moved = tl.where(moved == float("-inf"), float("inf"), moved * LOG2E)
+        made = tl.exp2(score * (scale * LOG2E) - moved[:, None])
     else:
         score = score * scale
         if bias is not None:
-            score += added(bias, strides, left, score.shape[0], score.shape[1])
-        made = tl.exp2((score - moved[:, None]) * LOG2_E) * tl.load(factor + statistic)[:, None]
+            score += load_bias(bias, strides, left, score.shape[0], score.shape[1])
+        made = tl.exp2((score - moved[:, None]) * LOG2E) * tl.load(factor + statistic)[:, None]
     return made
 
 
-NUMBERS = """
+UNSPECIALIZED = """
     seqlen_q heads group count low high scale
     dense_batch dense_head dense_row dense_key bias_batch bias_head bias_row bias_key
 """.split()  # noqa: SIM905
