@@ -28,7 +28,7 @@ from flashmha.weights.deferred import Deferred, fill
 def every_map_is_deferred() -> Iterator[None]:
     """Also the small ones, which are ordinary tensors otherwise."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(attend, "MOST_SCORES_DEFINED", 0)
+        patch.setattr(attend, "FEW_SCORES", 0)
         yield
 
 
