@@ -1,4 +1,4 @@
-"""What was computed of a tensor, and whether the tensor is the same since."""
+"""Results computed of a tensor, and whether the tensor is the same since."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Made = TypeVar("Made")
 
 
 class Computed:
-    """What was computed of a tensor, with what tells whether the tensor has changed since."""
+    """Results computed of a tensor, with what tells whether the tensor has changed since."""
 
     __slots__ = ("seen", "stream", "values", "version")
 
@@ -28,7 +28,7 @@ class Computed:
             self.seen, self.version = held.detach(), held._version
 
     def fits(self, held: Tensor) -> bool:
-        """Whether the tensor is what it was."""
+        """Compare the tensor with what it was."""
         seen = self.seen
         if seen is None or seen.shape != held.shape or seen.device != held.device:
             return False

@@ -84,7 +84,7 @@ class Mask(abc.ABC):
 
     @property
     def features(self) -> frozenset[str]:
-        """What a backend must be able to do to serve this mask."""
+        """The names of what a backend must be able to do to serve this mask."""
         return frozenset([part.feature for part in self.parts])
 
     def __and__(self, other: Mask | Tensor) -> Mask:

@@ -31,7 +31,7 @@ def find_tokens(valid: Tensor) -> Tokens:
 
 
 def tokens_of(padding: Padding, seqlen: int) -> Tokens:
-    """``find_tokens``, looked for once a rule."""
+    """The tokens that a rule says are real, found once a rule."""
     return padding.once(("tokens", seqlen), lambda: find_tokens(padding.real(seqlen)))
 
 
@@ -52,17 +52,18 @@ def put_back(tokens: Tensor, places: Tensor, sizes: tuple[int, int]) -> Tensor:
 
 
 def has_holes(valid: Tensor) -> bool:
-    """Padding between real tokens, where positions would move."""
+    """Whether padding lies between real tokens, where positions would move."""
     starts = (valid[:, 1:] & ~valid[:, :-1]).sum(dim=1) + valid[:, 0]
     return bool((starts > 1).any())
 
 
 def windows(mask: Mask | None) -> list[Window]:
-    """What of a mask counts positions among the real tokens as well."""
+    """The windows of a mask, which count positions among the real tokens as well."""
     return [part for part in parts(mask) if type(part) is Window]
 
 
 def parts(mask: Mask | None) -> tuple[Mask, ...]:
+    """The rules of a mask, none where there is no mask."""
     return () if mask is None else mask.parts
 
 

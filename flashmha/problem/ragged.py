@@ -17,10 +17,10 @@ from .wording import told
 
 
 class Padding(Mask):
-    """Keys that are real and keys that are padding, and what was computed of them.
+    """Keys that are real and keys that are padding, with what was computed of them.
 
     A layer takes one as ``key_padding_mask``. What backends make of its tensor (lengths, an order, a table) is made
-    once and kept on the object, so that all layers of a model share it that are handed one. It is made anew once the
+    once and kept on the object, so that all layers of a model that take this object share it. It is made anew once the
     tensor has changed: on a CPU its values are compared, elsewhere its version and address. Copies keep nothing.
     """
 
@@ -35,7 +35,7 @@ class Padding(Mask):
         raise NotImplementedError
 
     def once(self, name: Hashable, make: Callable[[], Made]) -> Made:
-        """What ``make`` computes of the tensor, made once a name for as long as the tensor and the stream are the same.
+        """Call ``make`` once a name, as long as the tensor and the stream are the same, and give what it made.
 
         Plain tensors outside autograd, whatever is on around the call. Nothing is kept of what a compiler, a transform
         or a CUDA graph records, but for an object of this package's own, which lives no longer than they do.
@@ -80,7 +80,7 @@ P = TypeVar("P", bound="Padding")
 
 
 def private(rule: P) -> P:
-    """A rule over a tensor that its maker alone holds, so that it cannot change."""
+    """Say of a rule that its maker alone holds its tensor, so that it cannot change."""
     rule._private, rule.lasts = True, False
     return rule
 
@@ -308,6 +308,7 @@ class Documents(Mask):
 
 
 def is_vector_of_integers(thing: object) -> bool:
+    """Whether a thing is a dense tensor of one axis, int32 or int64."""
     return (
         isinstance(thing, Tensor) and is_dense(thing) and thing.dtype in (torch.int32, torch.int64) and thing.dim() == 1
     )

@@ -1,4 +1,4 @@
-"""What is added to a score before the softmax: tensors, ALiBi, relative position bias.
+"""Biases, added to a score before the softmax: tensors, ALiBi, relative position bias.
 
 A score is ``softmax_scale * (q · k)``; then comes the softcap, ``cap * tanh(score / cap)``; then the bias of this
 file; then the mask; and sinks join the softmax last, as one more column per head without a value:
@@ -12,8 +12,8 @@ Positions are those of ``masks``: the last query sits at the last key.
 
 A key is hidden where the mask says so, or where the bias is ``-inf`` in the bias's own dtype. Every other number is one
 to compute with, also beside heads whose dtype has no such number: scores are added to it in float32 at least, where
--1e9 swallows them, so that a row of nothing else gives the mean. A kernel that takes no finer dtype than the heads' is
-told the numbers by ``narrowed``.
+-1e9 swallows them, so that a row of nothing else gives the mean. A kernel that takes no finer dtype than the heads'
+gets the numbers that ``narrowed`` gives.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Bias(abc.ABC):
 
     @abc.abstractmethod
     def bias_mod(self, seqlen_q: int, seqlen_k: int, documents: Restarts | None = None) -> ScoreMod:
-        """What is added, as a function of the indices (batch, head, q_idx, k_idx)."""
+        """The bias as a function of the indices (batch, head, q_idx, k_idx)."""
 
     def check(self, batch: int, heads: int, seqlen_q: int, seqlen_k: int) -> None:  # noqa: B027
         """Raise ``ValueError`` where the bias's own tensors do not fit the problem."""
@@ -58,7 +58,7 @@ class Bias(abc.ABC):
 
     @property
     def features(self) -> frozenset[str]:
-        """What a backend must be able to do to serve this bias; ``bias_grad`` where it wants a gradient."""
+        """The names of what a backend must be able to do for this bias; ``bias_grad`` where it wants a gradient."""
         names = [part.feature for part in self.parts]
         if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in self.tensors()):
             names.append("bias_grad")

@@ -117,7 +117,7 @@ class AttentionSpec:
 
     @property
     def features(self) -> frozenset[str]:
-        """What a backend must be able to do."""
+        """The names of what a backend must be able to do."""
         return frozenset(self.needs)
 
     def needed(self) -> list[str]:
@@ -157,7 +157,7 @@ class AttentionSpec:
     ) -> AttentionSpec:
         """The problem of these tensors; all validation happens here, once.
 
-        A problem without tensors of its own is made once and shared by every call that asks for it again; one whose
+        A problem without tensors of its own is made once and shared by later calls with the same; one whose
         padding or documents are all it holds is made of the last with such a mask.
 
         Shapes: q (batch, seqlen_q, heads, head_dim), k (batch, seqlen_k, heads_kv, head_dim),
@@ -310,9 +310,9 @@ class AttentionSpec:
 
     @property
     def outline(self) -> tuple[Any, ...] | None:
-        """What is known of a problem whose only tensors are those of its mask, but for their values.
+        """A key of the problem: all that is known of it but the values of its mask's tensors.
 
-        ``None`` where there are others, and while PyTorch traces.
+        ``None`` where there are other tensors, and while PyTorch traces.
         """
         if self.bias is not None or self.sinks is not None or torch.compiler.is_compiling():
             return None

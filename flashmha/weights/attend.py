@@ -93,17 +93,20 @@ whose weights are thrown away takes 20 to 50 us more, which being ordinary is wo
 
 
 def is_small(spec: AttentionSpec) -> bool:
-    """The weights of a problem are made at once, as ordinary tensors."""
+    """Whether the weights of a problem are made at once, as ordinary tensors."""
     return spec.batch * spec.heads * spec.seqlen_q * spec.seqlen_k <= FEW_SCORES
 
 
 def is_defined(spec: AttentionSpec, backend: Backend, wanted: Wanted) -> bool:
-    """The definition makes output and weights, though automatic choice found a backend for the output alone."""
+    """Whether the definition makes output and weights, though automatic choice found a backend for the output alone."""
     return is_small(spec) and type(backend) in OWN and preference(wanted) is None
 
 
 def may_change(q: Tensor, k: Tensor) -> bool:
-    """A hop of the layer's own may return memory that is written before the weights are read: a cache's, an input's."""
+    """Whether a hop of the layer's own may have returned memory that is written before the weights are read.
+
+    As that of a cache or of an input.
+    """
     written = q.is_inference() or k.is_inference() or q._version > 0 or k._version > 0
     return written or q._is_view() or k._is_view()
 
@@ -145,7 +148,7 @@ def request_with_lse(spec: AttentionSpec, backend: Backend) -> AttentionSpec:
 
 
 def is_recorded(spec: AttentionSpec) -> bool:
-    """PyTorch records operators, or differentiates forward."""
+    """Whether PyTorch records operators, or differentiates forward."""
     return torch.compiler.is_compiling() or spec.aten_only or traced() or forward_ad._current_level >= 0
 
 

@@ -204,7 +204,7 @@ def values_of(tensor: Deferred) -> Tensor:
 
 
 def as_ordinary(tensor: Deferred) -> Tensor:
-    """What would stand in its place had it never been deferred: a tensor or a parameter."""
+    """The tensor or parameter that would stand in its place had it never been deferred."""
     values = values_of(tensor)
     if getattr(tensor, "_is_param", False):
         return nn.Parameter(values, tensor.requires_grad)

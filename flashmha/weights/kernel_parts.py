@@ -1,4 +1,4 @@
-"""What the kernels of the weights share: operands, masks, exponentials.
+"""The parts that the kernels of the weights share: operands, masks, exponentials.
 
 What a function takes of rows and of keys is one tuple of two: ``strides`` of a table, the ``first`` of a tile, how many
 are ``left`` from there on. The compiler takes them apart, into the same instructions. A launch has none: to Triton 3.4,

@@ -48,7 +48,7 @@ def statistics_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ) -> None:
-    """What makes weights of scores, ``factor * exp(score - shift)``: the largest one a row, and 1 / the sum.
+    """Compute what makes weights of scores, ``factor * exp(score - shift)``: the largest one a row, and 1 / the sum.
 
     One program a tile of rows of a head. A blind row has shift inf and factor 0.
     """

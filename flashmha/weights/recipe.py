@@ -42,7 +42,7 @@ def without_caller_autocast(method: F) -> F:
 
 @dataclasses.dataclass
 class Recipe:
-    """What the weights of one call are made of, later.
+    """The ingredients of the weights of one call.
 
     Attributes:
         q, k: (batch, seqlen, heads, head_dim), outside autograd.

@@ -63,7 +63,7 @@ def no_gradients(spec: AttentionSpec) -> str | None:
 
 @functools.cache
 def unavailable(device: torch.device) -> str | None:
-    """Why no kernel runs on a device; asked once."""
+    """Why no kernel runs on a device; found out once."""
     if device.type != "cuda" or torch.version.cuda is None:
         return "needs an NVIDIA GPU"
     capability = torch.cuda.get_device_capability(device)
@@ -82,7 +82,7 @@ def unavailable(device: torch.device) -> str | None:
 
 @dataclasses.dataclass(frozen=True)
 class Tiling:
-    """How a kernel is cut: the rows and keys of a tile, how much of head_dim at a time, warps and pipeline stages."""
+    """The cut of a kernel: the rows and keys of a tile, how much of head_dim at a time, warps and pipeline stages."""
 
     rows: int
     keys: int
@@ -217,7 +217,7 @@ class KernelProblem:
         self.lse = None if exact or lse is None else lse.to(torch.float32).contiguous()
 
     def statistics(self) -> tuple[Tensor, Tensor | None]:
-        """What makes weights of scores: the log-sum-exp, or each row's largest score and 1 / its sum."""
+        """Compute what makes weights of scores: the log-sum-exp, or each row's largest score and 1 / its sum."""
         if self.lse is not None:
             return self.lse, None
         from .kernels import statistics_kernel
@@ -288,9 +288,10 @@ def make_gradients(
 
 
 def strides_of(table: Tensor | None) -> tuple[int, ...]:
+    """The strides of a table of four axes, 0 where there is no table."""
     return (0, 0, 0, 0) if table is None else table.stride()
 
 
 def use_device(device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    """Kernels are launched on the current device."""
+    """Make a device the current one, on which kernels are launched."""
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
