@@ -355,7 +355,9 @@ class AttentionSpec:
     def documents(self) -> Documents | None:
         """The mask's packed documents."""
         mask = self.mask
-        return None if mask is None else mask.documents  # type: ignore[return-value]  # no other rule has positions
+        if mask is None or type(mask) is Documents:
+            return mask
+        return mask.documents  # type: ignore[return-value]  # in no other rule positions start again
 
     @property
     def is_padded(self) -> bool:
