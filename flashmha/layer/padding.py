@@ -9,7 +9,7 @@ from ..backends.choice.registry import some
 from ..backends.choice.wishes import preference
 from ..host.torch_state import computed_in, eager, is_capturing
 from ..problem.masks import Window
-from ..problem.packing import has_holes, parts, take
+from ..problem.packing import has_holes, parts, take_real
 from ..problem.ragged import KeyPadding, Padding
 from ..problem.wording import short
 from .call import Reading, each_once
@@ -89,4 +89,4 @@ def packs(layer: Layer, call: Reading) -> bool:
 
 def pack(query: Tensor, key: Tensor, value: Tensor, places: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The tokens at ``places`` as (1, tokens, features), one object where the inputs were."""
-    return each_once(lambda x: take(x, places), query, key, value)
+    return each_once(lambda x: take_real(x, places), query, key, value)
