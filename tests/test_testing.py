@@ -23,7 +23,7 @@ from flashmha.backends import get
 from flashmha.backends.base import FEATURES
 from flashmha.commands import verify
 from flashmha.testing import dropout, judge
-from flashmha.testing.attention import MASKS
+from flashmha.testing.attention import MASK_KINDS
 from flashmha.testing.models import tree
 
 pytestmark = pytest.mark.filterwarnings("ignore:Support for mismatched:UserWarning")
@@ -154,7 +154,7 @@ BUGS: dict[str, tuple[Bug, set[str]]] = {
     "softcap forgotten": (changed(softcap=None), {"softcap"}),
     "sinks forgotten": (changed(sinks=None), {"sinks"}),
     "bias forgotten": (changed(bias=None), {"bias", "alibi"}),
-    "NaN in blind rows": (with_out(nan_where_blind), set(MASKS)),
+    "NaN in blind rows": (with_out(nan_where_blind), set(MASK_KINDS)),
     "lse to the base 2": (with_lse(lambda lse: lse / math.log(2)), {"lse"}),
     "lse without a gradient": (with_lse(torch.Tensor.detach), LSE_GRAD),
     "v without a gradient": (lambda q, k, v, spec: naive(q, k, v.detach(), spec), {"backward"}),
@@ -216,8 +216,8 @@ SIX = (
 @pytest.mark.parametrize("run", RUNS)
 def test_verify_finds_a_planted_bug_and_says_how_to_see_it_again(name: str, run: int) -> None:
     wrong = seeded(PLANTED[name])
-    drawn = verify.Draw.of(verify_options(f"--seed {run}"))
-    verdict = verify.judge(wrong(), torch.device("cpu"), drawn, lambda: None)
+    drawn = verify.DrawnProblems.of(verify_options(f"--seed {run}"))
+    verdict = verify.verify_backend(wrong(), torch.device("cpu"), drawn, lambda: None)
     assert verdict.verdict == "FAILS" and verdict.paste is not None
     with pytest.raises(AssertionError) as caught:
         pasted(verdict.paste, Seeded=wrong)
@@ -254,14 +254,14 @@ def test_the_repr_of_a_problem_builds_it_again(spec: AttentionSpec, seed: int) -
 def test_a_mask_is_pasted_whatever_its_bounds(mask: Mask | None, align: str | None, left: int, right: int) -> None:
     window = None if align is None else Window(left, right, align=align)
     both = window if mask is None else mask if window is None else mask & window
-    spec = testing.attention.Problem(1, 70, 9, 3, 3, 1, 1, mask=both)
+    spec = testing.attention.DrawnSpec(1, 70, 9, 3, 3, 1, 1, mask=both)
     again = pasted(repr(spec)).allowed()
     assert (again is None and spec.allowed() is None) or torch.equal(again, spec.allowed())
 
 
 def test_what_is_written_to_is_written_out() -> None:
     table = testing.coins(3, 0.5, 1, 1, 6, 6)
-    spec = testing.attention.Problem(1, 6, 6, 1, 1, 1, 1, mask=Dense(table))
+    spec = testing.attention.DrawnSpec(1, 6, 6, 1, 1, 1, 1, mask=Dense(table))
     assert "coins(3, 0.5, 1, 1, 6, 6)" in repr(spec)
     table[0, 0, 0, 0] = ~table[0, 0, 0, 0]
     assert "coins" not in repr(spec) and torch.equal(pasted(repr(spec)).mask.allowed, table)

@@ -73,7 +73,7 @@ class Inputs:
         )
 
 
-def draw(case: Case, device: torch.device, seed: int, one_projection: bool = False) -> Inputs:
+def draw_inputs(case: Case, device: torch.device, seed: int, one_projection: bool = False) -> Inputs:
     """The tensors of a case out of a seed: normal, padding included.
 
     With ``one_projection`` q, k and v of level core are views of one tensor, as a layer hands them on.

@@ -17,7 +17,7 @@ from ..problem.masks import KeyPadding, Mask, causal
 from .cases import HOW, Case
 from .inputs import Inputs, stock_module
 
-Answer = tuple[Tensor, Tensor | None]
+OutAndWeights = tuple[Tensor, Tensor | None]
 """The output, and the attention weights where the case reads them."""
 
 HEADLINES = {
@@ -71,11 +71,11 @@ class Contestant(abc.ABC):
     def build(self, case: Case) -> nn.Module:
         """A module with the parameter names of ``nn.MultiheadAttention``, or with none at level core."""
 
-    def call(self, module: nn.Module, inputs: Inputs) -> Answer:
+    def call(self, module: nn.Module, inputs: Inputs) -> OutAndWeights:
         """One forward."""
         raise NotImplementedError
 
-    def bind(self, module: nn.Module, inputs: Inputs) -> Callable[[], Answer]:
+    def bind(self, module: nn.Module, inputs: Inputs) -> Callable[[], OutAndWeights]:
         """``call`` of these two, in as few steps as there are in a program that calls its layer."""
         return functools.partial(self.call, module, inputs)
 
@@ -96,11 +96,11 @@ class Stock(Contestant):
         """What a call is told beside its tensors."""
         return {}
 
-    def bind(self, module: nn.Module, inputs: Inputs) -> Callable[[], Answer]:
+    def bind(self, module: nn.Module, inputs: Inputs) -> Callable[[], OutAndWeights]:
         query, key, value, read = inputs.query, inputs.key, inputs.value, inputs.case.weights
         given = {"attn_mask": inputs.attn_mask, **self.told(inputs.case)}
 
-        def call() -> Answer:
+        def call() -> OutAndWeights:
             if inputs.hidden is not None:
                 given["key_padding_mask"] = inputs.padding()
             out, weights = module(query, key, value, **given)
@@ -155,11 +155,11 @@ class Flashmha(Contestant):
     def build(self, case: Case) -> nn.Module:
         return FlashMultiHeadAttention(case.embed_dim, case.heads, batch_first=case.batch_first, **self.options)
 
-    def bind(self, module: nn.Module, inputs: Inputs) -> Callable[[], Answer]:
+    def bind(self, module: nn.Module, inputs: Inputs) -> Callable[[], OutAndWeights]:
         return self.style.bind(module, inputs)
 
 
-class Attention(Contestant):
+class AttentionFunction(Contestant):
     """``flashmha.attention``."""
 
     level, ours = "core", True
@@ -184,7 +184,7 @@ class Attention(Contestant):
     def build(self, case: Case) -> nn.Module:
         return self.Module(self.backend)
 
-    def call(self, module: nn.Module, inputs: Inputs) -> Answer:
+    def call(self, module: nn.Module, inputs: Inputs) -> OutAndWeights:
         case = inputs.case
         return module(inputs.query, inputs.key, inputs.value, inputs.padding(), case.causal), None
 
@@ -202,7 +202,7 @@ class Through(Contestant):
     def build(self, case: Case) -> nn.Module:
         return self.inner.build(case)
 
-    def bind(self, module: nn.Module, inputs: Inputs) -> Callable[[], Answer]:
+    def bind(self, module: nn.Module, inputs: Inputs) -> Callable[[], OutAndWeights]:
         return self.inner.bind(module, inputs)
 
     def setting(self) -> contextlib.AbstractContextManager[None]:

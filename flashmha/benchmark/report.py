@@ -10,13 +10,13 @@ from typing import Any
 from ..problem.wording import in_one_line
 from .cases import Case
 from .peers import HEADLINES, how
-from .verdicts import best_peer, judge, middle, share_of_gemm, verdict
+from .verdicts import best_peer, judge_cases, middle, share_of_gemm, verdict
 
 Run = dict[str, Any]
-Table = tuple[Sequence[str], list[Sequence[str]]]
+TextTable = tuple[Sequence[str], list[Sequence[str]]]
 """Column names, and rows of as many cells."""
 
-COLUMNS = ("case", "as called", "at best", "best peer", "against it", "95%", "verdict", "memory", "of GEMM")
+VERDICT_COLUMNS = ("case", "as called", "at best", "best peer", "against it", "95%", "verdict", "memory", "of GEMM")
 LEGEND = (
     "*as called*: `flashmha` against `stock`, both with default arguments and masks as tensors; *at best*: "
     "`flashmha_best` against `stock_best`, both told that no weights are wanted and that a causal mask is causal. "
@@ -29,7 +29,7 @@ LEGEND = (
 AT_BEST = {"flashmha_compiled": "stock_compiled", "flashmha_graph": "stock_graph"}
 """Stock at its best, where it runs as one of ours does; else ``stock_best``."""
 
-KINDS = {
+HOW_WORDS = {
     "eager": "",
     "compiled": ", compiled",
     "graph": ", in a CUDA graph",
@@ -38,7 +38,7 @@ KINDS = {
 """How a contestant runs, behind the name of a case."""
 
 
-PARTS = ("run", "env", "absent", "dropped", "unstable", "cases")
+RUN_PARTS = ("run", "env", "absent", "dropped", "unstable", "cases")
 """What a file of a run holds beside what its cases say."""
 
 
@@ -65,11 +65,11 @@ def load(path: Path) -> Run:
     schema = run.get("schema") if isinstance(run, dict) else None
     if schema != 1:
         raise ValueError(f"{path} must hold a benchmark run of schema 1, got schema {schema}.")
-    missing = [name for name in PARTS if name not in run]
+    missing = [name for name in RUN_PARTS if name not in run]
     if missing:
         raise ValueError(f"{path} must hold a whole benchmark run, got one without {', '.join(missing)}.")
     try:
-        return {**run, **judge(run["cases"])}
+        return {**run, **judge_cases(run["cases"])}
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} must hold cases as `bench` writes them, got {in_one_line(error)}.") from error
 
@@ -88,7 +88,7 @@ ENCODER_LEGEND = (
 )
 
 
-def encoder_table(run: Run, name_of: Callable[[dict[str, Any]], str], headlines: bool = False) -> Table:
+def encoder_table(run: Run, name_of: Callable[[dict[str, Any]], str], headlines: bool = False) -> TextTable:
     """One row for each way that ours ran each encoder, against each peer that ran alike."""
     rows: list[Sequence[str]] = []
     for case in run["cases"]:
@@ -101,9 +101,9 @@ def encoder_table(run: Run, name_of: Callable[[dict[str, Any]], str], headlines:
             peers = [f"{peer}_encoder{kind}" for peer in ("stock", "hand", "packed")]
             way = "skip_padding" if "_skip" in one else "exact"
             took = f"{1e3 * middle(case['contestants'][one]['seconds']):.3g}"
-            against = [judged(case["ratios"][one].get(peer), run["noise_floor"]) for peer in peers]
-            rows.append((name_of(case) + KINDS[how(one)], way, took, *against, cell_of_memory(case, one, peers[0])))
-    return filled(ENCODER_COLUMNS, rows)
+            against = [ratio_and_loss(case["ratios"][one].get(peer), run["noise_floor"]) for peer in peers]
+            rows.append((name_of(case) + HOW_WORDS[how(one)], way, took, *against, cell_of_memory(case, one, peers[0])))
+    return without_empty_columns(ENCODER_COLUMNS, rows)
 
 
 def encoder_words(case: dict[str, Any]) -> str:
@@ -112,13 +112,13 @@ def encoder_words(case: dict[str, Any]) -> str:
     return f"{found.words}, {found.dtype}" if found.autocast is None else found.words
 
 
-def judged(ratio: dict[str, float] | None, floor: float) -> str:
+def ratio_and_loss(ratio: dict[str, float] | None, floor: float) -> str:
     """A ratio, and that it is a loss."""
     lost = ratio is not None and verdict(ratio, floor) == "LOSS"
     return cell(ratio) + " LOSS" * lost
 
 
-def verdict_table(run: Run, level: str) -> Table:
+def verdict_table(run: Run, level: str) -> TextTable:
     """One row a case of a level, and one more for each other way that ours was run, and for each named backend."""
     if level == "encoder":
         return encoder_table(run, lambda case: str(case["id"]))
@@ -128,15 +128,17 @@ def verdict_table(run: Run, level: str) -> Table:
         if case["case"]["level"] == level:
             rows.append(verdict_row(case, eager, case["id"]))
             others = [one for one, (where, _) in HEADLINES.items() if where == level and one != eager]
-            rows += [verdict_row(case, one, case["id"] + KINDS[how(one)]) for one in others if one in case["verdicts"]]
+            rows += [
+                verdict_row(case, one, case["id"] + HOW_WORDS[how(one)]) for one in others if one in case["verdicts"]
+            ]
             if "flashmha_skip" in case["ratios"]:
                 rows.append(verdict_row(case, "flashmha_skip", f"{case['id']}, skip_padding"))
             named = [one for one in run.get("named", ()) if one in case["contestants"]]
             rows += [verdict_row(case, one, f"{case['id']}, {one.partition(':')[2]}") for one in named]
-    return filled(COLUMNS, rows)
+    return without_empty_columns(VERDICT_COLUMNS, rows)
 
 
-def filled(columns: Sequence[str], rows: list[Sequence[str]]) -> Table:
+def without_empty_columns(columns: Sequence[str], rows: list[Sequence[str]]) -> TextTable:
     """A table without the columns in which nothing stands."""
     kept = [at for at in range(len(columns)) if at == 0 or any(row[at] for row in rows)]
     return [columns[at] for at in kept], [[row[at] for at in kept] for row in rows]
@@ -191,7 +193,7 @@ EVERYBODY = (
 )
 
 
-def everybody_table(run: Run) -> Table:
+def everybody_table(run: Run) -> TextTable:
     """One row for each contestant of each case that was timed: all that was measured."""
     rows: list[Sequence[str]] = []
     for case in run["cases"]:
@@ -206,10 +208,10 @@ def everybody_table(run: Run) -> Table:
             errors = [f"{row['error'][key]:.1e}" if key in row["error"] else "" for key in ("out", "gradient")]
             measured = (f"{middle(times):.4g}", half, percent(share_of_gemm(case, name)), host, first, peak)
             rows.append((case["id"], name, *measured, *errors, row.get("backend", "")))
-    return filled(EVERYBODY, rows)
+    return without_empty_columns(EVERYBODY, rows)
 
 
-def absences_table(run: Run) -> Table:
+def absences_table(run: Run) -> TextTable:
     """Who was not timed where, and why; not those whom a case is not meant for."""
     found: dict[tuple[str, str, str], list[str]] = {}
     for case in run["cases"]:
@@ -236,7 +238,7 @@ def summary_lines(run: Run) -> list[str]:
 def summary_line(run: Run, one: str) -> str:
     """How one of ours did, every lost case by its name."""
     summary = run["summary"][one]
-    line = f"Level {summary['level']}{KINDS[summary['how']]}: {one} ahead of the best peer in {summary['win']} of "
+    line = f"Level {summary['level']}{HOW_WORDS[summary['how']]}: {one} ahead of the best peer in {summary['win']} of "
     line += f"{summary['cases']} cases, tied in {summary['tie']}, behind in {summary['loss']}"
     lost = [case["id"] for case in run["cases"] if case["verdicts"].get(one) == "LOSS"]
     line += f" ({', '.join(lost)})" if lost else ""
@@ -333,7 +335,7 @@ def layer_figures(run: Run) -> str:
         if skip in ratios:
             rows.append(figures_row(case, f"{words}, `skip_padding`", skip, (skip, "stock"), "stock_best"))
         if "flashmha_graph" in ratios:
-            rows.append(figures_row(case, words + KINDS["graph"], "flashmha_graph", None, "stock_graph", "_graph"))
+            rows.append(figures_row(case, words + HOW_WORDS["graph"], "flashmha_graph", None, "stock_graph", "_graph"))
         if "stock_slow" in ratios.get("flashmha", {}):
             rows.append(figures_row(case, f"{words}, stock off its fast path", "flashmha", None, "stock_slow"))
     for case in run["cases"]:
@@ -355,7 +357,7 @@ def layer_figures(run: Run) -> str:
         )
     if run["dropped"]:
         said.append(f"Time ran out for {len(run['dropped'])} more cases, none of them in this table.")
-    return f"{markdown_table(*filled(FIGURES, rows))}\n\n{' '.join([*said, origin_line(run)])}"
+    return f"{markdown_table(*without_empty_columns(FIGURES, rows))}\n\n{' '.join([*said, origin_line(run)])}"
 
 
 def figures_row(

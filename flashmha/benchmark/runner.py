@@ -17,15 +17,15 @@ from ..version import __version__
 from .cases import Case
 from .environment import Canary, commit, environment
 from .gate import Seat, admit, sweep
-from .inputs import draw
+from .inputs import draw_inputs
 from .lineup import contestants, everybody, shown_by_name
 from .peers import CONTROL, HEADLINES, Contestant
 from .reference import Reference
 from .rounds import FEWEST, take_turns
-from .verdicts import judge, middle
+from .verdicts import judge_cases, middle
 
-SCHEMA = 1
-BLOCK = {"cpu": 0.02, "cuda": 0.01}
+RUN_SCHEMA = 1
+TURN_SECONDS = {"cpu": 0.02, "cuda": 0.01}
 """Seconds that the calls of one turn take together, at least."""
 
 IDLE = {"cpu": 6e9, "cuda": 4e12}
@@ -34,7 +34,7 @@ IDLE = {"cpu": 6e9, "cuda": 4e12}
 DRIFT, REPEATS = 0.03, 0.3
 """How far a round's canary may lie from the median, and how many rounds, of those asked for, may be repeated."""
 
-UNSTABLE = {"cpu": 0.1, "cuda": 0.05}
+UNSTABLE_FLOOR = {"cpu": 0.1, "cuda": 0.05}
 """The noise floor from which a run proves nothing."""
 
 Tell = Callable[[str], None]
@@ -94,11 +94,11 @@ def run(plan: Plan, tell: Tell) -> dict[str, Any]:
         env = environment(plan.device)
     places = [case.id for case in plan.cases]
     measured.sort(key=lambda row: places.index(row["id"]))
-    judged = judge(measured)
+    judged = judge_cases(measured)
     floor = judged["noise_floor"]
     drifted = [case["id"] for case in measured if case["drifted"]]
     return {
-        "schema": SCHEMA,
+        "schema": RUN_SCHEMA,
         "run": {
             "version": __version__,
             **commit(),
@@ -114,7 +114,7 @@ def run(plan: Plan, tell: Tell) -> dict[str, Any]:
         "named": shown_by_name(everyone, plan.backends),
         "dropped": dropped,
         "stopped": stopped,
-        "unstable": bool(drifted) or floor > UNSTABLE.get(plan.device.type, 0.1),
+        "unstable": bool(drifted) or floor > UNSTABLE_FLOOR.get(plan.device.type, 0.1),
         **judged,
         "cases": measured,
     }
@@ -137,7 +137,7 @@ def measure(
     case: Case, taking_part: Sequence[Contestant], plan: Plan, canary: Canary, end: float, share: float
 ) -> dict[str, Any]:
     """One case: everybody through the gate, then the rounds, for a share of what is left until ``end``."""
-    inputs = draw(case, plan.device, plan.seed)
+    inputs = draw_inputs(case, plan.device, plan.seed)
     reference = Reference.of(inputs)
     rows: dict[str, dict[str, Any]] = {}
     seats: dict[str, Seat] = {}
@@ -196,7 +196,7 @@ def race(
 
     samples = take_turns(
         {name: functools.partial(turn_of, seat, plan.device) for name, seat in seats.items()},
-        block=BLOCK.get(plan.device.type, BLOCK["cpu"]),
+        block=TURN_SECONDS.get(plan.device.type, TURN_SECONDS["cpu"]),
         most=10_000,
         rounds=plan.rounds,
         until=until,

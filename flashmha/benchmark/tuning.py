@@ -28,10 +28,10 @@ from ..version import __version__
 from .environment import commit, environment
 from .gate import sweep
 from .grid import Grid, GridCell
-from .inputs import Inputs, draw
+from .inputs import Inputs, draw_inputs
 from .rounds import Timer, take_turns
 
-CALLS = 100
+MOST_CALLS = 100
 """Of one turn, at most."""
 CHECKED = 64
 """Queries of a cell whose answer is held against the definition."""
@@ -110,7 +110,7 @@ def measure_cell(cell: GridCell, tuning: Tuning, share: float) -> dict[str, Any]
     times = take_turns(
         timers,
         block=tuning.grid.block,
-        most=CALLS,
+        most=MOST_CALLS,
         rounds=tuning.grid.rounds,
         until=time.monotonic() + share,
         seed=tuning.seed,
@@ -134,7 +134,7 @@ class Trial:
 
     @classmethod
     def of(cls, cell: GridCell, tuning: Tuning) -> Trial:
-        inputs = draw(cell.case(tuning.dtype), tuning.device, tuning.seed, one_projection=True)
+        inputs = draw_inputs(cell.case(tuning.dtype), tuning.device, tuning.seed, one_projection=True)
         return cls(inputs, cell.mask(tuning.device, tuning.seed))
 
     def spec(self) -> AttentionSpec:

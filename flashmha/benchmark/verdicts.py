@@ -27,15 +27,15 @@ def ratio(theirs: Sequence[float], ours: Sequence[float]) -> Ratio:
     """How many times faster than theirs our seconds are: medians of the ratios within a round, bootstrapped."""
     logs = (torch.tensor(theirs, dtype=torch.float64) / torch.tensor(ours, dtype=torch.float64)).log()
     return {
-        "median": spread(logs, 0.5),
-        "q25": spread(logs, 0.25),
-        "q75": spread(logs, 0.75),
-        "low": spread(medians(logs), 0.025),
-        "high": spread(medians(logs), 0.975),
+        "median": ratio_at(logs, 0.5),
+        "q25": ratio_at(logs, 0.25),
+        "q75": ratio_at(logs, 0.75),
+        "low": ratio_at(medians(logs), 0.025),
+        "high": ratio_at(medians(logs), 0.975),
     }
 
 
-def spread(logs: Tensor, at: float) -> float:
+def ratio_at(logs: Tensor, at: float) -> float:
     """A quantile of logarithms, no longer a logarithm."""
     return float(f"{math.exp(torch.quantile(logs, at).item()):.5g}")
 
@@ -62,7 +62,7 @@ def noise_floor(controls: Sequence[float]) -> float:
     return round(max(LOWEST_FLOOR, math.exp(torch.quantile(far, 0.95).item()) - 1), 4)
 
 
-def judge(cases: list[dict[str, Any]]) -> dict[str, Any]:
+def judge_cases(cases: list[dict[str, Any]]) -> dict[str, Any]:
     """Put ratios, best peers and verdicts into measured cases; the noise floor, the canaries and a summary.
 
     Who runs eagerly, compiled or in a CUDA graph is judged against the best peer that does as well. A summary, one for
@@ -127,9 +127,9 @@ def summarize(cases: list[dict[str, Any]], one: str) -> dict[str, Any]:
         means = torch.stack([medians(each) for each in logs]).mean(0)
         center = torch.stack([torch.quantile(each, 0.5) for each in logs]).mean(0, keepdim=True)
         summary["geomean"] = {
-            "median": spread(center, 0.5),
-            "low": spread(means, 0.025),
-            "high": spread(means, 0.975),
+            "median": ratio_at(center, 0.5),
+            "low": ratio_at(means, 0.025),
+            "high": ratio_at(means, 0.975),
         }
     return summary
 

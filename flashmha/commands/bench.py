@@ -32,7 +32,7 @@ WRONG, UNSTABLE = 1, 3
 RECORD, PAGE = "run.json", "table.md"
 PLOTS = ("ratios.png", "time.png", "memory.png", "gemm.png")
 """The files of a run."""
-Draw = Callable[[Run, Path], None]
+DrawPlots = Callable[[Run, Path], None]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -84,15 +84,15 @@ def main(options: argparse.Namespace) -> int:
     if options.rounds < 1 or (options.budget is not None and not options.budget > 0):
         raise ValueError(f"rounds and budget must be positive, got {options.rounds} and {options.budget}.")
     if options.list:
-        return show_cases(planned(options), options.json)
+        return show_cases(plan_from_flags(options), options.json)
     draw = None if options.no_plots else plots()
     if options.report is not None:
         found = load(options.report)
         folder = options.out or options.report.with_suffix("")
         check_folder(folder, "--out", (PAGE, *PLOTS))
-        written = write(found, folder, draw, again=True)
-        return show(found, options.json) if written else WRONG
-    plan = planned(options)
+        written = write_run(found, folder, draw, again=True)
+        return show_run(found, options.json) if written else WRONG
+    plan = plan_from_flags(options)
     folder = options.out or Path("flashmha-bench")
     check_folder(folder, "--out", (RECORD, PAGE, *PLOTS))
     with progress(f"{len(plan.cases)} cases", len(plan.cases)) as advance:
@@ -103,19 +103,19 @@ def main(options: argparse.Namespace) -> int:
                 print(line, file=sys.stderr, flush=True)
 
         found = run(plan, tell)
-    written = write(found, folder, draw)
-    status = show(found, options.json)
+    written = write_run(found, folder, draw)
+    status = show_run(found, options.json)
     return status if written else WRONG
 
 
-def plots() -> Draw:
+def plots() -> DrawPlots:
     """What draws the plots, imported before anything is measured for them."""
     with wanted_by("bench", ", or --no-plots"):
-        from ..benchmark.plots import draw  # matplotlib
-    return draw
+        from ..benchmark.plots import draw_plots  # matplotlib
+    return draw_plots
 
 
-def planned(options: argparse.Namespace) -> Plan:
+def plan_from_flags(options: argparse.Namespace) -> Plan:
     """The flags as a plan.
 
     Raises:
@@ -163,7 +163,7 @@ def show_cases(plan: Plan, json: bool) -> int:
     return 0
 
 
-def write(found: Run, folder: Path, draw: Draw | None, again: bool = False) -> bool:
+def write_run(found: Run, folder: Path, draw: DrawPlots | None, again: bool = False) -> bool:
     """Every file of a run in a folder, what was measured first; ``again`` leaves the JSON where it is.
 
     ``False`` where one could not be written, which is said: nothing that follows may be lost by it.
@@ -181,7 +181,7 @@ def write(found: Run, folder: Path, draw: Draw | None, again: bool = False) -> b
     return True
 
 
-def show(found: Run, json: bool) -> int:
+def show_run(found: Run, json: bool) -> int:
     """A run on the screen, and the exit status it gives."""
     if json:
         print_json(found)

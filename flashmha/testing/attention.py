@@ -30,11 +30,11 @@ from ..problem.spec import AttentionSpec
 from .choice import Choices, Choose
 from .paste import pasted
 from .record import placed
-from .values import HEAD_DIMS, LONGEST, NUMBERS, SEEDS, coins, generator, numbers, seeds, tensors
+from .values import DRAWN_HEAD_DIMS, LONGEST, NUMBER_KINDS, SEEDS, coins, generator, numbers, seeds, tensors
 
 __all__ = ["biases", "masks", "seeds", "specs", "tensors"]
 
-MASKS = {
+MASK_KINDS = {
     "causal": 2,
     "window": 3,  # two bounds
     "key_padding": 2,
@@ -44,9 +44,9 @@ MASKS = {
     "documents": 4,  # only a batch of 1 can hold them
 }
 """Kinds of masks, and how many problems in six have one, of those that may have several."""
-BLOCK = 64
+TILE_SIZE = 64
 """Features and rows that a kernel takes at once; a longer problem is what it puts together."""
-SHORT = 24
+MOSTLY_SHORTER = 24
 """The most queries and keys of most problems."""
 EDGES = (65, 66, 130, 64, 100, 127, 128, 129, 150, 192, 200, 255, 256, 257, 63, 260, 300)
 """Lengths around the tiles that kernels work in; the first few show what goes wrong in a second or third tile."""
@@ -55,15 +55,15 @@ STRETCHED = tuple(axis for axis, often in AXES.items() for _ in range(often))
 """The axis that is longer than it mostly is; the others are short beside it, for the sake of time."""
 EMPTY = (*(None,) * 37, "batch", "seqlen_q", "seqlen_k")
 """Which axis is as short as the limits allow, 0 where they can: one problem in thirteen."""
-REACH = (0, 1, 2, 3, 5)
+WINDOW_REACH = (0, 1, 2, 3, 5)
 """How far a window may reach, where it ends at all."""
-FAR = (63, 64, 100, 128)
+FAR_REACH = (63, 64, 100, 128)
 """How far it may reach in a long problem, beside that."""
 BIASES = (*("none",) * 3, *("tensor",) * 4, *("alibi",) * 3, *("relative",) * 2)
 DROPOUT = (*(0.0,) * 16, 0.5, 0.5, 0.1, 0.9, 1.0)
 
 
-class Problem(AttentionSpec):
+class DrawnSpec(AttentionSpec):
     """A drawn problem: its repr is an expression that builds it again."""
 
     def __repr__(self) -> str:
@@ -86,25 +86,28 @@ def masks(
 ) -> Mask | None:
     """Masks of every kind out of ``features`` for a problem of these sizes, alone and combined."""
     choose = Choices(draw, "mask")
-    kinds = [kind for kind in MASKS if kind in features and (kind != "documents" or batch == 1)]
+    kinds = [kind for kind in MASK_KINDS if kind in features and (kind != "documents" or batch == 1)]
     longest = max(seqlen_q, seqlen_k)
     how = choose(("none", "several", "several", "one", "one")) if kinds else "none"
     chosen: list[str] = []
     if how == "one":
-        often = ["causal"] * 2 + (["window", "key_lengths"] * 3 if longest >= BLOCK else [])
+        often = ["causal"] * 2 + (["window", "key_lengths"] * 3 if longest >= TILE_SIZE else [])
         chosen = [choose(kinds + [kind for kind in often if kind in kinds])]
     elif how == "several":
-        chosen = [kind for kind in kinds if choose(range(6)) > 5 - MASKS[kind]]
+        chosen = [kind for kind in kinds if choose(range(6)) > 5 - MASK_KINDS[kind]]
     if "causal" in chosen and "window" in features and choose((False, True)):
         chosen[chosen.index("causal")] = "top-left causal"
     sizes = {"batch": batch, "heads": heads, "seqlen_q": seqlen_q, "seqlen_k": seqlen_k}
-    ends = (*REACH, longest, None, *(2 * FAR if longest >= BLOCK else ()))
+    ends = (*WINDOW_REACH, longest, None, *(2 * FAR_REACH if longest >= TILE_SIZE else ()))
     return joined(
-        *[rule(kind, choose, choose(SEEDS), reach=ends, aligns=ALIGNMENTS, device=device, **sizes) for kind in chosen]
+        *[
+            drawn_mask(kind, choose, choose(SEEDS), reach=ends, aligns=ALIGNMENTS, device=device, **sizes)
+            for kind in chosen
+        ]
     )
 
 
-def rule(
+def drawn_mask(
     kind: str,
     choose: Choose,
     seed: int,
@@ -113,7 +116,7 @@ def rule(
     heads: int,
     seqlen_q: int,
     seqlen_k: int,
-    reach: Sequence[int | None] = REACH,
+    reach: Sequence[int | None] = WINDOW_REACH,
     aligns: Sequence[str] = ALIGNMENTS[:1],
     device: torch.device | str | None = None,
 ) -> Mask:
@@ -135,7 +138,7 @@ def rule(
     if kind == "key_padding":
         return KeyPadding(coin(batch, seqlen_k))
     if kind == "key_lengths":
-        return KeyLengths(lengths(batch, seqlen_k, generator(seed), choose((False, *(True,) * 5))).to(where))
+        return KeyLengths(drawn_lengths(batch, seqlen_k, generator(seed), choose((False, *(True,) * 5))).to(where))
     if kind == "mask for all heads":
         return Dense(coin(choose((1, batch)), 1, seqlen_q, seqlen_k))
     if kind == "dense_mask":
@@ -144,7 +147,7 @@ def rule(
     if kind == "rule":
         return Rule(every(choose((1, 2, 3))), align=choose(aligns))
     number, random = choose((1, 2, 3, 4)), generator(seed)
-    ends = [offsets(number, total, random) for total in (seqlen_q, seqlen_k)]
+    ends = [drawn_offsets(number, total, random) for total in (seqlen_q, seqlen_k)]
     totals = [int(end[-1]) for end in ends] if choose((False, True)) else [None, None]
     return Documents(*(end.to(where) for end in ends), total=totals[0], total_k=totals[1])
 
@@ -159,13 +162,17 @@ def every(step: int) -> MaskMod:
     return diagonals
 
 
-def lengths(batch: int, longest: int, random: torch.Generator, rounded: bool) -> Tensor:
+def drawn_lengths(batch: int, longest: int, random: torch.Generator, rounded: bool) -> Tensor:
     """Numbers of keys; rounded to whole tiles where there is one."""
     made = torch.randint(0, longest + 1, (batch,), generator=random, device="cpu")
-    return ((made + BLOCK // 2) // BLOCK * BLOCK).clamp(max=longest) if rounded and longest >= BLOCK else made
+    return (
+        ((made + TILE_SIZE // 2) // TILE_SIZE * TILE_SIZE).clamp(max=longest)
+        if rounded and longest >= TILE_SIZE
+        else made
+    )
 
 
-def offsets(documents: int, total: int, random: torch.Generator) -> Tensor:
+def drawn_offsets(documents: int, total: int, random: torch.Generator) -> Tensor:
     """Where documents start, with empty ones among them and at times a rest that belongs to none."""
     ends = torch.randint(0, total + 1, (documents,), generator=random, device="cpu").sort().values
     return torch.cat((torch.zeros(1, dtype=ends.dtype, device="cpu"), ends)).to(torch.int32)
@@ -200,12 +207,12 @@ def biases(
                 "first": bias is None,
                 "device": device,
             }
-            part = added(kind, choose, choose(SEEDS), **more)
+            part = drawn_bias(kind, choose, choose(SEEDS), **more)
             bias = part if bias is None else bias + part
     return bias
 
 
-def added(
+def drawn_bias(
     kind: str,
     choose: Choose,
     seed: int,
@@ -224,9 +231,9 @@ def added(
         shape = choose(((heads,), (batch, heads), (batch, heads)))
         return ALiBi(numbers(seed, "slopes", *shape, device=device).requires_grad_(learned))
     if kind == "relative":
-        width = 2 * choose((0, 1, 2, 3, 4, BLOCK)) + 1
+        width = 2 * choose((0, 1, 2, 3, 4, TILE_SIZE)) + 1
         return RelativeBias(numbers(seed, "normal", heads, width, device=device).requires_grad_(learned))
-    strange: tuple[str, ...] = (*NUMBERS[3:], "low", "low", "lowest", "lowest") if first else ()
+    strange: tuple[str, ...] = (*NUMBER_KINDS[3:], "low", "low", "lowest", "lowest") if first else ()
     of = choose(("normal", "normal", "normal", *strange))
     shape = [choose((1, batch)), choose((1, heads)), choose((seqlen_q,) * 3 + (1,)), seqlen_k]
     if of in ("normal", "hidden") and not learned:  # what moves a whole row has no gradient but of what cancels
@@ -242,7 +249,7 @@ def specs(
     *,
     limits: Limits | None = None,
     device: torch.device | str | None = None,
-    head_dims: Sequence[int] = HEAD_DIMS,
+    head_dims: Sequence[int] = DRAWN_HEAD_DIMS,
     longest: int = LONGEST,
 ) -> AttentionSpec:
     """Problems: sizes (0 and 1 among them), dtypes, grouped heads, masks, biases, softcap, sinks, dropout, gradients.
@@ -272,7 +279,7 @@ def specs(
     dropout_p = choose(DROPOUT) if "dropout" in features and readable else 0.0
     need_lse = "lse" in features and choose((False, True) if dropout_p else (False, True, True))
     more: dict[str, Any] = sizes
-    return Problem(
+    return DrawnSpec(
         **more,
         heads_kv=heads_kv,
         head_dim=head_dim,
@@ -295,7 +302,7 @@ def drawn_sizes(
     choose: Choose, limits: Limits, grouped: bool, stretched: str | None, longest: int, cheap: bool
 ) -> dict[str, int]:
     """Batch, heads and lengths; one axis may be stretched, which costs little on some devices."""
-    least, short = max(1, limits.seqlen_min), min(SHORT, longest)
+    least, short = max(1, limits.seqlen_min), min(MOSTLY_SHORTER, longest)
     long = [size for size in EDGES if short < size <= longest]
     long_q = long if cheap else [size for size in long if size <= longest // 2]
     lengthy = stretched in ("keys", "queries", "both")
@@ -328,7 +335,7 @@ def drawn_head_dim(choose: Choose, limits: Limits, head_dims: Sequence[int], few
     """A head dim inside the limits; a large one where not few are wanted, and where there is no other."""
     largest = max(head_dims) if limits.head_dim is None else limits.head_dim
     fit = [d for d in head_dims if limits.head_dim_min <= d <= largest and d % limits.head_dim_step == 0]
-    small, large = [d for d in fit if d <= BLOCK], [d for d in fit if d > BLOCK]
+    small, large = [d for d in fit if d <= TILE_SIZE], [d for d in fit if d > TILE_SIZE]
     if small and large:
         fit = large if choose((False,) * 4 + (True,)) and not few else small
     size: int = choose(fit)

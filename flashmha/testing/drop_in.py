@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torch.utils._pytree import TreeSpec, keystr, tree_flatten_with_path, tree_unflatten
 
 from ..backends.parity import AGAIN
-from .judge import assert_close, gradients, is_floating, nudged
+from .judge import assert_close, gradients_of, is_floating, nudged
 
-PLAIN = (type(None), bool, int, float, str)
+COMPARED_BY_VALUE = (type(None), bool, int, float, str)
 
 
 def assert_drop_in(
@@ -63,14 +63,14 @@ def assert_drop_in(
     exact = respond("stock", copied, call, seed, double=True)
     pairs = [(plain.floating(), exact.floating())]
     try:
-        judge(found.floating(), pairs, finite_for_nan)
+        assert_parity(found.floating(), pairs, finite_for_nan)
     except AssertionError:
         for place in range(AGAIN):
             moved = nudged(call, seed + place)
             again = respond("stock", stock, moved, seed).floating()
             finer = any(tensor.dtype != torch.float64 for tensor in again.values())
             pairs.append((again, respond("stock", copied, moved if finer else call, seed, double=True).floating()))
-        judge(found.floating(), pairs, finite_for_nan)
+        assert_parity(found.floating(), pairs, finite_for_nan)
 
 
 def assert_same_state(stock: nn.Module, ours: nn.Module) -> None:
@@ -140,11 +140,11 @@ def respond(who: str, module: nn.Module, call: Any, seed: int, *, double: bool =
     leaves, structure = tree_flatten_with_path(result)
     outputs = {f"output{keystr(path)}": value for path, value in leaves}
     for name, value in outputs.items():
-        if not isinstance(value, (Tensor, *PLAIN)):
+        if not isinstance(value, (Tensor, *COMPARED_BY_VALUE)):
             raise TypeError(f"{name} of {who} must be a tensor, a number, a text or None, got {type(value).__name__}.")
     wanting = {names[key]: leaf for key, leaf in inputs.items() if leaf.requires_grad}
     wanting |= {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
-    found = gradients({name: x for name, x in outputs.items() if is_floating(x)}, wanting, seed + 1)
+    found = gradients_of({name: x for name, x in outputs.items() if is_floating(x)}, wanting, seed + 1)
     return Response(
         structure,
         outputs,
@@ -159,13 +159,15 @@ def random_state(devices: set[torch.device]) -> list[Tensor]:
     return [torch.get_rng_state(), *(torch.cuda.get_rng_state(device) for device in devices)]
 
 
-def told(thing: Any) -> str:
+def describe(thing: Any) -> str:
     return "a tensor" if isinstance(thing, Tensor) else repr(thing)
 
 
 def assert_same_kind(name: str, found: Any, wanted: Any) -> None:
     """Tensors with the same ``requires_grad`` where they are floating, anything else equal."""
-    assert isinstance(found, Tensor) == isinstance(wanted, Tensor), f"{name} must be {told(wanted)}, got {told(found)}"
+    assert isinstance(found, Tensor) == isinstance(wanted, Tensor), (
+        f"{name} must be {describe(wanted)}, got {describe(found)}"
+    )
     if is_floating(wanted):
         one, two = wanted.requires_grad, found.requires_grad
         assert one == two, f"{name} must have requires_grad={one}, got {two}"
@@ -175,7 +177,7 @@ def assert_same_kind(name: str, found: Any, wanted: Any) -> None:
         assert found == wanted, f"{name} must be {wanted!r}, got {found!r}"
 
 
-def judge(
+def assert_parity(
     found: dict[str, Tensor], pairs: list[tuple[dict[str, Tensor], dict[str, Tensor]]], finite_for_nan: bool
 ) -> None:
     """Every tensor by the rule of parity, against pairs of stock's own and exact ones; the first exact one is right.

@@ -25,7 +25,7 @@ from ..backends.parity import AGAIN, allowed_error, moved
 from ..host.extras import wanted_by
 from ..problem.scores import TensorBias, narrowed
 from ..problem.spec import AttentionSpec
-from .dropout import WEIGHTS, Kept, check_drops, drawing, read_weights
+from .dropout import WEIGHTS, KeptWeights, check_drops, drawing, read_weights
 from .paste import pasted
 
 
@@ -61,8 +61,8 @@ def answer(
         q, k, v = (x.to(dtype) for x in (q, k, v))
         spec = dataclasses.replace(spec, dtype=dtype)
     if nudge is not None:
-        spec = with_bias(spec, functools.partial(nudged_bias, seed=nudge))
-    spec = spec if told is None else with_bias(spec, told)
+        spec = with_changed_bias(spec, functools.partial(nudged_bias, seed=nudge))
+    spec = spec if told is None else with_changed_bias(spec, told)
     leaves = {name: x.detach().requires_grad_(spec.needs_grad) for name, x in (("q", q), ("k", k), ("v", v))}
     with torch.set_grad_enabled(spec.needs_grad), drawing(spec, seed):
         result = backend(leaves["q"], leaves["k"], leaves["v"], spec)
@@ -70,14 +70,14 @@ def answer(
     named = {name: tensor.detach() for name, tensor in outputs.items()}
     if spec.needs_grad:
         leaves |= {f"learned {place}": tensor for place, tensor in enumerate(learned)}
-        for name, grad in gradients(outputs, leaves, seed + 1).items():
+        for name, grad in gradients_of(outputs, leaves, seed + 1).items():
             named[f"gradient of {name}"] = torch.zeros_like(leaves[name]) if grad is None else grad
     if spec.dropout_p:
         named[WEIGHTS] = read_weights(backend, q, k, spec, seed)
     return Answer(named)
 
 
-def tellings(spec: AttentionSpec) -> list[Callable[[Tensor], Tensor]]:
+def bias_roundings(spec: AttentionSpec) -> list[Callable[[Tensor], Tensor]]:
     """How a kernel may be told a bias that is finer than what it computes in: float32, or the dtype of the heads.
 
     Where no log-sum-exp and no sinks count on the numbers themselves, its rows may be moved.
@@ -88,13 +88,13 @@ def tellings(spec: AttentionSpec) -> list[Callable[[Tensor], Tensor]]:
     return list(found)
 
 
-def with_bias(spec: AttentionSpec, change: Callable[[Tensor], Tensor]) -> AttentionSpec:
+def with_changed_bias(spec: AttentionSpec, change: Callable[[Tensor], Tensor]) -> AttentionSpec:
     """The problem with another tensor for its bias, if it has one."""
     bias = spec.added()
     return spec if bias is None else dataclasses.replace(spec, bias=TensorBias(change(bias)))
 
 
-def gradients(outputs: Mapping[str, Tensor], leaves: Mapping[str, Tensor], seed: int) -> dict[str, Tensor | None]:
+def gradients_of(outputs: Mapping[str, Tensor], leaves: Mapping[str, Tensor], seed: int) -> dict[str, Tensor | None]:
     """The gradient of every leaf for one random cotangent an output; ``None`` where no output depends on it.
 
     The cotangents come from the seed, one after the other, whether an output can be differentiated or not.
@@ -139,24 +139,24 @@ def assert_agrees(backend: Backend | type[Backend] | str, spec: AttentionSpec, s
     elif refusal is not None:  # somebody replays one problem by hand
         raise ValueError(f"{backend.name} refuses this problem: {refusal}")
     try:
-        return judged(backend, spec, seed)
+        return largest_share(backend, spec, seed)
     except AssertionError as error:
-        message = f"{backend.name} on {spec}, seed {seed}: {error}\nagain: {again(backend, spec, seed)}"
+        message = f"{backend.name} on {spec}, seed {seed}: {error}\nagain: {replay_line(backend, spec, seed)}"
         raise AssertionError(message) from None
 
 
-def again(backend: Backend, spec: AttentionSpec, seed: int) -> str:
+def replay_line(backend: Backend, spec: AttentionSpec, seed: int) -> str:
     """The line that judges a backend on a problem again."""
     known = backend.name in names() and get(backend.name) is backend
     return f"assert_agrees({repr(backend.name) if known else type(backend).__name__}, {pasted(spec)}, {seed})"
 
 
-def judged(backend: Backend, spec: AttentionSpec, seed: int) -> float:
+def largest_share(backend: Backend, spec: AttentionSpec, seed: int) -> float:
     """The largest error of a backend, as a share of what is allowed."""
     actual = answer(backend, spec, seed).named
     if spec.dropout_p:
         check_drops(actual[WEIGHTS], backend, spec, seed)
-    right = Kept(actual[WEIGHTS] != 0) if spec.dropout_p else get("naive")
+    right = KeptWeights(actual[WEIGHTS] != 0) if spec.dropout_p else get("naive")
     plain = answer(right, spec, seed).named
     exact = answer(right, spec, seed, torch.float64).named
     assert actual.keys() == exact.keys(), f"must return {list(exact)}, got {list(actual)}"
@@ -169,7 +169,7 @@ def judged(backend: Backend, spec: AttentionSpec, seed: int) -> float:
         if spec.needs_grad:
             pairs += [(answer(FromOutput(right, nudge), spec, seed).named, exact) for nudge in range(AGAIN)]
         if spec.bias is not None:
-            pairs += [(answer(right, spec, seed, told=told).named, exact) for told in tellings(spec)]
+            pairs += [(answer(right, spec, seed, told=told).named, exact) for told in bias_roundings(spec)]
         for nudge in range(AGAIN):
             runs = (answer(right, spec, seed, dtype, nudge).named for dtype in (None, torch.float64))
             pairs.append((next(runs), next(runs)))

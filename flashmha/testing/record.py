@@ -13,7 +13,7 @@ from torch import Tensor
 if TYPE_CHECKING:
     from hypothesis import strategies as st
 
-T = TypeVar("T")
+Drawn = TypeVar("Drawn")
 DRAWN: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}
 """What the values of a seed are made as, whatever torch makes by default."""
 
@@ -36,7 +36,7 @@ class Record:
         printer.text(repr(self))
 
 
-def one(values: Iterable[T]) -> st.SearchStrategy[T]:
+def one(values: Iterable[Drawn]) -> st.SearchStrategy[Drawn]:
     """One of some values; the first is what Hypothesis shrinks to."""
     from hypothesis import strategies as st  # here alone: what else is in this file draws nothing
 
