@@ -16,19 +16,9 @@ from torch import Tensor, nn
 
 import flashmha
 from flashmha import FlashMultiHeadAttention, replace_mha, restore_mha, swap_report
-from flashmha.testing import (
-    Architecture,
-    EncoderMasks,
-    anatomy,
-    architectures,
-    assert_drop_in,
-    assert_same,
-    encoder_masks,
-    noise,
-    transformers,
-    without_fast_path,
-)
+from flashmha.testing import assert_drop_in, assert_same, noise, without_fast_path
 from flashmha.testing.judge import gradients_of
+from flashmha.testing.models import Architecture, EncoderMasks, anatomy, architectures, encoder_masks, transformers
 from flashmha.testing.models.encoder import fused_architectures, without_warnings
 from flashmha.testing.models.transformer import MODEL_KINDS
 from flashmha.testing.models.tree import WIDTH

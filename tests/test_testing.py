@@ -24,7 +24,7 @@ from flashmha.backends.base import FEATURES
 from flashmha.commands import verify
 from flashmha.testing import dropout, judge
 from flashmha.testing.attention import MASK_KINDS
-from flashmha.testing.models import tree
+from flashmha.testing.models import Transformer, Tree, tree, trees
 
 pytestmark = pytest.mark.filterwarnings("ignore:Support for mismatched:UserWarning")
 naive = get("naive")
@@ -725,7 +725,7 @@ def reset_one(model: nn.Module) -> nn.Module:
 def test_a_wrong_swap_is_caught(swap: Callable[[nn.Module], nn.Module], said: str) -> None:
     @FRESH
     @given(testing.models())
-    def law(model: testing.Tree | testing.Transformer) -> None:
+    def law(model: Tree | Transformer) -> None:
         with testing.without_fast_path():
             testing.assert_drop_in(model.build(), swap(model.build()), kwargs=model.arguments())
 
@@ -734,12 +734,12 @@ def test_a_wrong_swap_is_caught(swap: Callable[[nn.Module], nn.Module], said: st
 
 
 @given(testing.models())
-def test_a_model_is_built_and_called_alike_each_time(model: testing.Tree | testing.Transformer) -> None:
+def test_a_model_is_built_and_called_alike_each_time(model: Tree | Transformer) -> None:
     with testing.without_fast_path():
         testing.assert_drop_in(model.build(), model.build(), kwargs=model.arguments())
 
 
-@given(st.one_of(testing.blueprints(), testing.problems().map(lambda problem: problem[1]), testing.trees()))
+@given(st.one_of(testing.blueprints(), testing.problems().map(lambda problem: problem[1]), trees()))
 def test_the_repr_of_a_record_builds_it_again(record: Any) -> None:
     names = {**vars(testing), **vars(tree), "torch": torch}
     assert eval(repr(record), names) == record

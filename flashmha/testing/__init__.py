@@ -20,7 +20,8 @@ A layer, or a model, is right when it can stand where the stock one stands::
         with testing.without_fast_path():
             testing.assert_drop_in(model.build(), my_swap(model.build()), kwargs=model.arguments())
 
-A failure prints a line that fails again after ``from flashmha import *; from flashmha.testing import *; import torch``.
+A failure prints a line that fails again after ``from flashmha import *; from flashmha.testing import *; import torch``;
+what a model is made of is in ``flashmha.testing.models``.
 
 Every tensor is made from a drawn seed, on torch's default device; ``device="cuda"`` puts what ``specs``, ``masks``,
 ``biases``, ``blueprints`` and ``models`` draw on a GPU. ``served`` draws what a backend serves on a device, of a few
@@ -34,7 +35,6 @@ from ..host.public import publish as _publish
 from .drop_in import assert_drop_in
 from .dropout import assert_drops
 from .judge import Answer, answer, assert_agrees, assert_close, assert_same
-from .models.anatomy import anatomy
 from .record import noise, randomized
 from .values import coins, numbers
 
@@ -43,25 +43,17 @@ try:
     from .call import Call, Reply, ask, calls, problems
     from .grid import served
     from .layer import Blueprint, blueprints
-    from .models.encoder import Architecture, EncoderMasks, architectures, encoder_masks, without_fast_path
-    from .models.transformer import Transformer, models, transformers
-    from .models.tree import Tree, trees
+    from .models import models, without_fast_path
 except ModuleNotFoundError as error:
     if error.name != "hypothesis":
         raise
 
 __all__ = [
     "Answer",
-    "Architecture",
     "Blueprint",
     "Call",
-    "EncoderMasks",
     "Reply",
-    "Transformer",
-    "Tree",
-    "anatomy",
     "answer",
-    "architectures",
     "ask",
     "assert_agrees",
     "assert_close",
@@ -72,7 +64,6 @@ __all__ = [
     "blueprints",
     "calls",
     "coins",
-    "encoder_masks",
     "every",
     "masks",
     "models",
@@ -84,8 +75,6 @@ __all__ = [
     "served",
     "specs",
     "tensors",
-    "transformers",
-    "trees",
     "without_fast_path",
 ]
 
