@@ -75,7 +75,7 @@ def test_a_swapped_encoder_computes_what_stock_s_fast_path_does_at_real_position
         out, expected = model(x, **given_masks), stock(x, **given_masks)
     assert out.shape == expected.shape
     assert bool(out.isfinite().all())
-    if not masks.miscast:
+    if not masks.attention.startswith("ALiBi"):  # stock's fast path reads a float mask as a bool one, pytorch#118628
         kept, wanted = real(architecture, masks, out), real(architecture, masks, expected)
         finite = wanted.isfinite().all(dim=-1)
         assert masks.blind or bool(finite.all())

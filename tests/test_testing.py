@@ -22,8 +22,8 @@ from flashmha import AttentionSpec, Backend, Dense, Documents, KeyLengths, KeyPa
 from flashmha.backends import get
 from flashmha.backends.base import FEATURES
 from flashmha.commands import verify
-from flashmha.testing import dropout, judge
-from flashmha.testing.attention import MASK_KINDS
+from flashmha.testing import definitions, dropout
+from flashmha.testing.drawn_masks import MASK_KINDS
 from flashmha.testing.models import Transformer, Tree, tree, trees
 
 pytestmark = pytest.mark.filterwarnings("ignore:Support for mismatched:UserWarning")
@@ -409,7 +409,7 @@ def test_sums_one_after_another_are_those_of_matrices() -> None:
     for dtype in (torch.float64, torch.bfloat16):
         one, two = (testing.noise(place, 2, *sizes, dtype=dtype) for place, sizes in enumerate(((3, 4), (4, 5))))
         answers = []
-        for multiply, factor in ((torch.bmm, ()), (judge.Product.apply, (1.3,))):
+        for multiply, factor in ((torch.bmm, ()), (definitions.Product.apply, (1.3,))):
             leaves = [x.detach().requires_grad_() for x in (one, two)]
             out = multiply(*leaves, *factor)
             answers.append([out.detach(), *torch.autograd.grad(out.square().sum(), leaves)])
@@ -421,7 +421,7 @@ def test_sums_one_after_another_are_those_of_matrices() -> None:
 def test_a_definition_by_other_operations_is_the_definition(spec: AttentionSpec, seed: int) -> None:
     spec = dataclasses.replace(spec, dropout_p=0.0)
     expected = testing.answer(naive, spec, seed).named
-    with_mode = testing.answer(judge.OneByOne(naive, 1.3), spec, seed).named
+    with_mode = testing.answer(definitions.OneByOne(naive, 1.3), spec, seed).named
     for name, tensor in expected.items():
         finite = tensor.isfinite()
         assert torch.equal(finite, with_mode[name].isfinite())
@@ -430,7 +430,7 @@ def test_a_definition_by_other_operations_is_the_definition(spec: AttentionSpec,
 
 def test_the_definition_takes_the_other_operations() -> None:
     spec = AttentionSpec(1, 5, 7, 2, 2, 192, 192, needs_grad=True)
-    plain, other = (testing.answer(one, spec, 0).named for one in (naive, judge.OneByOne(naive, 1.3)))
+    plain, other = (testing.answer(one, spec, 0).named for one in (naive, definitions.OneByOne(naive, 1.3)))
     assert all(not torch.equal(tensor, other[name]) for name, tensor in plain.items())
 
 

@@ -32,18 +32,22 @@ from typing import Any
 
 from ..host.extras import wanted_by
 from ..host.public import publish as _publish
+from .closeness import assert_close, assert_same
 from .drop_in import assert_drop_in
 from .dropout import assert_drops
-from .judge import Answer, answer, assert_agrees, assert_close, assert_same
+from .judge import Answer, answer, assert_agrees
 from .record import noise, randomized
-from .values import coins, numbers
+from .values import coins, numbers, tensors
 
 try:
-    from .attention import biases, every, masks, seeds, specs, tensors
+    from .attention import specs
     from .call import Call, Reply, ask, calls, problems
+    from .drawn_biases import biases
+    from .drawn_masks import every, masks
     from .grid import served
     from .layer import Blueprint, blueprints
     from .models import models, without_fast_path
+    from .values import seeds
 except ModuleNotFoundError as error:
     if error.name != "hypothesis":
         raise

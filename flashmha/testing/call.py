@@ -16,10 +16,10 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from .attention import seeds
 from .judge import gradients_of
 from .layer import EITHER, Blueprint, blueprints
 from .record import DRAWN, Record, one, placed
+from .values import seeds
 
 SHARINGS = ("abc", "aaa", "abb", "aab", "aba")
 """Which of query, key and value are one object: equal letters."""

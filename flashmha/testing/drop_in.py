@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import TreeSpec, keystr, tree_flatten_with_path, tree_unflatten
 
 from ..backends.parity import AGAIN
-from .judge import assert_close, gradients_of, is_floating, nudged
+from .closeness import assert_close, is_floating
+from .judge import gradients_of, nudged
 
 COMPARED_BY_VALUE = (type(None), bool, int, float, str)
 

@@ -1,13 +1,10 @@
-"""The assertion that a backend keeps the rule of parity (``tolerance``).
-
-Shapes, dtypes and the places of non-finite values are compared first.
-"""
+"""The assertion that a backend gives the definition's answers."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -15,18 +12,21 @@ import torch
 # The first torch.autograd.grad of a process imports this for most of a second, which Hypothesis would blame on a test.
 import torch.fx.experimental.symbolic_shapes
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
 from ..backends import get, names
 from ..backends.base import Backend
-from ..backends.naive import at_least_single
-from ..backends.parity import AGAIN, allowed_error, moved
+from ..backends.parity import AGAIN, moved
 from ..host.extras import wanted_by
 from ..problem.scores import TensorBias, narrowed
 from ..problem.spec import AttentionSpec
+from .closeness import assert_close, is_floating
+from .definitions import FromOutput, OneByOne
 from .dropout import WEIGHTS, KeptWeights, check_drops, drawing, read_weights
 from .paste import pasted
+from .values import tensors
+
+NamedTensors = dict[str, Tensor]
 
 
 @dataclasses.dataclass
@@ -36,7 +36,7 @@ class Answer:
     Under dropout the weights, too, as ``dropout`` reads them.
     """
 
-    named: dict[str, Tensor]
+    named: NamedTensors
 
 
 def answer(
@@ -51,9 +51,6 @@ def answer(
 
     ``nudge`` is the seed of a rounding by which q, k, v and the bias are moved; ``told`` changes the bias.
     """
-    with wanted_by("answer"):  # here alone: a layer is judged without drawing
-        from .attention import tensors
-
     q, k, v = tensors(spec, seed) if nudge is None else nudged(tensors(spec, seed), nudge)
     learned = [x for x in (*(spec.bias.tensors() if spec.bias else ()), spec.sinks) if x is not None]
     learned = [x for x in learned if x.requires_grad]
@@ -136,7 +133,7 @@ def assert_agrees(backend: Backend | type[Backend] | str, spec: AttentionSpec, s
     if currently_in_test_context():
         event(f"{backend.name} {'refuses' if refusal else 'serves'}")
         assume(refusal is None)
-    elif refusal is not None:  # somebody replays one problem by hand
+    elif refusal is not None:  # one problem, replayed by hand
         raise ValueError(f"{backend.name} refuses this problem: {refusal}")
     try:
         return largest_share(backend, spec, seed)
@@ -176,103 +173,9 @@ def largest_share(backend: Backend, spec: AttentionSpec, seed: int) -> float:
     return worst(actual, pairs, spec, backend)
 
 
-class OneByOne(Backend):
-    """A definition by other operations: its matrix products are loops, its weights come from the log-sum-exp.
-
-    A library adds up in several sums at once, which errs a half or a quarter as much over a hundred features. A loop
-    drifts where its products are alike, how far is a matter of their size: ``factor`` changes that, as a scale does
-    that comes before or after.
-    """
-
-    name = "one by one"
-
-    def __init__(self, definition: Backend, factor: float = 1.0) -> None:
-        self.definition, self.factor = definition, factor
-
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> Tensor | tuple[Tensor, Tensor]:
-        with Loops(self.factor):
-            return self.definition(q, k, v, spec)
-
-
-class Loops(TorchFunctionMode):
-    """Products of batches of matrices, and softmax, by other operations, forward and backward."""
-
-    def __init__(self, factor: float) -> None:
-        super().__init__()
-        self.factor = factor
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.bmm:
-            return Product.apply(*args, self.factor)  # type: ignore[no-untyped-call]
-        if func is Tensor.softmax:
-            score = at_least_single(args[0])
-            return (score - score.logsumexp(dim=-1, keepdim=True)).exp().to(args[0].dtype)
-        return func(*args, **(kwargs or {}))
-
-
-class Product(torch.autograd.Function):
-    """``one @ two``, and its gradients by the same loop."""
-
-    @staticmethod
-    def forward(ctx: Any, one: Tensor, two: Tensor, factor: float) -> Tensor:
-        ctx.save_for_backward(one, two)
-        ctx.factor = factor
-        return added_up(one, two, factor)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
-        one, two = ctx.saved_tensors
-        return added_up(grad, two.mT, ctx.factor), added_up(one.mT, grad, ctx.factor), None
-
-
-def added_up(one: Tensor, two: Tensor, factor: float) -> Tensor:
-    """``one @ two``, ``factor`` times as large, one product after the other; and divided by it.
-
-    In float32 at least, as matrix products are, and rounded once.
-    """
-    first, second = at_least_single(one) * factor, at_least_single(two)
-    total = first.new_zeros(*first.shape[:-1], second.shape[-1])
-    for column, row in zip(first.unbind(-1), second.unbind(-2)):
-        total += column[..., :, None] * row[..., None, :]
-    return (total / factor).to(one.dtype)
-
-
-class FromOutput(Backend):
-    """A definition whose backward starts from its output as it was rounded, as that of every fused kernel does.
-
-    Such a kernel subtracts ``(grad * out).sum(-1)`` from the gradients of a row's weights. For a row that sees one key
-    that should leave 0, and the definition's own backward leaves exactly 0. ``nudge`` is the seed of the roundings.
-    """
-
-    name = "from output"
-
-    def __init__(self, definition: Backend, nudge: int) -> None:
-        self.definition, self.nudge = definition, nudge
-
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> Tensor | tuple[Tensor, Tensor]:
-        out, lse = self.definition(q, k, v, spec.with_lse())
-        out, lse = Subtracted.apply(out, lse, self.nudge)  # type: ignore[no-untyped-call]
-        return (out, lse) if spec.need_lse else out
-
-
-class Subtracted(torch.autograd.Function):
-    """An output and its log-sum-exp, which takes the gradient that an output off by roundings makes of a row's."""
-
-    @staticmethod
-    def forward(ctx: Any, out: Tensor, lse: Tensor, nudge: int) -> tuple[Tensor, Tensor]:
-        ctx.save_for_backward(moved(out, torch.Generator("cpu").manual_seed(nudge)) - out, lse)
-        return out.clone(), lse.clone()
-
-    @staticmethod
-    def backward(ctx: Any, of_out: Tensor, of_lse: Tensor) -> tuple[Tensor, Tensor, None]:
-        error, lse = ctx.saved_tensors
-        return of_out, of_lse + (of_out * error).sum(dim=-1).transpose(1, 2).to(lse.dtype), None
-
-
-Named = dict[str, Tensor]
-
-
-def worst(actual: Named, pairs: list[tuple[Named, Named]], spec: AttentionSpec, backend: Backend) -> float:
+def worst(
+    actual: NamedTensors, pairs: list[tuple[NamedTensors, NamedTensors]], spec: AttentionSpec, backend: Backend
+) -> float:
     """The largest error of an answer as a share of what is allowed, given plain and exact ones; the first is right."""
     (plain, exact), *again = pairs
     shares = [
@@ -310,82 +213,3 @@ def nudged_bias(bias: Tensor, seed: int) -> Tensor:
     limits, generator = torch.finfo(bias.dtype), torch.Generator("cpu").manual_seed(seed)
     step = moved(torch.ones_like(bias), generator)
     return torch.where(bias.isfinite(), (bias * step).clamp(limits.min, limits.max), bias)
-
-
-def is_floating(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.is_floating_point()
-
-
-def assert_close(
-    name: str,
-    actual: Tensor,
-    plain: Tensor,
-    exact: Tensor,
-    dtype: torch.dtype,
-    tolerance: tuple[float, float] = Backend.tolerance,
-    *,
-    again: Sequence[tuple[Tensor, Tensor]] = (),
-) -> float:
-    """``actual`` errs no more than the rule of parity allows, given ``plain`` and, in float64, ``exact``.
-
-    Returns the error as a share of what is allowed.
-
-    ``dtype`` is the one that was computed in; a learned table may be kept in a finer one. ``again`` holds more plain
-    computations, each with an exact one of its own: the largest error counts. A name that starts with "gradient" is
-    given the floor of gradients.
-    """
-    assert actual.shape == exact.shape, f"{name} must have shape {tuple(exact.shape)}, got {tuple(actual.shape)}"
-    assert actual.dtype == plain.dtype, f"{name} must be {plain.dtype}, got {actual.dtype}"
-    if not exact.numel():
-        return 0.0
-    eps = max(torch.finfo(dtype).eps, torch.finfo(actual.dtype).eps)
-    reference, actual = exact.to(actual.dtype).double(), actual.double()
-    finite = reference.isfinite()
-    strange = actual.isfinite() != finite
-    assert not strange.any(), f"{name} is not finite in {int(strange.sum())} places where it should be, or the reverse"
-    infinite, expected = actual[~finite], reference[~finite]
-    assert torch.equal(infinite.isnan(), expected.isnan()), f"{name} is NaN where it should be infinite, or the reverse"
-    assert torch.equal(infinite.nan_to_num(), expected.nan_to_num()), f"{name} differs where it is infinite"
-    if not finite.any():
-        return 0.0
-    error, largest = (actual - reference)[finite].abs().max().item(), reference[finite].abs().max().item()
-    allowed = max(rounding_error(*pair) for pair in ((plain, exact), *again))
-    bound = allowed_error(name, allowed, largest, eps, tolerance)
-    assert error <= bound, (
-        f"{name} is off by {error:.3g}, at most {bound:.3g} allowed "
-        f"(a plain {dtype} computation is off by {allowed:.3g})"
-    )
-    return error / bound
-
-
-def rounding_error(plain: Tensor, exact: Tensor) -> float:
-    """The largest error of a computation where the exact result, in its dtype, is finite."""
-    reference = exact.to(plain.dtype).double()
-    errors = (plain.double() - reference)[reference.isfinite()].abs()
-    return errors.nan_to_num(0.0).max().item() if errors.numel() else 0.0
-
-
-ROUNDING = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}
-"""How much two ways to compute one thing may differ, relative to the largest value, and at least absolutely."""
-
-
-def assert_same(actual: Any, expected: Any, name: str = "tensor") -> None:
-    """Equal to rounding, for tensors and dicts of them: two ways to say one thing, in one dtype.
-
-    The difference may be 1e-10 (float64), 1e-5 (float32), 2e-3 (float16) or 2e-2 (bfloat16) times the largest value,
-    and times 1 where all are smaller. A reference that is not finite fails.
-    """
-    if isinstance(expected, Mapping):
-        assert list(actual) == list(expected), f"{name} must hold {list(expected)}, got {list(actual)}"
-        for key, value in expected.items():
-            assert_same(actual[key], value, key)
-        return
-    assert actual.shape == expected.shape, f"{name} must have shape {tuple(expected.shape)}, got {tuple(actual.shape)}"
-    assert actual.dtype == expected.dtype, f"{name} must be {expected.dtype}, got {actual.dtype}"
-    if not expected.numel():
-        return
-    rounding = ROUNDING[expected.dtype]
-    actual, expected = actual.detach().double(), expected.detach().double()
-    assert expected.isfinite().all(), f"{name} must have a finite reference"
-    error, bound = (actual - expected).abs().max().item(), rounding * max(1.0, expected.abs().max().item())
-    assert error <= bound, f"{name} is off by {error:.3g}, at most {bound:.3g} allowed"

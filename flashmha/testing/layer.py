@@ -10,8 +10,8 @@ import torch
 from hypothesis import strategies as st
 from torch import nn
 
-from .attention import seeds
 from .record import Record, one, randomized
+from .values import seeds
 
 LAYER_DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 EITHER = (True, False)

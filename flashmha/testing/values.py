@@ -14,6 +14,8 @@ from .record import DRAWN, placed
 if TYPE_CHECKING:
     from hypothesis import strategies as st
 
+TILE_SIZE = 64
+"""Features and rows that a kernel takes at once; a longer problem is what it puts together."""
 SEEDS = range(2**16)
 """The seeds that problems are made of."""
 DRAWN_HEAD_DIMS = (1, 3, 8, 16, 20, 40, 64, 72, 96, 100, 128, 192, 256)

@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from ..attention import seeds
 from ..record import Record, noise, randomized
+from ..values import seeds
 from .tree import WIDTH
 
 
@@ -194,11 +194,6 @@ class EncoderMasks(Record):
         """Some query, be it a padded one, may look at nothing; stock's NaN then spreads to the next layer."""
         crossed = self.padding != "none" and self.attention in ("bool", "bool 3-D")
         return crossed or self.padding == "whole items" or (self.padding == "holes" and self.attention != "none")
-
-    @property
-    def miscast(self) -> bool:
-        """Stock's fast path reads a float mask as a bool one, pytorch#118628."""
-        return self.attention.startswith("ALiBi")
 
 
 def encoder_masks(

@@ -10,8 +10,8 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from ..attention import seeds
 from ..record import Record, noise, placed, randomized
+from ..values import seeds
 
 WIDTH = 8
 """embed_dim of every model: 1, 2, 4 and 8 heads fit."""
