@@ -30,14 +30,13 @@ from flashmha.benchmark.encoders import FlashmhaEncoder, HandEncoder, PackedEnco
 from flashmha.benchmark.gate import Seat, admit, find_faults
 from flashmha.benchmark.inputs import draw_inputs
 from flashmha.benchmark.kernels import ByHand, Linear, sdpa
-from flashmha.benchmark.lineup import contestants, everybody
+from flashmha.benchmark.lineup import all_contestants, contestants
 from flashmha.benchmark.peers import CONTROL, Contestant, Flashmha, StockBest, Through, how
 from flashmha.benchmark.reference import Reference, compute_definition
 from flashmha.benchmark.report import absences_table, figures, load, markdown, save
 from flashmha.benchmark.rounds import FEWEST, take_turns
 from flashmha.benchmark.suites import lengths_of
-from flashmha.benchmark.verdicts import judge_cases as judge_cases
-from flashmha.benchmark.verdicts import middle, noise_floor, ratio, share_of_gemm, verdict
+from flashmha.benchmark.verdicts import judge_cases, middle, noise_floor, ratio, share_of_gemm, verdict
 from flashmha.commands import markdown as table
 from flashmha.host.clock import peak_bytes
 
@@ -187,7 +186,7 @@ OURS = {"layer": "flashmha_best", "core": "attention", "encoder": "flashmha_enco
 def test_everybody_computes_the_same_or_says_why_not(case: Case, seed: int) -> None:
     inputs = draw_inputs(case, CPU, seed)
     reference = Reference.of(inputs)
-    everyone, _ = everybody(CPU)
+    everyone, _ = all_contestants(CPU)
     taking_part = contestants(everyone, case, CPU, backends=["naive"])
     assert {CONTROL, OURS[case.level]} <= {one.name for one in taking_part}
     for contestant in taking_part:
@@ -642,7 +641,7 @@ def test_a_wrong_call_takes_one_line(arguments: list[str], capsys: pytest.Captur
 
 
 def test_peers_are_chosen_by_name_and_compiled_ones_only_when_asked() -> None:
-    everyone, absent = everybody(CPU)
+    everyone, absent = all_contestants(CPU)
     small, causal = (select(every_case(), [suite], levels=["layer"])[0] for suite in ("small", "causal"))
 
     def names(case: Case, *peers: str) -> set[str]:
@@ -658,7 +657,7 @@ def test_peers_are_chosen_by_name_and_compiled_ones_only_when_asked() -> None:
 def test_everybody_is_here_or_absent_with_a_reason() -> None:
     from flashmha.benchmark.plots import LINES, PAIRS
 
-    everyone, absent = everybody(CPU)
+    everyone, absent = all_contestants(CPU)
     here = {one.name for one in everyone}
     assert not here & absent.keys() and all(absent.values())
     shown = {name for pairs in PAIRS.values() for pair in pairs.values() for name in pair} | LINES.keys()
@@ -710,7 +709,7 @@ def test_a_package_called_by_hand_is_timed_if_right_and_else_says_why(packages: 
     inputs = draw_inputs(case, CPU, 0)
     reference = Reference.of(inputs)
     by_hand = ("flash_attn_4", "flash_attn_3", "flash_attn_2", "linear_flash_attn_4")
-    everyone, absent = everybody(CPU)
+    everyone, absent = all_contestants(CPU)
     assert not absent.keys() & {*by_hand, "flash_attn_mha", "flash_attn_3_kvcache"}
     for one in contestants(everyone, case, CPU, peers=[*by_hand, "flash_attn_mha"], backends=[]):
         if one.ours:
@@ -732,14 +731,14 @@ def test_a_package_called_by_hand_is_timed_if_right_and_else_says_why(packages: 
 def test_a_cache_is_for_decoding(packages: str) -> None:
     case = select(every_case(), ["decode"])[0]
     case = dataclasses.replace(case, seqlen_k=64, embed_dim=64)
-    one = next(one for one in everybody(CPU)[0] if one.name == "flash_attn_2_kvcache")
+    one = next(one for one in all_contestants(CPU)[0] if one.name == "flash_attn_2_kvcache")
     inputs = draw_inputs(case, CPU, 0)
     assert admit(one, inputs, Reference.of(inputs))[1]["status"] == "ok"
     assert one.refuses(dataclasses.replace(case, suite="dense")) is not None
 
 
 def test_an_encoder_is_run_as_its_case_says() -> None:
-    everyone, absent = everybody(CPU)
+    everyone, absent = all_contestants(CPU)
     for case in every_case("cuda"):
         if case.level == "encoder" and case.how != "reduced" and "stock_encoder_compiled" not in absent:
             names = {one.name for one in contestants(everyone, case, CPU, backends=[])}

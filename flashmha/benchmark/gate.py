@@ -1,4 +1,4 @@
-"""The gate: nobody is timed who computes something else.
+"""The gate: a contestant that computes something else is not timed.
 
 On the very tensors that are timed, an output and every gradient must keep the rule of parity (``tolerance``).
 """
@@ -58,7 +58,7 @@ class Seat:
     def run(self, keep: bool = True) -> NamedTensors:
         """Compute the case, reading the weights it asks for; gradients stay on the leaves.
 
-        Unless weights are to be kept nobody holds them during the backward, as when they are only looked at.
+        Unless weights are to be kept they are gone during the backward, as when they are only looked at.
         """
         if self.contestant.how != "graph":
             return self.compute(keep)
@@ -119,7 +119,7 @@ def admit(contestant: Contestant, inputs: Inputs, reference: Reference) -> tuple
     """A seat for a contestant that computes the case rightly, and what is to be reported of it.
 
     ``status`` is ``ok``, ``refused``, ``failed`` or ``wrong``, the last three with a ``reason``; only the first has a
-    seat. A peer that raises cannot compute the case, and neither can anybody whom the memory is too small for: that is
+    seat. A peer that raises cannot compute the case, and neither can one that the memory is too small for: that is
     ``refused``, with ``raised``. One of ours that raises has ``failed``.
     """
     row: dict[str, Any] = {"ours": contestant.ours, "status": "refused"}
@@ -175,7 +175,7 @@ def tried(contestant: Contestant, inputs: Inputs, row: dict[str, Any]) -> tuple[
 
 
 def sweep(device: torch.device) -> None:
-    """Give back what nobody holds any more; the collector is off while a run goes on."""
+    """Give back memory that is no longer held; the collector is off while a run goes on."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()

@@ -1,4 +1,4 @@
-"""The tensors of a case: the same ones for everybody who is timed on it."""
+"""The tensors of a case: the same ones for every contestant."""
 
 from __future__ import annotations
 

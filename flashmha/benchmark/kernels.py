@@ -59,7 +59,7 @@ def with_kvcache(backend: str) -> KernelFunction:
 
 
 def function(backend: str) -> Callable[..., Any]:
-    """The dense function that a package offers to everybody."""
+    """The dense function that a package makes public."""
     package = get(backend)
     assert isinstance(package, FlashAttn)
     return package.public()

@@ -1,4 +1,4 @@
-"""The lineup: who is there on this machine, and who takes part in a case."""
+"""The lineup: the contestants that this machine has, and those that take part in a case."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ GRAPHED = ("small/layer/*",)
 """Cases whose calls are replayed from CUDA graphs, too."""
 
 
-def everybody(device: torch.device) -> tuple[list[Contestant], dict[str, str]]:
-    """All contestants of all levels, every backend this machine has among them; and who is absent, with the reason."""
+def all_contestants(device: torch.device) -> tuple[list[Contestant], dict[str, str]]:
+    """All contestants of all levels, every backend this machine has among them; and why others are absent."""
     absent = {name: why for name in names() if (why := get(name).unavailable(device)) is not None}
     present = [name for name in names() if name not in absent]
     stock, best, linear, sdpa, automatic = Stock(), StockBest(), Linear(), ByHand(), AttentionFunction("attention")
@@ -58,7 +58,7 @@ def everybody(device: torch.device) -> tuple[list[Contestant], dict[str, str]]:
         StockSlow(),
         linear,
         *package_contestants(device, absent),
-        # named ones come first: automatic choice leaves a short problem to whoever has its kernel compiled
+        # named ones come first: automatic choice gives a short problem to a kernel that is compiled
         *(Flashmha(f"flashmha:{name}", best, trust_is_causal=True, backend=name) for name in present),
         Flashmha("flashmha", stock),
         ours,
@@ -128,10 +128,10 @@ def contestants(
     peers: Sequence[str] | None = None,
     backends: Sequence[str] | None = None,
 ) -> list[Contestant]:
-    """Those who take part in a case.
+    """The contestants that take part in a case.
 
-    ``peers`` are globs over the names of peers and of whoever is compiled or in a graph, or ``all``; without it nothing
-    compiled runs on a CPU. ``backends`` names those of ours that run by name. Without it they all do, but for those
+    ``peers`` are globs over the names of peers and of all that are compiled or in a graph, or ``all``; without it
+    nothing compiled runs on a CPU. ``backends`` names those of ours that run by name. Without it they all do, but for those
     ``hidden``.
     """
 
@@ -152,7 +152,7 @@ def contestants(
 
 
 def hidden(backend: str, case: Case, device: torch.device) -> bool:
-    """A backend of this package takes no part by name where nobody asked.
+    """A backend of this package takes no part by name unless it is asked for.
 
     On a CPU at level core alone, where nothing else hides it; on a GPU the definition never, and flex, which is
     compiled for every shape, in few cases.

@@ -32,7 +32,7 @@ HEADLINES = {
     "flashmha_encoder_skip_compiled": ("encoder", "compiled"),
     "flashmha_encoder_reduced": ("encoder", "reduced"),
 }
-"""Whom verdicts are about: level, and how it runs."""
+"""The contestants that verdicts are about: level, and how it runs."""
 
 CONTROL = "control"
 """The first of them that runs as its case does a second time: what the two differ by is noise."""

@@ -60,7 +60,7 @@ PAIRS = {
         "by hand, both\nreduce-overhead": ("flashmha_encoder_reduced", "hand_encoder_reduced"),
     },
 }
-"""The columns of the heat map: who of ours against whom."""
+"""The columns of the heat map: one of ours against one peer."""
 
 LINES = {
     "stock": ("#9a9a9a", "o", "--"),

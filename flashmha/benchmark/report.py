@@ -187,13 +187,13 @@ def extra_microseconds(case: dict[str, Any], one: str, peer: str | None) -> floa
     return 1e6 * middle([ours - theirs for ours, theirs in zip(*seconds)])
 
 
-EVERYBODY = (
+CONTESTANT_COLUMNS = (
     *("case", "contestant", "ms", "middle half", "of GEMM", "host us", "first call ms", "peak MiB"),
     *("error", "of gradients", "backend"),
 )
 
 
-def everybody_table(run: Run) -> TextTable:
+def contestants_table(run: Run) -> TextTable:
     """One row for each contestant of each case that was timed: all that was measured."""
     rows: list[Sequence[str]] = []
     for case in run["cases"]:
@@ -208,11 +208,11 @@ def everybody_table(run: Run) -> TextTable:
             errors = [f"{row['error'][key]:.1e}" if key in row["error"] else "" for key in ("out", "gradient")]
             measured = (f"{middle(times):.4g}", half, percent(share_of_gemm(case, name)), host, first, peak)
             rows.append((case["id"], name, *measured, *errors, row.get("backend", "")))
-    return without_empty_columns(EVERYBODY, rows)
+    return without_empty_columns(CONTESTANT_COLUMNS, rows)
 
 
 def absences_table(run: Run) -> TextTable:
-    """Who was not timed where, and why; not those whom a case is not meant for."""
+    """What was not timed where, and why; not the contestants that a case is not meant for."""
     found: dict[tuple[str, str, str], list[str]] = {}
     for case in run["cases"]:
         for name, row in case["contestants"].items():
@@ -224,7 +224,7 @@ def absences_table(run: Run) -> TextTable:
 
 
 def summary_lines(run: Run) -> list[str]:
-    """Who was ahead where, a line for each way that ours was run; and all that went wrong."""
+    """The verdicts, a line for each way that ours was run; and all that went wrong."""
     said = [summary_line(run, one) for one in run["summary"]]
     said += [f"{case_id}: {name} is {status}: {reason}." for case_id, name, status, reason in faults(run)]
     if run["dropped"]:
@@ -247,7 +247,7 @@ def summary_line(run: Run, one: str) -> str:
 
 
 def faults(run: Run) -> list[tuple[str, str, str, str]]:
-    """Case, contestant, status and reason of everybody who was wrong or failed."""
+    """Case, contestant, status and reason of all that were wrong or failed."""
     return [
         (case["id"], name, row["status"], row["reason"])
         for case in run["cases"]
@@ -284,7 +284,7 @@ def markdown(run: Run) -> str:
     for level in levels(run):
         parts += [f"## Level {level}", *[ENCODER_LEGEND] * (level == "encoder")]
         parts.append(markdown_table(*verdict_table(run, level)))
-    for title, (columns, rows) in (("All that took part", everybody_table(run)), ("Not timed", absences_table(run))):
+    for title, (columns, rows) in (("All that took part", contestants_table(run)), ("Not timed", absences_table(run))):
         parts += [f"## {title}", markdown_table(columns, rows)] if rows else []
     if run["absent"]:
         parts += ["Not here: " + "; ".join(f"`{name}` ({why})" for name, why in run["absent"].items()) + "."]

@@ -1,4 +1,4 @@
-"""The runner: correct first, then rounds in which everybody takes a turn."""
+"""The runner: correct first, then rounds in which every contestant takes a turn."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .cases import Case
 from .environment import Canary, commit, environment
 from .gate import Seat, admit, sweep
 from .inputs import draw_inputs
-from .lineup import contestants, everybody, shown_by_name
+from .lineup import all_contestants, contestants, shown_by_name
 from .peers import CONTROL, HEADLINES, Contestant
 from .reference import Reference
 from .rounds import FEWEST, take_turns
@@ -48,7 +48,7 @@ class Plan:
     Attributes:
         cases: reported in this order; those of the README run first.
         device: where.
-        rounds: turns of everybody, a case.
+        rounds: turns of every contestant in a case.
         budget: seconds in all; rounds are dropped first, down to ``FEWEST``, then cases.
         seed: of the data and of the order in a round.
         peers, backends: as in ``lineup.contestants``.
@@ -67,7 +67,7 @@ class Plan:
 
 def run(plan: Plan, tell: Tell) -> dict[str, Any]:
     """Measure a plan; everything known afterwards, ready for JSON."""
-    everyone, absent = everybody(plan.device)
+    everyone, absent = all_contestants(plan.device)
     began, utc = time.monotonic(), datetime.datetime.now(datetime.timezone.utc)
     measured: list[dict[str, Any]] = []
     dropped: list[str] = []
@@ -121,7 +121,7 @@ def run(plan: Plan, tell: Tell) -> dict[str, Any]:
 
 
 def spoken(case: dict[str, Any]) -> str:
-    """A measured case in a line: rounds, and who was wrong or raised."""
+    """A measured case in a line: rounds, and what was wrong or raised."""
     rows = case["contestants"]
     rounds = max((len(row.get("seconds", ())) for row in rows.values()), default=0)
     bad = [f"{name} {row['status']}" for name, row in rows.items() if row["status"] == "wrong" or "raised" in row]
@@ -136,7 +136,7 @@ def effort(case: Case, plan: Plan) -> float:
 def measure(
     case: Case, taking_part: Sequence[Contestant], plan: Plan, canary: Canary, end: float, share: float
 ) -> dict[str, Any]:
-    """One case: everybody through the gate, then the rounds, for a share of what is left until ``end``."""
+    """One case: every contestant through the gate, then the rounds, for a share of what is left until ``end``."""
     inputs = draw_inputs(case, plan.device, plan.seed)
     reference = Reference.of(inputs)
     rows: dict[str, dict[str, Any]] = {}
@@ -167,8 +167,7 @@ def measure(
 def race(
     seats: dict[str, Seat], rows: dict[str, dict[str, Any]], plan: Plan, canary: Canary, until: float
 ) -> tuple[dict[str, list[float]], dict[str, list[float]], bool]:
-    """Seconds of a call, round by round, everybody once a round in a new order; what the canaries did in each, and
-    whether too many rounds drifted."""
+    """Seconds of a call, round by round; what the canaries did in each, and whether too many rounds drifted."""
     songs: dict[str, list[float]] = {}
     beats: list[float] = []
     spare = int(REPEATS * plan.rounds)

@@ -17,7 +17,7 @@ from .peers import CONTROL, HEADLINES, how
 
 RESAMPLES = 1000
 LOWEST_FLOOR = 0.01
-"""Nobody believes a per cent."""
+"""Differences below it are noise, whatever twins say."""
 
 Ratio = dict[str, float]
 """``median``, quartiles ``q25`` and ``q75``, and ``low`` and ``high`` of a 95% interval."""
@@ -65,7 +65,7 @@ def noise_floor(controls: Sequence[float]) -> float:
 def judge_cases(cases: list[dict[str, Any]]) -> dict[str, Any]:
     """Put ratios, best peers and verdicts into measured cases; the noise floor, the canaries and a summary.
 
-    Who runs eagerly, compiled or in a CUDA graph is judged against the best peer that does as well. A summary, one for
+    What runs eagerly, compiled or in a CUDA graph is compared with the best peer that runs alike. A summary, one for
     each of ``HEADLINES``, counts every case there is a verdict for, and its geometric mean is over all of them.
     """
     for case in cases:

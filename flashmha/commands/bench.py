@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from ..benchmark.cases import LEVELS, PASSES, select
-from ..benchmark.lineup import contestants, everybody
+from ..benchmark.lineup import all_contestants, contestants
 from ..benchmark.report import Run, faults, levels, load, markdown, origin_line, save, summary_lines, verdict_table
 from ..benchmark.rounds import FEWEST
 from ..benchmark.runner import Plan, run
@@ -21,7 +21,7 @@ from .screen import add_json, print_json, print_table, progress
 from .variables import check_variables
 
 BUDGETS = {"cpu": 360.0, "cuda": 450.0}
-"""Seconds a run takes where nobody says."""
+"""Seconds a run takes without ``--budget``."""
 
 CHOICES = ("suites", "case", "level", "passes", "peers", "backends")
 """The flags that a run's record keeps beside rounds, budget and seed."""
@@ -73,7 +73,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--out", type=Path, metavar="DIR", help="where run.json, table.md and the plots go (default flashmha-bench)"
     )
     parser.add_argument("--no-plots", action="store_true", help="no plots, and no need of matplotlib")
-    parser.add_argument("--list", action="store_true", help="show the cases and who takes part, and measure nothing")
+    parser.add_argument("--list", action="store_true", help="show the cases and their contestants, and measure nothing")
     parser.add_argument("--report", type=Path, metavar="FILE", help="measure nothing: table and plots of this run.json")
     add_json(parser)
 
@@ -123,7 +123,7 @@ def plan_from_flags(options: argparse.Namespace) -> Plan:
     """
     where = device(options.device)
     check_variables(where.type)
-    everyone, absent = everybody(where)
+    everyone, absent = all_contestants(where)
     known = [one.name for one in everyone]
     for name in options.backends or ():
         if f"attention:{name}" not in known:
@@ -151,7 +151,7 @@ def plan_from_flags(options: argparse.Namespace) -> Plan:
 
 
 def show_cases(plan: Plan, json: bool) -> int:
-    everyone, _ = everybody(plan.device)
+    everyone, _ = all_contestants(plan.device)
     rows = []
     for case in plan.cases:
         those = contestants(everyone, case, plan.device, plan.peers, plan.backends)

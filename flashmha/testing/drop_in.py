@@ -114,7 +114,7 @@ class Response:
         return {name: value.detach() for name, value in values.items() if is_floating(value)}
 
 
-def respond(who: str, module: nn.Module, call: Any, seed: int, *, double: bool = False) -> Response:
+def respond(which: str, module: nn.Module, call: Any, seed: int, *, double: bool = False) -> Response:
     """Call a module on leaves made of the tensors of a call, in float64 with ``double``, and differentiate."""
     inputs: dict[int, Tensor] = {}
     names: dict[int, str] = {}
@@ -142,7 +142,9 @@ def respond(who: str, module: nn.Module, call: Any, seed: int, *, double: bool =
     outputs = {f"output{keystr(path)}": value for path, value in leaves}
     for name, value in outputs.items():
         if not isinstance(value, (Tensor, *COMPARED_BY_VALUE)):
-            raise TypeError(f"{name} of {who} must be a tensor, a number, a text or None, got {type(value).__name__}.")
+            raise TypeError(
+                f"{name} of {which} must be a tensor, a number, a text or None, got {type(value).__name__}."
+            )
     wanting = {names[key]: leaf for key, leaf in inputs.items() if leaf.requires_grad}
     wanting |= {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
     found = gradients_of({name: x for name, x in outputs.items() if is_floating(x)}, wanting, seed + 1)
