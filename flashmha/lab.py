@@ -60,7 +60,7 @@ class FlashAttentionWrapper(nn.Module):
 
 
 def compare_outputs(Q: Tensor, K: Tensor, V: Tensor, causal: bool = False) -> dict[str, Any]:
-    """How far the wrapper's output lies from the definition's in float64.
+    """The distance of the wrapper's output from the definition's in float64.
 
     Returns ``max_diff`` and ``mean_diff``, absolute; ``allclose``, whether ``max_diff`` is at most ``tolerance``, the
     rule of parity against the plain formula in the dtype of Q (``backends.parity``); and the ``backend`` that ran.

@@ -104,7 +104,7 @@ class Seat:
             leaf.grad = None
 
     def collect(self, named: NamedTensors) -> NamedTensors:
-        """What ``run`` left behind: plain tensors, the gradients among them."""
+        """The results of ``run``: plain tensors, the gradients among them."""
         plain = {name: x.detach() + 0.0 for name, x in named.items()}
         for name, leaf in self.leaves.items():
             gradient = torch.zeros_like(leaf) if leaf.grad is None else leaf.grad

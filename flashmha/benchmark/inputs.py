@@ -1,4 +1,4 @@
-"""The tensors of a case: the same ones for every contestant."""
+"""Inputs: the tensors of a case, the same ones for every contestant."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .cases import Case
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Inputs:
-    """What a case computes from: query, key and value of a layer, at level ``core`` q, k and v, or an encoder's input.
+    """The tensors of a case: query, key and value of a layer, at level ``core`` q, k and v, or an encoder's input.
 
     Attributes:
         case: what is computed.

@@ -115,7 +115,7 @@ def package_contestants(device: torch.device, absent: dict[str, str]) -> list[Co
 
 
 def no_compiler(device: torch.device) -> str | None:
-    """Why ``torch.compile`` cannot make code for a device here."""
+    """The reason why ``torch.compile`` cannot make code for a device here."""
     if device.type == "cuda":
         return None if importlib.util.find_spec("triton") else "triton is not installed"
     return None if any(map(shutil.which, ("c++", "g++", "clang++", "cl"))) else "no C++ compiler on this machine"
@@ -131,8 +131,8 @@ def contestants(
     """The contestants that take part in a case.
 
     ``peers`` are globs over the names of peers and of all that are compiled or in a graph, or ``all``; without it
-    nothing compiled runs on a CPU. ``backends`` names those of ours that run by name. Without it they all do, but for those
-    ``hidden``.
+    nothing compiled runs on a CPU. ``backends`` names those of ours that run by name. Without it they all do, but for
+    those ``hidden``.
     """
 
     def wanted(one: Contestant) -> bool:

@@ -39,7 +39,7 @@ CONTROL = "control"
 
 
 def how(name: str) -> str:
-    """How a contestant runs, which its name ends with unless it is eager."""
+    """The way a contestant runs, which its name ends with unless it is eager."""
     last = name.rpartition("_")[2]
     return last if last in HOW else "eager"
 
@@ -64,7 +64,7 @@ class Contestant(abc.ABC):
     renamed: dict[str, str] = {}
 
     def refuses(self, case: Case) -> str | None:
-        """Why it does not compute a case."""
+        """The reason why it does not compute a case."""
         return None if case.level == self.level else f"computes level {self.level} only"
 
     @abc.abstractmethod
@@ -93,7 +93,7 @@ class Stock(Contestant):
         return stock_module(case)
 
     def told(self, case: Case) -> dict[str, Any]:
-        """What a call is told beside its tensors."""
+        """The arguments of a call beside its tensors."""
         return {}
 
     def bind(self, module: nn.Module, inputs: Inputs) -> Callable[[], OutAndWeights]:

@@ -97,7 +97,7 @@ def draw_plots(run: Run, folder: Path) -> None:
 
 
 def draw_ratios(run: Run, path: Path) -> None:
-    """How many times faster than every peer: a row a case, white at 1, grey inside the noise."""
+    """Ratios to every peer: a row a case, white at 1, grey inside the noise."""
     rows = {level: [case for case in run["cases"] if case["case"]["level"] == level] for level in levels(run)}
     columns = {level: drawn_columns(cases, PAIRS[level]) for level, cases in rows.items()}
     rows = {level: cases for level, cases in rows.items() if columns[level]}
@@ -269,7 +269,7 @@ def draw_shares(run: Run, path: Path) -> None:
 
 
 def caption(figure: Figure, run: Run) -> None:
-    """Where the numbers come from, below everything, in room of its own."""
+    """The origin of the numbers, below everything, in room of its own."""
     lines = textwrap.wrap(origin_line(run), int(20 * figure.get_figwidth()))
     inches = (0.14 + 0.11 * len(lines)) / figure.get_figheight()
     figure.set_layout_engine("constrained", rect=(0.0, inches, 1.0, 1.0 - inches))

@@ -182,7 +182,7 @@ def cell_of_memory(case: dict[str, Any], one: str, peer: str | None = None) -> s
 
 
 def extra_microseconds(case: dict[str, Any], one: str, peer: str | None) -> float:
-    """What a call takes beyond the peer's, median over the rounds."""
+    """The time of a call beyond the peer's, median over the rounds."""
     seconds = [case["contestants"][name]["seconds"] for name in (one, peer)]
     return 1e6 * middle([ours - theirs for ours, theirs in zip(*seconds)])
 
@@ -212,7 +212,7 @@ def contestants_table(run: Run) -> TextTable:
 
 
 def absences_table(run: Run) -> TextTable:
-    """What was not timed where, and why; not the contestants that a case is not meant for."""
+    """All that was not timed, where and why; not the contestants that a case is not meant for."""
     found: dict[tuple[str, str, str], list[str]] = {}
     for case in run["cases"]:
         for name, row in case["contestants"].items():
@@ -236,7 +236,7 @@ def summary_lines(run: Run) -> list[str]:
 
 
 def summary_line(run: Run, one: str) -> str:
-    """How one of ours did, every lost case by its name."""
+    """The verdicts of one of ours, every lost case by its name."""
     summary = run["summary"][one]
     line = f"Level {summary['level']}{HOW_WORDS[summary['how']]}: {one} ahead of the best peer in {summary['win']} of "
     line += f"{summary['cases']} cases, tied in {summary['tie']}, behind in {summary['loss']}"
@@ -270,7 +270,7 @@ def origin_line(run: Run) -> str:
 
 
 def canary_words(run: Run) -> str:
-    """What a GPU could do during the run."""
+    """The rates that a GPU reached during the run."""
     if not run["canaries"]:
         return ""
     return "; a matrix product ran at {gemm_tflops:.0f} TFLOP/s, a copy at {copy_tbs:.1f} TB/s".format(

@@ -43,7 +43,7 @@ Tell = Callable[[str], None]
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What to measure, and for how long.
+    """The cases to measure, and the time for them.
 
     Attributes:
         cases: reported in this order; those of the README run first.

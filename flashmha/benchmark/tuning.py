@@ -43,7 +43,7 @@ SPENT, STOPPED = "the budget is spent", "stopped by hand"
 
 @dataclasses.dataclass(frozen=True)
 class Tuning:
-    """What is measured: the cells of a grid, the backends in the order of the list, where, and out of which seed."""
+    """The measurement to make: the cells of a grid, the backends in the order of the list, where, and out of which seed."""
 
     grid: Grid
     cells: Sequence[GridCell]
@@ -153,7 +153,7 @@ class Trial:
 
 
 class Definition:
-    """What the definition says of the end of a cell, and of the gradient of those queries, in float32."""
+    """The definition's answer at the end of a cell, and the gradient of those queries, in float32."""
 
     def __init__(self, cell: GridCell, trial: Trial, tuning: Tuning) -> None:
         self.end, inputs, training = cell.end(CHECKED), trial.inputs, cell.mode == "train"
@@ -170,7 +170,7 @@ class Definition:
         return x.detach()[:1, -self.end.seqlen_q :, : self.end.heads].float()
 
     def error(self, answer: Sequence[Tensor]) -> float:
-        """How far an answer lies from it, as a share of its largest value."""
+        """The distance of an answer from it, as a share of its largest value."""
         worst = 0.0
         for exact, tensor in zip(self.parts, answer):
             away = (self.part(tensor) - exact).abs().max()
@@ -180,7 +180,7 @@ class Definition:
         return worst
 
     def fault(self, answer: Sequence[Tensor]) -> str | None:
-        """Why an answer is something else than the definition's."""
+        """The reason why an answer is something else than the definition's."""
         error = self.error(answer)
         if error <= TOLERATED:
             return None
@@ -196,7 +196,7 @@ def half_spread(times: Sequence[float]) -> float:
 
 
 def too_large(name: str, spec: AttentionSpec) -> str | None:
-    """Why the definition, which holds several tensors of every score in float32, must not be tried here."""
+    """The reason why the definition, which holds several float32 tensors of every score, must not be tried here."""
     if name != LAST:
         return None
     needed = 6 * 4 * spec.batch * spec.heads * spec.seqlen_q * spec.seqlen_k

@@ -24,7 +24,7 @@ Ratio = dict[str, float]
 
 
 def ratio(theirs: Sequence[float], ours: Sequence[float]) -> Ratio:
-    """How many times faster than theirs our seconds are: medians of the ratios within a round, bootstrapped."""
+    """Their seconds over ours: medians of the ratios within a round, bootstrapped."""
     logs = (torch.tensor(theirs, dtype=torch.float64) / torch.tensor(ours, dtype=torch.float64)).log()
     return {
         "median": ratio_at(logs, 0.5),
@@ -55,7 +55,7 @@ def verdict(against: Ratio, floor: float) -> str:
 
 
 def noise_floor(controls: Sequence[float]) -> float:
-    """How far from 1 a ratio may lie by chance, from ratios of a contestant to its twin: their 95th percentile."""
+    """The distance from 1 that a ratio may have by chance, from ratios of a contestant to its twin: their 95th percentile."""
     if not controls:
         return LOWEST_FLOOR
     far = torch.tensor(controls, dtype=torch.float64).log().abs()
@@ -95,7 +95,7 @@ def judge_cases(cases: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def canaries(cases: list[dict[str, Any]]) -> dict[str, float]:
-    """What the canaries did over the whole run, median; nothing on a CPU."""
+    """The rates of the canaries over the whole run, median; nothing on a CPU."""
     songs = [case.get("canaries", {}) for case in cases]
     found = {name: [one for song in songs for one in song.get(name, ())] for name in ("gemm_tflops", "copy_tbs")}
     return {name: float(f"{middle(every):.4g}") for name, every in found.items() if every}
@@ -115,7 +115,7 @@ def middle(seconds: Sequence[float]) -> float:
 
 
 def summarize(cases: list[dict[str, Any]], one: str) -> dict[str, Any]:
-    """How one of ours did against the best peer of its kind in every case."""
+    """The verdicts of one of ours against the best peer of its kind in every case."""
     judged = [case for case in cases if one in case["verdicts"]]
     found = [case["verdicts"][one] for case in judged]
     level, kind = HEADLINES[one]

@@ -109,7 +109,7 @@ def main(options: argparse.Namespace) -> int:
 
 
 def plots() -> DrawPlots:
-    """What draws the plots, imported before anything is measured for them."""
+    """The function that draws the plots, imported before anything is measured for them."""
     with wanted_by("bench", ", or --no-plots"):
         from ..benchmark.plots import draw_plots  # matplotlib
     return draw_plots

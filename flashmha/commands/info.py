@@ -91,7 +91,7 @@ def followed(device: torch.device) -> list[str]:
 
 
 def versions() -> dict[str, str | None]:
-    """What is installed; ``None`` for what is not."""
+    """The versions of packages; ``None`` for one that is not installed."""
     found: dict[str, str | None] = {
         "flashmha": __version__,
         "python": platform.python_version(),

@@ -38,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 @dataclasses.dataclass
 class Verdict:
-    """What came of one backend on one device.
+    """The result of one backend on one device.
 
     Attributes:
         examples: how many problems it served.
@@ -91,7 +91,7 @@ class DrawnProblems:
 
     @classmethod
     def of(cls, options: argparse.Namespace) -> DrawnProblems:
-        """What the flags say."""
+        """The problems that the flags ask for."""
         sizes = None if options.head_dims is None else tuple(map(read_head_dim, options.head_dims.split(",")))
         drawn = cls(options.examples, options.seed, options.longest, sizes)
         smallest = None if sizes is None else min(sizes)

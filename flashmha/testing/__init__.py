@@ -86,7 +86,7 @@ _publish(__name__, [globals()[name] for name in __all__ if name in globals()])
 
 
 def __getattr__(name: str) -> Any:
-    """What draws is missing where Hypothesis is: say so when it is asked for, since assertions do without."""
+    """Name the missing package where a strategy is asked for without Hypothesis; assertions do without."""
     if name in __all__:
         with wanted_by(f"flashmha.testing.{name}"):
             import hypothesis  # noqa: F401

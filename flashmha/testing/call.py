@@ -256,7 +256,7 @@ def problems(
 
 @dataclasses.dataclass(frozen=True)
 class Reply:
-    """What a layer made of a call: output, weights and gradients by name, and the warnings it gave."""
+    """A layer's answer to a call: output, weights and gradients by name, and the warnings it gave."""
 
     tensors: dict[str, Tensor | None]
     warnings: list[str]

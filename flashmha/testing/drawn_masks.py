@@ -142,6 +142,6 @@ def drawn_lengths(batch: int, longest: int, random: torch.Generator, rounded: bo
 
 
 def drawn_offsets(documents: int, total: int, random: torch.Generator) -> Tensor:
-    """Where documents start, with empty ones among them and at times a rest that belongs to none."""
+    """The starts of documents, with empty ones among them and at times a rest that belongs to none."""
     ends = torch.randint(0, total + 1, (documents,), generator=random, device="cpu").sort().values
     return torch.cat((torch.zeros(1, dtype=ends.dtype, device="cpu"), ends)).to(torch.int32)

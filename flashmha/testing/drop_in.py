@@ -96,7 +96,7 @@ def assert_same_state(stock: nn.Module, ours: nn.Module) -> None:
 
 @dataclasses.dataclass
 class Response:
-    """What a module made of a call: outputs and gradients by name, and what it did beside."""
+    """A module's answer to a call: outputs and gradients by name, and its side effects."""
 
     structure: TreeSpec
     outputs: dict[str, Any]
@@ -109,7 +109,7 @@ class Response:
         return repr(tree_unflatten([...] * len(self.outputs), self.structure)).replace("Ellipsis", "...")
 
     def floating(self) -> dict[str, Tensor]:
-        """What the rule of parity judges."""
+        """The tensors that the rule of parity judges."""
         values = {**self.outputs, **self.gradients}
         return {name: value.detach() for name, value in values.items() if is_floating(value)}
 
@@ -158,7 +158,7 @@ def respond(which: str, module: nn.Module, call: Any, seed: int, *, double: bool
 
 
 def random_state(devices: set[torch.device]) -> list[Tensor]:
-    """Where the random generators of the CPU and of some GPUs stand."""
+    """The states of the random generators of the CPU and of some GPUs."""
     return [torch.get_rng_state(), *(torch.cuda.get_rng_state(device) for device in devices)]
 
 

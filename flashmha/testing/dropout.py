@@ -47,7 +47,7 @@ class KeptWeights(Naive):
 
 
 def scale(spec: AttentionSpec) -> float:
-    """What a kept weight is multiplied by."""
+    """The factor of a kept weight."""
     return 0.0 if spec.dropout_p == 1.0 else 1.0 / (1.0 - spec.dropout_p)
 
 
@@ -154,13 +154,13 @@ def pairs(size: int) -> Iterator[tuple[Tensor, Tensor, str]]:
 
 
 def chances_of_alike(low: float, high: float) -> tuple[float, float]:
-    """How likely two independent weights are both kept or both dropped, for a rate between two bounds."""
+    """The chance that two independent weights are both kept or both dropped, for a rate between two bounds."""
     ends = [rate * rate + (1 - rate) * (1 - rate) for rate in (low, high)]
     return (0.5 if low <= 0.5 <= high else min(ends)), max(ends)
 
 
 def surprise(hits: Tensor, number: Tensor, low: float, high: float) -> Tensor:
-    """How unlikely a share is, in nats, for a chance between two bounds: it or a stranger one has at most exp(-that).
+    """The surprise of a share, in nats, for a chance between two bounds: it or a stranger one has at most exp(-that).
 
     Source: Chernoff's bound by the divergence of two coins.
     """

@@ -1,4 +1,4 @@
-"""What a backend serves on a device, as a Hypothesis strategy: its limits, its build, and a grid where it compiles."""
+"""The problems that a backend serves on a device, as a Hypothesis strategy: its limits, its build, and a grid where it compiles."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ FEW_SIZES, SHORT_LENGTHS, LONG_LENGTHS = range(1, 4), range(1, 65), range(129, 3
 
 @dataclasses.dataclass(frozen=True)
 class DrawnKernel:
-    """What a backend compiles one kernel for. Sizes are drawn from ranges, values and offsets from seeds.
+    """The problems that a backend compiles one kernel for. Sizes are drawn from ranges, values and offsets from seeds.
 
     Where every range holds one size, the mask's and the bias's own numbers are fixed as well.
     """

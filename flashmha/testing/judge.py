@@ -31,7 +31,7 @@ NamedTensors = dict[str, Tensor]
 
 @dataclasses.dataclass
 class Answer:
-    """What a backend makes of a problem: out, lse where asked for, and the gradients of everything that wants one.
+    """A backend's answer to a problem: out, lse where asked for, and the gradients of everything that wants one.
 
     Under dropout the weights, too, as ``dropout`` reads them.
     """
@@ -75,7 +75,7 @@ def answer(
 
 
 def bias_roundings(spec: AttentionSpec) -> list[Callable[[Tensor], Tensor]]:
-    """How a kernel may be told a bias that is finer than what it computes in: float32, or the dtype of the heads.
+    """Changes of a bias that is finer than what a kernel computes in: to float32, or to the dtype of the heads.
 
     Where no log-sum-exp and no sinks count on the numbers themselves, its rows may be moved.
     """

@@ -1,4 +1,4 @@
-"""What drawn layers, calls and models are made of: records that a failure shows in one line, and values of a seed."""
+"""The parts of drawn layers, calls and models: records that a failure shows in one line, and values of a seed."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Record:
         return f"{type(self).__name__}({', '.join(parts)})"
 
     def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
-        """What Hypothesis prints; without it, it writes every field of a dataclass on a line of its own."""
+        """The line that Hypothesis prints; without it, it writes every field of a dataclass on a line of its own."""
         printer.text(repr(self))
 
 

@@ -1,4 +1,4 @@
-"""What drawn tensors hold: functions of a seed, so that a failure can name them in a line."""
+"""Values of drawn tensors: functions of a seed, so that a failure can name them in a line."""
 
 from __future__ import annotations
 
@@ -123,7 +123,7 @@ def noted(tensor: Tensor, expression: str) -> Tensor:
 
 
 def expression(tensor: Tensor) -> str | None:
-    """What was noted about a tensor, or about the one of the same shape that it is a view of."""
+    """The note on a tensor, or about the one of the same shape that it is a view of."""
     for one in (tensor, tensor._base):
         made: tuple[str, int] | None = getattr(one, "flashmha_made", None)
         if made is not None and one is not None and one.shape == tensor.shape and made[1] == one._version:

@@ -152,7 +152,7 @@ class Tree(Record):
         return model.to(placed(self.device), self.dtype).train(self.training)
 
     def inputs(self, batch: int = 3, seqlen: int = 4) -> Tensor:
-        """What it is called with: (batch, seqlen, WIDTH)."""
+        """The input of a call: (batch, seqlen, WIDTH)."""
         return noise(self.seed + 1, batch, seqlen, WIDTH, dtype=self.dtype, device=self.device)
 
     def arguments(self) -> dict[str, Any]:
