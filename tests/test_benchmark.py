@@ -33,8 +33,9 @@ from flashmha.benchmark.kernels import ByHand, Linear, sdpa
 from flashmha.benchmark.lineup import all_contestants, contestants
 from flashmha.benchmark.peers import CONTROL, Contestant, Flashmha, StockBest, Through, how
 from flashmha.benchmark.reference import Reference, compute_definition
-from flashmha.benchmark.report import absences_table, figures, load, markdown, save
+from flashmha.benchmark.report import absences_table, figures, markdown
 from flashmha.benchmark.rounds import FEWEST, take_turns
+from flashmha.benchmark.run_file import load, save
 from flashmha.benchmark.suites import lengths_of
 from flashmha.benchmark.verdicts import judge_cases, middle, noise_floor, ratio, share_of_gemm, verdict
 from flashmha.commands import markdown as table

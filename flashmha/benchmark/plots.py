@@ -15,7 +15,8 @@ from matplotlib.colors import LinearSegmentedColormap, TwoSlopeNorm
 from matplotlib.figure import Figure
 
 from .peers import HEADLINES, how
-from .report import HOW_WORDS, Run, levels, origin_line
+from .report import HOW_WORDS, origin_line
+from .run_file import Run, levels
 from .verdicts import middle, share_of_gemm
 
 PAIRS = {

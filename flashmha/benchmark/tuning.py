@@ -43,7 +43,7 @@ SPENT, STOPPED = "the budget is spent", "stopped by hand"
 
 @dataclasses.dataclass(frozen=True)
 class Tuning:
-    """The measurement to make: the cells of a grid, the backends in the order of the list, where, and out of which seed."""
+    """The measurement to make: cells of a grid, backends in the order of the list, a device, a seed."""
 
     grid: Grid
     cells: Sequence[GridCell]

@@ -55,7 +55,7 @@ def verdict(against: Ratio, floor: float) -> str:
 
 
 def noise_floor(controls: Sequence[float]) -> float:
-    """The distance from 1 that a ratio may have by chance, from ratios of a contestant to its twin: their 95th percentile."""
+    """The distance from 1 that a ratio may have by chance: the 95th percentile of ratios between twins."""
     if not controls:
         return LOWEST_FLOOR
     far = torch.tensor(controls, dtype=torch.float64).log().abs()

@@ -9,8 +9,9 @@ from pathlib import Path
 
 from ..benchmark.cases import LEVELS, PASSES, select
 from ..benchmark.lineup import all_contestants, contestants
-from ..benchmark.report import Run, faults, levels, load, markdown, origin_line, save, summary_lines, verdict_table
+from ..benchmark.report import faults, markdown, origin_line, summary_lines, verdict_table
 from ..benchmark.rounds import FEWEST
+from ..benchmark.run_file import Run, levels, load, save
 from ..benchmark.runner import Plan, run
 from ..benchmark.suites import ON_REQUEST, SUITES, every_case
 from ..host.extras import wanted_by

@@ -1,4 +1,4 @@
-"""The problems that a backend serves on a device, as a Hypothesis strategy: its limits, its build, and a grid where it compiles."""
+"""Problems that a backend serves on a device, as a strategy: its limits, its build, and a grid where it compiles."""
 
 from __future__ import annotations
 
