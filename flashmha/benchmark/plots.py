@@ -164,14 +164,14 @@ def label(case: dict[str, Any]) -> str:
 
 
 def microseconds_a_token(case: dict[str, Any], row: dict[str, Any]) -> float:
-    return float(1e6 * middle(row["seconds"]) / real_tokens(case))
+    return float(1e6 * middle(row["seconds"]) / count_tokens(case))
 
 
 def kibibytes_a_token(case: dict[str, Any], row: dict[str, Any]) -> float:
-    return float(row["peak_bytes"] / 1024 / real_tokens(case))
+    return float(row["peak_bytes"] / 1024 / count_tokens(case))
 
 
-def real_tokens(case: dict[str, Any]) -> int:
+def count_tokens(case: dict[str, Any]) -> int:
     return int(case["case"]["batch"] * case["case"]["seqlen_q"])
 
 

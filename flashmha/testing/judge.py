@@ -26,8 +26,6 @@ from .dropout import WEIGHTS, KeptWeights, check_drops, drawing, read_weights
 from .paste import pasted
 from .values import tensors
 
-NamedTensors = dict[str, Tensor]
-
 
 @dataclasses.dataclass
 class Answer:
@@ -36,7 +34,7 @@ class Answer:
     Under dropout the weights, too, as ``dropout`` reads them.
     """
 
-    named: NamedTensors
+    named: dict[str, Tensor]
 
 
 def answer(
@@ -174,7 +172,10 @@ def largest_share(backend: Backend, spec: AttentionSpec, seed: int) -> float:
 
 
 def worst(
-    actual: NamedTensors, pairs: list[tuple[NamedTensors, NamedTensors]], spec: AttentionSpec, backend: Backend
+    actual: dict[str, Tensor],
+    pairs: list[tuple[dict[str, Tensor], dict[str, Tensor]]],
+    spec: AttentionSpec,
+    backend: Backend,
 ) -> float:
     """The largest error of an answer as a share of what is allowed, given plain and exact ones; the first is right."""
     (plain, exact), *again = pairs
