@@ -39,7 +39,7 @@ class Canary:
 
 
 def environment(device: torch.device) -> dict[str, Any]:
-    """What the numbers depend on, asked under the conditions they are measured in."""
+    """Everything that the numbers depend on, asked under the conditions they are measured in."""
     found: dict[str, Any] = {
         "device": str(device),
         "cpu": processor(),

@@ -40,7 +40,10 @@ def computing_dtype(layer: Layer, call: Reading, wanted: Wanted) -> torch.dtype 
 def emulated(dtype: torch.dtype) -> bool:
     """This CPU computes in a half precision dtype more slowly than in float32: an x86 without instructions for it.
 
-    Those are AMX, and AVX512-BF16 for bfloat16. Measured on x86 alone, so other CPUs are left as they are.
+    Those are AMX, and AVX512-BF16 for bfloat16. In its own dtype a layer of 512 tokens and more took so many times the
+    time of float32 inside (Zen 4, ``benchmarks/results/half_precision_cpu.json``): in float16 3.7 to 16; in bfloat16
+    1.7 to 2.3 where oneDNN was kept from AVX512-BF16, 3.3 to 14 with AVX2, 0.6 to 0.9 with AVX512-BF16. There a layer
+    of 8 tokens took 1.3 to 1.5, too little to choose by size. Measured on x86 alone: other CPUs are left as they are.
     """
     if platform.machine().lower() not in ("x86_64", "amd64") or dtype not in HALF or torch.cpu._is_amx_tile_supported():
         return False
