@@ -1,4 +1,4 @@
-"""Time lost without a kernel, against the seconds that compiling it takes; backends say when they have compiled."""
+"""What was lost without a kernel, against the seconds that compiling it takes: the book that backends write in."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ logger = logging.getLogger("flashmha")
 
 
 SECONDS = 4.0
-"""Seconds that compiling a kernel takes, before this process has compiled one."""
+"""What compiling a kernel takes, before this process has compiled one."""
 
 
 NOTHING = 0.02
@@ -26,7 +26,7 @@ PATIENCE = 1000
 """Calls before a problem moves, whatever they have lost: by then a backward has shown whether there are checkpoints."""
 
 
-MOST_WAITS = 1024
+MOST = 1024
 """The most kernels that are waited for; the one first asked for is forgotten."""
 
 
@@ -35,7 +35,7 @@ class Wait:
     """A kernel that problems could use.
 
     Attributes:
-        backend: the name of its backend.
+        backend: whose it is.
         cost: the seconds that compiling it takes, as far as is known.
         calls: how many went without it.
         lost: the seconds that were lost so.
@@ -76,12 +76,12 @@ class Waits:
         self.lock = threading.Lock()
 
     def seconds(self, backend: str) -> float:
-        """Seconds that compiling a kernel of a backend takes: the mean of those compiled here."""
+        """What compiling a kernel of a backend takes: the mean of those compiled here."""
         count, total = self.took.get(backend, (0, 0.0))
         return total / count if count else SECONDS
 
     def find(self, backend: str, kernel: Hashable) -> Wait | None:
-        """The wait for a kernel; ``None`` where no problem has lost anything without it."""
+        """What is known of a kernel; ``None`` where no problem has lost anything without it."""
         return self.kernels.get((backend, kernel))
 
     def of(self, backend: str, kernel: Hashable, needs_grad: bool) -> Wait:
@@ -90,7 +90,7 @@ class Waits:
         with self.lock:
             found = self.kernels.get(name)
             if found is None:
-                if len(self.kernels) >= MOST_WAITS:
+                if len(self.kernels) >= MOST:
                     self.kernels.pop(next(iter(self.kernels)))
                 found = self.kernels[name] = Wait(backend, self.seconds(backend) * (2 if needs_grad else 1))
         return found

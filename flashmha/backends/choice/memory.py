@@ -20,7 +20,7 @@ _flash, _cudnn = torch._C._get_flash_sdp_enabled, torch._C._get_cudnn_sdp_enable
 
 
 def key_of(spec: AttentionSpec) -> Hashable:
-    """The key that answers about a problem are kept under: itself where it is shared, else its form or its outline.
+    """What answers about a problem are kept under: itself where it is shared, else its form or its outline.
 
     ``None`` where nothing may be kept.
     """
@@ -38,7 +38,7 @@ class Memory(Generic[T]):
         self._answers: dict[Hashable, tuple[Token, T]] = {}
 
     def token(self) -> Token:
-        """All that an answer which is looked for now depends on."""
+        """What an answer that is looked for now depends on."""
         switches = (asks_deterministic(), only_warns(), _efficient(), _math(), _flash(), _cudnn())
         return registry.entries, tuned.state.table, switches
 

@@ -1,8 +1,7 @@
-"""The ranking: which backend is asked first, by measurement.
+"""The ranking: who is asked first, by measurement.
 
-A ``Table`` holds what was measured on one kind of machine, as rows. A row says which problems it is for, which
-backends serve them fastest, and which file the figures are in. ``TABLE`` comes with the package; ``flashmha tune``
-makes another one.
+A ``Table`` holds what was measured on one kind of machine, as rows. A row says which problems it is for, who serves
+them fastest, and which file the figures are in. ``TABLE`` comes with the package; ``flashmha tune`` makes another one.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ KINDS = ("dense", "causal", "padded", "padded causal", "window", "documents", "d
 MODES = ("eval", "train")
 """The forward alone, and the forward with its backward."""
 
-DECODE_QUERIES, DECODE_KEYS = 8, 512
+FEW, MANY = 8, 512
 """The most queries and the fewest keys of ``decode``."""
 UNMEASURED = frozenset(
     "rule bias bias_grad alibi softcap sinks dropout head_dim_v deterministic".split()  # noqa: SIM905
@@ -42,7 +41,7 @@ LAST = "naive"
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """A measurement for some problems.
+    """What was measured for some problems.
 
     Attributes:
         kinds, modes: out of ``KINDS`` and ``MODES``.
@@ -110,7 +109,7 @@ def kind(spec: AttentionSpec) -> str:
     if features & UNMEASURED:
         return "other"
     padded = bool(features & {"key_padding", "key_lengths"})
-    decodes = not spec.needs_grad and spec.seqlen_k >= DECODE_KEYS and spec.seqlen_q <= DECODE_QUERIES
+    decodes = not spec.needs_grad and spec.seqlen_k >= MANY and spec.seqlen_q <= FEW
     if "dense_mask" in features:
         return "other" if decodes else "mask tensor"
     if "documents" in features:
@@ -130,7 +129,7 @@ def mode(spec: AttentionSpec) -> str:
 
 
 def keys(spec: AttentionSpec) -> int:
-    """The number of keys that a query may meet: those of the longest document where that is known, else all."""
+    """How many keys a query may meet: those of the longest document where that is known, else all."""
     documents = find(spec.mask, Documents)
     return spec.seqlen_k if documents is None or documents.max_seqlen_k is None else documents.max_seqlen_k
 
@@ -151,7 +150,7 @@ def derive(cells: Iterable[dict[str, Any]], source: str) -> tuple[Row, ...]:
     places: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for cell in combined(cells):
         places.setdefault((cell["kind"], cell["mode"]), []).append(cell)
-    groups: list[CellGroup] = [((kind,), (mode,), those) for (kind, mode), those in places.items()]
+    groups: list[Group] = [((kind,), (mode,), those) for (kind, mode), those in places.items()]
     for axis in (0, 1):
         groups = list(pooled(groups, axis))
     return tuple(row for kinds, modes, those in groups for row in by_head_dim(kinds, modes, those, source))
@@ -174,14 +173,14 @@ def combined(cells: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 PLACE = ("kind", "mode", "head_dim", "keys")
-"""Fields that tell one cell from another."""
-CellGroup = tuple[tuple[str, ...], tuple[str, ...], list[dict[str, Any]]]
+"""What tells one cell from another."""
+Group = tuple[tuple[str, ...], tuple[str, ...], list[dict[str, Any]]]
 """Kinds, modes and their cells."""
 
 
-def pooled(groups: Sequence[CellGroup], axis: int) -> Iterator[CellGroup]:
+def pooled(groups: Sequence[Group], axis: int) -> Iterator[Group]:
     """Groups joined along kinds (0) or modes (1), where that needs no more rows."""
-    joined: list[CellGroup] = []
+    joined: list[Group] = []
     for group in groups:
         for place, other in enumerate(joined):
             together = join(other, group, axis)
@@ -193,7 +192,7 @@ def pooled(groups: Sequence[CellGroup], axis: int) -> Iterator[CellGroup]:
     return iter(joined)
 
 
-def join(one: CellGroup, two: CellGroup, axis: int) -> CellGroup | None:
+def join(one: Group, two: Group, axis: int) -> Group | None:
     """Two groups as one, ``None`` where they have to stay two."""
     cells = [*one[2], *two[2]]
     if one[1 - axis] != two[1 - axis]:
@@ -290,42 +289,42 @@ def beaten(name: str, other: str, cell: dict[str, Any]) -> bool:
     return bool(slow > fast * (1 + MARGIN))
 
 
-ON_H100 = "benchmarks/results/ranking_h100.json"
-MASKS_ON_H200 = "benchmarks/results/ranking_masks_h200.json"
-DOCUMENTS_ON_H200 = "benchmarks/results/ranking_documents_h200.json"
-WIDE_ON_H200 = "benchmarks/results/ranking_192_h200.json"
-BOTH_MODES = ("eval", "train")
-UNMASKED = ("dense", "causal")
+SOURCE = "benchmarks/results/ranking_h100.json"
+MASKS = "benchmarks/results/ranking_masks_h200.json"
+PACKED = "benchmarks/results/ranking_documents_h200.json"
+WIDE = "benchmarks/results/ranking_192_h200.json"
+BOTH = ("eval", "train")
+PLAIN = ("dense", "causal")
 EVAL, TRAIN = ("eval",), ("train",)
 
 TABLE = Table(
-    name=f"built in, of {ON_H100} and those beside it",
+    name=f"built in, of {SOURCE} and those beside it",
     device="cuda",
     dtypes=HALF,
     capability=9,
     rows=(
         # cuDNN, behind sdpa, where there is little to do for each key
-        Row(("decode",), EVAL, ("sdpa", "flash2", "flash3", "flash4"), ON_H100, keys=8192),
-        Row(("decode",), EVAL, ("flash2", "flash3", "flash4", "sdpa"), ON_H100),
-        Row(UNMASKED, EVAL, ("sdpa", "flash3", "flash4", "flash2"), ON_H100, keys=1024),
-        Row(UNMASKED, EVAL, ("flash3", "flash4", "sdpa", "flash2"), ON_H100),
-        Row(UNMASKED, TRAIN, ("sdpa", "flash4", "flash3", "flash2"), ON_H100, head_dim=64, keys=512),
-        Row(UNMASKED, TRAIN, ("flash4", "flash3", "sdpa", "flash2"), ON_H100, head_dim=64),
-        Row(UNMASKED, TRAIN, ("sdpa", "flash4", "flash3", "flash2"), ON_H100, head_dim=128, keys=1024),
-        Row(UNMASKED, TRAIN, ("flash4", "flash3", "sdpa", "flash2"), ON_H100, head_dim=128),
-        Row(("causal",), TRAIN, ("sdpa", "flash4"), WIDE_ON_H200, head_dim=192, keys=1024),
-        Row(UNMASKED, TRAIN, ("flash4", "sdpa"), WIDE_ON_H200, head_dim=192),
-        Row(UNMASKED, TRAIN, ("sdpa", "flash4", "flash3", "flash2"), ON_H100),
-        Row(("padded",), EVAL, ("flash4", "flash3", "sdpa", "flash2"), MASKS_ON_H200),
-        Row(("padded",), TRAIN, ("flash4", "sdpa", "flash3", "flash2"), MASKS_ON_H200),
-        Row(("mask tensor",), BOTH_MODES, ("flash4", "sdpa", "flex"), MASKS_ON_H200),
-        Row(("window",), TRAIN, ("flash4", "flash2", "flash3", "flex", "sdpa"), ON_H100, head_dim=64),
-        Row(("window",), TRAIN, ("flash2", "flash4", "flash3", "flex", "sdpa"), ON_H100, head_dim=128),
-        Row(("documents",), EVAL, ("flash3", "flash4", "sdpa", "flash2", "flex"), DOCUMENTS_ON_H200),
-        Row(("documents",), TRAIN, ("flash4", "sdpa", "flash2", "flex"), DOCUMENTS_ON_H200, head_dim=64),
-        Row(("documents",), TRAIN, ("sdpa", "flash4", "flash2", "flex"), DOCUMENTS_ON_H200, keys=1024),
-        Row(("documents",), TRAIN, ("flash4", "sdpa", "flash2", "flex"), DOCUMENTS_ON_H200),
-        Row(("padded causal", "window"), BOTH_MODES, ("flash4", "flash3", "flash2", "flex", "sdpa"), ON_H100),
+        Row(("decode",), EVAL, ("sdpa", "flash2", "flash3", "flash4"), SOURCE, keys=8192),
+        Row(("decode",), EVAL, ("flash2", "flash3", "flash4", "sdpa"), SOURCE),
+        Row(PLAIN, EVAL, ("sdpa", "flash3", "flash4", "flash2"), SOURCE, keys=1024),
+        Row(PLAIN, EVAL, ("flash3", "flash4", "sdpa", "flash2"), SOURCE),
+        Row(PLAIN, TRAIN, ("sdpa", "flash4", "flash3", "flash2"), SOURCE, head_dim=64, keys=512),
+        Row(PLAIN, TRAIN, ("flash4", "flash3", "sdpa", "flash2"), SOURCE, head_dim=64),
+        Row(PLAIN, TRAIN, ("sdpa", "flash4", "flash3", "flash2"), SOURCE, head_dim=128, keys=1024),
+        Row(PLAIN, TRAIN, ("flash4", "flash3", "sdpa", "flash2"), SOURCE, head_dim=128),
+        Row(("causal",), TRAIN, ("sdpa", "flash4"), WIDE, head_dim=192, keys=1024),
+        Row(PLAIN, TRAIN, ("flash4", "sdpa"), WIDE, head_dim=192),
+        Row(PLAIN, TRAIN, ("sdpa", "flash4", "flash3", "flash2"), SOURCE),
+        Row(("padded",), EVAL, ("flash4", "flash3", "sdpa", "flash2"), MASKS),
+        Row(("padded",), TRAIN, ("flash4", "sdpa", "flash3", "flash2"), MASKS),
+        Row(("mask tensor",), BOTH, ("flash4", "sdpa", "flex"), MASKS),
+        Row(("window",), TRAIN, ("flash4", "flash2", "flash3", "flex", "sdpa"), SOURCE, head_dim=64),
+        Row(("window",), TRAIN, ("flash2", "flash4", "flash3", "flex", "sdpa"), SOURCE, head_dim=128),
+        Row(("documents",), EVAL, ("flash3", "flash4", "sdpa", "flash2", "flex"), PACKED),
+        Row(("documents",), TRAIN, ("flash4", "sdpa", "flash2", "flex"), PACKED, head_dim=64),
+        Row(("documents",), TRAIN, ("sdpa", "flash4", "flash2", "flex"), PACKED, keys=1024),
+        Row(("documents",), TRAIN, ("flash4", "sdpa", "flash2", "flex"), PACKED),
+        Row(("padded causal", "window"), BOTH, ("flash4", "flash3", "flash2", "flex", "sdpa"), SOURCE),
     ),
 )
 """The machines this package was measured on: Hopper, in half precision."""

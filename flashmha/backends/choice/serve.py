@@ -16,9 +16,9 @@ from .record import note, recording
 def serve(
     backend: Backend, q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, layer: Any = None, call: Serve | None = None
 ) -> Any:
-    """The result of a backend for a problem: told to ``record``, made without autocast, and checked where nothing else is.
+    """What a backend makes of a problem: told to ``record``, without autocast, checked unless its own tests do.
 
-    ``results_checked`` says that the backend's own tests do. ``layer`` is what the attention is for; ``call`` is what the backend prepared for this problem, where it was asked.
+    ``layer`` is what the attention is for; ``call`` is what the backend prepared for this problem, where it was asked.
     """
     if recording.calls is not None:
         note(layer, spec, backend)

@@ -19,7 +19,7 @@ from ...host.machine import PACKAGES, graphics, installed
 from ...problem.spec import AttentionSpec
 from .ranking import KINDS, MODES, PLACE, TABLE, Row, Table, derive, keys, kind, mode
 
-TABLE_VARIABLE = "FLASHMHA_TUNED"
+VARIABLE = "FLASHMHA_TUNED"
 SCHEMA = 1
 """The form of the file; a file of another one is measured again."""
 DEVICES = ("cpu", "cuda", "mps", "xpu")
@@ -28,7 +28,7 @@ DEVICES = ("cpu", "cuda", "mps", "xpu")
 
 @dataclasses.dataclass(frozen=True)
 class Tuned:
-    """A tuned table and what follows from it.
+    """What automatic choice knows of a tuned table.
 
     Attributes:
         table: the table, ``None`` without one.
@@ -48,7 +48,7 @@ class Tuned:
 
 state = Tuned()
 """Replaced and never changed, so that a thread reads one state of it."""
-state_lock = threading.Lock()
+lock = threading.Lock()
 
 
 def load_tuned(file: str | os.PathLike[str] | None) -> None:
@@ -62,13 +62,13 @@ def load_tuned(file: str | os.PathLike[str] | None) -> None:
     """
     if file is not None and not isinstance(file, (str, os.PathLike)):
         raise TypeError(f"file must be a path, or None for the built-in table alone, got {file!r}.")
-    replace(Tuned(settled=True) if file is None else matched(read(file)))
+    replace(Tuned(settled=True) if file is None else held(read(file)))
 
 
 def replace(new: Tuned, before: Tuned | None = None) -> Tuned:
     """Put a state in the place of any, or of that one alone: what a variable names yields to ``load_tuned``."""
     global state
-    with state_lock:
+    with lock:
         if before is None or state is before:
             state = new
         return state
@@ -91,7 +91,7 @@ def read(file: str | os.PathLike[str]) -> Tuned:
             f"{schema!r}; {again}."
         )
     try:
-        check_measurement(found)
+        check(found)
         dtype = getattr(torch, found["dtype"])
         table = Table(
             f"{path}, of {found['date']}", found["device"], (dtype,), derive(found["cells"], path), gpu=found["gpu"]
@@ -102,7 +102,7 @@ def read(file: str | os.PathLike[str]) -> Tuned:
     return Tuned(table, path, found, settled=True)
 
 
-def check_measurement(found: dict[str, Any]) -> None:
+def check(found: dict[str, Any]) -> None:
     """Raise where a file's fields are not what ``tune`` writes, or nothing was measured."""
     dtype = getattr(torch, found["dtype"])
     if not isinstance(dtype, torch.dtype) or not isinstance(found["env"]["packages"], dict):
@@ -121,7 +121,7 @@ def check_measurement(found: dict[str, Any]) -> None:
                 raise ValueError(f"{time!r} microseconds of {name}")
 
 
-def matched(new: Tuned) -> Tuned:
+def held(new: Tuned) -> Tuned:
     """A table that was measured with what this machine has."""
     for name, was, now in differences(new.found):
         raise ValueError(
@@ -132,7 +132,7 @@ def matched(new: Tuned) -> Tuned:
 
 
 def differences(found: dict[str, Any]) -> list[tuple[str, Any, Any]]:
-    """Differences between what a file was measured with and what is here: name, then, now."""
+    """What a file was measured with and what is here instead: name, then, now."""
     env = found["env"]
     rows: list[tuple[str, Any, Any]] = [("torch", env.get("torch"), str(torch.__version__))]
     if found["device"] == "cuda":
@@ -146,8 +146,8 @@ def differences(found: dict[str, Any]) -> list[tuple[str, Any, Any]]:
     return [row for row in rows if row[1] != row[2]]
 
 
-def state_on(device: str) -> Tuned:
-    """The state that holds on a device type; the first call reads the variable.
+def settled(device: str) -> Tuned:
+    """What holds on a device type; the first question reads the variable.
 
     Raises:
         ValueError: as ``load_tuned``, for the file that the variable names, each time until there is another one.
@@ -155,13 +155,13 @@ def state_on(device: str) -> Tuned:
     try:
         now = state
         if not now.settled:
-            file = os.environ.get(TABLE_VARIABLE)
+            file = os.environ.get(VARIABLE)
             now = replace(read(file) if file else Tuned(settled=True), now)
         if now.table is not None and now.table.device == device and not now.fits:
-            now = replace(matched(now), now)
+            now = replace(held(now), now)
         return now
     except ValueError as error:
-        raise ValueError(f"{TABLE_VARIABLE}: {error}") from error
+        raise ValueError(f"{VARIABLE}: {error}") from error
 
 
 def tables(device: str, index: int | None, dtype: torch.dtype | None = None) -> list[Table]:
@@ -169,7 +169,7 @@ def tables(device: str, index: int | None, dtype: torch.dtype | None = None) -> 
     key = (device, index, dtype)
     found = state.known.get(key)
     if found is None:
-        now = state_on(device)
+        now = settled(device)
         found = [table for table in (now.table, TABLE) if table is not None and table.applies(*key)]
         if index is not None or device == "cpu":  # else the current device, which may be another one next time
             now.known[key] = found
@@ -181,19 +181,19 @@ def measured(device: str, index: int | None, dtype: torch.dtype) -> bool:
     return bool(tables(device, index, dtype))
 
 
-def table_name(device: str, index: int | None, dtype: torch.dtype, kind: str, mode: str) -> str:
-    """The name of the table that has rows for a kind of problem: the tuned one, else the built-in one, else empty."""
+def authority(device: str, index: int | None, dtype: torch.dtype, kind: str, mode: str) -> str:
+    """The name of the table that has rows for a kind of problem: the tuned one, else the built-in one, else nobody."""
     return next((table.name for table in tables(device, index, dtype) if (kind, mode) in table.places), "")
 
 
 # What torch.compiler.assume_constant_result sets: a first choice under fullgraph=True reads the file while it traces.
 # Dynamo can hold bools and strings that come from there, and no rows.
 measured._dynamo_marked_constant = True  # type: ignore[attr-defined]
-table_name._dynamo_marked_constant = True  # type: ignore[attr-defined]
+authority._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-def measured_row(spec: AttentionSpec) -> Row | None:
-    """The measurement for a problem, ``None`` where there is none.
+def row(spec: AttentionSpec) -> Row | None:
+    """What was measured for a problem, ``None`` where nothing was.
 
     Sizes are compared last: under a compiler that binds a graph to a range of them.
     """
@@ -206,7 +206,7 @@ def measured_row(spec: AttentionSpec) -> Row | None:
     if name == "other":
         return None
     place = (name, mode(spec))
-    strongest, many, table = table_name(device, index, spec.dtype, *place), keys(spec), state.table
+    strongest, many, table = authority(device, index, spec.dtype, *place), keys(spec), state.table
     if not strongest:
         return None
     rows = TABLE.places[place] if table is None or table.name != strongest else table.places[place]

@@ -13,18 +13,18 @@ from .registry import expand
 Wanted = str | Sequence[str] | None
 
 
-BACKEND_VARIABLE = "FLASHMHA_BACKEND"
+VARIABLE = "FLASHMHA_BACKEND"
 
 
 variables: Any = getattr(os.environ, "_data", os.environ)
 """The mapping behind ``os.environ``: a look at it spares a call two exceptions that ``get`` raises and
 catches, 2 to 5 us of 67."""
-KEY: Any = os.environ.encodekey(BACKEND_VARIABLE) if variables is not os.environ else BACKEND_VARIABLE
+KEY: Any = os.environ.encodekey(VARIABLE) if variables is not os.environ else VARIABLE
 """The name as that mapping keeps it."""
 
 
 class Wish(threading.local):
-    """The backends that ``use_backend`` set, a thread. (Dynamo guards a ``threading.local``, no ``ContextVar``.)"""
+    """What ``use_backend`` set, a thread. (Dynamo guards a ``threading.local``, no ``ContextVar``.)"""
 
     wanted: Wanted = None
 
@@ -38,12 +38,12 @@ def asked(wanted: Wanted = None) -> tuple[str, Wanted]:
         return "backend", wanted
     if wish.wanted is not None:
         return "use_backend", wish.wanted
-    return BACKEND_VARIABLE, read_variable() if KEY in variables else None
+    return VARIABLE, read_variable() if KEY in variables else None
 
 
 def read_variable() -> list[str] | None:
     """The names in ``FLASHMHA_BACKEND``; ``None`` where it is not set, or to nothing."""
-    named = os.environ.get(BACKEND_VARIABLE)
+    named = os.environ.get(VARIABLE)
     return [name.strip() for name in named.split(",")] if named else None
 
 

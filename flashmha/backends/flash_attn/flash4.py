@@ -16,13 +16,13 @@ from ...problem.masks import Dense, Documents, KeyPadding, find
 from ...problem.spec import AttentionSpec
 from ..base import HALF, Limits
 from ..compiling import waits
-from ..rewrites.block_tables import edged, has_tiles_to_skip
-from ..rewrites.compact import intervals, key_lengths, validity, why_no_moves
-from ..rewrites.documents import pack_documents, unpack_documents, unpack_documents_lse
-from .flash4_kernels import call_kernels
+from ..rewrites.block_tables import edged, worth
+from ..rewrites.compact import intervals, key_lengths, missing, validity
+from ..rewrites.documents import packed, unpacked, unpacked_lse
+from .flash4_kernels import attend
 from .package import FlashAttn, normal_lse, trimmed
 
-TILE_STEPS = (64, 80, 128, 192)
+STEPS = (64, 80, 128, 192)
 """Lengths up to which the package compiles for one tile, by head_dim and pass."""
 
 
@@ -128,11 +128,11 @@ class Flash4(FlashAttn):
     def why_not_built(self, spec: AttentionSpec) -> str | None:
         if "dense_mask" in spec.features:
             return untried(spec.device.index)
-        return why_no_moves() if "key_padding" in spec.features and spec.window is None else None
+        return missing() if "key_padding" in spec.features and spec.window is None else None
 
     def must_compile(self, spec: AttentionSpec) -> str | None:
-        # asked of problems it can serve; inside a graph that is compiled, compiling is what is going on
-        if torch.compiler.is_compiling() or kernel_kind(spec) in self.compiled:
+        # asked of problems it can serve; under somebody's compiler, compiling is what is going on
+        if torch.compiler.is_compiling() or kind(spec) in self.compiled:
             return None
         return "not compiled for this kind of problem yet (3 to 5 seconds a kernel)"
 
@@ -145,7 +145,7 @@ class Flash4(FlashAttn):
         return f"kernels are kept in {place}"
 
     def kernel_key(self, spec: AttentionSpec) -> Hashable:
-        return kernel_kind(spec)
+        return kind(spec)
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> Tensor | tuple[Tensor, Tensor]:
         told: dict[str, Any] = {
@@ -158,18 +158,18 @@ class Flash4(FlashAttn):
             documents = None if find(spec.mask, Dense) is not None else find(spec.mask, Documents)
             q, k, v, masked = self.masked(q, k, v, spec)
             told |= masked
-        if torch.compiler.is_compiling() or spec is self.latest or (needed := kernel_kind(spec)) in self.compiled:
-            out, lse = call_kernels(q, k, v, spec, told)
+        if torch.compiler.is_compiling() or spec is self.latest or (needed := kind(spec)) in self.compiled:
+            out, lse = attend(q, k, v, spec, told)
         else:
             with waits.ending(self.name, needed):
-                out, lse = call_kernels(q, k, v, spec, told)
+                out, lse = attend(q, k, v, spec, told)
             self.compiled.add(needed)
         if spec.shared:
             self.latest = spec
         if documents is not None:
-            out = unpack_documents(out, documents)
+            out = unpacked(out, documents)
             if spec.need_lse:
-                lse = unpack_documents_lse(lse, documents)
+                lse = unpacked_lse(lse, documents)
         return (out, normal_lse(lse, spec.sinks)) if spec.need_lse else out
 
     def masked(
@@ -187,7 +187,7 @@ class Flash4(FlashAttn):
         causal = left is None and right == 0
         told |= {"causal": causal, "left": left, "right": None if causal else right}
         if documents is not None:
-            q, k, v, offsets = pack_documents(q, k, v, documents)
+            q, k, v, offsets = packed(q, k, v, documents)
             told |= offsets
         elif valid is not None:
             padding = find(spec.mask, KeyPadding) is not None
@@ -204,8 +204,8 @@ def mask_table(spec: AttentionSpec) -> dict[str, Tensor]:
     return {"table": edged(allowed, spec.seqlen_q, spec.seqlen_k), "items": items}
 
 
-def kernel_kind(spec: AttentionSpec) -> tuple[Any, ...]:
-    """All that tells kernels of the package apart, as far as a problem shows it."""
+def kind(spec: AttentionSpec) -> tuple[Any, ...]:
+    """What the package compiles a kernel for, as far as a problem shows it."""
     window = spec.window
     padded = not spec.features.isdisjoint(("key_padding", "key_lengths"))
     dense = "dense_mask" in spec.features
@@ -218,9 +218,9 @@ def kernel_kind(spec: AttentionSpec) -> tuple[Any, ...]:
         window is not None and (window.left is None, window.right is None, window.right == 0),
         spec.softcap,
         None if spec.sinks is None else spec.sinks.dtype,
-        bisect_left(TILE_STEPS, spec.seqlen_q),
-        bisect_left(TILE_STEPS, spec.seqlen_k),
-        (dense or (padded and window is not None)) and has_tiles_to_skip(spec.seqlen_q, spec.seqlen_k),
+        bisect_left(STEPS, spec.seqlen_q),
+        bisect_left(STEPS, spec.seqlen_k),
+        (dense or (padded and window is not None)) and worth(spec.seqlen_q, spec.seqlen_k),
     )
 
 

@@ -1,4 +1,4 @@
-"""The flash-attn packages in common: found, tried out, and told a mask.
+"""What the flash-attn packages have in common: finding them, trying them out, and how they are told a mask.
 
 Not a backend. ``flash2``, ``flash3`` and ``flash4`` each wrap one package version and share the class below.
 """
@@ -20,7 +20,7 @@ from ...problem.spec import AttentionSpec
 from ...problem.wording import first_line, in_one_line
 from ..base import Backend
 
-probed_packages: dict[str, FlashAttn] = {}
+packages: dict[str, FlashAttn] = {}
 """The packages by name, so that a probe takes nothing but constants, as Dynamo wants it."""
 
 
@@ -42,14 +42,14 @@ class FlashAttn(Backend):
         self.functions: tuple[Callable[..., Any], Callable[..., Any]] | None = None
         self.cached: Callable[..., Any] | None = None
         """The function for a cache of keys, whose items have lengths; forward alone."""
-        probed_packages[self.name] = self
+        packages[self.name] = self
 
     def load(self) -> tuple[Callable[..., Any], Callable[..., Any]]:
         """Import the package: its dense and its packed ("varlen") function."""
         raise NotImplementedError
 
     def public(self) -> Callable[..., Any]:
-        """The dense function that the package documents, to measure against."""
+        """The dense function that the package offers to everybody, to measure against."""
         return (self.functions or self.load())[0]
 
     def why_not_here(self, device: torch.device) -> str | None:
@@ -83,7 +83,7 @@ CAPTURING = "not tried out yet, and a CUDA graph is being captured: run one call
 
 def probe(name: str, index: int | None) -> str | None:
     """Why a package does not work on a CUDA device; asked once a device, and only a clean answer is kept."""
-    backend = probed_packages[name]
+    backend = packages[name]
     if not torch.cuda.is_available():
         return "no CUDA device (torch.cuda.is_available() is False)"
     index = torch.cuda.current_device() if index is None else index
@@ -108,7 +108,7 @@ def trial(backend: FlashAttn, device: torch.device) -> str | None:
         for function in functions:
             missing = [name for name in backend.keywords if name not in inspect.signature(function).parameters]
             if missing:
-                return f"{backend.distribution} {installed_version(backend)} has no argument {', '.join(missing)}"
+                return f"{backend.distribution} {installed(backend)} has no argument {', '.join(missing)}"
         backend.functions = functions
         return smoke(backend, device)
     except Exception as error:  # a broken binary fails in many ways, and each is a reason rather than a crash
@@ -118,7 +118,7 @@ def trial(backend: FlashAttn, device: torch.device) -> str | None:
 
 def smoke(backend: FlashAttn, device: torch.device) -> str | None:
     """Run one small forward and compare it."""
-    return try_out(backend, device, 64, torch.bfloat16, False)
+    return run(backend, device, 64, torch.bfloat16, False)
 
 
 def lacks(
@@ -129,7 +129,7 @@ def lacks(
     A backward of grouped heads is tried by itself: it adds up gradients, and a build may fail there alone
     (kernels-community#1085).
     """
-    backend = probed_packages[name]
+    backend = packages[name]
     index = torch.cuda.current_device() if index is None else index
     key = (index, head_dim, dtype, backward, grouped)
     if key in backend.tried:
@@ -138,7 +138,7 @@ def lacks(
         return CAPTURING
     missing = "grouped backward" if grouped else "backward" if backward else "kernel"
     try:
-        why = try_out(backend, torch.device("cuda", index), head_dim, dtype, backward, grouped)
+        why = run(backend, torch.device("cuda", index), head_dim, dtype, backward, grouped)
     except torch.OutOfMemoryError as error:  # says nothing about the build
         return first_line(error)
     except Exception as error:
@@ -150,7 +150,7 @@ def lacks(
 lacks._dynamo_marked_constant = True  # type: ignore[attr-defined]  # as above
 
 
-def try_out(
+def run(
     backend: FlashAttn,
     device: torch.device,
     head_dim: int,
@@ -163,7 +163,7 @@ def try_out(
         q, k, v = waves(device, head_dim, dtype)
         k, v = (x[:, :, :1] if grouped else x for x in (k, v))
         found = results(lambda q, k, v: backend(q, k, v, AttentionSpec.of(q, k, v)), q, k, v, backward)
-        exact = results(exact_attention, q.double(), k.double(), v.double(), backward)
+        exact = results(definition, q.double(), k.double(), v.double(), backward)
         for name, one, other in zip(("the output", *(f"the gradient of {x}" for x in "qkv")), found, exact):
             largest = other.abs().max()
             error = ((one.double() - other).abs().max() / largest).item()  # looking waits for the kernel
@@ -183,7 +183,7 @@ def results(call: Callable[..., Any], q: Tensor, k: Tensor, v: Tensor, backward:
     return (out, *torch.autograd.grad(out, (q, k, v), q.detach())) if backward else (out,)
 
 
-def exact_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def definition(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Attention in plain PyTorch, for one key head or as many as there are query heads."""
     k, v = (x.expand(-1, -1, q.shape[2], -1) for x in (k, v))
     score = torch.einsum("bqhd,bkhd->bhqk", q, k) / math.sqrt(q.shape[3])
@@ -199,7 +199,7 @@ def waves(device: torch.device, head_dim: int, dtype: torch.dtype) -> tuple[Tens
 
 @contextlib.contextmanager
 def clean(device: torch.device, backward: bool = False) -> Iterator[None]:
-    """A state apart from the call that asked: no modes, no autocast, no hooks on saved tensors."""
+    """A state that nobody else's call is in, whatever call asked: no modes, no autocast, no hooks on saved tensors."""
     from torch.utils._python_dispatch import _disable_current_modes
 
     with (
@@ -207,18 +207,18 @@ def clean(device: torch.device, backward: bool = False) -> Iterator[None]:
         torch.inference_mode(False),
         torch.set_grad_enabled(backward),
         # checkpointing counts what is saved by hooks: the last ones hide those before
-        torch.autograd.graph.saved_tensors_hooks(unchanged, unchanged) if backward else contextlib.nullcontext(),
+        torch.autograd.graph.saved_tensors_hooks(same, same) if backward else contextlib.nullcontext(),
         torch.autocast("cuda", enabled=False),
         torch.cuda.device(device),
     ):
         yield
 
 
-def unchanged(tensor: Tensor) -> Tensor:
+def same(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def installed_version(backend: FlashAttn) -> str:
+def installed(backend: FlashAttn) -> str:
     """The package's version, out of its metadata."""
     try:
         return metadata.version(backend.distribution)
@@ -229,7 +229,7 @@ def installed_version(backend: FlashAttn) -> str:
 def trimmed(k: Tensor, v: Tensor, spec: AttentionSpec) -> tuple[Tensor, Tensor, int | None, int | None]:
     """Keys, values and the window (left, right) with ``right`` at least 0, ``None`` where unbounded.
 
-    Keys that lie after the window of every query are cut off, which moves the alignment to the keys that are left.
+    Keys that lie after everybody's window are cut off, which moves the alignment to the keys that are left.
     """
     window = spec.window
     if window is None:

@@ -16,12 +16,12 @@ from ...host.machine import has_triton
 from ...problem.masks import KeyLengths, KeyPadding, Mask, Padding, Window, find, private
 from ...problem.spec import AttentionSpec
 
-LARGEST_TILE = 256
+TILE = 256
 """At least as many keys as a kernel loads at a time. What it loads behind the last real key must be finite: a weight of
 0 times NaN is NaN."""
 
 
-KeysAndValues = tuple[Tensor, Tensor]
+Pair = tuple[Tensor, Tensor]
 
 
 def validity(mask: Mask | None, spec: AttentionSpec) -> Tensor | None:
@@ -69,12 +69,12 @@ def intervals(valid: Tensor, window: Window, seqlen_q: int) -> Intervals:
     return Intervals(torch.where(valid, first, seqlen_q), torch.where(valid, last, -1))
 
 
-def why_no_moves() -> str | None:
+def missing() -> str | None:
     """Why keys cannot be moved here."""
     return None if has_triton() else "key_padding moves keys with triton, which is not installed"
 
 
-why_no_moves._dynamo_marked_constant = True  # type: ignore[attr-defined]  # torch.compiler.assume_constant_result, unimported
+missing._dynamo_marked_constant = True  # type: ignore[attr-defined]  # torch.compiler.assume_constant_result, unimported
 
 
 def compact(k: Tensor, v: Tensor, valid: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -84,18 +84,16 @@ def compact(k: Tensor, v: Tensor, valid: Tensor) -> tuple[Tensor, Tensor, Tensor
     """
     made = (k.new_empty(k.shape), v.new_empty(v.shape))
     lengths = valid.new_empty(valid.shape[0], dtype=torch.int32)
-    move_rows((k, v), made, valid, lengths, scatter=True)
+    move((k, v), made, valid, lengths, scatter=True)
     return *made, lengths
 
 
-def move_back(sources: KeysAndValues, targets: KeysAndValues, valid: Tensor) -> None:
+def spread(sources: Pair, targets: Pair, valid: Tensor) -> None:
     """Gradients of compacted keys and values, written where those were; 0 for padding."""
-    move_rows(sources, targets, valid, None, scatter=False)
+    move(sources, targets, valid, None, scatter=False)
 
 
-def move_rows(
-    sources: KeysAndValues, targets: KeysAndValues, valid: Tensor, lengths: Tensor | None, *, scatter: bool
-) -> None:
+def move(sources: Pair, targets: Pair, valid: Tensor, lengths: Tensor | None, *, scatter: bool) -> None:
     """Rows of two tensors of one shape to their slots, or back from them."""
     batch, seqlen, heads, head_dim = sources[0].shape
     if not sources[0].numel():
@@ -117,7 +115,7 @@ def move_rows(
         seqlen,
         head_dim,
         heads * head_dim,
-        TILE=LARGEST_TILE,
+        TILE=TILE,
         KEYS=KEYS,
         SCAN=1024,
         BLOCK=256,

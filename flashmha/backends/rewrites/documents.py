@@ -19,20 +19,20 @@ from ...problem.masks import Documents, KeyPadding, Padding, find
 from ...problem.spec import AttentionSpec
 from ..base import FEATURES
 from .compact import key_lengths, padding
-from .order import Order, permute_rows, real_first
+from .order import Order, permuted, real_first
 
 PADDING = ("key_lengths", "key_padding")
 POSITIONS = frozenset(("causal", "window", "documents", "alibi"))
-"""Features that look at the position of a key."""
+"""What looks at the position of a key."""
 
 
-def needs_packing(spec: AttentionSpec) -> bool:
+def packs(spec: AttentionSpec) -> bool:
     """A problem goes to the kernel as documents."""
     return "documents" in spec.features or not spec.features.isdisjoint(PADDING)
 
 
 def positions_lost(spec: AttentionSpec) -> list[str]:
-    """A phrase for features that padding cannot stand beside here."""
+    """What padding cannot stand beside here."""
     padding = [name for name in PADDING if name in spec.features]
     beside = [name for name in FEATURES if name in spec.features & POSITIONS]
     if not padding or not beside:
@@ -40,15 +40,15 @@ def positions_lost(spec: AttentionSpec) -> list[str]:
     return [f"{' and '.join(padding)} beside {', '.join(beside)} (real keys are packed and lose their positions)"]
 
 
-def pack_batch(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> tuple[Tensor, Tensor, Tensor, dict[str, Any]]:
+def pack(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> tuple[Tensor, Tensor, Tensor, dict[str, Any]]:
     """A batch as tensors (total, heads, head_dim) and the offsets a kernel wants; the device is never waited for."""
     documents = None if isinstance(spec.mask, Padding) else find(spec.mask, Documents)
     if documents is not None:
-        return pack_documents(q, k, v, documents)
+        return packed(q, k, v, documents)
     plan = plan_of(spec)
     k, v = k.flatten(0, 1), v.flatten(0, 1)
     if plan.order is not None:
-        k, v = permute_rows((k, v), plan.order)
+        k, v = permuted((k, v), plan.order)
     return q.flatten(0, 1), k, v, plan.offsets
 
 
@@ -59,24 +59,24 @@ def offsets_in_place(spec: AttentionSpec) -> dict[str, Any] | None:
         plan = plan_of(spec)
         return plan.offsets if plan.order is None else None
     whole = documents.total == spec.seqlen_q and documents.total_k == spec.seqlen_k
-    return kernel_offsets(documents, spec.seqlen_q, spec.seqlen_k) if whole else None
+    return offsets(documents, spec.seqlen_q, spec.seqlen_k) if whole else None
 
 
-def plan_of(spec: AttentionSpec) -> PaddingPlan:
+def plan_of(spec: AttentionSpec) -> Plan:
     """Padding as documents, as the rule keeps it."""
     rule = spec.mask if isinstance(spec.mask, Padding) else padding(spec)
     assert rule is not None
-    return rule.once(("documents", spec.seqlen_q, spec.seqlen_k), functools.partial(plan_padding, rule, spec))
+    return rule.once(("documents", spec.seqlen_q, spec.seqlen_k), functools.partial(planned, rule, spec))
 
 
-class PaddingPlan(NamedTuple):
+class Plan(NamedTuple):
     """Padding as documents: how keys are moved, ``None`` where they lie right, and the offsets a kernel wants."""
 
     order: Order | None
     offsets: dict[str, Any]
 
 
-def plan_padding(rule: Padding, spec: AttentionSpec) -> PaddingPlan:
+def planned(rule: Padding, spec: AttentionSpec) -> Plan:
     if isinstance(rule, KeyPadding):
         order, lengths = real_first(rule.valid), rule.valid.sum(1)
     else:
@@ -87,35 +87,35 @@ def plan_padding(rule: Padding, spec: AttentionSpec) -> PaddingPlan:
         "max_seqlen_q": spec.seqlen_q,
         "max_seqlen_k": spec.seqlen_k,
     }
-    return PaddingPlan(order, where)
+    return Plan(order, where)
 
 
 def query_offsets(batch: int, seqlen_q: int, device: torch.device) -> Tensor:
-    """The offsets of each document's queries: 0, seqlen_q, seqlen_q, 2 seqlen_q, 2 seqlen_q, ..."""
+    """Where the queries of each document start: 0, seqlen_q, seqlen_q, 2 seqlen_q, 2 seqlen_q, ..."""
     return (torch.arange(2 * batch + 1, dtype=torch.int32, device=device) + 1) // 2 * seqlen_q
 
 
 def key_offsets(lengths: Tensor, seqlen_k: int) -> Tensor:
-    """The offsets of its keys: 0, lengths[0], seqlen_k, seqlen_k + lengths[1], 2 seqlen_k, ..."""
+    """Where its keys do: 0, lengths[0], seqlen_k, seqlen_k + lengths[1], 2 seqlen_k, ..."""
     batch = lengths.shape[0]
     starts = torch.arange(batch, device=lengths.device) * seqlen_k
     steps = torch.stack((starts, starts + lengths), dim=1).flatten()
     return F.pad(steps, (0, 1), value=batch * seqlen_k).int()
 
 
-def unpack_batch(out: Tensor, spec: AttentionSpec) -> Tensor:
+def unpack(out: Tensor, spec: AttentionSpec) -> Tensor:
     """A packed output as a batch."""
     documents = None if isinstance(spec.mask, Padding) else find(spec.mask, Documents)
     if documents is not None:
-        return unpack_documents(out, documents)
+        return unpacked(out, documents)
     return out.view(spec.batch, spec.seqlen_q, *out.shape[1:])
 
 
-def unpack_batch_lse(lse: Tensor, spec: AttentionSpec) -> Tensor:
+def unpack_lse(lse: Tensor, spec: AttentionSpec) -> Tensor:
     """A packed log-sum-exp (heads, total) as that of a batch."""
     documents = find(spec.mask, Documents)
     if documents is not None:
-        return unpack_documents_lse(lse, documents)
+        return unpacked_lse(lse, documents)
     return lse.view(-1, spec.batch, spec.seqlen_q).transpose(0, 1)
 
 
@@ -127,7 +127,7 @@ def is_cache(spec: AttentionSpec) -> bool:
 def read_cache(
     function: Callable[..., Any], q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, options: dict[str, Any]
 ) -> Any:
-    """An ``is_cache`` problem by ``flash_attn_with_kvcache`` of a package: out, or the pair of it and lse.
+    """What ``flash_attn_with_kvcache`` of a package says of an ``is_cache`` problem: out, or the pair of it and lse.
 
     Of an item without keys the kernels write zeros, since partial results could not be combined otherwise.
     """
@@ -135,12 +135,10 @@ def read_cache(
     return function(q, k, v, cache_seqlens=key_lengths(spec), return_softmax_lse=spec.need_lse, **options)
 
 
-def pack_documents(
-    q: Tensor, k: Tensor, v: Tensor, documents: Documents
-) -> tuple[Tensor, Tensor, Tensor, dict[str, Any]]:
+def packed(q: Tensor, k: Tensor, v: Tensor, documents: Documents) -> tuple[Tensor, Tensor, Tensor, dict[str, Any]]:
     """Batch 1 with ``Documents`` as the packed tensors (total, heads, head_dim) and offsets a kernel wants."""
     q, k, v = q[0], k[0], v[0]
-    where = kernel_offsets(documents, q.shape[0], k.shape[0])
+    where = offsets(documents, q.shape[0], k.shape[0])
     if documents.total != q.shape[0] or documents.total_k != k.shape[0]:
         real = owned(q, where["cu_seqlens_q"])
         real_k = real if documents.aligned and q.shape[0] == k.shape[0] else owned(k, where["cu_seqlens_k"])
@@ -149,8 +147,8 @@ def pack_documents(
     return q, k, v, where
 
 
-def kernel_offsets(documents: Documents, total_q: int, total_k: int) -> dict[str, Any]:
-    """The offsets and longest lengths of documents, as arguments of a kernel."""
+def offsets(documents: Documents, total_q: int, total_k: int) -> dict[str, Any]:
+    """Where documents start and how long they are, in the words of a kernel."""
     ends = documents.cu_seqlens.int()
     return {
         "cu_seqlens_q": ends,
@@ -160,12 +158,12 @@ def kernel_offsets(documents: Documents, total_q: int, total_k: int) -> dict[str
     }
 
 
-def unpack_documents(out: Tensor, documents: Documents) -> Tensor:
+def unpacked(out: Tensor, documents: Documents) -> Tensor:
     """A packed output as batch 1, zeros where no document is."""
     return (out if documents.total == out.shape[0] else real_rows(out, documents.cu_seqlens)).unsqueeze(0)
 
 
-def unpack_documents_lse(lse: Tensor, documents: Documents) -> Tensor:
+def unpacked_lse(lse: Tensor, documents: Documents) -> Tensor:
     """A packed log-sum-exp (heads, total) as batch 1, ``-inf`` where no document is."""
     if documents.total == lse.shape[1]:
         return lse.unsqueeze(0)
@@ -190,7 +188,7 @@ def owned(packed_rows: Tensor, offsets: Tensor) -> Tensor:
 def longest(known: int | None, offsets: Tensor, total: int) -> int:
     """A bound on the longest document, at least 1: a bound of 0 launches an empty grid, which is an error.
 
-    While a graph is compiled or captured, where the device must not be asked, it is the total.
+    Where the device must not be asked, while somebody compiles or captures a CUDA graph, it is the total.
     """
     if known is not None:
         return max(1, known)

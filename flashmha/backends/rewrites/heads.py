@@ -44,7 +44,7 @@ class Heads(torch.autograd.Function):
         return first.as_strided(shape, first.stride(), first.storage_offset()), None
 
 
-MIN_ELEMENTS = 2**22
+WORTH = 2**22
 """Elements of a projection from which the copy that ``Heads`` spares takes longer than its Python."""
 
 
@@ -67,4 +67,4 @@ def spares(packed: Tensor) -> bool:
     """``Heads`` spares more than it takes."""
     if not (packed.requires_grad and torch.is_grad_enabled()) or torch.compiler.is_compiling():
         return False
-    return packed.numel() >= MIN_ELEMENTS and torch._C._functorch.peek_interpreter_stack() is None
+    return packed.numel() >= WORTH and torch._C._functorch.peek_interpreter_stack() is None

@@ -47,16 +47,16 @@ def real_first(valid: Tensor, batch_first: bool = True) -> Order:
     return Order(rows(places), rows(back))
 
 
-def permute_rows(rows: tuple[Tensor, ...], order: Order) -> tuple[Tensor, ...]:
+def permuted(rows: tuple[Tensor, ...], order: Order) -> tuple[Tensor, ...]:
     """Tensors (batch * seqlen, ...) in an order; gradients come back by the order undone, adding nothing up."""
     dual = forward_ad._current_level >= 0  # which the function below has no rule for; Dynamo traces none with one
     if torch.is_grad_enabled() and not dual and any(x.requires_grad for x in rows):
         made: tuple[Tensor, ...] = Permuted.apply(order.places, order.back, *rows)  # type: ignore[no-untyped-call]
         return made
-    return take_rows(rows, order.places)
+    return moved(rows, order.places)
 
 
-def take_rows(rows: tuple[Tensor, ...], places: Tensor) -> tuple[Tensor, ...]:
+def moved(rows: tuple[Tensor, ...], places: Tensor) -> tuple[Tensor, ...]:
     """Some rows of tensors, in one operator where the tensors are neighbours in one."""
     first = rows[0]
     if len(rows) > 1 and eager(first) and neighbours(rows):
@@ -67,17 +67,17 @@ def take_rows(rows: tuple[Tensor, ...], places: Tensor) -> tuple[Tensor, ...]:
 
 
 class Permuted(torch.autograd.Function):
-    """``take_rows``, whose backward moves as well: that of ``index_select`` would add rows up in any order."""
+    """``moved``, whose backward moves as well: that of ``index_select`` would add rows up in any order."""
 
     @staticmethod
     def forward(ctx: Any, places: Tensor, back: Tensor, *rows: Tensor) -> tuple[Tensor, ...]:
         ctx.save_for_backward(back, places)
-        return take_rows(rows, places)
+        return moved(rows, places)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         back, places = ctx.saved_tensors
-        return None, None, *permute_rows(grads, Order(back, places))
+        return None, None, *permuted(grads, Order(back, places))
 
 
 class RealFirst:
@@ -95,7 +95,7 @@ class RealFirst:
         self.tokens = self.moved(x, self.order)
 
     def moved(self, x: Tensor, order: Order) -> Tensor:
-        return permute_rows((x.flatten(0, 1),), order)[0].view(x.shape)
+        return permuted((x.flatten(0, 1),), order)[0].view(x.shape)
 
     def unpack(self, tokens: Tensor) -> Tensor:
         """Tokens in this order, each back in its place."""

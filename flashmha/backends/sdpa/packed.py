@@ -10,12 +10,12 @@ from torch import Tensor
 from ...problem.masks import Window
 from ...problem.spec import AttentionSpec
 from ..base import HALF
-from ..rewrites.documents import PADDING, pack_batch, unpack_batch
-from ..rewrites.grouped import MOST_FOLDED_QUERIES
+from ..rewrites.documents import PADDING, pack, unpack
+from ..rewrites.grouped import FEW
 from .switches import by_math, switches
 
 
-def packs_here(spec: AttentionSpec) -> bool:
+def packs(spec: AttentionSpec) -> bool:
     """A problem goes to torch's own flash-attn 2 as packed documents, here and now; else SDPA is handed a mask."""
     return packable(spec) and runs_packed(spec.head_dim, spec.device.index) and not by_math(spec)
 
@@ -36,18 +36,18 @@ def packable(spec: AttentionSpec) -> bool:
             windows = [part for part in spec.mask.parts if isinstance(part, Window)]
             if not all(window.align == "bottom_right" for window in windows):
                 return False
-        return features <= BESIDE_DOCUMENTS
-    return features <= BESIDE_PADDING and not features.isdisjoint(PADDING) and spec.seqlen_q > MOST_FOLDED_QUERIES
+        return features <= DOCUMENTS
+    return features <= PADDED and not features.isdisjoint(PADDING) and spec.seqlen_q > FEW
 
 
-BESIDE_BOTH = ("backward", "deterministic", "dropout", "gqa")
-"""Features that documents and padding may stand beside in that kernel."""
+ANY = ("backward", "deterministic", "dropout", "gqa")
+"""What documents and padding may stand beside in that kernel."""
 
 
-BESIDE_DOCUMENTS = frozenset((*BESIDE_BOTH, "documents", "causal"))
+DOCUMENTS = frozenset((*ANY, "documents", "causal"))
 
 
-BESIDE_PADDING = frozenset((*BESIDE_BOTH, *PADDING))
+PADDED = frozenset((*ANY, *PADDING))
 
 
 def takes_packed(dtype: torch.dtype, head_dim: int) -> bool:
@@ -78,11 +78,11 @@ packs_up_to._dynamo_marked_constant = True  # type: ignore[attr-defined]  # torc
 
 def attend_packed(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> Tensor:
     """A problem as packed documents: SDPA would be handed a mask, and compute what that hides."""
-    q, k, v, offsets = pack_batch(q, k, v, spec)
-    return unpack_batch(attend_varlen(q, k, v, spec, **offsets), spec)
+    q, k, v, offsets = pack(q, k, v, spec)
+    return unpack(varlen(q, k, v, spec, **offsets), spec)
 
 
-def attend_varlen(
+def varlen(
     q: Tensor,
     k: Tensor,
     v: Tensor,
