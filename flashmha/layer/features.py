@@ -39,12 +39,14 @@ SPECIAL = (*HOPS, "num_kv_heads", "window", "backend", "call_out_proj", *EXTRA_K
 
 def is_own(layer: Layer, name: str) -> bool:
     """A method is the package's own, neither overridden by a subclass nor patched on the class or the instance."""
-    return name not in layer.__dict__ and getattr(type(layer), name) is layer._written.values[name]
+    kind: Any = type(layer)
+    return name not in layer.__dict__ and getattr(kind, name) is kind._written.values[name]
 
 
 def has_hops(layer: Layer) -> bool:
     """Some hop is not the package's own; asked in each call, so in one step."""
-    kind, instance, values = type(layer), layer.__dict__, layer._written.values
+    kind: Any = type(layer)
+    instance, values = layer.__dict__, kind._written.values
     for name in HOPS:  # noqa: SIM110
         if name in instance or getattr(kind, name) is not values[name]:
             return True

@@ -8,7 +8,6 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from ..problem.masks import Window
-from .written import Written
 
 
 class Layer(Protocol):
@@ -71,8 +70,6 @@ class Layer(Protocol):
     def keys_before(self) -> int: ...
     @property
     def keys_after(self) -> int: ...
-    @property
-    def _written(self) -> Written: ...
 
     # hops
     def project(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]: ...
