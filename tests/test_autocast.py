@@ -125,7 +125,7 @@ def test_padding_is_left_out_on_a_gpu_where_the_heads_are_packed(
         torch.set_autocast_enabled("cuda", True)
         torch.set_autocast_dtype("cuda", cast)
     heads = dtype if cast is None or dtype == torch.float64 else cast
-    why = padding.refusal(layer, call)
+    why = padding.why_padding_stays(layer, call)
     if heads in (torch.bfloat16, torch.float16):
         assert why is None
     else:

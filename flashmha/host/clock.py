@@ -77,7 +77,7 @@ def peak_bytes(run: Callable[[], None], device: torch.device) -> int:
 
 
 @contextlib.contextmanager
-def quiet(device: torch.device) -> Iterator[None]:
+def quiet_machine(device: torch.device) -> Iterator[None]:
     """One thread on a CPU, and no garbage collection."""
     threads, collecting = torch.get_num_threads(), gc.isenabled()
     gc.collect()

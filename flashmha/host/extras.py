@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 
-PACKAGES = ("hypothesis", "matplotlib", "rich")
+EXTRAS = ("hypothesis", "matplotlib", "rich")
 """Each is imported by the name it is installed by."""
 
 
@@ -24,7 +24,7 @@ def wanted_by(part: str, instead: str = "") -> Iterator[None]:
         yield
     except ModuleNotFoundError as error:
         package = (error.name or "").partition(".")[0]
-        if package not in PACKAGES:
+        if package not in EXTRAS:
             raise
         said = f"{part} must have {package}, which is not installed: pip install {package}{instead}"
         raise ModuleNotFoundError(said, name=package) from error

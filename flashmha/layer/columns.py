@@ -15,7 +15,7 @@ from .features import EXTRA_KEYS
 from .protocol import Layer
 
 
-def added(layer: Layer, given: int, made: int, masked: bool) -> tuple[int, int]:
+def added_keys(layer: Layer, given: int, made: int, masked: bool) -> tuple[int, int]:
     """How many keys ``process_heads`` put in front of the ``given`` ones and behind them.
 
     Raises:

@@ -14,7 +14,7 @@ from ..backends.choice.wishes import preference
 from ..problem.masks import Window
 from .protocol import Layer
 
-ABSENT: dict[str, Any] = {
+STOCK_VALUES: dict[str, Any] = {
     "num_kv_heads": None,
     "window": None,
     "backend": None,
@@ -31,13 +31,13 @@ HOPS = ("project", "process_heads", "process_weights", "merge")
 EXTRA_KEYS = ("keys_before", "keys_after")
 """What a subclass says about the keys that its ``process_heads`` adds."""
 
-SWITCHES = tuple(name for name, value in ABSENT.items() if isinstance(value, bool))
+SWITCHES = tuple(name for name, value in STOCK_VALUES.items() if isinstance(value, bool))
 
 SPECIAL = (*HOPS, "num_kv_heads", "window", "backend", "call_out_proj", *EXTRA_KEYS)
 """What a plain layer has as its class was written."""
 
 
-def is_own(layer: Layer, name: str) -> bool:
+def is_ours(layer: Layer, name: str) -> bool:
     """A method is the package's own, neither overridden by a subclass nor patched on the class or the instance."""
     kind: Any = type(layer)
     return name not in layer.__dict__ and getattr(kind, name) is kind._written.values[name]
@@ -55,18 +55,18 @@ def has_hops(layer: Layer) -> bool:
 
 def overridden(layer: Layer) -> list[str]:
     """The hops that are not the package's own."""
-    return [name for name in HOPS if not is_own(layer, name)]
+    return [name for name in HOPS if not is_ours(layer, name)]
 
 
-def changed(layer: Layer) -> list[str]:
+def beyond_stock(layer: Layer) -> list[str]:
     """What a layer has that ``nn.MultiheadAttention`` has not: features set, hops overridden."""
-    return [name for name, absent in ABSENT.items() if getattr(layer, name) != absent] + overridden(layer)
+    return [name for name, absent in STOCK_VALUES.items() if getattr(layer, name) != absent] + overridden(layer)
 
 
 def replaced(layer: Layer) -> list[str]:
     """The methods around the hops that are not the package's own: ``forward``, and what calls it."""
     kind: Any = type(layer)
-    found = [] if is_own(layer, "forward") else ["forward"]
+    found = [] if is_ours(layer, "forward") else ["forward"]
     if kind.__call__ is not nn.Module.__call__:
         found.append("__call__")
     if kind._call_impl is not nn.Module._call_impl or "_call_impl" in layer.__dict__:
@@ -79,7 +79,7 @@ def has_to_run(layer: Layer) -> bool:
 
     That is a feature, a method of its own, an ``out_proj`` that cannot be read, or a backend that is named at present.
     """
-    if changed(layer) or replaced(layer) or is_quantised(layer.__dict__["_modules"].get("out_proj")):
+    if beyond_stock(layer) or replaced(layer) or is_quantised(layer.__dict__["_modules"].get("out_proj")):
         return True
     return preference(None) is not None
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .features import is_own, overridden
+from .features import is_ours, overridden
 from .protocol import Layer
 
 
@@ -23,10 +23,10 @@ def check_heads(layer: Layer, projected: Any, heads: Any, batch: int, seqlen_q: 
     if are_heads(heads, batch, seqlen_q):
         return
     for name, made in (("project", projected), ("process_heads", heads)):
-        if not is_own(layer, name) and not are_heads(made, batch, seqlen_q):
+        if not is_ours(layer, name) and not are_heads(made, batch, seqlen_q):
             raise ValueError(
                 f"{name} must return q (batch={batch}, seqlen_q={seqlen_q}, heads, head_dim) and k and v "
-                f"(batch={batch}, seqlen_k, heads_kv, head_dim), got {', '.join(map(shape, made))}."
+                f"(batch={batch}, seqlen_k, heads_kv, head_dim), got {', '.join(map(describe_shape, made))}."
             )
 
 
@@ -42,12 +42,12 @@ def check_output(layer: Layer, output: Any, batch: int, seqlen_q: int) -> None:
 
     An ``out_proj`` may be of another width than ``embed_dim``, as in the stock class; what a subclass returns may not.
     """
-    own = is_own(layer, "merge")
+    own = is_ours(layer, "merge")
     right = isinstance(output, Tensor) and output.dim() == 3 and output.shape[:2] == (batch, seqlen_q)
     if right and (own or output.shape[2] == layer.embed_dim):
         return
     name, width = ("out_proj", "features") if own else ("merge", f"embed_dim={layer.embed_dim}")
-    raise ValueError(f"{name} must return (batch={batch}, seqlen_q={seqlen_q}, {width}), got {shape(output)}.")
+    raise ValueError(f"{name} must return (batch={batch}, seqlen_q={seqlen_q}, {width}), got {describe_shape(output)}.")
 
 
 def check_weights(layer: Layer, weights: Any, sizes: tuple[int, int, int]) -> None:
@@ -56,7 +56,7 @@ def check_weights(layer: Layer, weights: Any, sizes: tuple[int, int, int]) -> No
     if not right or (weights.shape[0], weights.shape[2], weights.shape[3]) != sizes:
         raise ValueError(
             "process_weights must return (batch={}, heads, seqlen_q={}, seqlen_k={}), got {}.".format(
-                *sizes, shape(weights)
+                *sizes, describe_shape(weights)
             )
         )
 
@@ -70,5 +70,5 @@ def refuse_weights(layer: Layer, heads: int) -> None:
     )
 
 
-def shape(thing: Any) -> str:
+def describe_shape(thing: Any) -> str:
     return str(tuple(thing.shape)) if isinstance(thing, Tensor) else type(thing).__name__

@@ -54,10 +54,10 @@ def like(dense: Tensor, tensor: Tensor, valid: Tensor) -> Tensor:
     """A padded tensor nested as another one is."""
     if tensor.layout == torch.strided:
         return torch._nested_tensor_from_mask(dense, valid, mask_check=False)
-    return again(dense[valid], tensor)
+    return jagged_like(dense[valid], tensor)
 
 
-def again(values: Tensor, tensor: Tensor) -> Tensor:
+def jagged_like(values: Tensor, tensor: Tensor) -> Tensor:
     """Values (total, ...) nested as a jagged tensor is; both share their offsets, so that they can be added."""
     return torch.nested.nested_tensor_from_jagged(values, offsets=tensor.offsets())  # type: ignore[attr-defined]
 

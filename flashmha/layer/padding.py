@@ -18,13 +18,13 @@ from .features import overridden
 from .protocol import Layer
 
 
-def refusal(layer: Layer, call: Reading) -> str | None:
+def why_padding_stays(layer: Layer, call: Reading) -> str | None:
     """Why padding cannot be left out of a call, so that every row is computed; ``None`` where it can."""
     return unpackable(layer, call) or beside_holes(call, layer.window)
 
 
 def unpackable(layer: Layer, call: Reading) -> str | None:
-    """``refusal`` without a look at where the padding lies."""
+    """``why_padding_stays`` without a look at where the padding lies."""
     if call.padding is None:
         return "no bool key_padding_mask"
     if not all(map(eager, (call.query, *call.padding.tensors()))):
@@ -44,7 +44,7 @@ def unpackable(layer: Layer, call: Reading) -> str | None:
         return f"{', '.join(hops)} overridden, which may count positions"
     if call.bias is not None or any(not isinstance(part, (Padding, Window)) for part in parts(call.mask)):
         return "an attn_mask beside causality"
-    if call.query.is_cuda and preference(layer.backend) is None and not packs(layer, call):
+    if call.query.is_cuda and preference(layer.backend) is None and not has_packed_kernel(layer, call):
         return f"no kernel here for packed tokens in {short(computed_in(call.query))}: they would need a dense mask"
     call.padding.check(call.key.shape[0], 1, 1, call.key.shape[1])  # the last to look at it, where it is left out
     return None
@@ -67,7 +67,7 @@ def positioned(layer: Layer, call: Reading) -> str | None:
         return "something beside a padding mask"
     if call.columns or layer.window is not None or overridden(layer):
         return "a layer with a window, keys or methods of its own"
-    if not call.query.is_cuda or preference(layer.backend) is not None or not packs(layer, call):
+    if not call.query.is_cuda or preference(layer.backend) is not None or not has_packed_kernel(layer, call):
         return "no kernel that keys would be moved for"
     return None
 
@@ -80,7 +80,7 @@ def same_memory(one: Tensor, two: Tensor) -> bool:
     return alike and type(two) in (Tensor, torch.nn.Parameter) and one.data_ptr() == two.data_ptr()
 
 
-def packs(layer: Layer, call: Reading) -> bool:
+def has_packed_kernel(layer: Layer, call: Reading) -> bool:
     """A kernel for packed documents runs on this GPU and in the dtype of the layer's heads."""
     device, dtype, size = call.query.device, computed_in(call.query), layer.embed_dim // layer.num_heads
     able = (get(name) for name in expand("flash_attn"))
@@ -90,6 +90,6 @@ def packs(layer: Layer, call: Reading) -> bool:
     return whole and takes_packed(dtype, size) and runs_packed(size, device.index)
 
 
-def pack(query: Tensor, key: Tensor, value: Tensor, places: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def pack_inputs(query: Tensor, key: Tensor, value: Tensor, places: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The tokens at ``places`` as (1, tokens, features), one object where the inputs were."""
     return each_once(lambda x: take(x, places), query, key, value)

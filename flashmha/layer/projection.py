@@ -19,7 +19,7 @@ from .features import is_quantised
 from .protocol import Layer
 
 
-def project(
+def project_inputs(
     layer: Layer, query: Tensor, key: Tensor, value: Tensor, dtype: torch.dtype | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """q, k and v (batch, seqlen, heads, head_dim) of (batch, seqlen, features), computed in ``dtype``."""
@@ -37,7 +37,7 @@ def project(
     sizes = (heads, heads_kv, heads_kv)
     biases = (None, None, None) if bias is None else bias.split([size * head_dim for size in sizes])
     weights = (layer.q_proj_weight, layer.k_proj_weight, layer.v_proj_weight)
-    made = [linear(*each, dtype) for each in zip((query, key, value), weights, biases)]
+    made = [linear_in(*each, dtype) for each in zip((query, key, value), weights, biases)]
     projected = [torch.unflatten(x, -1, (size, head_dim)) for x, size in zip(made, sizes)]
     return tuple(projected) if layer.batch_first else tuple(map(swapped, projected))  # type: ignore[return-value]
 
@@ -93,7 +93,7 @@ def swapped(x: Tensor) -> Tensor:
     return x.transpose(0, 1)
 
 
-def merge(layer: Layer, out: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+def merge_heads(layer: Layer, out: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """(batch, seqlen_q, embed_dim) of out (batch, seqlen_q, heads, head_dim)."""
     out_proj = layer.out_proj
     if layer.call_out_proj:
@@ -121,9 +121,9 @@ def merge(layer: Layer, out: Tensor, dtype: torch.dtype | None = None) -> Tensor
             f"{QUANTISE}, or set call_out_proj=True, which calls out_proj as it is."
         )
     if layer.batch_first:
-        return linear(out.flatten(2), weight, bias, dtype)
+        return linear_in(out.flatten(2), weight, bias, dtype)
     # the layout of the output, so that neither it nor its gradient is copied once more
-    return swapped(linear(swapped(out).contiguous().flatten(2), weight, bias, dtype))
+    return swapped(linear_in(swapped(out).contiguous().flatten(2), weight, bias, dtype))
 
 
 QUANTISE = "Quantise the stock layer: flashmha.restore_mha(model) comes before prepare and convert"
@@ -186,7 +186,7 @@ def parameters(module: Any, weight: str, bias: str) -> tuple[Any, Any]:
     return getattr(module, weight), getattr(module, bias)
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype | None = None) -> Tensor:
+def linear_in(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype | None = None) -> Tensor:
     """``F.linear`` in ``dtype``."""
     weight, bias = cast_weights(weight, bias, dtype)
     return F.linear(x if dtype is None else x.to(dtype), weight, bias)

@@ -37,10 +37,10 @@ from .features import SPECIAL
 from .projection import LINEARS, by_one_matrix
 from .protocol import Layer
 
-ELSEWHERE = (*SPECIAL, "in_proj_weight", "in_proj_bias", "out_proj")
+NOT_IN_LAYER = (*SPECIAL, "in_proj_weight", "in_proj_bias", "out_proj")
 """What an instance must not have in its own dictionary: hops and features, and what belongs among its parameters."""
 
-AWAY = ("weight", "bias", "forward")
+NOT_IN_OUT_PROJ = ("weight", "bias", "forward")
 """The same of ``out_proj``."""
 
 
@@ -59,7 +59,7 @@ def linears(layer: Layer, dtype: torch.dtype) -> Linears | None:
         return None
     state = layer.__dict__
     out_proj = state["_modules"].get("out_proj")
-    if type(out_proj) not in LINEARS or not state.keys().isdisjoint(ELSEWHERE):
+    if type(out_proj) not in LINEARS or not state.keys().isdisjoint(NOT_IN_LAYER):
         return None
     if not state["_qkv_same_embed_dim"] or state["add_zero_attn"]:
         return None
@@ -67,7 +67,7 @@ def linears(layer: Layer, dtype: torch.dtype) -> Linears | None:
         return None
     # a parameter that was pruned, parametrized or put there by hand lies elsewhere
     behind = out_proj.__dict__
-    if behind["_forward_hooks"] or behind["_forward_pre_hooks"] or not behind.keys().isdisjoint(AWAY):
+    if behind["_forward_hooks"] or behind["_forward_pre_hooks"] or not behind.keys().isdisjoint(NOT_IN_OUT_PROJ):
         return None
     inner, outer = state["_parameters"], behind["_parameters"]
     weight, bias = inner.get("in_proj_weight"), inner.get("in_proj_bias", state)
@@ -111,7 +111,7 @@ def attend_plain(layer: Layer, given: Arguments) -> tuple[Tensor, Tensor | None]
         if key_padding_mask is not None and layer.skip_padding:
             return None
         sizes = (keys[0], shape[1], keys[1]) if batch_first else (keys[1], shape[0], keys[0])
-        mask = mask_of(key_padding_mask, attn_mask, is_causal, sizes, query.device)
+        mask = plain_mask(key_padding_mask, attn_mask, is_causal, sizes, query.device)
         if mask is None:
             return None
         mask = mask.own() if need_weights and isinstance(mask, Padding) else mask
@@ -174,7 +174,7 @@ def are_keys(key: Tensor, value: Tensor, shape: torch.Size, dtype: torch.dtype, 
     return key.dtype == value.dtype == dtype
 
 
-def mask_of(
+def plain_mask(
     key_padding_mask: Padding | Tensor | None,
     attn_mask: Mask | Tensor | None,
     is_causal: bool,

@@ -16,7 +16,7 @@ from ..backends.choice.wishes import Wanted
 from ..host.torch_state import has_torch_function, overrides_functions
 from ..problem.masks import Mask, Padding
 from .arguments import Arguments
-from .features import changed
+from .features import beyond_stock
 from .projection import is_as_written
 from .protocol import Layer
 
@@ -143,7 +143,7 @@ def float_mask(mask: Tensor, query: Tensor) -> Tensor:
 
 def refuse_torchscript(layer: Layer, backend: Wanted) -> None:
     """Raise where PyTorch's own function would lose what a layer or a call asks for."""
-    lost = changed(layer) + ([] if backend is None else [f"backend={backend!r}"])
+    lost = beyond_stock(layer) + ([] if backend is None else [f"backend={backend!r}"])
     if lost:
         raise RuntimeError(
             "TorchScript and tensors with __torch_function__ run F.multi_head_attention_forward, which has no "

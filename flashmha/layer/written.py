@@ -11,7 +11,7 @@ class Written:
     """What a class had under some names when it was made; it stands in the class's own body.
 
     A subclass inherits it, so ``kind`` says whether a class is the one that was written. Read it from the class: Dynamo
-    before torch 2.9 knows no such attribute of a module.
+    2.8 knows no such attribute of a module.
     """
 
     kind: type

@@ -15,15 +15,15 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-from ..layer.features import ABSENT, EXTRA_KEYS, MARK, check_features
+from ..layer.features import EXTRA_KEYS, MARK, STOCK_VALUES, check_features
 from ..layer.module import FlashMultiHeadAttention
 from .encoder import FlashTransformerEncoder, FlashTransformerEncoderLayer, is_stock
-from .modules import CLASS, UNDO, check_model, holds, refusal, remember, set_class, waits, walk
+from .modules import CLASS, UNDO, check_model, holds, remember, set_class, walk, why_not_yet, why_stock_stays
 from .report import silent, swap_report
 
-M = TypeVar("M", bound=nn.Module)
+Model = TypeVar("Model", bound=nn.Module)
 
-OPTIONS = tuple(sorted(set(ABSENT) - {"num_kv_heads"}))
+LAYER_OPTIONS = tuple(sorted(set(STOCK_VALUES) - {"num_kv_heads"}))
 """What ``replace_mha`` can set on every layer; grouped heads would need other parameters."""
 
 
@@ -31,8 +31,8 @@ Where = str | Iterable[str] | Callable[[str, nn.Module], bool] | None
 
 
 def replace_mha(
-    model: M, *, where: Where = None, to: type[FlashMultiHeadAttention] = FlashMultiHeadAttention, **options: Any
-) -> M:
+    model: Model, *, where: Where = None, to: type[FlashMultiHeadAttention] = FlashMultiHeadAttention, **options: Any
+) -> Model:
     """Put every ``nn.MultiheadAttention`` of a model on flashmha, in place; returns the model.
 
     Parameters stay the same objects, so that optimizers go on. Subclasses of ``nn.MultiheadAttention`` keep their
@@ -60,11 +60,11 @@ def replace_mha(
     """
     check_model(model)
     check_target(to)
-    unknown = sorted(set(options) - set(OPTIONS))
+    unknown = sorted(set(options) - set(LAYER_OPTIONS))
     if unknown:
-        raise TypeError(f"options must be among {', '.join(OPTIONS)}, got {', '.join(unknown)}.")
+        raise TypeError(f"options must be among {', '.join(LAYER_OPTIONS)}, got {', '.join(unknown)}.")
     check_features(options)
-    layers = {id(module): name for name, module in chosen(model, where)}
+    layers = {id(module): name for name, module in chosen_layers(model, where)}
     with all_or_nothing(model):
         for _, module, fsdp in walk(model):
             if id(module) in layers:
@@ -77,7 +77,7 @@ def replace_mha(
 def swap(module: nn.Module, fsdp: bool, to: type[FlashMultiHeadAttention], options: dict[str, Any]) -> None:
     """One layer: its class, where it may change, and its options, where it is ours."""
     given, _ = vars(module).get(UNDO, {}).get(CLASS, (FlashMultiHeadAttention, None))
-    stock = type(module) is nn.MultiheadAttention and refusal(module, fsdp) is None
+    stock = type(module) is nn.MultiheadAttention and why_stock_stays(module, fsdp) is None
     if stock or (type(module) is given and to is not FlashMultiHeadAttention):
         set_class(module, to)
     if isinstance(module, FlashMultiHeadAttention):
@@ -108,14 +108,14 @@ def keep_encoders_calling(model: nn.Module) -> None:
                 module.use_nested_tensor = False
 
 
-def restore_mha(model: M) -> M:
+def restore_mha(model: Model) -> Model:
     """Undo ``replace_mha``, in place; returns the model. Layers that were built as flashmha's stay, as they were.
 
     A layer that was parametrized or sharded after the swap waits until that is undone (``swap_report`` says so).
     """
     check_model(model)
     for _, module, _ in walk(model):
-        if UNDO not in vars(module) or waits(module) is not None:
+        if UNDO not in vars(module) or why_not_yet(module) is not None:
             continue
         before = vars(module).pop(UNDO)
         _, kind = before.pop(CLASS, (None, None))
@@ -125,7 +125,7 @@ def restore_mha(model: M) -> M:
             else:
                 vars(module).pop(name, None)
         if kind is nn.MultiheadAttention:
-            for name in (*ABSENT, *EXTRA_KEYS):  # set by hand since the swap, and nothing to the stock class
+            for name in (*STOCK_VALUES, *EXTRA_KEYS):  # set by hand since the swap, and nothing to the stock class
                 vars(module).pop(name, None)
             module._forward_pre_hooks.pop(MARK, None)  # type: ignore[call-overload]
         if kind is not None:
@@ -143,7 +143,7 @@ def check_target(to: Any) -> None:
         )
 
 
-def chosen(model: nn.Module, where: Where) -> list[tuple[str, nn.MultiheadAttention]]:
+def chosen_layers(model: nn.Module, where: Where) -> list[tuple[str, nn.MultiheadAttention]]:
     """The attention layers of a model that ``where`` speaks of."""
     names: dict[int, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
@@ -187,7 +187,7 @@ def warn_of_silence(model: nn.Module, layers: dict[int, str], to: type[FlashMult
             continue
         name = layers[id(module)]
         if not isinstance(module, FlashMultiHeadAttention):
-            why = f"stays as it is: {refusal(module, fsdp)}" if named else None
+            why = f"stays as it is: {why_stock_stays(module, fsdp)}" if named else None
         elif not isinstance(module, to):
             why = f"stays a {type(module).__name__}, whose own code {to.__name__} would replace"
         else:

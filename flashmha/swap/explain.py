@@ -58,9 +58,9 @@ def explain_spec(spec: AttentionSpec, backend: Wanted = None, capability: tuple[
 
 
 def explain_call(q: Tensor, k: Tensor, v: Tensor, *, backend: Wanted = None, **options: Any) -> Explanation:
-    unknown = sorted(set(options) - set(OPTIONS))
+    unknown = sorted(set(options) - set(CALL_OPTIONS))
     if unknown:
-        raise TypeError(f"options must be among {', '.join(OPTIONS)}, got {', '.join(unknown)}.")
+        raise TypeError(f"options must be among {', '.join(CALL_OPTIONS)}, got {', '.join(unknown)}.")
     options["mask"], options["bias"] = as_mask(options.get("mask")), as_bias(options.get("bias"))
     plain = ("sinks", "softcap", "softmax_scale", "dropout_p", "deterministic", "return_lse")
     check_arguments(q, k, v, **{name: options[name] for name in plain if name in options})
@@ -77,9 +77,9 @@ def explain_layer(layer: FlashMultiHeadAttention, *args: Any, **kwargs: Any) -> 
     problem = prepare(layer, call, wanted, layer.skip_padding)
     notes = []
     if problem.padded is not None:
-        notes.append(f"skip_padding: {left_out(problem.q.shape[1], problem.padded.rows.numel())}")
+        notes.append(f"skip_padding: {say_left_out(problem.q.shape[1], problem.padded.rows.numel())}")
     elif layer.skip_padding and given.key_padding_mask is not None:
-        notes.append(f"skip_padding: every row is computed ({padding.refusal(layer, call)})")
+        notes.append(f"skip_padding: every row is computed ({padding.why_padding_stays(layer, call)})")
     if problem.dtype is not None:
         notes.append(f"computed in {short(problem.dtype)}: this CPU is slower in {short(call.query.dtype)}")
     elif problem.spec.dtype != call.query.dtype:
@@ -112,7 +112,7 @@ def explain_encoder(
     if isinstance(way.packed, RealFirst):
         notes.append("every row is computed, the real tokens of each item first, in one order for all layers")
     elif way.packed is not None:
-        notes.append(f"once for all layers: {left_out(way.src.shape[:2].numel(), src.shape[:2].numel())}")
+        notes.append(f"once for all layers: {say_left_out(way.src.shape[:2].numel(), src.shape[:2].numel())}")
     elif way.hidden is not None:
         notes.append(
             "every row is computed and padding zeroed behind the last layer: too little of it to pay for packing"
@@ -122,7 +122,7 @@ def explain_encoder(
     return dataclasses.replace(said, notes=tuple(notes))
 
 
-def left_out(real: int, total: int) -> str:
+def say_left_out(real: int, total: int) -> str:
     """What a note says of padding that is left out."""
     return (
         f"{total - real} of {total} positions are left out; "
@@ -130,7 +130,7 @@ def left_out(real: int, total: int) -> str:
     )
 
 
-OPTIONS = tuple(inspect.signature(attention).parameters)[3:]
+CALL_OPTIONS = tuple(inspect.signature(attention).parameters)[3:]
 """What ``attention`` takes by name."""
 
 FORMS: tuple[tuple[type, Callable[..., Explanation], Callable[..., Any], str], ...] = (

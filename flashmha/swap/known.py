@@ -19,7 +19,7 @@ CALLS = ("forward", "_call_impl")
 BLOCKS = (*CALLS, "__call__", "_sa_block", "_ff_block")
 """Those of an encoder layer."""
 
-PARTS = ("linear1", "dropout", "linear2", "norm1", "norm2", "dropout1", "dropout2", "activation")
+BLOCK_PARTS = ("linear1", "dropout", "linear2", "norm1", "norm2", "dropout1", "dropout2", "activation")
 """The modules of an encoder layer beside ``self_attn``; ``activation`` may be a function."""
 
 # fmt: off
@@ -36,45 +36,45 @@ MODULES: list[type[nn.Module]] = [
 FORWARDS = {kind.forward for kind in MODULES}
 
 
-def unknown(encoder: nn.TransformerEncoder) -> str | None:
+def find_unknown(encoder: nn.TransformerEncoder) -> str | None:
     """What in an encoder may count on (batch, seqlen), so that padding stays; ``None`` for nothing."""
-    return unknown_layers(encoder) or unknown_norm(encoder)
+    return find_unknown_layers(encoder) or find_unknown_norm(encoder)
 
 
-def unknown_layers(encoder: nn.TransformerEncoder) -> str | None:
+def find_unknown_layers(encoder: nn.TransformerEncoder) -> str | None:
     """The same of its layers."""
     if _has_any_global_hook():
         return "hooks on every module"
     for number, layer in enumerate(encoder.layers):
-        why = unknown_layer(layer)
+        why = find_unknown_layer(layer)
         if why is not None:
             return f"layers.{number}{why}"
     return None
 
 
-def unknown_norm(encoder: nn.TransformerEncoder) -> str | None:
+def find_unknown_norm(encoder: nn.TransformerEncoder) -> str | None:
     """The same of its last norm."""
-    why = None if encoder.norm is None else unknown_part(encoder.norm)
+    why = None if encoder.norm is None else find_unknown_part(encoder.norm)
     return None if why is None else f"norm {why}"
 
 
-def unknown_layer(layer: Any) -> str | None:
+def find_unknown_layer(layer: Any) -> str | None:
     """The same of one layer."""
-    why = unknown_call(layer)
+    why = find_unknown_call(layer)
     if why is not None:
         return why
     modules = layer._modules
     attention = modules["self_attn"]
-    for name in PARTS:
+    for name in BLOCK_PARTS:
         part = modules[name] if name in modules else getattr(layer, name)
-        why = unknown_part(part)
+        why = find_unknown_part(part)
         if why is not None:
             return f".{name} {why}"
-    why = unknown_part(attention.out_proj) if attention.call_out_proj else None
+    why = find_unknown_part(attention.out_proj) if attention.call_out_proj else None
     return None if why is None else f".self_attn.out_proj {why}"
 
 
-def unknown_call(layer: Any) -> str | None:
+def find_unknown_call(layer: Any) -> str | None:
     """What in the call of a layer's attention is not as this package wrote it; Dynamo traces this."""
     kind = type(layer)
     if not is_intact(layer):
@@ -101,7 +101,7 @@ def is_intact(layer: Any) -> bool:
     return True
 
 
-def unknown_part(part: Any) -> str | None:
+def find_unknown_part(part: Any) -> str | None:
     """The same of a module, or a function, that is no attention."""
     if not isinstance(part, nn.Module):
         function = part.func if isinstance(part, functools.partial) else part

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from torch import nn
 
 from ..layer.features import shadows
-from ..layer.module import taken
+from ..layer.module import why_not_ours
 
 UNDO = "_flashmha_undo"
 """On a module that was changed: attribute -> whether it was there before, and its value."""
@@ -24,7 +24,7 @@ def check_model(model: object) -> None:
         raise TypeError(f"model must be an nn.Module, got {model!r}.")
 
 
-def refusal(module: nn.MultiheadAttention, fsdp: bool) -> str | None:
+def why_stock_stays(module: nn.MultiheadAttention, fsdp: bool) -> str | None:
     """Why a stock layer must stay as it is."""
     if hasattr(module, "parametrizations"):
         return "parametrized: swap first, parametrize then"
@@ -32,10 +32,10 @@ def refusal(module: nn.MultiheadAttention, fsdp: bool) -> str | None:
         return "wrapped by FSDP: swap first, wrap then"
     if type(module) is not nn.MultiheadAttention:
         return "a subclass of nn.MultiheadAttention, whose own code a swap would lose"
-    return taken(module)
+    return why_not_ours(module)
 
 
-def waits(module: nn.Module) -> str | None:
+def why_not_yet(module: nn.Module) -> str | None:
     """Why a layer or an encoder that was swapped cannot be restored yet."""
     given, before = vars(module).get(UNDO, {}).get(CLASS, (None, None))
     if given is not None and type(module) is not given:

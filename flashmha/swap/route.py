@@ -18,7 +18,7 @@ from ..layer.module import FlashMultiHeadAttention
 from ..layer.packed import Packed
 from ..problem import packing
 from ..problem.masks import KeyPadding, Mask, Padding, joined, plainly, private
-from .known import unknown_call, unknown_layers, unknown_norm
+from .known import find_unknown_call, find_unknown_layers, find_unknown_norm
 
 
 class Route(NamedTuple):
@@ -60,14 +60,14 @@ def enter(
         if given is not None:
             key_padding_mask = handed_down(encoder, src, mask, key_padding_mask, False)
         return Route(src, mask, key_padding_mask, is_causal)
-    strange = unknown_layers(encoder)
+    strange = find_unknown_layers(encoder)
     way = Route(src, mask, None, is_causal)
     if key_padding_mask is not None:
-        way = around(encoder, src, mask, key_padding_mask, is_causal, strange)
+        way = route_beside_padding(encoder, src, mask, key_padding_mask, is_causal, strange)
     return way._replace(straight=strange is None)
 
 
-def around(
+def route_beside_padding(
     encoder: nn.TransformerEncoder,
     src: Tensor,
     mask: Mask | Tensor | None,
@@ -76,17 +76,17 @@ def around(
     strange: str | None,
 ) -> Route:
     """The route beside padding. ``strange`` is what in a layer may count on (batch, seqlen)."""
-    way, why = left_out(encoder, src, mask, key_padding_mask, is_causal, strange)
+    way, why = route_without_padding(encoder, src, mask, key_padding_mask, is_causal, strange)
     if way is not None:
         return way
     rule = handed_down(encoder, src, mask, key_padding_mask, strange is None)
-    first = real_first(encoder, src, mask, rule, is_causal) if strange is None else None
+    first = route_real_first(encoder, src, mask, rule, is_causal) if strange is None else None
     if first is not None:
         return Route(first.tokens, None, first.padding, False, first, None, True, why)
     return Route(src, mask, rule, is_causal, why=why)
 
 
-def left_out(
+def route_without_padding(
     encoder: nn.TransformerEncoder,
     src: Tensor,
     mask: Mask | Tensor | None,
@@ -102,17 +102,17 @@ def left_out(
     nests = would_nest(encoder, src, mask)
     if not (all(skipping) or nests):
         return None, "not every layer has skip_padding" if any(skipping) else None
-    norm = unknown_norm(encoder)
+    norm = find_unknown_norm(encoder)
     nesting = nests and (norm is not None or not all(skipping))  # as stock does, whose last norm sees padding
     why = strange if strange is not None or nesting else norm
     if why is None:
         attentions: list[Any] = [layer.self_attn for layer in encoder.layers]
-        call = read_call(attentions[0], asked(src, mask, key_padding_mask, is_causal))
-        why = refusal(attentions, call)
+        call = read_call(attentions[0], attention_arguments(src, mask, key_padding_mask, is_causal))
+        why = why_rows_stay(attentions, call)
         if why is None and nesting and not ends_in_padding(encoder, call.valid):
             why = "padding before real tokens, where the stock encoder makes no nested tensors"
     if why is not None:
-        return (zeroed(encoder, src, mask, key_padding_mask, is_causal, why) if nests else None), why
+        return (route_zeroed(encoder, src, mask, key_padding_mask, is_causal, why) if nests else None), why
     assert call.padding is not None
     valid: Any = call.valid
     windows = packing.windows(call.mask)
@@ -127,19 +127,19 @@ def left_out(
     return Route(packed.tokens, joined(packed.documents, *windows), None, False, packed, None, nesting), None
 
 
-def asked(src: Tensor, mask: Any, key_padding_mask: Any, is_causal: bool) -> Arguments:
+def attention_arguments(src: Tensor, mask: Any, key_padding_mask: Any, is_causal: bool) -> Arguments:
     """What an encoder layer asks of its attention."""
     return Arguments(src, src, src, key_padding_mask, False, mask, is_causal=is_causal)
 
 
-def zeroed(
+def route_zeroed(
     encoder: nn.TransformerEncoder, src: Tensor, mask: Any, key_padding_mask: Any, is_causal: bool, why: str
 ) -> Route | None:
     """Every row computed with the padding as it came, and zeros behind the last layer, as nested tensors give."""
     attention = getattr(encoder.layers[0], "self_attn", None)
     if not isinstance(attention, FlashMultiHeadAttention):
         return None
-    call = read_call(attention, asked(src, mask, key_padding_mask, is_causal))
+    call = read_call(attention, attention_arguments(src, mask, key_padding_mask, is_causal))
     if call.padding is None or not call.batched:
         return None
     valid: Any = call.valid
@@ -154,7 +154,9 @@ def hidden_rows(attention: Any, valid: Tensor) -> Tensor:
     return hidden[..., None]
 
 
-def real_first(encoder: nn.TransformerEncoder, src: Tensor, mask: Any, rule: Any, is_causal: bool) -> RealFirst | None:
+def route_real_first(
+    encoder: nn.TransformerEncoder, src: Tensor, mask: Any, rule: Any, is_causal: bool
+) -> RealFirst | None:
     """The tokens with the real ones of each item first, where a kernel then reads keys where they lie.
 
     Every row stays, and no layer looks at positions; so none notices.
@@ -167,7 +169,7 @@ def real_first(encoder: nn.TransformerEncoder, src: Tensor, mask: Any, rule: Any
     for attention in different(attentions):
         if attention.batch_first != attentions[0].batch_first:
             return None
-        call = read_call(attention, asked(src, None, rule, False))
+        call = read_call(attention, attention_arguments(src, None, rule, False))
         if padding.positioned(attention, call) is not None:
             return None
     return RealFirst(src, rule, attentions[0].batch_first)
@@ -222,7 +224,7 @@ def ends_in_padding(encoder: nn.TransformerEncoder, valid: Any) -> bool:
     return not getattr(encoder, "mask_check", True) or not bool((valid[:, 1:] & ~valid[:, :-1]).any())
 
 
-def refusal(attentions: list[Any], call: Reading) -> str | None:
+def why_rows_stay(attentions: list[Any], call: Reading) -> str | None:
     """Why the attention of some layer needs every row."""
     first = attentions[0]
     if not call.batched:
@@ -266,7 +268,7 @@ def handed_down(encoder: Any, src: Any, mask: Any, padding: Any, known: bool) ->
     if src.is_nested or src.dim() != 3 or (isinstance(mask, Tensor) and mask.dtype != torch.bool):
         return padding
     for layer in encoder.layers:  # not all(...), which Dynamo 2.8 does not trace
-        if not (known or unknown_call(layer) is None) or not has_sizes(layer.self_attn, src, padding):
+        if not (known or find_unknown_call(layer) is None) or not has_sizes(layer.self_attn, src, padding):
             return padding
     if GLOBAL_HOOKS[0] or GLOBAL_HOOKS[1]:
         return padding

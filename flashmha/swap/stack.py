@@ -26,46 +26,46 @@ from ..problem.spec import AttentionSpec
 from .route import Route
 
 
-def run(encoder: nn.TransformerEncoder, route: Route) -> Tensor:
+def run_layers(encoder: nn.TransformerEncoder, route: Route) -> Tensor:
     """What the last layer of an encoder gives, whose layers are known."""
-    attention = Attention(route, len(encoder.layers))
+    attention = SelfAttention(route, len(encoder.layers))
     x = route.src
     for layer in encoder.layers:
         x = through(layer, x, attention)
     return x
 
 
-def through(layer: Any, x: Tensor, attention: Attention) -> Tensor:
+def through(layer: Any, x: Tensor, attention: SelfAttention) -> Tensor:
     """One encoder layer."""
     parts = layer._modules
     if layer.norm_first:
-        x = x + dropout(parts["dropout1"], attention(parts["self_attn"], norm(parts["norm1"], x)))
-        return x + feed_forward(layer, norm(parts["norm2"], x))
-    x = norm(parts["norm1"], x + dropout(parts["dropout1"], attention(parts["self_attn"], x)))
-    return norm(parts["norm2"], x + feed_forward(layer, x))
+        x = x + apply_dropout(parts["dropout1"], attention(parts["self_attn"], apply_norm(parts["norm1"], x)))
+        return x + feed_forward(layer, apply_norm(parts["norm2"], x))
+    x = apply_norm(parts["norm1"], x + apply_dropout(parts["dropout1"], attention(parts["self_attn"], x)))
+    return apply_norm(parts["norm2"], x + feed_forward(layer, x))
 
 
 def feed_forward(layer: Any, x: Tensor) -> Tensor:
     parts = layer._modules
     activation = layer.activation
-    x = linear(parts["linear1"], x)
+    x = apply_linear(parts["linear1"], x)
     x = activation.forward(x) if isinstance(activation, nn.Module) else activation(x)
-    return dropout(parts["dropout2"], linear(parts["linear2"], dropout(parts["dropout"], x)))
+    return apply_dropout(parts["dropout2"], apply_linear(parts["linear2"], apply_dropout(parts["dropout"], x)))
 
 
-def linear(part: Any, x: Tensor) -> Tensor:
+def apply_linear(part: Any, x: Tensor) -> Tensor:
     out: Tensor = F.linear(x, *parameters(part, "weight", "bias")) if type(part) is nn.Linear else part.forward(x)
     return out
 
 
-def norm(part: Any, x: Tensor) -> Tensor:
+def apply_norm(part: Any, x: Tensor) -> Tensor:
     if type(part) is nn.LayerNorm:
         return torch.layer_norm(x, part.normalized_shape, *parameters(part, "weight", "bias"), part.eps)
     out: Tensor = part.forward(x)
     return out
 
 
-def dropout(part: Any, x: Tensor) -> Tensor:
+def apply_dropout(part: Any, x: Tensor) -> Tensor:
     if type(part) is nn.Dropout and not (part.training and part.p):
         return x
     out: Tensor = part.forward(x)
@@ -82,7 +82,7 @@ class Same(NamedTuple):
     casts: bool
 
 
-class Attention:
+class SelfAttention:
     """Self-attention, layer by layer, beside the masks of a route."""
 
     def __init__(self, route: Route, layers: int) -> None:
@@ -142,7 +142,7 @@ class Attention:
             if padding is not None and layer.skip_padding:
                 return None
             batch, seqlen = shape[:2] if batch_first else (shape[1], shape[0])
-            mask = shortcut.mask_of(padding, route.mask, route.is_causal, (batch, seqlen, seqlen), x.device)
+            mask = shortcut.plain_mask(padding, route.mask, route.is_causal, (batch, seqlen, seqlen), x.device)
             if mask is None:
                 return None
         spec = shortcut.problem_of(state, shape, shape, batch_first, computed_in(x), x.device, grad, mask)
