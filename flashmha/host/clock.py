@@ -44,7 +44,7 @@ def wait(device: torch.device) -> None:
 
 
 def host_seconds(run: Callable[[], object], device: torch.device) -> float:
-    """What the host takes to send off one call to an idle GPU: the median of a few."""
+    """Seconds that the host takes to send off one call to an idle GPU: the median of a few."""
     took: list[float] = []
     started = time.perf_counter()
     while len(took) < 9 and time.perf_counter() - started < 0.02:

@@ -11,7 +11,7 @@ EXTRAS = ("hypothesis", "matplotlib", "rich")
 
 @contextlib.contextmanager
 def wanted_by(part: str, instead: str = "") -> Iterator[None]:
-    """Around imports: where an extra is missing, the error says who wants it and how to install it.
+    """Around imports: where an extra is missing, the error says what needs it and how to install it.
 
     Args:
         part: what cannot do without it.

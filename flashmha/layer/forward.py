@@ -18,16 +18,16 @@ from ..weights.attend import attention_with_weights
 from . import nested, padding, projection, shortcut
 from .arguments import Arguments, check_flags, check_kinds
 from .call import Reading, read_call
-from .columns import added_keys, append, widen
+from .columns import append, count_added_keys, widen
 from .features import has_hops, is_ours
-from .hops import check_heads, check_output, check_weights, refuse_weights, three
+from .hops import check_heads, check_output, check_weights, refuse_weights, take_three
 from .precision import computing_dtype, weights_dtype
 from .protocol import Layer
 from .stock import as_stock, refuse_torchscript, wants_torch_function
 
 
 class Prepared(NamedTuple):
-    """What one call of a layer asks of attention.
+    """One call of a layer as attention gets it.
 
     ``dtype`` is what it is computed in where that is not the layer's own; ``padded`` says where the tokens lie if
     padding was left out, ``custom`` whether the layer has hops of its own.
@@ -139,9 +139,9 @@ def prepare(layer: Layer, call: Reading, wanted: Wanted, skip_padding: bool) -> 
         mask = packing.packed(mask, real)
     if dtype is None:
         projected = layer.project(query, key, value)
-        heads = layer.process_heads(*(three("project", projected) if custom else projected))
+        heads = layer.process_heads(*(take_three("project", projected) if custom else projected))
         if custom:
-            heads = three("process_heads", heads)
+            heads = take_three("process_heads", heads)
             check_heads(layer, projected, heads, query.shape[0], query.shape[1])
         q, k, v = heads
         if is_autocasting():
@@ -150,7 +150,7 @@ def prepare(layer: Layer, call: Reading, wanted: Wanted, skip_padding: bool) -> 
         q, k, v = projection.project_inputs(layer, query, key, value, dtype)
     before = after = 0
     if custom or layer.keys_before or layer.keys_after:
-        before, after = added_keys(layer, key.shape[1], k.shape[1], mask is not None or bias is not None)
+        before, after = count_added_keys(layer, key.shape[1], k.shape[1], mask is not None or bias is not None)
     if before or after or columns:
         sizes = q.shape[0], q.shape[2], q.shape[1], k.shape[1] - before - after
         mask, bias = widen(mask, bias, before, after + columns, sizes, q)
@@ -176,9 +176,9 @@ def attend_nested(layer: Layer, given: Arguments) -> tuple[Tensor, Tensor | None
             "would have to sit at its own last key; call the layer item by item."
         )
     same_q, same_kv = query is key, key is value
-    dense_k, valid_k = nested.padded(key)
-    dense_v = dense_k if same_kv else nested.padded(value)[0]
-    dense_q, valid_q = (dense_k, valid_k) if same_q else nested.padded(query)
+    dense_k, valid_k = nested.pad(key)
+    dense_v = dense_k if same_kv else nested.pad(value)[0]
+    dense_q, valid_q = (dense_k, valid_k) if same_q else nested.pad(query)
     dense = given._replace(query=dense_q, key=dense_k, value=dense_v, key_padding_mask=~valid_k)
     out, weights = attend_call(layer, read_call(layer, dense), given, True, rows=valid_q)
-    return nested.like(out, query, valid_q), weights
+    return nested.nest_like(out, query, valid_q), weights

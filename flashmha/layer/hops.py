@@ -6,11 +6,11 @@ from typing import Any
 
 from torch import Tensor
 
-from .features import is_ours, overridden
+from .features import find_overridden, is_ours
 from .protocol import Layer
 
 
-def three(name: str, heads: Any) -> tuple[Any, Any, Any]:
+def take_three(name: str, heads: Any) -> tuple[Any, Any, Any]:
     """q, k and v as a hop returned them."""
     if not isinstance(heads, (tuple, list)) or len(heads) != 3:
         kind = f"{len(heads)} of them" if isinstance(heads, (tuple, list)) else type(heads).__name__
@@ -31,6 +31,7 @@ def check_heads(layer: Layer, projected: Any, heads: Any, batch: int, seqlen_q: 
 
 
 def are_heads(heads: Any, batch: int, seqlen_q: int) -> bool:
+    """q, k and v are heads of one batch that fit one another."""
     if not all(isinstance(x, Tensor) and x.dim() == 4 and x.shape[0] == batch for x in heads):
         return False
     q, k, v = heads
@@ -63,12 +64,14 @@ def check_weights(layer: Layer, weights: Any, sizes: tuple[int, int, int]) -> No
 
 def refuse_weights(layer: Layer, heads: int) -> None:
     """Raise where the weights of the heads are not the layer's, and the layer does not say what its weights are."""
+    hops = " and ".join(find_overridden(layer))
     raise ValueError(
-        f"need_weights must be False for this {type(layer).__name__}, got True: its {' and '.join(overridden(layer))} "
+        f"need_weights must be False for this {type(layer).__name__}, got True: its {hops} "
         f"make {heads} heads where the layer has num_heads={layer.num_heads}, so the weights of these heads are not "
         "the layer's. Override process_weights, which says what they are, or build the layer with need_weights=False."
     )
 
 
 def describe_shape(thing: Any) -> str:
+    """The shape of a tensor, the type of anything else, for an error."""
     return str(tuple(thing.shape)) if isinstance(thing, Tensor) else type(thing).__name__

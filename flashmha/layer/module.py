@@ -21,12 +21,12 @@ from .features import (
     SPECIAL,
     STOCK_VALUES,
     as_window,
-    beyond_stock,
     check_features,
     check_kv_heads,
-    own_code,
-    replaced,
-    shadows,
+    find_beyond_stock,
+    find_own_code,
+    find_replaced,
+    find_shadows,
 )
 from .forward import attend
 from .stock import StockForward, refuse_torchscript
@@ -61,7 +61,7 @@ class FlashMultiHeadAttention(StockForward):
             given; else it is read beside a ``key_padding_mask`` and for weights, as in the stock class.
         skip_padding: leave padding out of self-attention altogether (``query is key is value`` and a
             ``key_padding_mask`` that only hides): no projection, no attention, and **zeros** in the output rows and
-            weights of padded positions, where the default, like the stock class, computes something that nobody should
+            weights of padded positions, where the default, like the stock class, computes something of no
             use. Every row is computed after all under ``torch.compile``, export and CUDA graph capture, on a GPU
             without a kernel for packed tokens in the dtype, beside an ``attn_mask`` that is not causal,
             ``add_bias_kv``, ``add_zero_attn`` or overridden methods; ``flashmha.explain`` says so. On a GPU
@@ -230,14 +230,14 @@ class FlashMultiHeadAttention(StockForward):
 
     @torch.jit.unused
     def extra_repr(self) -> str:
-        """What the layer has beyond the stock class, as ``repr`` shows it."""
-        return ", ".join(f"{name}={getattr(self, name)!r}" for name in beyond_stock(self) if name in STOCK_VALUES)
+        """The features that are set, as ``repr`` shows them."""
+        return ", ".join(f"{name}={getattr(self, name)!r}" for name in find_beyond_stock(self) if name in STOCK_VALUES)
 
     @torch.jit.unused
     def __prepare_scriptable__(self) -> "FlashMultiHeadAttention":
-        """What ``torch.jit.script`` asks before it compiles a module."""
+        """Raise where a script would lose something; ``torch.jit.script`` calls it before it compiles a module."""
         refuse_torchscript(self, None)
-        own = replaced(self)
+        own = find_replaced(self)
         if own:
             raise RuntimeError(
                 f"TorchScript has no hooks that keep nn.TransformerEncoderLayer from bypassing {', '.join(own)} of "
@@ -254,14 +254,14 @@ class FlashMultiHeadAttention(StockForward):
                 method, a parametrization) that would be lost.
         """
         kept = ("backend", "call_out_proj", "trust_is_causal")
-        lacking = [name for name in beyond_stock(self) if name not in kept]
-        lacking = list(dict.fromkeys((*lacking, *replaced(self), *own_code(self, FlashMultiHeadAttention))))
+        lacking = [name for name in find_beyond_stock(self) if name not in kept]
+        lacking = list(dict.fromkeys((*lacking, *find_replaced(self), *find_own_code(self, FlashMultiHeadAttention))))
         if lacking:
             raise ValueError(
                 f"to_torch must not lose anything: nn.MultiheadAttention has no {', no '.join(lacking)}, "
                 f"which this {type(self).__name__} uses."
             )
-        twin: nn.MultiheadAttention = twin_of(self, nn.MultiheadAttention)
+        twin: nn.MultiheadAttention = make_twin(self, nn.MultiheadAttention)
         return twin
 
     @classmethod
@@ -278,7 +278,7 @@ class FlashMultiHeadAttention(StockForward):
         why = why_not_ours(module)
         if why is not None:
             raise ValueError(f"module must lose nothing as a {cls.__name__}, got one that {why}.")
-        twin: FlashMultiHeadAttention = twin_of(module, cls)
+        twin: FlashMultiHeadAttention = make_twin(module, cls)
         return twin
 
     @torch.jit.unused
@@ -305,7 +305,7 @@ def why_not_ours(module: nn.MultiheadAttention) -> Optional[str]:
     """Why a stock module cannot be a layer of ours without losing something; ``None`` where it can."""
     if nn.MultiheadAttention.forward is not STOCK_FORWARD:
         return "runs a patched nn.MultiheadAttention.forward, which would not run after a swap"
-    own = shadows(module)
+    own = find_shadows(module)
     if own:
         return f"has a {', '.join(own)} of its own on the instance, which would run in place of ours"
     names = (*STOCK_VALUES, *HOPS, *EXTRA_KEYS, "to_torch", "from_torch", "_written", "_attend_as_stock")
@@ -315,10 +315,10 @@ def why_not_ours(module: nn.MultiheadAttention) -> Optional[str]:
     return None
 
 
-def twin_of(module: nn.MultiheadAttention, kind: type[Any]) -> Any:
+def make_twin(module: nn.MultiheadAttention, kind: type[Any]) -> Any:
     """A module of another class with the same parameters, hooks and attributes; dicts are copied, tensors not."""
     twin: Any = object.__new__(kind)
-    twin.__dict__.update({name: shallow_copy(value) for name, value in vars(module).items()})
+    twin.__dict__.update({name: copy_containers(value) for name, value in vars(module).items()})
     vars(twin).pop("_compiled_call_impl", None)  # what ``compile()`` made of the other module
     if kind is nn.MultiheadAttention:
         for name in (*STOCK_VALUES, *EXTRA_KEYS):
@@ -327,7 +327,8 @@ def twin_of(module: nn.MultiheadAttention, kind: type[Any]) -> Any:
     return twin
 
 
-def shallow_copy(value: Any) -> Any:
+def copy_containers(value: Any) -> Any:
+    """A shallow copy of a dict or a set; anything else as it is."""
     return value.copy() if isinstance(value, (dict, set)) else value
 
 

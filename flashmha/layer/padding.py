@@ -12,18 +12,18 @@ from ..host.torch_state import computed_in, eager, is_capturing
 from ..problem.masks import KeyPadding, Padding, Window
 from ..problem.packing import has_holes, parts, take
 from ..problem.wording import short
-from .call import Reading, each_once
+from .call import Reading, change_each_once
 from .checks import extra_columns
-from .features import overridden
+from .features import find_overridden
 from .protocol import Layer
 
 
 def why_padding_stays(layer: Layer, call: Reading) -> str | None:
     """Why padding cannot be left out of a call, so that every row is computed; ``None`` where it can."""
-    return unpackable(layer, call) or beside_holes(call, layer.window)
+    return why_not_packable(layer, call) or why_holes_stay(call, layer.window)
 
 
-def unpackable(layer: Layer, call: Reading) -> str | None:
+def why_not_packable(layer: Layer, call: Reading) -> str | None:
     """``why_padding_stays`` without a look at where the padding lies."""
     if call.padding is None:
         return "no bool key_padding_mask"
@@ -39,7 +39,7 @@ def unpackable(layer: Layer, call: Reading) -> str | None:
         return "no tokens at all"
     if extra_columns(layer):
         return "add_bias_kv or add_zero_attn"
-    hops = overridden(layer)
+    hops = find_overridden(layer)
     if hops:
         return f"{', '.join(hops)} overridden, which may count positions"
     if call.bias is not None or any(not isinstance(part, (Padding, Window)) for part in parts(call.mask)):
@@ -53,7 +53,7 @@ def unpackable(layer: Layer, call: Reading) -> str | None:
 RECORDED = "PyTorch records the call (compile, export, torch.func, a CUDA graph)"
 
 
-def beside_holes(call: Reading, *windows: Window | None) -> str | None:
+def why_holes_stay(call: Reading, *windows: Window | None) -> str | None:
     """Why padding with holes has to stay: what a window sees would move. Causality alone minds no hole."""
     bounded = [part for part in (*parts(call.mask), *windows) if part is not None and part.feature == "window"]
     if bounded and call.padding is not None and call.padding.once("holes", lambda: has_holes(call.valid)):
@@ -61,11 +61,11 @@ def beside_holes(call: Reading, *windows: Window | None) -> str | None:
     return None
 
 
-def positioned(layer: Layer, call: Reading) -> str | None:
+def why_order_counts(layer: Layer, call: Reading) -> str | None:
     """Why the order of a call's keys counts, or no kernel gains by another; ``None`` where real ones may come first."""
     if type(call.padding) is not KeyPadding or call.mask is not call.padding or call.bias is not None:
         return "something beside a padding mask"
-    if call.columns or layer.window is not None or overridden(layer):
+    if call.columns or layer.window is not None or find_overridden(layer):
         return "a layer with a window, keys or methods of its own"
     if not call.query.is_cuda or preference(layer.backend) is not None or not has_packed_kernel(layer, call):
         return "no kernel that keys would be moved for"
@@ -92,4 +92,4 @@ def has_packed_kernel(layer: Layer, call: Reading) -> bool:
 
 def pack_inputs(query: Tensor, key: Tensor, value: Tensor, places: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The tokens at ``places`` as (1, tokens, features), one object where the inputs were."""
-    return each_once(lambda x: take(x, places), query, key, value)
+    return change_each_once(lambda x: take(x, places), query, key, value)

@@ -11,7 +11,7 @@ from ..problem.masks import Window
 
 
 class Layer(Protocol):
-    """What a function may read of a ``FlashMultiHeadAttention``, and the hops it may call; it writes nothing."""
+    """A ``FlashMultiHeadAttention`` as functions of it may touch it: attributes to read and hops to call."""
 
     @property
     def embed_dim(self) -> int: ...

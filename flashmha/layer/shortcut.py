@@ -84,11 +84,11 @@ def linears(layer: Layer, dtype: torch.dtype) -> Linears | None:
 
 
 def attend_plain(layer: Layer, given: Arguments) -> tuple[Tensor, Tensor | None] | None:
-    """What a layer returns for a call; ``None`` where ``forward`` has to look closer."""
+    """Run a plain call; ``None`` where ``forward`` has to look closer."""
     query, key, value, key_padding_mask, need_weights, attn_mask, average, is_causal, _ = given
     if is_compiling() or type(query) is not Tensor or query.is_nested:
         return None
-    # who traces or transforms wants to see every step
+    # tracing and transforms have to see every step
     if is_transforming() or tracing_state() is not None:
         return None
     shape, dtype = query.shape, query.dtype

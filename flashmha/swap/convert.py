@@ -19,7 +19,7 @@ from ..layer.features import EXTRA_KEYS, MARK, STOCK_VALUES, check_features
 from ..layer.module import FlashMultiHeadAttention
 from .encoder import FlashTransformerEncoder, FlashTransformerEncoderLayer, is_stock
 from .modules import CLASS, UNDO, check_model, holds, remember, set_class, walk, why_not_yet, why_stock_stays
-from .report import silent, swap_report
+from .report import swap_report, why_silent
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -68,13 +68,13 @@ def replace_mha(
     with all_or_nothing(model):
         for _, module, fsdp in walk(model):
             if id(module) in layers:
-                swap(module, fsdp, to, options)
+                swap_layer(module, fsdp, to, options)
         keep_encoders_calling(model)
     warn_of_silence(model, layers, to, named=where is not None)
     return model
 
 
-def swap(module: nn.Module, fsdp: bool, to: type[FlashMultiHeadAttention], options: dict[str, Any]) -> None:
+def swap_layer(module: nn.Module, fsdp: bool, to: type[FlashMultiHeadAttention], options: dict[str, Any]) -> None:
     """One layer: its class, where it may change, and its options, where it is ours."""
     given, _ = vars(module).get(UNDO, {}).get(CLASS, (FlashMultiHeadAttention, None))
     stock = type(module) is nn.MultiheadAttention and why_stock_stays(module, fsdp) is None
@@ -134,6 +134,7 @@ def restore_mha(model: Model) -> Model:
 
 
 def check_target(to: Any) -> None:
+    """Raise ``TypeError`` unless a swap may give layers this class."""
     if not (isinstance(to, type) and issubclass(to, FlashMultiHeadAttention)):
         raise TypeError(f"to must be FlashMultiHeadAttention or a subclass of it, got {to!r}.")
     if to.__init__ is not FlashMultiHeadAttention.__init__:
@@ -177,7 +178,7 @@ def chosen_layers(model: nn.Module, where: Where) -> list[tuple[str, nn.Multihea
 def warn_of_silence(model: nn.Module, layers: dict[int, str], to: type[FlashMultiHeadAttention], named: bool) -> None:
     """Warn of what a caller may take for done: nothing to swap, layers that stayed, adapters that do not run."""
     if not layers:
-        warnings.warn(nothing_there(model), stacklevel=3)
+        warnings.warn(describe_no_layers(model), stacklevel=3)
     elif not named and not holds(model, FlashMultiHeadAttention):
         left = [f"{row.name or '(root)'}: {row.why}" for row in swap_report(model)]
         warnings.warn(f"replace_mha changed nothing: {left[0]}{' ...' * (len(left) > 1)}.", stacklevel=3)
@@ -191,13 +192,13 @@ def warn_of_silence(model: nn.Module, layers: dict[int, str], to: type[FlashMult
         elif not isinstance(module, to):
             why = f"stays a {type(module).__name__}, whose own code {to.__name__} would replace"
         else:
-            why = silent(name, module)
+            why = why_silent(name, module)
         if why is not None:
             warnings.warn(f"{name or type(module).__name__}: {why}.", stacklevel=3)
 
 
-def nothing_there(model: nn.Module) -> str:
-    """What a model has in place of a stock layer."""
+def describe_no_layers(model: nn.Module) -> str:
+    """Say what a model has in place of a stock layer."""
     kinds = ((name or "(root)", type(module).__name__) for name, module in model.named_modules())
     looks = [f"{name} ({kind})" for name, kind in kinds if "attention" in kind.lower() or "attn" in kind.lower()]
     several = f", but {', '.join(looks[:3])}{', ...' * (len(looks) > 3)}, whose own code stays" if looks else ""

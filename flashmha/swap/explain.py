@@ -54,10 +54,12 @@ def explain(
 
 
 def explain_spec(spec: AttentionSpec, backend: Wanted = None, capability: tuple[int, int] | None = None) -> Explanation:
+    """Which backend would serve a problem."""
     return backends.explain(spec, backend, capability)
 
 
 def explain_call(q: Tensor, k: Tensor, v: Tensor, *, backend: Wanted = None, **options: Any) -> Explanation:
+    """Which backend would serve a call of ``attention``."""
     unknown = sorted(set(options) - set(CALL_OPTIONS))
     if unknown:
         raise TypeError(f"options must be among {', '.join(CALL_OPTIONS)}, got {', '.join(unknown)}.")
@@ -69,6 +71,7 @@ def explain_call(q: Tensor, k: Tensor, v: Tensor, *, backend: Wanted = None, **o
 
 
 def explain_layer(layer: FlashMultiHeadAttention, *args: Any, **kwargs: Any) -> Explanation:
+    """Which backend would serve a call of a layer, and what it does about padding and precision."""
     given = Arguments(*args, **kwargs)
     check_kinds(given)
     wanted = layer.backend if given.backend is None else given.backend
@@ -100,6 +103,7 @@ def explain_encoder(
     src_key_padding_mask: Tensor | None = None,
     is_causal: bool | None = None,
 ) -> Explanation:
+    """Which backend would serve an encoder's first layer, and where its padding goes."""
     causal = found_causal(mask, src_key_padding_mask) if is_causal is None else is_causal
     way = enter(encoder, src, mask, src_key_padding_mask, causal)
     first = encoder.layers[0].self_attn
@@ -123,7 +127,7 @@ def explain_encoder(
 
 
 def say_left_out(real: int, total: int) -> str:
-    """What a note says of padding that is left out."""
+    """A note about padding that is left out."""
     return (
         f"{total - real} of {total} positions are left out; "
         "while compiling or capturing a CUDA graph every row is computed"

@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.modules.module import _has_any_global_hook
 
-from ..layer.features import MARK, replaced
+from ..layer.features import MARK, find_replaced
 from ..layer.module import FlashMultiHeadAttention
 
 CALLS = ("forward", "_call_impl")
@@ -37,12 +37,12 @@ FORWARDS = {kind.forward for kind in MODULES}
 
 
 def find_unknown(encoder: nn.TransformerEncoder) -> str | None:
-    """What in an encoder may count on (batch, seqlen), so that padding stays; ``None`` for nothing."""
+    """Say what in an encoder may count on (batch, seqlen), so that padding stays; ``None`` for nothing."""
     return find_unknown_layers(encoder) or find_unknown_norm(encoder)
 
 
 def find_unknown_layers(encoder: nn.TransformerEncoder) -> str | None:
-    """The same of its layers."""
+    """The same of an encoder's layers."""
     if _has_any_global_hook():
         return "hooks on every module"
     for number, layer in enumerate(encoder.layers):
@@ -53,7 +53,7 @@ def find_unknown_layers(encoder: nn.TransformerEncoder) -> str | None:
 
 
 def find_unknown_norm(encoder: nn.TransformerEncoder) -> str | None:
-    """The same of its last norm."""
+    """The same of an encoder's last norm."""
     why = None if encoder.norm is None else find_unknown_part(encoder.norm)
     return None if why is None else f"norm {why}"
 
@@ -75,19 +75,19 @@ def find_unknown_layer(layer: Any) -> str | None:
 
 
 def find_unknown_call(layer: Any) -> str | None:
-    """What in the call of a layer's attention is not as this package wrote it; Dynamo traces this."""
+    """Say what around a layer's attention is not as this package wrote it; ``None`` for nothing. Dynamo traces this."""
     kind = type(layer)
     if not is_intact(layer):
         return f" is a {kind.__name__} with code of its own, or none of flashmha's"
-    if hooked(layer):
+    if is_hooked(layer):
         return " has hooks"
     attention = layer._modules.get("self_attn")
     if not isinstance(attention, FlashMultiHeadAttention):
         return f".self_attn is a {type(attention).__name__}"
-    own = replaced(attention)
+    own = find_replaced(attention)
     if own:
         return f".self_attn has a {', '.join(own)} of its own"
-    return ".self_attn has hooks" if hooked(attention) else None
+    return ".self_attn has hooks" if is_hooked(attention) else None
 
 
 def is_intact(layer: Any) -> bool:
@@ -111,10 +111,10 @@ def find_unknown_part(part: Any) -> str | None:
         return f"is a {kind.__name__}, which may mix tokens"
     if "normalized_shape" in own and len(own["normalized_shape"]) != 1:
         return "normalises over more than one token"
-    return "has hooks" if hooked(part) else None
+    return "has hooks" if is_hooked(part) else None
 
 
-def hooked(module: nn.Module) -> bool:
+def is_hooked(module: nn.Module) -> bool:
     """Hooks run around a module, but for the package's own mark, or a compiled form in its place."""
     before: dict[Any, Any] = module._forward_pre_hooks
     if len(before) > (MARK in before) or module._forward_hooks or module._backward_hooks or module._backward_pre_hooks:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from torch import nn
 
-from ..layer.features import shadows
+from ..layer.features import find_shadows
 from ..layer.module import why_not_ours
 
 UNDO = "_flashmha_undo"
@@ -44,14 +44,15 @@ def why_not_yet(module: nn.Module) -> str | None:
     return "got grouped heads since, which nn.MultiheadAttention has not" if grouped else None
 
 
-def own_forward(module: nn.Module) -> str | None:
-    own = shadows(module)
+def why_own_forward(module: nn.Module) -> str | None:
+    """Say which methods of an instance run in place of its class's; ``None`` for none."""
+    own = find_shadows(module)
     return f"the instance has a {', '.join(own)} of its own, which runs in place of ours" if own else None
 
 
 def walk(model: nn.Module) -> Iterator[tuple[str, nn.Module, bool]]:
     """Every module once: its name, itself, and whether FSDP (either version) wraps it or something around it."""
-    fsdp = sys.modules.get("torch.distributed.fsdp")  # nobody has wrapped anything where it was not imported
+    fsdp = sys.modules.get("torch.distributed.fsdp")  # nothing is wrapped where it was not imported
     kinds = tuple(getattr(fsdp, name) for name in ("FullyShardedDataParallel", "FSDPModule") if hasattr(fsdp, name))
     wrapped: set[str] = set()
     for name, module in model.named_modules():

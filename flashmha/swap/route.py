@@ -22,7 +22,7 @@ from .known import find_unknown_call, find_unknown_layers, find_unknown_norm
 
 
 class Route(NamedTuple):
-    """What the layers of an encoder are called with; ``leave`` is the way back.
+    """The arguments of an encoder's layers in one call; ``leave`` is the way back.
 
     ``packed`` holds the tokens where padding is left out or comes last, ``hidden`` the rows to be zeroed where packing
     would not pay; ``why`` says why neither is done where padding was to be left out. With ``padded_norm`` the last norm
@@ -58,7 +58,7 @@ def enter(
     given = key_padding_mask.tensors()[0] if isinstance(key_padding_mask, Padding) else key_padding_mask
     if not eager(src) or not (given is None or eager(given)) or src.is_nested or src.is_meta:
         if given is not None:
-            key_padding_mask = handed_down(encoder, src, mask, key_padding_mask, False)
+            key_padding_mask = hand_down(encoder, src, mask, key_padding_mask, False)
         return Route(src, mask, key_padding_mask, is_causal)
     strange = find_unknown_layers(encoder)
     way = Route(src, mask, None, is_causal)
@@ -79,7 +79,7 @@ def route_beside_padding(
     way, why = route_without_padding(encoder, src, mask, key_padding_mask, is_causal, strange)
     if way is not None:
         return way
-    rule = handed_down(encoder, src, mask, key_padding_mask, strange is None)
+    rule = hand_down(encoder, src, mask, key_padding_mask, strange is None)
     first = route_real_first(encoder, src, mask, rule, is_causal) if strange is None else None
     if first is not None:
         return Route(first.tokens, None, first.padding, False, first, None, True, why)
@@ -107,7 +107,7 @@ def route_without_padding(
     why = strange if strange is not None or nesting else norm
     if why is None:
         attentions: list[Any] = [layer.self_attn for layer in encoder.layers]
-        call = read_call(attentions[0], attention_arguments(src, mask, key_padding_mask, is_causal))
+        call = read_call(attentions[0], make_arguments(src, mask, key_padding_mask, is_causal))
         why = why_rows_stay(attentions, call)
         if why is None and nesting and not ends_in_padding(encoder, call.valid):
             why = "padding before real tokens, where the stock encoder makes no nested tensors"
@@ -117,7 +117,7 @@ def route_without_padding(
     valid: Any = call.valid
     windows = packing.windows(call.mask)
     if not pays(encoder, valid):
-        hidden = hidden_rows(attentions[0], valid)
+        hidden = mask_hidden_rows(attentions[0], valid)
         # as a rule, which a layer does not leave out
         return Route(src, joined(call.padding, *windows), None, False, None, hidden, nesting), None
     real = packing.tokens_of(call.padding, valid.shape[1])
@@ -127,8 +127,8 @@ def route_without_padding(
     return Route(packed.tokens, joined(packed.documents, *windows), None, False, packed, None, nesting), None
 
 
-def attention_arguments(src: Tensor, mask: Any, key_padding_mask: Any, is_causal: bool) -> Arguments:
-    """What an encoder layer asks of its attention."""
+def make_arguments(src: Tensor, mask: Any, key_padding_mask: Any, is_causal: bool) -> Arguments:
+    """The arguments with which an encoder layer calls its attention."""
     return Arguments(src, src, src, key_padding_mask, False, mask, is_causal=is_causal)
 
 
@@ -139,16 +139,16 @@ def route_zeroed(
     attention = getattr(encoder.layers[0], "self_attn", None)
     if not isinstance(attention, FlashMultiHeadAttention):
         return None
-    call = read_call(attention, attention_arguments(src, mask, key_padding_mask, is_causal))
+    call = read_call(attention, make_arguments(src, mask, key_padding_mask, is_causal))
     if call.padding is None or not call.batched:
         return None
     valid: Any = call.valid
     if not ends_in_padding(encoder, valid):
         return None
-    return Route(src, mask, key_padding_mask, is_causal, None, hidden_rows(attention, valid), True, why)
+    return Route(src, mask, key_padding_mask, is_causal, None, mask_hidden_rows(attention, valid), True, why)
 
 
-def hidden_rows(attention: Any, valid: Tensor) -> Tensor:
+def mask_hidden_rows(attention: Any, valid: Tensor) -> Tensor:
     """Padding as a mask over an encoder's output."""
     hidden = ~valid if attention.batch_first else ~valid.T
     return hidden[..., None]
@@ -166,11 +166,11 @@ def route_real_first(
     if is_causal or not moves_keys(src):
         return None
     attentions: list[Any] = [layer.self_attn for layer in encoder.layers]
-    for attention in different(attentions):
+    for attention in find_different(attentions):
         if attention.batch_first != attentions[0].batch_first:
             return None
-        call = read_call(attention, attention_arguments(src, None, rule, False))
-        if padding.positioned(attention, call) is not None:
+        call = read_call(attention, make_arguments(src, None, rule, False))
+        if padding.why_order_counts(attention, call) is not None:
             return None
     return RealFirst(src, rule, attentions[0].batch_first)
 
@@ -183,14 +183,14 @@ def moves_keys(src: Tensor) -> bool:
 def leave(encoder: nn.TransformerEncoder, route: Route, output: Tensor) -> Tensor:
     """The encoder's output of what its last layer returned; zeros where padding was left out."""
     if route.padded_norm:
-        output = back(route, output)
+        output = put_back(route, output)
     if encoder.norm is not None:
         output = encoder.norm(output)
-    return output if route.padded_norm else back(route, output)
+    return output if route.padded_norm else put_back(route, output)
 
 
-def back(route: Route, output: Tensor) -> Tensor:
-    """What the layers returned, zeros where padding was."""
+def put_back(route: Route, output: Tensor) -> Tensor:
+    """Put tokens back where they were, zeros where padding was."""
     if route.packed is not None:
         return route.packed.unpack(output)
     return output if route.hidden is None else output.masked_fill(route.hidden, 0.0)
@@ -229,16 +229,16 @@ def why_rows_stay(attentions: list[Any], call: Reading) -> str | None:
     first = attentions[0]
     if not call.batched:
         return "src without a batch axis"
-    for attention in different(attentions):
+    for attention in find_different(attentions):
         if (attention.batch_first, attention.trust_is_causal) != (first.batch_first, first.trust_is_causal):
             return "layers that differ in batch_first or trust_is_causal"
-        why = padding.unpackable(attention, call)
+        why = padding.why_not_packable(attention, call)
         if why is not None:
             return why
-    return padding.beside_holes(call, *[attention.window for attention in attentions])
+    return padding.why_holes_stay(call, *[attention.window for attention in attentions])
 
 
-def different(attentions: list[Any]) -> list[Any]:
+def find_different(attentions: list[Any]) -> list[Any]:
     """The first layer, and those that are not like it in all that decides whether padding may go."""
     first = attentions[0]
     kind, form = type(first), form_of(first)
@@ -255,7 +255,7 @@ def has_more(attention: Any) -> bool:
     return attention.bias_k is not None or not attention.__dict__.keys().isdisjoint(HOPS)
 
 
-def handed_down(encoder: Any, src: Any, mask: Any, padding: Any, known: bool) -> Any:
+def hand_down(encoder: Any, src: Any, mask: Any, padding: Any, known: bool) -> Any:
     """A bool padding mask as one rule for every layer, which keeps what is computed of it; else as it came.
 
     As a tensor it goes to layers, hooks and patches that may count on one, into a graph, and where it is an error.

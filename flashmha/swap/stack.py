@@ -27,15 +27,15 @@ from .route import Route
 
 
 def run_layers(encoder: nn.TransformerEncoder, route: Route) -> Tensor:
-    """What the last layer of an encoder gives, whose layers are known."""
+    """Run the layers of an encoder, all of which are known; the output of the last."""
     attention = SelfAttention(route, len(encoder.layers))
     x = route.src
     for layer in encoder.layers:
-        x = through(layer, x, attention)
+        x = run_layer(layer, x, attention)
     return x
 
 
-def through(layer: Any, x: Tensor, attention: SelfAttention) -> Tensor:
+def run_layer(layer: Any, x: Tensor, attention: SelfAttention) -> Tensor:
     """One encoder layer."""
     parts = layer._modules
     if layer.norm_first:
@@ -46,6 +46,7 @@ def through(layer: Any, x: Tensor, attention: SelfAttention) -> Tensor:
 
 
 def feed_forward(layer: Any, x: Tensor) -> Tensor:
+    """The two linear layers of an encoder layer, and what is between them."""
     parts = layer._modules
     activation = layer.activation
     x = apply_linear(parts["linear1"], x)
@@ -54,11 +55,13 @@ def feed_forward(layer: Any, x: Tensor) -> Tensor:
 
 
 def apply_linear(part: Any, x: Tensor) -> Tensor:
+    """A linear layer as a function."""
     out: Tensor = F.linear(x, *parameters(part, "weight", "bias")) if type(part) is nn.Linear else part.forward(x)
     return out
 
 
 def apply_norm(part: Any, x: Tensor) -> Tensor:
+    """A norm as a function."""
     if type(part) is nn.LayerNorm:
         return torch.layer_norm(x, part.normalized_shape, *parameters(part, "weight", "bias"), part.eps)
     out: Tensor = part.forward(x)
@@ -66,6 +69,7 @@ def apply_norm(part: Any, x: Tensor) -> Tensor:
 
 
 def apply_dropout(part: Any, x: Tensor) -> Tensor:
+    """A dropout as a function, left out where it drops nothing."""
     if type(part) is nn.Dropout and not (part.training and part.p):
         return x
     out: Tensor = part.forward(x)
@@ -73,7 +77,7 @@ def apply_dropout(part: Any, x: Tensor) -> Tensor:
 
 
 class Same(NamedTuple):
-    """What layers that are alike share: all that their problem follows from, and what serves it."""
+    """The problem that layers which are alike share, all that it follows from, and the backend that serves it."""
 
     key: tuple[Any, ...]
     spec: AttentionSpec

@@ -45,7 +45,7 @@ def attention_with_weights(
     the real tokens alone, ``remade`` where a hop of the layer's own made q and k.
 
     Where PyTorch records what runs (compile, export, torch.func, forward AD) both are ordinary tensors, and a compiler
-    drops what nobody reads; the definition makes both in one pass, unless a backend is named.
+    drops what is not read; the definition makes both in one pass, unless a backend is named.
     """
     dtype = q.dtype if dtype is None else dtype
     backend = None if recorded(spec) else choose(spec, wanted)
@@ -143,7 +143,7 @@ def asking(spec: AttentionSpec, backend: Backend) -> AttentionSpec:
 
 
 def recorded(spec: AttentionSpec) -> bool:
-    """Somebody records operators, or differentiates forward."""
+    """Operators are recorded, or differentiated forward."""
     return is_compiling() or spec.aten_only or traced() or is_dual()
 
 
