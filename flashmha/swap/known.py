@@ -58,13 +58,13 @@ def find_unknown_norm(encoder: nn.TransformerEncoder) -> str | None:
     return None if why is None else f"norm {why}"
 
 
-def find_unknown_layer(layer: Any) -> str | None:
+def find_unknown_layer(layer: nn.Module) -> str | None:
     """The same of one layer."""
     why = find_unknown_call(layer)
     if why is not None:
         return why
     modules = layer._modules
-    attention = modules["self_attn"]
+    attention: Any = modules["self_attn"]
     for name in BLOCK_PARTS:
         part = modules[name] if name in modules else getattr(layer, name)
         why = find_unknown_part(part)
@@ -74,7 +74,7 @@ def find_unknown_layer(layer: Any) -> str | None:
     return None if why is None else f".self_attn.out_proj {why}"
 
 
-def find_unknown_call(layer: Any) -> str | None:
+def find_unknown_call(layer: nn.Module) -> str | None:
     """Say what around a layer's attention is not as this package wrote it; ``None`` for nothing. Dynamo traces this."""
     kind = type(layer)
     if not is_intact(layer):
@@ -90,7 +90,7 @@ def find_unknown_call(layer: Any) -> str | None:
     return ".self_attn has hooks" if is_hooked(attention) else None
 
 
-def is_intact(layer: Any) -> bool:
+def is_intact(layer: nn.Module) -> bool:
     """A layer is of the package's own class, and neither that nor the instance has another method."""
     written = getattr(type(layer), "_written", None)
     if written is None or written.kind is not type(layer) or not isinstance(layer, nn.TransformerEncoderLayer):

@@ -106,7 +106,7 @@ def route_without_padding(
     nesting = nests and (norm is not None or not all(skipping))  # as stock does, whose last norm sees padding
     why = strange if strange is not None or nesting else norm
     if why is None:
-        attentions: list[Any] = [layer.self_attn for layer in encoder.layers]
+        attentions = attentions_of(encoder)
         call = read_call(attentions[0], make_arguments(src, mask, key_padding_mask, is_causal))
         why = why_rows_stay(attentions, call)
         if why is None and nesting and not ends_in_padding(encoder, call.valid):
@@ -125,6 +125,12 @@ def route_without_padding(
         return Route(src, joined(*windows), None, False), None
     packed = Packed(src, real, attentions[0].batch_first)
     return Route(packed.tokens, joined(packed.documents, *windows), None, False, packed, None, nesting), None
+
+
+def attentions_of(encoder: nn.TransformerEncoder) -> list[FlashMultiHeadAttention]:
+    """The attention of each layer, where the layers are known."""
+    layers: Any = encoder.layers
+    return [layer.self_attn for layer in layers]
 
 
 def make_arguments(src: Tensor, mask: Any, key_padding_mask: Any, is_causal: bool) -> Arguments:
@@ -148,7 +154,7 @@ def route_zeroed(
     return Route(src, mask, key_padding_mask, is_causal, None, mask_hidden_rows(attention, valid), True, why)
 
 
-def mask_hidden_rows(attention: Any, valid: Tensor) -> Tensor:
+def mask_hidden_rows(attention: FlashMultiHeadAttention, valid: Tensor) -> Tensor:
     """Padding as a mask over an encoder's output."""
     hidden = ~valid if attention.batch_first else ~valid.T
     return hidden[..., None]
@@ -165,7 +171,7 @@ def route_real_first(
         return None
     if is_causal or not moves_keys(src):
         return None
-    attentions: list[Any] = [layer.self_attn for layer in encoder.layers]
+    attentions = attentions_of(encoder)
     for attention in find_different(attentions):
         if attention.batch_first != attentions[0].batch_first:
             return None
@@ -224,7 +230,7 @@ def ends_in_padding(encoder: nn.TransformerEncoder, valid: Any) -> bool:
     return not getattr(encoder, "mask_check", True) or not bool((valid[:, 1:] & ~valid[:, :-1]).any())
 
 
-def why_rows_stay(attentions: list[Any], call: Reading) -> str | None:
+def why_rows_stay(attentions: list[FlashMultiHeadAttention], call: Reading) -> str | None:
     """Why the attention of some layer needs every row."""
     first = attentions[0]
     if not call.batched:
@@ -238,7 +244,7 @@ def why_rows_stay(attentions: list[Any], call: Reading) -> str | None:
     return padding.why_holes_stay(call, *[attention.window for attention in attentions])
 
 
-def find_different(attentions: list[Any]) -> list[Any]:
+def find_different(attentions: list[FlashMultiHeadAttention]) -> list[FlashMultiHeadAttention]:
     """The first layer, and those that are not like it in all that decides whether padding may go."""
     first = attentions[0]
     kind, form = type(first), form_of(first)
@@ -250,12 +256,12 @@ form_of = operator.attrgetter(
 )
 
 
-def has_more(attention: Any) -> bool:
+def has_more(attention: FlashMultiHeadAttention) -> bool:
     """Methods that are the instance's, or a learned key."""
     return attention.bias_k is not None or not attention.__dict__.keys().isdisjoint(HOPS)
 
 
-def hand_down(encoder: Any, src: Any, mask: Any, padding: Any, known: bool) -> Any:
+def hand_down(encoder: nn.TransformerEncoder, src: Tensor, mask: Any, padding: Any, known: bool) -> Any:
     """A bool padding mask as one rule for every layer, which keeps what is computed of it; else as it came.
 
     As a tensor it goes to layers, hooks and patches that may count on one, into a graph, and where it is an error.
@@ -281,7 +287,7 @@ GLOBAL_HOOKS = (
 )
 
 
-def has_sizes(attention: Any, src: Tensor, padding: Tensor) -> bool:
+def has_sizes(attention: FlashMultiHeadAttention, src: Tensor, padding: Tensor) -> bool:
     """A mask has the sizes (batch, seqlen) of a layer's input."""
     batch, seqlen = src.shape[:2] if attention.batch_first else (src.shape[1], src.shape[0])
     return padding.shape == (batch, seqlen)

@@ -20,6 +20,7 @@ from ..backends.choice.record import recording
 from ..functional import check_result
 from ..host.torch_state import casts_to, computed_in, without_autocast
 from ..layer import shortcut
+from ..layer.module import FlashMultiHeadAttention
 from ..layer.projection import by_one_matrix, parameters
 from ..problem.masks import Mask
 from ..problem.spec import AttentionSpec
@@ -35,9 +36,9 @@ def run_layers(encoder: nn.TransformerEncoder, route: Route) -> Tensor:
     return x
 
 
-def run_layer(layer: Any, x: Tensor, attention: SelfAttention) -> Tensor:
+def run_layer(layer: nn.TransformerEncoderLayer, x: Tensor, attention: SelfAttention) -> Tensor:
     """One encoder layer."""
-    parts = layer._modules
+    parts: Any = layer._modules
     if layer.norm_first:
         x = x + apply_dropout(parts["dropout1"], attention(parts["self_attn"], apply_norm(parts["norm1"], x)))
         return x + feed_forward(layer, apply_norm(parts["norm2"], x))
@@ -45,9 +46,9 @@ def run_layer(layer: Any, x: Tensor, attention: SelfAttention) -> Tensor:
     return apply_norm(parts["norm2"], x + feed_forward(layer, x))
 
 
-def feed_forward(layer: Any, x: Tensor) -> Tensor:
+def feed_forward(layer: nn.TransformerEncoderLayer, x: Tensor) -> Tensor:
     """The two linear layers of an encoder layer, and what is between them."""
-    parts = layer._modules
+    parts: Any = layer._modules
     activation = layer.activation
     x = apply_linear(parts["linear1"], x)
     x = activation.forward(x) if isinstance(activation, nn.Module) else activation(x)
@@ -94,7 +95,7 @@ class SelfAttention:
         self.masked = route.mask is not None or route.key_padding_mask is not None or route.is_causal
         self.same: Same | None = None
 
-    def __call__(self, layer: Any, x: Tensor) -> Tensor:
+    def __call__(self, layer: FlashMultiHeadAttention, x: Tensor) -> Tensor:
         own = shortcut.linears(layer, x.dtype) if type(x) is Tensor and x.dim() == 3 else None
         same = None if own is None else self.problem(layer, own, x)
         if own is None or same is None:
@@ -119,14 +120,18 @@ class SelfAttention:
             attended = attended.transpose(0, 1).contiguous()
         return F.linear(attended.flatten(2), weight_out, bias_out)
 
-    def module(self, layer: Any, x: Tensor) -> Tensor:
+    def module(self, layer: FlashMultiHeadAttention, x: Tensor) -> Tensor:
         """The layer's own forward."""
         route = self.route
-        masks = {"attn_mask": route.mask, "key_padding_mask": route.key_padding_mask, "is_causal": route.is_causal}
+        masks: dict[str, Any] = {
+            "attn_mask": route.mask,
+            "key_padding_mask": route.key_padding_mask,
+            "is_causal": route.is_causal,
+        }
         out: Tensor = layer.forward(x, x, x, **masks, need_weights=False)[0]
         return out
 
-    def problem(self, layer: Any, own: shortcut.Linears, x: Tensor) -> Same | None:
+    def problem(self, layer: FlashMultiHeadAttention, own: shortcut.Linears, x: Tensor) -> Same | None:
         """The problem of a layer and its backend, those of the layer before where they are alike; ``None`` for more."""
         state, shape = layer.__dict__, x.shape
         dropout, batch_first, heads = (

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -29,7 +27,7 @@ def attention_with_weights(
     v: Tensor,
     spec: AttentionSpec,
     wanted: Wanted = None,
-    layer: Any = None,
+    layer: object = None,
     *,
     average: bool = True,
     batched: bool = True,
@@ -110,7 +108,7 @@ DEFINITION = Naive()
 
 
 def by_definition(
-    q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, wanted: Wanted, layer: Any
+    q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, wanted: Wanted, layer: object
 ) -> tuple[Tensor, Tensor]:
     """Output and weights (batch, heads, seqlen_q, seqlen_k) as ordinary tensors."""
     with without_autocast(spec.device):
