@@ -121,7 +121,7 @@ def benchmark_attention(
             raise ValueError(f"{name} must be at least 1, got {size!r}.")
     if not isinstance(d_model, int) or d_model < 1 or d_model % num_heads:
         raise ValueError(f"d_model must be a multiple of num_heads, got d_model={d_model} and num_heads={num_heads}.")
-    from .host.clock import peak_bytes, quiet, seconds
+    from .host.clock import peak_bytes, quiet_machine, seconds
 
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
@@ -134,7 +134,7 @@ def benchmark_attention(
     runs: dict[str, Callable[[], Any]] = {"standard": lambda: standard(q, k, v), "flash": lambda: wrapper(q, k, v)}
     times: dict[str, list[float]] = {name: [] for name in runs}
     memory: dict[str, float] = {}
-    with torch.no_grad(), quiet(device):
+    with torch.no_grad(), quiet_machine(device):
         with record() as calls:
             wrapper(q, k, v)
         for name, run in runs.items():

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 import flashmha
 from flashmha import FlashMultiHeadAttention, Window, replace_mha, restore_mha, swap_report
-from flashmha.layer.features import ABSENT
+from flashmha.layer.features import STOCK_VALUES
 from flashmha.testing import assert_drop_in, assert_same, judge, noise, randomized, seeds
 from flashmha.testing.models import Architecture, Tree, anatomy, architectures, trees
 from flashmha.testing.models.encoder import fused_architectures, without_warnings
@@ -224,7 +224,7 @@ def test_options_reach_layers_that_were_built_as_flashmha_s_and_restoring_brings
     replace_mha(model, **options)
     replace_mha(model, **options)
     alike = kind(WIDTH, 2, **(own | options))
-    for name in ABSENT:
+    for name in STOCK_VALUES:
         assert repr(getattr(model["built"], name)) == repr(getattr(alike, name)), name
     told = {row.name: row.why for row in swap_report(model)}
     assert "built" in told["built"] and all(name in told["built"] for name in options)

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from ..host.clock import quiet, seconds
+from ..host.clock import quiet_machine, seconds
 from ..version import __version__
 from .cases import Case
 from .environment import Canary, commit, environment
@@ -73,7 +73,7 @@ def run(plan: Plan, tell: Tell) -> dict[str, Any]:
     dropped: list[str] = []
     stopped = False
     canary = Canary(plan.device)
-    with quiet(plan.device), warnings.catch_warnings():
+    with quiet_machine(plan.device), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         queue = sorted(plan.cases, key=lambda case: not case.headline)
         for place, case in enumerate(queue):

@@ -100,7 +100,7 @@ class PackedNested(Packed):
 
     def unpack(self, tokens: Tensor) -> Tensor:
         self.check(tokens)
-        return nested.again(tokens[0], self.like)
+        return nested.nest_values_like(tokens[0], self.like)
 
 
 def pack(

@@ -14,7 +14,7 @@ from .protocol import Layer
 
 
 def weights_dtype(q: Tensor) -> torch.dtype:
-    """What a softmax of scores of q gives: on a GPU autocast takes it to float32."""
+    """The dtype of a softmax of scores of q: on a GPU autocast takes it to float32."""
     if q.is_cuda and casts_to(q.device) is not None:
         return torch.promote_types(q.dtype, torch.float32)
     return q.dtype
@@ -26,7 +26,7 @@ def computing_dtype(layer: Layer, call: Reading, wanted: Wanted) -> torch.dtype 
     Not for a layer that was told a backend or has hops of its own, which were written for the layer's dtype.
     """
     query, dtype = call.query, call.query.dtype
-    if query.device.type != "cpu" or casts_to(query.device) is not None or not emulated(dtype):
+    if query.device.type != "cpu" or casts_to(query.device) is not None or not is_emulated(dtype):
         return None
     if layer.call_out_proj or has_hops(layer) or preference(wanted) is not None or needs_aten(query):
         return None
@@ -37,7 +37,7 @@ def computing_dtype(layer: Layer, call: Reading, wanted: Wanted) -> torch.dtype 
     return torch.float32
 
 
-def emulated(dtype: torch.dtype) -> bool:
+def is_emulated(dtype: torch.dtype) -> bool:
     """This CPU computes in a half precision dtype more slowly than in float32: an x86 without instructions for it.
 
     Those are AMX, and AVX512-BF16 for bfloat16. In its own dtype a layer of 512 tokens and more took so many times the
@@ -50,4 +50,4 @@ def emulated(dtype: torch.dtype) -> bool:
     return dtype != torch.bfloat16 or not torch.cpu._is_avx512_bf16_supported()
 
 
-emulated._dynamo_marked_constant = True  # type: ignore[attr-defined]
+is_emulated._dynamo_marked_constant = True  # type: ignore[attr-defined]

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -32,7 +30,7 @@ def attention_with_weights(
     v: Tensor,
     spec: AttentionSpec,
     wanted: Wanted = None,
-    layer: Any = None,
+    layer: object = None,
     *,
     average: bool = True,
     batched: bool = True,
@@ -48,7 +46,7 @@ def attention_with_weights(
     the real tokens alone, ``remade`` where a hop of the layer's own made q and k.
 
     Where PyTorch records what runs (compile, export, torch.func, forward AD) both are ordinary tensors, and a compiler
-    drops what is never read; the definition makes both in one pass, unless a backend is named.
+    drops what is not read; the definition makes both in one pass, unless a backend is named.
     """
     dtype = q.dtype if dtype is None else dtype
     backend = None if is_recorded(spec) else choose(spec, wanted)
@@ -114,7 +112,7 @@ DEFINITION = Naive()
 
 
 def define_both(
-    q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, wanted: Wanted, layer: Any
+    q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, wanted: Wanted, layer: object
 ) -> tuple[Tensor, Tensor]:
     """Output and weights (batch, heads, seqlen_q, seqlen_k) as ordinary tensors."""
     with without_autocast(spec.device):
