@@ -12,7 +12,7 @@ from ..backends.choice.wishes import preference
 from ..backends.sdpa.packed import runs_packed, takes_packed
 from ..host.torch_state import computed_in, eager
 from ..problem.masks import Window
-from ..problem.packing import has_holes, parts, take_real
+from ..problem.packing import has_holes, parts_of, take_real
 from ..problem.ragged import KeyPadding, Padding
 from ..problem.wording import short
 from .call import Reading, each_once
@@ -44,7 +44,7 @@ def unpackable(layer: Any, call: Reading) -> str | None:
     hops = overridden(layer)
     if hops:
         return f"{', '.join(hops)} overridden, which may count positions"
-    if call.bias is not None or any(not isinstance(part, (Padding, Window)) for part in parts(call.mask)):
+    if call.bias is not None or any(not isinstance(part, (Padding, Window)) for part in parts_of(call.mask)):
         return "an attn_mask beside causality"
     if call.query.is_cuda and preference(layer.backend) is None and not packs(layer, call):
         return f"no kernel here for packed tokens in {short(computed_in(call.query))}: they would need a dense mask"
@@ -57,7 +57,7 @@ RECORDED = "PyTorch records the call (compile, export, torch.func, a CUDA graph)
 
 def beside_holes(call: Reading, *windows: Window | None) -> str | None:
     """Why padding with holes has to stay: what a window sees would move. Causality alone minds no hole."""
-    bounded = [part for part in (*parts(call.mask), *windows) if part is not None and part.feature == "window"]
+    bounded = [part for part in (*parts_of(call.mask), *windows) if part is not None and part.feature == "window"]
     if bounded and call.padding is not None and call.padding.once("holes", lambda: has_holes(call.valid)):
         return "a window over padding with holes"
     return None
@@ -88,7 +88,7 @@ def packs(layer: Any, call: Reading) -> bool:
     able = (get(name) for name in expand("flash_attn"))
     if any(dtype in kernel.limits.dtypes and kernel.unavailable(device) is None for kernel in able):
         return True
-    whole = all(part.feature != "window" for part in parts(call.mask)) and layer.window is None
+    whole = all(part.feature != "window" for part in parts_of(call.mask)) and layer.window is None
     return whole and takes_packed(dtype, size) and runs_packed(size, device.index)
 
 

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from ..host.torch_state import is_dense
-from .positions import ALIGNMENTS, MaskMod, Restarts, check_broadcast, home, index_grid, lookup, positional
+from .positions import ALIGNMENTS, MaskMod, Restarts, by_index, check_broadcast, find_device, index_grid, look_up_in
 from .wording import told
 
 Kind = TypeVar("Kind", bound="Mask")
@@ -103,7 +103,7 @@ class Mask(abc.ABC):
 
         Axes on which no rule depends have size 1. Without a ``device`` it is made where the mask's tensors are.
         """
-        device = home(self.tensors()) if device is None else device
+        device = find_device(self.tensors()) if device is None else device
         tables = [part.dense(batch, heads, seqlen_q, seqlen_k, device, self.documents) for part in self.parts]
         return functools.reduce(operator.and_, tables)
 
@@ -131,7 +131,7 @@ class Mask(abc.ABC):
                 raise ValueError(f"{name} must be a whole number of at least 0, got {size!r}.")
         if batch and self.documents is not None:
             raise ValueError(f"batch must be 0 with Documents, which are packed into one item, got {batch}.")
-        device = home(self.tensors()) or torch.device("cpu")
+        device = find_device(self.tensors()) or torch.device("cpu")
         try:
             item, one = (torch.tensor(place, device=device) for place in (batch, head))
             queries, keys = (torch.arange(size, device=device) for size in (seqlen_q, seqlen_k))
@@ -177,7 +177,7 @@ class Window(Mask):
         return seen if self.left is None else seen & (distance >= -self.left)
 
     def mask_mod(self, seqlen_q: int, seqlen_k: int, documents: Restarts | None = None) -> MaskMod:
-        return positional(self.allowed, seqlen_q, seqlen_k, documents, self.align)
+        return by_index(self.allowed, seqlen_q, seqlen_k, documents, self.align)
 
     def merged(self, other: Mask) -> Window | None:
         if not isinstance(other, Window) or self.align != other.align:
@@ -243,7 +243,7 @@ class Dense(Mask):
         return (self.allowed,), lambda tensors: Dense(*tensors)
 
     def mask_mod(self, seqlen_q: int, seqlen_k: int, documents: Restarts | None = None) -> MaskMod:
-        return lookup(self.allowed)
+        return look_up_in(self.allowed)
 
     def dense(self, *grid: Any) -> Tensor:
         return self.allowed
@@ -272,7 +272,7 @@ class Rule(Mask):
         self.fn, self.align = fn, align
 
     def mask_mod(self, seqlen_q: int, seqlen_k: int, documents: Restarts | None = None) -> MaskMod:
-        return positional(self.fn, seqlen_q, seqlen_k, documents, self.align)
+        return by_index(self.fn, seqlen_q, seqlen_k, documents, self.align)
 
     def __repr__(self) -> str:
         return f"Rule({getattr(self.fn, '__name__', 'fn')})"

@@ -23,7 +23,7 @@ from ..backends.base import Backend
 from ..backends.naive import at_least_single
 from ..backends.parity import AGAIN, allowed_error, moved
 from ..host.extras import wanted_by
-from ..problem.scores import TensorBias, narrowed
+from ..problem.scores import TensorBias, narrow_bias
 from ..problem.spec import AttentionSpec
 from .dropout import WEIGHTS, Kept, check_drops, drawing, read_weights
 from .paste import pasted
@@ -82,9 +82,9 @@ def tellings(spec: AttentionSpec) -> list[Callable[[Tensor], Tensor]]:
 
     Where no log-sum-exp and no sinks count on the numbers themselves, its rows may be moved.
     """
-    found = [functools.partial(narrowed, dtype=torch.promote_types(spec.dtype, torch.float32))]
+    found = [functools.partial(narrow_bias, dtype=torch.promote_types(spec.dtype, torch.float32))]
     if not spec.need_lse and spec.sinks is None:
-        found.append(functools.partial(narrowed, dtype=spec.dtype, level=True))
+        found.append(functools.partial(narrow_bias, dtype=spec.dtype, level=True))
     return list(found)
 
 
