@@ -194,7 +194,7 @@ def asking_for_lse() -> dict[str, Any]:
 
 
 def levelled_spec(spec: AttentionSpec) -> tuple[AttentionSpec, Tensor]:
-    """The problem with the tensors among its biases ``levelled`` for a backward, and by how much in all."""
+    """The problem with the tensors among its biases levelled for a backward, and by how much in all."""
     assert spec.bias is not None
     parts, shift = [], torch.zeros(1, 1, 1, 1, device=spec.device)
     for part in spec.bias.parts:

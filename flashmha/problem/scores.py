@@ -13,7 +13,7 @@ Positions are those of ``masks``: the last query sits at the last key.
 A key is hidden where the mask says so, or where the bias is ``-inf`` in the bias's own dtype. Every other number is one
 to compute with, also beside heads whose dtype has no such number: scores are added to it in float32 at least, where
 -1e9 swallows them, so that a row of nothing else gives the mean. A kernel that takes no finer dtype than the heads'
-gets the numbers that ``narrowed`` gives.
+gets the numbers that ``narrow_bias`` gives.
 """
 
 from __future__ import annotations
@@ -243,7 +243,7 @@ def add_biases(one: Tensor, two: Tensor) -> Tensor:
 
 
 def narrow_bias(bias: Tensor, dtype: torch.dtype, *, level: bool = False) -> Tensor:
-    """A bias in the dtype that a kernel takes, which hides what it hid and no more; ``level``: see ``levelled``."""
+    """A bias in the dtype that a kernel takes, which hides what it hid and no more; ``level``: see ``level_bias``."""
     moved = level_bias(bias.to(torch.promote_types(bias.dtype, dtype)))[0] if level else bias
     if torch.promote_types(moved.dtype, dtype) == dtype:
         return moved.to(dtype)
