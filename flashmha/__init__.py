@@ -7,7 +7,8 @@ from .lab import FlashAttentionWrapper, benchmark_attention, compare_outputs, ha
 from .layer.module import FlashMultiHeadAttention
 from .layer.packed import Packed, pack
 from .problem.errors import NoBackendError
-from .problem.masks import Dense, Documents, KeyLengths, KeyPadding, Mask, Rule, Window, causal
+from .problem.masks import Dense, Mask, Rule, Window, causal
+from .problem.ragged import Documents, KeyLengths, KeyPadding
 from .problem.scores import ALiBi, Bias, RelativeBias, TensorBias
 from .problem.spec import AttentionSpec
 from .swap.convert import replace_mha, restore_mha

@@ -18,7 +18,6 @@ COMMANDS = {
     "verify": ("flashmha.commands.verify", "judge this machine's backends against the definition"),
     "bench": ("flashmha.commands.bench", "measure time, memory and error beside every peer"),
     "tune": ("flashmha.commands.tune", "time this machine's backends, for automatic choice to follow"),
-    "table": ("flashmha.commands.table", "the backends and what they serve, as a Markdown table"),
 }
 """Command -> the module that holds its ``add_arguments`` and ``main``, imported when it is called; and its help."""
 

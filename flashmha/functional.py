@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .backends import Backend, choose, note
-from .backends.choice.builtin import OWN
+from .backends import choose
+from .backends.choice.serve import serve
 from .backends.choice.wishes import Wanted
-from .host.torch_state import autocast, is_dense, without_autocast
+from .host.torch_state import autocast, is_dense
 from .problem.masks import Dense, Mask
 from .problem.scores import Bias, TensorBias
 from .problem.spec import AttentionSpec
@@ -130,33 +130,6 @@ def as_bias(bias: Bias | Tensor | None) -> Bias | None:
 def run(
     q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, wanted: Wanted = None, layer: Any = None
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Choose a backend for a problem, tell ``record``, and call it."""
-    backend = choose(spec, wanted)
-    note(layer, spec, backend)
-    return answer(backend, q, k, v, spec)
-
-
-def answer(backend: Backend, q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> Tensor | tuple[Tensor, Tensor]:
-    """What a backend makes of a problem, checked unless it is our own."""
-    if torch._C._is_any_autocast_enabled():  # it would cast masks and sums, which are finer than q, k and v on purpose
-        with without_autocast(spec.device):
-            result = backend(q, k, v, spec)
-    else:
-        result = backend(q, k, v, spec)
-    if type(backend) not in OWN:
-        check_result(result, spec, backend)
+    """Choose a backend for a problem and let it serve."""
+    result: Tensor | tuple[Tensor, Tensor] = serve(choose(spec, wanted), q, k, v, spec, layer)
     return result
-
-
-def check_result(result: Any, spec: AttentionSpec, backend: Backend) -> None:
-    """Raise where another package's backend returned something of another kind, shape or dtype."""
-    parts = result if spec.need_lse and isinstance(result, tuple) else (result,)
-    wanted = [(spec.batch, spec.seqlen_q, spec.heads, spec.head_dim_v), (spec.batch, spec.heads, spec.seqlen_q)]
-    shapes = [tuple(part.shape) if isinstance(part, Tensor) else type(part).__name__ for part in parts]
-    if shapes != wanted[: 1 + spec.need_lse]:
-        raise ValueError(
-            f"the backend {backend.name} must return {'out and lse' if spec.need_lse else 'out'} of shape "
-            f"{' and '.join(map(str, wanted[: 1 + spec.need_lse]))}, got {' and '.join(map(str, shapes))}."
-        )
-    if parts[0].dtype != spec.dtype:
-        raise ValueError(f"the backend {backend.name} must return out in {spec.dtype}, got {parts[0].dtype}.")

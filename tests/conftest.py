@@ -35,6 +35,7 @@ CPU_FILES = {
     "test_autocast": "pretends a GPU",
     "test_benchmark": "times layers on a CPU",
     "test_commands": "asks about the devices by name",
+    "test_docs": "runs the pages, which choose their device",
     "test_ddp": "runs processes on gloo",
     "test_detection": "pretends a GPU",
     "test_errors": "errors raised before any kernel",

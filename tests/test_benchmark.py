@@ -1,6 +1,7 @@
 """The benchmark: verdicts, the gate, the contestants, and a small run from the command to its files."""
 
 import dataclasses
+import functools
 import itertools
 import json
 import math
@@ -31,17 +32,17 @@ from flashmha.backends.flash_attn.flash4 import Flash4
 from flashmha.backends.naive import Naive
 from flashmha.benchmark import Case, Plan, every_case, run, runner, select
 from flashmha.benchmark.encoders import FlashmhaEncoder, HandEncoder, PackedEncoder, StockEncoder
-from flashmha.benchmark.gate import Seat, admit, judge
-from flashmha.benchmark.inputs import draw
+from flashmha.benchmark.gate import Seat, admit, find_faults
+from flashmha.benchmark.inputs import draw_inputs
 from flashmha.benchmark.kernels import ByHand, Linear, sdpa
 from flashmha.benchmark.lineup import all_contestants, contestants
 from flashmha.benchmark.peers import CONTROL, Contestant, Flashmha, StockBest, Through, how
-from flashmha.benchmark.reference import Reference, definition
-from flashmha.benchmark.report import absences_table, figures, load, markdown, save
+from flashmha.benchmark.reference import Reference, compute_definition
+from flashmha.benchmark.report import absences_table, markdown
+from flashmha.benchmark.rounds import FEWEST, take_turns
+from flashmha.benchmark.run_file import load, save
 from flashmha.benchmark.suites import lengths_of
-from flashmha.benchmark.verdicts import judge as judge_cases
-from flashmha.benchmark.verdicts import middle, noise_floor, ratio, share_of_gemm, verdict
-from flashmha.commands import markdown as table
+from flashmha.benchmark.verdicts import judge_cases, middle, noise_floor, ratio, share_of_gemm, verdict
 from flashmha.host.clock import peak_bytes
 
 CPU = torch.device("cpu")
@@ -132,7 +133,7 @@ def test_an_encoders_padding_is_what_its_case_says() -> None:
         if case.level != "encoder" or case.lengths is None:
             continue
         small = dataclasses.replace(case, embed_dim=case.heads, layers=1)
-        hidden = draw(small, CPU, 0).hidden
+        hidden = draw_inputs(small, CPU, 0).hidden
         assert hidden is not None and hidden.shape == (case.batch, case.seqlen_k)
         assert (~hidden).sum(1).tolist() == list(case.lengths)
         assert bool((hidden[:, :-1] & ~hidden[:, 1:]).any()) == case.holes
@@ -188,7 +189,7 @@ OURS = {"layer": "flashmha_best", "core": "attention", "encoder": "flashmha_enco
 @fewer(3)
 @given(drawn, st.integers(0, 9))
 def test_every_contestant_computes_the_same_or_says_why_not(case: Case, seed: int) -> None:
-    inputs = draw(case, CPU, seed)
+    inputs = draw_inputs(case, CPU, seed)
     reference = Reference.of(inputs)
     every, _ = all_contestants(CPU)
     taking_part = contestants(every, case, CPU, backends=["naive"])
@@ -209,7 +210,7 @@ def encoders(case: Case) -> list[Contestant]:
 @fewer(3)
 @given(stacked, st.integers(0, 9))
 def test_every_encoder_is_right_and_the_packed_one_with_holes_too(case: Case, seed: int) -> None:
-    inputs = draw(case, CPU, seed)
+    inputs = draw_inputs(case, CPU, seed)
     reference = Reference.of(inputs)
     for one in encoders(case):
         seat, row = admit(one, inputs, reference)
@@ -223,7 +224,7 @@ def test_every_encoder_trains_in_half_precision(way: dict[str, str]) -> None:
     case = dataclasses.replace(case, embed_dim=64, heads=2, heads_kv=2, lengths=(20, 64, 3, 41))
     case = dataclasses.replace(case, **{"dtype": "float32", "autocast": None, **way})
     assert case.level == "encoder" and case.mode == "train"
-    inputs = draw(case, CPU, 0)
+    inputs = draw_inputs(case, CPU, 0)
     reference = Reference.of(inputs)
     for one in encoders(case):
         row = admit(one, inputs, reference)[1]
@@ -234,7 +235,7 @@ def test_every_encoder_trains_in_half_precision(way: dict[str, str]) -> None:
 @given(stacked)
 def test_an_encoder_that_forgets_a_token_is_wrong(case: Case) -> None:
     case = dataclasses.replace(case, lengths=(3, 6), autocast=None, dtype="float32", causal=False)
-    inputs = draw(case, CPU, 0)
+    inputs = draw_inputs(case, CPU, 0)
 
     class Forgetful(PackedEncoder):
         def call(self, module: torch.nn.Module, inputs: Any) -> tuple[Tensor, None]:
@@ -268,27 +269,27 @@ class Off(Linear):
 @given(small, st.sampled_from(("out", "NaN", "gradient", "shape")))
 def test_who_is_wrong_has_no_seat(case: Case, part: str) -> None:
     case = dataclasses.replace(case, level="layer", mode="train" if part == "gradient" else "eval")
-    inputs = draw(case, CPU, 0)
+    inputs = draw_inputs(case, CPU, 0)
     seat, row = admit(Off(part), inputs, Reference.of(inputs))
     assert seat is None and row["status"] == "wrong" and row["reason"], row
 
 
 @given(small)
 def test_the_exact_answer_passes_the_gate(case: Case) -> None:
-    reference = Reference.of(draw(case, CPU, 0))
+    reference = Reference.of(draw_inputs(case, CPU, 0))
     rounded = {name: exact.to(reference.plain[name].dtype) for name, exact in reference.exact.items()}
-    assert judge(rounded, reference)[0] == []
+    assert find_faults(rounded, reference)[0] == []
 
 
 @given(drawn, st.integers(1, 400), st.integers(0, 9))
 def test_the_reference_is_stocks_answer_whatever_its_blocks(case: Case, block: int, seed: int) -> None:
-    inputs = draw(case, CPU, seed).to(torch.float64)
+    inputs = draw_inputs(case, CPU, seed).to(torch.float64)
     stock = {"layer": StockBest, "core": ByHand, "encoder": StockEncoder}[case.level]()
     seat = Seat(stock, inputs)
     seat.module.train()  # off the fast path
     with torch.inference_mode(not seat.leaves):
         expected = seat.collect(seat.run())
-    found = definition(inputs, block)
+    found = compute_definition(inputs, block)
     assert found.keys() == expected.keys()
     for name, x in found.items():
         torch.testing.assert_close(x, expected[name], rtol=1e-9, atol=1e-11, msg=lambda text, name=name: name + text)
@@ -297,9 +298,9 @@ def test_the_reference_is_stocks_answer_whatever_its_blocks(case: Case, block: i
 @given(drawn)
 def test_the_operations_of_a_forward_are_those_of_its_definition(case: Case) -> None:
     case = dataclasses.replace(case, mode="eval", causal=False, lengths=None)
-    inputs = draw(case, CPU, 0)
+    inputs = draw_inputs(case, CPU, 0)
     with FlopCounterMode(display=False) as counter:
-        definition(inputs)
+        compute_definition(inputs)
     assert counter.get_total_flops() == case.flop
 
 
@@ -312,7 +313,7 @@ def test_masks_and_padding_need_fewer_operations_and_training_more(case: Case) -
 
 def test_one_wrong_row_at_the_end_is_seen_through_blocks() -> None:
     case = dataclasses.replace(select(every_case(), globs=[TINY])[0], mode="eval")
-    inputs = draw(case, CPU, 0)
+    inputs = draw_inputs(case, CPU, 0)
 
     class LastRow(Linear):
         def call(self, module: torch.nn.Module, inputs: Any) -> tuple[Tensor, None]:
@@ -328,7 +329,7 @@ def test_one_wrong_row_at_the_end_is_seen_through_blocks() -> None:
 def test_padded_rows_count_for_those_who_promise_them() -> None:
     case = select(every_case(), ["padded"], modes=["eval"])[0]
     case = dataclasses.replace(case, embed_dim=16, heads=2, heads_kv=2)
-    inputs = draw(case, CPU, 0)
+    inputs = draw_inputs(case, CPU, 0)
     reference = Reference.of(inputs)
 
     class Emptied(Linear):
@@ -352,6 +353,45 @@ def test_peak_memory_is_that_of_what_lives_at_once(sizes: list[int], kept: bool)
                 alive.clear()
 
     assert peak_bytes(work, CPU) == 1024 * (sum(sizes) if kept else max(sizes))
+
+
+@given(
+    broken=st.dictionaries(st.sampled_from("abcd"), st.integers(0, 9)),
+    rounds=st.integers(1, 6),
+    repeats=st.integers(0, 3),
+    late=st.booleans(),
+)
+def test_what_raises_takes_no_more_turns_and_the_others_take_all(
+    broken: dict[str, int], rounds: int, repeats: int, late: bool
+) -> None:
+    """Each call of a timer is one turn here, and the first one finds out how many calls that takes."""
+    turns = dict.fromkeys("abcd", 0)
+    told: dict[str, str] = {}
+
+    def timer(name: str, calls: int) -> float:
+        turns[name] += 1
+        if turns[name] == broken.get(name):
+            raise ValueError(name)
+        return 1.0
+
+    answers = iter([False] * repeats)
+    done = min(rounds, FEWEST) if late else rounds
+    timers = {name: functools.partial(timer, name) for name in turns}
+    samples = take_turns(
+        timers,
+        block=1.0,
+        most=8,
+        rounds=rounds,
+        until=-math.inf if late else math.inf,
+        seed=0,
+        failed=lambda name, error: told.update({name: str(error)}),
+        counts=lambda: next(answers, True),
+    )
+    fell = {name for name, at in broken.items() if 1 <= at <= 1 + done + repeats}
+    assert told == {name: name for name in fell} and timers.keys() == samples.keys() == turns.keys() - fell
+    if len(fell) < len(turns):
+        assert all(turns[name] == 1 + done + repeats for name in samples)
+        assert all(times == [1.0] * done for times in samples.values())
 
 
 @st.composite
@@ -399,13 +439,6 @@ def test_a_run_survives_its_file(found: dict[str, Any], tmp_path_factory: pytest
     assert markdown(again) == markdown(found)
     judge_cases(again["cases"])
     assert again == json.loads(json.dumps(found)), "the verdicts follow from the seconds alone"
-    shown = [case for case in found["cases"] if case["case"]["headline"] and case["case"]["level"] == "layer"]
-    graphs = sum("flashmha_graph" in case["ratios"] for case in shown)
-    every = [case["case"] for case in found["cases"]]
-    encoders = [case["headline"] for case in every if case["level"] == "encoder"]
-    heads = 2 * (len(encoders) < len(every)) + 2 * bool(encoders)  # names and dashes
-    lines = [line for line in figures(path).splitlines() if line.startswith("| ")]
-    assert len(lines) == len(shown) + graphs + 2 * sum(encoders) + heads
 
 
 def times_of(case: dict[str, Any]) -> dict[str, list[float]]:
@@ -528,7 +561,7 @@ def test_no_marker_is_cut_and_no_table_is_empty(found: dict[str, Any]) -> None:
 
     figures: list[Any] = []
     with mock.patch("matplotlib.figure.Figure.savefig", lambda figure, *where, **options: figures.append(figure)):
-        plots.draw(found, Path("nowhere"))
+        plots.draw_plots(found, Path("nowhere"))
     for figure in figures:
         for ax in figure.axes:
             for line in ax.lines:
@@ -670,7 +703,7 @@ def packages(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
 @settings(fewer(5), suppress_health_check=[HealthCheck.function_scoped_fixture, *slow])
 @given(case=drawn.map(lambda case: dataclasses.replace(case, dtype="bfloat16")))
 def test_a_package_called_by_hand_is_timed_if_right_and_else_says_why(packages: str, case: Case) -> None:
-    inputs = draw(case, CPU, 0)
+    inputs = draw_inputs(case, CPU, 0)
     reference = Reference.of(inputs)
     by_hand = ("flash_attn_4", "flash_attn_3", "flash_attn_2", "linear_flash_attn_4")
     every, absent = all_contestants(CPU)
@@ -696,7 +729,7 @@ def test_a_cache_is_for_decoding(packages: str) -> None:
     case = select(every_case(), ["decode"])[0]
     case = dataclasses.replace(case, seqlen_k=64, embed_dim=64)
     one = next(one for one in all_contestants(CPU)[0] if one.name == "flash_attn_2_kvcache")
-    inputs = draw(case, CPU, 0)
+    inputs = draw_inputs(case, CPU, 0)
     assert admit(one, inputs, Reference.of(inputs))[1]["status"] == "ok"
     assert one.refuses(dataclasses.replace(case, suite="dense")) is not None
 
@@ -750,14 +783,14 @@ def test_what_is_compiled_is_compiled_and_has_itself_as_a_twin(monkeypatch: pyte
 
 
 def test_who_finds_no_memory_beside_the_others_takes_no_part(monkeypatch: pytest.MonkeyPatch) -> None:
-    plain = runner.in_a_row
+    plain = runner.turn_of
 
-    def starving(seat: Any, device: torch.device) -> int:
+    def starving(seat: Any, *arguments: Any) -> float:
         if seat.contestant.name == "stock":
             raise torch.OutOfMemoryError("tried to allocate everything")
-        return plain(seat, device)
+        return plain(seat, *arguments)
 
-    monkeypatch.setattr(runner, "in_a_row", starving)
+    monkeypatch.setattr(runner, "turn_of", starving)
     plan = Plan(select(every_case(), globs=[TINY])[:1], CPU, rounds=1, budget=1e9, peers=["stock*"], backends=[])
     rows = run(plan, lambda line: None)["cases"][0]["contestants"]
     assert rows["stock"]["status"] == "refused" and "seconds" not in rows["stock"]
@@ -766,7 +799,7 @@ def test_who_finds_no_memory_beside_the_others_takes_no_part(monkeypatch: pytest
 
 def test_ours_that_raises_has_failed_and_a_peer_is_refused() -> None:
     case = select(every_case(), globs=[TINY])[0]
-    inputs = draw(case, CPU, 0)
+    inputs = draw_inputs(case, CPU, 0)
 
     class Raises(Linear):
         def call(self, module: torch.nn.Module, inputs: Any) -> tuple[Tensor, None]:
@@ -780,7 +813,7 @@ def test_ours_that_raises_has_failed_and_a_peer_is_refused() -> None:
 
 
 def test_a_seat_trains_every_parameter_and_leaves_no_gradient() -> None:
-    inputs = draw(select(every_case(), globs=[TINY])[0], CPU, 0)
+    inputs = draw_inputs(select(every_case(), globs=[TINY])[0], CPU, 0)
     seat = Seat(Flashmha("ours", StockBest()), inputs)
     found = seat.collect(seat.run())
     assert {name for name in found if name.startswith("gradient")} == {
@@ -788,32 +821,3 @@ def test_a_seat_trains_every_parameter_and_leaves_no_gradient() -> None:
     }
     seat()
     assert all(leaf.grad is None for leaf in seat.leaves.values())
-
-
-@given(before=st.text("ab\n"), between=st.text("ab\n"), after=st.text("ab\n"))
-def test_a_section_is_replaced_and_nothing_else(
-    before: str, between: str, after: str, tmp_path_factory: pytest.TempPathFactory
-) -> None:
-    begin, end = table.marks("backends")
-    path = tmp_path_factory.mktemp("page") / "page.md"
-    path.write_bytes(f"{before}{begin}{between}{end}{after}".encode())
-    table.write(path)
-    assert path.read_bytes().decode() == f"{before}{begin}\n{table.table()}\n{end}{after}"
-    assert not table.write(path)
-
-
-def test_the_figures_come_from_the_results_beside_the_page(tmp_path: Path) -> None:
-    main(["bench", "--case", TINY, "--rounds", "1", "--no-plots", "--out", str(tmp_path / "made"), *ENDLESS])
-    results = tmp_path / table.RESULTS["speed"]
-    results.parent.mkdir(parents=True)
-    results.write_bytes((tmp_path / "made" / "run.json").read_bytes())
-    page = tmp_path / "README.md"
-    page.write_text("\n".join(table.marks("speed")))
-    assert table.write(page) and not table.write(page)
-    assert figures(results) in page.read_text()
-    marks = "\n".join(table.marks("gpu"))
-    page.write_text(marks)
-    assert not table.write(page), "it is not measured yet"
-    page.write_text(table.marks("speed")[0])
-    with pytest.raises(ValueError, match="must hold the lines"):
-        table.write(page)

@@ -31,11 +31,13 @@ from flashmha import ALiBi, AttentionSpec, Backend, KeyLengths, Limits, Mask, Wi
 from flashmha.__main__ import COMMANDS, main
 from flashmha.backends import get, names
 from flashmha.backends.choice import ranking, tuned
+from flashmha.backends.choice import rows as derived
 from flashmha.backends.choice.builtin import OWN
 from flashmha.backends.choice.ranking import KINDS, MODES, Row
 from flashmha.backends.choice.registry import instead
 from flashmha.backends.flash_attn.flash4 import Flash4
-from flashmha.benchmark import runner
+from flashmha.benchmark import runner, tuning
+from flashmha.benchmark.grid import GRIDS, grid_cells
 from flashmha.commands import tune
 from flashmha.commands.destination import check_file, check_folder
 
@@ -133,7 +135,6 @@ CALLS = {
     "explain": ("--device", "cpu"),
     "verify": ("--backend", "naive", "--device", "cpu", "--examples", 1),
     "bench": ("--list",),
-    "table": (),
 }
 
 
@@ -166,15 +167,6 @@ def test_a_table_is_made_anew_whatever_the_variable_names(tmp_path: Path, monkey
 def test_a_variable_set_to_nothing_is_not_set(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FLASHMHA_BACKEND", "")
     assert run("info")[0] == run("explain", "--device", "cpu")[0] == 0
-
-
-def test_table_holds_the_limits_as_data() -> None:
-    rows = answer("table")
-    assert [row["name"] for row in rows] == list(names())
-    for row in rows:
-        limits = get(row["name"]).limits
-        assert set(row["features"]) == limits.features and row["head_dim"] == limits.head_dim
-        assert row["devices"] == list(limits.devices)
 
 
 # explain
@@ -461,15 +453,15 @@ def test_tune_shows_the_fastest_and_names_flags_in_the_table() -> None:
     status, out, err = run("tune", *TINY, "--kinds", "dense", "decode", "--pass", "eval", "--backends", "naive", "flex")
     lines = out.splitlines()
     assert (status, err) == (0, "") and lines[0].split()[-4:] == ["flex", "us", "naive", "us"]
-    assert len(lines) == 1 + 2 + 4 + tune.LEGEND.count("\n") + 1
+    assert len(lines) == 1 + 2 + 4 + tune.MARKS.count("\n") + 1
     assert all(line.count("*") == 1 for line in lines[1:7])
 
 
 @given(data=st.data())
 def test_a_star_is_what_the_rows_of_the_figures_choose(data: st.DataObject) -> None:
     cells = data.draw(measured_cells())
-    table = ranking.Table("", "cpu", (torch.float32,), ranking.derive(cells, ""))
-    columns, rows = tune.shown(cells)
+    table = ranking.Table("", "cpu", (torch.float32,), derived.derive(cells, ""))
+    columns, rows = tune.table_of(cells)
     for cell, row in zip(cells, rows):
         stars = [column.split()[0] for column, text in zip(columns, row) if "*" in text]
         (first,) = [
@@ -481,10 +473,10 @@ def test_a_star_is_what_the_rows_of_the_figures_choose(data: st.DataObject) -> N
 @st.composite
 def measured_cells(draw: st.DrawFn) -> list[dict[str, Any]]:
     """Cells as ``tune`` measures them, of a few problems, with times and spreads of any size."""
-    grid = tune.GRIDS["cpu"]
+    grid = GRIDS["cpu"]
     kinds = draw(st.lists(st.sampled_from(KINDS), min_size=1, max_size=3, unique=True))
     found = []
-    for cell in tune.cells(grid, kinds, MODES, [8, 16], [16, 32, 64]):
+    for cell in grid_cells(grid, kinds, MODES, [8, 16], [16, 32, 64]):
         here = draw(st.lists(st.sampled_from(("sdpa", "flash2", "naive")), unique=True))
         found.append(
             {
@@ -510,27 +502,27 @@ def test_a_lead_within_the_spread_is_a_tie(times: list[float], noise: list[list[
     for turn in range(2):
         us = {name: time * (1 + spread * wave[turn] / 2.5) for name, time, wave in zip(names, times, noise)}
         cell = {"us": us, "spread": dict.fromkeys(names, spread)}
-        orders.append([(one, two) for one in names for two in names if ranking.beaten(one, two, cell)])
+        orders.append([(one, two) for one in names for two in names if derived.beaten(one, two, cell)])
     assert not any((two, one) in orders[1] for one, two in orders[0])
 
 
 def test_equal_times_keep_the_order_of_the_list_and_clear_ones_do_not() -> None:
     close = {"us": {"sdpa": 11.0, "flash2": 10.0}, "spread": {"sdpa": 0.06, "flash2": 0.06}}
-    assert ranking.agreed([close]) == ("sdpa", "flash2")
-    assert ranking.agreed([{**close, "spread": {"sdpa": 0.01, "flash2": 0.01}}]) == ("flash2", "sdpa")
-    assert ranking.agreed([{"us": close["us"]}]) == ("flash2", "sdpa"), "an older file has no spread"
+    assert derived.agreed([close]) == ("sdpa", "flash2")
+    assert derived.agreed([{**close, "spread": {"sdpa": 0.01, "flash2": 0.01}}]) == ("flash2", "sdpa")
+    assert derived.agreed([{"us": close["us"]}]) == ("flash2", "sdpa"), "an older file has no spread"
 
 
 @pytest.mark.parametrize("threads", (1, 2))
 def test_tune_records_the_threads_it_times_with(threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: set[int] = set()
-    plain = tune.taken
+    plain = tuning.seconds
 
-    def taken(*arguments: Any) -> float:
+    def seconds(*arguments: Any) -> float:
         seen.add(torch.get_num_threads())
         return plain(*arguments)
 
-    monkeypatch.setattr(tune, "taken", taken)
+    monkeypatch.setattr(tuning, "seconds", seconds)
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
@@ -543,14 +535,14 @@ def test_tune_records_the_threads_it_times_with(threads: int, monkeypatch: pytes
 
 
 class Later(Right):
-    """Falls over at its fourth call, when it is being timed."""
+    """Falls over at its second call, when it is being timed."""
 
     name = "later"
     calls = 0
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> Tensor:
         type(self).calls += 1
-        if self.calls % 4 == 0:
+        if self.calls % 2 == 0:
             raise ValueError("too late")
         return super().__call__(q, k, v, spec)
 
@@ -591,19 +583,23 @@ def test_a_wrong_gradient_never_wins() -> None:
 
 @given(kind=st.sampled_from([kind for kind in KINDS if kind != "decode"]), seqlen=st.integers(8, 90))
 def test_the_definition_of_a_cell_is_that_of_its_last_queries(kind: str, seqlen: int) -> None:
-    grid = dataclasses.replace(tune.GRIDS["cpu"], width=16, tokens=180)
-    for cell in tune.cells(grid, [kind], MODES, [8], [seqlen]):
-        inputs = tune.Inputs.of(cell, torch.float64, torch.device("cpu"), 0)
-        spec = inputs.spec()
+    grid = dataclasses.replace(GRIDS["cpu"], width=16, tokens=180)
+    for cell in grid_cells(grid, [kind], MODES, [8], [seqlen]):
+        plan = tuning.Tuning(grid, [cell], ["naive"], "float64", torch.device("cpu"))
+        trial = tuning.Trial.of(cell, plan)
+        spec, inputs = trial.spec(), trial.inputs
         assert ranking.kind(spec) == kind and ranking.mode(spec) == cell.mode and ranking.keys(spec) == seqlen
-        assert not any(x.is_contiguous() for x in (inputs.q, inputs.k, inputs.v)), "not views of one projection"
-        assert tune.Definition(inputs).error(inputs.run("naive")) < 1e-5
-        assert tune.Definition(inputs).error([x * 1.2 for x in inputs.run("naive")]) > tune.WRONG
+        assert not any(x.is_contiguous() for x in (inputs.query, inputs.key, inputs.value)), (
+            "not views of one projection"
+        )
+        definition, answer = tuning.Definition(cell, trial, plan), trial.run("naive")
+        assert definition.error(answer) < 1e-5
+        assert definition.error([x * 1.2 for x in answer]) > tuning.TOLERATED
 
 
 def test_a_budget_drops_the_last_cells_and_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ticks = itertools.count()
-    monkeypatch.setattr(tune.time, "monotonic", lambda: float(next(ticks)))
+    monkeypatch.setattr(tuning.time, "monotonic", lambda: float(next(ticks)))
     status, out, err = run("tune", *TINY, "--budget", "0.5")
     assert status == 0 and "problems were dropped: the budget is spent" in err
     assert len(out.splitlines()) == 1
@@ -612,8 +608,8 @@ def test_a_budget_drops_the_last_cells_and_says_so(tmp_path: Path, monkeypatch: 
 
 
 def test_the_grid_of_a_gpu_is_the_one_that_is_documented() -> None:
-    grid = tune.GRIDS["cuda"]
-    found = tune.cells(grid, KINDS, MODES, grid.head_dims, None)
+    grid = GRIDS["cuda"]
+    found = grid_cells(grid, KINDS, MODES, grid.head_dims, None)
     assert len({str(cell) for cell in found}) == len(found) == 7 * 2 * 3 * 6 + 6
     for cell in found:
         if cell.kind != "decode":
@@ -670,7 +666,7 @@ def test_a_command_names_the_package_it_misses(command: str, package: str, inste
     assert ran.stderr.endswith(f"{package}, which is not installed: pip install {package}{instead}\n")
 
 
-@pytest.mark.parametrize("command", ("info", "explain --device cpu --causal", "table", "bench --list --device cpu"))
+@pytest.mark.parametrize("command", ("info", "explain --device cpu --causal", "bench --list --device cpu"))
 def test_the_other_commands_need_no_extra(command: str) -> None:
     ran = bare(f"import sys\nfrom flashmha.__main__ import main\nsys.exit(main({command.split()}))")
     assert ran.returncode == 0 and "sdpa" in ran.stdout, ran.stderr
@@ -685,7 +681,6 @@ ours = flashmha.FlashMultiHeadAttention.from_torch(stock)
 x = torch.randn(2, 3, 8)
 testing.assert_drop_in(stock, ours, (x, x, x))
 testing.assert_same(x, x)
-testing.anatomy(ours)
 testing.randomized(ours, 0), testing.noise(0, 3)
 try:
     testing.assert_drop_in(stock, torch.nn.MultiheadAttention(8, 2, batch_first=True), (x, x, x))
@@ -788,11 +783,11 @@ def stopping(measure: Any, after: int) -> Any:
 
 
 def test_a_run_that_is_stopped_keeps_what_was_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tune, "measure", stopping(tune.measure, 2))
+    monkeypatch.setattr(tuning, "measure_cell", stopping(tuning.measure_cell, 2))
     status, out, err = run("tune", *TINY, "--kinds", "dense", "--save", tmp_path / "tuned.json")
     found = json.loads((tmp_path / "tuned.json").read_text())
-    assert status == 1 and len(found["cells"]) == 2 and set(found["dropped"].values()) == {tune.STOPPED}
-    assert len(found["cells"]) + len(found["dropped"]) == 4 and tune.STOPPED in err
+    assert status == 1 and len(found["cells"]) == 2 and set(found["dropped"].values()) == {tuning.STOPPED}
+    assert len(found["cells"]) + len(found["dropped"]) == 4 and tuning.STOPPED in err
     monkeypatch.setattr(runner, "measure", stopping(runner.measure, 1))
     call = ("bench", "--case", SMALLEST_CASE, "small/layer/train/b1s8e64h4", *SMALLEST_BENCH[3:], "--no-plots")
     status, out, _ = run(*call, "--out", tmp_path / "made")
@@ -814,7 +809,7 @@ def test_a_disk_that_is_full_at_the_end_loses_no_measurement(tmp_path: Path, mon
 
 
 def test_a_plot_that_fails_loses_no_measurement(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("flashmha.benchmark.plots.draw", mock.Mock(side_effect=RuntimeError("no fonts")))
+    monkeypatch.setattr("flashmha.benchmark.plots.draw_plots", mock.Mock(side_effect=RuntimeError("no fonts")))
     status, out, err = run(*SMALLEST_BENCH, "--out", tmp_path)
     assert status == 1 and SMALLEST_CASE in out and "no fonts" in err and str(tmp_path / "run.json") in err
     assert json.loads((tmp_path / "run.json").read_text())["cases"] and (tmp_path / "table.md").exists()
@@ -853,8 +848,6 @@ WRONG = {
     "verify --examples 0": "--examples must be at least 1, got 0.",
     "bench --device cuda:99": "device must be one of cpu",
     "bench --suites nothing": "invalid choice: 'nothing'",
-    "table --write nowhere/at/all.md": "--write must name a file that exists, got nowhere/at/all.md.",
-    "table --write .": "--write must name a file that exists, got ..",
     "bench --report . --no-plots": ". must be a file that can be read",
     "bench --report nowhere.json --no-plots": "nowhere.json must be a file that can be read",
     f"explain --seqlen-k {10**30}": "must be at most 281474976710656, got",

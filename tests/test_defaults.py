@@ -254,8 +254,9 @@ IMPORTS = """
 import gc, pkgutil, torch
 torch.set_default_device("meta")
 import flashmha, flashmha.testing
+apart = (".__main__", ".weights.kernels", ".kernel_parts", ".gradient_kernels", ".flash4_masks")
 for module in pkgutil.walk_packages(flashmha.__path__, "flashmha."):
-    if not module.name.endswith((".__main__", ".weights.kernels", ".flash4_masks")):
+    if not module.name.endswith(apart):
         __import__(module.name)
 print([x for x in gc.get_objects() if isinstance(x, torch.Tensor) and x.is_meta])
 """

@@ -22,7 +22,7 @@ from flashmha.backends.flash_attn import package as flash
 from flashmha.backends.flash_attn.flash2 import Flash2
 from flashmha.backends.flash_attn.flash3 import HEAD_DIMS, Flash3
 from flashmha.backends.flash_attn.flash4 import Flash4
-from flashmha.commands.info import show
+from flashmha.commands.info import show_devices
 from flashmha.host.machine import Machine
 
 CUDA = torch.device("cuda", 0)
@@ -109,7 +109,7 @@ def check_said(name: str, reason: str) -> None:
     assert said is not None and reason in said
     out = io.StringIO()
     with contextlib.redirect_stdout(out):
-        show([CUDA], json=False)
+        show_devices([CUDA], json=False)
     assert f"{said}" in out.getvalue()
     with pytest.raises(NoBackendError) as caught:
         choose(problem(), name)

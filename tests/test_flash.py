@@ -19,6 +19,7 @@ from flashmha.backends.base import HALF
 from flashmha.backends.flash_attn.flash2 import Flash2
 from flashmha.backends.flash_attn.flash3 import Flash3
 from flashmha.backends.flash_attn.package import FlashAttn
+from flashmha.backends.flash_attn.windows import normal_lse
 from flashmha.backends.rewrites.grouped import FEW
 from flashmha.backends.sdpa import packed as varlen
 from flashmha.backends.sdpa.backend import Sdpa
@@ -280,6 +281,30 @@ def test_documents_are_packed_for_the_kernel_inside_torch(data: st.DataObject, s
         assert_agrees(PretendedSdpa(), spec, seed)
 
 
+def whole_documents(total: int) -> Documents:
+    """Two documents that hold every token."""
+    return Documents(torch.tensor([0, total // 2, total], dtype=torch.int32), total=total)
+
+
+@given(data=st.data(), seed=seeds())
+def test_documents_are_prepared_once_for_the_kernel_inside_torch(data: st.DataObject, seed: int) -> None:
+    def kernel(q: Tensor, k: Tensor, v: Tensor, *told: Any, scale: float) -> Any:
+        *offsets, dropout_p, is_causal, _ = told
+        return (two(q, k, v, *offsets, dropout_p=dropout_p, softmax_scale=scale, causal=is_causal),)
+
+    spec = data.draw(specs(limits=PretendedSdpa.limits, head_dims=(8, 16), longest=17))
+    mask = data.draw(st.sampled_from((whole_documents(spec.seqlen_q), KeyLengths(torch.arange(spec.batch)))))
+    batch = 1 if isinstance(mask, Documents) else spec.batch
+    spec = dataclasses.replace(spec, mask=mask, batch=batch, seqlen_k=spec.seqlen_q)
+    serve = varlen.attend_in_place(spec)
+    assert serve is not None
+    sizes = (spec.batch, spec.seqlen_q, spec.heads), (spec.batch, spec.seqlen_k, spec.heads_kv)
+    with mock.patch.object(torch.ops.aten, "_flash_attention_forward", kernel):
+        for salt in range(2):
+            q, k, v = (noise(seed + salt, *size, spec.head_dim, dtype=spec.dtype) for size in (*sizes, sizes[1]))
+            assert torch.equal(serve(q, k, v), varlen.attend_packed(q, k, v, spec))
+
+
 @pytest.mark.parametrize("mask", (KeyPadding(torch.arange(11)[None] < torch.tensor([[11], [4]])), None))
 def test_the_kernel_inside_torch_gets_dense_heads_and_offsets(mask: Mask | None) -> None:
     mask = Documents(torch.tensor([0, 0, 4, 4, 11, 11])[::2].int()) if mask is None else mask
@@ -379,3 +404,18 @@ def test_no_call_waits_for_the_device_to_read_padding(kind: type[FlashAttn], mas
         out.sum().backward()
     else:
         assert [x.shape for x in out] == [q.shape, (2, 4, 5)]
+
+
+@given(rows=st.lists(st.sampled_from((0.5, -3.0, math.inf, -math.inf)), min_size=1, max_size=5), seed=seeds())
+def test_a_sink_far_above_its_row_is_the_log_sum_exp(rows: list[float], seed: int) -> None:
+    """A kernel whose exponential overflows says inf of such a row, as of one that saw nothing."""
+    sinks = torch.randn(3, generator=torch.Generator().manual_seed(seed), requires_grad=True)
+    lse = torch.tensor(rows).expand(2, 3, -1).clone().requires_grad_()
+    found = normal_lse(lse, sinks)
+    lost = lse.detach().isinf()
+    assert torch.equal(found[lost], sinks[:, None].expand(2, 3, len(rows))[lost])
+    assert torch.equal(found[~lost], lse[~lost])
+    of_lse, of_sinks = torch.autograd.grad(found.sum(), (lse, sinks))
+    assert torch.equal(of_lse, (~lost).float()) and torch.equal(of_sinks, lost.float().sum((0, 2)))
+    seen = normal_lse(lse)
+    assert torch.equal(seen == -math.inf, lost) and torch.equal(seen[~lost], lse[~lost])

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 
 from flashmha import Documents, FlashMultiHeadAttention, KeyPadding, Window, record
 from flashmha.layer import shortcut
+from flashmha.layer.arguments import Arguments
 from flashmha.testing import Blueprint, Call, ask, assert_drop_in, assert_same, blueprints, noise, problems
-from flashmha.testing.call import ATTN_MASKS, LAYOUTS, SHARINGS
+from flashmha.testing.call import ATTN_MASKS, INPUT_LAYOUTS, SHARINGS
 
 EXACT = (torch.float64,)
 WARNING = "Support for mismatched key_padding_mask and attn_mask is deprecated. Use same type for both instead."
@@ -241,7 +242,7 @@ blind_problems = problems(
     batches=SIZES,
     seqlens=LENGTHS,
     attn_masks=tuple(kind for kind in ATTN_MASKS if "causal" not in kind),
-    layouts=LAYOUTS[:3],
+    layouts=INPUT_LAYOUTS[:3],
     blind=True,
 )
 
@@ -678,7 +679,9 @@ def test_a_projection_is_one_operator_and_nothing_is_copied_but_heads(
     given = {name: torch.randn(*((batch, seqlen) if batch_first else (seqlen, batch)), 16) for name in "abc"}
     inputs = [given[name] for name in sharing]
     mask = torch.zeros(batch, seqlen, dtype=torch.bool) if padding else None
-    patch: Any = contextlib.nullcontext() if shortest else mock.patch.object(shortcut, "attend", lambda *call: None)
+    patch: Any = (
+        contextlib.nullcontext() if shortest else mock.patch.object(shortcut, "attend_plain", lambda *call: None)
+    )
     with torch.no_grad(), patch, Operators() as operators:
         out, _ = layer(*inputs, key_padding_mask=mask, need_weights=False)
     names = [name.split(".")[0] for name in operators.names]
@@ -723,8 +726,8 @@ def test_the_shortest_way_through_a_layer_is_the_way_of_every_call(
         patch = mock.patch.object(FlashMultiHeadAttention, "process_heads", lambda self, q, k, v: (q * 3, k, v))
     elif change == "class window":
         patch = mock.patch.object(FlashMultiHeadAttention, "window", Window(0, 0))
-    for shortest in (shortcut.attend, lambda *call: None):
-        with mock.patch.object(shortcut, "attend", shortest), patch, record() as ran:
+    for shortest in (shortcut.attend_plain, lambda *call: None):
+        with mock.patch.object(shortcut, "attend_plain", shortest), patch, record() as ran:
             found.append((ask(layer, call, call.tensors(blueprint)), ran))
     (short, one), (long, other) = found
     for name, tensor in long.tensors.items():
@@ -752,7 +755,8 @@ def test_the_shortest_way_is_taken_where_nothing_is_asked(
     mask = torch.arange(3) > torch.tensor([[0], [2]]) if padding else None
     with torch.set_grad_enabled(grad):
         for need_weights, average in ((False, True), (True, True), (True, False)):
-            found = shortcut.attend(layer, *inputs, mask, need_weights, average)
+            given = Arguments(*inputs, mask, need_weights, average_attn_weights=average)
+            found = shortcut.attend_plain(layer, given)
             assert found is not None
             options = {"need_weights": need_weights, "average_attn_weights": average, "key_padding_mask": mask}
             for mine, stock in zip(found, nn.MultiheadAttention.forward(layer, *inputs, **options)):
@@ -760,10 +764,12 @@ def test_the_shortest_way_is_taken_where_nothing_is_asked(
                 if mine is not None and stock is not None:
                     assert_same(mine, stock, "output or weights")
             for change in (lambda x: x[0], Tensor.double):
-                assert shortcut.attend(layer, *map(change, inputs), mask, need_weights, average) is None
+                query, key, value = map(change, inputs)
+                changed = given._replace(query=query, key=key, value=value)
+                assert shortcut.attend_plain(layer, changed) is None
             if padding:
                 for other in (mask[:, :2], mask[:1], mask.float(), mask[None]):
-                    assert shortcut.attend(layer, *inputs, other, need_weights, average) is None
+                    assert shortcut.attend_plain(layer, given._replace(key_padding_mask=other)) is None
 
 
 @given(
@@ -788,7 +794,7 @@ def test_masks_and_autocast_take_the_shortest_way(
         "hint": {"attn_mask": torch.ones(size, size, dtype=torch.bool).triu(1), "is_causal": True},
         "rule": {"attn_mask": KeyPadding(valid)},
     }
-    found, shortest, taken = [], shortcut.attend, []
+    found, shortest, taken = [], shortcut.attend_plain, []
 
     def watched(*call: Any) -> Any:
         answer = shortest(*call)
@@ -796,7 +802,10 @@ def test_masks_and_autocast_take_the_shortest_way(
         return answer
 
     for way in (watched, lambda *call: None):
-        with mock.patch.object(shortcut, "attend", way), torch.autocast(x.device.type, torch.bfloat16, enabled=cast):
+        with (
+            mock.patch.object(shortcut, "attend_plain", way),
+            torch.autocast(x.device.type, torch.bfloat16, enabled=cast),
+        ):
             out, _ = layer(x, x, x, need_weights=False, **masks[kind])
         found.append([out, *torch.autograd.grad(out.float().square().sum(), [x, *layer.parameters()])])
     assert taken == [True]
@@ -817,7 +826,11 @@ def test_a_layer_shows_what_it_has_beyond_the_stock_one(features: dict[str, Any]
 
 @given(
     problem=problems(
-        layers=blueprints(dtypes=EXACT), batches=SIZES, seqlens=LENGTHS, layouts=LAYOUTS[:3], attn_masks=ATTN_MASKS[3:5]
+        layers=blueprints(dtypes=EXACT),
+        batches=SIZES,
+        seqlens=LENGTHS,
+        layouts=INPUT_LAYOUTS[:3],
+        attn_masks=ATTN_MASKS[3:5],
     ),
     one_head=st.booleans(),
 )

@@ -1,11 +1,10 @@
-"""The package as a whole: public names, import order, import cost, the README, the command line."""
+"""The package as a whole: public names, import order, import cost, the wheel, the command line."""
 
 import ast
 import io
 import pickle
 import pickletools
 import re
-import shutil
 import subprocess
 import sys
 import typing
@@ -19,7 +18,6 @@ import torch
 import flashmha
 import flashmha.testing
 from flashmha.__main__ import main
-from flashmha.commands import markdown as table
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "flashmha"
@@ -43,11 +41,6 @@ FLOORS = [
     """.strip().splitlines()
 ]
 """Folders, and files of the root, from the ground up; what shares a line imports nothing of the other."""
-KNOWN = {
-    ("layer.columns", "layer.module"): "a layer's type, until there is a protocol",
-    ("layer.projection", "layer.module"): "a layer's type, until there is a protocol",
-}
-"""Imports that are still to go, and why they are there."""
 
 
 def name_of(path: Path) -> str:
@@ -98,7 +91,7 @@ def is_face(name: str, other: str) -> bool:
 
 
 def test_no_two_files_import_each_other_by_any_way() -> None:
-    left = {name: {other for one, other in ARROWS if one == name and (one, other) not in KNOWN} for name in FILES}
+    left = {name: {other for one, other in ARROWS if one == name} for name in FILES}
     while True:
         free = [name for name, others in left.items() if not others & left.keys()]
         if not free:
@@ -106,7 +99,42 @@ def test_no_two_files_import_each_other_by_any_way() -> None:
         for name in free:
             del left[name]
     assert not left, f"a circle goes through {', '.join(sorted(left))}"
-    assert set(KNOWN) <= set(ARROWS), "take out of KNOWN what is gone"
+
+
+STATE = re.compile(
+    r"torch\.(compiler\._?is_\w+|jit\.(is|_is)_\w+|cuda\.is_current_stream_capturing|overrides\.\w*has_torch_function\w*"
+    r"|is_inference_mode_enabled|is_autocast\w*|get_autocast\w*|_is_functional_tensor|_dynamo\.is_\w+|onnx\.is_\w+"
+    r"|_C\.(_functorch\.\w+|_(is|are|get|len|current)_\w+)|autograd\.forward_ad\._current_level"
+    r"|(are|is)_deterministic\w*|_subclasses\.\w+)"
+)
+"""What asks PyTorch whether it compiles, exports, traces, transforms, captures or casts."""
+LITERAL = {"torch.jit.is_scripting": {"layer.module", "swap.encoder"}}
+"""What TorchScript has to read in place, and where."""
+
+
+def asked_of_torch(path: Path) -> set[str]:
+    """The names of torch that a file uses, whole, whatever it calls the modules they are in."""
+    tree, short, found = ast.parse(path.read_text(encoding="utf-8")), {}, set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            short.update({alias.asname: alias.name for alias in node.names if alias.asname})
+        elif isinstance(node, ast.ImportFrom) and not node.level and (node.module or "").startswith("torch"):
+            short.update({alias.asname or alias.name: f"{node.module}.{alias.name}" for alias in node.names})
+    found.update(short.values())
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute):
+            first, _, rest = ast.unparse(node).partition(".")
+            found.add(f"{short.get(first, first)}.{rest}")
+    return found
+
+
+def test_one_room_asks_torch_what_it_is_doing() -> None:
+    asking = {name: set(filter(STATE.fullmatch, asked_of_torch(path))) for name, path in FILES.items()}
+    assert len(asking.pop("host.torch_state")) > 10
+    for name, questions in asking.items():
+        own = {question for question, places in LITERAL.items() if name in places}
+        assert questions <= own, f"{name} asks {', '.join(sorted(questions - own))}; host.torch_state does that"
+        assert own <= questions, f"{name} asks no {', '.join(sorted(own - questions))} any more"
 
 
 def test_every_folder_has_a_floor_and_something_in_it() -> None:
@@ -156,7 +184,6 @@ SPEC = flashmha.AttentionSpec(1, 3, 3, 2, 2, 4, 4, mask=flashmha.causal())
         flashmha.NoBackendError(SPEC, {}),
         flashmha.causal,
         flashmha.testing.Blueprint(),
-        flashmha.testing.Architecture(),
     ),
     ids=lambda thing: getattr(thing, "__name__", type(thing).__name__),
 )
@@ -195,16 +222,6 @@ def test_importing_the_package_imports_no_kernels_and_no_extras() -> None:
     assert compiler == "False"
 
 
-def test_the_readme_shows_the_tables_of_the_code(tmp_path: Path) -> None:
-    copy = tmp_path / "README.md"
-    shutil.copytree(ROOT / "benchmarks", tmp_path / "benchmarks")
-    copy.write_text((ROOT / "README.md").read_text(encoding="utf-8"), encoding="utf-8")
-    assert main(["table", "--write", str(copy)]) == 0
-    assert copy.read_text(encoding="utf-8") == (ROOT / "README.md").read_text(encoding="utf-8"), (
-        "run: python -m flashmha table --write README.md"
-    )
-
-
 def test_no_hint_installs_the_package_of_the_same_name_on_the_index() -> None:
     """FlashMHA on the package index is another project's; ours is torch-flashmha, and imported as flashmha."""
     metadata = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
@@ -212,7 +229,7 @@ def test_no_hint_installs_the_package_of_the_same_name_on_the_index() -> None:
     texts = [
         *PACKAGE.rglob("*.py"),
         *ROOT.glob("*.md"),
-        *(ROOT / "docs").glob("*.md"),
+        *(ROOT / "docs").rglob("*.md"),
         *(ROOT / "examples").glob("*.py"),
     ]
     texts += [ROOT / "pyproject.toml", ROOT / "tests" / "backend_package" / "pyproject.toml"]
@@ -237,39 +254,12 @@ def test_a_wheel_holds_the_package_under_its_import_name(tmp_path: Path) -> None
     assert "Name: torch-flashmha" in about
 
 
-def test_a_file_without_marks_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "bare.md").write_text("nothing here")
-    with pytest.raises(ValueError, match="must hold the lines"):
-        table.write(tmp_path / "bare.md")
-    assert (tmp_path / "bare.md").read_text() == "nothing here"
-
-
-PAGES = ("README.md", "docs/packed.md")
-SNIPPETS = {
-    f"{page} {number}": snippet
-    for page in PAGES
-    for number, snippet in enumerate(
-        re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(encoding="utf-8"), re.DOTALL)
-    )
-}
-
-
-@pytest.mark.parametrize("place", SNIPPETS)
-def test_a_snippet_of_the_pages_runs(place: str) -> None:
-    names: dict[str, object] = {}
-    exec(compile(SNIPPETS[place], place, "exec"), names)
-    for name, thing in names.items():
-        if name.startswith("test_") and callable(thing):
-            thing()
-
-
-@pytest.mark.parametrize("command", ("info", "table"))
-def test_a_command_names_every_backend(command: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main([command]) == 0
+def test_info_names_every_backend(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["info"]) == 0
     printed = capsys.readouterr().out
     for name in flashmha.backends.names():
         assert name in printed
-    assert torch.__version__ in printed or command == "table"
+    assert torch.__version__ in printed
 
 
 def test_the_console_script_and_the_module_are_one() -> None:

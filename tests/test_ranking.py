@@ -37,10 +37,12 @@ from flashmha import (
 from flashmha.backends import choose, explain, get, names, order, register, unregister
 from flashmha.backends.choice import ranking, tuned
 from flashmha.backends.choice.builtin import OWN
-from flashmha.backends.choice.choose import reason
-from flashmha.backends.choice.memory import chosen
-from flashmha.backends.choice.ranking import KINDS, MODES, TABLE, Row, Table, agreed, combined, derive, kind
+from flashmha.backends.choice.choose import choices, reason
+from flashmha.backends.choice.measured import TABLE
+from flashmha.backends.choice.memory import key_of
+from flashmha.backends.choice.ranking import KINDS, MODES, Row, Table, kind
 from flashmha.backends.choice.registry import instead
+from flashmha.backends.choice.rows import agreed, combined, derive
 from flashmha.backends.choice.waiting import long
 from flashmha.backends.compiling import waits
 from flashmha.backends.sdpa.backend import Sdpa
@@ -98,11 +100,11 @@ def untuned(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """No tuned table, before and after."""
     monkeypatch.delenv(tuned.VARIABLE, raising=False)
     tuned.replace(tuned.Tuned())
-    chosen.clear()
+    choices.clear()
     waits.begin()
     yield
     waits.begin()
-    chosen.clear()
+    choices.clear()
     tuned.replace(tuned.Tuned())
 
 
@@ -166,7 +168,7 @@ def test_padding_is_judged_once_and_again_under_another_list(asked: list[Attenti
     register(passing("curious"), before="sdpa")
     try:
         assert [choose(padded(True)).name for _ in range(3)] == ["curious"] * 3
-        assert not any(entry[3].name == "curious" for entry in chosen.values()), "it may look at the tensors"
+        assert not choices.get(key_of(padded(True))), "it may look at the tensors"
     finally:
         unregister("curious")
     assert [choose(padded(True)).name for _ in range(2)] == ["sdpa"] * 2
@@ -290,10 +292,10 @@ def test_what_was_remembered_holds_for_its_switches_alone() -> None:
             assert choose(spec).name == "sdpa"
             assert explain(spec).chosen == "sdpa"
         assert choose(spec).name == "flash4"
-        remembered = chosen[spec]
+        remembered = choices.get(spec)
         torch.use_deterministic_algorithms(True)
         try:
-            assert choose(spec).name == "flash4" and chosen[spec] is not remembered, "it was asked anew"
+            assert choose(spec).name == "flash4" and choices.get(spec) is not remembered, "it was asked anew"
         finally:
             torch.use_deterministic_algorithms(False)
 
@@ -465,6 +467,10 @@ def test_few_queries_and_one_share_a_cell() -> None:
     assert cell["us"] == pytest.approx({"sdpa": 2.0, "flash2": 3.0})
 
 
+SLACK = 0.2
+"""How much slower than the fastest the first of a built-in row may be."""
+
+
 @pytest.mark.parametrize("row", TABLE.rows, ids=lambda row: " ".join((*row.kinds, *row.modes)))
 def test_a_built_in_row_is_what_its_file_says(row: Row) -> None:
     assert set(row.kinds) <= set(KINDS) and set(row.modes) <= set(MODES) and set(row.order) < set(BUILT_IN)
@@ -476,7 +482,7 @@ def test_a_built_in_row_is_what_its_file_says(row: Row) -> None:
         if first is row and cell["us"]:
             covered += 1
             who = next(name for name in row.order if name in cell["us"])
-            assert cell["us"][who] <= min(cell["us"].values()) * (1 + ranking.SLACK), (cell, who)
+            assert cell["us"][who] <= min(cell["us"].values()) * (1 + SLACK), (cell, who)
     assert covered, "no cell of the file"
 
 

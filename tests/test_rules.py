@@ -31,9 +31,10 @@ from flashmha.backends.rewrites import documents as packing
 from flashmha.backends.rewrites.heads import neighbours
 from flashmha.backends.rewrites.order import RealFirst, permuted, real_first
 from flashmha.backends.sdpa import backend as sdpa
+from flashmha.backends.sdpa import packed as varlen
 from flashmha.backends.sdpa import pieces as blocks
 from flashmha.backends.sdpa.backend import Sdpa
-from flashmha.problem import masks
+from flashmha.problem import computed, ragged
 from flashmha.swap import encoder, route
 from flashmha.testing import noise, seeds
 
@@ -138,7 +139,7 @@ def of_model(model: nn.Module, x: Tensor, hidden: Tensor, **more: Any) -> list[T
 @contextlib.contextmanager
 def as_tensors() -> Any:
     """Encoders that hand their padding down as it came."""
-    with mock.patch.object(route, "handed_down", lambda encoder, src, mask, padding, known: padding):
+    with mock.patch.object(route, "hand_down", lambda encoder, src, mask, padding, known: padding):
         yield
 
 
@@ -303,7 +304,7 @@ def test_away_from_a_cpu_version_and_address_tell_a_change(move: str, monkeypatc
     made: list[int] = []
     valid = torch.ones(2, 3, dtype=torch.bool)
     rule = KeyPadding(valid)
-    monkeypatch.setattr(masks, "compares", lambda tensor: False)
+    monkeypatch.setattr(computed, "tells_by_values", lambda tensor: False)
     for _ in range(2):
         rule.once("one", lambda: made.append(1))
     MOVES[move](valid)
@@ -313,12 +314,12 @@ def test_away_from_a_cpu_version_and_address_tell_a_change(move: str, monkeypatc
 
 def test_a_captured_graph_keeps_nothing_of_a_caller_s_rule(monkeypatch: pytest.MonkeyPatch) -> None:
     here = {"queue": (1, False)}
-    monkeypatch.setattr(masks, "queue", lambda tensor: here["queue"])
+    monkeypatch.setattr(ragged, "stream_of", lambda tensor: here["queue"])
     valid = torch.ones(2, 3, dtype=torch.bool)
     # another stream, other tensors
     for rule, expected in (
         (KeyPadding(valid), [0, 0, 1, 2, 0, 3]),
-        (masks.private(KeyPadding(valid)), [0, 0, 1, 1, 2, 3]),
+        (ragged.private(KeyPadding(valid)), [0, 0, 1, 1, 2, 3]),
     ):
         numbers, found = itertools.count(), []
         for now in ((1, False), (1, False), (7, True), (7, True), (1, False), (2, False)):
@@ -467,15 +468,15 @@ def test_a_gpu_moves_keys_in_one_operator_and_a_prefix_in_none(kind: Any, side_b
     spec = AttentionSpec.of(q, k, v, mask=kind(valid if kind is KeyPadding else valid.sum(1)))
     empty = mock.Mock(side_effect=lambda q, *rest, **more: (q * 1.0,))
     with mock.patch.object(torch.ops.aten, "_flash_attention_forward", empty):
-        packed.attend_packed(q, k, v, spec)
+        varlen.attend_packed(q, k, v, spec)
         with Ran() as ran:
-            out = packed.attend_packed(q, k, v, spec)
+            out = varlen.attend_packed(q, k, v, spec)
     del ran.names["aten::mul"]  # the kernel
     ran.names.pop("aten::equal", None)  # how a CPU tells that nothing changed
     moves = 0 if kind is KeyLengths else 1 if side_by_side else 2
     assert ran.names == ({"aten::index_select": moves} if moves else {})
     with mock.patch.object(torch.ops.aten, "_flash_attention_forward", kernel):
-        out = packed.attend_packed(q, k, v, spec)
+        out = varlen.attend_packed(q, k, v, spec)
         with Ran() as ran:
             torch.autograd.grad(out.float().square().sum(), packed)
     assert ran.names["aten::index_select"] <= 2 and not ran.names["aten::index_add_"]
@@ -500,7 +501,7 @@ def test_a_compiler_prepares_a_mask_once_for_all_layers() -> None:
         return graph
 
     def run(q: Tensor, hidden: Tensor) -> Tensor:
-        rule = masks.private(KeyPadding(~hidden))
+        rule = ragged.private(KeyPadding(~hidden))
         for _ in range(3):
             q = backend(q, q, q, AttentionSpec.of(q, q, q, mask=rule))  # type: ignore[assignment]
         return q
@@ -573,10 +574,11 @@ def test_layers_over_real_tokens_first_give_every_row(
     x = x.clone().requires_grad_()
     first = RealFirst(x, KeyPadding(valid), batch_first)
     assert torch.equal(first.padding.lengths, valid.sum(1)) and torch.equal(first.unpack(first.tokens), x)
-    out = first.tokens
+    out = first.tokens if batch_first else first.tokens.transpose(0, 1)
     for each in model.layers:
         out = each(out, src_key_padding_mask=first.padding)
-    out = first.unpack(model.norm(out))
+    out = model.norm(out)
+    out = first.unpack(out if batch_first else out.transpose(0, 1))
     assert_all_close([out, *torch.autograd.grad(out.square().sum(), [x, *model.parameters()])], expected)
 
 
@@ -600,12 +602,10 @@ def test_an_order_is_stable_and_its_own_inverse_s_inverse(
     order = real_first(valid, batch_first)
     rows = torch.arange(batch * seqlen)
     assert torch.equal(order.places[order.back], rows) and torch.equal(order.back[order.places], rows)
-    tokens = rows.view(batch, seqlen) if batch_first else rows.view(seqlen, batch)
-    first = order.places.view(tokens.shape)
-    for item in range(batch):
-        own, real = (tokens[item], valid[item]) if batch_first else (tokens[:, item], valid[item])
-        expected = torch.cat((own[real], own[~real]))
-        assert torch.equal(first[item] if batch_first else first[:, item], expected)
+    tokens = rows.view(batch, seqlen) if batch_first else rows.view(seqlen, batch).T
+    first = order.places.view(batch, seqlen)
+    for own, real, found in zip(tokens, valid, first):
+        assert torch.equal(found, torch.cat((own[real], own[~real])))
 
 
 def test_an_order_is_part_of_one_graph() -> None:
@@ -629,14 +629,14 @@ def test_an_order_is_part_of_one_graph() -> None:
 @contextlib.contextmanager
 def a_gpu_that_moves_keys() -> Any:
     """Tokens take another order as they would on a GPU."""
-    whole = route.padding.positioned
+    whole = route.padding.why_order_counts
 
     def on_a_gpu(layer: Any, call: Any) -> str | None:
         why = whole(layer, call)
         return None if why is not None and why.startswith("no kernel") else why
 
-    moves = mock.patch.object(route, "moves_keys", lambda src: True)
-    with mock.patch.object(route.padding, "positioned", on_a_gpu), moves:
+    moves = mock.patch.object(route, "moves_keys", lambda src, valid: True)
+    with mock.patch.object(route.padding, "why_order_counts", on_a_gpu), moves:
         yield
 
 

@@ -12,8 +12,10 @@ import pytest
 import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
+from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right, causal_upper_left
 from torch.nn.attention.flex_attention import create_block_mask
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import flashmha
 from flashmha import (
@@ -168,9 +170,7 @@ def test_flash_attn_refuses_with_the_value_and_the_limit(name: str) -> None:
 
 
 def test_flash2_takes_what_the_others_lack() -> None:
-    assert (
-        get("flash2").why_not(problem(dropout_p=0.1, bias=ALiBi(torch.ones(8)), head_dim=36, head_dim_v=36)) is None
-    )
+    assert get("flash2").why_not(problem(dropout_p=0.1, bias=ALiBi(torch.ones(8)), head_dim=36, head_dim_v=36)) is None
 
 
 @pytest.mark.parametrize("name", FLASH)
@@ -527,3 +527,56 @@ def test_flash_attn_is_told_a_window_as_it_counts_it(kind: type[Flash2 | Flash3]
     q = torch.zeros(1, 9, 2, 8)
     kind((kernel, kernel))(q, q, q, AttentionSpec.of(q, q, q, mask=mask))
     assert (seen["causal"], seen["window_size"]) == told_windows[mask]
+
+
+# A range of queries and keys
+
+
+class Sizes(TorchDispatchMode):
+    """The most elements of a tensor that an operator makes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.most = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        for tensor in made if isinstance(made, (tuple, list)) else (made,):
+            if isinstance(tensor, Tensor) and not func.is_view:
+                self.most = max(self.most, tensor.numel())
+        return made
+
+
+@given(spec=specs(), data=st.data())
+def test_a_range_is_a_part_of_the_whole_and_makes_no_more(spec: AttentionSpec, data: st.DataObject) -> None:
+    ranges = []
+    for size in (spec.seqlen_q, spec.seqlen_k):
+        start = data.draw(st.integers(0, size))
+        ranges.append(data.draw(st.sampled_from((None, range(start, data.draw(st.integers(start, size)))))))
+    rows, keys = (range(size) if part is None else part for part, size in zip(ranges, spec_lengths(spec)))
+    bound = spec.batch * spec.heads * len(rows) * len(keys)
+    bound = max(bound, spec.batch * max(*spec_lengths(spec), len(rows), len(keys), spec.heads, 1))
+    for ask in (spec.allowed, spec.added):
+        whole = ask()
+        with Sizes() as sizes:
+            part = ask(*ranges)
+        if whole is None:
+            assert part is None
+            continue
+        full = (spec.batch, spec.heads, *spec_lengths(spec))
+        wanted = whole.expand(full)[:, :, rows.start : rows.stop, keys.start : keys.stop]
+        assert torch.equal(part.expand(wanted.shape), wanted) and part.dtype == whole.dtype
+        assert sizes.most <= bound, "no tensor is larger than the range"
+
+
+def spec_lengths(spec: AttentionSpec) -> tuple[int, int]:
+    return spec.seqlen_q, spec.seqlen_k
+
+
+@pytest.mark.parametrize("part", (3, slice(0, 1), [0], (0, 1), range(0, 4, 2), range(-1, 2), range(2, 1), range(6)))
+@pytest.mark.parametrize("name", ("queries", "keys"))
+@pytest.mark.parametrize("question", ("allowed", "added"))
+def test_a_range_that_is_none_is_refused(part: Any, name: str, question: str) -> None:
+    spec = AttentionSpec(1, 5, 5, 2, 2, 4, 4, mask=causal(), bias=ALiBi(torch.ones(2)))
+    with pytest.raises((TypeError, ValueError), match=rf"^{name} must be a range.*, got "):
+        getattr(spec, question)(**{name: part})

@@ -24,7 +24,7 @@ from flashmha import AttentionSpec, Backend, Documents, KeyLengths, KeyPadding, 
 from flashmha.backends import choose, compiling, explain, get, register, unregister, use_backend
 from flashmha.backends.choice import ranking
 from flashmha.backends.choice.builtin import OWN
-from flashmha.backends.choice.memory import chosen
+from flashmha.backends.choice.choose import choices
 from flashmha.backends.choice.registry import instead
 from flashmha.backends.choice.waiting import VARIABLE, long, loss
 from flashmha.backends.compiling import Wait, Waits, waits
@@ -41,11 +41,11 @@ def fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[Waits]:
     monkeypatch.delenv(VARIABLE, raising=False)
     waits.begin(COST, PATIENCE)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    chosen.clear()
+    choices.clear()
     with everywhere(loss=lambda spec: 0.5), instead(*map(willing, OWN)):
         yield waits
     waits.begin()
-    chosen.clear()
+    choices.clear()
 
 
 @pytest.fixture
@@ -81,7 +81,7 @@ def until(spec: AttentionSpec, most: int = 50) -> int:
 @given(lost=st.sampled_from((0.05, 0.3, 0.5, 1.0, 5.0)), seconds=st.sampled_from((0.5, 2.0, 3.3)))
 def test_a_kernel_is_compiled_once_it_has_cost_more_than_compiling(name: str, lost: float, seconds: float) -> None:
     spec, cost = PROBLEMS[name], seconds * (2 if PROBLEMS[name].needs_grad else 1)
-    chosen.clear()
+    choices.clear()
     waits.begin(seconds, PATIENCE)
     with on(), everywhere(loss=lambda spec: lost):
         assert not long(spec)

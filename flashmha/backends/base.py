@@ -1,25 +1,7 @@
 """Backend and Limits: what one implementation of attention can do, as data, and the call.
 
-A backend is one self-contained file with one class. It imports neither another backend nor the registry.
-
-The contract, version 1. A backend may rely on this, and whatever breaks it gets another number:
-
-- The class is made without arguments, once, when it is registered.
-- ``__call__`` sees only problems for which ``why_not(spec)``, ``why_not_here(spec.device)`` and ``why_not_built(spec)``
-  all gave ``None``; ``why_not_built`` is asked only where the other two did.
-- ``spec`` describes q, k and v exactly and is checked: one dtype and device, heads a multiple of heads_kv, a mask and
-  biases that fit. q, k and v are ``(batch, seqlen, heads, head_dim)`` with any strides and must not be written to.
-- ``spec.features`` is a subset of ``limits.features`` on that device. A feature that a later release adds is a new
-  name, so a class that has never heard of it refuses it: nothing is dropped in silence.
-- ``spec.mask`` is normalised: windows are bottom-right and merged, with bounds that may be negative; a rule that hides
-  nothing is gone. ``spec.allowed()`` and ``spec.added()`` give mask and bias as tensors, ``spec.scale`` a number.
-- What it said about a problem without tensors (no mask, bias or sinks) may be remembered while the list stays as it is.
-- Gradients are asked for only with ``"backward"`` among the features, and go through autograd: those of q, k and v, and
-  of sinks that want one. What a bias holds (slopes, a table, a tensor) wants one only with ``"bias_grad"``.
-
-What it owes: the answer of ``naive`` within ``tolerance``, zeros (and zero gradients) in rows that may look at nothing,
-dropout wherever ``spec.dropout_p`` is not 0, which under one seed of torch's generator drops the same weights whatever
-the values are, no fallback in silence, and reasons that cost nothing to ask for.
+A backend is one self-contained file with one class. It imports neither another backend nor the registry. Its contract
+is the docstring of ``Backend``.
 """
 
 from __future__ import annotations
@@ -64,12 +46,12 @@ Serve = Callable[[Tensor, Tensor, Tensor], Tensor | tuple[Tensor, Tensor]]
 """What a backend does with the q, k and v of a problem."""
 
 CONTRACTS = (1,)
-"""The versions of the contract above that this release keeps."""
+"""The versions of ``Backend``'s contract that this release keeps."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
-    """What a backend can do, as data: reasons, the README's table and the tests all come from here.
+    """What a backend can do, as data: reasons, the site's table and the tests all come from here.
 
     Attributes:
         devices: device types.
@@ -113,8 +95,51 @@ class Limits:
         if unknown:
             raise ValueError(f"features must be among {', '.join(FEATURES)}, got {', '.join(unknown)}.")
 
+    def exceeded_by(self, spec: AttentionSpec) -> list[str]:
+        """One phrase for each limit that a problem exceeds."""
+        reasons: list[str] = []
+        if self.devices and spec.device.type not in self.devices:
+            reasons.append(f"device {spec.device.type} (only {', '.join(self.devices)})")
+        if spec.dtype not in self.dtypes:
+            reasons.append(f"dtype {short(spec.dtype)} (only {', '.join(map(short, self.dtypes))})")
+        served = self.features
+        if spec.device.type in self.not_on:
+            served = served - self.not_on[spec.device.type]
+        if not spec.features <= served:
+            missing = [name for name in FEATURES if name in spec.features and name not in served]
+            missing += sorted(spec.features - served - frozenset(missing))
+            where = f" on {spec.device.type}" if spec.device.type in self.not_on else ""
+            reasons.append(f"no {', no '.join(missing)}{where}")
+        if spec.aten_only and not self.aten:
+            reasons.append("not made of PyTorch operators alone (export, torch.func or a tensor subclass wants that)")
+        return reasons + self._sizes_exceeded_by(spec) if self.sized or not spec.head_dim else reasons
+
+    def _sizes_exceeded_by(self, spec: AttentionSpec) -> list[str]:
+        reasons: list[str] = []
+        largest = max(spec.head_dim, spec.head_dim_v)
+        if self.head_dim is not None and largest > self.head_dim:
+            reasons.append(f"head_dim={largest} (at most {self.head_dim})")
+        if min(spec.head_dim, spec.head_dim_v) < self.head_dim_min:
+            reasons.append(f"head_dim={min(spec.head_dim, spec.head_dim_v)} (at least {self.head_dim_min})")
+        if self.head_dim_step > 1:
+            for name, size in (("head_dim", spec.head_dim), ("head_dim_v", spec.head_dim_v)):
+                if size % self.head_dim_step:
+                    reasons.append(f"{name}={size} (a multiple of {self.head_dim_step})")
+                    break
+        if min(spec.seqlen_q, spec.seqlen_k) < self.seqlen_min:
+            shortest = min(spec.seqlen_q, spec.seqlen_k)
+            reasons.append(f"seqlen={shortest} (at least {self.seqlen_min})")
+        if spec.batch < self.batch_min:
+            reasons.append(f"batch={spec.batch} (at least {self.batch_min})")
+        return reasons
+
+    def takes_heads(self, dtype: torch.dtype, head_dim: int) -> bool:
+        """Heads of a dtype and a size are within the limits."""
+        largest = head_dim if self.head_dim is None else self.head_dim
+        return dtype in self.dtypes and self.head_dim_min <= head_dim <= largest and not head_dim % self.head_dim_step
+
     def exceeded_on(self, capability: tuple[int, int], features: frozenset[str]) -> list[str]:
-        """One phrase for each reason that speaks against a CUDA compute capability, of a GPU that need not be here."""
+        """One phrase for each limit that a CUDA compute capability exceeds, of a GPU that need not be here."""
         found = []
         if self.capability is not None and capability[0] not in self.capability:
             found.append(f"compute capability {written(capability)} (only {of_majors(self.capability)})")
@@ -138,24 +163,120 @@ def of_majors(majors: tuple[int, ...]) -> str:
 class Backend(abc.ABC):
     """One implementation of attention.
 
-    Subclass it, fill ``name`` and ``limits``, and write ``__call__``. A reason is a short phrase that carries the
-    value and the limit, such as ``head_dim=320 (at most 256)``.
+    Subclass it, fill ``name`` and ``limits``, and write ``__call__``; every other question has an answer. This one
+    looks at a block of keys at a time, so that it holds no tensor of all scores::
+
+        import torch
+        from flashmha import Backend, Limits, register
+
+        @register
+        class Blockwise(Backend):
+            name = "blockwise"
+            limits = Limits(
+                devices=("cpu", "cuda"),
+                dtypes=(torch.float32, torch.float64),
+                features=frozenset({"causal", "window", "key_lengths", "key_padding", "documents", "lse"}),
+            )
+
+            def __call__(self, q, k, v, spec):
+                rows = (spec.batch, spec.heads, spec.seqlen_q, 1)
+                lse, out = q.new_full(rows, float("-inf")), q.new_zeros(*rows[:3], spec.head_dim)
+                for start in range(0, spec.seqlen_k, 128):
+                    keys = range(start, min(start + 128, spec.seqlen_k))
+                    k_block, v_block = k[:, keys.start : keys.stop], v[:, keys.start : keys.stop]
+                    score = torch.einsum("bqhd,bkhd->bhqk", q, k_block) * spec.scale
+                    allowed = spec.allowed(keys=keys)
+                    if allowed is not None:
+                        score = score.masked_fill(~allowed, float("-inf"))
+                    total = torch.logaddexp(lse, score.logsumexp(-1, keepdim=True))
+                    shift = total.masked_fill(total == float("-inf"), 0.0)  # rows that may look at nothing so far
+                    out = out * (lse - shift).exp() + (score - shift).exp() @ v_block.transpose(1, 2)
+                    lse = total
+                out = out.transpose(1, 2)
+                return (out, lse.squeeze(-1)) if spec.need_lse else out
+
+    **The contract, version 1.** A backend may rely on this, and whatever breaks it gets another number.
+
+    - The class is made without arguments, once, when it is registered.
+    - ``__call__`` sees only problems for which ``why_not(spec)``, ``why_not_here(spec.device)`` and
+      ``why_not_built(spec)`` all gave ``None``; the last is asked only where the other two did.
+    - ``spec`` describes q, k and v exactly and is checked: one dtype and device, heads a multiple of heads_kv, a mask
+      and biases that fit. q, k and v are ``(batch, seqlen, heads, head_dim)`` with any strides and must not be written
+      to. Autocast is off.
+    - ``spec.features`` is a subset of ``limits.features`` on that device. A feature that a later release adds is a new
+      name, so a class that does not list it refuses it: nothing is dropped in silence.
+    - ``spec.mask`` is normalised: windows are bottom-right and merged, with bounds that may be negative; a rule that
+      hides nothing is gone. ``spec.allowed()`` and ``spec.added()`` give mask and bias as tensors, for a range of
+      queries and keys where one is named; ``spec.scale`` is a number.
+    - Gradients are asked for only with ``"backward"`` among the features, and go through autograd: those of q, k and v,
+      and of sinks that want one. What a bias holds (slopes, a table, a tensor) wants one only with ``"bias_grad"``.
+    - What it answers about a problem without tensors (no mask, bias or sinks) may be remembered while the list of
+      backends, the tuned table and torch's switches stay as they are; see ``judges_by_outline`` for other problems.
+    - What a question of another package's backend raises is a reason against it (``runs_packed`` and ``builds_mask``:
+      no; ``kernel_key``: the outline). What ``__call__`` raises reaches the caller.
+
+    It owes: the answer of ``naive`` within ``tolerance``; zeros (and zero gradients) in rows that may look at nothing;
+    dropout wherever ``spec.dropout_p`` is not 0, which under one seed of torch's generator drops the same weights
+    whatever the values are; no fallback in silence; and answers that cost nothing to ask for.
+
+    **The questions**, in the order automatic choice asks them. A reason is a short phrase that carries the value and
+    the limit, such as ``head_dim=320 (at most 256)``; ``None`` means that there is none.
+
+    - ``why_not(spec)``: what the limits say of a problem. Extend ``limits_exceeded`` for a limit that is no number.
+    - ``why_not_here(device)``: what the machine says.
+    - ``why_not_built(spec)``: what the installed build says.
+    - ``must_compile(spec)``: what a call compiles first. A short problem goes to another backend until that is worth
+      it; ``kernel_key(spec)`` tells which problems share a kernel.
+    - ``builds_mask(spec)``: where it is slow, so that others are asked first.
+    - ``runs_packed(...)``: whether layers leave padding out for it.
+    - ``prepare(spec)``: the call of one problem, for the layers of a model.
     """
 
     name: str
     limits: Limits
     contract: ClassVar[int] = 1
     """The version of the contract it was written for; a class that says nothing was written for 1."""
+    family: ClassVar[str | None] = None
+    """A name that it shares with others, and that stands for all of them, in the order of the list."""
     install: ClassVar[str | None] = None
     """How to get it, said when it is not there."""
     remark: ClassVar[str | None] = None
     """What tables say beside the limits, which are not all there is to say."""
-    joins_gradients: ClassVar[bool] = False
-    """It writes the gradients of q, k and v that lie side by side in one tensor side by side too."""
-    compiles: ClassVar[Literal["kinds", "shapes"] | None] = None
-    """Compiles a kernel, which takes seconds, for each kind of problem or each shape: tests draw from a fixed grid."""
     tolerance: ClassVar[tuple[float, float]] = (2.0, 3.0)
     """How much worse than a plain computation in the same dtype it may be: the output, and gradients."""
+    compiles: ClassVar[Literal["kinds", "shapes"] | None] = None
+    """Compiles a kernel, which takes seconds, for each kind of problem or each shape: tests draw from a fixed grid."""
+    unfused_on: ClassVar[tuple[str, ...]] = ()
+    """Device types where it has no kernel but operators that hold every score: asked behind the definition there."""
+    joins_gradients: ClassVar[bool] = False
+    """It writes the gradients of q, k and v that lie side by side in one tensor side by side too."""
+    measured_as: ClassVar[str | None] = None
+    """The name under which measured tables know it. They order such backends among the places that these hold on the
+    list, in front of those that hold every score; all others stay where they were registered."""
+    holds_scores: ClassVar[bool] = False
+    """It holds every score in memory, made by PyTorch's own operators: never ranked, and no replacement for a backend
+    that must compile."""
+    obeys_switches: ClassVar[bool] = False
+    """It obeys ``sdpa_kernel`` and torch's other switches of SDPA: first of the measured on a GPU while one is off."""
+    launched_by_cpp: ClassVar[bool] = False
+    """A graph compiled for a GPU launches its kernel by C++: first of the measured there for short problems."""
+    judges_by_outline: ClassVar[bool] = False
+    """What it answers about a problem depends on ``spec.outline`` alone and on no value of a tensor: a choice is
+    remembered beside padding, documents and mask tensors too."""
+    results_checked: ClassVar[bool] = False
+    """Its own tests check kind, shape and dtype of every result; the package does not check them again."""
+    yields_small_weights: ClassVar[bool] = False
+    """Where attention weights of a small problem are asked for and no backend was named, the definition may make them
+    and the output in its place."""
+
+    def why_not(self, spec: AttentionSpec) -> str | None:
+        """Why it cannot serve this problem, out of ``limits``; ``None`` where it can. Pure: it looks at no machine."""
+        reasons = self.limits_exceeded(spec)
+        return "; ".join(reasons) if reasons else None
+
+    def limits_exceeded(self, spec: AttentionSpec) -> list[str]:
+        """One phrase for each limit that a problem exceeds; extend it for a limit that is no number."""
+        return self.limits.exceeded_by(spec)
 
     def why_not_here(self, device: torch.device) -> str | None:
         """Why this machine cannot run it on this device; ``None`` where it can."""
@@ -168,9 +289,9 @@ class Backend(abc.ABC):
         return None
 
     def must_compile(self, spec: AttentionSpec) -> str | None:
-        """Why a call would wait for a compiler first; ``None`` where the kernel is there.
+        """What a call compiles first, and waits for; ``None`` where the kernel is there.
 
-        Automatic choice asks, so that a short problem goes to somebody who is ready; who was named compiles.
+        Automatic choice asks, so that a short problem goes to a backend that is ready; one that was named compiles.
         """
         return None
 
@@ -182,51 +303,15 @@ class Backend(abc.ABC):
         """Where compiled kernels outlive the process, or what turns that on; ``None`` where there is nothing to say."""
         return None
 
-    def why_not(self, spec: AttentionSpec) -> str | None:
-        """Why it cannot serve this problem, out of ``limits``; ``None`` where it can. Pure: it looks at no machine."""
-        reasons = self.limits_exceeded(spec)
-        return "; ".join(reasons) if reasons else None
+    def builds_mask(self, spec: AttentionSpec) -> bool:
+        """It makes a (seqlen_q, seqlen_k) mask for this problem and computes what that hides: asked behind the measured
+        backends that do not."""
+        return False
 
-    def limits_exceeded(self, spec: AttentionSpec) -> list[str]:
-        """One phrase for each limit the problem passes; extend it for the odd rule."""
-        limits = self.limits
-        reasons: list[str] = []
-        if limits.devices and spec.device.type not in limits.devices:
-            reasons.append(f"device {spec.device.type} (only {', '.join(limits.devices)})")
-        if spec.dtype not in limits.dtypes:
-            reasons.append(f"dtype {short(spec.dtype)} (only {', '.join(map(short, limits.dtypes))})")
-        served = limits.features
-        if spec.device.type in limits.not_on:
-            served = served - limits.not_on[spec.device.type]
-        if not spec.features <= served:
-            missing = [name for name in FEATURES if name in spec.features and name not in served]
-            missing += sorted(spec.features - served - frozenset(missing))
-            where = f" on {spec.device.type}" if spec.device.type in limits.not_on else ""
-            reasons.append(f"no {', no '.join(missing)}{where}")
-        if spec.aten_only and not limits.aten:
-            reasons.append("not made of PyTorch operators alone (export, torch.func or a tensor subclass wants that)")
-        return reasons + self._sizes_exceeded_by(spec) if limits.sized or not spec.head_dim else reasons
-
-    def _sizes_exceeded_by(self, spec: AttentionSpec) -> list[str]:
-        """One phrase for each size out of ``limits``."""
-        limits = self.limits
-        reasons: list[str] = []
-        largest = max(spec.head_dim, spec.head_dim_v)
-        if limits.head_dim is not None and largest > limits.head_dim:
-            reasons.append(f"head_dim={largest} (at most {limits.head_dim})")
-        if min(spec.head_dim, spec.head_dim_v) < limits.head_dim_min:
-            reasons.append(f"head_dim={min(spec.head_dim, spec.head_dim_v)} (at least {limits.head_dim_min})")
-        if limits.head_dim_step > 1:
-            for name, size in (("head_dim", spec.head_dim), ("head_dim_v", spec.head_dim_v)):
-                if size % limits.head_dim_step:
-                    reasons.append(f"{name}={size} (a multiple of {limits.head_dim_step})")
-                    break
-        if min(spec.seqlen_q, spec.seqlen_k) < limits.seqlen_min:
-            shortest = min(spec.seqlen_q, spec.seqlen_k)
-            reasons.append(f"seqlen={shortest} (at least {limits.seqlen_min})")
-        if spec.batch < limits.batch_min:
-            reasons.append(f"batch={spec.batch} (at least {limits.batch_min})")
-        return reasons
+    def runs_packed(self, dtype: torch.dtype, head_dim: int, device: torch.device, windowed: bool = False) -> bool:
+        """It runs packed tokens (``Documents``) of such heads here without a mask, beside a window too where it is
+        ``windowed``: on a GPU padding is left out, or real tokens put first, where a backend says so."""
+        return False
 
     @abc.abstractmethod
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> Tensor | tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""What was lost without a kernel, against the seconds that compiling it takes: the book that backends write in."""
+"""What was lost without each kernel, and the seconds that compiling took: the book that backends write in."""
 
 from __future__ import annotations
 
@@ -12,20 +12,12 @@ from collections.abc import Hashable, Iterator
 from ..host.torch_state import in_backward
 
 logger = logging.getLogger("flashmha")
-
-
 SECONDS = 4.0
 """What compiling a kernel takes, before this process has compiled one."""
-
-
 NOTHING = 0.02
 """A first call of fewer seconds compiled nothing: the package had the kernel."""
-
-
 PATIENCE = 1000
 """Calls before a problem moves, whatever they have lost: by then a backward has shown whether there are checkpoints."""
-
-
 MOST = 1024
 """The most kernels that are waited for; the one first asked for is forgotten."""
 

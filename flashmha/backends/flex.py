@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..problem.masks import Dense, Documents, Rule, find
-from ..problem.scores import Bias, TensorBias, levelled, narrowed
+from ..host.torch_state import is_compiling, is_inference
+from ..problem.masks import Dense, Rule
+from ..problem.scores import Bias, TensorBias, level_bias, narrow_bias
 from ..problem.spec import AttentionSpec
 from .base import FEATURES, Backend, Limits
 from .compiling import waits
@@ -30,7 +31,9 @@ class Flex(Backend):
     The first call of a shape compiles for some seconds on a GPU; ``KEPT`` shapes stay compiled.
     """
 
-    name = "flex"
+    name = measured_as = "flex"
+    unfused_on = ("cpu",)
+    judges_by_outline = results_checked = yields_small_weights = True
     compiles = "shapes"
     limits = Limits(
         devices=("cuda", "cpu", "xpu"),
@@ -45,7 +48,7 @@ class Flex(Backend):
 
     def __init__(self, compiles: Question | None = None, joins: Question | None = None) -> None:
         """``compiles`` and ``joins`` are ``fuses`` and ``fused_into_graph`` of a machine that is not this one."""
-        self.kernels = Kernels()
+        self.kernels = Kernels(self.name)
         self.fuses, self.joins = compiles or fuses, joins or fused_into_graph
 
     def must_compile(self, spec: AttentionSpec) -> str | None:
@@ -88,12 +91,12 @@ class Flex(Backend):
         if spec.sinks is not None and lse is not None:
             # a sink is one more column: it takes its share of every row and gives nothing back
             sink = spec.sinks[:, None] if shift is None else spec.sinks[:, None] - shift
-            sink = narrowed(sink, lse.dtype)
+            sink = narrow_bias(sink, lse.dtype)
             share = torch.sigmoid(lse - sink).masked_fill(lse == float("-inf"), 0.0)  # even beside a sink of -inf
             out = out * share.transpose(1, 2).unsqueeze(-1).to(out.dtype)
             lse = torch.logaddexp(lse, sink)
         if lse is not None and shift is not None:
-            lse = narrowed(lse + shift, lse.dtype)
+            lse = narrow_bias(lse + shift, lse.dtype)
         return out if not spec.need_lse or lse is None else (out, lse)
 
     def kernel(self, q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> Callable[..., Any]:
@@ -104,7 +107,7 @@ class Flex(Backend):
             rules = [] if spec.mask is None else [part.fn for part in spec.mask.parts if isinstance(part, Rule)]
             return self.kernels.of((problem_key(spec), tensors_key(q, k, v)), rules)
         traced: Callable[..., Any] = flex_attention
-        return traced if torch.compiler.is_compiling() else unfused
+        return traced if is_compiling() else unfused
 
 
 KEPT = 64
@@ -120,7 +123,8 @@ class Kernels:
     the log. So each function here has a code object of its own, and ``fullgraph`` makes a limit an error.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, backend: str) -> None:
+        self.backend = backend
         self.functions: collections.OrderedDict[Key, tuple[Callable[..., Any], object]] = collections.OrderedDict()
         self.numbers = itertools.count()
         self.lock = threading.Lock()
@@ -139,7 +143,7 @@ class Kernels:
         made = compiled(next(self.numbers))
 
         def first(*args: Any, **kwargs: Any) -> Any:
-            with waits.ending("flex", key[0]):
+            with waits.ending(self.backend, key[0]):
                 result = made(*args, **kwargs)
             with self.lock:
                 self.functions[key] = made, alive
@@ -165,7 +169,7 @@ def problem_key(spec: AttentionSpec) -> Key:
 def tensors_key(q: Tensor, k: Tensor, v: Tensor) -> Key:
     """What else a compiler looks at: how the tensors lie, who wants a gradient, and the modes of autograd."""
     layouts = tuple((x.stride(), x.requires_grad, x.is_inference()) for x in (q, k, v))
-    return (*layouts, torch.is_grad_enabled(), torch.is_inference_mode_enabled())
+    return (*layouts, torch.is_grad_enabled(), is_inference())
 
 
 def compiled(number: int) -> Callable[..., Any]:
@@ -185,7 +189,7 @@ def compiled(number: int) -> Callable[..., Any]:
 
 def fuses(spec: AttentionSpec) -> bool:
     """A call compiles a kernel: on a GPU, outside somebody else's torch.compile."""
-    return spec.device.type != "cpu" and not torch.compiler.is_compiling()
+    return spec.device.type != "cpu" and not is_compiling()
 
 
 @functools.cache
@@ -198,12 +202,12 @@ def asking_for_lse() -> dict[str, Any]:
 
 
 def levelled_spec(spec: AttentionSpec) -> tuple[AttentionSpec, Tensor]:
-    """The problem with the tensors among its biases ``levelled`` for a backward, and by how much in all."""
+    """The problem with the tensors among its biases levelled for a backward, and by how much in all."""
     assert spec.bias is not None
     parts, shift = [], torch.zeros(1, 1, 1, 1, device=spec.device)
     for part in spec.bias.parts:
         if isinstance(part, TensorBias):
-            tensor, largest = levelled(part.tensor)
+            tensor, largest = level_bias(part.tensor)
             part, shift = TensorBias(tensor), shift + largest
         parts.append(part)
     return spec.changed(bias=functools.reduce(operator.add, parts)), shift.squeeze(-1)
@@ -214,7 +218,7 @@ def score_mod(spec: AttentionSpec) -> Callable[..., Tensor] | None:
     cap = spec.softcap
     bias = None
     if spec.bias is not None:
-        bias = spec.bias.bias_mod(spec.seqlen_q, spec.seqlen_k, find(spec.mask, Documents))
+        bias = spec.bias.bias_mod(spec.seqlen_q, spec.seqlen_k, spec.documents)
     if cap is None and bias is None:
         return None
 
@@ -273,7 +277,7 @@ TABLES = ("kv_num_blocks", "kv_indices", "full_kv_num_blocks", "full_kv_indices"
 
 def fused_into_graph(spec: AttentionSpec) -> bool:
     """Somebody's torch.compile makes the block mask, and a kernel that reads it, in one graph."""
-    return spec.device.type != "cpu" and torch.compiler.is_compiling()
+    return spec.device.type != "cpu" and is_compiling()
 
 
 @torch.library.custom_op("flashmha::whole", mutates_args=())

@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..host.torch_state import readable
-from ..problem.scores import narrowed
+from ..host.torch_state import is_compiling, readable
+from ..problem.scores import narrow_bias
 from ..problem.spec import AttentionSpec
 from .base import FEATURES, Backend, Limits
 
@@ -20,7 +20,7 @@ def scores(q: Tensor, k: Tensor, spec: AttentionSpec) -> tuple[Tensor, Tensor | 
     arises; ``None`` where no row can be blind. A bias or sinks that are finer than the heads make finer scores.
     """
     k = k.repeat_interleave(spec.heads // spec.heads_kv, dim=2) if spec.heads != spec.heads_kv else k
-    if spec.aten_only and torch.compiler.is_compiling():  # see ``heads_first``
+    if spec.aten_only and is_compiling():  # see ``heads_first``
         score = torch.einsum("bihd,bjhd->bhij", q * spec.scale, k)
     else:
         score = torch.unflatten(torch.bmm(heads_first(q * spec.scale), heads_first(k).mT), 0, (spec.batch, spec.heads))
@@ -91,7 +91,7 @@ def weigh(weights: Tensor, v: Tensor, spec: AttentionSpec) -> Tensor:
     weights = weights.to(v.dtype)
     if spec.dropout_p > 0.0:
         weights = F.dropout(weights, spec.dropout_p)
-    if spec.aten_only and torch.compiler.is_compiling():  # see ``heads_first``
+    if spec.aten_only and is_compiling():  # see ``heads_first``
         return torch.einsum("bhij,bjhd->bihd", weights, v)
     out = torch.unflatten(torch.bmm(weights.flatten(0, 1), heads_first(v)), 0, (spec.batch, spec.heads))
     return out.transpose(1, 2)
@@ -101,6 +101,8 @@ class Naive(Backend):
     """The definition, in plain PyTorch: every feature, every dtype, every device; memory seqlen_q * seqlen_k."""
 
     name = "naive"
+    holds_scores = True
+    judges_by_outline = results_checked = yields_small_weights = True
     limits = Limits(
         devices=(),
         dtypes=(torch.float64, torch.float32, torch.bfloat16, torch.float16),
@@ -116,4 +118,4 @@ class Naive(Backend):
         q, k = at_least_single(q), at_least_single(k)
         if q.dtype != out.dtype:  # weights made of it would show every rounding of a score
             score, blind = scores(q, k, spec)
-        return out, narrowed(log_sum_exp(score, blind), q.dtype)
+        return out, narrow_bias(log_sum_exp(score, blind), q.dtype)

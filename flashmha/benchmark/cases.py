@@ -36,7 +36,7 @@ class Case:
         autocast: the dtype of the autocast that an encoder's forward runs under.
         how: the way to run that the case is about, out of ``HOW``.
         weights: the averaged attention weights are read.
-        headline: the README shows the case, and it runs before those that a short budget may drop.
+        headline: the README and the site show the case, and it runs before those that a short budget may drop.
     """
 
     suite: str
@@ -79,7 +79,7 @@ class Case:
 
     @property
     def words(self) -> str:
-        """The case for a reader of the README, but for its dtype."""
+        """The case for a reader, but for its dtype."""
         kinds = ["training" if self.mode == "train" else "eval"]
         kinds += ["causal"] * self.causal + ["weights read"] * self.weights
         if self.lengths is not None:
@@ -100,7 +100,7 @@ class Case:
 
     @property
     def pairs(self) -> int:
-        """How many pairs of a real query and a real key that it may look at, over the batch."""
+        """The number of pairs of a real query and a real key that it may look at, over the batch."""
         lengths = self.lengths or (self.seqlen_k,) * self.batch
         if self.seqlen_q != self.seqlen_k:
             return sum(self.seqlen_q * length for length in lengths)

@@ -1,4 +1,4 @@
-"""The tensors of a case: the same ones for everybody who is timed on it."""
+"""Inputs: the tensors of a case, the same ones for every contestant."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .cases import Case
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Inputs:
-    """What a case computes from: query, key and value of a layer, at level ``core`` q, k and v, or an encoder's input.
+    """The tensors of a case: query, key and value of a layer, at level ``core`` q, k and v, or an encoder's input.
 
     Attributes:
         case: what is computed.
@@ -73,8 +73,11 @@ class Inputs:
         )
 
 
-def draw(case: Case, device: torch.device, seed: int) -> Inputs:
-    """The tensors of a case out of a seed: normal, padding included."""
+def draw_inputs(case: Case, device: torch.device, seed: int, one_projection: bool = False) -> Inputs:
+    """The tensors of a case out of a seed: normal, padding included.
+
+    With ``one_projection`` q, k and v of level core are views of one tensor, as a layer hands them on.
+    """
     generator = torch.Generator(device).manual_seed(seed)
     dtype = getattr(torch, case.dtype)
 
@@ -96,10 +99,16 @@ def draw(case: Case, device: torch.device, seed: int) -> Inputs:
                 elif case.layers:  # stock makes copies of one layer
                     nn.init.xavier_uniform_(parameter)
         state = {name: x.to(device, dtype) for name, x in stock.state_dict().items()}
+    elif one_projection and case.seqlen_q == case.seqlen_k:
+        packed = normal(case.batch, case.seqlen_k, case.heads + 2 * case.heads_kv, case.head_dim)
+        query, key, value = (x.detach() for x in packed.split((case.heads, case.heads_kv, case.heads_kv), dim=2))
     else:
         query = normal(case.batch, case.seqlen_q, case.heads, case.head_dim)
-        key = normal(case.batch, case.seqlen_k, case.heads_kv, case.head_dim)
-        value = normal(case.batch, case.seqlen_k, case.heads_kv, case.head_dim)
+        if one_projection:
+            packed = normal(case.batch, case.seqlen_k, 2 * case.heads_kv, case.head_dim)
+            key, value = (x.detach() for x in packed.chunk(2, dim=2))
+        else:
+            key, value = (normal(case.batch, case.seqlen_k, case.heads_kv, case.head_dim) for _ in range(2))
     cotangent = normal(*query.shape)
     attn_mask = hidden = None
     if case.causal:

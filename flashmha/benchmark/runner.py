@@ -1,10 +1,10 @@
-"""The runner: correct first, then rounds in which everybody takes a turn."""
+"""The runner: correct first, then rounds in which every contestant takes a turn."""
 
 from __future__ import annotations
 
 import dataclasses
 import datetime
-import random
+import functools
 import time
 import warnings
 from collections.abc import Callable, Sequence
@@ -12,22 +12,20 @@ from typing import Any
 
 import torch
 
-from ..host.clock import quiet, seconds
+from ..host.clock import quiet_machine, seconds
 from ..version import __version__
 from .cases import Case
 from .environment import Canary, commit, environment
 from .gate import Seat, admit, sweep
-from .inputs import draw
+from .inputs import draw_inputs
 from .lineup import all_contestants, contestants, shown_by_name
 from .peers import CONTROL, HEADLINES, Contestant
 from .reference import Reference
-from .verdicts import judge, middle
+from .rounds import FEWEST, take_turns
+from .verdicts import judge_cases, middle
 
-SCHEMA = 1
-FEWEST = 3
-"""Rounds of a case, however short the budget."""
-
-BLOCK = {"cpu": 0.02, "cuda": 0.01}
+RUN_SCHEMA = 1
+TURN_SECONDS = {"cpu": 0.02, "cuda": 0.01}
 """Seconds that the calls of one turn take together, at least."""
 
 IDLE = {"cpu": 6e9, "cuda": 4e12}
@@ -36,7 +34,7 @@ IDLE = {"cpu": 6e9, "cuda": 4e12}
 DRIFT, REPEATS = 0.03, 0.3
 """How far a round's canary may lie from the median, and how many rounds, of those asked for, may be repeated."""
 
-UNSTABLE = {"cpu": 0.1, "cuda": 0.05}
+UNSTABLE_FLOOR = {"cpu": 0.1, "cuda": 0.05}
 """The noise floor from which a run proves nothing."""
 
 Tell = Callable[[str], None]
@@ -45,12 +43,12 @@ Tell = Callable[[str], None]
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What to measure, and for how long.
+    """The cases to measure, and the time for them.
 
     Attributes:
-        cases: reported in this order; those of the README run first.
+        cases: reported in this order; the headline cases run first.
         device: where.
-        rounds: turns of everybody, a case.
+        rounds: turns of every contestant in a case.
         budget: seconds in all; rounds are dropped first, down to ``FEWEST``, then cases.
         seed: of the data and of the order in a round.
         peers, backends: as in ``lineup.contestants``.
@@ -75,7 +73,7 @@ def run(plan: Plan, tell: Tell) -> dict[str, Any]:
     dropped: list[str] = []
     stopped = False
     canary = Canary(plan.device)
-    with quiet(plan.device), warnings.catch_warnings():
+    with quiet_machine(plan.device), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         queue = sorted(plan.cases, key=lambda case: not case.headline)
         for place, case in enumerate(queue):
@@ -96,11 +94,11 @@ def run(plan: Plan, tell: Tell) -> dict[str, Any]:
         env = environment(plan.device)
     places = [case.id for case in plan.cases]
     measured.sort(key=lambda row: places.index(row["id"]))
-    judged = judge(measured)
+    judged = judge_cases(measured)
     floor = judged["noise_floor"]
     drifted = [case["id"] for case in measured if case["drifted"]]
     return {
-        "schema": SCHEMA,
+        "schema": RUN_SCHEMA,
         "run": {
             "version": __version__,
             **commit(),
@@ -116,14 +114,14 @@ def run(plan: Plan, tell: Tell) -> dict[str, Any]:
         "named": shown_by_name(every, plan.backends),
         "dropped": dropped,
         "stopped": stopped,
-        "unstable": bool(drifted) or floor > UNSTABLE.get(plan.device.type, 0.1),
+        "unstable": bool(drifted) or floor > UNSTABLE_FLOOR.get(plan.device.type, 0.1),
         **judged,
         "cases": measured,
     }
 
 
 def spoken(case: dict[str, Any]) -> str:
-    """A measured case in a line: rounds, and who was wrong or raised."""
+    """A measured case in a line: rounds, and what was wrong or raised."""
     rows = case["contestants"]
     rounds = max((len(row.get("seconds", ())) for row in rows.values()), default=0)
     bad = [f"{name} {row['status']}" for name, row in rows.items() if row["status"] == "wrong" or "raised" in row]
@@ -138,8 +136,8 @@ def effort(case: Case, plan: Plan) -> float:
 def measure(
     case: Case, taking_part: Sequence[Contestant], plan: Plan, canary: Canary, end: float, share: float
 ) -> dict[str, Any]:
-    """One case: everybody through the gate, then the rounds, for a share of what is left until ``end``."""
-    inputs = draw(case, plan.device, plan.seed)
+    """One case: every contestant through the gate, then the rounds, for a share of what is left until ``end``."""
+    inputs = draw_inputs(case, plan.device, plan.seed)
     reference = Reference.of(inputs)
     rows: dict[str, dict[str, Any]] = {}
     seats: dict[str, Seat] = {}
@@ -169,51 +167,46 @@ def measure(
 def race(
     seats: dict[str, Seat], rows: dict[str, dict[str, Any]], plan: Plan, canary: Canary, until: float
 ) -> tuple[dict[str, list[float]], dict[str, list[float]], bool]:
-    """Seconds of a call, round by round, everybody once a round in a new order; what the canaries did in each, and
-    whether too many rounds drifted."""
-    calls: dict[str, int] = {}
-    for name, seat in list(seats.items()):
-        try:
-            calls[name] = in_a_row(seat, plan.device)
-        except torch.OutOfMemoryError as error:  # it fitted alone, and not beside the others
-            rows[name] |= {"status": "refused", "raised": True, "reason": f"OutOfMemoryError: {error}"[:300]}
-            error.__traceback__ = None  # it holds the tensors of the attempt
-            del seats[name], seat
-            sweep(plan.device)
-    samples: dict[str, list[float]] = {name: [] for name in seats}
+    """Seconds of a call, round by round; what the canaries did in each, and whether too many rounds drifted."""
     songs: dict[str, list[float]] = {}
-    shuffler, names = random.Random(plan.seed), list(seats)
     beats: list[float] = []
     spare = int(REPEATS * plan.rounds)
-    done = 0
-    while seats and done < plan.rounds and (done < FEWEST or time.monotonic() < until):
-        shuffler.shuffle(names)
-        turn = {name: taken(seats[name], calls[name], plan.device) for name in names}
+
+    def failed(name: str, error: Exception) -> None:
+        if not isinstance(error, torch.OutOfMemoryError):
+            raise error
+        rows[name] |= {"status": "refused", "raised": True, "reason": f"OutOfMemoryError: {error}"[:300]}
+        error.__traceback__ = None  # it holds the tensors of the attempt
+        del seats[name]  # it fitted alone, and not beside the others
+        sweep(plan.device)
+
+    def is_steady() -> bool:
+        nonlocal spare
         song = canary.sing()
         if song:
             beats.append(song["gemm_tflops"])
             if abs(beats[-1] / middle(beats) - 1) > DRIFT and len(beats) > FEWEST:
                 spare -= 1
                 if spare >= 0:
-                    continue
-        for kept, found in ((samples, turn), (songs, song)):
-            for name, one in found.items():
-                kept.setdefault(name, []).append(float(f"{one:.5g}"))
-        done += 1
+                    return False
+        for name, one in song.items():
+            songs.setdefault(name, []).append(float(f"{one:.5g}"))
+        return True
+
+    samples = take_turns(
+        {name: functools.partial(turn_of, seat, plan.device) for name, seat in seats.items()},
+        block=TURN_SECONDS.get(plan.device.type, TURN_SECONDS["cpu"]),
+        most=10_000,
+        rounds=plan.rounds,
+        until=until,
+        seed=plan.seed,
+        failed=failed,
+        counts=is_steady,
+    )
     return samples, songs, spare < 0
 
 
-def taken(seat: Seat, calls: int, device: torch.device) -> float:
+def turn_of(seat: Seat, device: torch.device, calls: int) -> float:
     """Seconds of one of several calls in a row, under the switches that the contestant wants."""
     with seat.contestant.setting():
         return seconds(seat, calls, device)
-
-
-def in_a_row(seat: Seat, device: torch.device) -> int:
-    """How many calls make a turn of ``BLOCK`` seconds."""
-    block, calls = BLOCK.get(device.type, BLOCK["cpu"]), 1
-    while True:
-        took = taken(seat, calls, device) * calls
-        if took >= block / 4:
-            return max(1, min(10_000, round(calls * block / took)))
-        calls *= 4

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -12,59 +11,16 @@ from torch import Tensor
 from ..backends import explain, origin
 from ..backends.choice.explanation import BY_LIMITS
 from ..backends.choice.wishes import asked
-from ..problem.masks import ALIGNMENTS, Dense, Documents, KeyLengths, KeyPadding, Mask, Window, causal
+from ..problem.masks import Dense, Mask, Window, causal
+from ..problem.positions import ALIGNMENTS
+from ..problem.ragged import Documents, KeyLengths, KeyPadding
 from ..problem.scores import ALiBi, Bias, TensorBias
 from ..problem.spec import AttentionSpec
 from ..problem.wording import short
 from .devices import device
+from .flags import DTYPE_NAMES, at_least, bound, version, whole_numbers
 from .picture import Picture
 from .screen import add_json, print_json, print_table
-
-DTYPES = ("float32", "float64", "bfloat16", "float16")
-
-
-def at_least(smallest: int) -> Callable[[str], int]:
-    """Reads a whole number from ``smallest`` up."""
-
-    def read(text: str) -> int:
-        if not text.isdecimal() or int(text) < smallest:
-            raise argparse.ArgumentTypeError(f"must be a whole number of at least {smallest}, got {text!r}")
-        return within(int(text))
-
-    return read
-
-
-LARGEST = 2**48
-"""Beyond any size, and within the integers of a tensor."""
-
-
-def within(number: int) -> int:
-    """A number that tensors can hold."""
-    if abs(number) > LARGEST:
-        raise argparse.ArgumentTypeError(f"must be at most {LARGEST}, got {number}")
-    return number
-
-
-def version(text: str) -> tuple[int, int]:
-    """Reads ``9.0``, or ``9``."""
-    major, _, minor = text.partition(".")
-    if not major.isdecimal() or not (minor or "0").isdecimal():
-        raise argparse.ArgumentTypeError(f"must be a compute capability such as 9.0, got {text!r}")
-    return int(major), int(minor or 0)
-
-
-def whole_numbers(text: str) -> list[int]:
-    """Reads ``5,3``."""
-    try:
-        numbers = [int(one) for one in text.split(",")]
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"must be whole numbers between commas, got {text!r}") from None
-    return [within(number) for number in numbers]
-
-
-def bound(text: str) -> int | None:
-    """Reads a side of a window."""
-    return None if text == "none" else at_least(0)(text)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -77,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     sizes.add_argument("--heads-kv", type=size, help="default: heads")
     sizes.add_argument("--head-dim", type=size, default=64, help="default 64")
     sizes.add_argument("--head-dim-v", type=size, help="default: head_dim")
-    sizes.add_argument("--dtype", choices=DTYPES, default=DTYPES[0], help=f"default {DTYPES[0]}")
+    sizes.add_argument("--dtype", choices=DTYPE_NAMES, default=DTYPE_NAMES[0], help=f"default {DTYPE_NAMES[0]}")
     sizes.add_argument("--device", help="default: the first accelerator, or cpu")
     sizes.add_argument(
         "--capability",
@@ -119,7 +75,7 @@ def problem(options: argparse.Namespace) -> AttentionSpec:
     paper = options.capability is not None
     if paper and options.device not in (None, "cuda"):
         raise ValueError(f"--capability must come with --device cuda or without it, got --device {options.device}.")
-    where = torch.device("cpu") if paper else place(options.device)
+    where = torch.device("cpu") if paper else device_of(options.device)
     counts = options.key_lengths or options.key_padding
     batch = options.batch if options.batch is not None else len(counts) if counts else 1
     total = sum(options.documents) if options.documents else 128
@@ -147,7 +103,7 @@ def problem(options: argparse.Namespace) -> AttentionSpec:
     )
 
 
-def place(name: str | None) -> torch.device:
+def device_of(name: str | None) -> torch.device:
     """The device of the flag, with what to do about a GPU that is not here."""
     try:
         return device(name)
@@ -214,7 +170,7 @@ def main(options: argparse.Namespace) -> int:
     if options.json:
         print_json(
             {
-                "problem": data(spec),
+                "problem": explanation_data(spec),
                 "asked": None if named is None else {"by": said, "backends": named},
                 "chosen": answer.chosen,
                 "conclusion": answer.conclusion,
@@ -237,7 +193,7 @@ def main(options: argparse.Namespace) -> int:
     return 0 if answer.chosen else 1
 
 
-def data(spec: AttentionSpec) -> dict[str, object]:
+def explanation_data(spec: AttentionSpec) -> dict[str, object]:
     """A problem as JSON knows it: plain fields, and what it needs."""
     found: dict[str, object] = {}
     for field in dataclasses.fields(spec):

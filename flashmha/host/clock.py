@@ -16,11 +16,10 @@ AHEAD = 500_000
 
 
 def seconds(run: Callable[[], object], calls: int, device: torch.device) -> float:
-    """Seconds of one of several calls in a row: on CUDA between two events, on a CPU this thread's own time.
+    """Seconds of one of several calls in a row: on CUDA between two events, else this thread's own time.
 
-    The GPU starts late, so that the first launch is not in the time of those that keep it busy.
-
-    ``time.thread_time`` leaves out what other processes take, and what other threads do: run with one thread.
+    The GPU starts late, so that the first launch is not in the time of those that keep it busy. ``time.thread_time``
+    leaves out what other processes take, and what other threads do: where torch has several, all time counts.
     """
     if device.type == "cuda":
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
@@ -31,10 +30,11 @@ def seconds(run: Callable[[], object], calls: int, device: torch.device) -> floa
         end.record()
         end.synchronize()
         return float(start.elapsed_time(end)) / 1e3 / calls
-    began = time.thread_time()
+    clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
+    began = clock()
     for _ in range(calls):
         run()
-    return (time.thread_time() - began) / calls
+    return (clock() - began) / calls
 
 
 def wait(device: torch.device) -> None:
@@ -44,7 +44,7 @@ def wait(device: torch.device) -> None:
 
 
 def host_seconds(run: Callable[[], object], device: torch.device) -> float:
-    """What the host takes to send off one call to an idle GPU: the median of a few."""
+    """Seconds that the host takes to send off one call to an idle GPU: the median of a few."""
     took: list[float] = []
     started = time.perf_counter()
     while len(took) < 9 and time.perf_counter() - started < 0.02:
@@ -77,7 +77,7 @@ def peak_bytes(run: Callable[[], None], device: torch.device) -> int:
 
 
 @contextlib.contextmanager
-def quiet(device: torch.device) -> Iterator[None]:
+def quiet_machine(device: torch.device) -> Iterator[None]:
     """One thread on a CPU, and no garbage collection."""
     threads, collecting = torch.get_num_threads(), gc.isenabled()
     gc.collect()

@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from .torch_state import is_stream_capturing
+
 
 @functools.cache
 def has_triton() -> bool:
@@ -30,7 +32,7 @@ class Machine:
 
     def captures(self) -> bool:
         """A CUDA graph is being captured."""
-        return torch.cuda.is_current_stream_capturing()
+        return is_stream_capturing()
 
     def capability(self, index: int | None) -> tuple[int, int]:
         """The compute capability of a CUDA device."""
@@ -41,8 +43,8 @@ class Machine:
         return graphics(index)
 
     def installed(self) -> dict[str, str]:
-        """The versions of the packages of kernels, as ``installed`` below."""
-        return installed()
+        """The versions of the packages of kernels, as ``installed_versions`` below."""
+        return installed_versions()
 
     def device(self, index: int) -> torch.device:
         """Where the tensors lie that a kernel is tried on."""
@@ -68,11 +70,11 @@ def graphics(index: int | None) -> tuple[str | None, int | None]:
     return known[index]
 
 
-PACKAGES = ("triton", "flash-attn", "flash-attn-3", "fa3-fwd", "flash-attn-4", "nvidia-cutlass-dsl")
+KERNEL_PACKAGES = ("triton", "flash-attn", "flash-attn-3", "fa3-fwd", "flash-attn-4", "nvidia-cutlass-dsl")
 """The packages of kernels, whose versions a measurement depends on."""
 
 
-def installed(packages: Sequence[str] = PACKAGES) -> dict[str, str]:
+def installed_versions(packages: Sequence[str] = KERNEL_PACKAGES) -> dict[str, str]:
     """The versions of those packages that are here."""
     found: dict[str, str] = {}
     for package in packages:

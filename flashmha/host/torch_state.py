@@ -1,12 +1,51 @@
-"""Questions to PyTorch: who records or transforms, what autocast and determinism say; the one place that asks."""
+"""Questions to PyTorch's state: compiling, exporting, transformed, captured, autocast, ...; the one place that asks.
+
+Where a question is PyTorch's own function under a plainer name, asking it costs no step more.
+"""
 
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
+
+is_compiling = torch.compiler.is_compiling
+"""Dynamo traces this call, or export."""
+
+is_tracing: Callable[[], bool] = torch.jit.is_tracing
+"""``torch.jit.trace`` records on this thread."""
+
+tracing_state = torch._C._get_tracing_state
+"""What ``torch.jit.trace`` records into; ``None`` where it does not."""
+
+is_transforming = torch._C._are_functorch_transforms_active
+"""A transform of ``torch.func`` is active."""
+
+is_autocasting = torch._C._is_any_autocast_enabled
+"""Autocast is on, for some device type."""
+
+is_inference = torch.is_inference_mode_enabled
+"""``torch.inference_mode`` is on."""
+
+has_torch_function = torch.overrides.has_torch_function
+"""Some of these things want to see the functions of PyTorch that are called with them."""
+
+asks_deterministic = torch._C._get_deterministic_algorithms
+"""``torch.use_deterministic_algorithms(True)`` was called, ``warn_only`` or not."""
+
+only_warns = torch._C._get_deterministic_algorithms_warn_only
+"""It was called with ``warn_only``."""
+
+allows_efficient, allows_math = torch._C._get_mem_efficient_sdp_enabled, torch._C._get_math_sdp_enabled
+allows_flash, allows_cudnn = torch._C._get_flash_sdp_enabled, torch._C._get_cudnn_sdp_enabled
+"""The process-wide switch of each of SDPA's kernels is on."""
+
+is_autocast_enabled = torch.is_autocast_enabled
+"""Autocast is on for CUDA, or for a device type that is given, as ``nn.TransformerEncoder`` asks."""
 
 
 def is_dense(thing: object) -> bool:
@@ -22,13 +61,13 @@ def readable(tensor: Tensor) -> bool:
 
 
 def eager(tensor: Tensor) -> bool:
-    """Operators on a tensor run when they are called, and nobody records them."""
+    """Operators on a tensor run when they are called, and are not recorded."""
     return (
         type(tensor) in (Tensor, torch.nn.Parameter)
-        and not torch.compiler.is_compiling()
-        and not torch.jit.is_tracing()
+        and not is_compiling()
+        and not is_tracing()
         and not traced()
-        and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+        and not is_wrapped(tensor)
     )
 
 
@@ -46,12 +85,6 @@ def traced() -> bool:
     return any(torch._C._get_dispatch_mode(key) is not None for key in TRACERS)
 
 
-asks_deterministic = torch._C._get_deterministic_algorithms
-
-
-only_warns = torch._C._get_deterministic_algorithms_warn_only
-
-
 def is_deterministic() -> bool:
     """``torch.use_deterministic_algorithms(True)`` holds; with ``warn_only`` torch's kernels promise nothing."""
     return asks_deterministic() and not only_warns()
@@ -63,16 +96,16 @@ is_deterministic._dynamo_marked_constant = True  # type: ignore[attr-defined]  #
 
 def surely(condition: Any) -> bool:
     """A condition on sizes holds; under a compiler only where that is known without binding the graph to it."""
-    if not torch.compiler.is_compiling():
+    if not is_compiling():
         return bool(condition)
     from torch.fx.experimental.symbolic_shapes import statically_known_true  # sympy's import takes most of a second
 
     return bool(statically_known_true(condition))
 
 
-def plain(q: Tensor, k: Tensor, v: Tensor) -> bool:
-    """Ordinary tensors that nobody transforms or records: their sizes and flags are all there is to know."""
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+def are_ordinary(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Ordinary tensors, neither transformed nor compiled: their sizes and flags are all there is to know."""
+    if is_compiling() or is_transforming():
         return False
     return type(q) is Tensor and type(k) is Tensor and type(v) is Tensor
 
@@ -82,9 +115,9 @@ PLAIN_TENSORS = ("Tensor", "Parameter", "FakeTensor", "FunctionalTensor")
 
 def needs_aten(*tensors: Tensor) -> bool:
     """PyTorch needs its own operators here: exporting, torch.func transforms, tensor subclasses."""
-    if torch.compiler.is_compiling():
+    if is_compiling():
         return bool(torch.compiler._is_exporting_flag)  # is_exporting() is always True to Dynamo before torch 2.13
-    if torch._C._functorch.peek_interpreter_stack() is not None and any(map(is_wrapped, tensors)):
+    if is_inside_transform() and any(map(is_wrapped, tensors)):
         return True
     for tensor in tensors:
         kind = type(tensor)
@@ -93,9 +126,36 @@ def needs_aten(*tensors: Tensor) -> bool:
     return False
 
 
-def is_wrapped(tensor: Tensor) -> bool:
-    """A transform of torch.func works on this tensor."""
-    return torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
+"""A transform of ``torch.func`` works on a tensor."""
+
+
+def is_inside_transform() -> bool:
+    """A transform of ``torch.func`` runs the present function."""
+    return torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def is_dual() -> bool:
+    """Forward-mode differentiation is on."""
+    return forward_ad._current_level >= 0
+
+
+def is_stream_capturing() -> bool:
+    """A CUDA graph is captured on the current stream; only where there is a CUDA device."""
+    return torch.cuda.is_current_stream_capturing()
+
+
+def is_capturing(device: torch.device) -> bool:
+    """A CUDA graph is captured on the current stream, and a device is that stream's."""
+    return device.type == "cuda" and torch.cuda.is_available() and is_stream_capturing()
+
+
+def overrides_functions(tensor: Tensor) -> bool:
+    """A tensor's class wants to see the functions of PyTorch that are called with it."""
+    kind = type(tensor)
+    if kind is Tensor or kind is torch.nn.Parameter:
+        return False
+    return getattr(kind, "__torch_function__", None) not in (None, torch._C._disabled_torch_function_impl)
 
 
 AUTOCAST = tuple(kind for kind in ("cpu", "cuda", "xpu", "mps", "hpu") if torch.amp.is_autocast_available(kind))
@@ -104,7 +164,7 @@ AUTOCAST = tuple(kind for kind in ("cpu", "cuda", "xpu", "mps", "hpu") if torch.
 
 def casts_to(device: torch.device) -> torch.dtype | None:
     """The dtype of autocast on a device; ``None`` where it is off."""
-    if device.type not in AUTOCAST or not torch.is_autocast_enabled(device.type):
+    if device.type not in AUTOCAST or not is_autocast_enabled(device.type):
         return None
     return torch.get_autocast_dtype(device.type)
 
@@ -132,7 +192,7 @@ def without_autocast(device: torch.device) -> contextlib.AbstractContextManager[
     """Autocast off, as it is behind the door, where q, k and v have been cast; nothing is entered where it is off."""
     if casts_to(device) is None:
         return contextlib.nullcontext()
-    return torch.autocast(device.type, enabled=False) if torch.compiler.is_compiling() else Uncast(device.type)
+    return torch.autocast(device.type, enabled=False) if is_compiling() else Uncast(device.type)
 
 
 class Uncast(contextlib.AbstractContextManager[None]):
@@ -150,13 +210,12 @@ class Uncast(contextlib.AbstractContextManager[None]):
 
 def is_batched(grad: Tensor) -> bool:
     """``is_grads_batched`` walks the graph once for many gradients."""
-    functorch = torch._C._functorch
-    return functorch.is_legacy_batchedtensor(grad) or functorch.is_functorch_wrapped_tensor(grad)
+    return torch._C._functorch.is_legacy_batchedtensor(grad) or is_wrapped(grad)
 
 
-task: Any = getattr(torch._C, "_current_graph_task_id", None)
+graph_task: Any = getattr(torch._C, "_current_graph_task_id", None)
 
 
 def in_backward() -> bool:
     """The autograd engine runs on this thread."""
-    return task is not None and task() != -1
+    return graph_task is not None and graph_task() != -1

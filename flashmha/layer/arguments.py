@@ -1,31 +1,48 @@
-"""The kinds of the arguments of one call: tensors where tensors belong, a mask or a rule, flags."""
+"""The arguments of one call of a layer, and their kinds: tensors where tensors belong, a mask or a rule, flags."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.overrides import has_torch_function
 
-from ..problem.masks import Mask, Padding
+from ..backends.choice.wishes import Wanted
+from ..host.torch_state import has_torch_function
+from ..problem.masks import Mask
+from ..problem.ragged import Padding
 from ..problem.wording import told
 
 
-def check_kinds(query: Any, key: Any, value: Any, key_padding_mask: Any, attn_mask: Any) -> None:
+class Arguments(NamedTuple):
+    """The arguments of one call of a layer, in the order and with the defaults of its ``forward``."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    key_padding_mask: Padding | Tensor | None = None
+    need_weights: bool = True
+    attn_mask: Mask | Tensor | None = None
+    average_attn_weights: bool = True
+    is_causal: bool = False
+    backend: Wanted = None
+
+
+def check_kinds(given: Arguments) -> None:
     """Raise where an argument of a layer is of a kind that means nothing.
 
     Raises:
         TypeError: with the argument, what it must be, and what to pass.
     """
-    for name, given in (("query", query), ("key", key), ("value", value)):
-        if not is_tensor(given):
-            raise TypeError(f"{name} must be a tensor, got {told(given)}.")
+    for name in ("query", "key", "value"):
+        if not is_tensor(getattr(given, name)):
+            raise TypeError(f"{name} must be a tensor, got {told(getattr(given, name))}.")
+    key_padding_mask, attn_mask = given.key_padding_mask, given.attn_mask
     if key_padding_mask is not None and not isinstance(key_padding_mask, Padding) and not is_tensor(key_padding_mask):
         where = (
             "; another flashmha mask is given as attn_mask"
             if isinstance(key_padding_mask, Mask)
-            else hint(key_padding_mask)
+            else array_hint(key_padding_mask)
         )
         raise TypeError(
             f"key_padding_mask must be a tensor (batch, seqlen_k), True = hidden, a KeyPadding, True = may attend, "
@@ -34,7 +51,7 @@ def check_kinds(query: Any, key: Any, value: Any, key_padding_mask: Any, attn_ma
     if attn_mask is not None and not isinstance(attn_mask, Mask) and not is_tensor(attn_mask):
         raise TypeError(
             f"attn_mask must be a tensor, True = hidden, a flashmha mask such as causal(), or None, got "
-            f"{told(attn_mask)}{hint(attn_mask)}."
+            f"{told(attn_mask)}{array_hint(attn_mask)}."
         )
 
 
@@ -56,6 +73,7 @@ def is_tensor(thing: Any) -> bool:
     return isinstance(thing, Tensor) or has_torch_function((thing,))
 
 
-def hint(thing: Any) -> str:
+def array_hint(thing: Any) -> str:
+    """The end of an error about an array or a list in the place of a tensor."""
     arrays = isinstance(thing, (list, tuple)) or hasattr(thing, "__array__")
     return "; torch.as_tensor makes one of it" if arrays else ""

@@ -7,19 +7,22 @@ the stock module's own, text included, since programs match on them.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..host.torch_state import readable
-from ..problem.masks import Dense, KeyPadding, Mask, Padding, causal, joined, private
-from ..problem.scores import plus
+from ..problem.masks import Dense, Mask, causal, joined
+from ..problem.ragged import KeyPadding, Padding, private
+from ..problem.scores import add_biases
+from .arguments import Arguments
 from .checks import check_attn_mask_shape, check_float_mask, check_inputs, check_masks, extra_columns, four_axes
+from .protocol import Layer
 
 
 class Reading(NamedTuple):
-    """One call: inputs (batch, seqlen, features), one object where the caller passed one; who may look at whom.
+    """One call: inputs (batch, seqlen, features), one object where the caller passed one, and the masks.
 
     ``bias`` broadcasts to (batch, heads, seqlen_q, seqlen_k). ``mask`` and ``bias`` know nothing of the ``columns``
     that ``add_bias_kv`` and ``add_zero_attn`` append. ``padding`` is that of the call, which is a part of ``mask``.
@@ -41,27 +44,19 @@ class Reading(NamedTuple):
         return self.padding.real(self.key.shape[1])
 
 
-def read_call(
-    layer: Any,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    key_padding_mask: Padding | Tensor | None,
-    need_weights: bool,
-    attn_mask: Mask | Tensor | None,
-    is_causal: bool,
-) -> Reading:
+def read_call(layer: Layer, given: Arguments) -> Reading:
     """Read and check one call. A flashmha mask is taken as it is, whatever the hint says.
 
     Raises:
         AssertionError, RuntimeError: what the stock module raises for the same input.
     """
+    query, key, value, key_padding_mask, need_weights, attn_mask, _, is_causal, _ = given
     columns = extra_columns(layer)
     check_inputs(layer, query, key, value)
     mask: Mask | None = None
     bias: Tensor | None = None
     if isinstance(attn_mask, Mask):
-        mask, attn_mask, is_causal = own(attn_mask) if need_weights else attn_mask, None, False
+        mask, attn_mask, is_causal = own_copy(attn_mask) if need_weights else attn_mask, None, False
     pads = mask is not None and any(isinstance(part, Padding) for part in mask.parts)
     pads_keys = key_padding_mask is not None
     rule: Padding | None = None
@@ -81,7 +76,7 @@ def read_call(
             check_attn_mask_shape(layer, query, key, attn_mask)
     batched = query.dim() == 3
     if not (batched and layer.batch_first):
-        query, key, value = batch_first(query, key, value, batched)
+        query, key, value = lay_batch_first(query, key, value, batched)
     if key_padding_mask is None and attn_mask is None:
         mask = rule if mask is None else joined(mask, rule)
         return Reading(query, key, value, mask, bias, batched, columns, None if pads else rule)
@@ -93,23 +88,23 @@ def read_call(
             check_float_mask(attn_mask, "attn_mask", query, need_weights)
         attn_mask, mask = None, causal(align="top_left")
     padding = rule
-    for given, name in ((key_padding_mask, "key_padding_mask"), (attn_mask, "attn_mask")):
-        if given is None:
+    for one, name in ((key_padding_mask, "key_padding_mask"), (attn_mask, "attn_mask")):
+        if one is None:
             continue
-        if given.is_floating_point():
-            check_float_mask(given, name, query, need_weights)
-            added = four_axes(given, name, query.shape[0], layer.num_heads)
-            bias = added if bias is None else plus(bias, added)
+        if one.is_floating_point():
+            check_float_mask(one, name, query, need_weights)
+            added = four_axes(one, name, query.shape[0], layer.num_heads)
+            bias = added if bias is None else add_biases(bias, added)
         elif name == "key_padding_mask":
-            padding = private(KeyPadding(~given if given.dim() == 2 else ~given[None]))
+            padding = private(KeyPadding(~one if one.dim() == 2 else ~one[None]))
             mask = joined(mask, padding)
         else:
-            mask = joined(mask, Dense(~four_axes(given, name, query.shape[0], layer.num_heads)))
+            mask = joined(mask, Dense(~four_axes(one, name, query.shape[0], layer.num_heads)))
     # padding of a rule's own is no padding of the call's: its queries are as real as any
     return Reading(query, key, value, joined(mask, rule), bias, batched, columns, None if pads else padding)
 
 
-def own(mask: Mask) -> Mask | None:
+def own_copy(mask: Mask) -> Mask | None:
     """The same mask over tensors of its own: the weights may be made of them after the caller's have changed."""
 
     def copied(part: Mask) -> Mask:
@@ -121,16 +116,16 @@ def own(mask: Mask) -> Mask | None:
     return joined(*map(copied, mask.parts))
 
 
-def batch_first(query: Tensor, key: Tensor, value: Tensor, batched: bool) -> tuple[Tensor, Tensor, Tensor]:
+def lay_batch_first(query: Tensor, key: Tensor, value: Tensor, batched: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Inputs (seqlen, batch, features) or without a batch as (batch, seqlen, features), one object where they were."""
 
     def turned(x: Tensor) -> Tensor:
         return x.transpose(0, 1) if batched else x.unsqueeze(0)
 
-    return each_once(turned, query, key, value)
+    return change_each_once(turned, query, key, value)
 
 
-def each_once(
+def change_each_once(
     change: Callable[[Tensor], Tensor], query: Tensor, key: Tensor, value: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Query, key and value changed, one object where they were one."""
@@ -161,10 +156,15 @@ def is_causal_mask(mask: Tensor) -> bool:
     hidden = True if mask.dtype == torch.bool else float("-inf")
     if mask.numel() > CORNER and mask.shape[1] > 1 and mask[0, -1].item() != hidden:
         return False
-    future = torch.ones(mask.shape, dtype=torch.bool, device=mask.device).triu_(1)
-    if mask.dtype != torch.bool:
-        future = torch.zeros_like(mask).masked_fill_(future, hidden)
-    return torch.equal(mask, future)
+    return hides_the_future(mask)
+
+
+def hides_the_future(mask: Tensor) -> bool:
+    """The values of a mask (seqlen_q, seqlen_k) hide exactly the future; TorchScript compiles this."""
+    future = torch.ones(mask.shape[0], mask.shape[1], dtype=torch.bool, device=mask.device).triu_(1)
+    if mask.dtype == torch.bool:
+        return torch.equal(mask, future)
+    return torch.equal(mask, torch.zeros_like(mask).masked_fill_(future, float("-inf")))
 
 
 CORNER = 2**14

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import warnings
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..host.torch_state import casts_to
+from .protocol import Layer
 
 
-def check_inputs(layer: Any, query: Tensor, key: Tensor, value: Tensor) -> None:
+def check_inputs(layer: Layer, query: Tensor, key: Tensor, value: Tensor) -> None:
     """The errors of ``nn.MultiheadAttention`` for query, key and value."""
     embed_dim = layer.embed_dim
     one = query is key and key is value and layer._qkv_same_embed_dim
@@ -62,7 +62,7 @@ def check_inputs(layer: Any, query: Tensor, key: Tensor, value: Tensor) -> None:
 
 
 def check_masks(
-    layer: Any,
+    layer: Layer,
     query: Tensor,
     key: Tensor,
     key_padding_mask: Tensor | None,
@@ -109,7 +109,7 @@ def check_masks(
         )
 
 
-def check_attn_mask_shape(layer: Any, query: Tensor, key: Tensor, attn_mask: Tensor) -> None:
+def check_attn_mask_shape(layer: Layer, query: Tensor, key: Tensor, attn_mask: Tensor) -> None:
     """The errors of ``nn.MultiheadAttention`` for the sizes of ``attn_mask``."""
     if query.dim() == 2:
         batch, seqlen_q, seqlen_k = 1, query.shape[0], key.shape[0]
@@ -150,7 +150,7 @@ def four_axes(mask: Tensor, name: str, batch: int, heads: int) -> Tensor:
     return mask[None, None] if mask.dim() == 2 else mask
 
 
-def extra_columns(layer: Any) -> int:
+def extra_columns(layer: Layer) -> int:
     """How many keys ``add_bias_kv`` and ``add_zero_attn`` append."""
     learned = layer.bias_k is not None
     if learned != (layer.bias_v is not None):

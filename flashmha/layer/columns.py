@@ -6,26 +6,23 @@ keys, and become wider here.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..problem.masks import Dense, KeyPadding, Mask
+from ..problem.masks import Dense, Mask
+from ..problem.ragged import KeyPadding
 from .features import EXTRA_KEYS
-
-if TYPE_CHECKING:
-    from .module import FlashMultiHeadAttention
+from .protocol import Layer
 
 
-def added(layer: Any, given: int, made: int, masked: bool) -> tuple[int, int]:
+def count_added_keys(layer: Layer, given: int, made: int, masked: bool) -> tuple[int, int]:
     """How many keys ``process_heads`` put in front of the ``given`` ones and behind them.
 
     Raises:
         ValueError: the layer says something else, or says nothing where a mask has to know.
     """
-    before, after = (number(layer, name) for name in EXTRA_KEYS)
+    before, after = (number_of_keys(layer, name) for name in EXTRA_KEYS)
     if made == given + before + after:
         return before, after
     if not (before or after or masked):
@@ -37,7 +34,8 @@ def added(layer: Any, given: int, made: int, masked: bool) -> tuple[int, int]:
     )
 
 
-def number(layer: Any, name: str) -> int:
+def number_of_keys(layer: Layer, name: str) -> int:
+    """``keys_before`` or ``keys_after`` of a layer, checked."""
     keys = getattr(layer, name)
     if isinstance(keys, bool) or not isinstance(keys, (int, torch.SymInt)) or keys < 0:
         raise ValueError(f"{name} must be a number of keys, 0 or more, got {keys!r}.")
@@ -60,7 +58,7 @@ def widen(
     return mask, bias
 
 
-def append(layer: FlashMultiHeadAttention, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+def append(layer: Layer, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     """Keys and values with the learned column of ``add_bias_kv`` and the zero column of ``add_zero_attn``."""
     batch, _, heads, _ = k.shape
     ks, vs = [k], [v]

@@ -4,24 +4,23 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from ..backends import get
+from ..backends.choice.registry import some
 from ..backends.rewrites.heads import spares, split
-from .call import each_once
+from ..host.torch_state import is_compiling
+from .call import change_each_once
 from .features import is_quantised
-
-if TYPE_CHECKING:
-    from .module import FlashMultiHeadAttention
+from .protocol import Layer
 
 
-def project(
-    layer: FlashMultiHeadAttention, query: Tensor, key: Tensor, value: Tensor, dtype: torch.dtype | None = None
+def project_inputs(
+    layer: Layer, query: Tensor, key: Tensor, value: Tensor, dtype: torch.dtype | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """q, k and v (batch, seqlen, heads, head_dim) of (batch, seqlen, features), computed in ``dtype``."""
     heads = layer.num_heads
@@ -29,19 +28,18 @@ def project(
     head_dim = layer.embed_dim // heads
     packed_weight, bias = parameters(layer, "in_proj_weight", "in_proj_bias")
     if not layer.batch_first:  # as the caller's tensors lie, so that a projection is one operator
-        query, key, value = each_once(swapped, query, key, value)
+        query, key, value = change_each_once(swap_axes, query, key, value)
     if layer._qkv_same_embed_dim:  # which of the two sets of weights counts is the flag's to say
-        weight, bias = settled(packed_weight, bias, dtype)
+        weight, bias = cast_weights(packed_weight, bias, dtype)
         if dtype is not None:
-            query, key, value = each_once(lambda x: x.to(dtype), query, key, value)
-        projected = by_one_matrix(query, key, value, weight, bias, heads, heads_kv, head_dim)
-    else:
-        sizes = (heads, heads_kv, heads_kv)
-        biases = (None, None, None) if bias is None else bias.split([size * head_dim for size in sizes])
-        weights = (layer.q_proj_weight, layer.k_proj_weight, layer.v_proj_weight)
-        made = [linear(*each, dtype) for each in zip((query, key, value), weights, biases)]
-        projected = tuple(torch.unflatten(x, -1, (size, head_dim)) for x, size in zip(made, sizes))  # type: ignore[assignment]
-    return projected if layer.batch_first else tuple(map(swapped, projected))  # type: ignore[return-value]
+            query, key, value = change_each_once(lambda x: x.to(dtype), query, key, value)
+        return by_one_matrix(query, key, value, weight, bias, heads, heads_kv, head_dim, layer.batch_first)
+    sizes = (heads, heads_kv, heads_kv)
+    biases = (None, None, None) if bias is None else bias.split([size * head_dim for size in sizes])
+    weights = (layer.q_proj_weight, layer.k_proj_weight, layer.v_proj_weight)
+    made = [apply_linear_in(*each, dtype) for each in zip((query, key, value), weights, biases)]
+    projected = [torch.unflatten(x, -1, (size, head_dim)) for x, size in zip(made, sizes)]
+    return tuple(projected) if layer.batch_first else tuple(map(swap_axes, projected))  # type: ignore[return-value]
 
 
 def by_one_matrix(
@@ -53,44 +51,51 @@ def by_one_matrix(
     heads: int,
     heads_kv: int,
     head_dim: int,
+    batch_first: bool,
     together: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Heads (.., .., heads, head_dim) of (.., .., features); what is one object is projected by one operator.
+    """Heads (batch, seqlen, heads, head_dim) of features as the caller's tensors lie, ``batch_first`` or not.
 
-    ``together`` where a backend may write gradients of neighbouring heads side by side.
+    What is one object is projected by one operator. ``together`` where a backend may write gradients of neighbouring
+    heads side by side.
     """
     outer, inner, _ = query.shape
+    q: Tensor
     if query is key and key is value:
         packed = F.linear(query, weight, bias)
         if heads == heads_kv and not packed.is_cuda:  # what ``split`` says, in fewer steps
-            return packed.view(outer, inner, 3, heads, head_dim).unbind(2)  # type: ignore[return-value]
-        return split(packed, head_dim, [heads, heads_kv, heads_kv], together and joins(packed))  # type: ignore[return-value]
-    rows, rows_kv = heads * head_dim, heads_kv * head_dim
-    sizes = [rows, 2 * rows_kv] if key is value else [rows, rows_kv, rows_kv]
-    weights = weight.split_with_sizes(sizes)
-    biases = (None, None, None) if bias is None else bias.split_with_sizes(sizes)
-    q = F.linear(query, weights[0], biases[0]).view(outer, inner, heads, head_dim)
-    if key is value:
-        packed = F.linear(key, weights[1], biases[1])
-        k, v = split(packed, head_dim, [heads_kv, heads_kv], together and packed.is_cuda and joins(packed))
+            q, k, v = packed.view(outer, inner, 3, heads, head_dim).unbind(2)
+        else:
+            q, k, v = split(packed, head_dim, [heads, heads_kv, heads_kv], together and may_join_gradients(packed))
     else:
-        outer, inner, _ = key.shape
-        k = F.linear(key, weights[1], biases[1]).view(outer, inner, heads_kv, head_dim)
-        v = F.linear(value, weights[2], biases[2]).view(outer, inner, heads_kv, head_dim)
-    return q, k, v
+        rows, rows_kv = heads * head_dim, heads_kv * head_dim
+        sizes = [rows, 2 * rows_kv] if key is value else [rows, rows_kv, rows_kv]
+        weights = weight.split_with_sizes(sizes)
+        biases = (None, None, None) if bias is None else bias.split_with_sizes(sizes)
+        q = F.linear(query, weights[0], biases[0]).view(outer, inner, heads, head_dim)
+        if key is value:
+            packed = F.linear(key, weights[1], biases[1])
+            k, v = split(
+                packed, head_dim, [heads_kv, heads_kv], together and packed.is_cuda and may_join_gradients(packed)
+            )
+        else:
+            outer, inner, _ = key.shape
+            k = F.linear(key, weights[1], biases[1]).view(outer, inner, heads_kv, head_dim)
+            v = F.linear(value, weights[2], biases[2]).view(outer, inner, heads_kv, head_dim)
+    return (q, k, v) if batch_first else (q.transpose(0, 1), k.transpose(0, 1), v.transpose(0, 1))
 
 
-def joins(packed: Tensor) -> bool:
-    """Gradients of these heads may come side by side: flash-attn 4 is here, which writes them so, and it pays."""
-    return spares(packed) and get("flash4").why_not_here(packed.device) is None
+def may_join_gradients(packed: Tensor) -> bool:
+    """Gradients of these heads may come side by side: a backend that writes them so is here, and it pays."""
+    return spares(packed) and some(lambda one: one.joins_gradients and one.why_not_here(packed.device) is None)
 
 
-def swapped(x: Tensor) -> Tensor:
+def swap_axes(x: Tensor) -> Tensor:
     """(seqlen, batch, ...) as (batch, seqlen, ...), and back."""
     return x.transpose(0, 1)
 
 
-def merge(layer: FlashMultiHeadAttention, out: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+def merge_heads(layer: Layer, out: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """(batch, seqlen_q, embed_dim) of out (batch, seqlen_q, heads, head_dim)."""
     out_proj = layer.out_proj
     if layer.call_out_proj:
@@ -105,7 +110,7 @@ def merge(layer: FlashMultiHeadAttention, out: Tensor, dtype: torch.dtype | None
             ) from error
         return projected
     if (
-        type(out_proj) not in PLAIN
+        type(out_proj) not in LINEARS
         or out_proj._forward_hooks
         or out_proj._forward_pre_hooks
         or "forward" in out_proj.__dict__
@@ -118,16 +123,16 @@ def merge(layer: FlashMultiHeadAttention, out: Tensor, dtype: torch.dtype | None
             f"{QUANTISE}, or set call_out_proj=True, which calls out_proj as it is."
         )
     if layer.batch_first:
-        return linear(out.flatten(2), weight, bias, dtype)
+        return apply_linear_in(out.flatten(2), weight, bias, dtype)
     # the layout of the output, so that neither it nor its gradient is copied once more
-    return swapped(linear(swapped(out).contiguous().flatten(2), weight, bias, dtype))
+    return swap_axes(apply_linear_in(swap_axes(out).contiguous().flatten(2), weight, bias, dtype))
 
 
 QUANTISE = "Quantise the stock layer: flashmha.restore_mha(model) comes before prepare and convert"
 
 
-def unheard(layer: FlashMultiHeadAttention) -> str | None:
-    """What stands at ``out_proj`` and never runs, since its weight and bias are read instead; ``None`` for nothing."""
+def why_unheard(layer: Layer) -> str | None:
+    """Say what stands at ``out_proj`` and never runs, since its weight and bias are read; ``None`` for nothing."""
     out_proj: Any = layer.out_proj
     if layer.call_out_proj or not isinstance(out_proj, nn.Module):
         return None
@@ -143,22 +148,31 @@ def unheard(layer: FlashMultiHeadAttention) -> str | None:
     return f"{what}, as in nn.MultiheadAttention, which reads its weight and bias; call_out_proj=True calls it"
 
 
-warned: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+warned: weakref.WeakSet[Layer] = weakref.WeakSet()
 """Layers that ``warn_unheard`` spoke of."""
 
 
-def warn_unheard(layer: FlashMultiHeadAttention) -> None:
+def warn_unheard(layer: Layer) -> None:
     """Say at a layer's first forward that something at its ``out_proj`` does not run."""
-    if torch.compiler.is_compiling() or layer in warned:
+    if is_compiling() or layer in warned:
         return
-    why = unheard(layer)
+    why = why_unheard(layer)
     if why is not None:
         warned.add(layer)
         warnings.warn(f"{type(layer).__name__}: {why}.", stacklevel=2)
 
 
-PLAIN: list[type] = [nn.Linear, NonDynamicallyQuantizableLinear]
-"""Classes that define nothing under the names of their parameters; the layer's own joins them."""
+LINEARS: tuple[type, ...] = (nn.Linear, NonDynamicallyQuantizableLinear)
+"""PyTorch's classes of ``out_proj``."""
+
+PARAMETRIC = (*LINEARS, nn.LayerNorm)
+"""Classes that define nothing under the names of their parameters."""
+
+
+def is_as_written(kind: type) -> bool:
+    """A class is one of the package's own, not a subclass of it, and so defines nothing under those names."""
+    written = getattr(kind, "_written", None)
+    return written is not None and written.kind is kind
 
 
 def parameters(module: Any, weight: str, bias: str) -> tuple[Any, Any]:
@@ -167,20 +181,35 @@ def parameters(module: Any, weight: str, bias: str) -> tuple[Any, Any]:
     A subclass may have a property there, a module whose weights were replaced holds them elsewhere, and anything with
     a weight and a bias may stand for a module.
     """
-    if type(module) in PLAIN:
+    if type(module) in PARAMETRIC or is_as_written(type(module)):
         held, own = module._parameters, module.__dict__
         if weight in held and bias in held and weight not in own and bias not in own:
             return held[weight], held[bias]
     return getattr(module, weight), getattr(module, bias)
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype | None = None) -> Tensor:
+def apply_linear_in(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype | None = None) -> Tensor:
     """``F.linear`` in ``dtype``."""
-    weight, bias = settled(weight, bias, dtype)
+    weight, bias = cast_weights(weight, bias, dtype)
     return F.linear(x if dtype is None else x.to(dtype), weight, bias)
 
 
-def settled(weight: Tensor, bias: Tensor | None, dtype: torch.dtype | None) -> tuple[Tensor, Tensor | None]:
+def cast_weights(weight: Tensor, bias: Tensor | None, dtype: torch.dtype | None) -> tuple[Tensor, Tensor | None]:
     """Weight and bias in ``dtype``; a bias of another dtype joins in the weight's, as it does in the stock module."""
     weight = weight if dtype is None else weight.to(dtype)
     return weight, bias if bias is None or bias.dtype == weight.dtype else bias.to(weight.dtype)
+
+
+def shrink_kv(layer: Any) -> None:
+    """Give a new layer the smaller projections of grouped heads; the values are drawn afterwards."""
+    width = layer.embed_dim // layer.num_heads * (layer.num_kv_heads or layer.num_heads)
+
+    def rows(parameter: Tensor | None, size: int) -> nn.Parameter | None:
+        return None if parameter is None else nn.Parameter(parameter.new_empty(size, *parameter.shape[1:]))
+
+    layer.in_proj_weight = rows(layer.in_proj_weight, layer.embed_dim + 2 * width)
+    layer.in_proj_bias = rows(layer.in_proj_bias, layer.embed_dim + 2 * width)
+    layer.k_proj_weight = rows(layer.k_proj_weight, width)
+    layer.v_proj_weight = rows(layer.v_proj_weight, width)
+    if layer.bias_k is not None and layer.bias_v is not None:
+        layer.bias_k, layer.bias_v = (nn.Parameter(x.new_empty(1, 1, width)) for x in (layer.bias_k, layer.bias_v))

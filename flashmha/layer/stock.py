@@ -10,118 +10,110 @@ from typing import Any, Optional
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
-from torch.overrides import has_torch_function
+from torch import Tensor, nn
 
 from ..backends.choice.wishes import Wanted
-from ..problem.masks import Mask, Padding
-from . import projection
-from .features import changed
+from ..host.torch_state import has_torch_function, overrides_functions
+from ..problem.masks import Mask
+from ..problem.ragged import Padding
+from .arguments import Arguments
+from .features import find_beyond_stock
+from .projection import is_as_written
+from .protocol import Layer
 
 
-def stock_forward(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    embed_dim: int,
-    num_heads: int,
-    in_proj_weight: Optional[Tensor],
-    in_proj_bias: Optional[Tensor],
-    bias_k: Optional[Tensor],
-    bias_v: Optional[Tensor],
-    add_zero_attn: bool,
-    dropout_p: float,
-    out_proj_weight: Tensor,
-    out_proj_bias: Optional[Tensor],
-    training: bool,
-    key_padding_mask: Optional[Tensor],
-    need_weights: bool,
-    attn_mask: Optional[Tensor],
-    q_proj_weight: Optional[Tensor],
-    k_proj_weight: Optional[Tensor],
-    v_proj_weight: Optional[Tensor],
-    average_attn_weights: bool,
-    is_causal: bool,
-    batch_first: bool,
-    use_separate_proj_weight: bool,
-) -> tuple[Tensor, Optional[Tensor]]:
-    """``nn.MultiheadAttention.forward`` without its fast path, with zeros for rows that may look at nothing."""
-    batched = query.dim() == 3
-    if batch_first and batched:
-        if key is value:
-            if query is key:
-                query = key = value = query.transpose(0, 1)
+class StockForward(nn.MultiheadAttention):
+    """``nn.MultiheadAttention`` in one scriptable method, with zeros for rows that may look at nothing."""
+
+    def _attend_as_stock(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_padding_mask: Optional[Tensor],
+        need_weights: bool,
+        attn_mask: Optional[Tensor],
+        average_attn_weights: bool,
+        is_causal: bool,
+    ) -> tuple[Tensor, Optional[Tensor]]:
+        """``nn.MultiheadAttention.forward`` without its fast path, with those zeros."""
+        batched, num_heads = query.dim() == 3, self.num_heads
+        if self.batch_first and batched:
+            if key is value:
+                if query is key:
+                    query = key = value = query.transpose(0, 1)
+                else:
+                    query, key = query.transpose(0, 1), key.transpose(0, 1)
+                    value = key
             else:
-                query, key = query.transpose(0, 1), key.transpose(0, 1)
-                value = key
-        else:
-            query, key, value = query.transpose(0, 1), key.transpose(0, 1), value.transpose(0, 1)
-    if attn_mask is not None and attn_mask.dim() == 4:
-        attn_mask = attn_mask.expand(query.shape[1], num_heads, -1, -1).flatten(0, 1)
+                query, key, value = query.transpose(0, 1), key.transpose(0, 1), value.transpose(0, 1)
+        if attn_mask is not None and attn_mask.dim() == 4:
+            attn_mask = attn_mask.expand(query.shape[1], num_heads, -1, -1).flatten(0, 1)
 
-    blind: Optional[Tensor] = None
-    hint_alone = is_causal and key_padding_mask is None and not need_weights  # the mask will not be read
-    extra_columns = add_zero_attn or bias_k is not None  # somebody to look at, always
-    if hint_alone and extra_columns and attn_mask is not None:
-        # the hint alone would hide the extra columns from early queries
-        attn_mask = torch.ones(query.shape[0], key.shape[0], dtype=torch.bool, device=query.device).triu(1)
-        is_causal = False
-    if (attn_mask is not None or key_padding_mask is not None) and not extra_columns and not hint_alone:
-        total = summed_masks(attn_mask, key_padding_mask, num_heads, query, key)
-        blind = (total == float("-inf")).all(dim=-1, keepdim=True)  # (batch * heads, seqlen_q, 1)
-        attn_mask, key_padding_mask, is_causal = narrowed(total.masked_fill(blind, 0.0), query), None, False
+        blind: Optional[Tensor] = None
+        hint_alone = is_causal and key_padding_mask is None and not need_weights  # the mask will not be read
+        extra_columns = self.add_zero_attn or self.bias_k is not None  # every query may look at these
+        if hint_alone and extra_columns and attn_mask is not None:
+            # the hint alone would hide the extra columns from early queries
+            attn_mask = torch.ones(query.shape[0], key.shape[0], dtype=torch.bool, device=query.device).triu(1)
+            is_causal = False
+        if (attn_mask is not None or key_padding_mask is not None) and not extra_columns and not hint_alone:
+            total = sum_masks(attn_mask, key_padding_mask, num_heads, query, key)
+            blind = (total == float("-inf")).all(dim=-1, keepdim=True)  # (batch * heads, seqlen_q, 1)
+            attn_mask, key_padding_mask, is_causal = centre(total.masked_fill(blind, 0.0), query), None, False
 
-    # the output projection waits where rows have to be zeroed in between
-    weight = out_proj_weight if blind is None else torch.eye(embed_dim, dtype=query.dtype, device=query.device)
-    out, weights = F.multi_head_attention_forward(
-        query,
-        key,
-        value,
-        embed_dim,
-        num_heads,
-        in_proj_weight,
-        in_proj_bias,
-        bias_k,
-        bias_v,
-        add_zero_attn,
-        dropout_p,
-        weight,
-        out_proj_bias if blind is None else None,
-        training=training,
-        key_padding_mask=key_padding_mask,
-        need_weights=need_weights,
-        attn_mask=attn_mask,
-        use_separate_proj_weight=use_separate_proj_weight,
-        q_proj_weight=q_proj_weight,
-        k_proj_weight=k_proj_weight,
-        v_proj_weight=v_proj_weight,
-        average_attn_weights=False,
-        is_causal=is_causal,
-    )
-    if blind is not None:
-        dead = torch.unflatten(blind, 0, [-1, num_heads])  # (batch, heads, seqlen_q, 1)
-        heads = torch.unflatten(out, -1, [num_heads, -1])
-        rows = dead.permute(2, 0, 1, 3) if batched else dead[0].transpose(0, 1)
-        out = F.linear(heads.masked_fill(rows, 0.0).flatten(-2), out_proj_weight, out_proj_bias)
-        if weights is not None:
-            weights = weights.masked_fill(dead if batched else dead[0], 0.0)
-    if weights is not None and average_attn_weights:
-        weights = weights.mean(dim=-3)
-    if batch_first and batched:
-        out = out.transpose(0, 1).contiguous()
-    return out, weights
+        # the output projection waits where rows have to be zeroed in between
+        weight, bias = self.out_proj.weight, self.out_proj.bias
+        identity = blind is not None
+        out, weights = F.multi_head_attention_forward(
+            query,
+            key,
+            value,
+            self.embed_dim,
+            num_heads,
+            self.in_proj_weight,
+            self.in_proj_bias,
+            self.bias_k,
+            self.bias_v,
+            self.add_zero_attn,
+            self.dropout,
+            torch.eye(self.embed_dim, dtype=query.dtype, device=query.device) if identity else weight,
+            None if identity else bias,
+            training=self.training,
+            key_padding_mask=key_padding_mask,
+            need_weights=need_weights,
+            attn_mask=attn_mask,
+            use_separate_proj_weight=not self._qkv_same_embed_dim,
+            q_proj_weight=self.q_proj_weight,
+            k_proj_weight=self.k_proj_weight,
+            v_proj_weight=self.v_proj_weight,
+            average_attn_weights=False,
+            is_causal=is_causal,
+        )
+        if blind is not None:
+            dead = torch.unflatten(blind, 0, [-1, num_heads])  # (batch, heads, seqlen_q, 1)
+            heads = torch.unflatten(out, -1, [num_heads, -1])
+            rows = dead.permute(2, 0, 1, 3) if batched else dead[0].transpose(0, 1)
+            out = F.linear(heads.masked_fill(rows, 0.0).flatten(-2), weight, bias)
+            if weights is not None:
+                weights = weights.masked_fill(dead if batched else dead[0], 0.0)
+        if weights is not None and average_attn_weights:
+            weights = weights.mean(dim=-3)
+        if self.batch_first and batched:
+            out = out.transpose(0, 1).contiguous()
+        return out, weights
 
 
-def summed_masks(
+def sum_masks(
     attn_mask: Optional[Tensor], key_padding_mask: Optional[Tensor], num_heads: int, query: Tensor, key: Tensor
 ) -> Tensor:
     """Both masks as what is added to the scores, (batch * heads, seqlen_q, seqlen_k)."""
     batch = query.shape[1] if query.dim() == 3 else 1
     if attn_mask is None:
         attn_mask = torch.zeros(query.shape[0], key.shape[0], dtype=query.dtype, device=query.device)
-    total = float_mask(attn_mask, query).expand(batch * num_heads, -1, -1)
+    total = as_float_mask(attn_mask, query).expand(batch * num_heads, -1, -1)
     if key_padding_mask is not None:
-        padding = float_mask(key_padding_mask, query)
+        padding = as_float_mask(key_padding_mask, query)
         padding = padding if padding.dim() == 2 else padding.unsqueeze(0)
         columns = padding[:, None, None, :].expand(-1, num_heads, -1, -1).flatten(0, 1)
         columns = columns.expand_as(total)
@@ -132,7 +124,7 @@ def summed_masks(
     return total
 
 
-def narrowed(total: Tensor, query: Tensor) -> Tensor:
+def centre(total: Tensor, query: Tensor) -> Tensor:
     """A mask without blind rows as heads of half precision can be told it; see ``scores.narrowed``."""
     one = torch.zeros(1, 1, dtype=query.dtype, device=query.device)
     dtype = torch.matmul(one, one).dtype  # autocast may choose another than the query's
@@ -143,16 +135,16 @@ def narrowed(total: Tensor, query: Tensor) -> Tensor:
     return total.masked_fill(hidden, float("-inf")).to(dtype)
 
 
-def float_mask(mask: Tensor, query: Tensor) -> Tensor:
+def as_float_mask(mask: Tensor, query: Tensor) -> Tensor:
     """A mask as what is added to the scores."""
     if mask.dtype != torch.bool:
         return mask
     return torch.zeros_like(mask, dtype=query.dtype).masked_fill(mask, float("-inf"))
 
 
-def refuse_torchscript(layer: Any, backend: Wanted) -> None:
+def refuse_torchscript(layer: Layer, backend: Wanted) -> None:
     """Raise where PyTorch's own function would lose what a layer or a call asks for."""
-    lost = changed(layer) + ([] if backend is None else [f"backend={backend!r}"])
+    lost = find_beyond_stock(layer) + ([] if backend is None else [f"backend={backend!r}"])
     if lost:
         raise RuntimeError(
             "TorchScript and tensors with __torch_function__ run F.multi_head_attention_forward, which has no "
@@ -164,36 +156,21 @@ TENSORS = ("in_proj_weight", "in_proj_bias", "q_proj_weight", "k_proj_weight", "
 """Every tensor that a layer itself holds."""
 
 
-def wants_torch_function(layer: Any, *inputs: Tensor) -> bool:
+def wants_torch_function(layer: Layer, *inputs: Tensor) -> bool:
     """Some input or weight is a tensor subclass that wants to see the call (a mode alone does not count)."""
     out_proj = layer.out_proj  # an adapter may stand there, or anything with a weight and a bias
     inner, outer = layer._parameters, (getattr(out_proj, "weight", None), getattr(out_proj, "bias", None))
-    usual = type(layer) in projection.PLAIN and "in_proj_weight" in inner and "in_proj_bias" in inner
+    usual = is_as_written(type(layer)) and "in_proj_weight" in inner and "in_proj_bias" in inner
     held = (*inner.values(), layer.bias_k, layer.bias_v) if usual else [getattr(layer, name) for name in TENSORS]
     tensors: Any = (*inputs, *held, *outer)
     if not has_torch_function(tensors):
         return False
-    for tensor in tensors:
-        kind = type(tensor)
-        if kind is Tensor or kind is torch.nn.Parameter:
-            continue
-        if getattr(kind, "__torch_function__", None) not in (None, torch._C._disabled_torch_function_impl):
-            return True
-    return False
+    return any(map(overrides_functions, tensors))
 
 
-def as_stock(
-    layer: Any,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    key_padding_mask: Padding | Tensor | None,
-    need_weights: bool,
-    attn_mask: Mask | Tensor | None,
-    average_attn_weights: bool,
-    is_causal: bool,
-) -> tuple[Tensor, Tensor | None]:
+def as_stock(layer: Layer, given: Arguments) -> tuple[Tensor, Tensor | None]:
     """The call as ``F.multi_head_attention_forward``."""
+    query, key, value, key_padding_mask, need_weights, attn_mask, average, is_causal, _ = given
     if isinstance(attn_mask, Mask):
         attn_mask, is_causal = as_tensor(layer, attn_mask, query, key), False
     if isinstance(key_padding_mask, Padding):
@@ -201,35 +178,10 @@ def as_stock(
         key_padding_mask.check(key.shape[1 - axis] if key.dim() == 3 else 1, 1, 1, key.shape[axis])
         hidden = ~key_padding_mask.real(key.shape[axis])
         key_padding_mask = hidden if key.dim() == 3 else hidden[0]
-    return stock_forward(
-        query,
-        key,
-        value,
-        layer.embed_dim,
-        layer.num_heads,
-        layer.in_proj_weight,
-        layer.in_proj_bias,
-        layer.bias_k,
-        layer.bias_v,
-        layer.add_zero_attn,
-        layer.dropout,
-        layer.out_proj.weight,
-        layer.out_proj.bias,
-        layer.training,
-        key_padding_mask,
-        need_weights,
-        attn_mask,
-        layer.q_proj_weight,
-        layer.k_proj_weight,
-        layer.v_proj_weight,
-        average_attn_weights,
-        is_causal,
-        layer.batch_first,
-        not layer._qkv_same_embed_dim,
-    )
+    return layer._attend_as_stock(query, key, value, key_padding_mask, need_weights, attn_mask, average, is_causal)
 
 
-def as_tensor(layer: Any, mask: Mask, query: Tensor, key: Tensor) -> Tensor:
+def as_tensor(layer: Layer, mask: Mask, query: Tensor, key: Tensor) -> Tensor:
     """A rule as a mask tensor of the stock class: (batch * heads, seqlen_q, seqlen_k), ``True`` = hidden."""
     axis = 1 if layer.batch_first and query.dim() == 3 else 0
     batch = query.shape[1 - axis] if query.dim() == 3 else 1

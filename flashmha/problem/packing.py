@@ -8,66 +8,62 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .masks import Documents, Mask, Padding, Window, joined
+from .masks import Mask, Window, joined
+from .ragged import Documents, Padding
 
 
 class Tokens(NamedTuple):
-    """The real tokens of a batch: where they lie in (batch * seqlen), where each item's start among them, the most of
-    an item."""
+    """The real tokens of a batch: where they lie in (batch * seqlen), and one document for each batch item."""
 
     places: Tensor
-    offsets: Tensor
-    longest: int
+    documents: Documents
 
 
 @torch.inference_mode(False)
 @torch.no_grad()
-def tokens(valid: Tensor) -> Tokens:
+def find_tokens(valid: Tensor) -> Tokens:
     """The tokens that are real, as plain tensors; the host waits for a GPU once."""
     lengths = valid.sum(dim=1) if len(valid) else valid.new_zeros(1, dtype=torch.int64)  # documents are one at least
     total, longest = torch.stack((lengths.sum(), lengths.max())).tolist()
     places = torch.nonzero_static(valid.flatten(), size=total).squeeze(1)
-    return Tokens(places, F.pad(lengths.cumsum(0), (1, 0)).to(torch.int32), longest)
+    offsets = F.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)
+    return Tokens(places, Documents(offsets, max_seqlen=longest, total=total))
 
 
 def tokens_of(padding: Padding, seqlen: int) -> Tokens:
-    """``tokens``, looked for once a rule."""
-    return padding.once(("tokens", seqlen), lambda: tokens(padding.real(seqlen)))
+    """The tokens that a rule says are real, found once a rule."""
+    return padding.once(("tokens", seqlen), lambda: find_tokens(padding.real(seqlen)))
 
 
-def documents(real: Tokens) -> Documents:
-    """The real tokens end to end, one document a batch item."""
-    return Documents(real.offsets, max_seqlen=real.longest, total=real.places.shape[0])
+def packed_mask(mask: Mask | None, real: Tokens) -> Mask | None:
+    """The mask among the real tokens end to end: their documents, and the windows."""
+    return joined(real.documents, *find_windows(mask))
 
 
-def packed(mask: Mask | None, real: Tokens) -> Mask | None:
-    """The mask among the real tokens end to end: those documents, and the windows."""
-    return joined(documents(real), *windows(mask))
-
-
-def take(x: Tensor, places: Tensor) -> Tensor:
+def take_real(x: Tensor, places: Tensor) -> Tensor:
     """(batch, seqlen, ...) as (1, tokens, ...): the tokens at ``places`` in (batch * seqlen)."""
     return x.flatten(0, 1).index_select(0, places)[None]
 
 
-def unpack(tokens: Tensor, places: Tensor, sizes: tuple[int, int]) -> Tensor:
+def put_back(tokens: Tensor, places: Tensor, sizes: tuple[int, int]) -> Tensor:
     """(1, tokens, ...) as (batch, seqlen, ...), 0 where there was padding; ``sizes`` is (batch, seqlen)."""
     blank = tokens.new_zeros(sizes[0] * sizes[1], *tokens.shape[2:])
     return torch.unflatten(blank.index_copy_(0, places, tokens[0]), 0, sizes)
 
 
 def has_holes(valid: Tensor) -> bool:
-    """Padding between real tokens, where positions would move."""
+    """Whether padding lies between real tokens, where positions would move."""
     starts = (valid[:, 1:] & ~valid[:, :-1]).sum(dim=1) + valid[:, 0]
     return bool((starts > 1).any())
 
 
-def windows(mask: Mask | None) -> list[Window]:
-    """What of a mask counts positions among the real tokens as well."""
-    return [part for part in parts(mask) if type(part) is Window]
+def find_windows(mask: Mask | None) -> list[Window]:
+    """The windows of a mask, which count positions among the real tokens as well."""
+    return [part for part in parts_of(mask) if type(part) is Window]
 
 
-def parts(mask: Mask | None) -> tuple[Mask, ...]:
+def parts_of(mask: Mask | None) -> tuple[Mask, ...]:
+    """The rules of a mask, none where there is no mask."""
     return () if mask is None else mask.parts
 
 

@@ -1,7 +1,7 @@
-"""What is added to a score before the softmax: tensors, ALiBi, relative position bias.
+"""Biases, added to a score before the softmax: tensors, ALiBi, relative position bias.
 
 A score is ``softmax_scale * (q · k)``; then comes the softcap, ``cap * tanh(score / cap)``; then the bias of this
-file; then the mask; and sinks join the softmax last, as one more column per head that nobody reads:
+file; then the mask; and sinks join the softmax last, as one more column per head without a value:
 
     score = softmax_scale * q @ k.T
     score = softcap * tanh(score / softcap)
@@ -12,8 +12,8 @@ Positions are those of ``masks``: the last query sits at the last key.
 
 A key is hidden where the mask says so, or where the bias is ``-inf`` in the bias's own dtype. Every other number is one
 to compute with, also beside heads whose dtype has no such number: scores are added to it in float32 at least, where
--1e9 swallows them, so that a row of nothing else gives the mean. A kernel that takes no finer dtype than the heads' is
-told the numbers by ``narrowed``.
+-1e9 swallows them, so that a row of nothing else gives the mean. A kernel that takes no finer dtype than the heads'
+gets the numbers that ``narrow_bias`` gives.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ import torch
 from torch import Tensor
 
 from ..host.torch_state import is_dense
-from .masks import Documents, check_broadcast, home, index_grid, lookup, positional
+from .positions import Restarts, by_index, check_broadcast, find_device, index_grid, look_up_in, narrowed_to
 from .wording import told
 
 ScoreMod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
-DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+BIAS_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 """Of biases and sinks."""
 
 
@@ -41,8 +41,8 @@ class Bias(abc.ABC):
     feature: ClassVar[str]
 
     @abc.abstractmethod
-    def bias_mod(self, seqlen_q: int, seqlen_k: int, documents: Documents | None = None) -> ScoreMod:
-        """What is added, as a function of the indices (batch, head, q_idx, k_idx)."""
+    def bias_mod(self, seqlen_q: int, seqlen_k: int, documents: Restarts | None = None) -> ScoreMod:
+        """The bias as a function of the indices (batch, head, q_idx, k_idx)."""
 
     def check(self, batch: int, heads: int, seqlen_q: int, seqlen_k: int) -> None:  # noqa: B027
         """Raise ``ValueError`` where the bias's own tensors do not fit the problem."""
@@ -58,7 +58,7 @@ class Bias(abc.ABC):
 
     @property
     def features(self) -> frozenset[str]:
-        """What a backend must be able to do to serve this bias; ``bias_grad`` where it wants a gradient."""
+        """The names of what a backend must be able to do for this bias; ``bias_grad`` where it wants a gradient."""
         names = [part.feature for part in self.parts]
         if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in self.tensors()):
             names.append("bias_grad")
@@ -76,11 +76,17 @@ class Bias(abc.ABC):
         seqlen_q: int,
         seqlen_k: int,
         device: torch.device | str | None = None,
-        documents: Documents | None = None,
+        documents: Restarts | None = None,
+        queries: range | None = None,
+        keys: range | None = None,
     ) -> Tensor:
-        """The bias as a tensor that broadcasts to (batch, heads, seqlen_q, seqlen_k), made where its tensors are."""
-        device = home(self.tensors()) if device is None else device
-        made = self.bias_mod(seqlen_q, seqlen_k, documents)(*index_grid(batch, heads, seqlen_q, seqlen_k, device))
+        """The bias as a tensor that broadcasts to (batch, heads, seqlen_q, seqlen_k), made where its tensors are.
+
+        Of a range of queries or keys no more is made than broadcasts to it.
+        """
+        device = find_device(self.tensors()) if device is None else device
+        grid = index_grid(batch, heads, seqlen_q, seqlen_k, device, queries, keys)
+        made = self.bias_mod(seqlen_q, seqlen_k, documents)(*grid)
         return made if made.dim() else made.view(1, 1, 1, 1)  # the sum of single numbers
 
 
@@ -94,7 +100,7 @@ class TensorBias(Bias):
     feature = "bias"
 
     def __init__(self, tensor: Tensor) -> None:
-        if not is_dense(tensor) or tensor.dtype not in DTYPES or not 2 <= tensor.dim() <= 4:
+        if not is_dense(tensor) or tensor.dtype not in BIAS_DTYPES or not 2 <= tensor.dim() <= 4:
             hint = "; a bool tensor is a mask: Dense(tensor)" if getattr(tensor, "dtype", None) == torch.bool else ""
             raise ValueError(
                 "bias must be a floating point tensor that broadcasts to (batch, heads, seqlen_q, seqlen_k), "
@@ -108,8 +114,8 @@ class TensorBias(Bias):
     def tensors(self) -> tuple[Tensor, ...]:
         return (self.tensor,)
 
-    def bias_mod(self, seqlen_q: int, seqlen_k: int, documents: Documents | None = None) -> ScoreMod:
-        return lookup(self.tensor)
+    def bias_mod(self, seqlen_q: int, seqlen_k: int, documents: Restarts | None = None) -> ScoreMod:
+        return look_up_in(self.tensor)
 
     def materialize(
         self,
@@ -118,9 +124,11 @@ class TensorBias(Bias):
         seqlen_q: int,
         seqlen_k: int,
         device: torch.device | str | None = None,
-        documents: Documents | None = None,
+        documents: Restarts | None = None,
+        queries: range | None = None,
+        keys: range | None = None,
     ) -> Tensor:
-        return self.tensor
+        return narrowed_to(self.tensor, queries, keys)
 
     def __repr__(self) -> str:
         return f"TensorBias({tuple(self.tensor.shape)})"
@@ -136,7 +144,7 @@ class ALiBi(Bias):
     feature = "alibi"
 
     def __init__(self, slopes: Tensor) -> None:
-        if not is_dense(slopes) or slopes.dtype not in DTYPES or slopes.dim() not in (1, 2):
+        if not is_dense(slopes) or slopes.dtype not in BIAS_DTYPES or slopes.dim() not in (1, 2):
             raise ValueError(
                 f"slopes must be a floating point tensor of shape (heads,) or (batch, heads), got {told(slopes)}."
             )
@@ -150,12 +158,12 @@ class ALiBi(Bias):
     def tensors(self) -> tuple[Tensor, ...]:
         return (self.slopes,)
 
-    def bias_mod(self, seqlen_q: int, seqlen_k: int, documents: Documents | None = None) -> ScoreMod:
+    def bias_mod(self, seqlen_q: int, seqlen_k: int, documents: Restarts | None = None) -> ScoreMod:
         def distance(batch: Tensor, head: Tensor, q_pos: Tensor, k_pos: Tensor) -> Tensor:
             slope = self.slopes[head] if self.slopes.dim() == 1 else self.slopes[batch, head]
             return -slope * (q_pos - k_pos).abs()
 
-        return positional(distance, seqlen_q, seqlen_k, documents, "bottom_right")
+        return by_index(distance, seqlen_q, seqlen_k, documents, "bottom_right")
 
     def __repr__(self) -> str:
         return f"ALiBi({tuple(self.slopes.shape)})"
@@ -172,7 +180,7 @@ class RelativeBias(Bias):
     feature = "bias"
 
     def __init__(self, table: Tensor) -> None:
-        if not is_dense(table) or table.dtype not in DTYPES or table.dim() != 2 or table.shape[1] % 2 == 0:
+        if not is_dense(table) or table.dtype not in BIAS_DTYPES or table.dim() != 2 or table.shape[1] % 2 == 0:
             raise ValueError(
                 f"table must be a floating point tensor of shape (heads, 2 * reach + 1), got {told(table)}."
             )
@@ -185,13 +193,13 @@ class RelativeBias(Bias):
     def tensors(self) -> tuple[Tensor, ...]:
         return (self.table,)
 
-    def bias_mod(self, seqlen_q: int, seqlen_k: int, documents: Documents | None = None) -> ScoreMod:
+    def bias_mod(self, seqlen_q: int, seqlen_k: int, documents: Restarts | None = None) -> ScoreMod:
         reach = self.table.shape[1] // 2
 
         def look_up(batch: Tensor, head: Tensor, q_pos: Tensor, k_pos: Tensor) -> Tensor:
             return self.table[head, (k_pos - q_pos).clamp(-reach, reach) + reach]
 
-        return positional(look_up, seqlen_q, seqlen_k, documents, "bottom_right")
+        return by_index(look_up, seqlen_q, seqlen_k, documents, "bottom_right")
 
     def __repr__(self) -> str:
         return f"RelativeBias({tuple(self.table.shape)})"
@@ -216,25 +224,25 @@ class Sum(Bias):
     def tensors(self) -> tuple[Tensor, ...]:
         return tuple(tensor for part in self._parts for tensor in part.tensors())
 
-    def bias_mod(self, seqlen_q: int, seqlen_k: int, documents: Documents | None = None) -> ScoreMod:
+    def bias_mod(self, seqlen_q: int, seqlen_k: int, documents: Restarts | None = None) -> ScoreMod:
         mods = [part.bias_mod(seqlen_q, seqlen_k, documents) for part in self._parts]
 
         def total(batch: Tensor, head: Tensor, q_idx: Tensor, k_idx: Tensor) -> Tensor:
             bias = mods[0](batch, head, q_idx, k_idx)
             for mod in mods[1:]:
-                bias = plus(bias, mod(batch, head, q_idx, k_idx))
+                bias = add_biases(bias, mod(batch, head, q_idx, k_idx))
             return bias
 
         return total
 
     def materialize(self, *problem: Any) -> Tensor:
-        return functools.reduce(plus, [part.materialize(*problem) for part in self._parts])
+        return functools.reduce(add_biases, [part.materialize(*problem) for part in self._parts])
 
     def __repr__(self) -> str:
         return " + ".join(map(repr, self._parts))
 
 
-def plus(one: Tensor, two: Tensor) -> Tensor:
+def add_biases(one: Tensor, two: Tensor) -> Tensor:
     """Two biases added, in float32 at least; what neither hides stays finite, as the lowest number twice would not."""
     dtype = torch.promote_types(torch.promote_types(one.dtype, two.dtype), torch.float32)
     total = one.to(dtype) + two
@@ -242,16 +250,16 @@ def plus(one: Tensor, two: Tensor) -> Tensor:
     return torch.where(hidden, float("-inf"), total.clamp(min=torch.finfo(dtype).min))
 
 
-def narrowed(bias: Tensor, dtype: torch.dtype, *, level: bool = False) -> Tensor:
-    """A bias in the dtype that a kernel takes, which hides what it hid and no more; ``level``: see ``levelled``."""
-    moved = levelled(bias.to(torch.promote_types(bias.dtype, dtype)))[0] if level else bias
+def narrow_bias(bias: Tensor, dtype: torch.dtype, *, level: bool = False) -> Tensor:
+    """A bias in the dtype that a kernel takes, which hides what it hid and no more; ``level``: see ``level_bias``."""
+    moved = level_bias(bias.to(torch.promote_types(bias.dtype, dtype)))[0] if level else bias
     if torch.promote_types(moved.dtype, dtype) == dtype:
         return moved.to(dtype)
     moved, limits = moved.to(torch.promote_types(moved.dtype, torch.float32)), torch.finfo(dtype)
     return moved.clamp(limits.min, limits.max).masked_fill(bias == float("-inf"), float("-inf")).to(dtype)
 
 
-def levelled(bias: Tensor) -> tuple[Tensor, Tensor]:
+def level_bias(bias: Tensor) -> tuple[Tensor, Tensor]:
     """A bias, in float32 at least, each of whose rows was moved so that its largest number is 0; and what that was.
 
     A softmax does not notice. The numbers that matter are then those that a narrow dtype holds best, and the
@@ -262,4 +270,4 @@ def levelled(bias: Tensor) -> tuple[Tensor, Tensor]:
         return bias, bias.new_zeros(*bias.shape[:-1], 1)
     largest = bias.detach().amax(dim=-1, keepdim=True)
     largest = largest.masked_fill(largest == float("-inf"), 0.0)
-    return plus(bias, -largest), largest
+    return add_biases(bias, -largest), largest

@@ -1,35 +1,44 @@
 """AttentionSpec: one attention problem without its tensors.
 
-The same object is judged by the registry, drawn by the property tests and printed by an error. It holds the
-mask's and the scores' own tensors (lengths, slopes, sinks) but never q, k or v, so that every limit of a GPU
-kernel can be tested on a laptop.
+Backends judge it, property tests draw it, errors print it. It holds the mask's and the scores' own tensors (lengths,
+slopes, sinks) but never q, k or v, so that every limit of a GPU kernel can be tested on a laptop.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..host.torch_state import asks_deterministic, is_dense, is_deterministic, needs_aten, plain
-from .masks import Dense, Documents, KeyLengths, KeyPadding, Mask, Window, find, normalize
-from .scores import DTYPES, Bias
+from ..host.torch_state import (
+    are_ordinary,
+    asks_deterministic,
+    is_compiling,
+    is_dense,
+    is_deterministic,
+    needs_aten,
+)
+from .masks import Dense, Mask, Window, find, normalize
+from .positions import check_range
+from .ragged import Documents, KeyLengths, KeyPadding, Padding, private
+from .scores import BIAS_DTYPES, Bias
+from .tensors import check_tensors, refuse_device
 from .wording import short, told
 
-CPU = torch.device("cpu")
+DEFAULT_DEVICE = torch.device("cpu")
 NUMBER = (int, float, torch.SymFloat, Tensor)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class AttentionSpec:
-    """One attention problem: sizes, dtype, device, mask, scores, and what is asked of the answer.
+    """One attention problem: sizes, dtype, device, mask, scores, and what the answer must have.
 
     ``mask`` is normalised (see ``masks.normalize``); ``softmax_scale`` is always a number. ``aten_only`` is set
     where PyTorch needs its own operators: while exporting, under torch.func, for tensor subclasses. ``shared`` is set
-    where later calls get the same object, so that what was found out about it may be remembered. So is a ``form``,
+    where later calls get the same object, so that what is found out about it may be remembered. So is a ``form``,
     which problems share that differ in the tensors of their padding or documents alone.
     """
 
@@ -41,7 +50,7 @@ class AttentionSpec:
     head_dim: int
     head_dim_v: int
     dtype: torch.dtype = torch.float32
-    device: torch.device = CPU
+    device: torch.device = DEFAULT_DEVICE
     mask: Mask | None = None
     bias: Bias | None = None
     softcap: float | None = None
@@ -57,7 +66,7 @@ class AttentionSpec:
     form: AttentionSpec | None = dataclasses.field(init=False, repr=False, default=None)
 
     def __post_init__(self) -> None:
-        if not torch.compiler.is_compiling():
+        if not is_compiling():
             self.check_kinds()
         self.settle()
 
@@ -90,7 +99,7 @@ class AttentionSpec:
             fill(self, "mask", normalize(self.mask, self.seqlen_q, self.seqlen_k))
         if self.bias is not None:
             self.bias.check(self.batch, self.heads, self.seqlen_q, self.seqlen_k)
-        fill(self, "needs", held(self.needed()))
+        fill(self, "needs", freeze_features(self.needed()))
 
     def check(self) -> None:
         """Raise ``ValueError`` where the numbers do not make one problem."""
@@ -109,12 +118,14 @@ class AttentionSpec:
         if self.softmax_scale is not None and not -math.inf < self.softmax_scale < math.inf:
             raise ValueError(f"softmax_scale must be finite, got {self.softmax_scale}.")
         sinks = self.sinks
-        if sinks is not None and (not is_dense(sinks) or sinks.dtype not in DTYPES or sinks.shape != (self.heads,)):
+        if sinks is None:
+            return
+        if not is_dense(sinks) or sinks.dtype not in BIAS_DTYPES or sinks.shape != (self.heads,):
             raise ValueError(f"sinks must have shape (heads,) = ({self.heads},), floating point, got {told(sinks)}.")
 
     @property
     def features(self) -> frozenset[str]:
-        """What a backend must be able to do."""
+        """The names of what a backend must be able to do."""
         return frozenset(self.needs)
 
     def needed(self) -> list[str]:
@@ -154,7 +165,7 @@ class AttentionSpec:
     ) -> AttentionSpec:
         """The problem of these tensors; all validation happens here, once.
 
-        A problem without tensors of its own is made once and shared by every call that asks for it again; one whose
+        A problem without tensors of its own is made once and shared by later calls with the same; one whose
         padding or documents are all it holds is made of the last with such a mask.
 
         Shapes: q (batch, seqlen_q, heads, head_dim), k (batch, seqlen_k, heads_kv, head_dim),
@@ -163,7 +174,7 @@ class AttentionSpec:
         dtype, device = q.dtype, q.device
         key: tuple[Any, ...] | None = None
         rule = type(mask)
-        if bias is None and sinks is None and (mask is None or rule in REMADE) and plain(q, k, v):
+        if bias is None and sinks is None and (mask is None or rule in REMADE) and are_ordinary(q, k, v):
             grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
             if deterministic is None:
                 deterministic = asks_deterministic() and is_deterministic()  # the second takes a step in Python
@@ -175,27 +186,17 @@ class AttentionSpec:
             )
             # fmt: on
             try:
-                known = again(key, mask)
+                known = reuse(key, mask)
             except TypeError:  # what has no hash is no number, and is refused below
                 key = known = None
             if known is not None:
                 return known
-        if not (q.dim() == k.dim() == v.dim() == 4 and dtype == k.dtype == v.dtype and device == k.device == v.device):
-            refuse_tensors(q, k, v)
-        if not dtype.is_floating_point:
-            raise ValueError(f"q, k and v must be floating point, got {dtype}.")
+        check_tensors(q, k, v)
         batch, seqlen_q, heads, head_dim = q.shape
-        batch_k, seqlen_k, heads_kv, head_dim_k = k.shape
-        batch_v, seqlen_v, heads_v, head_dim_v = v.shape
-        agree = batch == batch_k == batch_v and head_dim == head_dim_k and seqlen_k == seqlen_v and heads_kv == heads_v
-        if not agree:
-            raise ValueError(
-                "q, k and v must agree in batch, q and k in head_dim, k and v in seqlen and heads, "
-                f"got {tuple(q.shape)}, {tuple(k.shape)} and {tuple(v.shape)}."
-            )
+        _, seqlen_k, heads_kv, head_dim_v = v.shape
         for name, holder in () if mask is None and bias is None else (("mask", mask), ("bias", bias)):
             if holder is not None and any(tensor.device != device for tensor in holder.tensors()):
-                refuse_device(name, holder, device)
+                refuse_device(name, holder, holder.tensors(), device)
         if sinks is not None and isinstance(sinks, Tensor) and sinks.device != device:
             raise ValueError(f"sinks must be on the device of q, {device}, got {sinks.device}.")
         needs_grad = torch.is_grad_enabled() and (
@@ -228,7 +229,7 @@ class AttentionSpec:
             "deterministic": deterministic,
             "aten_only": needs_aten(q, k, v),
         }
-        return cls(**fields) if torch.compiler.is_compiling() else cls.kept(key, fields)
+        return cls(**fields) if is_compiling() else cls.share(key, fields)
 
     @classmethod
     def between(
@@ -254,7 +255,7 @@ class AttentionSpec:
         )
         # fmt: on
         shares = mask is None or rule in REMADE
-        known = again(key, mask) if shares else None
+        known = reuse(key, mask) if shares else None
         if known is not None:
             return known
         batch, seqlen_q, heads, head_dim = shape_q
@@ -274,11 +275,11 @@ class AttentionSpec:
             "deterministic": deterministic,
         }
         if mask is not None and any(tensor.device != device for tensor in mask.tensors()):
-            refuse_device("mask", mask, device)
-        return cls.kept(key if shares else None, fields)
+            refuse_device("mask", mask, mask.tensors(), device)
+        return cls.share(key if shares else None, fields)
 
     @classmethod
-    def kept(cls, key: tuple[Any, ...] | None, fields: dict[str, Any]) -> AttentionSpec:
+    def share(cls, key: tuple[Any, ...] | None, fields: dict[str, Any]) -> AttentionSpec:
         """A problem of these fields, shared under a key where it may be."""
         spec: AttentionSpec = object.__new__(cls)  # as the class does, without a call for each field
         spec.__dict__.update(fields)
@@ -291,14 +292,14 @@ class AttentionSpec:
                 shared[key] = spec
                 spec.__dict__["shared"] = True
             elif spec.mask is mask:
-                shared[key] = spec.unpadded()
+                shared[key] = spec.take_form()
         return spec
 
-    def unpadded(self) -> AttentionSpec:
-        """The form of a problem whose mask is padding or documents: all but its tensors, for ``padded`` to fill in."""
+    def take_form(self) -> AttentionSpec:
+        """The form of a problem whose mask is padding or documents: all but its tensors, for ``over`` to fill in."""
         return self.changed(mask=None)
 
-    def padded(self, mask: Mask) -> AttentionSpec:
+    def over(self, mask: Mask) -> AttentionSpec:
         """The problem of this form over a mask of its kind, not checked again."""
         twin: AttentionSpec = object.__new__(AttentionSpec)
         twin.__dict__.update(self.__dict__)
@@ -312,16 +313,16 @@ class AttentionSpec:
         return twin
 
     def with_lse(self) -> AttentionSpec:
-        """The same problem, asking for the log-sum-exp too, as numbers that nobody differentiates."""
-        return self.changed(need_lse=True, needs=held([*self.needs, "lse"]))
+        """The same problem, with the log-sum-exp too, as numbers that no gradient passes."""
+        return self.changed(need_lse=True, needs=freeze_features([*self.needs, "lse"]))
 
     @property
     def outline(self) -> tuple[Any, ...] | None:
-        """What is known of a problem whose only tensors are those of its mask, but for their values.
+        """A key of the problem: all that is known of it but the values of its mask's tensors.
 
-        ``None`` where there are others, and while somebody traces.
+        ``None`` where there are other tensors, and while PyTorch traces.
         """
-        if self.bias is not None or self.sinks is not None or torch.compiler.is_compiling():
+        if self.bias is not None or self.sinks is not None or is_compiling():
             return None
         if not (type(self.batch) is type(self.seqlen_q) is type(self.seqlen_k) is int):  # symbols have no hash
             return None
@@ -353,18 +354,73 @@ class AttentionSpec:
         """The mask's window in bottom-right positions."""
         return find(self.mask, Window)
 
-    def allowed(self) -> Tensor | None:
-        """The mask as a bool tensor that broadcasts to (batch, heads, seqlen_q, seqlen_k), ``True`` = may attend."""
+    @property
+    def dense(self) -> Dense | None:
+        """The mask's tensor for every query and key."""
+        return find(self.mask, Dense)
+
+    @property
+    def documents(self) -> Documents | None:
+        """The mask's packed documents."""
+        mask = self.mask
+        if mask is None or type(mask) is Documents:
+            return mask
+        return mask.documents  # type: ignore[return-value]  # in no other rule positions start again
+
+    @property
+    def is_padded(self) -> bool:
+        """Keys of some batch items are padding."""
+        return "key_padding" in self.needs or "key_lengths" in self.needs
+
+    def padding(self) -> Padding | None:
+        """The mask's padding as one rule, which keeps what is computed of it."""
+        mask = self.mask
+        if type(mask) is KeyPadding or type(mask) is KeyLengths:  # ``isinstance`` takes a step in Python
+            return mask
+        rules = [part for part in (() if mask is None else mask.parts) if isinstance(part, Padding)]
+        if len(rules) < 2:
+            return rules[0] if rules else None
+        valid = self.valid_keys()
+        assert valid is not None
+        return private(KeyPadding(valid))
+
+    def valid_keys(self) -> Tensor | None:
+        """Which keys the padding leaves, (batch, seqlen_k) bool; ``None`` without padding."""
+        valid: Tensor | None = None
+        for part in () if self.mask is None else self.mask.parts:
+            if isinstance(part, Padding):
+                table = part.real(self.seqlen_k)
+                valid = table if valid is None else valid & table
+        return valid
+
+    def key_lengths(self) -> Tensor:
+        """The lengths of a mask with ``KeyLengths`` as kernels take them, (batch,) int32."""
+        rule = find(self.mask, KeyLengths)
+        assert rule is not None
+        lengths = rule.lengths
+        return rule.once(("lengths", self.seqlen_k), lambda: lengths.clamp(0, self.seqlen_k).int())
+
+    def allowed(self, queries: range | None = None, keys: range | None = None) -> Tensor | None:
+        """The mask as a bool tensor that broadcasts to (batch, heads, seqlen_q, seqlen_k), ``True`` = may attend.
+
+        For a range of queries or keys it broadcasts to that, and nothing larger is made.
+        """
         if self.mask is None:
             return None
-        return self.mask.materialize(self.batch, self.heads, self.seqlen_q, self.seqlen_k, self.device)
+        check_range("queries", queries, self.seqlen_q)
+        check_range("keys", keys, self.seqlen_k)
+        return self.mask.materialize(
+            self.batch, self.heads, self.seqlen_q, self.seqlen_k, self.device, queries=queries, keys=keys
+        )
 
-    def added(self) -> Tensor | None:
-        """The bias as a tensor that broadcasts to (batch, heads, seqlen_q, seqlen_k)."""
+    def added(self, queries: range | None = None, keys: range | None = None) -> Tensor | None:
+        """The bias as a tensor that broadcasts to (batch, heads, seqlen_q, seqlen_k), or to a range as ``allowed``."""
         if self.bias is None:
             return None
-        documents = find(self.mask, Documents)
-        return self.bias.materialize(self.batch, self.heads, self.seqlen_q, self.seqlen_k, self.device, documents)
+        check_range("queries", queries, self.seqlen_q)
+        check_range("keys", keys, self.seqlen_k)
+        sizes = (self.batch, self.heads, self.seqlen_q, self.seqlen_k)
+        return self.bias.materialize(*sizes, self.device, self.documents, queries, keys)
 
     def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
         printer.text(f"AttentionSpec({self})")  # what Hypothesis prints: one line
@@ -385,26 +441,9 @@ class AttentionSpec:
         return shape + (f", needs {' '.join(rest)}" if rest else "")
 
 
-def held(names: list[str]) -> frozenset[str] | tuple[str, ...]:
+def freeze_features(names: list[str]) -> frozenset[str] | tuple[str, ...]:
     """Features as a problem holds them: where a graph breaks, Dynamo 2.8 cannot hand on a frozenset it has traced."""
-    return tuple(names) if torch.compiler.is_compiling() else frozenset(names)
-
-
-def refuse_device(name: str, holder: Mask | Bias, device: torch.device) -> NoReturn:
-    """Say where a mask or a bias is, which is not where q is."""
-    raise ValueError(f"{name} must be on the device of q, {device}, got {holder.tensors()[0].device}: {holder!r}.")
-
-
-def refuse_tensors(q: Tensor, k: Tensor, v: Tensor) -> NoReturn:
-    """Say which of q, k and v is not like the others."""
-    for name, tensor in (("q", q), ("k", k), ("v", v)):
-        if tensor.dim() != 4:
-            raise ValueError(f"{name} must be 4-D (batch, seqlen, heads, head_dim), got shape {tuple(tensor.shape)}.")
-    name, other = ("k", k) if (k.dtype, k.device) != (q.dtype, q.device) else ("v", v)
-    raise ValueError(
-        "q, k and v must have one dtype and device, "
-        f"got {q.dtype} on {q.device} for q and {other.dtype} on {other.device} for {name}."
-    )
+    return tuple(names) if is_compiling() else frozenset(names)
 
 
 REMADE = (Window, KeyPadding, KeyLengths, Documents)
@@ -414,15 +453,16 @@ REMADE = (Window, KeyPadding, KeyLengths, Documents)
 SHARED = 1024
 """How many problems are kept."""
 shared: dict[tuple[Any, ...], AttentionSpec] = {}
+"""Problems by what makes them: one is found again in a quarter of the time that making it takes."""
 
 
-def again(key: tuple[Any, ...], mask: Mask | None) -> AttentionSpec | None:
+def reuse(key: tuple[Any, ...], mask: Mask | None) -> AttentionSpec | None:
     """A problem that was made before: itself, or its form over another mask of the kind."""
     known = shared.get(key)
     if known is None or known.shared or mask is None:
         return known
     for tensor in mask.tensors():  # a generator would take two steps more
         if tensor.device != known.device:
-            refuse_device("mask", mask, known.device)
+            refuse_device("mask", mask, mask.tensors(), known.device)
     mask.check(known.batch, known.heads, known.seqlen_q, known.seqlen_k)
-    return known.padded(mask)
+    return known.over(mask)

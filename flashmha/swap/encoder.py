@@ -13,7 +13,10 @@ import torch.fx
 from torch import Tensor, nn
 
 from ..host.torch_state import eager
-from . import route, stack
+from ..layer.call import hides_the_future
+from ..layer.written import Written
+from . import stack
+from .known import BLOCKS
 from .route import Route, enter, leave
 
 torch.fx.wrap("found_causal")  # FX sees one call, which looks when the graph runs
@@ -33,6 +36,9 @@ def is_stock(module: nn.Module, kind: type[nn.Module]) -> bool:
 class FlashTransformerEncoderLayer(nn.TransformerEncoderLayer):
     """``nn.TransformerEncoderLayer`` whose attention always runs in ``self_attn``."""
 
+    __jit_ignored_attributes__ = ["_written"]
+    _written = Written(BLOCKS)
+
     def forward(
         self,
         src: Tensor,
@@ -48,9 +54,6 @@ class FlashTransformerEncoderLayer(nn.TransformerEncoderLayer):
         x = self.norm1(x + self._sa_block(x, src_mask, src_key_padding_mask, is_causal=is_causal))
         out: Tensor = self.norm2(x + self._ff_block(x))
         return out
-
-
-route.expect(FlashTransformerEncoderLayer)
 
 
 class FlashTransformerEncoder(nn.TransformerEncoder):
@@ -79,7 +82,7 @@ class FlashTransformerEncoder(nn.TransformerEncoder):
             return output if self.norm is None else self.norm(output)
         way = enter(self, src, mask, src_key_padding_mask, causal)
         if isinstance(way, Route) and way.straight:  # to FX it is a proxy
-            return leave(self, way, stack.run(self, way))
+            return leave(self, way, stack.run_layers(self, way))
         output = way.src
         for layer in self.layers:
             output = layer(
@@ -93,21 +96,10 @@ def found_causal(mask: Optional[Tensor], key_padding_mask: Optional[Tensor]) -> 
 
     Not asked beside a padding mask, which makes every layer read both, nor where the answer would break a graph.
     """
-    if (
-        not isinstance(mask, Tensor)
-        or key_padding_mask is not None
-        or torch.compiler.is_compiling()
-        or torch.jit.is_tracing()
-    ):
+    if mask is None or key_padding_mask is not None:
         return False
     # alone in its condition, or TorchScript compiles what stands below
     if not torch.jit.is_scripting():  # noqa: SIM102
-        if not eager(mask):
+        if not isinstance(mask, Tensor) or not eager(mask):
             return False
-    if mask.dim() != 2 or mask.shape[0] != mask.shape[1] or mask.is_meta:
-        return False
-    future = torch.ones(mask.shape[0], mask.shape[1], dtype=torch.bool, device=mask.device).triu(1)
-    if mask.dtype == torch.bool:
-        return torch.equal(mask, future)
-    causal = torch.zeros_like(mask).masked_fill(future, float("-inf"))
-    return torch.equal(mask, causal)
+    return mask.dim() == 2 and mask.shape[0] == mask.shape[1] and not mask.is_meta and hides_the_future(mask)

@@ -16,11 +16,10 @@ from ..backends.rewrites.order import RealFirst
 from ..functional import as_bias, as_mask, attention, check_arguments
 from ..host.torch_state import autocast
 from ..layer import padding
-from ..layer.arguments import check_kinds
+from ..layer.arguments import Arguments, check_kinds
 from ..layer.call import read_call
 from ..layer.forward import prepare
 from ..layer.module import FlashMultiHeadAttention
-from ..problem.masks import Mask, Padding
 from ..problem.spec import AttentionSpec
 from ..problem.wording import short
 from ..weights.attend import is_defined
@@ -41,10 +40,10 @@ def explain(
     does about padding and precision. ``explain(encoder, src, ...)`` for a call of a ``FlashTransformerEncoder``: the
     attention of its first layer, and whether padding is left out once for all of them.
     """
-    for kind, answer, form in FORMS:
+    for kind, answer, called, form in FORMS:
         if isinstance(subject, kind):
             try:
-                inspect.signature(answer).bind(subject, *args, **kwargs)
+                inspect.signature(called).bind(subject, *args, **kwargs)
             except TypeError as error:
                 raise TypeError(f"the call must be {form}, got: {error}.") from None
             return answer(subject, *args, **kwargs)
@@ -55,13 +54,15 @@ def explain(
 
 
 def explain_spec(spec: AttentionSpec, backend: Wanted = None, capability: tuple[int, int] | None = None) -> Explanation:
+    """Which backend would serve a problem."""
     return backends.explain(spec, backend, capability)
 
 
 def explain_call(q: Tensor, k: Tensor, v: Tensor, *, backend: Wanted = None, **options: Any) -> Explanation:
-    unknown = sorted(set(options) - set(OPTIONS))
+    """Which backend would serve a call of ``attention``."""
+    unknown = sorted(set(options) - set(CALL_OPTIONS))
     if unknown:
-        raise TypeError(f"options must be among {', '.join(OPTIONS)}, got {', '.join(unknown)}.")
+        raise TypeError(f"options must be among {', '.join(CALL_OPTIONS)}, got {', '.join(unknown)}.")
     options["mask"], options["bias"] = as_mask(options.get("mask")), as_bias(options.get("bias"))
     plain = ("sinks", "softcap", "softmax_scale", "dropout_p", "deterministic", "return_lse")
     check_arguments(q, k, v, **{name: options[name] for name in plain if name in options})
@@ -69,29 +70,19 @@ def explain_call(q: Tensor, k: Tensor, v: Tensor, *, backend: Wanted = None, **o
     return backends.explain(AttentionSpec.of(*autocast(q, k, v), **options), backend)
 
 
-def explain_layer(
-    layer: FlashMultiHeadAttention,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    key_padding_mask: Padding | Tensor | None = None,
-    need_weights: bool = True,
-    attn_mask: Mask | Tensor | None = None,
-    average_attn_weights: bool = True,
-    is_causal: bool = False,
-    backend: Wanted = None,
-) -> Explanation:
-    check_kinds(query, key, value, key_padding_mask, attn_mask)
-    wanted = layer.backend if backend is None else backend
-    need_weights = need_weights and layer.need_weights
-    check_kinds(query, key, value, key_padding_mask, attn_mask)
-    call = read_call(layer, query, key, value, key_padding_mask, need_weights, attn_mask, is_causal)
+def explain_layer(layer: FlashMultiHeadAttention, *args: Any, **kwargs: Any) -> Explanation:
+    """Which backend would serve a call of a layer, and what it does about padding and precision."""
+    given = Arguments(*args, **kwargs)
+    check_kinds(given)
+    wanted = layer.backend if given.backend is None else given.backend
+    need_weights = given.need_weights and layer.need_weights
+    call = read_call(layer, given._replace(need_weights=need_weights))
     problem = prepare(layer, call, wanted, layer.skip_padding)
     notes = []
     if problem.padded is not None:
-        notes.append(f"skip_padding: {left_out(problem.q.shape[1], problem.padded.rows.numel())}")
-    elif layer.skip_padding and key_padding_mask is not None:
-        notes.append(f"skip_padding: every row is computed ({padding.refusal(layer, call)})")
+        notes.append(f"skip_padding: {say_left_out(problem.q.shape[1], problem.padded.rows.numel())}")
+    elif layer.skip_padding and given.key_padding_mask is not None:
+        notes.append(f"skip_padding: every row is computed ({padding.why_padding_stays(layer, call)})")
     if problem.dtype is not None:
         notes.append(f"computed in {short(problem.dtype)}: this CPU is slower in {short(call.query.dtype)}")
     elif problem.spec.dtype != call.query.dtype:
@@ -112,19 +103,19 @@ def explain_encoder(
     src_key_padding_mask: Tensor | None = None,
     is_causal: bool | None = None,
 ) -> Explanation:
+    """Which backend would serve an encoder's first layer, and where its padding goes."""
     causal = found_causal(mask, src_key_padding_mask) if is_causal is None else is_causal
     way = enter(encoder, src, mask, src_key_padding_mask, causal)
     first = encoder.layers[0].self_attn
     if not isinstance(first, FlashMultiHeadAttention):
         raise TypeError(f"encoder must have attention of flashmha in its first layer, got {type(first).__name__}.")
-    said = explain_layer(
-        first, way.src, way.src, way.src, way.key_padding_mask, False, way.mask, is_causal=way.is_causal
-    )
+    x = way.src if first.batch_first or not isinstance(way.packed, RealFirst) else way.src.transpose(0, 1)
+    said = explain_layer(first, x, x, x, way.key_padding_mask, False, way.mask, is_causal=way.is_causal)
     notes = list(said.notes)
     if isinstance(way.packed, RealFirst):
         notes.append("every row is computed, the real tokens of each item first, in one order for all layers")
     elif way.packed is not None:
-        notes.append(f"once for all layers: {left_out(way.src.shape[:2].numel(), src.shape[:2].numel())}")
+        notes.append(f"once for all layers: {say_left_out(way.src.shape[:2].numel(), src.shape[:2].numel())}")
     elif way.hidden is not None:
         notes.append(
             "every row is computed and padding zeroed behind the last layer: too little of it to pay for packing"
@@ -134,21 +125,26 @@ def explain_encoder(
     return dataclasses.replace(said, notes=tuple(notes))
 
 
-def left_out(real: int, total: int) -> str:
-    """What a note says of padding that is left out."""
+def say_left_out(real: int, total: int) -> str:
+    """A note about padding that is left out."""
     return (
         f"{total - real} of {total} positions are left out; "
         "while compiling or capturing a CUDA graph every row is computed"
     )
 
 
-OPTIONS = tuple(inspect.signature(attention).parameters)[3:]
+CALL_OPTIONS = tuple(inspect.signature(attention).parameters)[3:]
 """What ``attention`` takes by name."""
 
-FORMS: tuple[tuple[type, Callable[..., Explanation], str], ...] = (
-    (AttentionSpec, explain_spec, "explain(spec, backend=None, capability=None)"),
-    (FlashMultiHeadAttention, explain_layer, "explain(layer, query, key, value, ...), as the layer is called"),
-    (FlashTransformerEncoder, explain_encoder, "explain(encoder, src, ...), as the encoder is called"),
-    (Tensor, explain_call, "explain(q, k, v, ...), as attention is called"),
+FORMS: tuple[tuple[type, Callable[..., Explanation], Callable[..., Any], str], ...] = (
+    (AttentionSpec, explain_spec, explain_spec, "explain(spec, backend=None, capability=None)"),
+    (
+        FlashMultiHeadAttention,
+        explain_layer,
+        FlashMultiHeadAttention.forward,
+        "explain(layer, query, key, value, ...), as the layer is called",
+    ),
+    (FlashTransformerEncoder, explain_encoder, explain_encoder, "explain(encoder, src, ...), as the encoder is called"),
+    (Tensor, explain_call, explain_call, "explain(q, k, v, ...), as attention is called"),
 )
-"""Kinds of subjects, what answers for each, and how that is called."""
+"""Kinds of subjects, what answers for each, and how that is called: a signature, and in words."""

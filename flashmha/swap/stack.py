@@ -13,59 +13,63 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..backends import choose, note
+from ..backends import choose
 from ..backends.base import Backend, Serve
-from ..backends.choice.builtin import OWN
-from ..backends.choice.record import recording
-from ..functional import check_result
-from ..host.torch_state import casts_to, computed_in, without_autocast
+from ..backends.choice.serve import serve
+from ..backends.rewrites.order import RealFirst
+from ..host.torch_state import computed_in
 from ..layer import shortcut
+from ..layer.module import FlashMultiHeadAttention
 from ..layer.projection import by_one_matrix, parameters
 from ..problem.masks import Mask
 from ..problem.spec import AttentionSpec
 from .route import Route
 
 
-def run(encoder: nn.TransformerEncoder, route: Route) -> Tensor:
-    """What the last layer of an encoder gives, whose layers are known."""
-    attention = Attention(route, len(encoder.layers))
+def run_layers(encoder: nn.TransformerEncoder, route: Route) -> Tensor:
+    """Run the layers of an encoder, all of which are known; the output of the last."""
+    attention = SelfAttention(route, len(encoder.layers))
     x = route.src
     for layer in encoder.layers:
-        x = through(layer, x, attention)
+        x = run_layer(layer, x, attention)
     return x
 
 
-def through(layer: Any, x: Tensor, attention: Attention) -> Tensor:
+def run_layer(layer: nn.TransformerEncoderLayer, x: Tensor, attention: SelfAttention) -> Tensor:
     """One encoder layer."""
-    parts = layer._modules
+    parts: Any = layer._modules
     if layer.norm_first:
-        x = x + dropout(parts["dropout1"], attention(parts["self_attn"], norm(parts["norm1"], x)))
-        return x + feed_forward(layer, norm(parts["norm2"], x))
-    x = norm(parts["norm1"], x + dropout(parts["dropout1"], attention(parts["self_attn"], x)))
-    return norm(parts["norm2"], x + feed_forward(layer, x))
+        x = x + apply_dropout(parts["dropout1"], attention(parts["self_attn"], apply_norm(parts["norm1"], x)))
+        return x + feed_forward(layer, apply_norm(parts["norm2"], x))
+    x = apply_norm(parts["norm1"], x + apply_dropout(parts["dropout1"], attention(parts["self_attn"], x)))
+    return apply_norm(parts["norm2"], x + feed_forward(layer, x))
 
 
-def feed_forward(layer: Any, x: Tensor) -> Tensor:
-    parts = layer._modules
+def feed_forward(layer: nn.TransformerEncoderLayer, x: Tensor) -> Tensor:
+    """The two linear layers of an encoder layer, and what is between them."""
+    parts: Any = layer._modules
     activation = layer.activation
-    x = linear(parts["linear1"], x)
+    x = apply_linear(parts["linear1"], x)
     x = activation.forward(x) if isinstance(activation, nn.Module) else activation(x)
-    return dropout(parts["dropout2"], linear(parts["linear2"], dropout(parts["dropout"], x)))
+    return apply_dropout(parts["dropout2"], apply_linear(parts["linear2"], apply_dropout(parts["dropout"], x)))
 
 
-def linear(part: Any, x: Tensor) -> Tensor:
+def apply_linear(part: Any, x: Tensor) -> Tensor:
+    """A linear layer as a function."""
     out: Tensor = F.linear(x, *parameters(part, "weight", "bias")) if type(part) is nn.Linear else part.forward(x)
     return out
 
 
-def norm(part: Any, x: Tensor) -> Tensor:
+def apply_norm(part: Any, x: Tensor) -> Tensor:
+    """A norm as a function."""
     if type(part) is nn.LayerNorm:
         return torch.layer_norm(x, part.normalized_shape, *parameters(part, "weight", "bias"), part.eps)
     out: Tensor = part.forward(x)
     return out
 
 
-def dropout(part: Any, x: Tensor) -> Tensor:
+def apply_dropout(part: Any, x: Tensor) -> Tensor:
+    """A dropout as a function, left out where it drops nothing."""
     if type(part) is nn.Dropout and not (part.training and part.p):
         return x
     out: Tensor = part.forward(x)
@@ -73,65 +77,60 @@ def dropout(part: Any, x: Tensor) -> Tensor:
 
 
 class Same(NamedTuple):
-    """What layers that are alike share: all that their problem follows from, and what serves it."""
+    """The problem that layers which are alike share, all that it follows from, and the backend that serves it."""
 
     key: tuple[Any, ...]
     spec: AttentionSpec
     backend: Backend
-    serve: Serve
-    casts: bool
+    call: Serve
 
 
-class Attention:
+class SelfAttention:
     """Self-attention, layer by layer, beside the masks of a route."""
 
     def __init__(self, route: Route, layers: int) -> None:
         self.route, self.layers = route, layers
+        self.batch_first = True if isinstance(route.packed, RealFirst) else None
         self.masked = route.mask is not None or route.key_padding_mask is not None or route.is_causal
         self.same: Same | None = None
 
-    def __call__(self, layer: Any, x: Tensor) -> Tensor:
+    def __call__(self, layer: FlashMultiHeadAttention, x: Tensor) -> Tensor:
         own = shortcut.linears(layer, x.dtype) if type(x) is Tensor and x.dim() == 3 else None
         same = None if own is None else self.problem(layer, own, x)
         if own is None or same is None:
             return self.module(layer, x)
         spec, backend = same.spec, same.backend
-        heads, head_dim = spec.heads, spec.head_dim
-        q, k, v = by_one_matrix(x, x, x, own.weight, own.bias, heads, heads, head_dim, backend.joins_gradients)
+        batch_first = layer.batch_first if self.batch_first is None else self.batch_first
+        weight, bias, weight_out, bias_out, _ = own
+        heads, together = spec.heads, backend.joins_gradients
+        q, k, v = by_one_matrix(x, x, x, weight, bias, heads, heads, spec.head_dim, batch_first, together)
         if type(q) is not Tensor:  # a mode makes other tensors of ours
             return self.module(layer, x)
-        batch_first = layer.batch_first
-        if not batch_first:
-            q, k, v = q.transpose(0, 1), k.transpose(0, 1), v.transpose(0, 1)
-        if recording.calls is not None:
-            note(layer, spec, backend)
-        attended: Any
-        if same.casts:
-            with without_autocast(x.device):
-                attended = same.serve(q, k, v)
-        else:
-            attended = same.serve(q, k, v)
-        if type(backend) not in OWN:
-            check_result(attended, spec, backend)
+        attended = serve(backend, q, k, v, spec, layer, same.call)
         if not batch_first:
             attended = attended.transpose(0, 1).contiguous()
-        return F.linear(attended.flatten(2), own.weight_out, own.bias_out)
+        return F.linear(attended.flatten(2), weight_out, bias_out)
 
-    def module(self, layer: Any, x: Tensor) -> Tensor:
+    def module(self, layer: FlashMultiHeadAttention, x: Tensor) -> Tensor:
         """The layer's own forward."""
         route = self.route
-        masks = {"attn_mask": route.mask, "key_padding_mask": route.key_padding_mask, "is_causal": route.is_causal}
+        masks: dict[str, Any] = {
+            "attn_mask": route.mask,
+            "key_padding_mask": route.key_padding_mask,
+            "is_causal": route.is_causal,
+        }
+        turned = self.batch_first is not None and not layer.batch_first
+        x = x.transpose(0, 1) if turned else x
         out: Tensor = layer.forward(x, x, x, **masks, need_weights=False)[0]
-        return out
+        return out.transpose(0, 1) if turned else out
 
-    def problem(self, layer: Any, own: shortcut.Linears, x: Tensor) -> Same | None:
+    def problem(self, layer: FlashMultiHeadAttention, own: shortcut.Linears, x: Tensor) -> Same | None:
         """The problem of a layer and its backend, those of the layer before where they are alike; ``None`` for more."""
         state, shape = layer.__dict__, x.shape
         dropout = state["dropout"] if state["training"] else 0.0
-        grad = torch.is_grad_enabled() and (
-            x.requires_grad or own.weight.requires_grad or (own.bias is not None and own.bias.requires_grad)
-        )
-        batch_first, heads = state["batch_first"], state["num_heads"]
+        batch_first = state["batch_first"] if self.batch_first is None else self.batch_first
+        heads = state["num_heads"]
+        grad = (own[-1] or x.requires_grad) and torch.is_grad_enabled()
         key = (shape, x.dtype, heads, state["embed_dim"], batch_first, dropout, grad, layer.skip_padding)
         if self.same is not None and self.same.key == key:
             return self.same
@@ -143,11 +142,10 @@ class Attention:
             if padding is not None and layer.skip_padding:
                 return None
             batch, seqlen = shape[:2] if batch_first else (shape[1], shape[0])
-            mask = shortcut.rule(padding, route.mask, route.is_causal, (batch, seqlen, seqlen), x.device)
+            mask = shortcut.plain_mask(padding, route.mask, route.is_causal, (batch, seqlen, seqlen), x.device)
             if mask is None:
                 return None
-        of_q = shortcut.heads_of(shape, heads, batch_first)
-        spec = AttentionSpec.between(of_q, of_q, computed_in(x), x.device, grad, mask, dropout)
+        spec = shortcut.problem_of(state, shape, shape, batch_first, computed_in(x), x.device, grad, mask)
         backend = choose(spec, calls=self.layers)
-        self.same = Same(key, spec, backend, backend.prepare(spec), casts_to(x.device) is not None)
+        self.same = Same(key, spec, backend, backend.prepare(spec))
         return self.same

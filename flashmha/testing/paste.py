@@ -11,10 +11,11 @@ import re
 import torch
 from torch import Tensor
 
-from ..problem.masks import Dense, Documents, KeyLengths, KeyPadding, Mask, Rule, Window, find
+from ..problem.masks import Dense, Mask, Rule, Window
+from ..problem.ragged import Documents, KeyLengths, KeyPadding
 from ..problem.scores import ALiBi, Bias, RelativeBias, TensorBias
 from ..problem.spec import AttentionSpec
-from .values import expression, place
+from .values import device_argument, expression
 
 SHORT, LONG = 24, 4096
 """Up to so many numbers are written out, and up to so many where no seed is known; a larger tensor is described."""
@@ -49,7 +50,7 @@ def pasted_mask(mask: Mask, spec: AttentionSpec) -> str:
 
 def pasted_rule(part: Mask, spec: AttentionSpec) -> str:
     if isinstance(part, Window):
-        return pasted_window(part, 0 if find(spec.mask, Documents) else spec.seqlen_k - spec.seqlen_q)
+        return pasted_window(part, 0 if spec.documents else spec.seqlen_k - spec.seqlen_q)
     if isinstance(part, KeyPadding):
         return f"KeyPadding({pasted_tensor(part.valid)})"
     if isinstance(part, KeyLengths):
@@ -106,8 +107,8 @@ def pasted_tensor(tensor: Tensor) -> str:
 def literal(tensor: Tensor) -> str:
     dtype = "" if tensor.dtype in (torch.bool, torch.int64) else f", dtype={tensor.dtype}"
     if not tensor.numel():
-        return f"torch.zeros({tuple(tensor.shape)}, dtype={tensor.dtype}{place(tensor)})"
+        return f"torch.zeros({tuple(tensor.shape)}, dtype={tensor.dtype}{device_argument(tensor)})"
     if tensor.numel() > LONG:
         return f"<{tensor.dtype} {tuple(tensor.shape)}>"
     values = re.sub(r"\b(inf|nan)\b", r"torch.\1", repr(tensor.detach().tolist()))
-    return f"torch.tensor({values}{dtype}{place(tensor)})"
+    return f"torch.tensor({values}{dtype}{device_argument(tensor)})"

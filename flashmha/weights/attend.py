@@ -2,27 +2,26 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
-import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 
-from ..backends import choose, note
+from ..backends import choose
 from ..backends.base import Backend
-from ..backends.choice.builtin import OWN
-from ..backends.choice.waiting import capturing
+from ..backends.choice.memory import Memory
+from ..backends.choice.record import note
+from ..backends.choice.serve import serve
 from ..backends.choice.wishes import Wanted, preference
 from ..backends.naive import Naive, probabilities, scores, weigh
-from ..functional import answer, run
-from ..host.torch_state import traced, without_autocast
+from ..functional import run
+from ..host.torch_state import is_capturing, is_compiling, is_dual, traced, without_autocast
 from ..problem.masks import normalize
 from ..problem.packing import Padded
-from ..problem.spec import SHARED, AttentionSpec
-from .blocks import shaped
-from .deferred import Cell, Deferred, expect_look
+from ..problem.spec import AttentionSpec
+from .blocks import shape_weights
+from .cell import Cell, note_unread
+from .deferred import Deferred
 from .graph import Weights
-from .recipe import Recipe, with_bias
+from .recipe import Recipe, replace_bias
 
 
 def attention_with_weights(
@@ -31,7 +30,7 @@ def attention_with_weights(
     v: Tensor,
     spec: AttentionSpec,
     wanted: Wanted = None,
-    layer: Any = None,
+    layer: object = None,
     *,
     average: bool = True,
     batched: bool = True,
@@ -47,24 +46,22 @@ def attention_with_weights(
     the real tokens alone, ``remade`` where a hop of the layer's own made q and k.
 
     Where PyTorch records what runs (compile, export, torch.func, forward AD) both are ordinary tensors, and a compiler
-    drops what nobody reads; the definition makes both in one pass, unless a backend is named.
+    drops what is not read; the definition makes both in one pass, unless a backend is named.
     """
     dtype = q.dtype if dtype is None else dtype
-    backend = None if recorded(spec) else choose(spec, wanted)
+    backend = None if is_recorded(spec) else choose(spec, wanted)
     if backend is None or (padded is None and is_defined(spec, backend, wanted)):
-        out, weights = by_definition(q, k, v, spec, wanted, layer)
-        return out, shaped(weights, average, batched, dtype, rows)
-    note(layer, spec, backend)
+        out, weights = define_both(q, k, v, spec, wanted, layer)
+        return out, shape_weights(weights, average, batched, dtype, rows)
     free = (q.detach(), k.detach()) if q.requires_grad or k.requires_grad else (q, k)
     recipe = Recipe(*free, spec, None, average, batched, dtype, rows)
     learned: Tensor | None = None
     if spec.bias is not None:  # the caller's own tensor, which may change before the weights are read
         bias = spec.bias.tensors()[0]
         learned = bias if bias.requires_grad else None
-        recipe.spec = with_bias(spec, bias.detach().clone())
+        recipe.spec = replace_bias(spec, bias.detach().clone())
     problem = recipe.spec
-    told = asking(spec, backend)
-    result = answer(backend, q, k, v, told)
+    result = serve(backend, q, k, v, request_with_lse(spec, backend), layer)
     out, lse = result if isinstance(result, tuple) else (result, None)
     if padded is not None:
         batch, seqlen = padded.rows.shape
@@ -73,10 +70,10 @@ def attention_with_weights(
         recipe.places, recipe.rows = padded.places, padded.rows
     elif lse is not None:
         recipe.lse = lse.detach() if lse.requires_grad else lse
-    at_once = is_small(spec) or (remade and may_change(q, k)) or capturing(spec) or spec.device.type == "meta"
+    at_once = is_small(spec) or (remade and may_change(q, k)) or is_capturing(spec.device) or spec.device.type == "meta"
     make = Recipe.make if at_once else defer
     if spec.needs_grad:
-        fused = None if spec.dropout_p > 0.0 or backend.name == "naive" else v
+        fused = None if spec.dropout_p > 0.0 or backend.holds_scores else v
         out, weights = Weights.apply(out, q, k, fused, learned, problem, recipe, make)  # type: ignore[no-untyped-call]
     else:
         with torch.no_grad():
@@ -84,7 +81,7 @@ def attention_with_weights(
     return out, weights
 
 
-SMALL = 2**12
+FEW_SCORES = 2**12
 """Scores of all heads, up to which the definition makes output and weights in one pass, as ordinary tensors.
 
 On one thread of a CPU that trains in the time of the stock layer (0.95 to 1.04 of it, 1 x 8 to 4 x 16 tokens); an eval
@@ -93,17 +90,20 @@ whose weights are thrown away takes 20 to 50 us more, which being ordinary is wo
 
 
 def is_small(spec: AttentionSpec) -> bool:
-    """The weights of a problem are made at once, as ordinary tensors."""
-    return spec.batch * spec.heads * spec.seqlen_q * spec.seqlen_k <= SMALL
+    """Whether the weights of a problem are made at once, as ordinary tensors."""
+    return spec.batch * spec.heads * spec.seqlen_q * spec.seqlen_k <= FEW_SCORES
 
 
 def is_defined(spec: AttentionSpec, backend: Backend, wanted: Wanted) -> bool:
-    """The definition makes output and weights, though automatic choice found a backend for the output alone."""
-    return is_small(spec) and type(backend) in OWN and preference(wanted) is None
+    """Whether the definition makes output and weights, though automatic choice found a backend for the output alone."""
+    return is_small(spec) and backend.yields_small_weights and preference(wanted) is None
 
 
 def may_change(q: Tensor, k: Tensor) -> bool:
-    """A hop of the layer's own may return memory that is written before the weights are read: a cache's, an input's."""
+    """Whether a hop of the layer's own may have returned memory that is written before the weights are read.
+
+    As that of a cache or of an input.
+    """
     written = q.is_inference() or k.is_inference() or q._version > 0 or k._version > 0
     return written or q._is_view() or k._is_view()
 
@@ -111,13 +111,13 @@ def may_change(q: Tensor, k: Tensor) -> bool:
 DEFINITION = Naive()
 
 
-def by_definition(
-    q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, wanted: Wanted, layer: Any
+def define_both(
+    q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, wanted: Wanted, layer: object
 ) -> tuple[Tensor, Tensor]:
     """Output and weights (batch, heads, seqlen_q, seqlen_k) as ordinary tensors."""
     with without_autocast(spec.device):
         weights = probabilities(*scores(q, k, spec), spec)
-        if preference(wanted) is None and not torch.compiler.is_compiling():
+        if preference(wanted) is None and not is_compiling():
             note(layer, spec, DEFINITION)
             return weigh(weights, v, spec), weights
     out = run(q, k, v, spec, wanted, layer)
@@ -125,37 +125,35 @@ def by_definition(
     return out, weights
 
 
-def asking(spec: AttentionSpec, backend: Backend) -> AttentionSpec:
-    """The problem as the backend is asked for it: with the log-sum-exp too, where it can give that.
+def request_with_lse(spec: AttentionSpec, backend: Backend) -> AttentionSpec:
+    """The problem that a backend is given: with the log-sum-exp too, where the backend has that.
 
     Not beside a bias, which may move all scores of a row far off, as -10000 does, where a log-sum-exp in float32 is
     coarse.
     """
-    known = remembered.get(spec) if spec.shared else None
+    known = requests.get(spec) if spec.shared else None
     if known is not None and known[0] is backend:
         return known[1]
-    found = spec.with_lse() if spec.bias is None else spec
+    token, found = requests.token(), spec.with_lse() if spec.bias is None else spec
     if backend.why_not(found) is not None or backend.why_not_built(found) is not None:
         found = spec
     if spec.shared:
-        if len(remembered) >= SHARED:
-            remembered.clear()
-        remembered[spec] = (backend, found)
+        requests.put(spec, token, (backend, found))
     return found
 
 
-def recorded(spec: AttentionSpec) -> bool:
-    """Somebody records operators, or differentiates forward."""
-    return torch.compiler.is_compiling() or spec.aten_only or traced() or forward_ad._current_level >= 0
+def is_recorded(spec: AttentionSpec) -> bool:
+    """Whether PyTorch records operators, or differentiates forward."""
+    return is_compiling() or spec.aten_only or traced() or is_dual()
 
 
 def defer(recipe: Recipe) -> Deferred:
     """The weights of a recipe, computed when they are read."""
     cell = Cell(recipe.make, recipe.spec.device, recipe.cost)
     made: Deferred = Deferred(cell, recipe.shape, recipe.dtype, recipe.spec.device)
-    expect_look(cell)
+    note_unread(cell)
     return made
 
 
-remembered: dict[AttentionSpec, tuple[Backend, AttentionSpec]] = {}
-"""What ``asking`` said about a shared problem, and of which backend."""
+requests: Memory[tuple[Backend, AttentionSpec]] = Memory()
+"""What ``request_with_lse`` said about a shared problem, and of which backend."""

@@ -3,18 +3,32 @@
 from __future__ import annotations
 
 import logging
+from typing import NamedTuple
 
 from ...problem.errors import NoBackendError
 from ...problem.spec import AttentionSpec
 from ..base import Backend
-from ..compiling import waits
+from ..compiling import Wait, waits
 from . import registry
-from .memory import keep, kept
+from .memory import Memory, key_of
 from .order import order
-from .ranking import LAST
 from .registry import expand
-from .waiting import WAITS, capturing, keeps, kernel_of, known_wait, long, loss, movable, must_compile
-from .wishes import Wanted, asked
+from .waiting import WAITS, capturing, compiled_first, keeps_first_choice, known_wait, long, loss, movable
+from .wishes import KEY, Wanted, asked, variables, wish
+
+logger = logging.getLogger("flashmha")
+
+
+class Choice(NamedTuple):
+    """What automatic choice said about a problem. A call loses ``loss`` seconds without the kernel of ``wait``."""
+
+    backend: Backend
+    wait: Wait | None
+    loss: float
+
+
+choices: Memory[Choice] = Memory()
+"""Spares an attention on a CPU 4.5 us of 22, a padded one 10 of 58."""
 
 
 def reason(backend: Backend, spec: AttentionSpec) -> str | None:
@@ -26,24 +40,21 @@ def choose(spec: AttentionSpec, wanted: Wanted = None, calls: int = 1) -> Backen
     """The backend that serves a problem, in as many calls as will follow at once.
 
     Raises:
-        NoBackendError: nobody can, or the one that was named cannot; with every reason.
+        NoBackendError: no backend can, or the one that was named cannot; with every reason.
         ValueError: the file in ``FLASHMHA_TUNED`` is not for this machine.
     """
-    said, named = asked(wanted)
-    reasons: dict[str, str] = {}
-    if named is not None:
-        for name in expand(named, said):
-            backend = registry.entries[name]
-            why = reason(backend, spec)
-            if why is None:
-                return backend
-            reasons[name] = why
-        raise NoBackendError(spec, reasons, f"{said}={named!r}")
-    before = kept(spec)
-    if before is not None:
+    if wanted is not None or wish.wanted is not None or KEY in variables:
+        said, named = asked(wanted)
+        if named is not None:
+            return choose_among(spec, expand(named, said), f"{said}={named!r}")
+    key = spec if spec.shared else key_of(spec)
+    before = None if key is None else choices.get(key)
+    if before is not None and (before.wait is None or not (before.wait.over and movable(spec))):
         if before.wait is not None:
             before.wait.lose(before.loss * calls)
         return before.backend
+    token = None if key is None else choices.token()
+    reasons: dict[str, str] = {}
     found, compiles, passed = pick(spec, reasons)
     if found is None:
         raise NoBackendError(spec, reasons)
@@ -51,38 +62,76 @@ def choose(spec: AttentionSpec, wanted: Wanted = None, calls: int = 1) -> Backen
         logger.info("%s compiles before it serves %s: %s", found.name, spec, compiles)
     wait = None
     if passed is not None and not capturing(spec):
-        kernel = kernel_of(passed, spec)
+        kernel = passed.kernel_key(spec)
         wait = None if kernel is None else waits.of(passed.name, kernel, spec.needs_grad)
         if wait is not None:
             wait.lose(loss(spec) * calls)
-    keep(spec, found, reasons, wait)
+    if token is not None and is_kept(spec, found, reasons, wait):
+        counted = wait is not None and not keeps_first_choice()
+        choices.put(key, token, Choice(found, wait, loss(spec)) if counted else Choice(found, None, 0.0))
     return found
 
 
-logger = logging.getLogger("flashmha")
+def choose_among(spec: AttentionSpec, names: tuple[str, ...], wanted: str) -> Backend:
+    """The first of the backends that were named which can serve a problem; ``wanted`` is how they were named."""
+    reasons: dict[str, str] = {}
+    for name in names:
+        backend = registry.entries[name]
+        why = reason(backend, spec)
+        if why is None:
+            return backend
+        reasons[name] = why
+    raise NoBackendError(spec, reasons, wanted)
+
+
+def chosen_before(spec: AttentionSpec) -> Choice | None:
+    """What was chosen for a problem before, where it still holds."""
+    key = key_of(spec)
+    before = None if key is None else choices.get(key)
+    if before is not None and before.wait is not None and before.wait.over and movable(spec):
+        return None
+    return before
+
+
+def is_kept(spec: AttentionSpec, backend: Backend, reasons: dict[str, str], wait: Wait | None) -> bool:
+    """A choice is remembered; for a problem with tensors, one that backends made who will say the same of its outline.
+
+    Nothing is remembered that was found while a CUDA graph was captured, where a package that was not tried out yet is
+    refused.
+    """
+    if capturing(spec):
+        return False
+    if spec.shared:
+        return True
+    judges = (backend, *(registry.entries[other] for other in reasons))
+    if not all(one.judges_by_outline for one in judges) or compiled_first(backend, spec) is not None:
+        return False
+    if wait is None and not keeps_first_choice() and any(why.startswith(WAITS) for why in reasons.values()):
+        return False
+    return not any("out of memory" in why for why in reasons.values())
 
 
 def pick(spec: AttentionSpec, reasons: dict[str, str]) -> tuple[Backend | None, str | None, Backend | None]:
     """Automatic choice: a backend, what it has to compile first, and one that was passed over since it would have to.
 
-    Why not those before it joins ``reasons``. A short problem passes over a backend that would have to compile, where
-    another but the definition, which holds every score in memory, can serve at once, until that has lost more than
-    compiling takes. A long one waits for the compiler.
+    Why not those before it joins ``reasons``. Short problems skip a backend that must compile first if another one,
+    which does not hold every score, is ready, until that has lost more than compiling takes. A long one waits for the
+    compiler.
     """
     waiting: tuple[Backend, str] | None = None
     for name in order(spec):
         backend = registry.entries[name]
         why = reason(backend, spec)
         if why is None:
-            compiles = must_compile(backend, spec)
-            if compiles is None and (waiting is None or name != LAST):
+            compiles = compiled_first(backend, spec)
+            if compiles is None and (waiting is None or not backend.holds_scores):
                 return backend, None, None if waiting is None else waiting[0]
             if compiles is None:
                 continue
             wait = known_wait(backend, spec)
             so_far = "" if wait is None else f"; {wait}"
             if waiting is None:
-                if long(spec) or (wait is not None and wait.over and movable(spec) and not keeps()):
+                if long(spec) or (wait is not None and wait.over and movable(spec) and not keeps_first_choice()):
                     return backend, f"{compiles}{so_far}", None
                 waiting = (backend, compiles)
             why = f"{WAITS}: {compiles}{so_far}"

@@ -8,8 +8,7 @@ from ...problem.spec import AttentionSpec
 from ...problem.wording import lines
 from ..base import Backend, written
 from . import registry, tuned
-from .choose import pick, reason
-from .memory import kept
+from .choose import chosen_before, pick, reason
 from .order import order
 from .registry import expand, names
 from .waiting import still
@@ -58,7 +57,7 @@ def explain(spec: AttentionSpec, wanted: Wanted = None, capability: tuple[int, i
     notes: list[str] = []
     found: Backend | None = None
     if named is None:
-        before = kept(spec)
+        before = chosen_before(spec)
         if before is not None:
             found = before.backend
             if before.wait is not None:
@@ -67,7 +66,7 @@ def explain(spec: AttentionSpec, wanted: Wanted = None, capability: tuple[int, i
             found, compiles, _ = pick(spec, passed)
             notes += [] if found is None or compiles is None else [f"{found.name} compiles first: {compiles}"]
         row = tuned.row(spec)
-        notes += [] if row is None else [f"our own are asked in the order of {row.source}"]
+        notes += [] if row is None else [f"measured backends are asked in the order of {row.source}"]
     for name in (*candidates, *(name for name in order(spec) if name not in candidates)):
         backend = registry.entries[name]
         why = absent(backend, spec) or reason(backend, spec)

@@ -1,94 +1,76 @@
-"""The order in which automatic choice asks: the list's, our own as they were measured."""
+"""The order in which automatic choice asks: the list's, measured backends as they were measured.
+
+A backend is asked what it is (see ``Backend``) and recognised by nothing else; the tables know backends by name.
+"""
 
 from __future__ import annotations
 
-from typing import Any
-
-import torch
-
-from ...host.torch_state import surely
+from ...host.torch_state import is_compiling, surely
 from ...problem.spec import AttentionSpec
-from ..base import Backend
-from ..sdpa.packed import packs
 from ..sdpa.switches import switches
 from . import registry, tuned
-from .builtin import OWN
 from .ranking import WORTH, work
 from .registry import discover
 
 
 def order(spec: AttentionSpec) -> tuple[str, ...]:
-    """The order in which automatic choice asks: the list's, in which our own backends stand as they were measured.
+    """The backends in the order that automatic choice asks them.
 
-    Others stay where they were registered, and what ``prefer`` moved stays there. SDPA comes first of our own while one
-    of its switches is off, as inside ``sdpa_kernel(...)``: it alone obeys them; and for short problems inside a graph.
+    Measured ones change places among themselves, as a table says of the problem; others stay where they were
+    registered, and what ``prefer`` moved stays there. Behind the others of its kind comes what would build a mask for
+    this problem, and behind the definition what has no kernel on its device.
     """
     discover()
-    row = tuned.row(spec)
-    first = () if row is None else row.order
-    late = anchor = ""
-    if spec.device.type == "cpu":
-        late, anchor = "flex", "naive"
-    elif spec.features & BUILDS_MASKS and not packs(spec):
-        late, anchor = "sdpa", "flex"
-        first = tuple([name for name in first if name != late])  # what it was measured at is not what it would do
-    if late in registry.preferred:
-        late = ""
-    if switched(spec) or (late != "sdpa" and is_part(spec)):
-        first = ("sdpa", *first)
-    if torch.compiler.is_compiling():
-        return arranged(registry.entries, first, late, anchor)
-    return remembered(registry.entries, first, late, anchor)
+    entries, row = registry.entries, tuned.row(spec)
+    table = () if row is None else row.order
+    names, kind = list(entries), spec.device.type
+    definition: str | None = None
+    measured, fast, masking, unfused = [], [], [], []
+    for name, backend in entries.items():
+        if name in registry.preferred:
+            continue
+        if backend.holds_scores:
+            definition = name
+            break
+        if backend.measured_as is not None:
+            measured.append(name)
+        if kind in backend.unfused_on and backend.measured_as not in table:
+            unfused.append(name)
+        elif backend.builds_mask(spec):
+            masking.append(name)
+        elif backend.measured_as is not None:
+            fast.append(name)
+    if unfused and definition is not None:
+        names = moved_behind(names, unfused, definition)
+    if masking and fast:
+        names = moved_behind(names, masking, fast[-1])
+    ahead = [name for name in measured if entries[name].obeys_switches] if is_switched(spec) else []
+    if is_short_in_a_graph(spec):
+        ahead += [name for name in fast if entries[name].launched_by_cpp]
+    # a backend that would build a mask is not what was measured
+    ahead += [name for known in table for name in fast if entries[name].measured_as == known]
+    if not ahead:
+        return tuple(names)
+    own = [name for name in names if name in measured]
+    ranked = iter(dict.fromkeys([*ahead, *own]))
+    return tuple([next(ranked) if name in own else name for name in names])
 
 
-def is_part(spec: AttentionSpec) -> bool:
-    """A short problem in a graph that is compiled for a GPU: launching another package's kernel takes longer there than
-    it saves. Of sizes that are symbols nothing is known, nor asked, which would bind the graph to it."""
-    if not torch.compiler.is_compiling() or spec.device.type != "cuda":
+def moved_behind(names: list[str], some: list[str], anchor: str) -> list[str]:
+    """Names with those of some that stand in front of another right behind it."""
+    place = names.index(anchor)
+    late = [name for name in names[:place] if name in some]
+    return [*[name for name in names[: place + 1] if name not in late], *late, *names[place + 1 :]]
+
+
+def is_short_in_a_graph(spec: AttentionSpec) -> bool:
+    """A short problem in a graph that is compiled for a GPU: a launch by Python takes longer there than the better
+    kernel saves. Of sizes that are symbols nothing is known, nor asked, which would bind the graph to it."""
+    if not is_compiling() or spec.device.type != "cuda":
         return False
     return surely(work(spec) < WORTH)
 
 
-BUILDS_MASKS = frozenset(("window", "documents", "softcap"))
-"""Where SDPA makes a dense mask on a GPU unless it packs documents, or does nothing."""
-
-
-orders: tuple[dict[str, Backend], dict[Any, tuple[str, ...]]] = ({}, {})
-"""A list of backends, and the orders that were made of it."""
-
-
-def remembered(entries: dict[str, Backend], first: tuple[str, ...], late: str, anchor: str) -> tuple[str, ...]:
-    """``arranged``, made once a list."""
-    global orders
-    listed, known = orders
-    if listed is not entries:
-        known = {}
-        orders = (entries, known)
-    names = known.get((first, late))
-    if names is None:
-        names = known[first, late] = arranged(entries, first, late, anchor)
-    return names
-
-
-def arranged(entries: dict[str, Backend], first: tuple[str, ...], late: str, anchor: str) -> tuple[str, ...]:
-    """The list with one behind another, and then some of our own first among our own.
-
-    On a CPU flex runs unfused, so it waits behind the definition. On a GPU a window, a softcap or documents it cannot
-    pack make SDPA build a dense mask, and a deterministic backward takes it to its unfused kernel, which the flash-attn
-    packages and flex never do, so it waits behind flex.
-    """
-    names = list(entries)
-    if late in entries and anchor in entries:
-        names = [name for name in names if name != late]  # Dynamo 2.8 does not trace list.remove
-        names.insert(names.index(anchor) + 1, late)
-    if not first:
-        return tuple(names)
-    own = [name for name in names if type(entries[name]) in OWN and name not in registry.preferred]
-    ahead = [name for name in dict.fromkeys(first) if name in own]
-    ranked = iter([*ahead, *[name for name in own if name not in ahead]])
-    return tuple([next(ranked) if name in own else name for name in names])
-
-
-def switched(spec: AttentionSpec) -> bool:
+def is_switched(spec: AttentionSpec) -> bool:
     """One of the process-wide switches of SDPA's kernels, which concern a GPU alone, is off."""
     return spec.device.type == "cuda" and not all(switches())

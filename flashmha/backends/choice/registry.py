@@ -9,18 +9,16 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
+from ...problem.spec import AttentionSpec
 from ...problem.wording import in_one_line
 from ..base import CONTRACTS, Backend, Limits
 from . import plugins
 from .plugins import Unusable
 
 B = TypeVar("B", bound=type[Backend])
-FAMILIES: dict[str, tuple[str, ...]] = {"flash_attn": ("flash4", "flash3", "flash2")}
-"""One name for several backends, in the order they are tried."""
-
 entries: dict[str, Backend] = {}
 """The list. It is replaced and never changed, so that a thread reads one state of it."""
 packages: dict[str, str] = {}
@@ -51,7 +49,7 @@ def register(backend: B, *, before: str | None = None) -> B:
     """
     if before is not None and before not in entries:
         discover()
-        find(before, "before", families=False)
+        find(before, "before", or_family=False)
     add(made(backend), before)
     return backend
 
@@ -67,9 +65,9 @@ def prefer(name: str, *, before: str | None = None) -> None:
     """
     global entries, preferred
     discover()
-    find(name, "name", families=False)
+    find(name, "name", or_family=False)
     if before is not None:
-        find(before, "before", families=False)
+        find(before, "before", or_family=False)
         if before == name:
             raise ValueError(f"before must be another backend, got {before!r}.")
     with lock:
@@ -95,17 +93,17 @@ def made(backend: object) -> Backend:
         raise TypeError(f"name must be a string without commas or outer spaces, got {name!r} on {who}.")
     if not isinstance(limits, Limits):
         raise TypeError(f"limits must be a Limits, got {limits!r} on {who}.")
-    if not is_own(instance):
-        for question in QUESTIONS:
-            setattr(instance, question, guarded(question, getattr(instance, question)))
+    family = instance.family
+    if family is not None and (not isinstance(family, str) or not family or family != family.strip() or "," in family):
+        raise TypeError(f"family must be a string without commas or outer spaces, or None, got {family!r} on {who}.")
+    if not comes_with_flashmha(instance):
+        for guard, questions in GUARDS.items():
+            for question in questions:
+                setattr(instance, question, guard(question, getattr(instance, question)))
     return instance
 
 
-QUESTIONS = ("why_not_here", "why_not", "why_not_built", "must_compile", "on_disk")
-"""What a backend is asked beside others, which its faults must not reach."""
-
-
-def guarded(question: str, ask: Callable[[Any], Any]) -> Callable[[Any], str | None]:
+def guarded_reason(question: str, ask: Callable[[Any], Any]) -> Callable[[Any], str | None]:
     """A question that always gives a reason or ``None``: what it raises is a reason against its backend."""
 
     def answer(about: Any) -> str | None:
@@ -118,8 +116,42 @@ def guarded(question: str, ask: Callable[[Any], Any]) -> Callable[[Any], str | N
     return answer
 
 
-def is_own(backend: Backend) -> bool:
-    """It comes with this package."""
+def guarded_flag(question: str, ask: Callable[..., Any]) -> Callable[..., bool]:
+    """A question that always gives ``True`` or ``False``; what it raises is a no."""
+
+    def answer(*about: Any) -> bool:
+        try:
+            return ask(*about) is True
+        except (Exception, SystemExit):
+            return False
+
+    return answer
+
+
+def guarded_key(question: str, ask: Callable[[AttentionSpec], Any]) -> Callable[[AttentionSpec], Hashable]:
+    """A question that always gives a name of a kernel; what raises or has no hash is named by the problem."""
+
+    def answer(spec: AttentionSpec) -> Hashable:
+        try:
+            key: Hashable = ask(spec)
+            hash(key)
+        except (Exception, SystemExit):
+            return spec.outline
+        return key
+
+    return answer
+
+
+GUARDS: dict[Callable[[str, Any], Callable[..., Any]], tuple[str, ...]] = {
+    guarded_reason: ("why_not_here", "why_not", "why_not_built", "must_compile", "on_disk"),
+    guarded_flag: ("builds_mask", "runs_packed"),
+    guarded_key: ("kernel_key",),
+}
+"""What a backend of another package is asked beside others, which its faults must not reach."""
+
+
+def comes_with_flashmha(backend: Backend) -> bool:
+    """Its class is this package's own, so that ``origin`` says so and its faults are raised."""
     return type(backend).__module__.startswith("flashmha.backends.")
 
 
@@ -128,8 +160,11 @@ def add(backend: Backend, before: str | None = None) -> None:
     global entries
     name = backend.name
     with lock:
-        if name in FAMILIES:
-            raise ValueError(f"name must not be taken, got {name!r}, which stands for {', '.join(FAMILIES[name])}.")
+        members = families().get(name)
+        if members is not None:
+            raise ValueError(f"name must not be taken, got {name!r}, which stands for {', '.join(members)}.")
+        if backend.family in entries:
+            raise ValueError(f"family must not be the name of a backend, got {backend.family!r} on {name}.")
         if name in entries:
             where = "" if before is None else f", before={before!r}"
             raise ValueError(
@@ -142,8 +177,40 @@ def add(backend: Backend, before: str | None = None) -> None:
         entries = dict(rows)
 
 
+def some(question: Callable[[Backend], bool]) -> bool:
+    """A backend on the list answers a question with yes."""
+    discover()
+    return any(map(question, entries.values()))
+
+
 def taken(name: str) -> bool:
-    return name in entries or name in FAMILIES
+    return name in entries or name in families()
+
+
+def families() -> dict[str, tuple[str, ...]]:
+    """Family -> the backends that say so, in the order of the list."""
+    found: dict[str, tuple[str, ...]] = {}
+    for name, backend in entries.items():
+        if backend.family is not None:
+            found[backend.family] = (*found.get(backend.family, ()), name)
+    return found
+
+
+class Families(Mapping[str, tuple[str, ...]]):
+    """``families()`` of the list as it is at each look."""
+
+    def __getitem__(self, name: str) -> tuple[str, ...]:
+        return families()[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(families())
+
+    def __len__(self) -> int:
+        return len(families())
+
+
+FAMILIES = Families()
+"""One name for several backends, in the order they are tried."""
 
 
 def unregister(name: str) -> None:
@@ -154,7 +221,7 @@ def unregister(name: str) -> None:
     """
     global entries, preferred
     discover()
-    find(name, "name", families=False)
+    find(name, "name", or_family=False)
     with lock:
         preferred -= {name}
         entries = {other: backend for other, backend in entries.items() if other != name}
@@ -238,10 +305,10 @@ def get(name: str) -> Backend:
     return find(name, "backend")
 
 
-def find(name: str, said: str, families: bool = True) -> Backend:
+def find(name: str, said: str, or_family: bool = True) -> Backend:
     """The backend of a name; ``said`` is where the name stood, and whether a family could, for the error."""
     if not isinstance(name, str) or name not in entries:
-        known = (*entries, *FAMILIES) if families else tuple(entries)
+        known = (*entries, *families()) if or_family else tuple(entries)
         raise ValueError(f"{said} must be one of {', '.join(known)}, got {name!r}.")
     return entries[name]
 
@@ -255,12 +322,11 @@ def expand(wanted: str | Sequence[str], said: str = "backend") -> tuple[str, ...
         if not wanted:
             raise ValueError(f"{said} must name at least one backend, got {wanted!r}.")
         return tuple(name for one in wanted for name in expand(one, said))
-    if wanted in FAMILIES:
-        return tuple(name for name in FAMILIES[wanted] if name in entries)
-    return (find(wanted, said).name,)
+    members = () if wanted in entries else families().get(wanted, ())
+    return members or (find(wanted, said).name,)
 
 
 def origin(name: str) -> str:
     """Who registered a backend: flashmha, a package and its version, or the module of the class."""
     backend = get(name)
-    return packages.get(name) or ("flashmha" if is_own(backend) else type(backend).__module__)
+    return packages.get(name) or ("flashmha" if comes_with_flashmha(backend) else type(backend).__module__)

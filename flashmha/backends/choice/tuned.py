@@ -15,9 +15,11 @@ from typing import Any
 
 import torch
 
-from ...host.machine import HERE, PACKAGES, Machine
+from ...host.machine import HERE, KERNEL_PACKAGES, Machine
 from ...problem.spec import AttentionSpec
-from .ranking import KINDS, MODES, PLACE, TABLE, Row, Table, derive, keys, kind, mode
+from .measured import TABLE
+from .ranking import KINDS, MODES, PLACE, Row, Table, keys, kind, mode
+from .rows import derive
 
 VARIABLE = "FLASHMHA_TUNED"
 SCHEMA = 1
@@ -148,7 +150,7 @@ def differences(found: dict[str, Any], machine: Machine = HERE) -> list[tuple[st
         rows.append(("CUDA", env.get("cuda"), torch.version.cuda))
         rows.append(("cuDNN", env.get("cudnn"), torch.backends.cudnn.version() if here else None))
         now = machine.installed()
-        rows += [(package, env["packages"].get(package), now.get(package)) for package in PACKAGES]
+        rows += [(package, env["packages"].get(package), now.get(package)) for package in KERNEL_PACKAGES]
     return [row for row in rows if row[1] != row[2]]
 
 

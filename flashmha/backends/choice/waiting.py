@@ -9,16 +9,12 @@ arithmetic on estimates: nothing here looks at a device, and nothing is timed bu
 from __future__ import annotations
 
 import os
-from collections.abc import Hashable
 
-import torch
-
-from ...host.torch_state import asks_deterministic, in_backward
+from ...host.torch_state import asks_deterministic, in_backward, is_capturing, is_compiling
 from ...problem.spec import AttentionSpec
 from ..base import Backend
 from ..compiling import Wait, waits
 from . import registry
-from .builtin import OWN
 from .ranking import WORTH, keys, work
 
 SPEED, STREAM = 5e14, 3e12
@@ -41,33 +37,28 @@ def loss(spec: AttentionSpec) -> float:
     return GAIN * seconds * (TRAINING if spec.needs_grad else 1.0)
 
 
-def keeps() -> bool:
+def keeps_first_choice() -> bool:
     """Problems stay with their first choice: torch is to be deterministic, or the variable says so."""
     return asks_deterministic() or os.environ.get(VARIABLE, "0") not in ("", "0")
 
 
 def capturing(spec: AttentionSpec) -> bool:
     """A CUDA graph is being captured around a problem."""
-    return spec.device.type == "cuda" and torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+    return is_capturing(spec.device)
 
 
 WAITS = "not compiled yet"
 """What is said of a backend that was passed over."""
 
 
-def must_compile(backend: Backend, spec: AttentionSpec) -> str | None:
+def compiled_first(backend: Backend, spec: AttentionSpec) -> str | None:
     """What a backend has to compile before it serves a problem; inside another graph that is part of compiling it."""
-    return None if spec.aten_only or torch.compiler.is_compiling() else backend.must_compile(spec)
-
-
-def kernel_of(backend: Backend, spec: AttentionSpec) -> Hashable:
-    """What a backend would compile for a problem; of others, no more is known than the problem."""
-    return backend.kernel_key(spec) if type(backend) in OWN else spec.outline
+    return None if spec.aten_only or is_compiling() else backend.must_compile(spec)
 
 
 def known_wait(backend: Backend, spec: AttentionSpec) -> Wait | None:
     """What was lost without a kernel so far; ``None`` where that was not counted."""
-    kernel = kernel_of(backend, spec)
+    kernel = backend.kernel_key(spec)
     return None if kernel is None else waits.find(backend.name, kernel)
 
 
@@ -78,7 +69,7 @@ def movable(spec: AttentionSpec) -> bool:
 
 def still(wait: Wait, spec: AttentionSpec) -> dict[str, str]:
     """Why a problem that was chosen for before is not served by the backend that it waits for."""
-    compiles = must_compile(registry.entries[wait.backend], spec)
+    compiles = compiled_first(registry.entries[wait.backend], spec)
     return {} if compiles is None else {wait.backend: f"{WAITS}: {compiles}; {wait}"}
 
 

@@ -5,15 +5,16 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-import torch
 from torch import Tensor
 
+from ...host.torch_state import is_compiling
 from ...problem.scores import ALiBi
 from ...problem.spec import AttentionSpec
 from ..base import HALF, Limits
 from ..rewrites.documents import is_cache, pack, packs, positions_lost, read_cache, unpack, unpack_lse
 from ..rewrites.grouped import fold, folds, unfold, unfold_lse
-from .package import FlashAttn, Functions, lacks, normal_lse, trimmed, window_options
+from .package import FlashAttn, Functions, lacks
+from .windows import normal_lse, trimmed, window_options
 
 BUCKETS = (32, 64, 96, 128, 192, 256)
 """The head dims there are kernels for, each for those below it; a build may have been made without some."""
@@ -25,7 +26,7 @@ class Flash2(FlashAttn):
     Source: Dao, "FlashAttention-2" (2023); signatures of flash-attn 2.8.3.
     """
 
-    name = "flash2"
+    name = measured_as = "flash2"
     distribution = "flash-attn"
     install = "pip install flash-attn --no-build-isolation"
     keywords = ("dropout_p", "softmax_scale", "causal", "window_size", "softcap", "alibi_slopes", "deterministic")
@@ -100,7 +101,7 @@ class Flash2(FlashAttn):
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> Tensor | tuple[Tensor, Tensor]:
         dense, varlen = self.functions or self.load()
         # no compiler can trace the function for caches
-        cached = self.cached if is_cache(spec) and not torch.compiler.is_compiling() else None
+        cached = self.cached if is_cache(spec) and not is_compiling() else None
         packing = cached is None and packs(spec)
         # for one query the package folds by itself (seqlenq_ngroups_swapped in csrc/flash_attn/flash_api.cpp); for no
         # other number does it, though it splits the keys of every short problem

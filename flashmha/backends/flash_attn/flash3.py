@@ -11,10 +11,12 @@ import torch
 from torch import Tensor
 
 from ...host.machine import HERE, Machine
+from ...host.torch_state import is_compiling
 from ...problem.spec import AttentionSpec
 from ..base import HALF, Limits
 from ..rewrites.documents import is_cache, pack, packs, positions_lost, read_cache, unpack, unpack_lse
-from .package import FlashAttn, Functions, lacks, normal_lse, trimmed, window_options
+from .package import FlashAttn, Functions, lacks
+from .windows import normal_lse, trimmed, window_options
 
 BUILDS = (
     ("flash_attn_interface", "flash_attn_config"),
@@ -35,7 +37,7 @@ class Flash3(FlashAttn):
     Source: Shah et al., "FlashAttention-3" (2024); signatures of the ``hopper`` folder of flash-attention 2.8.4.
     """
 
-    name = "flash3"
+    name = measured_as = "flash3"
     distribution = "flash_attn_3"
     install = "build the hopper folder of flash-attention (forward only: pip install fa3-fwd)"
     keywords = ("softmax_scale", "causal", "window_size", "softcap")
@@ -156,6 +158,6 @@ class Flash3(FlashAttn):
 
 def splits(spec: AttentionSpec) -> bool:
     """So few queries meet so many keys that a tile of queries alone would leave most of the GPU idle."""
-    if spec.needs_grad or torch.compiler.is_compiling():
+    if spec.needs_grad or is_compiling():
         return False
     return spec.seqlen_q <= TILE and spec.seqlen_k >= KEYS_TO_SPLIT

@@ -13,15 +13,16 @@ import torch
 from torch import Tensor
 
 from ...host.machine import HERE, Machine
-from ...problem.masks import Dense, Documents, KeyPadding, find
+from ...host.torch_state import is_compiling
 from ...problem.spec import AttentionSpec
 from ..base import HALF, Limits
 from ..compiling import waits
 from ..rewrites.block_tables import edged, worth
-from ..rewrites.compact import intervals, key_lengths, missing, validity
-from ..rewrites.documents import packed, unpacked, unpacked_lse
+from ..rewrites.compact import intervals, missing
+from ..rewrites.documents import pack, unpack, unpack_lse
 from .flash4_kernels import Tools, attend
-from .package import FlashAttn, Functions, normal_lse, packages, trimmed
+from .package import FlashAttn, Functions, packages
+from .windows import normal_lse, trimmed
 
 STEPS = (64, 80, 128, 192)
 """Lengths up to which the package compiles for one tile, by head_dim and pass."""
@@ -39,7 +40,7 @@ class Flash4(FlashAttn):
     public functions, which cannot be traced, nor told where gradients go.
     """
 
-    name = "flash4"
+    name = measured_as = "flash4"
     distribution = "flash-attn-4"
     install = "pip install --pre flash-attn-4"
     compiles = "kinds"
@@ -110,13 +111,13 @@ class Flash4(FlashAttn):
 
     def limits_exceeded(self, spec: AttentionSpec) -> list[str]:
         reasons = super().limits_exceeded(spec)
-        padded = spec.mask is not None and not spec.features.isdisjoint(("key_padding", "key_lengths"))
+        padded = spec.is_padded
         if padded and "documents" in spec.features and "dense_mask" not in spec.features:
             reasons.append("padding inside Documents")
         if spec.needs_grad and spec.head_dim < 128 and 0 < spec.head_dim % 32 <= 16:
             # seen on a Hopper GPU with 4.0.0b36: gradients of q, and of grouped k and v, are wrong or do not compile
             reasons.append(f"the backward of head_dim={spec.head_dim} (wrong below 128 where it is 1 to 16 modulo 32)")
-        dense = find(spec.mask, Dense)
+        dense = spec.dense
         if dense is not None and dense.allowed.shape[1] > 1:
             reasons.append("a mask tensor that differs from head to head")
         plain = not padded and dense is None
@@ -134,7 +135,7 @@ class Flash4(FlashAttn):
 
     def must_compile(self, spec: AttentionSpec) -> str | None:
         # asked of problems it can serve; under somebody's compiler, compiling is what is going on
-        if torch.compiler.is_compiling() or kind(spec) in self.compiled:
+        if is_compiling() or kind(spec) in self.compiled:
             return None
         return "not compiled for this kind of problem yet (3 to 5 seconds a kernel)"
 
@@ -158,10 +159,10 @@ class Flash4(FlashAttn):
         }
         documents = None
         if spec.mask is not None:
-            documents = None if find(spec.mask, Dense) is not None else find(spec.mask, Documents)
+            documents = None if "dense_mask" in spec.needs else spec.documents
             q, k, v, masked = self.masked(q, k, v, spec)
             told |= masked
-        if torch.compiler.is_compiling() or spec is self.latest or (needed := kind(spec)) in self.compiled:
+        if is_compiling() or spec is self.latest or (needed := kind(spec)) in self.compiled:
             out, lse = attend(q, k, v, spec, told)
         else:
             with waits.ending(self.name, needed):
@@ -170,9 +171,9 @@ class Flash4(FlashAttn):
         if spec.shared:
             self.latest = spec
         if documents is not None:
-            out = unpacked(out, documents)
+            out = unpack(out, spec)
             if spec.need_lse:
-                lse = unpacked_lse(lse, documents)
+                lse = unpack_lse(lse, spec)
         return (out, normal_lse(lse, spec.sinks)) if spec.need_lse else out
 
     def masked(
@@ -180,8 +181,8 @@ class Flash4(FlashAttn):
     ) -> tuple[Tensor, Tensor, Tensor, dict[str, Any]]:
         """q, k and v as the kernels take them beside the mask, and what these are told of it."""
         told: dict[str, Any] = {}
-        documents, valid, window = find(spec.mask, Documents), validity(spec.mask, spec), spec.window
-        if find(spec.mask, Dense) is not None:
+        documents, valid, window = spec.documents, spec.valid_keys(), spec.window
+        if "dense_mask" in spec.needs:
             return q, k, v, mask_table(spec)
         if valid is not None and window is not None:
             told["first"], told["last"] = intervals(valid, window, spec.seqlen_q)
@@ -190,11 +191,10 @@ class Flash4(FlashAttn):
         causal = left is None and right == 0
         told |= {"causal": causal, "left": left, "right": None if causal else right}
         if documents is not None:
-            q, k, v, offsets = packed(q, k, v, documents)
+            q, k, v, offsets = pack(q, k, v, spec)
             told |= offsets
         elif valid is not None:
-            padding = find(spec.mask, KeyPadding) is not None
-            told |= {"valid": valid} if padding else {"lengths": key_lengths(spec)}
+            told |= {"valid": valid} if "key_padding" in spec.needs else {"lengths": spec.key_lengths()}
         return q, k, v, told
 
 
@@ -210,7 +210,6 @@ def mask_table(spec: AttentionSpec) -> dict[str, Tensor]:
 def kind(spec: AttentionSpec) -> tuple[Any, ...]:
     """What the package compiles a kernel for, as far as a problem shows it."""
     window = spec.window
-    padded = not spec.features.isdisjoint(("key_padding", "key_lengths"))
     dense = "dense_mask" in spec.features
     return (
         spec.device,
@@ -223,7 +222,7 @@ def kind(spec: AttentionSpec) -> tuple[Any, ...]:
         None if spec.sinks is None else spec.sinks.dtype,
         bisect_left(STEPS, spec.seqlen_q),
         bisect_left(STEPS, spec.seqlen_k),
-        (dense or (padded and window is not None)) and worth(spec.seqlen_q, spec.seqlen_k),
+        (dense or (spec.is_padded and window is not None)) and worth(spec.seqlen_q, spec.seqlen_k),
     )
 
 

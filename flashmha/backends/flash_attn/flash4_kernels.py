@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...host.torch_state import is_compiling
 from ...problem.spec import AttentionSpec
 from ..rewrites.block_tables import WORTH, served
 from ..rewrites.compact import Mover, compact, move, spread
@@ -79,7 +80,7 @@ UNTOLD = {name: default for name, (_, default) in TOLD.items()}
 def attend(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, told: dict[str, Any]) -> tuple[Tensor, Tensor]:
     """Output and log-sum-exp; eagerly, or as an operator where a compiler traces."""
     told = {**UNTOLD, **told}
-    if torch.compiler.is_compiling():
+    if is_compiling():
         made = torch.ops.flashmha.flash4(q, k, v, spec.sinks, *[told[name] for name in TOLD])
     elif spec.needs_grad:
         made = Attend.apply(q, k, v, spec.sinks, told)  # type: ignore[no-untyped-call]

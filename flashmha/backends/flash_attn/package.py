@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ...host.machine import HERE, Machine
-from ...problem.masks import Documents, Window, find
+from ...problem.masks import Window
 from ...problem.spec import AttentionSpec
 from ...problem.wording import first_line, in_one_line
 from ..base import Backend
@@ -39,6 +39,8 @@ class FlashAttn(Backend):
         machine: the GPUs that it is tried out on.
     """
 
+    family = "flash_attn"
+    judges_by_outline = results_checked = yields_small_weights = True
     distribution: ClassVar[str]
     keywords: ClassVar[tuple[str, ...]]
 
@@ -68,6 +70,9 @@ class FlashAttn(Backend):
             return reason
         return probe(self.key, device.index)
 
+    def runs_packed(self, dtype: torch.dtype, head_dim: int, device: torch.device, windowed: bool = False) -> bool:
+        return self.limits.takes_heads(dtype, head_dim) and self.why_not_here(device) is None
+
     def limits_exceeded(self, spec: AttentionSpec) -> list[str]:
         reasons = super().limits_exceeded(spec)
         window = spec.window
@@ -77,7 +82,7 @@ class FlashAttn(Backend):
                 reasons.append("a top-left window inside Documents with other offsets for keys (bottom-right only)")
             elif window.left is not None and window.left < 0:
                 reasons.append(f"window left={window.left} (at least 0)")
-            elif window.right is not None and window.right < 0 and find(spec.mask, Documents) is not None:
+            elif window.right is not None and window.right < 0 and spec.documents is not None:
                 reasons.append(f"window right={window.right} inside Documents (at least 0)")
             elif window.right is not None and window.left is not None and window.left + window.right < 0:
                 # what is left of it once keys are cut off would be -1, which means unbounded
@@ -227,42 +232,3 @@ def installed(backend: FlashAttn) -> str:
         return metadata.version(backend.distribution)
     except metadata.PackageNotFoundError:
         return "(no metadata)"
-
-
-def trimmed(k: Tensor, v: Tensor, spec: AttentionSpec) -> tuple[Tensor, Tensor, int | None, int | None]:
-    """Keys, values and the window (left, right) with ``right`` at least 0, ``None`` where unbounded.
-
-    Keys that lie after everybody's window are cut off, which moves the alignment to the keys that are left.
-    """
-    window = spec.window
-    if window is None:
-        return k, v, None, None
-    left, right = window.left, window.right
-    if right is not None and right < 0:
-        k, v = k[:, :right], v[:, :right]
-        left = None if left is None else left + right
-        right = 0
-    if find(spec.mask, Documents) is None:
-        if left is not None and left >= k.shape[1] - 1:
-            left = None
-        if right is not None and right >= spec.seqlen_q - 1 and right > 0:
-            right = None
-    return k, v, left, right
-
-
-def window_options(left: int | None, right: int | None) -> dict[str, Any]:
-    """A window as flash-attn 2 and 3 are told it: ``-1`` is unbounded, and causality is a flag of its own."""
-    if left is None and right == 0:
-        return {"causal": True, "window_size": (-1, -1)}
-    return {"causal": False, "window_size": (-1 if left is None else left, -1 if right is None else right)}
-
-
-def normal_lse(lse: Tensor, sinks: Tensor | None = None) -> Tensor:
-    """The log-sum-exp of a row that saw nothing as ``-inf``, where flash-attn 2 says ``+inf``; its sink beside sinks.
-
-    There a row is ``+inf`` too whose scores lie so far below its sink that a kernel's exponential of the difference
-    overflows. The sink is its log-sum-exp then, and gets all of its gradient.
-    """
-    if sinks is None:
-        return lse.masked_fill(lse == float("inf"), float("-inf"))
-    return torch.where(lse.isinf(), sinks.to(lse.dtype)[:, None], lse)

@@ -15,10 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...problem.masks import Documents, KeyPadding, Padding, find
+from ...host.torch_state import is_capturing, is_compiling, surely
+from ...problem.ragged import Documents, KeyPadding, Padding
 from ...problem.spec import AttentionSpec
 from ..base import FEATURES
-from .compact import key_lengths, padding
 from .order import Order, permuted, real_first
 
 PADDING = ("key_lengths", "key_padding")
@@ -26,9 +26,19 @@ POSITIONS = frozenset(("causal", "window", "documents", "alibi"))
 """What looks at the position of a key."""
 
 
+WORTH = 2.0**32
+"""Operations of attention beside padding from which moving keys pays where a kernel takes a mask too: 12 heads of 64 on
+32 x 256 tokens. On 32 x 128 a whole encoder was at 0.7 of one with a mask, on an H200."""
+
+
+def worth_moving(batch: Any, seqlen_q: Any, seqlen_k: Any, width: Any) -> bool:
+    """Padding of such sizes and features is worth moving keys; sizes that are not known are."""
+    return not surely(4.0 * batch * seqlen_q * seqlen_k * width < WORTH)
+
+
 def packs(spec: AttentionSpec) -> bool:
     """A problem goes to the kernel as documents."""
-    return "documents" in spec.features or not spec.features.isdisjoint(PADDING)
+    return "documents" in spec.needs or spec.is_padded
 
 
 def positions_lost(spec: AttentionSpec) -> list[str]:
@@ -41,20 +51,31 @@ def positions_lost(spec: AttentionSpec) -> list[str]:
 
 
 def pack(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> tuple[Tensor, Tensor, Tensor, dict[str, Any]]:
-    """A batch as tensors (total, heads, head_dim) and the offsets a kernel wants; the device is never waited for."""
-    documents = None if isinstance(spec.mask, Padding) else find(spec.mask, Documents)
-    if documents is not None:
-        return packed(q, k, v, documents)
-    plan = plan_of(spec)
-    k, v = k.flatten(0, 1), v.flatten(0, 1)
-    if plan.order is not None:
-        k, v = permuted((k, v), plan.order)
-    return q.flatten(0, 1), k, v, plan.offsets
+    """A batch as tensors (total, heads, head_dim) and the offsets a kernel wants.
+
+    The device is not waited for, but for documents whose longest is not known.
+    """
+    documents = spec.documents
+    if documents is None:
+        plan = plan_of(spec)
+        k, v = k.flatten(0, 1), v.flatten(0, 1)
+        if plan.order is not None:
+            k, v = permuted((k, v), plan.order)
+        return q.flatten(0, 1), k, v, plan.offsets
+    q, k, v = q[0], k[0], v[0]
+    where = offsets(documents, q.shape[0], k.shape[0])
+    if documents.total != q.shape[0] or documents.total_k != k.shape[0]:
+        # a kernel never writes the gradients of rows that no document owns (flash-attention#2324)
+        real = owned(q, where["cu_seqlens_q"])
+        real_k = real if documents.aligned and q.shape[0] == k.shape[0] else owned(k, where["cu_seqlens_k"])
+        q = torch.where(real, q, 0.0)
+        k, v = (torch.where(real_k, x, 0.0) for x in (k, v))
+    return q, k, v, where
 
 
 def offsets_in_place(spec: AttentionSpec) -> dict[str, Any] | None:
     """The offsets a kernel wants where no token has to be moved, nor to be kept out; else ``None``."""
-    documents = None if isinstance(spec.mask, Padding) else find(spec.mask, Documents)
+    documents = spec.documents
     if documents is None:
         plan = plan_of(spec)
         return plan.offsets if plan.order is None else None
@@ -64,7 +85,7 @@ def offsets_in_place(spec: AttentionSpec) -> dict[str, Any] | None:
 
 def plan_of(spec: AttentionSpec) -> Plan:
     """Padding as documents, as the rule keeps it."""
-    rule = spec.mask if isinstance(spec.mask, Padding) else padding(spec)
+    rule = spec.padding()
     assert rule is not None
     return rule.once(("documents", spec.seqlen_q, spec.seqlen_k), functools.partial(planned, rule, spec))
 
@@ -80,7 +101,7 @@ def planned(rule: Padding, spec: AttentionSpec) -> Plan:
     if isinstance(rule, KeyPadding):
         order, lengths = real_first(rule.valid), rule.valid.sum(1)
     else:
-        order, lengths = None, key_lengths(spec)
+        order, lengths = None, spec.key_lengths()
     where = {
         "cu_seqlens_q": query_offsets(spec.batch, spec.seqlen_q, spec.device),
         "cu_seqlens_k": key_offsets(lengths, spec.seqlen_k),
@@ -104,19 +125,28 @@ def key_offsets(lengths: Tensor, seqlen_k: int) -> Tensor:
 
 
 def unpack(out: Tensor, spec: AttentionSpec) -> Tensor:
-    """A packed output as a batch."""
-    documents = None if isinstance(spec.mask, Padding) else find(spec.mask, Documents)
-    if documents is not None:
-        return unpacked(out, documents)
-    return out.view(spec.batch, spec.seqlen_q, *out.shape[1:])
+    """A packed output as a batch, zeros where no document is.
+
+    Kernels never write rows that no document owns (flash-attention#2324); ``torch.where`` keeps what arrives in their
+    gradient out.
+    """
+    documents = spec.documents
+    if documents is None:
+        return out.view(spec.batch, spec.seqlen_q, *out.shape[1:])
+    if documents.total != out.shape[0]:
+        out = torch.where(owned(out, documents.cu_seqlens), out, 0.0)
+    return out.unsqueeze(0)
 
 
 def unpack_lse(lse: Tensor, spec: AttentionSpec) -> Tensor:
-    """A packed log-sum-exp (heads, total) as that of a batch."""
-    documents = find(spec.mask, Documents)
-    if documents is not None:
-        return unpacked_lse(lse, documents)
-    return lse.view(-1, spec.batch, spec.seqlen_q).transpose(0, 1)
+    """A packed log-sum-exp (heads, total) as that of a batch, ``-inf`` where no document is."""
+    documents = spec.documents
+    if documents is None:
+        return lse.view(-1, spec.batch, spec.seqlen_q).transpose(0, 1)
+    if documents.total != lse.shape[1]:
+        real = owned(lse.transpose(0, 1), documents.cu_seqlens)[:, 0, 0]
+        lse = lse.masked_fill(~real, float("-inf"))
+    return lse.unsqueeze(0)
 
 
 def is_cache(spec: AttentionSpec) -> bool:
@@ -132,19 +162,7 @@ def read_cache(
     Of an item without keys the kernels write zeros, since partial results could not be combined otherwise.
     """
     k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (k, v))
-    return function(q, k, v, cache_seqlens=key_lengths(spec), return_softmax_lse=spec.need_lse, **options)
-
-
-def packed(q: Tensor, k: Tensor, v: Tensor, documents: Documents) -> tuple[Tensor, Tensor, Tensor, dict[str, Any]]:
-    """Batch 1 with ``Documents`` as the packed tensors (total, heads, head_dim) and offsets a kernel wants."""
-    q, k, v = q[0], k[0], v[0]
-    where = offsets(documents, q.shape[0], k.shape[0])
-    if documents.total != q.shape[0] or documents.total_k != k.shape[0]:
-        real = owned(q, where["cu_seqlens_q"])
-        real_k = real if documents.aligned and q.shape[0] == k.shape[0] else owned(k, where["cu_seqlens_k"])
-        q = torch.where(real, q, 0.0)
-        k, v = (torch.where(real_k, x, 0.0) for x in (k, v))
-    return q, k, v, where
+    return function(q, k, v, cache_seqlens=spec.key_lengths(), return_softmax_lse=spec.need_lse, **options)
 
 
 def offsets(documents: Documents, total_q: int, total_k: int) -> dict[str, Any]:
@@ -156,28 +174,6 @@ def offsets(documents: Documents, total_q: int, total_k: int) -> dict[str, Any]:
         "max_seqlen_q": longest(documents.max_seqlen, documents.cu_seqlens, total_q),
         "max_seqlen_k": longest(documents.max_seqlen_k, documents.cu_seqlens_k, total_k),
     }
-
-
-def unpacked(out: Tensor, documents: Documents) -> Tensor:
-    """A packed output as batch 1, zeros where no document is."""
-    return (out if documents.total == out.shape[0] else real_rows(out, documents.cu_seqlens)).unsqueeze(0)
-
-
-def unpacked_lse(lse: Tensor, documents: Documents) -> Tensor:
-    """A packed log-sum-exp (heads, total) as batch 1, ``-inf`` where no document is."""
-    if documents.total == lse.shape[1]:
-        return lse.unsqueeze(0)
-    real = owned(lse.transpose(0, 1), documents.cu_seqlens)[:, 0, 0]
-    return lse.masked_fill(~real, float("-inf")).unsqueeze(0)
-
-
-def real_rows(packed_rows: Tensor, offsets: Tensor) -> Tensor:
-    """Rows of documents as they are, and zeros behind them.
-
-    Kernels never write rows that belong to no document, nor their gradients (flash-attention#2324); ``torch.where``
-    keeps what arrives in their gradient out.
-    """
-    return torch.where(owned(packed_rows, offsets), packed_rows, 0.0)
 
 
 def owned(packed_rows: Tensor, offsets: Tensor) -> Tensor:
@@ -192,6 +188,6 @@ def longest(known: int | None, offsets: Tensor, total: int) -> int:
     """
     if known is not None:
         return max(1, known)
-    if torch.compiler.is_compiling() or (offsets.is_cuda and torch.cuda.is_current_stream_capturing()):
+    if is_compiling() or is_capturing(offsets.device):
         return total
     return max(1, int(offsets.diff().max()))

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...host.torch_state import is_compiling, is_inside_transform
+
 
 def neighbours(heads: Sequence[Tensor]) -> bool:
     """Tensors (..., heads, head_dim) that lie behind one another in the heads of one tensor."""
@@ -65,6 +67,6 @@ def split(packed: Tensor, head_dim: int, sizes: list[int], together: bool = Fals
 
 def spares(packed: Tensor) -> bool:
     """``Heads`` spares more than it takes."""
-    if not (packed.requires_grad and torch.is_grad_enabled()) or torch.compiler.is_compiling():
+    if not (packed.requires_grad and torch.is_grad_enabled()) or is_compiling():
         return False
-    return packed.numel() >= WORTH and torch._C._functorch.peek_interpreter_stack() is None
+    return packed.numel() >= WORTH and not is_inside_transform()

@@ -9,11 +9,10 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
-import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 
-from ...host.torch_state import eager
-from ...problem.masks import KeyLengths, KeyPadding, private
+from ...host.torch_state import eager, is_dual
+from ...problem.ragged import KeyLengths, KeyPadding, private
 from .heads import neighbours
 
 
@@ -32,7 +31,7 @@ def undone(order: Order) -> Order:
 def real_first(valid: Tensor, batch_first: bool = True) -> Order:
     """The rows of each item of valid (batch, seqlen), real ones first, both kinds as they came.
 
-    Rows are counted as in (batch, seqlen), with ``batch_first=False`` as in (seqlen, batch).
+    They come to lie (batch, seqlen). Rows are counted as they lie before, with ``batch_first=False`` (seqlen, batch).
     """
     batch, seqlen = valid.shape
     slots = torch.arange(seqlen, device=valid.device).expand(batch, -1)
@@ -40,16 +39,15 @@ def real_first(valid: Tensor, batch_first: bool = True) -> Order:
     back = torch.where(valid, real - 1, real[:, -1:] + slots - real)
     places = torch.zeros_like(back).scatter(1, back, slots)
     items = torch.arange(batch, device=valid.device)[:, None]
-
-    def rows(slots: Tensor) -> Tensor:
-        return (slots + items * seqlen).flatten() if batch_first else (slots * batch + items).T.flatten()
-
-    return Order(rows(places), rows(back))
+    back = back + items * seqlen
+    if batch_first:
+        return Order((places + items * seqlen).flatten(), back.flatten())
+    return Order((places * batch + items).flatten(), back.T.flatten())
 
 
 def permuted(rows: tuple[Tensor, ...], order: Order) -> tuple[Tensor, ...]:
     """Tensors (batch * seqlen, ...) in an order; gradients come back by the order undone, adding nothing up."""
-    dual = forward_ad._current_level >= 0  # which the function below has no rule for; Dynamo traces none with one
+    dual = is_dual()  # which the function below has no rule for; Dynamo traces none with one
     if torch.is_grad_enabled() and not dual and any(x.requires_grad for x in rows):
         made: tuple[Tensor, ...] = Permuted.apply(order.places, order.back, *rows)  # type: ignore[no-untyped-call]
         return made
@@ -83,20 +81,19 @@ class Permuted(torch.autograd.Function):
 class RealFirst:
     """The tokens of a padded batch with the real ones of each item first, and the way back; every row stays.
 
-    ``tokens`` is shaped as the batch is, (batch, seqlen, ...), with ``batch_first=False`` (seqlen, batch, ...), and
-    ``padding`` is its padding: ``KeyLengths``, which a kernel reads where keys lie. Layers whose attention looks at no
-    position, and which treat tokens one by one elsewhere, compute what they would have.
+    The batch is (batch, seqlen, ...), with ``batch_first=False`` (seqlen, batch, ...). ``tokens`` are (batch,
+    seqlen, ...) in either case, as kernels want them. ``padding`` is theirs: ``KeyLengths``, which a kernel reads
+    where keys lie. Layers whose attention looks at no position, and which treat tokens one by one elsewhere,
+    compute what they would have.
     """
 
     def __init__(self, x: Tensor, padding: KeyPadding, batch_first: bool = True) -> None:
-        valid = padding.valid
-        self.order = padding.once(("real first", batch_first), lambda: real_first(valid, batch_first))
-        self.padding = padding.once("lengths", lambda: private(KeyLengths(valid.sum(1))))
-        self.tokens = self.moved(x, self.order)
-
-    def moved(self, x: Tensor, order: Order) -> Tensor:
-        return permuted((x.flatten(0, 1),), order)[0].view(x.shape)
+        self.sizes = x.shape
+        self.order = padding.once(("real first", batch_first), lambda: real_first(padding.valid, batch_first))
+        self.padding = padding.once("lengths", lambda: private(KeyLengths(padding.valid.sum(1))))
+        sizes = padding.valid.shape
+        self.tokens = permuted((x.flatten(0, 1),), self.order)[0].view(*sizes, *x.shape[2:])
 
     def unpack(self, tokens: Tensor) -> Tensor:
         """Tokens in this order, each back in its place."""
-        return self.moved(tokens, undone(self.order))
+        return permuted((tokens.flatten(0, 1),), undone(self.order))[0].view(self.sizes)

@@ -7,15 +7,14 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend
 
-from ...host.torch_state import eager, readable
-from ...problem.masks import Mask, Padding
-from ...problem.scores import narrowed
+from ...host.torch_state import eager, is_compiling, readable
+from ...problem.masks import Mask
+from ...problem.ragged import Padding
+from ...problem.scores import narrow_bias
 from ...problem.spec import AttentionSpec
 from ..base import FEATURES, HALF, Backend, Limits, Serve
-from ..rewrites.compact import validity
-from ..rewrites.documents import offsets_in_place
 from ..rewrites.grouped import fold, fold_table, folds, unfold
-from .packed import attend_packed, packs, varlen
+from .packed import attend_in_place, attend_packed, packs, runs_packed, takes_packed
 from .pieces import Costs, Item, cut, keep_all, slices
 from .switches import by_math, kernels_for_masks, only, switches, without_cudnn
 
@@ -38,7 +37,9 @@ class Sdpa(Backend):
     of NVIDIA's documents, and padding as documents, go to torch's own flash-attn 2 in half precision.
     """
 
-    name = "sdpa"
+    name = measured_as = "sdpa"
+    obeys_switches = launched_by_cpp = True
+    judges_by_outline = results_checked = yields_small_weights = True
     limits = Limits(
         devices=(),
         dtypes=(torch.float64, torch.float32, torch.bfloat16, torch.float16),
@@ -54,7 +55,7 @@ class Sdpa(Backend):
     def limits_exceeded(self, spec: AttentionSpec) -> list[str]:
         reasons = super().limits_exceeded(spec)
         if spec.need_lse:
-            reasons += refusals_of_lse(spec)
+            reasons += limits_of_lse(spec)
         if spec.device.type == "cuda" and needs_tensor(spec) and not kernels_for_masks():
             reasons.append("only cuDNN is enabled, which must not see a mask (pytorch#196678)")
         elif spec.device.type == "cuda" and spec.mask is None and overflows(spec) and not kernels_for_masks():
@@ -68,6 +69,12 @@ class Sdpa(Backend):
                 "makes the fused ones deterministic)"
             )
         return reasons
+
+    def builds_mask(self, spec: AttentionSpec) -> bool:
+        return spec.device.type != "cpu" and not MASKED.isdisjoint(spec.features) and not packs(spec)
+
+    def runs_packed(self, dtype: torch.dtype, head_dim: int, device: torch.device, windowed: bool = False) -> bool:
+        return not windowed and takes_packed(dtype, head_dim) and runs_packed(head_dim, device.index)
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> Tensor | tuple[Tensor, Tensor]:
         if q.is_cuda:
@@ -87,22 +94,21 @@ class Sdpa(Backend):
             return attend_cut(q, k, v, items, spec)
         if padding is None:
             return attend(q, k, v, spec.allowed() if q.is_cpu else dense(spec), spec)
-        if q.is_cpu and not (torch.compiler.is_compiling() or padding.lasts):
+        if q.is_cpu and not (is_compiling() or padding.lasts):
             padding.lasts = True  # SDPA makes numbers of bools in each call, cheaper than a table for one call alone
             return attend(q, k, v, spec.allowed(), spec)
         return attend(q, k, v, together(spec), spec)
 
     def prepare(self, spec: AttentionSpec) -> Serve:
         if spec.device.type == "cuda" and spec.mask is not None and spec.bias is None and spec.dropout_p < 1.0:
-            where = offsets_in_place(spec) if packs(spec) else None
-            if where is not None:
-
-                def serve(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-                    out = varlen(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), spec, **where)
-                    return out.view(spec.batch, spec.seqlen_q, *out.shape[1:])
-
+            serve = attend_in_place(spec) if packs(spec) else None
+            if serve is not None:
                 return serve
         return super().prepare(spec)
+
+
+MASKED = frozenset(("window", "documents", "softcap"))
+"""Where SDPA makes a dense mask on a GPU unless it packs documents, or does nothing."""
 
 
 def dense(spec: AttentionSpec) -> Tensor | None:
@@ -123,14 +129,14 @@ def together(spec: AttentionSpec) -> Tensor | None:
         return mask
     table = bias if mask is None else torch.where(mask, bias, float("-inf"))
     if spec.device.type == "cpu":  # a mask of float32 is used as it is there, and misread on a GPU
-        return narrowed(table, torch.float32 if spec.dtype in HALF and table.dtype != spec.dtype else spec.dtype)
+        return narrow_bias(table, torch.float32 if spec.dtype in HALF and table.dtype != spec.dtype else spec.dtype)
     # always level there: a kernel multiplies by log2(e), which makes -inf of float32's lowest number
-    return narrowed(table, spec.dtype, level=True)
+    return narrow_bias(table, spec.dtype, level=True)
 
 
 def added(spec: AttentionSpec) -> Tensor:
     """Padding as the numbers that SDPA would make of it in each call, in rows that its kernels need not copy."""
-    valid = validity(spec.mask, spec)
+    valid = spec.valid_keys()
     assert valid is not None
     whole = -(-spec.seqlen_k // ALIGNED) * ALIGNED
     table = torch.zeros(spec.batch, 1, 1, whole, dtype=spec.dtype, device=spec.device)[..., : spec.seqlen_k]
@@ -231,7 +237,7 @@ def overflows(spec: AttentionSpec) -> bool:
     """
     if not spec.needs_grad or spec.dtype not in HALF:
         return False
-    if spec.aten_only and torch.compiler.is_compiling():
+    if spec.aten_only and is_compiling():
         return True  # an exported graph serves every length
     if spec.seqlen_q == 1 or spec.seqlen_k % 128 == 64:  # noqa: SIM103  symbols that a branch makes a bool
         return True
@@ -274,7 +280,7 @@ def attend_with_lse(
     return out.transpose(1, 2), lse
 
 
-def refusals_of_lse(spec: AttentionSpec) -> list[str]:
+def limits_of_lse(spec: AttentionSpec) -> list[str]:
     """What the CPU kernel cannot do where SDPA would take another one."""
     reasons = []
     if spec.dropout_p > 0.0:

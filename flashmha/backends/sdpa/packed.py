@@ -9,15 +9,19 @@ from torch import Tensor
 
 from ...problem.masks import Window
 from ...problem.spec import AttentionSpec
-from ..base import HALF
-from ..rewrites.documents import PADDING, pack, unpack
+from ..base import HALF, Serve
+from ..rewrites.documents import PADDING, offsets_in_place, pack, unpack, worth_moving
 from ..rewrites.grouped import FEW
 from .switches import by_math, switches
 
 
 def packs(spec: AttentionSpec) -> bool:
     """A problem goes to torch's own flash-attn 2 as packed documents, here and now; else SDPA is handed a mask."""
-    return packable(spec) and runs_packed(spec.head_dim, spec.device.index) and not by_math(spec)
+    if not (packable(spec) and runs_packed(spec.head_dim, spec.device.index)) or by_math(spec):
+        return False
+    if "documents" in spec.features:
+        return True
+    return worth_moving(spec.batch, spec.seqlen_q, spec.seqlen_k, spec.heads * spec.head_dim)
 
 
 def packable(spec: AttentionSpec) -> bool:
@@ -42,11 +46,7 @@ def packable(spec: AttentionSpec) -> bool:
 
 ANY = ("backward", "deterministic", "dropout", "gqa")
 """What documents and padding may stand beside in that kernel."""
-
-
 DOCUMENTS = frozenset((*ANY, "documents", "causal"))
-
-
 PADDED = frozenset((*ANY, *PADDING))
 
 
@@ -80,6 +80,19 @@ def attend_packed(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> Tenso
     """A problem as packed documents: SDPA would be handed a mask, and compute what that hides."""
     q, k, v, offsets = pack(q, k, v, spec)
     return unpack(varlen(q, k, v, spec, **offsets), spec)
+
+
+def attend_in_place(spec: AttentionSpec) -> Serve | None:
+    """``attend_packed`` for one problem of which no token has to be moved, its offsets found; ``None`` for others."""
+    where = offsets_in_place(spec)
+    if where is None:
+        return None
+
+    def serve(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        out = varlen(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), spec, **where)
+        return out.view(spec.batch, spec.seqlen_q, *out.shape[1:])
+
+    return serve
 
 
 def varlen(

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from ...host.torch_state import readable
-from ...problem.masks import Documents, KeyLengths, KeyPadding, Mask, Window, find, joined
+from ...problem.masks import Mask, Window, joined
+from ...problem.ragged import Documents, KeyLengths, KeyPadding
 from ...problem.spec import AttentionSpec
-from ..rewrites.compact import padding
 
 WORTH = 2**21
 """Multiplications in the scores of a padded problem that cost as much as a call: below, one call with a mask beats one
@@ -58,7 +58,7 @@ def cut(spec: AttentionSpec, costs: Costs = Costs()) -> list[Item] | None:  # no
         return None
     if not all(map(readable, spec.mask.tensors())):
         return None
-    documents, window = find(spec.mask, Documents), spec.window
+    documents, window = spec.documents, spec.window
     kinds = {type(part) for part in spec.mask.parts}
     items: list[Item] | None = None
     if documents is not None:
@@ -72,7 +72,7 @@ def cut(spec: AttentionSpec, costs: Costs = Costs()) -> list[Item] | None:  # no
         most = work * (2 if spec.needs_grad else 1)
         pays = most > 2 * costs.item and spec.batch
         if pays and follows(window, True, spec.seqlen_q - spec.seqlen_k) and not drawing:
-            rule = padding(spec)
+            rule = spec.padding()
             assert rule is not None
             sizes = (spec.seqlen_q, spec.seqlen_k, spec.heads, spec.head_dim, spec.needs_grad)
             name = ("items", *sizes, window is not None, costs.item)

@@ -6,10 +6,16 @@ import contextlib
 import threading
 from collections.abc import Iterator
 
-import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ...host.torch_state import is_deterministic
+from ...host.torch_state import (
+    allows_cudnn,
+    allows_efficient,
+    allows_flash,
+    allows_math,
+    is_compiling,
+    is_deterministic,
+)
 from ...problem.spec import AttentionSpec
 
 KERNELS = (
@@ -22,13 +28,7 @@ KERNELS = (
 
 def switches() -> tuple[bool, ...]:
     """Which of ``KERNELS`` the process-wide switches allow; a constant to Dynamo, which cannot trace the question."""
-    asked = torch._C  # what the functions in torch.backends.cuda call
-    return (
-        asked._get_mem_efficient_sdp_enabled(),
-        asked._get_math_sdp_enabled(),
-        asked._get_flash_sdp_enabled(),
-        asked._get_cudnn_sdp_enabled(),
-    )
+    return allows_efficient(), allows_math(), allows_flash(), allows_cudnn()
 
 
 switches._dynamo_marked_constant = True  # type: ignore[attr-defined]  # torch.compiler.assume_constant_result, unimported
@@ -53,7 +53,7 @@ them in turns would leave them off."""
 
 def only(kernels: list[SDPBackend]) -> contextlib.AbstractContextManager[None]:
     """SDPA by some kernels alone, one thread at a time; a compiler writes the switches into its graph."""
-    return sdpa_kernel(kernels) if torch.compiler.is_compiling() else alone(kernels)
+    return sdpa_kernel(kernels) if is_compiling() else alone(kernels)
 
 
 @contextlib.contextmanager

@@ -1,0 +1,122 @@
+"""What is known of the modules of an encoder: that they take tokens one by one, and run as they were written."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+from torch.nn.modules.module import _has_any_global_hook
+
+from ..layer.features import MARK, find_replaced
+from ..layer.module import FlashMultiHeadAttention
+
+CALLS = ("forward", "_call_impl")
+"""The methods of any module that run."""
+BLOCKS = (*CALLS, "__call__", "_sa_block", "_ff_block")
+"""Those of an encoder layer."""
+
+BLOCK_PARTS = ("linear1", "dropout", "linear2", "norm1", "norm2", "dropout1", "dropout2", "activation")
+"""The modules of an encoder layer beside ``self_attn``; ``activation`` may be a function."""
+
+# fmt: off
+FUNCTIONS = [
+    F.relu, F.gelu, F.silu, F.mish, F.elu, F.selu, F.celu, F.leaky_relu, F.relu6, F.hardswish, F.hardtanh, F.softplus,
+    F.tanh, F.sigmoid, F.logsigmoid, torch.relu, torch.tanh, torch.sigmoid,
+]
+MODULES: list[type[nn.Module]] = [
+    nn.Linear, NonDynamicallyQuantizableLinear, nn.LayerNorm, nn.RMSNorm, nn.Dropout, nn.Identity,
+    nn.ReLU, nn.GELU, nn.SiLU, nn.Mish, nn.ELU, nn.SELU, nn.CELU, nn.LeakyReLU, nn.ReLU6, nn.Hardswish, nn.Hardtanh,
+    nn.Softplus, nn.Tanh, nn.Sigmoid, nn.LogSigmoid,
+]
+# fmt: on
+FORWARDS = {kind.forward for kind in MODULES}
+
+
+def find_unknown(encoder: nn.TransformerEncoder) -> str | None:
+    """Say what in an encoder may count on (batch, seqlen), so that padding stays; ``None`` for nothing."""
+    return find_unknown_layers(encoder) or find_unknown_norm(encoder)
+
+
+def find_unknown_layers(encoder: nn.TransformerEncoder) -> str | None:
+    """The same of an encoder's layers."""
+    if _has_any_global_hook():
+        return "hooks on every module"
+    for number, layer in enumerate(encoder.layers):
+        why = find_unknown_layer(layer)
+        if why is not None:
+            return f"layers.{number}{why}"
+    return None
+
+
+def find_unknown_norm(encoder: nn.TransformerEncoder) -> str | None:
+    """The same of an encoder's last norm."""
+    why = None if encoder.norm is None else find_unknown_part(encoder.norm)
+    return None if why is None else f"norm {why}"
+
+
+def find_unknown_layer(layer: nn.Module) -> str | None:
+    """The same of one layer."""
+    why = find_unknown_call(layer)
+    if why is not None:
+        return why
+    modules = layer._modules
+    attention: Any = modules["self_attn"]
+    for name in BLOCK_PARTS:
+        part = modules[name] if name in modules else getattr(layer, name)
+        why = find_unknown_part(part)
+        if why is not None:
+            return f".{name} {why}"
+    why = find_unknown_part(attention.out_proj) if attention.call_out_proj else None
+    return None if why is None else f".self_attn.out_proj {why}"
+
+
+def find_unknown_call(layer: nn.Module) -> str | None:
+    """Say what around a layer's attention is not as this package wrote it; ``None`` for nothing. Dynamo traces this."""
+    kind = type(layer)
+    if not is_intact(layer):
+        return f" is a {kind.__name__} with code of its own, or none of flashmha's"
+    if is_hooked(layer):
+        return " has hooks"
+    attention = layer._modules.get("self_attn")
+    if not isinstance(attention, FlashMultiHeadAttention):
+        return f".self_attn is a {type(attention).__name__}"
+    own = find_replaced(attention)
+    if own:
+        return f".self_attn has a {', '.join(own)} of its own"
+    return ".self_attn has hooks" if is_hooked(attention) else None
+
+
+def is_intact(layer: nn.Module) -> bool:
+    """A layer is of the package's own class, and neither that nor the instance has another method."""
+    written = getattr(type(layer), "_written", None)
+    if written is None or written.kind is not type(layer) or not isinstance(layer, nn.TransformerEncoderLayer):
+        return False
+    for name in BLOCKS:
+        if name in layer.__dict__ or getattr(type(layer), name) is not written.values[name]:
+            return False
+    return True
+
+
+def find_unknown_part(part: Any) -> str | None:
+    """The same of a module, or a function, that is no attention."""
+    if not isinstance(part, nn.Module):
+        function = part.func if isinstance(part, functools.partial) else part
+        return None if function in FUNCTIONS else f"is {getattr(part, '__name__', 'a function')}, which is not torch's"
+    kind, own = type(part), part.__dict__
+    if not own.keys().isdisjoint(CALLS) or kind.forward not in FORWARDS or kind.__call__ is not nn.Module.__call__:
+        return f"is a {kind.__name__}, which may mix tokens"
+    if "normalized_shape" in own and len(own["normalized_shape"]) != 1:
+        return "normalises over more than one token"
+    return "has hooks" if is_hooked(part) else None
+
+
+def is_hooked(module: nn.Module) -> bool:
+    """Hooks run around a module, but for the package's own mark, or a compiled form in its place."""
+    before: dict[Any, Any] = module._forward_pre_hooks
+    if len(before) > (MARK in before) or module._forward_hooks or module._backward_hooks or module._backward_pre_hooks:
+        return True
+    return module._compiled_call_impl is not None

@@ -1,0 +1,181 @@
+"""Known encoder layers run as functions: the same operators, numbers and draws as when they are called as modules."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from conftest import fewer
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import flashmha
+from flashmha import replace_mha
+from flashmha.swap import encoder as swapped
+from flashmha.testing.models import Architecture, EncoderMasks, architectures, encoder_masks
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:Support for mismatched:UserWarning"),
+    pytest.mark.cpu("computes in float64, for which no GPU has a kernel"),
+]
+
+ACTIVATIONS: tuple[Any, ...] = (nn.functional.relu, nn.functional.silu, nn.GELU("tanh"), nn.ReLU(), nn.Tanh())
+OPTIONS: tuple[dict[str, Any], ...] = (
+    {},
+    {"skip_padding": True},
+    {"backend": "naive"},
+    {"call_out_proj": True},
+    {"window": (2, 1)},
+    {"trust_is_causal": True},
+)
+
+
+def as_modules(encoder: nn.TransformerEncoder, way: Any) -> Tensor:
+    """The layers called one after another, as stock's encoder calls them."""
+    output: Tensor = way.src
+    for layer in encoder.layers:
+        output = layer(output, src_mask=way.mask, src_key_padding_mask=way.key_padding_mask, is_causal=way.is_causal)
+    return output
+
+
+class Operators(TorchDispatchMode):
+    """The operators that run inside the ``with``, in order."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+def trained(model: nn.Module, x: Tensor, masks: dict[str, Any]) -> tuple[list[Tensor], list[str]]:
+    """Output and gradients of a model, and the operators of its forward."""
+    torch.manual_seed(0)
+    x = x.detach().clone().requires_grad_()
+    with Operators() as seen:
+        out = model(x, **masks)
+    given = [x, *(p for p in model.parameters() if p.requires_grad)]
+    grads = torch.autograd.grad(out.square().sum(), given, allow_unused=True)
+    return [out.detach(), *(g for g in grads if g is not None)], seen.names
+
+
+@fewer(2)
+@given(
+    architecture=architectures(),
+    masks=encoder_masks(),
+    options=st.sampled_from(OPTIONS),
+    activation=st.sampled_from(ACTIVATIONS),
+    dropout=st.sampled_from((0.0, 0.5)),
+    frozen=st.booleans(),
+)
+def test_functions_of_layers_are_the_layers(
+    architecture: Architecture,
+    masks: EncoderMasks,
+    options: dict[str, Any],
+    activation: Any,
+    dropout: float,
+    frozen: bool,
+) -> None:
+    model = replace_mha(architecture.encoder(), **options)
+    for layer in model.layers:
+        layer.activation = activation
+        for part in (layer.dropout, layer.dropout1, layer.dropout2):
+            part.p = dropout
+        layer.linear1.requires_grad_(not frozen)
+    x = architecture.inputs(masks.batch, masks.seqlen)
+    given = masks.arguments(architecture.num_heads)
+    found, ran = trained(model, x, given)
+    with mock.patch.object(swapped.stack, "run_layers", as_modules):
+        expected, called = trained(model, x, given)
+    assert ran == called
+    assert len(found) == len(expected)
+    for ours, modules in zip(found, expected):
+        torch.testing.assert_close(ours, modules, rtol=0.0, atol=0.0, equal_nan=True)
+
+
+@contextlib.contextmanager
+def hooked_everywhere(seen: list[str]) -> Iterator[None]:
+    handle = nn.modules.module.register_module_forward_hook(lambda module, args, out: seen.append("hook"))
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+class Loud(nn.Linear):
+    """A linear layer that says when it runs."""
+
+    seen: list[str]
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.seen.append("forward")
+        return super().forward(x)
+
+
+def shout(module: Any, seen: list[str]) -> None:
+    """Put a forward that says so on an instance."""
+    forward = module.forward
+
+    def said(*args: Any, **kwargs: Any) -> Any:
+        seen.append("forward")
+        return forward(*args, **kwargs)
+
+    module.forward = said
+
+
+def loud_linear(layer: Any, seen: list[str]) -> None:
+    layer.linear2 = Loud(12, 8, dtype=torch.float64)
+    layer.linear2.seen = seen
+
+
+STRANGE: dict[str, Callable[[Any, list[str]], Any]] = {
+    "a hook on a layer": lambda layer, seen: layer.register_forward_hook(lambda *a: seen.append("hook")),
+    "a hook before a norm": lambda layer, seen: layer.norm2.register_forward_pre_hook(lambda *a: seen.append("hook")),
+    "a hook on a dropout": lambda layer, seen: layer.dropout1.register_forward_hook(lambda *a: seen.append("hook")),
+    "a hook on attention": lambda layer, seen: layer.self_attn.register_forward_hook(lambda *a: seen.append("hook")),
+    "another linear": loud_linear,
+    "a forward of an instance": lambda layer, seen: shout(layer.linear1, seen),
+    "a block of an instance": lambda layer, seen: setattr(
+        layer, "_ff_block", lambda x: seen.append("block") or type(layer)._ff_block(layer, x)
+    ),
+}
+
+
+@pytest.mark.parametrize("strange", STRANGE)
+@pytest.mark.parametrize("training", [False, True])
+def test_what_is_not_known_is_called(strange: str, training: bool) -> None:
+    layer = nn.TransformerEncoderLayer(8, 2, 12, 0.0, batch_first=True, dtype=torch.float64)
+    model = replace_mha(nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)).train(training)
+    x, seen = torch.randn(2, 3, 8, dtype=torch.float64), []
+    before = model(x)
+    STRANGE[strange](model.layers[1], seen)
+    after = model(x)
+    assert seen
+    if strange != "another linear":
+        torch.testing.assert_close(after, before)
+
+
+def test_a_hook_on_every_module_sees_every_layer() -> None:
+    layer = nn.TransformerEncoderLayer(8, 2, 12, 0.0, batch_first=True)
+    model, seen = replace_mha(nn.TransformerEncoder(layer, 2)), []
+    with hooked_everywhere(seen):
+        model(torch.randn(2, 3, 8))
+    assert len(seen) > 2 * len(model.layers)
+
+
+def test_layers_that_differ_have_problems_of_their_own() -> None:
+    layer = nn.TransformerEncoderLayer(8, 2, 12, 0.0, batch_first=True)
+    model = replace_mha(nn.TransformerEncoder(layer, 3, enable_nested_tensor=False)).eval()
+    model.layers[1].self_attn.num_heads, model.layers[1].self_attn.head_dim = 4, 2
+    with flashmha.record() as calls:
+        model(torch.randn(2, 3, 8))
+    assert [call.spec.heads for call in calls] == [2, 4, 2]
+    assert [call.layer for call in calls] == [each.self_attn for each in model.layers]
