@@ -147,7 +147,7 @@ def test_a_class_that_runs_packed_tokens_has_padding_left_out(
     call: Any = SimpleNamespace(query=SimpleNamespace(device=CUDA, dtype=dtype), mask=None)
 
     def answers() -> tuple[bool, bool]:
-        return padding.packs(layer, call), may_join_gradients(call.query)
+        return padding.has_packed_kernel(layer, call), may_join_gradients(call.query)
 
     ours = answers()
     expected = dtype == torch.bfloat16 and (name.startswith("flash") or (name == "sdpa" and window is None))

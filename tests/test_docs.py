@@ -104,7 +104,7 @@ def test_the_snippets_of_a_page_run_in_order(page: str) -> None:
 def test_a_snippet_that_needs_something_says_what(snippet: Snippet) -> None:
     assert snippet.needs in NEEDS
     if not NEEDS[snippet.needs]():
-        pytest.skip(f"{snippet.page}:{snippet.line} needs {snippet.needs}")
+        pytest.skip(f"needs {snippet.needs}: {snippet.page}:{snippet.line}")
 
 
 def calls() -> list[tuple[str, str]]:
