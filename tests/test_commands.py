@@ -32,7 +32,7 @@ from flashmha.__main__ import COMMANDS, main
 from flashmha.backends import get, names
 from flashmha.backends.choice import ranking, tuned
 from flashmha.backends.choice import rows as derived
-from flashmha.backends.choice.builtin import OWN
+from flashmha.backends.choice import builtin
 from flashmha.backends.choice.ranking import KINDS, MODES, Row
 from flashmha.backends.choice.registry import instead
 from flashmha.backends.flash_attn.flash4 import Flash4
@@ -124,7 +124,7 @@ WRONG_VARIABLES = {
 @pytest.fixture
 def untuned(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """No tuned table, before and after."""
-    monkeypatch.delenv(tuned.VARIABLE, raising=False)
+    monkeypatch.delenv(tuned.TABLE_VARIABLE, raising=False)
     tuned.replace(tuned.Tuned())
     yield
     tuned.replace(tuned.Tuned())
@@ -276,7 +276,9 @@ def test_on_paper_the_limits_answer_and_nothing_is_tried(
     arguments += [] if wanted is None else ["--backend", wanted]
     there = dataclasses.replace(spec, device=torch.device("cuda"))
     tried = mock.Mock(side_effect=AssertionError("asked the machine"))
-    with instead(*(answering(kind, why_not_here=tried, why_not_built=tried, must_compile=tried) for kind in OWN)):
+    with instead(
+        *(answering(kind, why_not_here=tried, why_not_built=tried, must_compile=tried) for kind in builtin.BUILT_IN)
+    ):
         said = answer("explain", *arguments)
         status, out, _ = run("explain", *arguments)
     asked_for = names() if wanted is None else ("flash4", "flash3", "flash2", "sdpa")

@@ -20,7 +20,7 @@ from flashmha.backends import choose, get
 from flashmha.backends.choice.registry import instead
 from flashmha.backends.flash_attn import package as flash
 from flashmha.backends.flash_attn.flash2 import Flash2
-from flashmha.backends.flash_attn.flash3 import HEAD_DIMS, Flash3
+from flashmha.backends.flash_attn.flash3 import KERNEL_HEAD_DIMS, Flash3
 from flashmha.backends.flash_attn.flash4 import Flash4
 from flashmha.commands.info import show_devices
 from flashmha.host.machine import Machine
@@ -377,11 +377,11 @@ def test_a_build_without_a_function_for_caches_serves_lengths_all_the_same(
     assert backend.why_not(spec) is None and get("flash3").why_not_built(spec) is None
 
 
-@given(off=st.sets(st.sampled_from(HEAD_DIMS)), head_dim=st.integers(1, 256))
+@given(off=st.sets(st.sampled_from(KERNEL_HEAD_DIMS)), head_dim=st.integers(1, 256))
 def test_a_head_dim_of_flash3_is_served_by_the_next_kernel_there_is(off: set[int], head_dim: int) -> None:
     backend = Flash3(flags={f"FLASHATTENTION_DISABLE_HDIM{size}": True for size in off})
     said = backend.why_not_built(AttentionSpec(1, 4, 4, 1, 1, head_dim, head_dim, torch.bfloat16, CUDA))
-    larger = [size for size in HEAD_DIMS if size >= head_dim and size not in off]
+    larger = [size for size in KERNEL_HEAD_DIMS if size >= head_dim and size not in off]
     assert (said is None) == bool(larger)
     assert said is None or said.startswith(f"head_dim={head_dim} (this build has kernels for ")
 

@@ -15,7 +15,7 @@ from test_block_tables import Tile, defined, seen, states
 from torch import Tensor
 
 from flashmha import AttentionSpec, Dense, KeyLengths, KeyPadding, Mask, Window, causal
-from flashmha.backends.flash_attn.flash4 import Flash4, kind
+from flashmha.backends.flash_attn.flash4 import Flash4, kernel_kind
 from flashmha.backends.flash_attn.flash4_kernels import Tools
 from flashmha.backends.rewrites import block_tables, compact
 from flashmha.testing import assert_agrees, noise, seeds, specs
@@ -31,7 +31,7 @@ class Pretended(Flash4):
     limits = dataclasses.replace(Flash4.limits, devices=("cpu",))
 
     def __init__(self, functions: Any = None, **tools: Any) -> None:
-        kernels = functools.partial(types.SimpleNamespace, within="within", shown="shown", blocks=blocks)
+        kernels = functools.partial(types.SimpleNamespace, is_in_interval="within", is_in_table="shown", blocks=blocks)
         own: dict[str, Any] = {"move": move, "masks": kernels, "takes_tables": lambda device: True, "least": 4}
         super().__init__(functions or (pretended_forward, pretended_backward), tools=Tools(**{**own, **tools}))
 
@@ -98,7 +98,7 @@ def move(sources: Pair, targets: Pair, valid: Tensor, lengths: Tensor | None, *,
             target.copy_(torch.where(real, source.gather(1, index), 0.0))
             continue
         target.scatter_(1, index, torch.where(real, source, 0.0))
-        target[torch.arange(target.shape[1], device=target.device) >= counts[:, None] + compact.TILE] = math.nan
+        target[torch.arange(target.shape[1], device=target.device) >= counts[:, None] + compact.LARGEST_TILE] = math.nan
 
 
 TILES: dict[bool, Tile] = {False: (4, 3), True: (2, 5)}
@@ -149,7 +149,7 @@ def test_a_kind_is_ready_once_it_ran(spec: AttentionSpec, seed: int) -> None:
     if backend.why_not(spec) is None:
         assert "not compiled" in str(backend.must_compile(spec))
         assert_agrees(backend, spec, seed)
-        assert backend.must_compile(spec) is None and kind(spec) in backend.compiled
+        assert backend.must_compile(spec) is None and kernel_kind(spec) in backend.compiled
         longer = dataclasses.replace(spec, dtype=torch.float16 if spec.dtype == torch.bfloat16 else torch.bfloat16)
         assert backend.must_compile(longer) is not None
 
@@ -204,15 +204,15 @@ def test_a_mask_of_ones_own_comes_with_the_tiles_to_look_at(
         listed.append((backward, states(made[0], by_keys=backward)))
         return made
 
-    masks = functools.partial(types.SimpleNamespace, within="within", shown="shown", blocks=spy)
+    masks = functools.partial(types.SimpleNamespace, is_in_interval="within", is_in_table="shown", blocks=spy)
     backend = Pretended(masks=masks, takes_tables=lambda device: here)
     if TABLE in mask.parts:  # its rows are as many as there are queries
         own = Dense(TABLE.allowed[:, :, :seqlen_q])
         mask = own if len(mask.parts) == 1 else own & PADDED
     spec = AttentionSpec(2, seqlen_q, 40, 4, 2, 24, 24, torch.bfloat16, mask=mask, deterministic=deterministic)
     assert_agrees(backend, dataclasses.replace(spec, needs_grad=True), 0)
-    served = here and seqlen_q == 33 and ("dense_mask" in spec.features or len(mask.parts) == 2)
+    serves_tables = here and seqlen_q == 33 and ("dense_mask" in spec.features or len(mask.parts) == 2)
     wanted = {False} if deterministic else {False, True}
-    assert {backward for backward, _ in listed} == (wanted if served else set())
+    assert {backward for backward, _ in listed} == (wanted if serves_tables else set())
     for _, state in listed:
         assert set(state.unique().tolist()) == {0, 1, 2}

@@ -36,14 +36,14 @@ from flashmha import (
 )
 from flashmha.backends import choose, explain, get, names, order, register, unregister
 from flashmha.backends.choice import ranking, tuned
-from flashmha.backends.choice.builtin import OWN
+from flashmha.backends.choice import builtin
 from flashmha.backends.choice.choose import choices, reason
 from flashmha.backends.choice.measured import TABLE
 from flashmha.backends.choice.memory import key_of
 from flashmha.backends.choice.ranking import KINDS, MODES, Row, Table, kind
 from flashmha.backends.choice.registry import instead
 from flashmha.backends.choice.rows import agreed, combined, derive
-from flashmha.backends.choice.waiting import long
+from flashmha.backends.choice.waiting import is_worth_compiling
 from flashmha.backends.compiling import waits
 from flashmha.backends.sdpa.backend import Sdpa
 from flashmha.host.machine import Machine
@@ -98,7 +98,7 @@ def nothing(about: Any) -> None:
 @pytest.fixture(autouse=True)
 def untuned(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """No tuned table, before and after."""
-    monkeypatch.delenv(tuned.VARIABLE, raising=False)
+    monkeypatch.delenv(tuned.TABLE_VARIABLE, raising=False)
     tuned.replace(tuned.Tuned())
     choices.clear()
     waits.begin()
@@ -307,7 +307,7 @@ def test_what_was_remembered_holds_for_its_switches_alone() -> None:
 def served(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Every backend serves every problem inside its limits, as on a machine with all packages."""
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    with instead(*map(willing, OWN)):
+    with instead(*map(willing, builtin.BUILT_IN)):
         yield
 
 
@@ -383,8 +383,8 @@ def test_a_causal_problem_is_half_as_long() -> None:
 def test_nothing_is_compiled_while_a_graph_is_captured(slow: type[Backend], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    assert not long(LONG.changed(device=CUDA))
-    assert long(LONG)
+    assert not is_worth_compiling(LONG.changed(device=CUDA))
+    assert is_worth_compiling(LONG)
 
 
 def test_the_definition_is_no_replacement(slow: type[Backend]) -> None:
@@ -410,7 +410,10 @@ def test_a_shared_problem_stays_with_whom_it_was_given(slow: Any) -> None:
 @given(spec=specs(), slow=st.sets(st.sampled_from(BUILT_IN[:-1])), worth=st.sampled_from((0.0, 1e30)))
 def test_explain_says_what_choose_does_whatever_compiles(spec: AttentionSpec, slow: set[str], worth: float) -> None:
     compiling = {name: (lambda spec: WHY) if name in slow else nothing for name in BUILT_IN}
-    with instead(*(answering(kind, must_compile=compiling[kind.name]) for kind in OWN)), everywhere(WORTH=worth):
+    with (
+        instead(*(answering(kind, must_compile=compiling[kind.name]) for kind in builtin.BUILT_IN)),
+        everywhere(WORTH=worth),
+    ):
         said, got = explain(spec), choose(spec).name
         able = [name for name in order(spec) if reason(flashmha.backends.get(name), spec) is None]
         assert said.chosen == got and said.rows[got] == "chosen"
@@ -568,14 +571,14 @@ REFUSED = {
 }
 
 
-@pytest.mark.parametrize("by", ("load_tuned", tuned.VARIABLE))
+@pytest.mark.parametrize("by", ("load_tuned", tuned.TABLE_VARIABLE))
 @pytest.mark.parametrize("name", REFUSED)
 def test_a_file_that_does_not_fit_is_refused(name: str, by: str, tmp_path: Path, monkeypatch: Any) -> None:
     changes, said = REFUSED[name]
     check_refused(saved(tmp_path, **changes), said, by, monkeypatch)
 
 
-@pytest.mark.parametrize("by", ("load_tuned", tuned.VARIABLE))
+@pytest.mark.parametrize("by", ("load_tuned", tuned.TABLE_VARIABLE))
 @pytest.mark.parametrize("text", (None, "", "{", "[]", "3", "{}"))
 def test_a_missing_or_damaged_file_is_refused(text: str | None, by: str, tmp_path: Path, monkeypatch: Any) -> None:
     path = tmp_path / "damaged.json"
@@ -631,7 +634,7 @@ def test_a_new_package_is_a_difference() -> None:
 
 
 def test_the_variable_is_read_at_the_first_automatic_choice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(tuned.VARIABLE, str(saved(tmp_path)))
+    monkeypatch.setenv(tuned.TABLE_VARIABLE, str(saved(tmp_path)))
     assert not tuned.state.settled
     assert choose(plain(128)).name == "flex"
     (tmp_path / "tuned.json").unlink()
@@ -640,7 +643,7 @@ def test_the_variable_is_read_at_the_first_automatic_choice(tmp_path: Path, monk
 
 def test_a_file_for_a_gpu_says_nothing_about_a_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = saved(tmp_path, device="cuda", gpu="NVIDIA nothing", dtype="bfloat16")
-    monkeypatch.setenv(tuned.VARIABLE, str(path))
+    monkeypatch.setenv(tuned.TABLE_VARIABLE, str(path))
     assert choose(plain(128)).name == "sdpa"
     for _ in range(2):
         with pytest.raises(ValueError, match="measured with the GPU NVIDIA nothing and this is"):
@@ -657,7 +660,7 @@ def packed(x: Tensor, **options: Any) -> Tensor:
 
 
 def test_a_graph_reads_the_variable_while_it_is_traced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(tuned.VARIABLE, str(saved(tmp_path)))
+    monkeypatch.setenv(tuned.TABLE_VARIABLE, str(saved(tmp_path)))
     for dynamic in (False, True):
         torch._dynamo.reset()
         tuned.replace(tuned.Tuned())

@@ -81,7 +81,7 @@ def assert_all_close(found: list[Tensor], expected: list[Tensor]) -> None:
     cross=st.booleans(),
     causal=st.sampled_from((None, "mask", "rule")),
     skip=st.booleans(),
-    worth=st.sampled_from((0, blocks.WORTH)),
+    worth=st.sampled_from((0, blocks.MIN_MULTIPLICATIONS)),
     features=st.sampled_from(({}, {"add_bias_kv": True}, {"add_zero_attn": True}, {"window": (1, 2)}, {"kdim": 8})),
     seed=seeds(),
 )
@@ -264,7 +264,7 @@ def test_a_rule_that_does_not_fit_is_an_error(rule: Callable[[], Any], why: str)
     inference=st.booleans(),
     skip=st.booleans(),
     need_weights=st.booleans(),
-    worth=st.sampled_from((0, blocks.WORTH)),
+    worth=st.sampled_from((0, blocks.MIN_MULTIPLICATIONS)),
 )
 def test_a_rule_whose_tensor_changes_is_read_again(
     seed: int, change: str, inference: bool, skip: bool, need_weights: bool, worth: int

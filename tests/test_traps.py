@@ -42,7 +42,7 @@ from flashmha.backends.flash_attn.flash2 import Flash2
 from flashmha.backends.flash_attn.flash3 import Flash3
 from flashmha.backends.flash_attn.flash4 import Flash4
 from flashmha.backends.flash_attn.flash4_kernels import Tools
-from flashmha.backends.rewrites.grouped import FEW
+from flashmha.backends.rewrites.grouped import MOST_FOLDED_QUERIES
 from flashmha.backends.sdpa import backend as sdpa
 from flashmha.backends.sdpa.backend import attend_on_cuda
 from flashmha.backends.sdpa.switches import kernels_for_masks, without_cudnn
@@ -118,7 +118,7 @@ def told() -> Iterator[Told]:
         for target in targets:
             target.zero_()
 
-    tools = Tools(move, lambda: types.SimpleNamespace(within="within", shown="shown"))
+    tools = Tools(move, lambda: types.SimpleNamespace(is_in_interval="within", is_in_table="shown"))
     every = [kind((shorter, shorter), cached) for kind in (Flash2, Flash3)]
     with instead(*every, Flash4((newer, back), tools=tools)):
         yield seen
@@ -307,7 +307,7 @@ KERNELS = (SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBacken
 
 @pytest.mark.cpu("watches what sdpa leaves switched on for a GPU")
 @given(
-    spec=specs(limits=ON_CUDA, head_dims=(8,), longest=2 * FEW),
+    spec=specs(limits=ON_CUDA, head_dims=(8,), longest=2 * MOST_FOLDED_QUERIES),
     allowed=st.sets(st.sampled_from(KERNELS), min_size=1),
     deterministic=st.booleans(),
     switched=st.booleans(),
@@ -399,7 +399,7 @@ def test_trap_11_grouped_heads_beside_a_mask_take_a_fused_kernel(seqlen_q: int) 
 
 
 @pytest.mark.cpu("watches operators on a CPU")
-@given(seqlen_q=st.integers(1, 2 * FEW), seqlen_k=lengths, seed=seeds())
+@given(seqlen_q=st.integers(1, 2 * MOST_FOLDED_QUERIES), seqlen_k=lengths, seed=seeds())
 def test_trap_11_few_queries_of_grouped_heads_copy_no_keys(seqlen_q: int, seqlen_k: int, seed: int) -> None:
     q, k = noise(seed, 2, seqlen_q, 4, 8).float(), noise(seed + 1, 2, seqlen_k, 2, 8).float()
     spec = AttentionSpec.of(q, k, k, mask=KeyPadding(torch.ones(2, seqlen_k, dtype=torch.bool)))
@@ -413,7 +413,7 @@ def test_trap_11_few_queries_of_grouped_heads_copy_no_keys(seqlen_q: int, seqlen
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(F, "scaled_dot_product_attention", watched)
         attend_on_cuda(q, k, k, spec)
-    assert heads == [2 if seqlen_q <= FEW else 4]
+    assert heads == [2 if seqlen_q <= MOST_FOLDED_QUERIES else 4]
 
 
 @given(spec=specs(limits=get("sdpa").limits, head_dims=(8,)), seed=seeds())

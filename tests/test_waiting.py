@@ -23,10 +23,10 @@ import flashmha
 from flashmha import AttentionSpec, Backend, Documents, KeyLengths, KeyPadding, Limits, causal
 from flashmha.backends import choose, compiling, explain, get, register, unregister, use_backend
 from flashmha.backends.choice import ranking
-from flashmha.backends.choice.builtin import OWN
+from flashmha.backends.choice import builtin
 from flashmha.backends.choice.choose import choices
 from flashmha.backends.choice.registry import instead
-from flashmha.backends.choice.waiting import VARIABLE, long, loss
+from flashmha.backends.choice.waiting import FIRST_CHOICE_VARIABLE, is_worth_compiling, loss
 from flashmha.backends.compiling import Wait, Waits, waits
 from flashmha.testing import specs
 
@@ -38,11 +38,11 @@ PATIENCE = 3
 @pytest.fixture(autouse=True)
 def fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[Waits]:
     """Nothing lost and nothing compiled, on a machine where each call of a problem loses half a second."""
-    monkeypatch.delenv(VARIABLE, raising=False)
+    monkeypatch.delenv(FIRST_CHOICE_VARIABLE, raising=False)
     waits.begin(COST, PATIENCE)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     choices.clear()
-    with everywhere(loss=lambda spec: 0.5), instead(*map(willing, OWN)):
+    with everywhere(loss=lambda spec: 0.5), instead(*map(willing, builtin.BUILT_IN)):
         yield waits
     waits.begin()
     choices.clear()
@@ -84,7 +84,7 @@ def test_a_kernel_is_compiled_once_it_has_cost_more_than_compiling(name: str, lo
     choices.clear()
     waits.begin(seconds, PATIENCE)
     with on(), everywhere(loss=lambda spec: lost):
-        assert not long(spec)
+        assert not is_worth_compiling(spec)
         sums = itertools.accumulate(itertools.repeat(lost))
         calls = next(count for count, total in enumerate(sums, 1) if total >= cost and count >= PATIENCE)
         assert until(spec, 200) == calls
@@ -122,7 +122,7 @@ def test_a_training_that_has_to_be_reproduced_keeps_its_first_choice(
     """Whatever it loses, and even when another problem has the kernel compiled."""
     spec = PROBLEMS[name]
     if how == "variable":
-        monkeypatch.setenv(VARIABLE, "1")
+        monkeypatch.setenv(FIRST_CHOICE_VARIABLE, "1")
     torch.use_deterministic_algorithms(how == "deterministic")
     try:
         with on(), use_backend("sdpa") if how == "named" else mock.patch.object(sys, "_", None, create=True):
@@ -138,7 +138,7 @@ def test_a_training_that_has_to_be_reproduced_keeps_its_first_choice(
 
 @pytest.mark.parametrize("value", ("", "0"))
 def test_a_variable_that_is_off_keeps_nothing(value: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(VARIABLE, value)
+    monkeypatch.setenv(FIRST_CHOICE_VARIABLE, value)
     with on():
         assert until(PROBLEMS["training"]) < 50
 
@@ -148,7 +148,7 @@ def test_a_variable_that_is_set_later_holds_from_then_on(monkeypatch: pytest.Mon
     with on():
         for _ in range(4):
             assert choose(spec).name != "flash4"
-        monkeypatch.setenv(VARIABLE, "1")
+        monkeypatch.setenv(FIRST_CHOICE_VARIABLE, "1")
         assert until(spec) == 50
 
 

@@ -18,7 +18,7 @@ NOTHING = 0.02
 """A first call of fewer seconds compiled nothing: the package had the kernel."""
 PATIENCE = 1000
 """Calls before a problem moves, whatever they have lost: by then a backward has shown whether there are checkpoints."""
-MOST = 1024
+MOST_WAITS = 1024
 """The most kernels that are waited for; the one first asked for is forgotten."""
 
 
@@ -70,11 +70,11 @@ class Waits:
         most: the most kernels that are waited for.
     """
 
-    def __init__(self, cost: float = SECONDS, patience: int = PATIENCE, most: int = MOST) -> None:
+    def __init__(self, cost: float = SECONDS, patience: int = PATIENCE, most: int = MOST_WAITS) -> None:
         self.lock = threading.Lock()
         self.begin(cost, patience, most)
 
-    def begin(self, cost: float = SECONDS, patience: int = PATIENCE, most: int = MOST) -> None:
+    def begin(self, cost: float = SECONDS, patience: int = PATIENCE, most: int = MOST_WAITS) -> None:
         """Nothing is lost and nothing compiled yet."""
         self.cost, self.patience, self.most = cost, patience, most
         self.kernels: dict[tuple[str, Hashable], Wait] = {}

@@ -21,7 +21,7 @@ from .measured import TABLE
 from .ranking import KINDS, MODES, PLACE, Row, Table, keys, kind, mode
 from .rows import derive
 
-VARIABLE = "FLASHMHA_TUNED"
+TABLE_VARIABLE = "FLASHMHA_TUNED"
 SCHEMA = 1
 """The form of the file; a file of another one is measured again."""
 DEVICES = ("cpu", "cuda", "mps", "xpu")
@@ -52,7 +52,7 @@ class Tuned:
 
 state = Tuned()
 """Replaced and never changed, so that a thread reads one state of it."""
-lock = threading.Lock()
+state_lock = threading.Lock()
 
 
 def load_tuned(file: str | os.PathLike[str] | None) -> None:
@@ -66,13 +66,13 @@ def load_tuned(file: str | os.PathLike[str] | None) -> None:
     """
     if file is not None and not isinstance(file, (str, os.PathLike)):
         raise TypeError(f"file must be a path, or None for the built-in table alone, got {file!r}.")
-    replace(Tuned(settled=True, machine=state.machine) if file is None else held(read(file)))
+    replace(Tuned(settled=True, machine=state.machine) if file is None else matched(read(file)))
 
 
 def replace(new: Tuned, before: Tuned | None = None) -> Tuned:
     """Put a state in the place of any, or of that one alone: what a variable names yields to ``load_tuned``."""
     global state
-    with lock:
+    with state_lock:
         if before is None or state is before:
             state = new
         return state
@@ -95,7 +95,7 @@ def read(file: str | os.PathLike[str]) -> Tuned:
             f"{schema!r}; {again}."
         )
     try:
-        check(found)
+        check_measurement(found)
         dtype = getattr(torch, found["dtype"])
         table = Table(
             f"{path}, of {found['date']}", found["device"], (dtype,), derive(found["cells"], path), gpu=found["gpu"]
@@ -106,7 +106,7 @@ def read(file: str | os.PathLike[str]) -> Tuned:
     return Tuned(table, path, found, settled=True, machine=state.machine)
 
 
-def check(found: dict[str, Any]) -> None:
+def check_measurement(found: dict[str, Any]) -> None:
     """Raise where a file's fields are not what ``tune`` writes, or nothing was measured."""
     dtype = getattr(torch, found["dtype"])
     if not isinstance(dtype, torch.dtype) or not isinstance(found["env"]["packages"], dict):
@@ -125,7 +125,7 @@ def check(found: dict[str, Any]) -> None:
                 raise ValueError(f"{time!r} microseconds of {name}")
 
 
-def held(new: Tuned) -> Tuned:
+def matched(new: Tuned) -> Tuned:
     """A table that was measured with what this machine has."""
     for name, was, now in differences(new.found, new.machine):
         raise ValueError(
@@ -136,7 +136,7 @@ def held(new: Tuned) -> Tuned:
 
 
 def differences(found: dict[str, Any], machine: Machine = HERE) -> list[tuple[str, Any, Any]]:
-    """What a file was measured with and what is here instead: name, then, now."""
+    """Differences between what a file was measured with and what is here: name, then, now."""
     env = found["env"]
     rows: list[tuple[str, Any, Any]] = [("torch", env.get("torch"), str(torch.__version__))]
     if found["device"] == "cuda":
@@ -154,7 +154,7 @@ def differences(found: dict[str, Any], machine: Machine = HERE) -> list[tuple[st
     return [row for row in rows if row[1] != row[2]]
 
 
-def settled(device: str) -> Tuned:
+def state_on(device: str) -> Tuned:
     """What holds on a device type; the first question reads the variable.
 
     Raises:
@@ -163,13 +163,13 @@ def settled(device: str) -> Tuned:
     try:
         now = state
         if not now.settled:
-            file = os.environ.get(VARIABLE)
+            file = os.environ.get(TABLE_VARIABLE)
             now = replace(read(file) if file else Tuned(settled=True, machine=now.machine), now)
         if now.table is not None and now.table.device == device and not now.fits:
-            now = replace(held(now), now)
+            now = replace(matched(now), now)
         return now
     except ValueError as error:
-        raise ValueError(f"{VARIABLE}: {error}") from error
+        raise ValueError(f"{TABLE_VARIABLE}: {error}") from error
 
 
 def tables(device: str, index: int | None, dtype: torch.dtype | None = None) -> list[Table]:
@@ -177,7 +177,7 @@ def tables(device: str, index: int | None, dtype: torch.dtype | None = None) -> 
     key = (device, index, dtype)
     found = state.known.get(key)
     if found is None:
-        now = settled(device)
+        now = state_on(device)
         found = [table for table in (now.table, TABLE) if table is not None and table.applies(*key, now.machine)]
         if index is not None or device == "cpu":  # else the current device, which may be another one next time
             now.known[key] = found
@@ -189,7 +189,7 @@ def measured(device: str, index: int | None, dtype: torch.dtype) -> bool:
     return bool(tables(device, index, dtype))
 
 
-def authority(device: str, index: int | None, dtype: torch.dtype, kind: str, mode: str) -> str:
+def table_name(device: str, index: int | None, dtype: torch.dtype, kind: str, mode: str) -> str:
     """The name of the table that has rows for a kind of problem: the tuned one, else the built-in one, else nobody."""
     return next((table.name for table in tables(device, index, dtype) if (kind, mode) in table.places), "")
 
@@ -200,7 +200,7 @@ measured._dynamo_marked_constant = True  # type: ignore[attr-defined]
 authority._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-def row(spec: AttentionSpec) -> Row | None:
+def measured_row(spec: AttentionSpec) -> Row | None:
     """What was measured for a problem, ``None`` where nothing was.
 
     Sizes are compared last: under a compiler that binds a graph to a range of them.

@@ -14,7 +14,15 @@ from ...host.machine import HERE, Machine
 from ...host.torch_state import is_compiling
 from ...problem.spec import AttentionSpec
 from ..base import HALF, Limits
-from ..rewrites.documents import is_cache, pack, packs, positions_lost, read_cache, unpack, unpack_lse
+from ..rewrites.documents import (
+    is_cache,
+    pack_batch,
+    needs_packing,
+    positions_lost,
+    read_cache,
+    unpack_batch,
+    unpack_batch_lse,
+)
 from .package import FlashAttn, Functions, lacks
 from .windows import normal_lse, trimmed, window_options
 
@@ -25,7 +33,7 @@ BUILDS = (
 )
 """Where a build of flash-attn 3 may lie: its interface, and the flags it was built with."""
 
-HEAD_DIMS = (64, 96, 128, 192, 256)
+KERNEL_HEAD_DIMS = (64, 96, 128, 192, 256)
 """The sizes a build may have kernels of; a head_dim is served by the next one there is."""
 TILE, KEYS_TO_SPLIT = 128, 512
 """Queries that one tile holds, and keys that are worth several: the package's own heuristic splits no fewer."""
@@ -101,12 +109,12 @@ class Flash3(FlashAttn):
         raise missing or ModuleNotFoundError("No module named 'flash_attn_interface'")
 
     def why_not_built(self, spec: AttentionSpec) -> str | None:
-        there = [size for size in HEAD_DIMS if not self.flags.get(f"FLASHATTENTION_DISABLE_HDIM{size}")]
+        there = [size for size in KERNEL_HEAD_DIMS if not self.flags.get(f"FLASHATTENTION_DISABLE_HDIM{size}")]
         if not any(spec.head_dim <= size for size in there):
             return f"head_dim={spec.head_dim} (this build has kernels for {', '.join(map(str, there)) or 'none'})"
         features = {"BACKWARD": spec.needs_grad, "LOCAL": "window" in spec.features}
         features["SOFTCAP"] = spec.softcap is not None
-        features["VARLEN"] = packs(spec)
+        features["VARLEN"] = needs_packing(spec)
         features["FP16"] = spec.dtype == torch.float16
         off = [name for name, wanted in features.items() if wanted and self.flags.get(f"FLASHATTENTION_DISABLE_{name}")]
         if off or not spec.needs_grad:
@@ -130,7 +138,7 @@ class Flash3(FlashAttn):
             "softcap": spec.softcap or 0.0,
         }
         cached = self.cached if is_cache(spec) else None
-        packing = cached is None and packs(spec)
+        packing = cached is None and needs_packing(spec)
         if self.splitting and not packing and splits(spec):
             options["num_splits"] = 0  # as many as the package's heuristic says
         if cached is not None:
@@ -141,7 +149,7 @@ class Flash3(FlashAttn):
             if spec.needs_grad:
                 options["deterministic"] = spec.deterministic
             if packing:
-                q, k, v, offsets = pack(q, k, v, spec)
+                q, k, v, offsets = pack_batch(q, k, v, spec)
                 options |= offsets
             result = (varlen if packing else dense)(q, k, v, **options)
         out: Tensor
@@ -149,7 +157,7 @@ class Flash3(FlashAttn):
         # older builds always return (out, lse)
         out, lse = (result[0], result[1]) if isinstance(result, tuple) else (result, None)
         if packing:
-            out, lse = unpack(out, spec), None if lse is None else unpack_lse(lse, spec)
+            out, lse = unpack_batch(out, spec), None if lse is None else unpack_batch_lse(lse, spec)
         if not spec.need_lse:
             return out
         assert lse is not None

@@ -14,11 +14,11 @@ from torch import Tensor
 
 from ...host.torch_state import is_compiling
 from ...problem.spec import AttentionSpec
-from ..rewrites.block_tables import WORTH, served
-from ..rewrites.compact import Mover, compact, move, spread
+from ..rewrites.block_tables import MIN_LENGTH, serves_tables
+from ..rewrites.compact import Mover, compact, move_rows, move_back
 from ..rewrites.heads import neighbours
-from .flash4_launches import fits, launches, packed, was_read
-from .package import FlashAttn, Functions, packages
+from .flash4_launches import is_taken_as_it_is, launches, is_contiguous, was_read
+from .package import FlashAttn, Functions, probed_packages
 
 TOLD: dict[str, tuple[str, Any]] = {
     "cu_seqlens_q": ("Tensor?", None),
@@ -60,24 +60,24 @@ class Tools:
     """What serves the package's kernels on a GPU; a test on a CPU makes a backend with its own.
 
     Attributes:
-        move: moves real keys to the front and back, as ``compact.move``.
+        move: moves real keys to the front and back, as ``compact.move_rows``.
         masks: gives ``flash4_masks``.
         takes_tables: tables of tiles are made and taken on a device.
         least: sequences as long as this have tiles to skip.
         was_read: the package's launches are known on a device.
     """
 
-    move: Mover = move
+    move: Mover = move_rows
     masks: Callable[[], Any] = own_masks
-    takes_tables: Callable[[torch.device], bool] = served
-    least: int = WORTH
+    takes_tables: Callable[[torch.device], bool] = serves_tables
+    least: int = MIN_LENGTH
     was_read: Callable[[torch.device], bool] = was_read
 
 
 UNTOLD = {name: default for name, (_, default) in TOLD.items()}
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, told: dict[str, Any]) -> tuple[Tensor, Tensor]:
+def call_kernels(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, told: dict[str, Any]) -> tuple[Tensor, Tensor]:
     """Output and log-sum-exp; eagerly, or as an operator where a compiler traces."""
     told = {**UNTOLD, **told}
     if is_compiling():
@@ -91,23 +91,23 @@ def attend(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, told: dict[str,
 
 def forward(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, told: dict[str, Any]) -> tuple[Tensor, ...]:
     """out, lse, and the keys and values as the kernel saw them where they were moved."""
-    package: Any = packages[told["package"]]
+    package: Any = probed_packages[told["package"]]
     moved: tuple[Tensor, ...] = ()
     if told["valid"] is not None:
         with package.machine.on(q.device):
             k, v, lengths = compact(k, v, told["valid"], package.tools.move)
         moved, told = (k, v), {**told, "lengths": lengths}
 
-    tables = listed(told, q, k)
+    tables = tiles_to_visit(told, q, k)
 
     def serve(**places: Tensor) -> tuple[Tensor, ...]:
         more = {"learnable_sink": sinks, "num_splits": 1, "return_lse": True, **places}
         # the package asks the current device, not the tensors', which kernels to build, and so does triton
         with package.machine.on(q.device):
-            made: tuple[Tensor, ...] = kernels(package)[0](q, k, v, **options(told, tables), **more)
+            made: tuple[Tensor, ...] = package_kernels(package)[0](q, k, v, **options(told, tables), **more)
         return made
 
-    again = launches(*kernels(package), q.device, package.tools.was_read)
+    again = launches(*package_kernels(package), q.device, package.tools.was_read)
     made = None if again is None else again.forward(told, (q, k, v), sinks, tables, serve)
     out, lse = serve()[:2] if made is None else made
     return out, lse, *moved
@@ -120,30 +120,32 @@ def backward(
     q, k, v, sinks, out, lse = saved
     assert q is not None and k is not None and v is not None and out is not None and lse is not None
     dq, dk, dv = into
-    package: Any = packages[told["package"]]
+    package: Any = probed_packages[told["package"]]
     valid, made = told["valid"], (dk, dv)
     if valid is not None:
         told = {**told, "lengths": valid.sum(1, dtype=torch.int32)}  # counted again rather than kept
         made = (dk.new_empty(dk.shape), dv.new_empty(dv.shape))
-    d_out = torch.zeros_like(out) if d_out is None else d_out if fits(d_out) else copied(d_out)
-    d_lse = d_lse if d_lse is None or packed(d_lse) else copied(d_lse)
+    d_out = torch.zeros_like(out) if d_out is None else d_out if is_taken_as_it_is(d_out) else contiguous_copy(d_out)
+    d_lse = d_lse if d_lse is None or is_contiguous(d_lse) else contiguous_copy(d_lse)
 
-    tables = listed(told, q, k, backward=True)
+    tables = tiles_to_visit(told, q, k, backward=True)
 
     def serve() -> tuple[Tensor, ...]:
         more: dict[str, Any] = {"deterministic": told["deterministic"], "learnable_sink": sinks, "dlse": d_lse}
         more |= {"dq": dq, "dk": made[0], "dv": made[1]}
         with package.machine.on(q.device):
-            result: tuple[Tensor, ...] = kernels(package)[1](q, k, v, out, d_out, lse, **options(told, tables), **more)
+            result: tuple[Tensor, ...] = package_kernels(package)[1](
+                q, k, v, out, d_out, lse, **options(told, tables), **more
+            )
         return result
 
-    again = launches(*kernels(package), q.device, package.tools.was_read)
+    again = launches(*package_kernels(package), q.device, package.tools.was_read)
     given = (q, k, v, sinks, out, lse)
     found = None if again is None else again.backward(told, given, (d_out, d_lse), (dq, *made), tables, serve)
     d_sinks = serve()[3:] if found is None else found
     if valid is not None:
         with package.machine.on(q.device):
-            spread(made, (dk, dv), valid, package.tools.move)
+            move_back(made, (dk, dv), valid, package.tools.move)
     if valid is None and told["lengths"] is not None:
         # gradients of keys past their length are never written (flash-attention#2167)
         past = torch.arange(dk.shape[1], device=dk.device) >= told["lengths"][:, None]
@@ -152,7 +154,7 @@ def backward(
     return d_sinks[0] if sinks is not None else None
 
 
-def copied(x: Tensor) -> Tensor:
+def contiguous_copy(x: Tensor) -> Tensor:
     """A gradient as kernels take it."""
     return x.clone(memory_format=torch.contiguous_format)
 
@@ -172,24 +174,24 @@ def options(told: dict[str, Any], tables: Any) -> dict[str, Any]:
         found["seqused_k"] = told["lengths"]
     # a mask of one's own makes the kernel forget causality and windows: it holds both
     if told["first"] is not None:
-        found |= {"mask_mod": masks(told).within, "aux_tensors": [told["first"], told["last"]]}
+        found |= {"mask_mod": masks(told).is_in_interval, "aux_tensors": [told["first"], told["last"]]}
     elif told["table"] is not None:
-        found |= {"mask_mod": masks(told).shown, "aux_tensors": [told["table"], told["items"]]}
+        found |= {"mask_mod": masks(told).is_in_table, "aux_tensors": [told["table"], told["items"]]}
     return found if tables is None else {**found, "block_sparse_tensors": tables}
 
 
 def masks(told: dict[str, Any]) -> Any:
     """``flash4_masks``, or what a test has in its place."""
-    package: Any = packages[told["package"]]
+    package: Any = probed_packages[told["package"]]
     return package.tools.masks()
 
 
-def listed(told: dict[str, Any], q: Tensor, k: Tensor, *, backward: bool = False) -> Any:
+def tiles_to_visit(told: dict[str, Any], q: Tensor, k: Tensor, *, backward: bool = False) -> Any:
     """The tiles that a direction has to look at beside a mask of one's own; ``None`` where it looks at all of them."""
     if told["first"] is None and told["table"] is None:
         return None
     # flash_bwd_sm90 has no order of writing for a gradient of q that arrives tile by tile
-    package: Any = packages[told["package"]]
+    package: Any = probed_packages[told["package"]]
     tools = package.tools
     if (backward and told["deterministic"]) or min(q.shape[1], k.shape[1]) < tools.least:
         return None
@@ -199,7 +201,7 @@ def listed(told: dict[str, Any], q: Tensor, k: Tensor, *, backward: bool = False
         return masks(told).blocks(told, q, k, backward=backward)
 
 
-def kernels(package: FlashAttn) -> Functions:
+def package_kernels(package: FlashAttn) -> Functions:
     """The package's forward and backward."""
     return package.functions or package.load()
 
@@ -229,7 +231,7 @@ class Attend(torch.autograd.Function):
 
 # The same two functions as operators, for compilers.
 
-SCHEMA = ", ".join(f"{type_} {name}" for name, (type_, _) in TOLD.items())
+TOLD_SCHEMA = ", ".join(f"{type_} {name}" for name, (type_, _) in TOLD.items())
 HEADS = "Tensor q, Tensor k, Tensor v, Tensor? sinks"
 
 
@@ -263,7 +265,7 @@ def fake_backward(d_out: Tensor | None, d_lse: Tensor | None, *rest: Any) -> tup
     )
 
 
-def keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+def save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     """What the backward of the operator needs."""
     q, k, v, sinks, *arguments = inputs
     out, lse, *moved = output
@@ -296,11 +298,11 @@ def operator(name: str, inputs: str, run: Callable[..., Any], fake: Callable[...
     torch.library.register_fake(f"flashmha::{name}", fake, lib=LIBRARY)
 
 
-operator("flash4", f"{HEADS}, {SCHEMA}", four_forward, fake_forward)
+operator("flash4", f"{HEADS}, {TOLD_SCHEMA}", four_forward, fake_forward)
 operator(
     "flash4_backward",
-    f"Tensor? d_out, Tensor? d_lse, {HEADS}, Tensor out, Tensor lse, {SCHEMA}",
+    f"Tensor? d_out, Tensor? d_lse, {HEADS}, Tensor out, Tensor lse, {TOLD_SCHEMA}",
     separate_backward,
     fake_backward,
 )
-torch.library.register_autograd("flashmha::flash4", traced_backward, setup_context=keep, lib=LIBRARY)
+torch.library.register_autograd("flashmha::flash4", traced_backward, setup_context=save_for_backward, lib=LIBRARY)

@@ -1,4 +1,4 @@
-"""What the flash-attn packages have in common: finding them, trying them out, and how they are told a mask.
+"""What the flash-attn probed_packages have in common: finding them, trying them out, and how they are told a mask.
 
 Not a backend. ``flash2``, ``flash3`` and ``flash4`` each wrap one package version and share the class below.
 """
@@ -21,8 +21,8 @@ from ...problem.spec import AttentionSpec
 from ...problem.wording import first_line, in_one_line
 from ..base import Backend
 
-packages: dict[str, FlashAttn] = {}
-"""The packages by key, so that a probe takes nothing but constants, as Dynamo wants it."""
+probed_packages: dict[str, FlashAttn] = {}
+"""The probed_packages by key, so that a probe takes nothing but constants, as Dynamo wants it."""
 
 Functions = tuple[Callable[..., Any], Callable[..., Any]]
 
@@ -53,8 +53,8 @@ class FlashAttn(Backend):
         self.probed: dict[int, str | None] = {}
         self.tried: dict[tuple[int, int, torch.dtype, bool, bool], str | None] = {}
         self.functions, self.cached, self.machine = functions, cached, machine
-        self.key = self.name if self.name not in packages else f"{self.name} {len(packages)}"
-        packages[self.key] = self
+        self.key = self.name if self.name not in probed_packages else f"{self.name} {len(probed_packages)}"
+        probed_packages[self.key] = self
 
     def load(self) -> Functions:
         """Import the package: its dense and its packed ("varlen") function."""
@@ -95,7 +95,7 @@ CAPTURING = "not tried out yet, and a CUDA graph is being captured: run one call
 
 def probe(key: str, index: int | None) -> str | None:
     """Why a package does not work on a CUDA device; asked once a device, and only a clean answer is kept."""
-    backend = packages[key]
+    backend = probed_packages[key]
     machine = backend.machine
     if not machine.has_cuda():
         return "no CUDA device (torch.cuda.is_available() is False)"
@@ -121,9 +121,9 @@ def trial(backend: FlashAttn, index: int) -> str | None:
         for function in functions:
             missing = [name for name in backend.keywords if name not in inspect.signature(function).parameters]
             if missing:
-                return f"{backend.distribution} {installed(backend)} has no argument {', '.join(missing)}"
+                return f"{backend.distribution} {installed_version(backend)} has no argument {', '.join(missing)}"
         backend.functions = functions
-        return run(backend, backend.machine.device(index), 64, torch.bfloat16, False)
+        return try_out(backend, backend.machine.device(index), 64, torch.bfloat16, False)
     except Exception as error:  # a broken binary fails in many ways, and each is a reason rather than a crash
         hint = f"; install: {backend.install}" if isinstance(error, ModuleNotFoundError) and backend.install else ""
         return f"{in_one_line(error)}{hint}"
@@ -137,7 +137,7 @@ def lacks(
     A backward of grouped heads is tried by itself: it adds up gradients, and a build may fail there alone
     (kernels-community#1085).
     """
-    backend = packages[key]
+    backend = probed_packages[key]
     machine = backend.machine
     index = machine.current() if index is None else index
     asked = (index, head_dim, dtype, backward, grouped)
@@ -147,7 +147,7 @@ def lacks(
         return CAPTURING
     missing = "grouped backward" if grouped else "backward" if backward else "kernel"
     try:
-        why = run(backend, machine.device(index), head_dim, dtype, backward, grouped)
+        why = try_out(backend, machine.device(index), head_dim, dtype, backward, grouped)
     except torch.OutOfMemoryError as error:  # says nothing about the build
         return first_line(error)
     except Exception as error:
@@ -159,7 +159,7 @@ def lacks(
 lacks._dynamo_marked_constant = True  # type: ignore[attr-defined]  # as above
 
 
-def run(
+def try_out(
     backend: FlashAttn,
     device: torch.device,
     head_dim: int,
@@ -167,12 +167,12 @@ def run(
     backward: bool,
     grouped: bool = False,
 ) -> str | None:
-    """Run one small forward, and its backward, to the end; what the definition says of the numbers."""
+    """Run one small forward, and its backward, to the end; what the exact_attention says of the numbers."""
     with clean(device, backward), backend.machine.on(device):
         q, k, v = waves(device, head_dim, dtype)
         k, v = (x[:, :, :1] if grouped else x for x in (k, v))
         found = results(lambda q, k, v: backend(q, k, v, AttentionSpec.of(q, k, v)), q, k, v, backward)
-        exact = results(definition, q.double(), k.double(), v.double(), backward)
+        exact = results(exact_attention, q.double(), k.double(), v.double(), backward)
         for name, one, other in zip(("the output", *(f"the gradient of {x}" for x in "qkv")), found, exact):
             largest = other.abs().max()
             error = ((one.double() - other).abs().max() / largest).item()  # looking waits for the kernel
@@ -192,7 +192,7 @@ def results(call: Callable[..., Any], q: Tensor, k: Tensor, v: Tensor, backward:
     return (out, *torch.autograd.grad(out, (q, k, v), q.detach())) if backward else (out,)
 
 
-def definition(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def exact_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Attention in plain PyTorch, for one key head or as many as there are query heads."""
     k, v = (x.expand(-1, -1, q.shape[2], -1) for x in (k, v))
     score = torch.einsum("bqhd,bkhd->bhqk", q, k) / math.sqrt(q.shape[3])
@@ -216,17 +216,17 @@ def clean(device: torch.device, backward: bool = False) -> Iterator[None]:
         torch.inference_mode(False),
         torch.set_grad_enabled(backward),
         # checkpointing counts what is saved by hooks: the last ones hide those before
-        torch.autograd.graph.saved_tensors_hooks(same, same) if backward else contextlib.nullcontext(),
+        torch.autograd.graph.saved_tensors_hooks(unchanged, unchanged) if backward else contextlib.nullcontext(),
         torch.autocast(device.type, enabled=False),
     ):
         yield
 
 
-def same(tensor: Tensor) -> Tensor:
+def unchanged(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def installed(backend: FlashAttn) -> str:
+def installed_version(backend: FlashAttn) -> str:
     """The package's version, out of its metadata."""
     try:
         return metadata.version(backend.distribution)

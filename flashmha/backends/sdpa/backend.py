@@ -14,8 +14,8 @@ from ...problem.scores import narrow_bias
 from ...problem.spec import AttentionSpec
 from ..base import FEATURES, HALF, Backend, Limits, Serve
 from ..rewrites.grouped import fold, fold_table, folds, unfold
-from .packed import attend_in_place, attend_packed, packs, runs_packed, takes_packed
-from .pieces import Costs, Item, cut, keep_all, slices
+from .packed import attend_in_place, attend_packed, packs_here, runs_packed, takes_packed
+from .pieces import Costs, Item, cut_up, keep_all, slices
 from .switches import by_math, kernels_for_masks, only, switches, without_cudnn
 
 
@@ -71,7 +71,7 @@ class Sdpa(Backend):
         return reasons
 
     def builds_mask(self, spec: AttentionSpec) -> bool:
-        return spec.device.type != "cpu" and not MASKED.isdisjoint(spec.features) and not packs(spec)
+        return spec.device.type != "cpu" and not MASKED.isdisjoint(spec.features) and not packs_here(spec)
 
     def runs_packed(self, dtype: torch.dtype, head_dim: int, device: torch.device, windowed: bool = False) -> bool:
         return not windowed and takes_packed(dtype, head_dim) and runs_packed(head_dim, device.index)
@@ -89,7 +89,7 @@ class Sdpa(Backend):
         padding = spec.mask if isinstance(spec.mask, Padding) else None
         if padding is None and top_left_causal(spec):
             return attend(q, k, v, None, spec, is_causal=True)
-        items = cut(spec, self.costs)
+        items = cut_up(spec, self.costs)
         if items is not None:
             return attend_cut(q, k, v, items, spec)
         if padding is None:
@@ -101,14 +101,14 @@ class Sdpa(Backend):
 
     def prepare(self, spec: AttentionSpec) -> Serve:
         if spec.device.type == "cuda" and spec.mask is not None and spec.bias is None and spec.dropout_p < 1.0:
-            serve = attend_in_place(spec) if packs(spec) else None
+            serve = attend_in_place(spec) if packs_here(spec) else None
             if serve is not None:
                 return serve
         return super().prepare(spec)
 
 
 MASKED = frozenset(("window", "documents", "softcap"))
-"""Where SDPA makes a dense mask on a GPU unless it packs documents, or does nothing."""
+"""Where SDPA makes a dense mask on a GPU unless it packs_here documents, or does nothing."""
 
 
 def dense(spec: AttentionSpec) -> Tensor | None:
@@ -195,7 +195,7 @@ def attend_on_cuda(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> Tens
         with only([SDPBackend.MATH]):
             return attend(q, k, v, dense(spec), spec)
     masked = spec.mask is not None or spec.bias is not None
-    if masked and packs(spec):
+    if masked and packs_here(spec):
         return attend_packed(q, k, v, spec)
     if masked and spec.bias is None and top_left_causal(spec):
         return attend_by_choice(q, k, v, None, spec, is_causal=True)

@@ -17,7 +17,7 @@ from ...problem.masks import Mask, Window, joined
 from ...problem.ragged import Documents, KeyLengths, KeyPadding
 from ...problem.spec import AttentionSpec
 
-WORTH = 2**21
+MIN_MULTIPLICATIONS = 2**21
 """Multiplications in the scores of a padded problem that cost as much as a call: below, one call with a mask beats one
 for each item. Those that are left out count too, and twice as many of them have to be where there is no backward.
 """
@@ -28,7 +28,7 @@ SHARE = 2**17
 class Costs(NamedTuple):
     """What a call costs beside what it spares: a padded item's, a document's."""
 
-    item: int = WORTH
+    item: int = MIN_MULTIPLICATIONS
     document: int = SHARE
 
 
@@ -47,7 +47,7 @@ class Item:
     pieces: list[Piece]
 
 
-def cut(spec: AttentionSpec, costs: Costs = Costs()) -> list[Item] | None:  # noqa: B008  a tuple
+def cut_up(spec: AttentionSpec, costs: Costs = Costs()) -> list[Item] | None:  # noqa: B008  a tuple
     """One ``Item`` a batch item, or ``None`` where the mask is better handed over whole.
 
     Serves key padding without holes and key lengths, with top-left causality or none, and documents with any windows.
