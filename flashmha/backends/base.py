@@ -227,7 +227,7 @@ class Backend(abc.ABC):
     - ``why_not_built(spec)``: what the installed build says.
     - ``must_compile(spec)``: what a call compiles first. A short problem goes to another backend until that is worth
       it; ``kernel_key(spec)`` tells which problems share a kernel.
-    - ``builds_mask(spec)``: where it is slow, so that others are asked first.
+    - ``builds_mask(spec)``: where it is slow, so that others come before it.
     - ``runs_packed(...)``: whether layers leave padding out for it.
     - ``prepare(spec)``: the call of one problem, for the layers of a model.
     """

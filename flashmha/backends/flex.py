@@ -163,7 +163,7 @@ def problem_key(spec: AttentionSpec) -> Key:
 
 
 def tensors_key(q: Tensor, k: Tensor, v: Tensor) -> Key:
-    """What else a compiler looks at: how the tensors lie, who wants a gradient, and the modes of autograd."""
+    """What else a compiler looks at: how the tensors lie, which want a gradient, and the modes of autograd."""
     layouts = tuple((x.stride(), x.requires_grad, x.is_inference()) for x in (q, k, v))
     return (*layouts, torch.is_grad_enabled(), is_inference())
 
@@ -184,7 +184,7 @@ def compiled(number: int) -> Callable[..., Any]:
 
 
 def fuses(spec: AttentionSpec) -> bool:
-    """A call compiles a kernel: on a GPU, outside somebody else's torch.compile."""
+    """A call compiles a kernel: on a GPU, outside a torch.compile of the caller's."""
     return spec.device.type != "cpu" and not is_compiling()
 
 
@@ -272,7 +272,7 @@ TABLES = ("kv_num_blocks", "kv_indices", "full_kv_num_blocks", "full_kv_indices"
 
 
 def fused_into_graph(spec: AttentionSpec) -> bool:
-    """Somebody's torch.compile makes the block mask, and a kernel that reads it, in one graph."""
+    """A torch.compile of the caller's makes the block mask, and a kernel that reads it, in one graph."""
     return spec.device.type != "cpu" and is_compiling()
 
 

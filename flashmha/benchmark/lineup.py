@@ -122,7 +122,7 @@ def no_compiler(device: torch.device) -> str | None:
 
 
 def contestants(
-    everyone: Sequence[Contestant],
+    every: Sequence[Contestant],
     case: Case,
     device: torch.device,
     peers: Sequence[str] | None = None,
@@ -148,7 +148,7 @@ def contestants(
             return True
         return peers is None or "all" in peers or any(fnmatchcase(one.name, glob) for glob in peers)
 
-    return [one for one in everyone if wanted(one)]
+    return [one for one in every if wanted(one)]
 
 
 def hidden(backend: str, case: Case, device: torch.device) -> bool:
@@ -164,9 +164,9 @@ def hidden(backend: str, case: Case, device: torch.device) -> bool:
     return backend == "naive" or (backend == "flex" and not matches(case, FEW_COMPILED["cuda"]))
 
 
-def shown_by_name(everyone: Sequence[Contestant], backends: Sequence[str] | None = None) -> list[str]:
+def shown_by_name(every: Sequence[Contestant], backends: Sequence[str] | None = None) -> list[str]:
     """The contestants that get rows of their own beside automatic choice: what was asked for, and other packages'."""
-    pairs = [(one.name, backend) for one in everyone if (backend := one.name.partition(":")[2])]
+    pairs = [(one.name, backend) for one in every if (backend := one.name.partition(":")[2])]
     return [name for name, backend in pairs if backend in (backends or ()) or origin(backend) != "flashmha"]
 
 

@@ -67,7 +67,7 @@ class Plan:
 
 def run(plan: Plan, tell: Tell) -> dict[str, Any]:
     """Measure a plan; everything known afterwards, ready for JSON."""
-    everyone, absent = all_contestants(plan.device)
+    every, absent = all_contestants(plan.device)
     began, utc = time.monotonic(), datetime.datetime.now(datetime.timezone.utc)
     measured: list[dict[str, Any]] = []
     dropped: list[str] = []
@@ -83,7 +83,7 @@ def run(plan: Plan, tell: Tell) -> dict[str, Any]:
                 tell(f"{case.id}: dropped, {'stopped' if stopped else 'the budget is spent'}")
                 continue
             share = effort(case, plan) / sum(effort(other, plan) for other in queue[place:])
-            taking_part = contestants(everyone, case, plan.device, plan.peers, plan.backends)
+            taking_part = contestants(every, case, plan.device, plan.peers, plan.backends)
             try:
                 measured.append(measure(case, taking_part, plan, canary, began + plan.budget, share))
                 tell(f"{case.id}: {spoken(measured[-1])}")
@@ -111,7 +111,7 @@ def run(plan: Plan, tell: Tell) -> dict[str, Any]:
         },
         "env": env,
         "absent": absent,
-        "named": shown_by_name(everyone, plan.backends),
+        "named": shown_by_name(every, plan.backends),
         "dropped": dropped,
         "stopped": stopped,
         "unstable": bool(drifted) or floor > UNSTABLE_FLOOR.get(plan.device.type, 0.1),

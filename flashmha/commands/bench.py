@@ -124,8 +124,8 @@ def plan_from_flags(options: argparse.Namespace) -> Plan:
     """
     where = device(options.device)
     check_variables(where.type)
-    everyone, absent = all_contestants(where)
-    known = [one.name for one in everyone]
+    named, absent = all_contestants(where)
+    known = [one.name for one in named]
     for name in options.backends or ():
         if f"attention:{name}" not in known:
             raise ValueError(
@@ -152,10 +152,10 @@ def plan_from_flags(options: argparse.Namespace) -> Plan:
 
 
 def show_cases(plan: Plan, json: bool) -> int:
-    everyone, _ = all_contestants(plan.device)
+    every, _ = all_contestants(plan.device)
     rows = []
     for case in plan.cases:
-        those = contestants(everyone, case, plan.device, plan.peers, plan.backends)
+        those = contestants(every, case, plan.device, plan.peers, plan.backends)
         rows.append((case.id, [one.name for one in those if one.refuses(case) is None]))
     if json:
         print_json([{"id": name, "contestants": those} for name, those in rows])

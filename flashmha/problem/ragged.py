@@ -58,7 +58,7 @@ class Padding(Mask):
         return kept.fetch(name, functools.partial(make_plain, make))
 
     def own(self) -> Padding:
-        """The same rule over a tensor that is not the caller's, who may change theirs."""
+        """The same rule over a tensor of its own: the caller may change theirs."""
         return self if self._private else self.once("own", self.copy_tensors)
 
     def copy_tensors(self) -> Padding:

@@ -94,7 +94,7 @@ def chosen_before(spec: AttentionSpec) -> Choice | None:
 
 
 def is_kept(spec: AttentionSpec, backend: Backend, reasons: dict[str, str], wait: Wait | None) -> bool:
-    """A choice is remembered; for a problem with tensors, one that backends made who will say the same of its outline.
+    """A choice is remembered; for a problem with tensors, one made of answers that hold for its outline.
 
     Nothing is remembered that was found while a CUDA graph was captured, where a package that was not tried out yet is
     refused.

@@ -29,7 +29,7 @@ def installed() -> list[tuple[str, str, Load]]:
     """
     try:
         points = sorted(metadata.entry_points(group=GROUP), key=lambda point: (point.name, package(point)))
-    except Exception as error:  # one damaged package must not take attention away from everybody
+    except Exception as error:  # one damaged package must not stop attention as a whole
         return [(GROUP, "the environment's metadata", raising(error))]
     return [(point.name, package(point), point.load) for point in points]
 
@@ -55,7 +55,7 @@ def load_class(load: Load) -> object:
 
 
 class Unusable(Backend):
-    """A plug-in that could not be taken in: it stays on the list, so that whoever looks for it finds the reason."""
+    """A plug-in that could not be taken in: it stays on the list, so that a look at the list shows the reason."""
 
     limits = Limits(devices=(), dtypes=(), features=frozenset())
 

@@ -1,7 +1,8 @@
-"""The ranking: who is asked first, by measurement.
+"""The ranking: the order of backends, by measurement.
 
-A ``Table`` holds what was measured on one kind of machine, as rows. A row says which problems it is for, who serves
-them fastest, and which file the figures are in. ``TABLE`` comes with the package; ``flashmha tune`` makes another one.
+A ``Table`` holds what was measured on one kind of machine, as rows. A row says which problems it is for, in which order
+backends serve them, and which file the figures are in. ``TABLE`` comes with the package; ``flashmha tune`` makes another
+one.
 """
 
 from __future__ import annotations

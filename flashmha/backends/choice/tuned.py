@@ -184,7 +184,7 @@ def measured(device: str, index: int | None, dtype: torch.dtype) -> bool:
 
 
 def authority(device: str, index: int | None, dtype: torch.dtype, kind: str, mode: str) -> str:
-    """The name of the table that has rows for a kind of problem: the tuned one, else the built-in one, else nobody."""
+    """The name of the table that has rows for a kind of problem: the tuned one, else the built-in one, else none."""
     return next((table.name for table in tables(device, index, dtype) if (kind, mode) in table.places), "")
 
 

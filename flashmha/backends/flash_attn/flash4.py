@@ -132,7 +132,7 @@ class Flash4(FlashAttn):
         return missing() if "key_padding" in spec.features and spec.window is None else None
 
     def must_compile(self, spec: AttentionSpec) -> str | None:
-        # asked of problems it can serve; under somebody's compiler, compiling is what is going on
+        # asked of problems it can serve; under torch.compile, compiling is what is going on
         if is_compiling() or kind(spec) in self.compiled:
             return None
         return "not compiled for this kind of problem yet (3 to 5 seconds a kernel)"

@@ -50,7 +50,7 @@ class FlashAttn(Backend):
         raise NotImplementedError
 
     def public(self) -> Callable[..., Any]:
-        """The dense function that the package offers to everybody, to measure against."""
+        """The dense function that the package offers in public, to measure against."""
         return (self.functions or self.load())[0]
 
     def why_not_here(self, device: torch.device) -> str | None:
@@ -200,7 +200,7 @@ def waves(device: torch.device, head_dim: int, dtype: torch.dtype) -> tuple[Tens
 
 @contextlib.contextmanager
 def clean(device: torch.device, backward: bool = False) -> Iterator[None]:
-    """A state that nobody else's call is in, whatever call asked: no modes, no autocast, no hooks on saved tensors."""
+    """A state apart from the call that asked: no modes, no autocast, no hooks on saved tensors."""
     from torch.utils._python_dispatch import _disable_current_modes
 
     with (

@@ -94,7 +94,7 @@ EDGE = 256
 def edged(allowed: Tensor, seqlen_q: int, seqlen_k: int) -> Tensor:
     """A mask (batch or 1, 1, seqlen_q or 1, seqlen_k or 1) as bytes, with room for the tiles that reach over its edges.
 
-    (batch or 1, at least seqlen_q + EDGE, at least seqlen_k + EDGE), 0 where nobody may look.
+    (batch or 1, at least seqlen_q + EDGE, at least seqlen_k + EDGE), 0 where no query may look.
     """
     shape = (allowed.shape[0], *(-(-(size + EDGE) // 16) * 16 for size in (seqlen_q, seqlen_k)))
     table = torch.zeros(shape, dtype=torch.uint8, device=allowed.device)

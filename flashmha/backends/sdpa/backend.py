@@ -316,7 +316,7 @@ def attend_items(
 def attend_piece(
     q: Tensor, ks: tuple[Tensor, ...], vs: tuple[Tensor, ...], where: int | None, how: bool | Mask, spec: AttentionSpec
 ) -> tuple[Tensor, Tensor]:
-    """One piece: out and lse, which is empty where nobody asked."""
+    """One piece: out and lse, which is empty where it was not asked for."""
     if where is None:
         blank = q.new_zeros(*q.shape[:3], spec.head_dim_v)
         return blank, blank.new_full((1, spec.heads, q.shape[1]), float("-inf"))
