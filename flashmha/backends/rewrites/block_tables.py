@@ -1,7 +1,7 @@
 """Which tiles of a problem a kernel has to look at: tables of blocks out of the queries that may look at each key, or
 out of a mask tensor.
 
-A tile is a block of queries by a block of keys. No query sees a key of an empty tile, which is listed nowhere; each one
+A tile is a block of queries by a block of keys. Nobody sees a key of an empty tile, which is listed nowhere; everybody
 sees every key of a full one, which needs no mask; the rest are partial. Not a backend; the kernels below are Triton's,
 which comes with torch for CUDA and is imported on first use; they run on the current device.
 """
@@ -91,7 +91,7 @@ EDGE = 256
 def edged(allowed: Tensor, seqlen_q: int, seqlen_k: int) -> Tensor:
     """A mask (batch or 1, 1, seqlen_q or 1, seqlen_k or 1) as bytes, with room for the tiles that reach over its edges.
 
-    (batch or 1, at least seqlen_q + EDGE, at least seqlen_k + EDGE), 0 where no query may look.
+    (batch or 1, at least seqlen_q + EDGE, at least seqlen_k + EDGE), 0 where nobody may look.
     """
     shape = (allowed.shape[0], *(-(-(size + EDGE) // 16) * 16 for size in (seqlen_q, seqlen_k)))
     table = torch.zeros(shape, dtype=torch.uint8, device=allowed.device)
