@@ -184,7 +184,7 @@ def owned(packed_rows: Tensor, offsets: Tensor) -> Tensor:
 def longest(known: int | None, offsets: Tensor, total: int) -> int:
     """A bound on the longest document, at least 1: a bound of 0 launches an empty grid, which is an error.
 
-    Where the device must not be asked, under a compiler and while a CUDA graph is captured, it is the total.
+    Where the device must not be asked, while PyTorch compiles or captures a CUDA graph, it is the total.
     """
     if known is not None:
         return max(1, known)
