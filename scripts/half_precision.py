@@ -81,7 +81,7 @@ def measure(dtype: torch.dtype, training: bool, shape: tuple[int, ...]) -> dict[
 def rows() -> list[dict[str, Any]]:
     """Every dtype, pass and shape with the instructions of this process."""
     found = []
-    with quiet(CPU):
+    with quiet_machine(CPU):
         for dtype, mode, shape in itertools.product((torch.bfloat16, torch.float16), ("eval", "train"), SHAPES):
             ratios = measure(dtype, mode == "train", shape)
             found.append({"dtype": short(dtype), "pass": mode, "shape": shape, **ratios})

@@ -1,7 +1,7 @@
 """The ranking: the order of backends, by measurement.
 
 A ``Table`` holds what was measured on one kind of machine, as rows. A row says which problems it is for, in which order
-backends serve them, and which file the figures are in. ``TABLE`` comes with the package, another one of ``flashmha tune``.
+backends serve them, and which file the figures are in. One table comes with the package; ``flashmha tune`` makes another.
 """
 
 from __future__ import annotations
