@@ -66,7 +66,7 @@ def explain(spec: AttentionSpec, wanted: Wanted = None, capability: tuple[int, i
             found, compiles, _ = pick(spec, passed)
             notes += [] if found is None or compiles is None else [f"{found.name} compiles first: {compiles}"]
         row = tuned.row(spec)
-        notes += [] if row is None else [f"our own are asked in the order of {row.source}"]
+        notes += [] if row is None else [f"measured backends are asked in the order of {row.source}"]
     for name in (*candidates, *(name for name in order(spec) if name not in candidates)):
         backend = registry.entries[name]
         why = absent(backend, spec) or reason(backend, spec)

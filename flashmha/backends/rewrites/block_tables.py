@@ -1,15 +1,16 @@
 """Which tiles of a problem a kernel has to look at: tables of blocks out of the queries that may look at each key, or
 out of a mask tensor.
 
-A tile is a block of queries by a block of keys. Nobody sees a key of an empty tile, which is listed nowhere; everybody
-sees every key of a full one, which needs no mask; the rest are partial. Not a backend; the kernels below are Triton's,
-which comes with torch for CUDA and is imported on first use; they run on the current device.
+A tile is a block of queries by a block of keys. In an empty tile no query sees a key: it is listed nowhere. In a full
+one every query sees every key: it needs no mask. The rest are partial. Not a backend. The kernels
+(``block_tables_kernels``) are Triton's, which comes with torch for CUDA and is imported on first use; they run on the
+current device.
 """
 
 from __future__ import annotations
 
 import functools
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -61,7 +62,9 @@ def block_tables(first: Tensor, last: Tensor, seqlen_q: int, tile: tuple[int, in
     if by_keys:
         rows, columns = columns, rows
     made = unwritten(batch, rows, columns, first.device)
-    kernel()[(batch * rows,)](
+    from .block_tables_kernels import interval_tables_kernel
+
+    interval_tables_kernel[(batch * rows,)](
         first.contiguous(),
         last.contiguous(),
         *made,
@@ -110,8 +113,9 @@ def mask_tables(
     states = torch.empty((table.shape[0], rows, columns), dtype=torch.uint8, device=table.device)
     along, across = (columns, rows) if by_keys else (rows, columns)
     made = unwritten(len(items), along, across, table.device)
-    judge, enlist = kernels()
-    judge[(states.numel(),)](
+    from .block_tables_kernels import mask_tables_kernel, tile_states_kernel
+
+    tile_states_kernel[(states.numel(),)](
         table,
         states,
         *table.stride()[:2],
@@ -124,7 +128,7 @@ def mask_tables(
         KEYS=1 << (tile[1] - 1).bit_length(),
         STEP=16,
     )
-    enlist[(len(items) * along,)](
+    mask_tables_kernel[(len(items) * along,)](
         states,
         items,
         *made,
@@ -135,138 +139,3 @@ def mask_tables(
         CHUNK=CHUNK,
     )
     return made
-
-
-@functools.cache
-def kernels() -> Any:
-    """Two programs for a mask: one judges a tile, one lists the tiles of a row."""
-    import triton
-    import triton.language as tl
-
-    @triton.jit(do_not_specialize=["seqlen_q", "seqlen_k", "rows", "columns"])  # type: ignore[untyped-decorator]
-    def judge(  # type: ignore[no-untyped-def]
-        table,
-        states,
-        stride_b,
-        stride_q,
-        seqlen_q,
-        seqlen_k,
-        rows,
-        columns,
-        TILE_Q: tl.constexpr,
-        TILE_K: tl.constexpr,
-        KEYS: tl.constexpr,
-        STEP: tl.constexpr,
-    ):
-        program = tl.program_id(0)
-        item, row, column = (program // (rows * columns)).to(tl.int64), (program // columns) % rows, program % columns
-        lane, line = tl.arange(0, KEYS), tl.arange(0, STEP)
-        first = table + item * stride_b + (row * TILE_Q).to(tl.int64) * stride_q + column * TILE_K
-        seen = tl.zeros([STEP, KEYS], dtype=tl.int32)
-        for start in range(0, TILE_Q, STEP):
-            query = start + line
-            inside = (query < TILE_Q)[:, None] & (lane < TILE_K)[None, :]
-            seen += tl.load(first + query[:, None] * stride_q + lane[None, :], mask=inside, other=0).to(tl.int32)
-        pairs = tl.sum(tl.sum(seen, axis=1), axis=0)
-        most = tl.minimum(seqlen_q - row * TILE_Q, TILE_Q) * tl.minimum(seqlen_k - column * TILE_K, TILE_K)
-        # 0 is empty, 1 partial, 2 full
-        tl.store(states + program, (pairs > 0).to(tl.uint8) + (pairs == most).to(tl.uint8))
-
-    @triton.jit(do_not_specialize=["rows", "columns", "stride_b", "stride_r", "stride_c"])  # type: ignore[untyped-decorator]
-    def enlist(  # type: ignore[no-untyped-def]
-        states,
-        items,
-        partial_counts,
-        partial_blocks,
-        full_counts,
-        full_blocks,
-        rows,
-        columns,
-        stride_b,
-        stride_r,
-        stride_c,
-        CHUNK: tl.constexpr,
-    ):
-        program = tl.program_id(0)
-        item, row = tl.load(items + program // rows), program % rows
-        lane = tl.arange(0, CHUNK)
-        list_at = program.to(tl.int64) * columns
-        partials, fulls = 0, 0
-        for start in range(0, columns, CHUNK):
-            column = start + lane
-            place = states + item * stride_b + row * stride_r + column * stride_c
-            state = tl.load(place, mask=column < columns, other=0).to(tl.int32)
-            partial, full = (state == 1).to(tl.int32), (state == 2).to(tl.int32)
-            tl.store(partial_blocks + list_at + partials + tl.cumsum(partial) - 1, column, mask=partial > 0)
-            tl.store(full_blocks + list_at + fulls + tl.cumsum(full) - 1, column, mask=full > 0)
-            partials += tl.sum(partial)
-            fulls += tl.sum(full)
-        nothing = (partials + fulls) == 0
-        tl.store(partial_blocks + list_at, 0, mask=nothing)
-        tl.store(partial_counts + program, tl.where(nothing, 1, partials))
-        tl.store(full_counts + program, fulls)
-
-    return judge, enlist
-
-
-@functools.cache
-def kernel() -> Any:
-    """A program makes one row of the tables of intervals."""
-    import triton
-    import triton.language as tl
-
-    # one build for all lengths
-    @triton.jit(do_not_specialize=["seqlen_q", "seqlen_k", "rows", "columns"])  # type: ignore[untyped-decorator]
-    def fill(  # type: ignore[no-untyped-def]
-        first,
-        last,
-        partial_counts,
-        partial_blocks,
-        full_counts,
-        full_blocks,
-        seqlen_q,
-        seqlen_k,
-        rows,
-        columns,
-        TILE_Q: tl.constexpr,
-        TILE_K: tl.constexpr,
-        KEYS: tl.constexpr,
-        CHUNK: tl.constexpr,
-        BY_KEYS: tl.constexpr,
-    ):
-        program = tl.program_id(0)
-        item, row = (program // rows).to(tl.int64), program % rows
-        lane, key = tl.arange(0, CHUNK), tl.arange(0, KEYS)
-        list_at = program.to(tl.int64) * columns
-        partials, fulls = 0, 0
-        for start in range(0, columns, CHUNK):
-            column = start + lane
-            if BY_KEYS:
-                query_block, key_block = column, row + lane * 0
-            else:
-                query_block, key_block = row + lane * 0, column
-            # queries behind the last one see nothing and hinder nothing: their rows are never written
-            begin = (query_block * TILE_Q)[:, None]
-            end = tl.minimum(begin + TILE_Q, seqlen_q) - 1
-            keys = key_block[:, None] * TILE_K + key[None, :]
-            real = (key < TILE_K)[None, :] & (keys < seqlen_k)
-            low = tl.load(first + item * seqlen_k + keys, mask=real, other=0)
-            high = tl.load(last + item * seqlen_k + keys, mask=real, other=0)
-            seen = real & (low <= end) & (high >= begin)
-            # the kernel itself hides keys behind the last one, in full tiles too
-            whole = (low <= begin) & (high >= end) | (real == 0)
-            inside = column < columns
-            some = inside & (tl.max(seen.to(tl.int32), axis=1) > 0)
-            every = inside & (tl.min(whole.to(tl.int32), axis=1) > 0)
-            full = every.to(tl.int32)
-            partial = (some & (every == 0)).to(tl.int32)
-            tl.store(partial_blocks + list_at + partials + tl.cumsum(partial) - 1, column, mask=partial > 0)
-            tl.store(full_blocks + list_at + fulls + tl.cumsum(full) - 1, column, mask=full > 0)
-            partials += tl.sum(partial)
-            fulls += tl.sum(full)
-        nothing = (partials + fulls) == 0
-        tl.store(partial_blocks + list_at, 0, mask=nothing)
-        tl.store(partial_counts + program, tl.where(nothing, 1, partials))
-        tl.store(full_counts + program, fulls)
-
-    return fill

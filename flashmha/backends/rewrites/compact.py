@@ -1,14 +1,13 @@
 """Keys that are real, moved to the front of their row: padding of any pattern as a length, for kernels that take one.
 
 Where no mask depends on a key's position the order of keys does not matter, so a kernel that can stop after the first
-``lengths[b]`` keys serves every pattern of padding. Not a backend; the kernel below is Triton's, which comes with
-torch for CUDA and is imported on first use.
+``lengths[b]`` keys serves every pattern of padding. Not a backend. The kernel (``compact_kernel``) is Triton's, which
+comes with torch for CUDA and is imported on first use.
 """
 
 from __future__ import annotations
 
-import functools
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -71,7 +70,9 @@ def move(sources: Pair, targets: Pair, valid: Tensor, lengths: Tensor | None, *,
         if lengths is not None:
             torch.sum(valid, 1, dtype=torch.int32, out=lengths)
         return
-    kernel()[(batch, -(-seqlen // KEYS), 2)](
+    from .compact_kernel import move_keys_kernel
+
+    move_keys_kernel[(batch, -(-seqlen // KEYS), 2)](
         *sources,
         *targets,
         valid,
@@ -93,83 +94,4 @@ def move(sources: Pair, targets: Pair, valid: Tensor, lengths: Tensor | None, *,
 
 
 KEYS = 32
-"""Keys that a program moves; it counts those before them by itself, which spares a kernel that counts them all."""
-
-
-@functools.cache
-def kernel() -> Any:
-    """A program moves some neighbouring keys, or values."""
-    import triton
-    import triton.language as tl
-
-    @triton.jit  # type: ignore[untyped-decorator]
-    def move_keys(  # type: ignore[no-untyped-def]
-        k_source,
-        v_source,
-        k_target,
-        v_target,
-        valid,
-        lengths,
-        valid_b,
-        valid_s,
-        ks_b,
-        ks_s,
-        ks_h,
-        ks_d,
-        vs_b,
-        vs_s,
-        vs_h,
-        vs_d,
-        kt_b,
-        kt_s,
-        kt_h,
-        kt_d,
-        vt_b,
-        vt_s,
-        vt_h,
-        vt_d,
-        seqlen,
-        head_dim,
-        width,
-        TILE: tl.constexpr,
-        KEYS: tl.constexpr,
-        SCAN: tl.constexpr,
-        BLOCK: tl.constexpr,
-        SCATTER: tl.constexpr,
-    ):
-        item, start, second = tl.program_id(0).to(tl.int64), tl.program_id(1) * KEYS, tl.program_id(2)
-        row = valid + item * valid_b
-        lane = tl.arange(0, SCAN)
-        every, earlier = tl.zeros([SCAN], dtype=tl.int32), tl.zeros([SCAN], dtype=tl.int32)
-        for at in range(0, seqlen, SCAN):
-            index = at + lane
-            one = tl.load(row + index.to(tl.int64) * valid_s, mask=index < seqlen, other=0).to(tl.int32)
-            every += one
-            earlier += tl.where(index < start, one, 0)
-        length = tl.sum(every)
-        key = start + tl.arange(0, KEYS)
-        real = tl.load(row + key.to(tl.int64) * valid_s, mask=key < seqlen, other=0).to(tl.int32)
-        before = tl.sum(earlier) + tl.cumsum(real) - real
-        slot = tl.where(real > 0, before, length + key - before)
-        reached = key < seqlen
-        read, wrote = slot.to(tl.int64), key.to(tl.int64)
-        if SCATTER:
-            read, wrote = wrote, read
-            reached = reached & (slot < length + TILE)
-            tl.store(lengths + item, length, mask=(start + second) == 0)
-        for column in range(0, width, BLOCK):
-            place = column + tl.arange(0, BLOCK)
-            head, part = (place // head_dim)[None, :], (place % head_dim)[None, :]
-            inside = (place < width)[None, :]
-            if second == 0:
-                source = k_source + item * ks_b + read[:, None] * ks_s + head * ks_h + part * ks_d
-                target = k_target + item * kt_b + wrote[:, None] * kt_s + head * kt_h + part * kt_d
-                moved = tl.load(source, mask=(real > 0)[:, None] & inside, other=0.0)
-                tl.store(target, moved, mask=reached[:, None] & inside)
-            else:
-                source = v_source + item * vs_b + read[:, None] * vs_s + head * vs_h + part * vs_d
-                target = v_target + item * vt_b + wrote[:, None] * vt_s + head * vt_h + part * vt_d
-                moved = tl.load(source, mask=(real > 0)[:, None] & inside, other=0.0)
-                tl.store(target, moved, mask=reached[:, None] & inside)
-
-    return move_keys
+"""Keys per program."""
