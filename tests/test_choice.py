@@ -37,7 +37,7 @@ FACTS = [name for name in Backend.__annotations__ if name != "name"]
 @pytest.fixture(autouse=True)
 def untuned(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """No tuned table and nothing remembered, before and after."""
-    monkeypatch.delenv(tuned.VARIABLE, raising=False)
+    monkeypatch.delenv(tuned.TABLE_VARIABLE, raising=False)
     monkeypatch.setattr(tuned, "state", tuned.Tuned())
     choices.clear()
     with everywhere(waits=Waits()):

@@ -154,4 +154,4 @@ def defer(recipe: Recipe) -> Deferred:
 
 
 requests: Memory[tuple[Backend, AttentionSpec]] = Memory()
-"""What ``with_lse_where_given`` said about a shared problem, and of which backend."""
+"""What ``with_lse_where_given`` said about a shared problem, and of which backend: 1 us, and 16 where it is asked."""
