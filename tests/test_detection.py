@@ -294,7 +294,7 @@ def test_a_full_gpu_says_nothing_about_a_build(part: list[Any], monkeypatch: pyt
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
     with monkeypatch.context() as patch:
-        patch.setattr(flash, "run", full)
+        patch.setattr(flash, "try_out", full)
         assert get("flash2").why_not_built(problem()) == "head_dim=64 (CUDA out of memory.)"
     assert get("flash2").why_not_built(problem()) is None
 
