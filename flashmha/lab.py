@@ -60,7 +60,7 @@ class FlashAttentionWrapper(nn.Module):
 
 
 def compare_outputs(Q: Tensor, K: Tensor, V: Tensor, causal: bool = False) -> dict[str, Any]:
-    """How far the wrapper's output lies from the definition's in float64.
+    """The distance of the wrapper's output from the definition's in float64.
 
     Returns ``max_diff`` and ``mean_diff``, absolute; ``allclose``, whether ``max_diff`` is at most ``tolerance``, the
     rule of parity against the plain formula in the dtype of Q (``backends.parity``); and the ``backend`` that ran.
@@ -68,13 +68,13 @@ def compare_outputs(Q: Tensor, K: Tensor, V: Tensor, causal: bool = False) -> di
     with torch.no_grad():
         with record() as calls:
             out = FlashAttentionWrapper(causal=causal)(Q, K, V).double()
-        exact, rounding = plainly(Q, K, V, causal)
+        exact, rounding = explicit_attention(Q, K, V, causal)
         eps = torch.finfo(computed_in(Q)).eps
         # one plain run may err little by luck: more of them, on inputs moved by a rounding
         generator = torch.Generator("cpu").manual_seed(0)
         for _ in range(AGAIN):
             q, k, v = (moved(x, generator) for x in (Q, K, V))
-            rounding = max(rounding, plainly(q, k, v, causal)[1])
+            rounding = max(rounding, explicit_attention(q, k, v, causal)[1])
     found: dict[str, Any] = {"max_diff": 0.0, "mean_diff": 0.0, "allclose": True, "tolerance": 1e-5}
     if out.numel():
         diff = (out - exact).abs()
@@ -89,7 +89,7 @@ def compare_outputs(Q: Tensor, K: Tensor, V: Tensor, causal: bool = False) -> di
     return {**found, "backend": calls[0].backend}
 
 
-def plainly(q: Tensor, k: Tensor, v: Tensor, is_causal: bool) -> tuple[Tensor, float]:
+def explicit_attention(q: Tensor, k: Tensor, v: Tensor, is_causal: bool) -> tuple[Tensor, float]:
     """The definition in float64, and how far a computation of it in the dtype of q is off."""
     exact = standard(q.double(), k.double(), v.double(), is_causal)
     off = (standard(q, k, v, is_causal).double() - exact).abs()
@@ -121,7 +121,7 @@ def benchmark_attention(
             raise ValueError(f"{name} must be at least 1, got {size!r}.")
     if not isinstance(d_model, int) or d_model < 1 or d_model % num_heads:
         raise ValueError(f"d_model must be a multiple of num_heads, got d_model={d_model} and num_heads={num_heads}.")
-    from .host.clock import peak_bytes, quiet, seconds
+    from .host.clock import peak_bytes, quiet_machine, seconds
 
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
@@ -134,7 +134,7 @@ def benchmark_attention(
     runs: dict[str, Callable[[], Any]] = {"standard": lambda: standard(q, k, v), "flash": lambda: wrapper(q, k, v)}
     times: dict[str, list[float]] = {name: [] for name in runs}
     memory: dict[str, float] = {}
-    with torch.no_grad(), quiet(device):
+    with torch.no_grad(), quiet_machine(device):
         with record() as calls:
             wrapper(q, k, v)
         for name, run in runs.items():

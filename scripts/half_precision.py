@@ -25,7 +25,6 @@ from torch import nn
 import flashmha
 from flashmha.benchmark.environment import processor
 from flashmha.host.clock import quiet, seconds
-from flashmha.layer import precision
 from flashmha.problem.wording import short
 
 CPU = torch.device("cpu")
@@ -52,7 +51,10 @@ def measure(dtype: torch.dtype, training: bool, shape: tuple[int, ...]) -> dict[
     arriving = torch.randn(x.shape).to(dtype)
 
     def call(layer: nn.Module, in_float32: bool) -> None:
-        with mock.patch.object(precision, "emulated", lambda dtype: in_float32), torch.inference_mode(not training):
+        without = mock.patch.multiple(  # AMX serves both dtypes
+            torch.cpu, _is_amx_tile_supported=lambda: not in_float32, _is_avx512_bf16_supported=lambda: False
+        )
+        with without, torch.inference_mode(not training):
             out = layer(x, x, x, need_weights=False)[0]
             if training:
                 out.backward(arriving)

@@ -16,7 +16,8 @@ import matplotlib
 import matplotlib.ticker
 from matplotlib.figure import Figure
 
-from flashmha.benchmark.report import Run, load, origin_line
+from flashmha.benchmark.report import origin_line
+from flashmha.benchmark.run_file import Run, load
 from flashmha.benchmark.verdicts import best_peer
 
 ROOT = Path(__file__).parent.parent

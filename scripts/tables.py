@@ -23,23 +23,21 @@ from flashmha.benchmark.cases import Case
 from flashmha.benchmark.peers import HEADLINES
 from flashmha.benchmark.report import (
     ENCODER_LEGEND,
-    KINDS,
-    Run,
+    HOW_WORDS,
     cell,
     cell_of_memory,
     encoder_table,
     extra_microseconds,
     faults,
-    filled,
-    judged,
-    levels,
-    load,
     markdown_table,
     origin_line,
     percent,
+    ratio_and_loss,
     summary_line,
     verdict_table,
+    without_empty_columns,
 )
+from flashmha.benchmark.run_file import Run, levels, load
 from flashmha.benchmark.verdicts import best_peer, share_of_gemm
 
 ROOT = Path(__file__).parent.parent
@@ -115,10 +113,10 @@ def layer_table(run: Run) -> str:
         if skip in ratios:
             rows.append(layer_row(case, f"{words}, `skip_padding`", skip, (skip, "stock"), "stock_best"))
         if "flashmha_graph" in ratios:
-            rows.append(layer_row(case, words + KINDS["graph"], "flashmha_graph", None, "stock_graph", "_graph"))
+            rows.append(layer_row(case, words + HOW_WORDS["graph"], "flashmha_graph", None, "stock_graph", "_graph"))
         if "stock_slow" in ratios.get("flashmha", {}):
             rows.append(layer_row(case, f"{words}, stock off its fast path", "flashmha", None, "stock_slow"))
-    return markdown_table(*filled(COLUMNS, rows))
+    return markdown_table(*without_empty_columns(COLUMNS, rows))
 
 
 def layer_row(
@@ -227,7 +225,7 @@ def short_table() -> str:
         stock = "stock_encoder" if HEADLINES[one][0] == "encoder" else "stock_best"
         where = "H200" if "gpu" in run["env"] else "CPU"
         words = Case.of(case["case"]).words + ", `skip_padding`" * one.endswith("_skip")
-        ratios = [judged(case["ratios"][one].get(peer), run["noise_floor"]) for peer in (stock, best)]
+        ratios = [ratio_and_loss(case["ratios"][one].get(peer), run["noise_floor"]) for peer in (stock, best)]
         against = f"{ratios[1]} ({PEERS.get(best, best)})"
         rows.append((f"{where}, {words}", ratios[0], against, cell_of_memory(case, one, stock)))
     return markdown_table(("case", "stock", "fastest peer", "memory"), rows)

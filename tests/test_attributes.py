@@ -169,7 +169,7 @@ def answer(layer: Any, sharing: str, need_weights: bool, masked: bool) -> dict[s
         return {"error": type(error)}
     leaves = {"query": first, **{name: x for name, x in layer.named_parameters() if x.requires_grad}}
     found = {"out": out} if weights is None else {"out": out, "weights": weights}
-    return found | {name: x for name, x in judge.gradients(found, leaves, 3).items() if x is not None}
+    return found | {name: x for name, x in judge.gradients_of(found, leaves, 3).items() if x is not None}
 
 
 def assert_alike(change: Callable[[Any], Any], training: bool, sharing: str, need_weights: bool, masked: bool) -> None:

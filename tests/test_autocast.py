@@ -54,7 +54,7 @@ def test_the_dtype_said_before_the_projection_is_that_of_the_heads(
 
 def layer_in_float32(x: torch.Tensor, cast: torch.dtype | None) -> bool:
     """A layer of half precision without autocast computes in float32 on a CPU that only emulates it."""
-    return cast is None and x.dtype in (torch.bfloat16, torch.float16) and flashmha.layer.precision.emulated(x.dtype)
+    return cast is None and x.dtype in (torch.bfloat16, torch.float16) and flashmha.layer.precision.is_emulated(x.dtype)
 
 
 @given(cast=st.sampled_from(CASTS[1:]), dtype=st.sampled_from(DTYPES))
@@ -125,7 +125,7 @@ def test_padding_is_left_out_on_a_gpu_where_the_heads_are_packed(
         torch.set_autocast_enabled("cuda", True)
         torch.set_autocast_dtype("cuda", cast)
     heads = dtype if cast is None or dtype == torch.float64 else cast
-    why = padding.refusal(layer, call)
+    why = padding.why_padding_stays(layer, call)
     if heads in (torch.bfloat16, torch.float16):
         assert why is None
     else:

@@ -14,9 +14,13 @@ from flashmha import AttentionSpec, Dense, KeyPadding, NoBackendError, attention
 from flashmha.backends import get, names
 from flashmha.backends.base import HALF
 from flashmha.testing import answer, assert_agrees, noise, seeds, served, specs, tensors
-from flashmha.testing.grid import KINDS, SHAPES, Kernel, built, drawn
+from flashmha.testing.grid import KERNELS_BY_KIND, KERNELS_BY_SHAPE, DrawnKernel, built, drawn
 
-COMPILED = {name: KINDS if get(name).compiles == "kinds" else SHAPES for name in names() if get(name).compiles}
+COMPILED = {
+    name: KERNELS_BY_KIND if get(name).compiles == "kinds" else KERNELS_BY_SHAPE
+    for name in names()
+    if get(name).compiles
+}
 KERNELS = [(name, kernel) for name, grid in COMPILED.items() for kernel in grid]
 DROPPING = [name for name in names() if "dropout" in get(name).limits.features]
 DETERMINISTIC = [name for name in names() if "deterministic" in get(name).limits.features]
@@ -88,7 +92,7 @@ def test_a_log_sum_exp_is_as_fine_as_float32(name: str, device: torch.device, da
 @fewer(16)
 @given(data=st.data(), seed=seeds())
 def test_a_compiled_kernel_agrees_with_the_definition(
-    name: str, kernel: Kernel, device: torch.device, data: st.DataObject, seed: int
+    name: str, kernel: DrawnKernel, device: torch.device, data: st.DataObject, seed: int
 ) -> None:
     check_available(name, device)
     refused = refusal(name, kernel.example(device))

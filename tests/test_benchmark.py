@@ -27,17 +27,17 @@ from flashmha.backends import get, unregister
 from flashmha.backends.naive import Naive
 from flashmha.benchmark import Case, Plan, every_case, run, runner, select
 from flashmha.benchmark.encoders import FlashmhaEncoder, HandEncoder, PackedEncoder, StockEncoder
-from flashmha.benchmark.gate import Seat, admit, judge
-from flashmha.benchmark.inputs import draw
+from flashmha.benchmark.gate import Seat, admit, find_faults
+from flashmha.benchmark.inputs import draw_inputs
 from flashmha.benchmark.kernels import ByHand, Linear, sdpa
-from flashmha.benchmark.lineup import contestants, everybody
+from flashmha.benchmark.lineup import all_contestants, contestants
 from flashmha.benchmark.peers import CONTROL, Contestant, Flashmha, StockBest, Through, how
-from flashmha.benchmark.reference import Reference, definition
-from flashmha.benchmark.report import absences_table, load, markdown, save
+from flashmha.benchmark.reference import Reference, compute_definition
+from flashmha.benchmark.report import absences_table, markdown
 from flashmha.benchmark.rounds import FEWEST, take_turns
+from flashmha.benchmark.run_file import load, save
 from flashmha.benchmark.suites import lengths_of
-from flashmha.benchmark.verdicts import judge as judge_cases
-from flashmha.benchmark.verdicts import middle, noise_floor, ratio, share_of_gemm, verdict
+from flashmha.benchmark.verdicts import judge_cases, middle, noise_floor, ratio, share_of_gemm, verdict
 from flashmha.host.clock import peak_bytes
 
 CPU = torch.device("cpu")
@@ -128,7 +128,7 @@ def test_an_encoders_padding_is_what_its_case_says() -> None:
         if case.level != "encoder" or case.lengths is None:
             continue
         small = dataclasses.replace(case, embed_dim=case.heads, layers=1)
-        hidden = draw(small, CPU, 0).hidden
+        hidden = draw_inputs(small, CPU, 0).hidden
         assert hidden is not None and hidden.shape == (case.batch, case.seqlen_k)
         assert (~hidden).sum(1).tolist() == list(case.lengths)
         assert bool((hidden[:, :-1] & ~hidden[:, 1:]).any()) == case.holes
@@ -184,9 +184,9 @@ OURS = {"layer": "flashmha_best", "core": "attention", "encoder": "flashmha_enco
 @fewer(3)
 @given(drawn, st.integers(0, 9))
 def test_everybody_computes_the_same_or_says_why_not(case: Case, seed: int) -> None:
-    inputs = draw(case, CPU, seed)
+    inputs = draw_inputs(case, CPU, seed)
     reference = Reference.of(inputs)
-    everyone, _ = everybody(CPU)
+    everyone, _ = all_contestants(CPU)
     taking_part = contestants(everyone, case, CPU, backends=["naive"])
     assert {CONTROL, OURS[case.level]} <= {one.name for one in taking_part}
     for contestant in taking_part:
@@ -205,7 +205,7 @@ def encoders(case: Case) -> list[Contestant]:
 @fewer(3)
 @given(stacked, st.integers(0, 9))
 def test_every_encoder_is_right_and_the_packed_one_with_holes_too(case: Case, seed: int) -> None:
-    inputs = draw(case, CPU, seed)
+    inputs = draw_inputs(case, CPU, seed)
     reference = Reference.of(inputs)
     for one in encoders(case):
         seat, row = admit(one, inputs, reference)
@@ -219,7 +219,7 @@ def test_every_encoder_trains_in_half_precision(way: dict[str, str]) -> None:
     case = dataclasses.replace(case, embed_dim=64, heads=2, heads_kv=2, lengths=(20, 64, 3, 41))
     case = dataclasses.replace(case, **{"dtype": "float32", "autocast": None, **way})
     assert case.level == "encoder" and case.mode == "train"
-    inputs = draw(case, CPU, 0)
+    inputs = draw_inputs(case, CPU, 0)
     reference = Reference.of(inputs)
     for one in encoders(case):
         row = admit(one, inputs, reference)[1]
@@ -230,7 +230,7 @@ def test_every_encoder_trains_in_half_precision(way: dict[str, str]) -> None:
 @given(stacked)
 def test_an_encoder_that_forgets_a_token_is_wrong(case: Case) -> None:
     case = dataclasses.replace(case, lengths=(3, 6), autocast=None, dtype="float32", causal=False)
-    inputs = draw(case, CPU, 0)
+    inputs = draw_inputs(case, CPU, 0)
 
     class Forgetful(PackedEncoder):
         def call(self, module: torch.nn.Module, inputs: Any) -> tuple[Tensor, None]:
@@ -264,27 +264,27 @@ class Off(Linear):
 @given(small, st.sampled_from(("out", "NaN", "gradient", "shape")))
 def test_who_is_wrong_has_no_seat(case: Case, part: str) -> None:
     case = dataclasses.replace(case, level="layer", mode="train" if part == "gradient" else "eval")
-    inputs = draw(case, CPU, 0)
+    inputs = draw_inputs(case, CPU, 0)
     seat, row = admit(Off(part), inputs, Reference.of(inputs))
     assert seat is None and row["status"] == "wrong" and row["reason"], row
 
 
 @given(small)
 def test_the_exact_answer_passes_the_gate(case: Case) -> None:
-    reference = Reference.of(draw(case, CPU, 0))
+    reference = Reference.of(draw_inputs(case, CPU, 0))
     rounded = {name: exact.to(reference.plain[name].dtype) for name, exact in reference.exact.items()}
-    assert judge(rounded, reference)[0] == []
+    assert find_faults(rounded, reference)[0] == []
 
 
 @given(drawn, st.integers(1, 400), st.integers(0, 9))
 def test_the_reference_is_stocks_answer_whatever_its_blocks(case: Case, block: int, seed: int) -> None:
-    inputs = draw(case, CPU, seed).to(torch.float64)
+    inputs = draw_inputs(case, CPU, seed).to(torch.float64)
     stock = {"layer": StockBest, "core": ByHand, "encoder": StockEncoder}[case.level]()
     seat = Seat(stock, inputs)
     seat.module.train()  # off the fast path
     with torch.inference_mode(not seat.leaves):
         expected = seat.collect(seat.run())
-    found = definition(inputs, block)
+    found = compute_definition(inputs, block)
     assert found.keys() == expected.keys()
     for name, x in found.items():
         torch.testing.assert_close(x, expected[name], rtol=1e-9, atol=1e-11, msg=lambda text, name=name: name + text)
@@ -293,9 +293,9 @@ def test_the_reference_is_stocks_answer_whatever_its_blocks(case: Case, block: i
 @given(drawn)
 def test_the_operations_of_a_forward_are_those_of_its_definition(case: Case) -> None:
     case = dataclasses.replace(case, mode="eval", causal=False, lengths=None)
-    inputs = draw(case, CPU, 0)
+    inputs = draw_inputs(case, CPU, 0)
     with FlopCounterMode(display=False) as counter:
-        definition(inputs)
+        compute_definition(inputs)
     assert counter.get_total_flops() == case.flop
 
 
@@ -308,7 +308,7 @@ def test_masks_and_padding_need_fewer_operations_and_training_more(case: Case) -
 
 def test_one_wrong_row_at_the_end_is_seen_through_blocks() -> None:
     case = dataclasses.replace(select(every_case(), globs=[TINY])[0], mode="eval")
-    inputs = draw(case, CPU, 0)
+    inputs = draw_inputs(case, CPU, 0)
 
     class LastRow(Linear):
         def call(self, module: torch.nn.Module, inputs: Any) -> tuple[Tensor, None]:
@@ -324,7 +324,7 @@ def test_one_wrong_row_at_the_end_is_seen_through_blocks() -> None:
 def test_padded_rows_count_for_those_who_promise_them() -> None:
     case = select(every_case(), ["padded"], modes=["eval"])[0]
     case = dataclasses.replace(case, embed_dim=16, heads=2, heads_kv=2)
-    inputs = draw(case, CPU, 0)
+    inputs = draw_inputs(case, CPU, 0)
     reference = Reference.of(inputs)
 
     class Emptied(Linear):
@@ -556,7 +556,7 @@ def test_no_marker_is_cut_and_no_table_is_empty(found: dict[str, Any]) -> None:
 
     figures: list[Any] = []
     with mock.patch.object(plots.Figure, "savefig", lambda figure, *where, **options: figures.append(figure)):
-        plots.draw(found, Path("nowhere"))
+        plots.draw_plots(found, Path("nowhere"))
     for figure in figures:
         for ax in figure.axes:
             for line in ax.lines:
@@ -634,7 +634,7 @@ def test_a_wrong_call_takes_one_line(arguments: list[str], capsys: pytest.Captur
 
 
 def test_peers_are_chosen_by_name_and_compiled_ones_only_when_asked() -> None:
-    everyone, absent = everybody(CPU)
+    everyone, absent = all_contestants(CPU)
     small, causal = (select(every_case(), [suite], levels=["layer"])[0] for suite in ("small", "causal"))
 
     def names(case: Case, *peers: str) -> set[str]:
@@ -650,7 +650,7 @@ def test_peers_are_chosen_by_name_and_compiled_ones_only_when_asked() -> None:
 def test_everybody_is_here_or_absent_with_a_reason() -> None:
     from flashmha.benchmark.plots import LINES, PAIRS
 
-    everyone, absent = everybody(CPU)
+    everyone, absent = all_contestants(CPU)
     here = {one.name for one in everyone}
     assert not here & absent.keys() and all(absent.values())
     shown = {name for pairs in PAIRS.values() for pair in pairs.values() for name in pair} | LINES.keys()
@@ -699,10 +699,10 @@ def packages(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
 @settings(fewer(5), suppress_health_check=[HealthCheck.function_scoped_fixture, *slow])
 @given(case=drawn.map(lambda case: dataclasses.replace(case, dtype="bfloat16")))
 def test_a_package_called_by_hand_is_timed_if_right_and_else_says_why(packages: str, case: Case) -> None:
-    inputs = draw(case, CPU, 0)
+    inputs = draw_inputs(case, CPU, 0)
     reference = Reference.of(inputs)
     by_hand = ("flash_attn_4", "flash_attn_3", "flash_attn_2", "linear_flash_attn_4")
-    everyone, absent = everybody(CPU)
+    everyone, absent = all_contestants(CPU)
     assert not absent.keys() & {*by_hand, "flash_attn_mha", "flash_attn_3_kvcache"}
     for one in contestants(everyone, case, CPU, peers=[*by_hand, "flash_attn_mha"], backends=[]):
         if one.ours:
@@ -724,14 +724,14 @@ def test_a_package_called_by_hand_is_timed_if_right_and_else_says_why(packages: 
 def test_a_cache_is_for_decoding(packages: str) -> None:
     case = select(every_case(), ["decode"])[0]
     case = dataclasses.replace(case, seqlen_k=64, embed_dim=64)
-    one = next(one for one in everybody(CPU)[0] if one.name == "flash_attn_2_kvcache")
-    inputs = draw(case, CPU, 0)
+    one = next(one for one in all_contestants(CPU)[0] if one.name == "flash_attn_2_kvcache")
+    inputs = draw_inputs(case, CPU, 0)
     assert admit(one, inputs, Reference.of(inputs))[1]["status"] == "ok"
     assert one.refuses(dataclasses.replace(case, suite="dense")) is not None
 
 
 def test_an_encoder_is_run_as_its_case_says() -> None:
-    everyone, absent = everybody(CPU)
+    everyone, absent = all_contestants(CPU)
     for case in every_case("cuda"):
         if case.level == "encoder" and case.how != "reduced" and "stock_encoder_compiled" not in absent:
             names = {one.name for one in contestants(everyone, case, CPU, backends=[])}
@@ -795,7 +795,7 @@ def test_who_finds_no_memory_beside_the_others_takes_no_part(monkeypatch: pytest
 
 def test_ours_that_raises_has_failed_and_a_peer_is_refused() -> None:
     case = select(every_case(), globs=[TINY])[0]
-    inputs = draw(case, CPU, 0)
+    inputs = draw_inputs(case, CPU, 0)
 
     class Raises(Linear):
         def call(self, module: torch.nn.Module, inputs: Any) -> tuple[Tensor, None]:
@@ -809,7 +809,7 @@ def test_ours_that_raises_has_failed_and_a_peer_is_refused() -> None:
 
 
 def test_a_seat_trains_every_parameter_and_leaves_no_gradient() -> None:
-    inputs = draw(select(every_case(), globs=[TINY])[0], CPU, 0)
+    inputs = draw_inputs(select(every_case(), globs=[TINY])[0], CPU, 0)
     seat = Seat(Flashmha("ours", StockBest()), inputs)
     found = seat.collect(seat.run())
     assert {name for name in found if name.startswith("gradient")} == {

@@ -22,22 +22,11 @@ from torch import Tensor, nn
 
 import flashmha
 from flashmha import FlashMultiHeadAttention, Window, replace_mha, restore_mha, swap_report
-from flashmha.layer.features import ABSENT
-from flashmha.testing import (
-    Architecture,
-    Tree,
-    anatomy,
-    architectures,
-    assert_drop_in,
-    assert_same,
-    judge,
-    noise,
-    randomized,
-    seeds,
-    trees,
-)
-from flashmha.testing.models.encoder import fused_architectures, quiet
-from flashmha.testing.models.tree import WIDTH, Block, Group, Leaf
+from flashmha.layer.features import STOCK_VALUES
+from flashmha.testing import assert_drop_in, assert_same, judge, noise, randomized, seeds
+from flashmha.testing.models import Architecture, Tree, anatomy, architectures, trees
+from flashmha.testing.models.encoder import fused_architectures, without_warnings
+from flashmha.testing.models.tree import WIDTH, Block, Leaf, ModuleGroup
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16)
 
@@ -82,7 +71,7 @@ def in_eval(model: nn.Module, x: Tensor) -> Tensor:
 def gradients(module: nn.Module, out: Tensor) -> dict[str, Tensor]:
     """The gradient of every parameter that trains, for one random cotangent."""
     leaves = {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
-    found = judge.gradients({"out": out}, leaves, 7)
+    found = judge.gradients_of({"out": out}, leaves, 7)
     return {name: torch.zeros_like(leaves[name]) if grad is None else grad for name, grad in found.items()}
 
 
@@ -235,7 +224,7 @@ def test_options_reach_layers_that_were_built_as_flashmha_s_and_restoring_brings
     replace_mha(model, **options)
     replace_mha(model, **options)
     alike = kind(WIDTH, 2, **(own | options))
-    for name in ABSENT:
+    for name in STOCK_VALUES:
         assert repr(getattr(model["built"], name)) == repr(getattr(alike, name)), name
     told = {row.name: row.why for row in swap_report(model)}
     assert "built" in told["built"] and all(name in told["built"] for name in options)
@@ -633,7 +622,7 @@ def test_pruned_and_weight_normed_layers_swap_and_go_on() -> None:
     stock, model, x = attention(), attention(), inputs()
     for layer in (stock, model):
         prune.l1_unstructured(layer, "in_proj_weight", amount=0.5)
-        with quiet():
+        with without_warnings():
             torch.nn.utils.weight_norm(layer.out_proj)
             torch.nn.utils.weight_norm(layer, "in_proj_bias", dim=None)
     replace_mha(model)
@@ -663,7 +652,7 @@ class Twice(nn.Module):
 
 
 def quantizable() -> nn.MultiheadAttention:
-    with quiet():
+    with without_warnings():
         from torch.ao.nn.quantizable import MultiheadAttention
 
         return MultiheadAttention(WIDTH, 2, batch_first=True)
@@ -772,7 +761,7 @@ def fsdp1(module: nn.Module) -> nn.Module:
     from torch.distributed.fsdp import FullyShardedDataParallel
 
     # without a device FSDP1 wants an accelerator
-    with quiet():
+    with without_warnings():
         return FullyShardedDataParallel(module, device_id=torch.device("cpu"))
 
 
@@ -954,7 +943,7 @@ class Transparent(nn.Module):
 
 def test_a_compiled_model_is_swapped_through_its_wrapper_after_its_first_call_too() -> None:
     torch._dynamo.reset()
-    tree = Tree(Group("sequential", (Leaf(mask="causal"), Leaf(num_heads=4, need_weights=True))))
+    tree = Tree(ModuleGroup("sequential", (Leaf(mask="causal"), Leaf(num_heads=4, need_weights=True))))
     stock, model, x = tree.build(), tree.build(), tree.inputs()
     wrapper = compiled(model)
     for change in (lambda module: module, replace_mha, restore_mha):

@@ -12,7 +12,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from flashmha import FlashMultiHeadAttention, replace_mha, restore_mha
-from flashmha.testing import Architecture, EncoderMasks, assert_same
+from flashmha.testing import assert_same
+from flashmha.testing.models import Architecture, EncoderMasks
 
 RANKS = 2
 STEPS = 2

@@ -20,7 +20,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from flashmha import Dense, FlashMultiHeadAttention, KeyLengths
 from flashmha.backends.sdpa.switches import switches
 from flashmha.testing import noise, seeds
-from flashmha.weights import attend, deferred
+from flashmha.weights import attend, cell
 from flashmha.weights.deferred import Deferred, fill
 
 
@@ -28,7 +28,7 @@ from flashmha.weights.deferred import Deferred, fill
 def every_map_is_deferred() -> Iterator[None]:
     """Also the small ones, which are ordinary tensors otherwise."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(attend, "SMALL", 0)
+        patch.setattr(attend, "FEW_SCORES", 0)
         yield
 
 
@@ -307,7 +307,7 @@ def test_maps_that_are_kept_hold_little_more_than_their_values(look: str, grad: 
     layer, kept, cells = FlashMultiHeadAttention(256, 4, batch_first=True), [], []
     layer.register_forward_hook(lambda module, arguments, output: kept.append(output[1]) if look == "hook" else None)
     x = torch.randn(2, 8, 256)
-    for _ in range(3 * deferred.KEPT):
+    for _ in range(3 * cell.MOST_UNREAD):
         with torch.set_grad_enabled(grad):
             out, unread = layer(x, x, x)
         assert type(unread) is Deferred and unread.cell is not None
@@ -316,13 +316,13 @@ def test_maps_that_are_kept_hold_little_more_than_their_values(look: str, grad: 
         if grad:
             out.sum().backward()
     unread = None
-    assert sum(cell.made is None for cell in cells) <= deferred.KEPT
+    assert sum(one.made is None for one in cells) <= cell.MOST_UNREAD
     assert all(cell.make is None for cell in cells if cell.made is not None)
 
 
 def test_maps_that_are_dropped_are_not_computed() -> None:
     layer, x, cells = FlashMultiHeadAttention(256, 4, batch_first=True), torch.randn(2, 8, 256), []
-    for _ in range(3 * deferred.KEPT):
+    for _ in range(3 * cell.MOST_UNREAD):
         out, unread = layer(x, x, x)
         cells.append(weakref.ref(unread.cell))
     assert sum(cell() is not None for cell in cells) == 1 and cells[-1]().made is None
@@ -331,7 +331,7 @@ def test_maps_that_are_dropped_are_not_computed() -> None:
 
 def test_a_map_smaller_unread_than_read_waits_for_a_look() -> None:
     layer, x = FlashMultiHeadAttention(4, 2, batch_first=True), torch.randn(1, 64, 4)
-    kept = [layer(x, x, x)[1] for _ in range(3 * deferred.KEPT)]
+    kept = [layer(x, x, x)[1] for _ in range(3 * cell.MOST_UNREAD)]
     assert all(unread.cell is not None and unread.cell.made is None for unread in kept)
 
 

@@ -16,21 +16,11 @@ from torch import Tensor, nn
 
 import flashmha
 from flashmha import FlashMultiHeadAttention, replace_mha, restore_mha, swap_report
-from flashmha.testing import (
-    Architecture,
-    EncoderMasks,
-    anatomy,
-    architectures,
-    assert_drop_in,
-    assert_same,
-    encoder_masks,
-    noise,
-    transformers,
-    without_fast_path,
-)
-from flashmha.testing.judge import gradients
-from flashmha.testing.models.encoder import fused_architectures, quiet
-from flashmha.testing.models.transformer import KINDS
+from flashmha.testing import assert_drop_in, assert_same, noise, without_fast_path
+from flashmha.testing.judge import gradients_of
+from flashmha.testing.models import Architecture, EncoderMasks, anatomy, architectures, encoder_masks, transformers
+from flashmha.testing.models.encoder import fused_architectures, without_warnings
+from flashmha.testing.models.transformer import MODEL_KINDS
 from flashmha.testing.models.tree import WIDTH
 from flashmha.testing.record import placed
 
@@ -50,7 +40,7 @@ def real(architecture: Architecture, masks: EncoderMasks, out: Tensor) -> Tensor
 # The whole encoder
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", MODEL_KINDS)
 @given(data=st.data(), grad=st.booleans())
 def test_a_swapped_transformer_computes_what_stock_does_without_its_fast_path(
     kind: str, data: st.DataObject, grad: bool
@@ -85,7 +75,7 @@ def test_a_swapped_encoder_computes_what_stock_s_fast_path_does_at_real_position
         out, expected = model(x, **given_masks), stock(x, **given_masks)
     assert out.shape == expected.shape
     assert bool(out.isfinite().all())
-    if not masks.miscast:
+    if not masks.attention.startswith("ALiBi"):  # stock's fast path reads a float mask as a bool one, pytorch#118628
         kept, wanted = real(architecture, masks, out), real(architecture, masks, expected)
         finite = wanted.isfinite().all(dim=-1)
         assert masks.blind or bool(finite.all())
@@ -190,7 +180,7 @@ def test_learning_goes_on_where_stock_has_nothing_but_nan() -> None:
     masks = EncoderMasks(padding="whole items")
     model = replace_mha(Architecture().encoder())
     out = model(Architecture().inputs(2, 4), **masks.arguments(2))
-    for grad in gradients({"out": out}, dict(model.named_parameters()), 7).values():
+    for grad in gradients_of({"out": out}, dict(model.named_parameters()), 7).values():
         assert grad is not None and bool(grad.isfinite().all())
 
 
@@ -230,7 +220,7 @@ def test_strided_nested_tensors_go_through_a_swapped_layer_in_eval_as_through_st
 ) -> None:
     check_activation(architecture)
     items = [noise(architecture.seed + i, length, WIDTH) for i, length in enumerate(lengths)]
-    with quiet():
+    with without_warnings():
         batch = torch.nested.nested_tensor(items)
     for build in (architecture.layer, lambda: architecture.encoder()):
         stock, model = twins(build)
@@ -430,7 +420,7 @@ def test_a_layer_with_features_put_into_a_stock_encoder_by_hand_runs_in_eval_too
 
 @pytest.mark.parametrize("kind", FEATURED)
 def test_encoders_that_clone_a_featured_layer_run_every_clone_in_eval(kind: str) -> None:
-    with quiet():
+    with without_warnings():
         layer = Architecture().layer()
         layer.self_attn = FEATURED[kind](WIDTH, 2, batch_first=True, dtype=torch.float64)
         model = nn.TransformerEncoder(layer, 3)
@@ -458,7 +448,7 @@ def test_a_method_overridden_on_the_instance_counts_in_eval_too() -> None:
 def test_a_swapped_encoder_can_be_scripted_and_computes_the_same(norm_first: bool, training: bool) -> None:
     architecture = Architecture(norm_first=norm_first, norm=True, training=training)
     model = replace_mha(architecture.encoder())
-    with quiet():
+    with without_warnings():
         scripted = torch.jit.script(model)
     for kinds in ({}, {"attention": "bool causal"}, {"attention": "ALiBi"}, {"padding": "bool"}, {"padding": "holes"}):
         masks = EncoderMasks(batch=2, seqlen=4, **kinds)
@@ -490,7 +480,7 @@ def test_a_swapped_encoder_compiles_into_one_graph(masks: EncoderMasks, training
         out, expected = compiled(x, **given_masks), model(x, **given_masks)
         assert_same(out, expected)
         parameters = dict(model.named_parameters())
-        assert_same(gradients({"out": out}, parameters, 7), gradients({"out": expected}, parameters, 7))
+        assert_same(gradients_of({"out": out}, parameters, 7), gradients_of({"out": expected}, parameters, 7))
     else:
         with torch.no_grad(), without_fast_path():  # beside which the model itself leaves padding out
             assert_same(compiled(x, **given_masks), model(x, **given_masks))

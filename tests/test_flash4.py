@@ -22,7 +22,7 @@ from flashmha.backends.flash_attn import flash4_kernels
 from flashmha.backends.flash_attn.flash4 import Flash4, kernel_kind
 from flashmha.backends.rewrites import block_tables, compact
 from flashmha.testing import assert_agrees, noise, seeds, specs
-from flashmha.testing.grid import KINDS, drawn
+from flashmha.testing.grid import KERNELS_BY_KIND, drawn
 
 pytestmark = pytest.mark.cpu("pretends the kernels")
 
@@ -132,7 +132,7 @@ def test_the_package_is_told_the_whole_problem(spec: AttentionSpec, seed: int) -
 
 @given(data=st.data(), seed=seeds())
 def test_every_kind_that_is_compiled_is_told_right(data: st.DataObject, seed: int) -> None:
-    spec = data.draw(drawn(st.sampled_from(KINDS), torch.device("cpu")))
+    spec = data.draw(drawn(st.sampled_from(KERNELS_BY_KIND), torch.device("cpu")))
     assert_agrees(Pretended(), dataclasses.replace(spec, head_dim=24, head_dim_v=24), seed)
 
 

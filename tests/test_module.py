@@ -19,7 +19,7 @@ from flashmha import Documents, FlashMultiHeadAttention, KeyPadding, Window, rec
 from flashmha.layer import shortcut
 from flashmha.layer.arguments import Arguments
 from flashmha.testing import Blueprint, Call, ask, assert_drop_in, assert_same, blueprints, noise, problems
-from flashmha.testing.call import ATTN_MASKS, LAYOUTS, SHARINGS
+from flashmha.testing.call import ATTN_MASKS, INPUT_LAYOUTS, SHARINGS
 
 EXACT = (torch.float64,)
 WARNING = "Support for mismatched key_padding_mask and attn_mask is deprecated. Use same type for both instead."
@@ -242,7 +242,7 @@ blind_problems = problems(
     batches=SIZES,
     seqlens=LENGTHS,
     attn_masks=tuple(kind for kind in ATTN_MASKS if "causal" not in kind),
-    layouts=LAYOUTS[:3],
+    layouts=INPUT_LAYOUTS[:3],
     blind=True,
 )
 
@@ -826,7 +826,11 @@ def test_a_layer_shows_what_it_has_beyond_the_stock_one(features: dict[str, Any]
 
 @given(
     problem=problems(
-        layers=blueprints(dtypes=EXACT), batches=SIZES, seqlens=LENGTHS, layouts=LAYOUTS[:3], attn_masks=ATTN_MASKS[3:5]
+        layers=blueprints(dtypes=EXACT),
+        batches=SIZES,
+        seqlens=LENGTHS,
+        layouts=INPUT_LAYOUTS[:3],
+        attn_masks=ATTN_MASKS[3:5],
     ),
     one_head=st.booleans(),
 )

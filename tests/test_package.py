@@ -184,7 +184,6 @@ SPEC = flashmha.AttentionSpec(1, 3, 3, 2, 2, 4, 4, mask=flashmha.causal())
         flashmha.NoBackendError(SPEC, {}),
         flashmha.causal,
         flashmha.testing.Blueprint(),
-        flashmha.testing.Architecture(),
     ),
     ids=lambda thing: getattr(thing, "__name__", type(thing).__name__),
 )

@@ -21,7 +21,7 @@ def spec_of(layer: nn.Module, x: Tensor) -> torch.dtype:
 
 @pytest.fixture(params=(True, False))
 def emulated(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
-    monkeypatch.setattr(precision, "emulated", lambda dtype: request.param)
+    monkeypatch.setattr(precision, "is_emulated", lambda dtype: request.param)
     return bool(request.param)
 
 
@@ -35,9 +35,9 @@ def test_a_dtype_is_emulated_where_an_x86_has_no_instructions_for_it(
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512_bf16)
     monkeypatch.setattr(precision.platform, "machine", lambda: machine)
     lacking = machine == "x86_64" and not amx
-    assert precision.emulated(torch.float16) == lacking
-    assert precision.emulated(torch.bfloat16) == (lacking and not avx512_bf16)
-    assert not precision.emulated(torch.float32)
+    assert precision.is_emulated(torch.float16) == lacking
+    assert precision.is_emulated(torch.bfloat16) == (lacking and not avx512_bf16)
+    assert not precision.is_emulated(torch.float32)
 
 
 @pytest.mark.usefixtures("emulated")

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 import flashmha
 from flashmha import FlashMultiHeadAttention, Window, causal, explain, replace_mha, swap_report
 from flashmha.swap import route
-from flashmha.testing import Architecture, EncoderMasks, architectures, assert_same, encoder_masks, noise
+from flashmha.testing import assert_same, noise
+from flashmha.testing.models import Architecture, EncoderMasks, architectures, encoder_masks
 from flashmha.testing.models.encoder import fused_architectures, without_fast_path
 
 pytestmark = [

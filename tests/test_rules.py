@@ -137,7 +137,7 @@ def of_model(model: nn.Module, x: Tensor, hidden: Tensor, **more: Any) -> list[T
 @contextlib.contextmanager
 def as_tensors() -> Any:
     """Encoders that hand their padding down as it came."""
-    with mock.patch.object(route, "handed_down", lambda encoder, src, mask, padding, known: padding):
+    with mock.patch.object(route, "hand_down", lambda encoder, src, mask, padding, known: padding):
         yield
 
 
@@ -627,14 +627,14 @@ def test_an_order_is_part_of_one_graph() -> None:
 @contextlib.contextmanager
 def a_gpu_that_moves_keys() -> Any:
     """Tokens take another order as they would on a GPU."""
-    whole = route.padding.positioned
+    whole = route.padding.why_order_counts
 
     def on_a_gpu(layer: Any, call: Any) -> str | None:
         why = whole(layer, call)
         return None if why is not None and why.startswith("no kernel") else why
 
     moves = mock.patch.object(route, "moves_keys", lambda src, valid: True)
-    with mock.patch.object(route.padding, "positioned", on_a_gpu), moves:
+    with mock.patch.object(route.padding, "why_order_counts", on_a_gpu), moves:
         yield
 
 

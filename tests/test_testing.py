@@ -23,9 +23,9 @@ from flashmha import AttentionSpec, Backend, Dense, Documents, KeyLengths, KeyPa
 from flashmha.backends import get
 from flashmha.backends.base import FEATURES
 from flashmha.commands import verify
-from flashmha.testing import dropout, judge
-from flashmha.testing.attention import MASKS
-from flashmha.testing.models import tree
+from flashmha.testing import definitions, dropout
+from flashmha.testing.drawn_masks import MASK_KINDS
+from flashmha.testing.models import Transformer, Tree, tree, trees
 
 pytestmark = pytest.mark.filterwarnings("ignore:Support for mismatched:UserWarning")
 naive = get("naive")
@@ -155,7 +155,7 @@ BUGS: dict[str, tuple[Bug, set[str]]] = {
     "softcap forgotten": (changed(softcap=None), {"softcap"}),
     "sinks forgotten": (changed(sinks=None), {"sinks"}),
     "bias forgotten": (changed(bias=None), {"bias", "alibi"}),
-    "NaN in blind rows": (with_out(nan_where_blind), set(MASKS)),
+    "NaN in blind rows": (with_out(nan_where_blind), set(MASK_KINDS)),
     "lse to the base 2": (with_lse(lambda lse: lse / math.log(2)), {"lse"}),
     "lse without a gradient": (with_lse(torch.Tensor.detach), LSE_GRAD),
     "v without a gradient": (lambda q, k, v, spec: naive(q, k, v.detach(), spec), {"backward"}),
@@ -217,8 +217,8 @@ SIX = (
 @pytest.mark.parametrize("run", RUNS)
 def test_verify_finds_a_planted_bug_and_says_how_to_see_it_again(name: str, run: int) -> None:
     wrong = seeded(PLANTED[name])
-    drawn = verify.Draw.of(verify_options(f"--seed {run}"))
-    verdict = verify.judge(wrong(), torch.device("cpu"), drawn, lambda: None)
+    drawn = verify.DrawnProblems.of(verify_options(f"--seed {run}"))
+    verdict = verify.verify_backend(wrong(), torch.device("cpu"), drawn, lambda: None)
     assert verdict.verdict == "FAILS" and verdict.paste is not None
     with pytest.raises(AssertionError) as caught:
         pasted(verdict.paste, Seeded=wrong)
@@ -255,14 +255,14 @@ def test_the_repr_of_a_problem_builds_it_again(spec: AttentionSpec, seed: int) -
 def test_a_mask_is_pasted_whatever_its_bounds(mask: Mask | None, align: str | None, left: int, right: int) -> None:
     window = None if align is None else Window(left, right, align=align)
     both = window if mask is None else mask if window is None else mask & window
-    spec = testing.attention.Problem(1, 70, 9, 3, 3, 1, 1, mask=both)
+    spec = testing.attention.DrawnSpec(1, 70, 9, 3, 3, 1, 1, mask=both)
     again = pasted(repr(spec)).allowed()
     assert (again is None and spec.allowed() is None) or torch.equal(again, spec.allowed())
 
 
 def test_what_is_written_to_is_written_out() -> None:
     table = testing.coins(3, 0.5, 1, 1, 6, 6)
-    spec = testing.attention.Problem(1, 6, 6, 1, 1, 1, 1, mask=Dense(table))
+    spec = testing.attention.DrawnSpec(1, 6, 6, 1, 1, 1, 1, mask=Dense(table))
     assert "coins(3, 0.5, 1, 1, 6, 6)" in repr(spec)
     table[0, 0, 0, 0] = ~table[0, 0, 0, 0]
     assert "coins" not in repr(spec) and torch.equal(pasted(repr(spec)).mask.allowed, table)
@@ -410,7 +410,7 @@ def test_sums_one_after_another_are_those_of_matrices() -> None:
     for dtype in (torch.float64, torch.bfloat16):
         one, two = (testing.noise(place, 2, *sizes, dtype=dtype) for place, sizes in enumerate(((3, 4), (4, 5))))
         answers = []
-        for multiply, factor in ((torch.bmm, ()), (judge.Product.apply, (1.3,))):
+        for multiply, factor in ((torch.bmm, ()), (definitions.Product.apply, (1.3,))):
             leaves = [x.detach().requires_grad_() for x in (one, two)]
             out = multiply(*leaves, *factor)
             answers.append([out.detach(), *torch.autograd.grad(out.square().sum(), leaves)])
@@ -422,7 +422,7 @@ def test_sums_one_after_another_are_those_of_matrices() -> None:
 def test_a_definition_by_other_operations_is_the_definition(spec: AttentionSpec, seed: int) -> None:
     spec = dataclasses.replace(spec, dropout_p=0.0)
     expected = testing.answer(naive, spec, seed).named
-    with_mode = testing.answer(judge.OneByOne(naive, 1.3), spec, seed).named
+    with_mode = testing.answer(definitions.OneByOne(naive, 1.3), spec, seed).named
     for name, tensor in expected.items():
         finite = tensor.isfinite()
         assert torch.equal(finite, with_mode[name].isfinite())
@@ -431,7 +431,7 @@ def test_a_definition_by_other_operations_is_the_definition(spec: AttentionSpec,
 
 def test_the_definition_takes_the_other_operations() -> None:
     spec = AttentionSpec(1, 5, 7, 2, 2, 192, 192, needs_grad=True)
-    plain, other = (testing.answer(one, spec, 0).named for one in (naive, judge.OneByOne(naive, 1.3)))
+    plain, other = (testing.answer(one, spec, 0).named for one in (naive, definitions.OneByOne(naive, 1.3)))
     assert all(not torch.equal(tensor, other[name]) for name, tensor in plain.items())
 
 
@@ -726,7 +726,7 @@ def reset_one(model: nn.Module) -> nn.Module:
 def test_a_wrong_swap_is_caught(swap: Callable[[nn.Module], nn.Module], said: str) -> None:
     @FRESH
     @given(testing.models())
-    def law(model: testing.Tree | testing.Transformer) -> None:
+    def law(model: Tree | Transformer) -> None:
         with testing.without_fast_path():
             testing.assert_drop_in(model.build(), swap(model.build()), kwargs=model.arguments())
 
@@ -735,12 +735,12 @@ def test_a_wrong_swap_is_caught(swap: Callable[[nn.Module], nn.Module], said: st
 
 
 @given(testing.models())
-def test_a_model_is_built_and_called_alike_each_time(model: testing.Tree | testing.Transformer) -> None:
+def test_a_model_is_built_and_called_alike_each_time(model: Tree | Transformer) -> None:
     with testing.without_fast_path():
         testing.assert_drop_in(model.build(), model.build(), kwargs=model.arguments())
 
 
-@given(st.one_of(testing.blueprints(), testing.problems().map(lambda problem: problem[1]), testing.trees()))
+@given(st.one_of(testing.blueprints(), testing.problems().map(lambda problem: problem[1]), trees()))
 def test_the_repr_of_a_record_builds_it_again(record: Any) -> None:
     names = {**vars(testing), **vars(tree), "torch": torch}
     assert eval(repr(record), names) == record

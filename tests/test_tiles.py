@@ -29,7 +29,9 @@ from flashmha.weights import tiles
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 LIMITS = Limits(
     devices=(),
-    dtypes=(torch.float32, torch.float16) if INTERPRETED else tiles.DTYPES,  # interpreted, bfloat16 is multiplied wrong
+    dtypes=(torch.float32, torch.float16)
+    if INTERPRETED
+    else tiles.KERNEL_DTYPES,  # interpreted, bfloat16 is multiplied wrong
     features=frozenset(FEATURES) - {"rule", "documents", "alibi", "softcap", "sinks", "backward", "dropout"},
 )
 SHARED_MEMORY = {"A100": 166912, "RTX 4090": 101376, "H200": 232448}
@@ -84,11 +86,11 @@ def test_gradients_want_bfloat16(spec: AttentionSpec) -> None:
 
 @pytest.mark.cpu("a CPU runs no kernels")
 def test_a_cpu_keeps_the_blocks() -> None:
-    assert tiles.why_not_here(torch.device("cpu")) == "needs a GPU of NVIDIA's"
+    assert tiles.why_not_here(torch.device("cpu")) == "needs an NVIDIA GPU"
 
 
 @pytest.mark.parametrize("name", SHARED_MEMORY)
-@given(head_dim=st.integers(1, 256), dtype=st.sampled_from(tiles.DTYPES), tables=st.booleans())
+@given(head_dim=st.integers(1, 256), dtype=st.sampled_from(tiles.KERNEL_DTYPES), tables=st.booleans())
 def test_operands_fit_shared_memory(name: str, head_dim: int, dtype: torch.dtype, tables: bool) -> None:
     cut = tiles.tiling(head_dim, dtype, SHARED_MEMORY[name], tables)
     assert cut.shared(dtype.itemsize) <= SHARED_MEMORY[name] - tiles.SPARE
@@ -121,7 +123,7 @@ def test_tables_say_what_the_mask_says(spec: AttentionSpec) -> None:
 @given(left=st.integers(0, 2**40), right=st.integers(0, 2**40), seqlen_q=st.integers(1, 9), seqlen_k=st.integers(1, 9))
 def test_bounds_are_no_larger_than_the_problem(left: int, right: int, seqlen_q: int, seqlen_k: int) -> None:
     window = Window(left, right, align="top_left").to_bottom_right(seqlen_q, seqlen_k)
-    found = tiles.bounds([window], seqlen_q, seqlen_k)
+    found = tiles.window_bounds([window], seqlen_q, seqlen_k)
     assert found is not None and max(map(abs, found)) <= max(seqlen_q, seqlen_k)
 
 
@@ -135,7 +137,7 @@ def test_weights_are_those_of_the_definition(
     exact, lse = defined(spec, q, k, average, torch.float64)
     plain, _ = defined(spec, q, k, average)
     given_lse = lse.float() if with_lse and spec.bias is None else None
-    actual = tiles.weights(q, k, given_lse, spec, average, dtype)
+    actual = tiles.make_weights(q, k, given_lse, spec, average, dtype)
     assert_close("weights", actual, plain.to(dtype), exact, spec.dtype)
     assert not actual[exact.sum(dim=-1) == 0.0].any(), "a blind row has weights"
 
@@ -160,7 +162,7 @@ def test_gradients_are_those_of_the_definition(
         if dtype == torch.float64:
             statistics = lse.detach().float() if with_lse and spec.bias is None else None
     with torch.no_grad():
-        actual = tiles.gradients(q, k, statistics, spec, average, grad)
+        actual = tiles.make_gradients(q, k, statistics, spec, average, grad)
     for name, ours, exact, plain in zip("qk", actual, *answers):
         assert_close(f"gradient of {name}", ours, plain, exact, spec.dtype)
 
@@ -171,7 +173,7 @@ def test_rows_sum_to_one(machine: torch.device, spec: AttentionSpec, seed: int) 
     spec = spec.changed(dtype=torch.float32)
     q, k, _ = tensors(spec, seed)
     exact, _ = defined(spec, q, k, False, torch.float64)
-    total = tiles.weights(q, k, None, spec, False, torch.float32).double().sum(dim=-1)
+    total = tiles.make_weights(q, k, None, spec, False, torch.float32).double().sum(dim=-1)
     torch.testing.assert_close(total, exact.sum(dim=-1).round(), atol=1e-5, rtol=0.0)
 
 
@@ -201,7 +203,7 @@ def test_a_nan_stays_a_nan(machine: torch.device, spoilt: str) -> None:
     exact, lse = defined(spec, q, k, True)
     for dtype, statistics in ((torch.float32, None), (torch.float16, lse)):
         given_spec = spec.changed(dtype=dtype)
-        actual = tiles.weights(q.to(dtype), k.to(dtype), statistics, given_spec, True, torch.float32)
+        actual = tiles.make_weights(q.to(dtype), k.to(dtype), statistics, given_spec, True, torch.float32)
         assert torch.equal(actual.isnan().any(dim=-1), exact.isnan().any(dim=-1))
 
 
@@ -249,7 +251,7 @@ def test_nobody_waits_for_the_device_and_a_graph_replays(device: torch.device) -
 def test_more_weights_than_32_bits_count(device: torch.device) -> None:
     spec = large(1, 46400, 1, 16, device)
     q, k, _ = tensors(spec, 0)
-    made = tiles.weights(q, k, None, spec, True, spec.dtype)[:, -8:]
+    made = tiles.make_weights(q, k, None, spec, True, spec.dtype)[:, -8:]
     last = spec.changed(seqlen_q=8)
     exact, _ = defined(last, q[:, -8:], k, True, torch.float64)
     plain, _ = defined(last, q[:, -8:], k, True)
@@ -264,4 +266,4 @@ def test_another_device_than_the_current_one(device: torch.device) -> None:
     q, k, _ = tensors(spec, 0)
     exact, _ = defined(spec, q, k, True, torch.float64)
     plain, _ = defined(spec, q, k, True)
-    assert_close("weights", tiles.weights(q, k, None, spec, True, plain.dtype), plain, exact, spec.dtype)
+    assert_close("weights", tiles.make_weights(q, k, None, spec, True, plain.dtype), plain, exact, spec.dtype)

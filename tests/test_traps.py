@@ -44,7 +44,7 @@ from flashmha.backends.sdpa import switches
 from flashmha.backends.sdpa.backend import attend_on_cuda
 from flashmha.backends.sdpa.switches import kernels_for_masks, without_cudnn
 from flashmha.testing import noise, seeds, specs, tensors
-from flashmha.testing.grid import KINDS, SHAPES, drawn
+from flashmha.testing.grid import KERNELS_BY_KIND, KERNELS_BY_SHAPE, drawn
 
 FLASH = ("flash2", "flash3", "flash4")
 lengths = st.integers(1, 40)
@@ -565,7 +565,7 @@ def test_trap_19_refusals_are_there_without_assertions() -> None:
     assert ran.stdout.strip() == "False no dropout; head_dim=12 (a multiple of 8)"
 
 
-@pytest.mark.parametrize(("word", "grid"), (("kinds", KINDS), ("shapes", SHAPES)))
+@pytest.mark.parametrize(("word", "grid"), (("kinds", KERNELS_BY_KIND), ("shapes", KERNELS_BY_SHAPE)))
 @given(data=st.data())
 def test_trap_20_a_backend_that_compiles_is_judged_on_few_kernels(
     word: str, grid: Any, data: st.DataObject, device: torch.device

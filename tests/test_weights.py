@@ -111,7 +111,7 @@ def cotangents(case: Case, *tensors: Tensor) -> list[Tensor]:
 def test_values_and_gradients_are_those_of_the_stock_layer(case: Case) -> None:
     answers = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(blocks, "BLOCK", case.block)
+        patch.setattr(blocks, "SCORES_AT_ONCE", case.block)
         for layer in case.layers():
             call, wanted = case.call()
             out, seen = layer(**call)
@@ -442,7 +442,7 @@ def others(call: dict[str, Any]) -> dict[str, Any]:
 @given(case=cases(backend=None))
 def test_gradients_that_are_traced_are_those_of_a_call(case: Case) -> None:
     """PyTorch's own test of AOTAutograd over nn.MultiheadAttention: both ways run the same operators."""
-    assume(case.batch * case.heads * case.seqlen_q * case.seqlen_k <= attend.SMALL)
+    assume(case.batch * case.heads * case.seqlen_q * case.seqlen_k <= attend.FEW_SCORES)
     layer, answers = case.layers(torch.float32)[1], []
     names = [name for name, _ in layer.named_parameters()]
     for traced in (False, True):

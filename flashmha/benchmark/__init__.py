@@ -1,6 +1,6 @@
-"""The benchmark: speed, memory and error of flashmha beside everybody else, decided within one run.
+"""The benchmark: speed, memory and error of flashmha beside its peers, decided within one run.
 
-``python -m flashmha bench`` computes every case with every contestant. Whoever is wrong is not timed; the others take
+``python -m flashmha bench`` computes every case with every contestant. What is wrong is not timed; the others take
 turns in rounds, each in a new order, and a ratio is formed within a round. A twin of our own contestant says how much
 of a difference is noise. ``Plan`` and ``run`` do the same from Python.
 """

@@ -100,7 +100,7 @@ class Case:
 
     @property
     def pairs(self) -> int:
-        """How many pairs of a real query and a real key that it may look at, over the batch."""
+        """The number of pairs of a real query and a real key that it may look at, over the batch."""
         lengths = self.lengths or (self.seqlen_k,) * self.batch
         if self.seqlen_q != self.seqlen_k:
             return sum(self.seqlen_q * length for length in lengths)

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from ..swap.convert import replace_mha
 from .cases import Case
 from .inputs import Inputs, stock_module
-from .kernels import Kernel, Linear, mask_of, sdpa
-from .peers import Answer, Contestant
+from .kernels import KernelFunction, Linear, mask_of, sdpa
+from .peers import Contestant, OutAndWeights
 
 
 class StockEncoder(Contestant):
@@ -27,7 +27,7 @@ class StockEncoder(Contestant):
     def build(self, case: Case) -> nn.Module:
         return stock_module(case)
 
-    def call(self, module: nn.Module, inputs: Inputs) -> Answer:
+    def call(self, module: nn.Module, inputs: Inputs) -> OutAndWeights:
         masks = {"mask": inputs.attn_mask, "src_key_padding_mask": inputs.padding()}
         return module(inputs.query, **masks, is_causal=inputs.case.causal), None
 
@@ -55,7 +55,7 @@ class HandEncoder(Contestant):
     name, level, every_row = "hand_encoder", "encoder", False
 
     class Layer(nn.Module):
-        def __init__(self, case: Case, kernel: Kernel) -> None:
+        def __init__(self, case: Case, kernel: KernelFunction) -> None:
             super().__init__()
             embed_dim = case.embed_dim
             self.self_attn = Linear.Module(embed_dim, case.heads, kernel, case.batch_first)
@@ -68,7 +68,7 @@ class HandEncoder(Contestant):
             return out
 
     class Module(nn.Module):
-        def __init__(self, case: Case, kernel: Kernel) -> None:
+        def __init__(self, case: Case, kernel: KernelFunction) -> None:
             super().__init__()
             self.layers = nn.ModuleList(HandEncoder.Layer(case, kernel) for _ in range(case.layers))
 
@@ -80,7 +80,7 @@ class HandEncoder(Contestant):
     def build(self, case: Case) -> nn.Module:
         return self.Module(case, sdpa)
 
-    def call(self, module: nn.Module, inputs: Inputs) -> Answer:
+    def call(self, module: nn.Module, inputs: Inputs) -> OutAndWeights:
         return module(inputs.query, *mask_of(inputs)), None
 
 
@@ -91,7 +91,7 @@ class Packing(NamedTuple):
     longest: int
 
 
-def varlen(q: Tensor, k: Tensor, v: Tensor, packing: Packing, is_causal: bool) -> Tensor:
+def attend_packed_tokens(q: Tensor, k: Tensor, v: Tensor, packing: Packing, is_causal: bool) -> Tensor:
     """Attention within each sequence, on (1, total, heads, head_dim): torch's flash-attn 2, on a CPU one by one."""
     offsets, longest = packing
     if q.is_cuda:
@@ -124,8 +124,8 @@ class PackedEncoder(HandEncoder):
         return "for padded cases" if case.level == self.level and case.lengths is None else super().refuses(case)
 
     def build(self, case: Case) -> nn.Module:
-        return self.Module(dataclasses.replace(case, batch_first=True), varlen)
+        return self.Module(dataclasses.replace(case, batch_first=True), attend_packed_tokens)
 
-    def call(self, module: nn.Module, inputs: Inputs) -> Answer:
+    def call(self, module: nn.Module, inputs: Inputs) -> OutAndWeights:
         out = module(inputs.turned(inputs.query), inputs.padding(), inputs.case.causal)
         return inputs.turned(out), None

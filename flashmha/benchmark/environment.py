@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from ..host.clock import seconds
-from ..host.machine import PACKAGES, installed
+from ..host.machine import KERNEL_PACKAGES, installed_versions
 
 
 class Canary:
@@ -39,7 +39,7 @@ class Canary:
 
 
 def environment(device: torch.device) -> dict[str, Any]:
-    """What the numbers depend on, asked under the conditions they are measured in."""
+    """Everything that the numbers depend on, asked under the conditions they are measured in."""
     found: dict[str, Any] = {
         "device": str(device),
         "cpu": processor(),
@@ -48,7 +48,7 @@ def environment(device: torch.device) -> dict[str, Any]:
         "system": platform.system(),
         "python": platform.python_version(),
         "torch": str(torch.__version__),
-        "packages": installed(("einops", *PACKAGES)),
+        "packages": installed_versions(("einops", *KERNEL_PACKAGES)),
     }
     if device.type == "cuda":
         found |= {

@@ -1,4 +1,4 @@
-"""The gate: nobody is timed who computes something else.
+"""The gate: a contestant that computes something else is not timed.
 
 On the very tensors that are timed, an output and every gradient must keep the rule of parity (``tolerance``).
 """
@@ -21,7 +21,7 @@ from ..host.clock import host_seconds, peak_bytes, wait
 from ..problem.errors import NoBackendError
 from .inputs import Inputs
 from .peers import Contestant
-from .reference import Named, Reference
+from .reference import NamedTensors, Reference
 
 WARMUP = 3
 """Calls before one is captured: libraries and gradients take their memory in the first ones."""
@@ -48,17 +48,17 @@ class Seat:
             called = torch.compile(self.module, dynamic=False, mode="reduce-overhead")
         self.call = contestant.bind(called, self.inputs)
         self.graph: torch.cuda.CUDAGraph | None = None
-        self.captured: Named = {}
+        self.captured: NamedTensors = {}
 
     def __call__(self) -> None:
         self.run(keep=False)
         if self.graph is None:
             self.clear()
 
-    def run(self, keep: bool = True) -> Named:
+    def run(self, keep: bool = True) -> NamedTensors:
         """Compute the case, reading the weights it asks for; gradients stay on the leaves.
 
-        Unless weights are to be kept nobody holds them during the backward, as when they are only looked at.
+        Unless weights are to be kept they are gone during the backward, as when they are only looked at.
         """
         if self.contestant.how != "graph":
             return self.compute(keep)
@@ -68,7 +68,7 @@ class Seat:
         self.graph.replay()
         return self.captured
 
-    def compute(self, keep: bool = True) -> Named:
+    def compute(self, keep: bool = True) -> NamedTensors:
         if self.inputs.case.autocast is None:
             out, weights = self.call()
         else:  # as in a program: the forward alone, and the copies of parameters are made anew
@@ -103,8 +103,8 @@ class Seat:
         for leaf in self.leaves.values():
             leaf.grad = None
 
-    def collect(self, named: Named) -> Named:
-        """What ``run`` left behind: plain tensors, the gradients among them."""
+    def collect(self, named: NamedTensors) -> NamedTensors:
+        """The results of ``run``: plain tensors, the gradients among them."""
         plain = {name: x.detach() + 0.0 for name, x in named.items()}
         for name, leaf in self.leaves.items():
             gradient = torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
@@ -119,7 +119,7 @@ def admit(contestant: Contestant, inputs: Inputs, reference: Reference) -> tuple
     """A seat for a contestant that computes the case rightly, and what is to be reported of it.
 
     ``status`` is ``ok``, ``refused``, ``failed`` or ``wrong``, the last three with a ``reason``; only the first has a
-    seat. A peer that raises cannot compute the case, and neither can anybody whom the memory is too small for: that is
+    seat. A peer that raises cannot compute the case, and neither can one that the memory is too small for: that is
     ``refused``, with ``raised``. One of ours that raises has ``failed``.
     """
     row: dict[str, Any] = {"ours": contestant.ours, "status": "refused"}
@@ -142,16 +142,16 @@ def admit(contestant: Contestant, inputs: Inputs, reference: Reference) -> tuple
     real = {}
     if not contestant.every_row and inputs.hidden is not None:
         real = {"out": inputs.turned(~inputs.hidden), "weights": ~inputs.hidden}
-    faults, row["error"] = judge(named, reference, real)
+    faults, row["error"] = find_faults(named, reference, real)
     for place in range(AGAIN):  # the plain answer may have erred little by luck
         if faults:
-            faults = judge(named, dataclasses.replace(reference, plain=reference.again(place)), real)[0]
+            faults = find_faults(named, dataclasses.replace(reference, plain=reference.again(place)), real)[0]
     if faults:
         return None, {**row, "status": "wrong", "reason": "; ".join(faults)}
     return seat, {**row, "status": "ok"}
 
 
-def tried(contestant: Contestant, inputs: Inputs, row: dict[str, Any]) -> tuple[Seat, Named, list[Call]]:
+def tried(contestant: Contestant, inputs: Inputs, row: dict[str, Any]) -> tuple[Seat, NamedTensors, list[Call]]:
     """A contestant's first calls: one that may compile, one whose memory counts, and how long the host takes."""
     device = inputs.query.device
     # what is compiled inside of record would be compiled once more outside
@@ -175,13 +175,15 @@ def tried(contestant: Contestant, inputs: Inputs, row: dict[str, Any]) -> tuple[
 
 
 def sweep(device: torch.device) -> None:
-    """Give back what nobody holds any more; the collector is off while a run goes on."""
+    """Give back memory that is no longer held; the collector is off while a run goes on."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
 
 
-def judge(named: Named, reference: Reference, real: Named | None = None) -> tuple[list[str], dict[str, float]]:
+def find_faults(
+    named: NamedTensors, reference: Reference, real: NamedTensors | None = None
+) -> tuple[list[str], dict[str, float]]:
     """What is wrong with an answer, and its errors relative to the exact one (of the worst gradient).
 
     ``real`` says which rows of ``out`` and ``weights`` count, by their first two axes; else all do.

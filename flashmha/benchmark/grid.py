@@ -15,7 +15,7 @@ from .cases import Case
 
 @dataclasses.dataclass(frozen=True)
 class Grid:
-    """What is measured unless flags say otherwise.
+    """The sizes that are measured unless flags say otherwise.
 
     Attributes:
         dtype, head_dims, seqlens: the grid.

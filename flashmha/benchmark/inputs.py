@@ -1,4 +1,4 @@
-"""The tensors of a case: the same ones for everybody who is timed on it."""
+"""Inputs: the tensors of a case, the same ones for every contestant."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .cases import Case
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Inputs:
-    """What a case computes from: query, key and value of a layer, at level ``core`` q, k and v, or an encoder's input.
+    """The tensors of a case: query, key and value of a layer, at level ``core`` q, k and v, or an encoder's input.
 
     Attributes:
         case: what is computed.
@@ -73,7 +73,7 @@ class Inputs:
         )
 
 
-def draw(case: Case, device: torch.device, seed: int, one_projection: bool = False) -> Inputs:
+def draw_inputs(case: Case, device: torch.device, seed: int, one_projection: bool = False) -> Inputs:
     """The tensors of a case out of a seed: normal, padding included.
 
     With ``one_projection`` q, k and v of level core are views of one tensor, as a layer hands them on.

@@ -17,9 +17,9 @@ from ..backends import get
 from ..backends.flash_attn.package import FlashAttn
 from .cases import Case
 from .inputs import Inputs
-from .peers import Answer, Contestant
+from .peers import Contestant, OutAndWeights
 
-Kernel = Callable[[Tensor, Tensor, Tensor, Any, bool], Tensor]
+KernelFunction = Callable[[Tensor, Tensor, Tensor, Any, bool], Tensor]
 """Attention on (batch, seqlen, heads, head_dim), told a bool mask (``True`` = may attend) or what else it is made for,
 or that it is causal."""
 
@@ -38,7 +38,7 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool) 
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal, **grouped).transpose(1, 2)
 
 
-def flash_attn(backend: str) -> Kernel:
+def flash_attn(backend: str) -> KernelFunction:
     """The dense function of a flash-attn package that is here."""
     dense = function(backend)
 
@@ -48,7 +48,7 @@ def flash_attn(backend: str) -> Kernel:
     return attend
 
 
-def with_kvcache(backend: str) -> Kernel:
+def with_kvcache(backend: str) -> KernelFunction:
     """The function it has for few queries on many keys, which it splits among the processors."""
     module = sys.modules[function(backend).__module__]
 
@@ -59,7 +59,7 @@ def with_kvcache(backend: str) -> Kernel:
 
 
 def function(backend: str) -> Callable[..., Any]:
-    """The dense function that a package offers to everybody."""
+    """The dense function that a package makes public."""
     package = get(backend)
     assert isinstance(package, FlashAttn)
     return package.public()
@@ -81,7 +81,7 @@ class ByHand(Contestant):
     level = "core"
 
     class Module(nn.Module):
-        def __init__(self, kernel: Kernel) -> None:
+        def __init__(self, kernel: KernelFunction) -> None:
             super().__init__()
             self.kernel = kernel
 
@@ -91,7 +91,7 @@ class ByHand(Contestant):
     def __init__(
         self,
         name: str = "sdpa",
-        kernel: Kernel = sdpa,
+        kernel: KernelFunction = sdpa,
         takes_masks: bool = True,
         decodes: bool = False,
         forced: SDPBackend | None = None,
@@ -108,7 +108,7 @@ class ByHand(Contestant):
     def build(self, case: Case) -> nn.Module:
         return self.Module(self.kernel)
 
-    def call(self, module: nn.Module, inputs: Inputs) -> Answer:
+    def call(self, module: nn.Module, inputs: Inputs) -> OutAndWeights:
         return module(inputs.query, inputs.key, inputs.value, *mask_of(inputs)), None
 
     def setting(self) -> contextlib.AbstractContextManager[None]:
@@ -119,7 +119,7 @@ class Linear(Contestant):
     """The layer a good engineer writes around a kernel, for one shape of problem, without options."""
 
     class Module(nn.Module):
-        def __init__(self, embed_dim: int, heads: int, kernel: Kernel, batch_first: bool = True) -> None:
+        def __init__(self, embed_dim: int, heads: int, kernel: KernelFunction, batch_first: bool = True) -> None:
             super().__init__()
             self.heads, self.kernel, self.batch_first = heads, kernel, batch_first
             self.in_proj_weight = nn.Parameter(torch.empty(3 * embed_dim, embed_dim))
@@ -142,7 +142,7 @@ class Linear(Contestant):
             projected: Tensor = self.out_proj(out.flatten(2))
             return projected
 
-    def __init__(self, name: str = "linear_sdpa", kernel: Kernel = sdpa, takes_masks: bool = True) -> None:
+    def __init__(self, name: str = "linear_sdpa", kernel: KernelFunction = sdpa, takes_masks: bool = True) -> None:
         self.name, self.kernel, self.takes_masks = name, kernel, takes_masks
 
     def refuses(self, case: Case) -> str | None:
@@ -155,7 +155,7 @@ class Linear(Contestant):
     def build(self, case: Case) -> nn.Module:
         return self.Module(case.embed_dim, case.heads, self.kernel, case.batch_first)
 
-    def call(self, module: nn.Module, inputs: Inputs) -> Answer:
+    def call(self, module: nn.Module, inputs: Inputs) -> OutAndWeights:
         return module(inputs.query, inputs.key, *mask_of(inputs)), None
 
 
@@ -183,7 +183,7 @@ class FlashAttnMha(Contestant):
         module: nn.Module = kind(case.embed_dim, case.heads, causal=case.causal, use_flash_attn=True)
         return module
 
-    def call(self, module: nn.Module, inputs: Inputs) -> Answer:
+    def call(self, module: nn.Module, inputs: Inputs) -> OutAndWeights:
         return module(inputs.query), None
 
 

@@ -1,4 +1,4 @@
-"""The lineup: who is there on this machine, and who takes part in a case."""
+"""The lineup: the contestants that this machine has, and those that take part in a case."""
 
 from __future__ import annotations
 
@@ -13,41 +13,41 @@ from ..backends import get, names, origin
 from .cases import Case
 from .encoders import FlashmhaEncoder, HandEncoder, PackedEncoder, StockEncoder
 from .kernels import FORCED, ByHand, FlashAttnMha, Linear, flash_attn, with_kvcache
-from .peers import CONTROL, Attention, Contestant, Flashmha, Stock, StockBest, StockSlow, Through
+from .peers import CONTROL, AttentionFunction, Contestant, Flashmha, Stock, StockBest, StockSlow, Through
 
-PACKAGES = {
+CONTESTANTS_OF_PACKAGES = {
     "flash4": ("flash_attn_4", "linear_flash_attn_4"),
     "flash3": ("flash_attn_3", "flash_attn_3_kvcache"),
     "flash2": ("flash_attn_2", "flash_attn_2_kvcache", FlashAttnMha.name),
 }
 """The flash-attn packages by the names of our backends: their dense function, and what else of them takes part."""
 
-FEW = {
+FEW_COMPILED = {
     "cpu": ("small/*", "dense/*", "overhead/*"),
     "cuda": ("small/layer/train/b8s512*", "dense/*/train/b8s2048*"),
 }
 """Cases that have time for what ``torch.compile`` makes, which takes ten seconds and more each."""
 
-KINDS = {"layer": ("compiled", "graph"), "core": ("compiled",), "encoder": ("compiled", "reduced")}
+WAYS = {"layer": ("compiled", "graph"), "core": ("compiled",), "encoder": ("compiled", "reduced")}
 """The ways beside eager that contestants of a level run."""
 
 GRAPHED = ("small/layer/*",)
 """Cases whose calls are replayed from CUDA graphs, too."""
 
 
-def everybody(device: torch.device) -> tuple[list[Contestant], dict[str, str]]:
-    """All contestants of all levels, every backend this machine has among them; and who is absent, with the reason."""
+def all_contestants(device: torch.device) -> tuple[list[Contestant], dict[str, str]]:
+    """All contestants of all levels, every backend this machine has among them; and why others are absent."""
     absent = {name: why for name in names() if (why := get(name).why_not_here(device)) is not None}
     present = [name for name in names() if name not in absent]
-    stock, best, linear, sdpa, automatic = Stock(), StockBest(), Linear(), ByHand(), Attention("attention")
+    stock, best, linear, sdpa, automatic = Stock(), StockBest(), Linear(), ByHand(), AttentionFunction("attention")
     ours = Flashmha("flashmha_best", best, trust_is_causal=True)
-    through: dict[str, Contestant] = {one.name: one for one in encoders()[:-2]}
+    through: dict[str, Contestant] = {one.name: one for one in encoder_contestants()[:-2]}
     through |= {"stock": best, "linear_sdpa": linear, "flashmha": ours, "sdpa": sdpa, "attention": automatic}
     compiler, gpu = no_compiler(device), None if device.type == "cuda" else "no CUDA device"
     reasons = {"compiled": compiler, "graph": gpu, "reduced": gpu or compiler}
     others: list[Contestant] = []
     for kind, why in reasons.items():
-        every = [Through(name, inner, kind) for name, inner in through.items() if kind in KINDS[inner.level]]
+        every = [Through(name, inner, kind) for name, inner in through.items() if kind in WAYS[inner.level]]
         if why is None:
             others += every
         else:
@@ -57,8 +57,8 @@ def everybody(device: torch.device) -> tuple[list[Contestant], dict[str, str]]:
         best,
         StockSlow(),
         linear,
-        *packages(device, absent),
-        # named ones come first: automatic choice leaves a short problem to whoever has its kernel compiled
+        *package_contestants(device, absent),
+        # named ones come first: automatic choice gives a short problem to a kernel that is compiled
         *(Flashmha(f"flashmha:{name}", best, trust_is_causal=True, backend=name) for name in present),
         Flashmha("flashmha", stock),
         ours,
@@ -66,15 +66,15 @@ def everybody(device: torch.device) -> tuple[list[Contestant], dict[str, str]]:
         Flashmha(CONTROL, best, trust_is_causal=True),
         sdpa,
         *forced(device, absent),
-        *(Attention(f"attention:{name}", name) for name in present),
+        *(AttentionFunction(f"attention:{name}", name) for name in present),
         automatic,
-        Attention(CONTROL),
-        *encoders(),
+        AttentionFunction(CONTROL),
+        *encoder_contestants(),
         *others,
     ], absent
 
 
-def encoders() -> list[Contestant]:
+def encoder_contestants() -> list[Contestant]:
     """Whole encoders; the last two run eagerly alone."""
     return [
         StockEncoder(),
@@ -94,10 +94,10 @@ def forced(device: torch.device, absent: dict[str, str]) -> list[Contestant]:
     return []
 
 
-def packages(device: torch.device, absent: dict[str, str]) -> list[Contestant]:
+def package_contestants(device: torch.device, absent: dict[str, str]) -> list[Contestant]:
     """The flash-attn packages called by hand, and flash-attn's layer; what is not here joins ``absent``."""
     found: list[Contestant] = []
-    for backend, (name, *others) in PACKAGES.items():
+    for backend, (name, *others) in CONTESTANTS_OF_PACKAGES.items():
         why = get(backend).why_not_here(device)
         if why is not None:
             absent |= dict.fromkeys((name, *others), why)
@@ -115,7 +115,7 @@ def packages(device: torch.device, absent: dict[str, str]) -> list[Contestant]:
 
 
 def no_compiler(device: torch.device) -> str | None:
-    """Why ``torch.compile`` cannot make code for a device here."""
+    """The reason why ``torch.compile`` cannot make code for a device here."""
     if device.type == "cuda":
         return None if importlib.util.find_spec("triton") else "triton is not installed"
     return None if any(map(shutil.which, ("c++", "g++", "clang++", "cl"))) else "no C++ compiler on this machine"
@@ -128,11 +128,11 @@ def contestants(
     peers: Sequence[str] | None = None,
     backends: Sequence[str] | None = None,
 ) -> list[Contestant]:
-    """Those who take part in a case.
+    """The contestants that take part in a case.
 
-    ``peers`` are globs over the names of peers and of whoever is compiled or in a graph, or ``all``; without it nothing
-    compiled runs on a CPU. ``backends`` names those of ours that run by name. Without it they all do, but for those
-    ``hidden``.
+    ``peers`` are globs over the names of peers and of all that are compiled or in a graph, or ``all``; without it
+    nothing compiled runs on a CPU. ``backends`` names those of ours that run by name. Without it they all do, but for
+    those ``hidden``.
     """
 
     def wanted(one: Contestant) -> bool:
@@ -142,8 +142,8 @@ def contestants(
         if colon:
             return backend in backends if backends is not None else not hidden(backend, case, device)
         if one.how not in ("eager", case.how) and (peers is None or "all" in peers):
-            cases = GRAPHED if one.how == "graph" else FEW.get(device.type, ())
-            return fits(case, cases) and (peers is not None or device.type != "cpu")
+            cases = GRAPHED if one.how == "graph" else FEW_COMPILED.get(device.type, ())
+            return matches(case, cases) and (peers is not None or device.type != "cpu")
         if one.ours and one.how == case.how:
             return True
         return peers is None or "all" in peers or any(fnmatchcase(one.name, glob) for glob in peers)
@@ -152,7 +152,7 @@ def contestants(
 
 
 def hidden(backend: str, case: Case, device: torch.device) -> bool:
-    """A backend of this package takes no part by name where nobody asked.
+    """A backend of this package takes no part by name unless it is asked for.
 
     On a CPU at level core alone, where nothing else hides it; on a GPU the definition never, and flex, which is
     compiled for every shape, in few cases.
@@ -161,7 +161,7 @@ def hidden(backend: str, case: Case, device: torch.device) -> bool:
         return False
     if device.type == "cpu":
         return case.level != "core"
-    return backend == "naive" or (backend == "flex" and not fits(case, FEW["cuda"]))
+    return backend == "naive" or (backend == "flex" and not matches(case, FEW_COMPILED["cuda"]))
 
 
 def shown_by_name(everyone: Sequence[Contestant], backends: Sequence[str] | None = None) -> list[str]:
@@ -170,5 +170,5 @@ def shown_by_name(everyone: Sequence[Contestant], backends: Sequence[str] | None
     return [name for name, backend in pairs if backend in (backends or ()) or origin(backend) != "flashmha"]
 
 
-def fits(case: Case, globs: Sequence[str]) -> bool:
+def matches(case: Case, globs: Sequence[str]) -> bool:
     return any(fnmatchcase(case.id, glob) for glob in globs)

@@ -18,7 +18,7 @@ from ..problem.ragged import KeyPadding
 from .cases import HOW, Case
 from .inputs import Inputs, stock_module
 
-Answer = tuple[Tensor, Tensor | None]
+OutAndWeights = tuple[Tensor, Tensor | None]
 """The output, and the attention weights where the case reads them."""
 
 HEADLINES = {
@@ -33,14 +33,14 @@ HEADLINES = {
     "flashmha_encoder_skip_compiled": ("encoder", "compiled"),
     "flashmha_encoder_reduced": ("encoder", "reduced"),
 }
-"""Whom verdicts are about: level, and how it runs."""
+"""The contestants that verdicts are about: level, and how it runs."""
 
 CONTROL = "control"
 """The first of them that runs as its case does a second time: what the two differ by is noise."""
 
 
 def how(name: str) -> str:
-    """How a contestant runs, which its name ends with unless it is eager."""
+    """The way a contestant runs, which its name ends with unless it is eager."""
     last = name.rpartition("_")[2]
     return last if last in HOW else "eager"
 
@@ -65,18 +65,18 @@ class Contestant(abc.ABC):
     renamed: dict[str, str] = {}
 
     def refuses(self, case: Case) -> str | None:
-        """Why it does not compute a case."""
+        """The reason why it does not compute a case."""
         return None if case.level == self.level else f"computes level {self.level} only"
 
     @abc.abstractmethod
     def build(self, case: Case) -> nn.Module:
         """A module with the parameter names of ``nn.MultiheadAttention``, or with none at level core."""
 
-    def call(self, module: nn.Module, inputs: Inputs) -> Answer:
+    def call(self, module: nn.Module, inputs: Inputs) -> OutAndWeights:
         """One forward."""
         raise NotImplementedError
 
-    def bind(self, module: nn.Module, inputs: Inputs) -> Callable[[], Answer]:
+    def bind(self, module: nn.Module, inputs: Inputs) -> Callable[[], OutAndWeights]:
         """``call`` of these two, in as few steps as there are in a program that calls its layer."""
         return functools.partial(self.call, module, inputs)
 
@@ -94,14 +94,14 @@ class Stock(Contestant):
         return stock_module(case)
 
     def told(self, case: Case) -> dict[str, Any]:
-        """What a call is told beside its tensors."""
+        """The arguments of a call beside its tensors."""
         return {}
 
-    def bind(self, module: nn.Module, inputs: Inputs) -> Callable[[], Answer]:
+    def bind(self, module: nn.Module, inputs: Inputs) -> Callable[[], OutAndWeights]:
         query, key, value, read = inputs.query, inputs.key, inputs.value, inputs.case.weights
         given = {"attn_mask": inputs.attn_mask, **self.told(inputs.case)}
 
-        def call() -> Answer:
+        def call() -> OutAndWeights:
             if inputs.hidden is not None:
                 given["key_padding_mask"] = inputs.padding()
             out, weights = module(query, key, value, **given)
@@ -156,11 +156,11 @@ class Flashmha(Contestant):
     def build(self, case: Case) -> nn.Module:
         return FlashMultiHeadAttention(case.embed_dim, case.heads, batch_first=case.batch_first, **self.options)
 
-    def bind(self, module: nn.Module, inputs: Inputs) -> Callable[[], Answer]:
+    def bind(self, module: nn.Module, inputs: Inputs) -> Callable[[], OutAndWeights]:
         return self.style.bind(module, inputs)
 
 
-class Attention(Contestant):
+class AttentionFunction(Contestant):
     """``flashmha.attention``."""
 
     level, ours = "core", True
@@ -185,7 +185,7 @@ class Attention(Contestant):
     def build(self, case: Case) -> nn.Module:
         return self.Module(self.backend)
 
-    def call(self, module: nn.Module, inputs: Inputs) -> Answer:
+    def call(self, module: nn.Module, inputs: Inputs) -> OutAndWeights:
         case = inputs.case
         return module(inputs.query, inputs.key, inputs.value, inputs.padding(), case.causal), None
 
@@ -203,7 +203,7 @@ class Through(Contestant):
     def build(self, case: Case) -> nn.Module:
         return self.inner.build(case)
 
-    def bind(self, module: nn.Module, inputs: Inputs) -> Callable[[], Answer]:
+    def bind(self, module: nn.Module, inputs: Inputs) -> Callable[[], OutAndWeights]:
         return self.inner.bind(module, inputs)
 
     def setting(self) -> contextlib.AbstractContextManager[None]:

@@ -15,7 +15,8 @@ from matplotlib.colors import LinearSegmentedColormap, TwoSlopeNorm
 from matplotlib.figure import Figure
 
 from .peers import HEADLINES, how
-from .report import KINDS, Run, levels, origin_line
+from .report import HOW_WORDS, origin_line
+from .run_file import Run, levels
 from .verdicts import middle, share_of_gemm
 
 PAIRS = {
@@ -60,7 +61,7 @@ PAIRS = {
         "by hand, both\nreduce-overhead": ("flashmha_encoder_reduced", "hand_encoder_reduced"),
     },
 }
-"""The columns of the heat map: who of ours against whom."""
+"""The columns of the heat map: one of ours against one peer."""
 
 LINES = {
     "stock": ("#9a9a9a", "o", "--"),
@@ -77,7 +78,7 @@ LINES = {
 }
 """The contestants of the other plots: color, marker, dashes."""
 
-AT_BEST = ("stock_best", "linear_sdpa", "flashmha_best")
+DRAWN_AT_BEST = ("stock_best", "linear_sdpa", "flashmha_best")
 """Those of them that are compiled or put into a CUDA graph, too."""
 
 NARROWEST, WIDEST = 2.0, 8.0
@@ -86,7 +87,7 @@ NARROWEST, WIDEST = 2.0, 8.0
 GREY, HIDDEN = "#e3e3e3", "#fafafa"
 
 
-def draw(run: Run, folder: Path) -> None:
+def draw_plots(run: Run, folder: Path) -> None:
     """Write ``ratios.png``, ``time.png`` and ``memory.png``, and ``gemm.png`` of a run on a GPU."""
     matplotlib.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False})
     draw_ratios(run, folder / "ratios.png")
@@ -97,9 +98,9 @@ def draw(run: Run, folder: Path) -> None:
 
 
 def draw_ratios(run: Run, path: Path) -> None:
-    """How many times faster than every peer: a row a case, white at 1, grey inside the noise."""
+    """Ratios to every peer: a row a case, white at 1, grey inside the noise."""
     rows = {level: [case for case in run["cases"] if case["case"]["level"] == level] for level in levels(run)}
-    columns = {level: shown(cases, PAIRS[level]) for level, cases in rows.items()}
+    columns = {level: drawn_columns(cases, PAIRS[level]) for level, cases in rows.items()}
     rows = {level: cases for level, cases in rows.items() if columns[level]}
     if not rows:
         return
@@ -147,7 +148,7 @@ def draw_ratios(run: Run, path: Path) -> None:
     figure.savefig(path, dpi=130)
 
 
-def shown(cases: list[dict[str, Any]], pairs: dict[str, tuple[str, str]]) -> dict[str, tuple[str, str]]:
+def drawn_columns(cases: list[dict[str, Any]], pairs: dict[str, tuple[str, str]]) -> dict[str, tuple[str, str]]:
     """The columns that hold a number."""
     return {
         title: (one, peer)
@@ -163,14 +164,14 @@ def label(case: dict[str, Any]) -> str:
 
 
 def microseconds_a_token(case: dict[str, Any], row: dict[str, Any]) -> float:
-    return float(1e6 * middle(row["seconds"]) / tokens(case))
+    return float(1e6 * middle(row["seconds"]) / count_tokens(case))
 
 
 def kibibytes_a_token(case: dict[str, Any], row: dict[str, Any]) -> float:
-    return float(row["peak_bytes"] / 1024 / tokens(case))
+    return float(row["peak_bytes"] / 1024 / count_tokens(case))
 
 
-def tokens(case: dict[str, Any]) -> int:
+def count_tokens(case: dict[str, Any]) -> int:
     return int(case["case"]["batch"] * case["case"]["seqlen_q"])
 
 
@@ -243,8 +244,8 @@ def draw_shares(run: Run, path: Path) -> None:
             rows.append((label(case), case, {name: name for name in LINES if how(name) == "eager"}))
             for one in ours:
                 if one in case["ratios"]:
-                    names = {name: f"{name.removesuffix('_best')}_{how(one)}" for name in AT_BEST}
-                    rows.append((label(case) + KINDS[how(one)], case, names))
+                    names = {name: f"{name.removesuffix('_best')}_{how(one)}" for name in DRAWN_AT_BEST}
+                    rows.append((label(case) + HOW_WORDS[how(one)], case, names))
     if not rows:
         return
     figure = Figure(figsize=(9, 1.6 + 0.25 * len(rows)))
@@ -269,7 +270,7 @@ def draw_shares(run: Run, path: Path) -> None:
 
 
 def caption(figure: Figure, run: Run) -> None:
-    """Where the numbers come from, below everything, in room of its own."""
+    """The origin of the numbers, below everything, in room of its own."""
     lines = textwrap.wrap(origin_line(run), int(20 * figure.get_figwidth()))
     inches = (0.14 + 0.11 * len(lines)) / figure.get_figheight()
     figure.set_layout_engine("constrained", rect=(0.0, inches, 1.0, 1.0 - inches))

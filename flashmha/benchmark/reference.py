@@ -13,10 +13,10 @@ from torch.utils.checkpoint import checkpoint
 from ..backends.parity import moved
 from .inputs import Inputs
 
-Named = dict[str, Tensor]
+NamedTensors = dict[str, Tensor]
 """``out``, ``weights`` where they are read, and ``gradient of ...`` for every leaf."""
 
-BLOCK = 2**26
+SCORES_AT_ONCE = 2**26
 """How many scores, all heads counted, are in memory at a time."""
 
 
@@ -27,25 +27,25 @@ class Reference:
     ``again`` computes another plain answer, from inputs moved by a rounding.
     """
 
-    exact: Named
-    plain: Named
+    exact: NamedTensors
+    plain: NamedTensors
     eps: float
-    again: Callable[[int], Named]
+    again: Callable[[int], NamedTensors]
 
     @classmethod
-    def of(cls, inputs: Inputs, block: int = BLOCK) -> Reference:
-        def again(time: int) -> Named:
+    def of(cls, inputs: Inputs, block: int = SCORES_AT_ONCE) -> Reference:
+        def again(time: int) -> NamedTensors:
             generator = torch.Generator().manual_seed(time)
             near = {id(x): moved(x, generator).requires_grad_(x.requires_grad) for x in inputs.leaves().values()}
             query, key, value = (near[id(x)] for x in (inputs.query, inputs.key, inputs.value))
-            return definition(dataclasses.replace(inputs, query=query, key=key, value=value), block)
+            return compute_definition(dataclasses.replace(inputs, query=query, key=key, value=value), block)
 
         computing = getattr(torch, inputs.case.autocast or inputs.case.dtype)
-        exact, plain = (definition(inputs.to(dtype), block) for dtype in (torch.float64, inputs.query.dtype))
+        exact, plain = (compute_definition(inputs.to(dtype), block) for dtype in (torch.float64, inputs.query.dtype))
         return cls(exact, plain, torch.finfo(computing).eps, again)
 
 
-def definition(inputs: Inputs, block: int = BLOCK) -> Named:
+def compute_definition(inputs: Inputs, block: int = SCORES_AT_ONCE) -> NamedTensors:
     """A case by its definition in the dtype of its inputs; ``block`` bounds the scores that are held at once."""
     training = inputs.case.mode == "train"
     state = {name: x.detach().requires_grad_(training) for name, x in inputs.state.items()}
@@ -56,7 +56,7 @@ def definition(inputs: Inputs, block: int = BLOCK) -> Named:
         elif state:
             out, weights = layer(sources, inputs, state, block)
         else:
-            out, weights = attend(sources, inputs, block)
+            out, weights = attend_in_blocks(sources, inputs, block)
         out = inputs.turned(out)
     named = {"out": out.detach()}
     if inputs.case.weights:
@@ -68,42 +68,45 @@ def definition(inputs: Inputs, block: int = BLOCK) -> Named:
     return named
 
 
-def encode(x: Tensor, inputs: Inputs, state: Named, block: int) -> tuple[Tensor, Tensor]:
+def encode(x: Tensor, inputs: Inputs, state: NamedTensors, block: int) -> tuple[Tensor, Tensor]:
     """An encoder of post-norm layers with ReLU; no weights."""
     for place in range(inputs.case.layers):
         mine = under(f"layers.{place}", state)
         attended, weights = layer([x, x, x], inputs, under("self_attn", mine), block)
-        x = norm(x + attended, under("norm1", mine))
-        x = norm(x + linear(F.relu(linear(x, under("linear1", mine))), under("linear2", mine)), under("norm2", mine))
+        x = apply_norm(x + attended, under("norm1", mine))
+        x = apply_norm(
+            x + apply_linear(F.relu(apply_linear(x, under("linear1", mine))), under("linear2", mine)),
+            under("norm2", mine),
+        )
     return x, weights
 
 
-def layer(sources: list[Tensor], inputs: Inputs, state: Named, block: int) -> tuple[Tensor, Tensor]:
+def layer(sources: list[Tensor], inputs: Inputs, state: NamedTensors, block: int) -> tuple[Tensor, Tensor]:
     """A layer of attention on query, key and value."""
-    heads, weights = attend(project(sources, inputs.case.heads, state), inputs, block)
-    return linear(heads.flatten(2), under("out_proj", state)), weights
+    heads, weights = attend_in_blocks(project_heads(sources, inputs.case.heads, state), inputs, block)
+    return apply_linear(heads.flatten(2), under("out_proj", state)), weights
 
 
-def under(name: str, state: Named) -> Named:
+def under(name: str, state: NamedTensors) -> NamedTensors:
     """The parameters of a part."""
     return {key.removeprefix(f"{name}."): x for key, x in state.items() if key.startswith(f"{name}.")}
 
 
-def linear(x: Tensor, state: Named) -> Tensor:
+def apply_linear(x: Tensor, state: NamedTensors) -> Tensor:
     return F.linear(x, state["weight"], state["bias"])
 
 
-def norm(x: Tensor, state: Named) -> Tensor:
+def apply_norm(x: Tensor, state: NamedTensors) -> Tensor:
     return F.layer_norm(x, x.shape[-1:], state["weight"], state["bias"])
 
 
-def project(sources: list[Tensor], heads: int, state: Named) -> list[Tensor]:
+def project_heads(sources: list[Tensor], heads: int, state: NamedTensors) -> list[Tensor]:
     """The heads (batch, seqlen, heads, head_dim) of a layer's query, key and value."""
     matrices, biases = (state[f"in_proj_{name}"].chunk(3) for name in ("weight", "bias"))
     return [F.linear(x, matrix, bias).unflatten(-1, (heads, -1)) for x, matrix, bias in zip(sources, matrices, biases)]
 
 
-def attend(heads: list[Tensor], inputs: Inputs, block: int) -> tuple[Tensor, Tensor]:
+def attend_in_blocks(heads: list[Tensor], inputs: Inputs, block: int) -> tuple[Tensor, Tensor]:
     """Attention on q, k and v (batch, seqlen, heads, head_dim), and the weights averaged over the heads where they are
     read.
 

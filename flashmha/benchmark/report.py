@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
 from typing import Any
 
-from ..problem.wording import in_one_line
 from .peers import HEADLINES, how
-from .verdicts import best_peer, judge, middle, share_of_gemm, verdict
+from .run_file import Run, levels
+from .verdicts import best_peer, middle, share_of_gemm, verdict
 
-Run = dict[str, Any]
-Table = tuple[Sequence[str], list[Sequence[str]]]
+TextTable = tuple[Sequence[str], list[Sequence[str]]]
 """Column names, and rows of as many cells."""
 
-COLUMNS = ("case", "as called", "at best", "best peer", "against it", "95%", "verdict", "memory", "of GEMM")
+VERDICT_COLUMNS = ("case", "as called", "at best", "best peer", "against it", "95%", "verdict", "memory", "of GEMM")
 LEGEND = (
     "*as called*: `flashmha` against `stock`, both with default arguments and masks as tensors; *at best*: "
     "`flashmha_best` against `stock_best`, both told that no weights are wanted and that a causal mask is causal. "
@@ -28,55 +25,13 @@ LEGEND = (
 AT_BEST = {"flashmha_compiled": "stock_compiled", "flashmha_graph": "stock_graph"}
 """Stock at its best, where it runs as one of ours does; else ``stock_best``."""
 
-KINDS = {
+HOW_WORDS = {
     "eager": "",
     "compiled": ", compiled",
     "graph": ", in a CUDA graph",
     "reduced": ", compiled for reduced overhead",
 }
 """How a contestant runs, behind the name of a case."""
-
-
-PARTS = ("run", "env", "absent", "dropped", "unstable", "cases")
-"""What a file of a run holds beside what its cases say."""
-
-
-def save(run: Run, path: Path) -> None:
-    """Write a run as JSON, one line a case."""
-    head = {name: value for name, value in run.items() if name != "cases"}
-    lines = ",\n".join(json.dumps(case, allow_nan=False, separators=(",", ":")) for case in run["cases"])
-    text = json.dumps(head, indent=1, allow_nan=False)
-    path.write_text(f'{text.rstrip()[:-1].rstrip()},\n "cases": [\n{lines}\n]}}\n', encoding="utf-8")
-
-
-def load(path: Path) -> Run:
-    """A run back from its file, judged again.
-
-    Raises:
-        ValueError: the file is no run of this schema.
-    """
-    try:
-        run = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ValueError(f"{path} must be a file that can be read, got {error.strerror or error}.") from None
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} must hold JSON, got {error}.") from None
-    schema = run.get("schema") if isinstance(run, dict) else None
-    if schema != 1:
-        raise ValueError(f"{path} must hold a benchmark run of schema 1, got schema {schema}.")
-    missing = [name for name in PARTS if name not in run]
-    if missing:
-        raise ValueError(f"{path} must hold a whole benchmark run, got one without {', '.join(missing)}.")
-    try:
-        return {**run, **judge(run["cases"])}
-    except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} must hold cases as `bench` writes them, got {in_one_line(error)}.") from error
-
-
-def levels(run: Run) -> list[str]:
-    """The levels a run has cases of."""
-    return list(dict.fromkeys(case["case"]["level"] for case in run["cases"]))
-
 
 ENCODER_COLUMNS = ("encoder", "ours", "ms", "stock", "by hand", "packed", "memory")
 ENCODER_LEGEND = (
@@ -87,7 +42,7 @@ ENCODER_LEGEND = (
 )
 
 
-def encoder_table(run: Run, name_of: Callable[[dict[str, Any]], str]) -> Table:
+def encoder_table(run: Run, name_of: Callable[[dict[str, Any]], str]) -> TextTable:
     """One row for each way that ours ran each encoder, against each peer that ran alike."""
     rows: list[Sequence[str]] = []
     for case in run["cases"]:
@@ -100,18 +55,18 @@ def encoder_table(run: Run, name_of: Callable[[dict[str, Any]], str]) -> Table:
             peers = [f"{peer}_encoder{kind}" for peer in ("stock", "hand", "packed")]
             way = "skip_padding" if "_skip" in one else "exact"
             took = f"{1e3 * middle(case['contestants'][one]['seconds']):.3g}"
-            against = [judged(case["ratios"][one].get(peer), run["noise_floor"]) for peer in peers]
-            rows.append((name_of(case) + KINDS[how(one)], way, took, *against, cell_of_memory(case, one, peers[0])))
-    return filled(ENCODER_COLUMNS, rows)
+            against = [ratio_and_loss(case["ratios"][one].get(peer), run["noise_floor"]) for peer in peers]
+            rows.append((name_of(case) + HOW_WORDS[how(one)], way, took, *against, cell_of_memory(case, one, peers[0])))
+    return without_empty_columns(ENCODER_COLUMNS, rows)
 
 
-def judged(ratio: dict[str, float] | None, floor: float) -> str:
+def ratio_and_loss(ratio: dict[str, float] | None, floor: float) -> str:
     """A ratio, and that it is a loss."""
     lost = ratio is not None and verdict(ratio, floor) == "LOSS"
     return cell(ratio) + " LOSS" * lost
 
 
-def verdict_table(run: Run, level: str) -> Table:
+def verdict_table(run: Run, level: str) -> TextTable:
     """One row a case of a level, and one more for each other way that ours was run, and for each named backend."""
     if level == "encoder":
         return encoder_table(run, lambda case: str(case["id"]))
@@ -121,15 +76,17 @@ def verdict_table(run: Run, level: str) -> Table:
         if case["case"]["level"] == level:
             rows.append(verdict_row(case, eager, case["id"]))
             others = [one for one, (where, _) in HEADLINES.items() if where == level and one != eager]
-            rows += [verdict_row(case, one, case["id"] + KINDS[how(one)]) for one in others if one in case["verdicts"]]
+            rows += [
+                verdict_row(case, one, case["id"] + HOW_WORDS[how(one)]) for one in others if one in case["verdicts"]
+            ]
             if "flashmha_skip" in case["ratios"]:
                 rows.append(verdict_row(case, "flashmha_skip", f"{case['id']}, skip_padding"))
             named = [one for one in run.get("named", ()) if one in case["contestants"]]
             rows += [verdict_row(case, one, f"{case['id']}, {one.partition(':')[2]}") for one in named]
-    return filled(COLUMNS, rows)
+    return without_empty_columns(VERDICT_COLUMNS, rows)
 
 
-def filled(columns: Sequence[str], rows: list[Sequence[str]]) -> Table:
+def without_empty_columns(columns: Sequence[str], rows: list[Sequence[str]]) -> TextTable:
     """A table without the columns in which nothing stands."""
     kept = [at for at in range(len(columns)) if at == 0 or any(row[at] for row in rows)]
     return [columns[at] for at in kept], [[row[at] for at in kept] for row in rows]
@@ -173,18 +130,18 @@ def cell_of_memory(case: dict[str, Any], one: str, peer: str | None = None) -> s
 
 
 def extra_microseconds(case: dict[str, Any], one: str, peer: str | None) -> float:
-    """What a call takes beyond the peer's, median over the rounds."""
+    """The time of a call beyond the peer's, median over the rounds."""
     seconds = [case["contestants"][name]["seconds"] for name in (one, peer)]
     return 1e6 * middle([ours - theirs for ours, theirs in zip(*seconds)])
 
 
-EVERYBODY = (
+CONTESTANT_COLUMNS = (
     *("case", "contestant", "ms", "middle half", "of GEMM", "host us", "first call ms", "peak MiB"),
     *("error", "of gradients", "backend"),
 )
 
 
-def everybody_table(run: Run) -> Table:
+def contestants_table(run: Run) -> TextTable:
     """One row for each contestant of each case that was timed: all that was measured."""
     rows: list[Sequence[str]] = []
     for case in run["cases"]:
@@ -199,11 +156,11 @@ def everybody_table(run: Run) -> Table:
             errors = [f"{row['error'][key]:.1e}" if key in row["error"] else "" for key in ("out", "gradient")]
             measured = (f"{middle(times):.4g}", half, percent(share_of_gemm(case, name)), host, first, peak)
             rows.append((case["id"], name, *measured, *errors, row.get("backend", "")))
-    return filled(EVERYBODY, rows)
+    return without_empty_columns(CONTESTANT_COLUMNS, rows)
 
 
-def absences_table(run: Run) -> Table:
-    """Who was not timed where, and why; not those whom a case is not meant for."""
+def absences_table(run: Run) -> TextTable:
+    """All that was not timed, where and why; not the contestants that a case is not meant for."""
     found: dict[tuple[str, str, str], list[str]] = {}
     for case in run["cases"]:
         for name, row in case["contestants"].items():
@@ -215,7 +172,7 @@ def absences_table(run: Run) -> Table:
 
 
 def summary_lines(run: Run) -> list[str]:
-    """Who was ahead where, a line for each way that ours was run; and all that went wrong."""
+    """The verdicts, a line for each way that ours was run; and all that went wrong."""
     said = [summary_line(run, one) for one in run["summary"]]
     said += [f"{case_id}: {name} is {status}: {reason}." for case_id, name, status, reason in faults(run)]
     if run["dropped"]:
@@ -227,9 +184,9 @@ def summary_lines(run: Run) -> list[str]:
 
 
 def summary_line(run: Run, one: str) -> str:
-    """How one of ours did, every lost case by its name."""
+    """The verdicts of one of ours, every lost case by its name."""
     summary = run["summary"][one]
-    line = f"Level {summary['level']}{KINDS[summary['how']]}: {one} ahead of the best peer in {summary['win']} of "
+    line = f"Level {summary['level']}{HOW_WORDS[summary['how']]}: {one} ahead of the best peer in {summary['win']} of "
     line += f"{summary['cases']} cases, tied in {summary['tie']}, behind in {summary['loss']}"
     lost = [case["id"] for case in run["cases"] if case["verdicts"].get(one) == "LOSS"]
     line += f" ({', '.join(lost)})" if lost else ""
@@ -238,7 +195,7 @@ def summary_line(run: Run, one: str) -> str:
 
 
 def faults(run: Run) -> list[tuple[str, str, str, str]]:
-    """Case, contestant, status and reason of everybody who was wrong or failed."""
+    """Case, contestant, status and reason of all that were wrong or failed."""
     return [
         (case["id"], name, row["status"], row["reason"])
         for case in run["cases"]
@@ -261,7 +218,7 @@ def origin_line(run: Run) -> str:
 
 
 def canary_words(run: Run) -> str:
-    """What a GPU could do during the run."""
+    """The rates that a GPU reached during the run."""
     if not run["canaries"]:
         return ""
     return "; a matrix product ran at {gemm_tflops:.0f} TFLOP/s, a copy at {copy_tbs:.1f} TB/s".format(
@@ -275,7 +232,7 @@ def markdown(run: Run) -> str:
     for level in levels(run):
         parts += [f"## Level {level}", *[ENCODER_LEGEND] * (level == "encoder")]
         parts.append(markdown_table(*verdict_table(run, level)))
-    for title, (columns, rows) in (("All that took part", everybody_table(run)), ("Not timed", absences_table(run))):
+    for title, (columns, rows) in (("All that took part", contestants_table(run)), ("Not timed", absences_table(run))):
         parts += [f"## {title}", markdown_table(columns, rows)] if rows else []
     if run["absent"]:
         parts += ["Not here: " + "; ".join(f"`{name}` ({why})" for name, why in run["absent"].items()) + "."]

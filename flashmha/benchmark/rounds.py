@@ -62,7 +62,7 @@ def take_turns(
 
 
 def calls_of_a_turn(timer: Timer, block: float, most: int) -> int:
-    """How many calls take about ``block`` seconds."""
+    """The number of calls that take about ``block`` seconds."""
     calls = 1
     while True:
         took = timer(calls) * calls

@@ -1,4 +1,4 @@
-"""The runner: correct first, then rounds in which everybody takes a turn."""
+"""The runner: correct first, then rounds in which every contestant takes a turn."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from typing import Any
 
 import torch
 
-from ..host.clock import quiet, seconds
+from ..host.clock import quiet_machine, seconds
 from ..version import __version__
 from .cases import Case
 from .environment import Canary, commit, environment
 from .gate import Seat, admit, sweep
-from .inputs import draw
-from .lineup import contestants, everybody, shown_by_name
+from .inputs import draw_inputs
+from .lineup import all_contestants, contestants, shown_by_name
 from .peers import CONTROL, HEADLINES, Contestant
 from .reference import Reference
 from .rounds import FEWEST, take_turns
-from .verdicts import judge, middle
+from .verdicts import judge_cases, middle
 
-SCHEMA = 1
-BLOCK = {"cpu": 0.02, "cuda": 0.01}
+RUN_SCHEMA = 1
+TURN_SECONDS = {"cpu": 0.02, "cuda": 0.01}
 """Seconds that the calls of one turn take together, at least."""
 
 IDLE = {"cpu": 6e9, "cuda": 4e12}
@@ -34,7 +34,7 @@ IDLE = {"cpu": 6e9, "cuda": 4e12}
 DRIFT, REPEATS = 0.03, 0.3
 """How far a round's canary may lie from the median, and how many rounds, of those asked for, may be repeated."""
 
-UNSTABLE = {"cpu": 0.1, "cuda": 0.05}
+UNSTABLE_FLOOR = {"cpu": 0.1, "cuda": 0.05}
 """The noise floor from which a run proves nothing."""
 
 Tell = Callable[[str], None]
@@ -43,12 +43,12 @@ Tell = Callable[[str], None]
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What to measure, and for how long.
+    """The cases to measure, and the time for them.
 
     Attributes:
         cases: reported in this order; the headline cases run first.
         device: where.
-        rounds: turns of everybody, a case.
+        rounds: turns of every contestant in a case.
         budget: seconds in all; rounds are dropped first, down to ``FEWEST``, then cases.
         seed: of the data and of the order in a round.
         peers, backends: as in ``lineup.contestants``.
@@ -67,13 +67,13 @@ class Plan:
 
 def run(plan: Plan, tell: Tell) -> dict[str, Any]:
     """Measure a plan; everything known afterwards, ready for JSON."""
-    everyone, absent = everybody(plan.device)
+    everyone, absent = all_contestants(plan.device)
     began, utc = time.monotonic(), datetime.datetime.now(datetime.timezone.utc)
     measured: list[dict[str, Any]] = []
     dropped: list[str] = []
     stopped = False
     canary = Canary(plan.device)
-    with quiet(plan.device), warnings.catch_warnings():
+    with quiet_machine(plan.device), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         queue = sorted(plan.cases, key=lambda case: not case.headline)
         for place, case in enumerate(queue):
@@ -94,11 +94,11 @@ def run(plan: Plan, tell: Tell) -> dict[str, Any]:
         env = environment(plan.device)
     places = [case.id for case in plan.cases]
     measured.sort(key=lambda row: places.index(row["id"]))
-    judged = judge(measured)
+    judged = judge_cases(measured)
     floor = judged["noise_floor"]
     drifted = [case["id"] for case in measured if case["drifted"]]
     return {
-        "schema": SCHEMA,
+        "schema": RUN_SCHEMA,
         "run": {
             "version": __version__,
             **commit(),
@@ -114,14 +114,14 @@ def run(plan: Plan, tell: Tell) -> dict[str, Any]:
         "named": shown_by_name(everyone, plan.backends),
         "dropped": dropped,
         "stopped": stopped,
-        "unstable": bool(drifted) or floor > UNSTABLE.get(plan.device.type, 0.1),
+        "unstable": bool(drifted) or floor > UNSTABLE_FLOOR.get(plan.device.type, 0.1),
         **judged,
         "cases": measured,
     }
 
 
 def spoken(case: dict[str, Any]) -> str:
-    """A measured case in a line: rounds, and who was wrong or raised."""
+    """A measured case in a line: rounds, and what was wrong or raised."""
     rows = case["contestants"]
     rounds = max((len(row.get("seconds", ())) for row in rows.values()), default=0)
     bad = [f"{name} {row['status']}" for name, row in rows.items() if row["status"] == "wrong" or "raised" in row]
@@ -136,8 +136,8 @@ def effort(case: Case, plan: Plan) -> float:
 def measure(
     case: Case, taking_part: Sequence[Contestant], plan: Plan, canary: Canary, end: float, share: float
 ) -> dict[str, Any]:
-    """One case: everybody through the gate, then the rounds, for a share of what is left until ``end``."""
-    inputs = draw(case, plan.device, plan.seed)
+    """One case: every contestant through the gate, then the rounds, for a share of what is left until ``end``."""
+    inputs = draw_inputs(case, plan.device, plan.seed)
     reference = Reference.of(inputs)
     rows: dict[str, dict[str, Any]] = {}
     seats: dict[str, Seat] = {}
@@ -167,8 +167,7 @@ def measure(
 def race(
     seats: dict[str, Seat], rows: dict[str, dict[str, Any]], plan: Plan, canary: Canary, until: float
 ) -> tuple[dict[str, list[float]], dict[str, list[float]], bool]:
-    """Seconds of a call, round by round, everybody once a round in a new order; what the canaries did in each, and
-    whether too many rounds drifted."""
+    """Seconds of a call, round by round; what the canaries did in each, and whether too many rounds drifted."""
     songs: dict[str, list[float]] = {}
     beats: list[float] = []
     spare = int(REPEATS * plan.rounds)
@@ -196,7 +195,7 @@ def race(
 
     samples = take_turns(
         {name: functools.partial(turn_of, seat, plan.device) for name, seat in seats.items()},
-        block=BLOCK.get(plan.device.type, BLOCK["cpu"]),
+        block=TURN_SECONDS.get(plan.device.type, TURN_SECONDS["cpu"]),
         most=10_000,
         rounds=plan.rounds,
         until=until,

@@ -57,7 +57,9 @@ def lengths_of(batch: int, seqlen: int, fill: float, seed: int = 0) -> tuple[int
     return tuple(lengths.long().tolist())
 
 
-def encoders(modes: str, layers: int, shape: tuple[int, ...], fill: float | None = None, **fields: Any) -> list[Case]:
+def encoder_cases(
+    modes: str, layers: int, shape: tuple[int, ...], fill: float | None = None, **fields: Any
+) -> list[Case]:
     """Encoders of one kind; ``fill`` is the share of real tokens."""
     lengths = None if fill is None else lengths_of(shape[0], shape[1], fill)
     fields = {"suite": "compiled" if "how" in fields else "model", "level": "encoder", "lengths": lengths, **fields}
@@ -90,7 +92,7 @@ def seqfirst(modes: str) -> list[Case]:
 F41, F47 = (99, 256, 25, 160, 76, 42, 125, 57), (473, 1024, 127, 301)
 """Real tokens of 8 sequences of up to 256 and of 4 of up to 1024."""
 
-CPU = [
+CPU_CASES = [
     *make("small", "layer", "train eval", (1, 8, 64, 4), headline=True),
     *make("small", "layer", "train eval", (16, 197, 192, 3), headline=True),
     *make("small", "layer", "train eval", (8, 128, 512, 8)),
@@ -119,11 +121,11 @@ CPU = [
     *(
         case
         for fill in (0.54, 0.39, 0.13)
-        for case in encoders("train eval", 4, (16, 256, 256, 4), fill, headline=True)
+        for case in encoder_cases("train eval", 4, (16, 256, 256, 4), fill, headline=True)
     ),
-    *encoders("train eval", 4, (16, 256, 256, 4), 0.54, holes=True),
-    *encoders("train eval", 4, (16, 256, 256, 4), 0.54, batch_first=False),
-    *encoders("train eval", 4, (16, 256, 256, 4), headline=True),
+    *encoder_cases("train eval", 4, (16, 256, 256, 4), 0.54, holes=True),
+    *encoder_cases("train eval", 4, (16, 256, 256, 4), 0.54, batch_first=False),
+    *encoder_cases("train eval", 4, (16, 256, 256, 4), headline=True),
 ]
 
 ENCODERS = (
@@ -137,24 +139,29 @@ PRECISIONS: tuple[dict[str, Any], ...] = ({"autocast": "bfloat16"}, {"dtype": "b
 VIT, GPT = (32, 197, 768, 12), (8, 1024, 768, 12)
 
 CUDA_ENCODERS = [
-    *(case for kind in ENCODERS for way in PRECISIONS for case in encoders("train eval", *kind, **way, headline=True)),
-    *encoders("train eval", 6, VIT, dtype="bfloat16", headline=True),
-    *encoders("train eval", 6, GPT, causal=True, dtype="bfloat16", headline=True),
-    *(case for way in PRECISIONS for case in encoders("train eval", *ENCODERS[0], holes=True, **way)),
-    *encoders("train eval", *ENCODERS[0], batch_first=False, dtype="bfloat16"),
+    *(
+        case
+        for kind in ENCODERS
+        for way in PRECISIONS
+        for case in encoder_cases("train eval", *kind, **way, headline=True)
+    ),
+    *encoder_cases("train eval", 6, VIT, dtype="bfloat16", headline=True),
+    *encoder_cases("train eval", 6, GPT, causal=True, dtype="bfloat16", headline=True),
+    *(case for way in PRECISIONS for case in encoder_cases("train eval", *ENCODERS[0], holes=True, **way)),
+    *encoder_cases("train eval", *ENCODERS[0], batch_first=False, dtype="bfloat16"),
     *(
         case
         for way in PRECISIONS
-        for case in encoders("train eval", 4, *ENCODERS[0][1:], **way, how="compiled", headline=True)
+        for case in encoder_cases("train eval", 4, *ENCODERS[0][1:], **way, how="compiled", headline=True)
     ),
-    *encoders("train eval", 4, (8, 197, 768, 12), dtype="bfloat16", how="reduced", headline=True),
-    *encoders("train eval", 4, VIT, dtype="bfloat16", how="compiled"),
-    *encoders("train eval", 4, GPT, causal=True, dtype="bfloat16", how="compiled"),
+    *encoder_cases("train eval", 4, (8, 197, 768, 12), dtype="bfloat16", how="reduced", headline=True),
+    *encoder_cases("train eval", 4, VIT, dtype="bfloat16", how="compiled"),
+    *encoder_cases("train eval", 4, GPT, causal=True, dtype="bfloat16", how="compiled"),
 ]
 
 BIG = ((8, 2048, 2048, 16), (2, 8192, 2048, 16), (1, 16384, 2048, 32))
-BOTH = ((32, 512, 1024, 16), *BIG)
-PADDED = (((32, 512, 1024, 16), 0.59), ((8, 2048, 2048, 16), 0.62), ((4, 8192, 2048, 16), 0.75))
+LARGE_SHAPES = ((32, 512, 1024, 16), *BIG)
+PADDED_SHAPES = (((32, 512, 1024, 16), 0.59), ((8, 2048, 2048, 16), 0.62), ((4, 8192, 2048, 16), 0.75))
 """Shapes, and how much of them is real."""
 
 CUDA = [
@@ -162,21 +169,21 @@ CUDA = [
     *(
         dataclasses.replace(case, dtype="bfloat16")
         for case in (
-            *(case for shape in BOTH for case in make("dense", "layer", "train eval", shape, headline=True)),
+            *(case for shape in LARGE_SHAPES for case in make("dense", "layer", "train eval", shape, headline=True)),
             *(
                 case
-                for shape in BOTH
+                for shape in LARGE_SHAPES
                 for case in make("causal", "layer", "train eval", shape, causal=True, headline=True)
             ),
             *(
                 case
-                for shape, fill in PADDED
+                for shape, fill in PADDED_SHAPES
                 for lengths in [evenly(*shape[:2], fill)]
                 for case in make("padded", "layer", "train eval", shape, lengths=lengths, headline=True)
             ),
             *(
                 case
-                for shape, fill in PADDED[1:2]
+                for shape, fill in PADDED_SHAPES[1:2]
                 for lengths in [evenly(*shape[:2], fill)]
                 for case in make("padded", "layer", "train eval", shape, lengths=lengths, causal=True, headline=True)
             ),
@@ -194,8 +201,8 @@ CUDA = [
             *make("cross", "layer", "train eval", (8, 4096, 2048, 16), seqlen_q=512),
             *make("cross", "layer", "train eval", (8, 4096, 2048, 16), seqlen_q=64),
             *make("overhead", "core", "eval", (1, 8, 64, 4), headline=True),
-            *(case for shape in BOTH for case in make("dense", "core", "train eval", shape)),
-            *(case for shape in BOTH for case in make("causal", "core", "train eval", shape, causal=True)),
+            *(case for shape in LARGE_SHAPES for case in make("dense", "core", "train eval", shape)),
+            *(case for shape in LARGE_SHAPES for case in make("causal", "core", "train eval", shape, causal=True)),
             *(
                 case
                 for seqlen_q in (1, 8)
@@ -216,4 +223,4 @@ CUDA = [
 
 def every_case(device: str = "cpu") -> list[Case]:
     """Every case of a kind of device."""
-    return list(CUDA if device == "cuda" else CPU)
+    return list(CUDA if device == "cuda" else CPU_CASES)

@@ -28,10 +28,10 @@ from ..version import __version__
 from .environment import commit, environment
 from .gate import sweep
 from .grid import Grid, GridCell
-from .inputs import Inputs, draw
+from .inputs import Inputs, draw_inputs
 from .rounds import Timer, take_turns
 
-CALLS = 100
+MOST_CALLS = 100
 """Of one turn, at most."""
 CHECKED = 64
 """Queries of a cell whose answer is held against the definition."""
@@ -43,7 +43,7 @@ SPENT, STOPPED = "the budget is spent", "stopped by hand"
 
 @dataclasses.dataclass(frozen=True)
 class Tuning:
-    """What is measured: the cells of a grid, the backends in the order of the list, where, and out of which seed."""
+    """The measurement to make: cells of a grid, backends in the order of the list, a device, a seed."""
 
     grid: Grid
     cells: Sequence[GridCell]
@@ -110,7 +110,7 @@ def measure_cell(cell: GridCell, tuning: Tuning, share: float) -> dict[str, Any]
     times = take_turns(
         timers,
         block=tuning.grid.block,
-        most=CALLS,
+        most=MOST_CALLS,
         rounds=tuning.grid.rounds,
         until=time.monotonic() + share,
         seed=tuning.seed,
@@ -134,7 +134,7 @@ class Trial:
 
     @classmethod
     def of(cls, cell: GridCell, tuning: Tuning) -> Trial:
-        inputs = draw(cell.case(tuning.dtype), tuning.device, tuning.seed, one_projection=True)
+        inputs = draw_inputs(cell.case(tuning.dtype), tuning.device, tuning.seed, one_projection=True)
         return cls(inputs, cell.mask(tuning.device, tuning.seed))
 
     def spec(self) -> AttentionSpec:
@@ -153,7 +153,7 @@ class Trial:
 
 
 class Definition:
-    """What the definition says of the end of a cell, and of the gradient of those queries, in float32."""
+    """The definition's answer at the end of a cell, and the gradient of those queries, in float32."""
 
     def __init__(self, cell: GridCell, trial: Trial, tuning: Tuning) -> None:
         self.end, inputs, training = cell.end(CHECKED), trial.inputs, cell.mode == "train"
@@ -170,7 +170,7 @@ class Definition:
         return x.detach()[:1, -self.end.seqlen_q :, : self.end.heads].float()
 
     def error(self, answer: Sequence[Tensor]) -> float:
-        """How far an answer lies from it, as a share of its largest value."""
+        """The distance of an answer from it, as a share of its largest value."""
         worst = 0.0
         for exact, tensor in zip(self.parts, answer):
             away = (self.part(tensor) - exact).abs().max()
@@ -180,7 +180,7 @@ class Definition:
         return worst
 
     def fault(self, answer: Sequence[Tensor]) -> str | None:
-        """Why an answer is something else than the definition's."""
+        """The reason why an answer is something else than the definition's."""
         error = self.error(answer)
         if error <= TOLERATED:
             return None
@@ -196,7 +196,7 @@ def half_spread(times: Sequence[float]) -> float:
 
 
 def too_large(name: str, spec: AttentionSpec) -> str | None:
-    """Why the definition, which holds several tensors of every score in float32, must not be tried here."""
+    """The reason why the definition, which holds several float32 tensors of every score, must not be tried here."""
     if name != LAST:
         return None
     needed = 6 * 4 * spec.batch * spec.heads * spec.seqlen_q * spec.seqlen_k

@@ -17,25 +17,25 @@ from .peers import CONTROL, HEADLINES, how
 
 RESAMPLES = 1000
 LOWEST_FLOOR = 0.01
-"""Nobody believes a per cent."""
+"""Differences below it are noise, whatever twins say."""
 
 Ratio = dict[str, float]
 """``median``, quartiles ``q25`` and ``q75``, and ``low`` and ``high`` of a 95% interval."""
 
 
 def ratio(theirs: Sequence[float], ours: Sequence[float]) -> Ratio:
-    """How many times faster than theirs our seconds are: medians of the ratios within a round, bootstrapped."""
+    """Their seconds over ours: medians of the ratios within a round, bootstrapped."""
     logs = (torch.tensor(theirs, dtype=torch.float64) / torch.tensor(ours, dtype=torch.float64)).log()
     return {
-        "median": spread(logs, 0.5),
-        "q25": spread(logs, 0.25),
-        "q75": spread(logs, 0.75),
-        "low": spread(medians(logs), 0.025),
-        "high": spread(medians(logs), 0.975),
+        "median": ratio_at(logs, 0.5),
+        "q25": ratio_at(logs, 0.25),
+        "q75": ratio_at(logs, 0.75),
+        "low": ratio_at(medians(logs), 0.025),
+        "high": ratio_at(medians(logs), 0.975),
     }
 
 
-def spread(logs: Tensor, at: float) -> float:
+def ratio_at(logs: Tensor, at: float) -> float:
     """A quantile of logarithms, no longer a logarithm."""
     return float(f"{math.exp(torch.quantile(logs, at).item()):.5g}")
 
@@ -55,17 +55,17 @@ def verdict(against: Ratio, floor: float) -> str:
 
 
 def noise_floor(controls: Sequence[float]) -> float:
-    """How far from 1 a ratio may lie by chance, from ratios of a contestant to its twin: their 95th percentile."""
+    """The distance from 1 that a ratio may have by chance: the 95th percentile of ratios between twins."""
     if not controls:
         return LOWEST_FLOOR
     far = torch.tensor(controls, dtype=torch.float64).log().abs()
     return round(max(LOWEST_FLOOR, math.exp(torch.quantile(far, 0.95).item()) - 1), 4)
 
 
-def judge(cases: list[dict[str, Any]]) -> dict[str, Any]:
+def judge_cases(cases: list[dict[str, Any]]) -> dict[str, Any]:
     """Put ratios, best peers and verdicts into measured cases; the noise floor, the canaries and a summary.
 
-    Who runs eagerly, compiled or in a CUDA graph is judged against the best peer that does as well. A summary, one for
+    What runs eagerly, compiled or in a CUDA graph is compared with the best peer that runs alike. A summary, one for
     each of ``HEADLINES``, counts every case there is a verdict for, and its geometric mean is over all of them.
     """
     for case in cases:
@@ -95,7 +95,7 @@ def judge(cases: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def canaries(cases: list[dict[str, Any]]) -> dict[str, float]:
-    """What the canaries did over the whole run, median; nothing on a CPU."""
+    """The rates of the canaries over the whole run, median; nothing on a CPU."""
     songs = [case.get("canaries", {}) for case in cases]
     found = {name: [one for song in songs for one in song.get(name, ())] for name in ("gemm_tflops", "copy_tbs")}
     return {name: float(f"{middle(every):.4g}") for name, every in found.items() if every}
@@ -115,7 +115,7 @@ def middle(seconds: Sequence[float]) -> float:
 
 
 def summarize(cases: list[dict[str, Any]], one: str) -> dict[str, Any]:
-    """How one of ours did against the best peer of its kind in every case."""
+    """The verdicts of one of ours against the best peer of its kind in every case."""
     judged = [case for case in cases if one in case["verdicts"]]
     found = [case["verdicts"][one] for case in judged]
     level, kind = HEADLINES[one]
@@ -127,9 +127,9 @@ def summarize(cases: list[dict[str, Any]], one: str) -> dict[str, Any]:
         means = torch.stack([medians(each) for each in logs]).mean(0)
         center = torch.stack([torch.quantile(each, 0.5) for each in logs]).mean(0, keepdim=True)
         summary["geomean"] = {
-            "median": spread(center, 0.5),
-            "low": spread(means, 0.025),
-            "high": spread(means, 0.975),
+            "median": ratio_at(center, 0.5),
+            "low": ratio_at(means, 0.025),
+            "high": ratio_at(means, 0.975),
         }
     return summary
 

@@ -8,9 +8,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 from ..benchmark.cases import LEVELS, PASSES, select
-from ..benchmark.lineup import contestants, everybody
-from ..benchmark.report import Run, faults, levels, load, markdown, origin_line, save, summary_lines, verdict_table
+from ..benchmark.lineup import all_contestants, contestants
+from ..benchmark.report import faults, markdown, origin_line, summary_lines, verdict_table
 from ..benchmark.rounds import FEWEST
+from ..benchmark.run_file import Run, levels, load, save
 from ..benchmark.runner import Plan, run
 from ..benchmark.suites import ON_REQUEST, SUITES, every_case
 from ..host.extras import wanted_by
@@ -21,7 +22,7 @@ from .screen import add_json, print_json, print_table, progress
 from .variables import check_variables
 
 BUDGETS = {"cpu": 360.0, "cuda": 450.0}
-"""Seconds a run takes where nobody says."""
+"""Seconds a run takes without ``--budget``."""
 
 CHOICES = ("suites", "case", "level", "passes", "peers", "backends")
 """The flags that a run's record keeps beside rounds, budget and seed."""
@@ -32,7 +33,7 @@ WRONG, UNSTABLE = 1, 3
 RECORD, PAGE = "run.json", "table.md"
 PLOTS = ("ratios.png", "time.png", "memory.png", "gemm.png")
 """The files of a run."""
-Draw = Callable[[Run, Path], None]
+DrawPlots = Callable[[Run, Path], None]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -73,7 +74,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--out", type=Path, metavar="DIR", help="where run.json, table.md and the plots go (default flashmha-bench)"
     )
     parser.add_argument("--no-plots", action="store_true", help="no plots, and no need of matplotlib")
-    parser.add_argument("--list", action="store_true", help="show the cases and who takes part, and measure nothing")
+    parser.add_argument("--list", action="store_true", help="show the cases and their contestants, and measure nothing")
     parser.add_argument("--report", type=Path, metavar="FILE", help="measure nothing: table and plots of this run.json")
     add_json(parser)
 
@@ -84,15 +85,15 @@ def main(options: argparse.Namespace) -> int:
     if options.rounds < 1 or (options.budget is not None and not options.budget > 0):
         raise ValueError(f"rounds and budget must be positive, got {options.rounds} and {options.budget}.")
     if options.list:
-        return show_cases(planned(options), options.json)
+        return show_cases(plan_from_flags(options), options.json)
     draw = None if options.no_plots else plots()
     if options.report is not None:
         found = load(options.report)
         folder = options.out or options.report.with_suffix("")
         check_folder(folder, "--out", (PAGE, *PLOTS))
-        written = write(found, folder, draw, again=True)
-        return show(found, options.json) if written else WRONG
-    plan = planned(options)
+        written = write_run(found, folder, draw, again=True)
+        return show_run(found, options.json) if written else WRONG
+    plan = plan_from_flags(options)
     folder = options.out or Path("flashmha-bench")
     check_folder(folder, "--out", (RECORD, PAGE, *PLOTS))
     with progress(f"{len(plan.cases)} cases", len(plan.cases)) as advance:
@@ -103,19 +104,19 @@ def main(options: argparse.Namespace) -> int:
                 print(line, file=sys.stderr, flush=True)
 
         found = run(plan, tell)
-    written = write(found, folder, draw)
-    status = show(found, options.json)
+    written = write_run(found, folder, draw)
+    status = show_run(found, options.json)
     return status if written else WRONG
 
 
-def plots() -> Draw:
-    """What draws the plots, imported before anything is measured for them."""
+def plots() -> DrawPlots:
+    """The function that draws the plots, imported before anything is measured for them."""
     with wanted_by("bench", ", or --no-plots"):
-        from ..benchmark.plots import draw  # matplotlib
-    return draw
+        from ..benchmark.plots import draw_plots  # matplotlib
+    return draw_plots
 
 
-def planned(options: argparse.Namespace) -> Plan:
+def plan_from_flags(options: argparse.Namespace) -> Plan:
     """The flags as a plan.
 
     Raises:
@@ -123,7 +124,7 @@ def planned(options: argparse.Namespace) -> Plan:
     """
     where = device(options.device)
     check_variables(where.type)
-    everyone, absent = everybody(where)
+    everyone, absent = all_contestants(where)
     known = [one.name for one in everyone]
     for name in options.backends or ():
         if f"attention:{name}" not in known:
@@ -151,7 +152,7 @@ def planned(options: argparse.Namespace) -> Plan:
 
 
 def show_cases(plan: Plan, json: bool) -> int:
-    everyone, _ = everybody(plan.device)
+    everyone, _ = all_contestants(plan.device)
     rows = []
     for case in plan.cases:
         those = contestants(everyone, case, plan.device, plan.peers, plan.backends)
@@ -163,7 +164,7 @@ def show_cases(plan: Plan, json: bool) -> int:
     return 0
 
 
-def write(found: Run, folder: Path, draw: Draw | None, again: bool = False) -> bool:
+def write_run(found: Run, folder: Path, draw: DrawPlots | None, again: bool = False) -> bool:
     """Every file of a run in a folder, what was measured first; ``again`` leaves the JSON where it is.
 
     ``False`` where one could not be written, which is said: nothing that follows may be lost by it.
@@ -181,7 +182,7 @@ def write(found: Run, folder: Path, draw: Draw | None, again: bool = False) -> b
     return True
 
 
-def show(found: Run, json: bool) -> int:
+def show_run(found: Run, json: bool) -> int:
     """A run on the screen, and the exit status it gives."""
     if json:
         print_json(found)

@@ -18,7 +18,7 @@ from ..problem.scores import ALiBi, Bias, TensorBias
 from ..problem.spec import AttentionSpec
 from ..problem.wording import short
 from .devices import device
-from .flags import DTYPES, at_least, bound, version, whole_numbers
+from .flags import DTYPE_NAMES, at_least, bound, version, whole_numbers
 from .picture import Picture
 from .screen import add_json, print_json, print_table
 
@@ -33,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     sizes.add_argument("--heads-kv", type=size, help="default: heads")
     sizes.add_argument("--head-dim", type=size, default=64, help="default 64")
     sizes.add_argument("--head-dim-v", type=size, help="default: head_dim")
-    sizes.add_argument("--dtype", choices=DTYPES, default=DTYPES[0], help=f"default {DTYPES[0]}")
+    sizes.add_argument("--dtype", choices=DTYPE_NAMES, default=DTYPE_NAMES[0], help=f"default {DTYPE_NAMES[0]}")
     sizes.add_argument("--device", help="default: the first accelerator, or cpu")
     sizes.add_argument(
         "--capability",
@@ -75,7 +75,7 @@ def problem(options: argparse.Namespace) -> AttentionSpec:
     paper = options.capability is not None
     if paper and options.device not in (None, "cuda"):
         raise ValueError(f"--capability must come with --device cuda or without it, got --device {options.device}.")
-    where = torch.device("cpu") if paper else place(options.device)
+    where = torch.device("cpu") if paper else device_of(options.device)
     counts = options.key_lengths or options.key_padding
     batch = options.batch if options.batch is not None else len(counts) if counts else 1
     total = sum(options.documents) if options.documents else 128
@@ -103,7 +103,7 @@ def problem(options: argparse.Namespace) -> AttentionSpec:
     )
 
 
-def place(name: str | None) -> torch.device:
+def device_of(name: str | None) -> torch.device:
     """The device of the flag, with what to do about a GPU that is not here."""
     try:
         return device(name)
@@ -170,7 +170,7 @@ def main(options: argparse.Namespace) -> int:
     if options.json:
         print_json(
             {
-                "problem": data(spec),
+                "problem": explanation_data(spec),
                 "asked": None if named is None else {"by": said, "backends": named},
                 "chosen": answer.chosen,
                 "conclusion": answer.conclusion,
@@ -193,7 +193,7 @@ def main(options: argparse.Namespace) -> int:
     return 0 if answer.chosen else 1
 
 
-def data(spec: AttentionSpec) -> dict[str, object]:
+def explanation_data(spec: AttentionSpec) -> dict[str, object]:
     """A problem as JSON knows it: plain fields, and what it needs."""
     found: dict[str, object] = {}
     for field in dataclasses.fields(spec):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 
-DTYPES = ("float32", "float64", "bfloat16", "float16")
+DTYPE_NAMES = ("float32", "float64", "bfloat16", "float16")
 
 
 def at_least(smallest: int) -> Callable[[str], int]:
@@ -14,7 +14,7 @@ def at_least(smallest: int) -> Callable[[str], int]:
     def read(text: str) -> int:
         if not text.isdecimal() or int(text) < smallest:
             raise argparse.ArgumentTypeError(f"must be a whole number of at least {smallest}, got {text!r}")
-        return within(int(text))
+        return check_size(int(text))
 
     return read
 
@@ -23,7 +23,7 @@ LARGEST = 2**48
 """Beyond any size, and within the integers of a tensor."""
 
 
-def within(number: int) -> int:
+def check_size(number: int) -> int:
     """A number that tensors can hold."""
     if abs(number) > LARGEST:
         raise argparse.ArgumentTypeError(f"must be at most {LARGEST}, got {number}")
@@ -44,7 +44,7 @@ def whole_numbers(text: str) -> list[int]:
         numbers = [int(one) for one in text.split(",")]
     except ValueError:
         raise argparse.ArgumentTypeError(f"must be whole numbers between commas, got {text!r}") from None
-    return [within(number) for number in numbers]
+    return [check_size(number) for number in numbers]
 
 
 def bound(text: str) -> int | None:

@@ -18,7 +18,7 @@ from .devices import description, devices
 from .screen import add_json, print_json, print_table
 from .variables import check_variables
 
-PACKAGES = ("einops", "flash-attn", "flash-attn-3", "flash-attn-4", "hypothesis", "rich", "matplotlib")
+LISTED_PACKAGES = ("einops", "flash-attn", "flash-attn-3", "flash-attn-4", "hypothesis", "rich", "matplotlib")
 
 
 VARIABLES = (BACKEND_VARIABLE, tuned.TABLE_VARIABLE, waiting.FIRST_CHOICE_VARIABLE)
@@ -32,12 +32,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(options: argparse.Namespace) -> int:
     """Show what there is, whatever the variables say, and then refuse those that cannot be followed."""
     here = devices()
-    show(here, options.json)
+    show_devices(here, options.json)
     check_variables(*(device.type for device in here))
     return 0
 
 
-def show(here: list[torch.device], json: bool) -> None:
+def show_devices(here: list[torch.device], json: bool) -> None:
     """Everything, as text or as JSON."""
     reasons = {str(device): {name: get(name).why_not_here(device) for name in names()} for device in here}
     kept = {
@@ -91,13 +91,13 @@ def followed(device: torch.device) -> list[str]:
 
 
 def versions() -> dict[str, str | None]:
-    """What is installed; ``None`` for what is not."""
+    """The versions of packages; ``None`` for one that is not installed."""
     found: dict[str, str | None] = {
         "flashmha": __version__,
         "python": platform.python_version(),
         "torch": str(torch.__version__),
     }
-    for package in PACKAGES:
+    for package in LISTED_PACKAGES:
         try:
             found[package] = metadata.version(package)
         except metadata.PackageNotFoundError:

@@ -10,7 +10,7 @@ import torch
 from ..problem.masks import Dense, Mask
 from ..problem.spec import AttentionSpec
 
-ROWS, COLUMNS, ITEMS = 24, 36, 3
+MOST_QUERIES, MOST_KEYS, MOST_ITEMS = 24, 36, 3
 """The most that is drawn: queries in all, keys, and batch items where they differ."""
 
 
@@ -26,8 +26,8 @@ class Picture:
         tensors = mask.tensors()
         device = tensors[0].device if tensors else torch.device("cpu")  # a problem on paper is on no device at all
         differ = mask.features & {"key_lengths", "key_padding"}
-        many = min(spec.batch, ITEMS if differ else 1)
-        step = max(1, math.ceil(spec.seqlen_q * many / ROWS), math.ceil(spec.seqlen_k / COLUMNS))
+        many = min(spec.batch, MOST_ITEMS if differ else 1)
+        step = max(1, math.ceil(spec.seqlen_q * many / MOST_QUERIES), math.ceil(spec.seqlen_k / MOST_KEYS))
         queries = torch.arange(0, spec.seqlen_q, step, device=device)
         keys = torch.arange(0, spec.seqlen_k, step, device=device)
         rule = mask.mask_mod(spec.seqlen_q, spec.seqlen_k)

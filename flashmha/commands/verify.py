@@ -12,11 +12,11 @@ from ..backends.base import FEATURES
 from ..host.extras import wanted_by
 from ..problem.spec import AttentionSpec
 from ..problem.wording import in_one_line
-from ..testing.values import HEAD_DIMS, LONGEST
+from ..testing.values import DRAWN_HEAD_DIMS, LONGEST
 from .devices import device, devices
 from .screen import Advance, add_json, print_json, print_table, progress
 
-AGREES, FAILS, ABSENT = "agrees", "FAILS", "not available"
+AGREES, FAILS, NOT_AVAILABLE = "agrees", "FAILS", "not available"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -29,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--head-dims",
         metavar="D[,D]",
-        help=f"default {','.join(map(str, HEAD_DIMS))}, as far as the backend takes them, and others on a GPU; a "
+        help=f"default {','.join(map(str, DRAWN_HEAD_DIMS))}, as far as the backend takes them, and others on a GPU; a "
         "backend that compiles has fixed problems there, whatever these two say",
     )
     parser.add_argument("--seed", type=int, default=0, help="another seed draws other problems, default 0")
@@ -38,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 @dataclasses.dataclass
 class Verdict:
-    """What came of one backend on one device.
+    """The result of one backend on one device.
 
     Attributes:
         examples: how many problems it served.
@@ -67,7 +67,7 @@ class Verdict:
     def row(self) -> tuple[str, ...]:
         """The verdict as a row of a table."""
         worst = "" if self.worst is None else f"{self.worst:.2f}"
-        said = f"{ABSENT}: {self.why}" if self.verdict == ABSENT else self.verdict
+        said = f"{NOT_AVAILABLE}: {self.why}" if self.verdict == NOT_AVAILABLE else self.verdict
         refuses = ", ".join(self.refuses)
         if 2 * len(self.refuses) > len(FEATURES):
             refuses = "all but " + ", ".join(name for name in FEATURES if name not in self.refuses)
@@ -81,7 +81,7 @@ class Verdict:
 
 
 @dataclasses.dataclass(frozen=True)
-class Draw:
+class DrawnProblems:
     """Which problems are drawn: how many, of which seed, and how large; ``None`` leaves that to the kit."""
 
     examples: int
@@ -90,9 +90,9 @@ class Draw:
     head_dims: tuple[int, ...] | None = None
 
     @classmethod
-    def of(cls, options: argparse.Namespace) -> Draw:
-        """What the flags say."""
-        sizes = None if options.head_dims is None else tuple(map(whole, options.head_dims.split(",")))
+    def of(cls, options: argparse.Namespace) -> DrawnProblems:
+        """The problems that the flags ask for."""
+        sizes = None if options.head_dims is None else tuple(map(read_head_dim, options.head_dims.split(",")))
         drawn = cls(options.examples, options.seed, options.longest, sizes)
         smallest = None if sizes is None else min(sizes)
         for name, least in (("examples", drawn.examples), ("longest", drawn.longest), ("head-dims", smallest)):
@@ -108,24 +108,24 @@ class Draw:
         return f"--examples {self.examples} --seed {self.seed}{more}"
 
 
-def whole(word: str) -> int:
+def read_head_dim(word: str) -> int:
     if not word.strip().isdecimal():
         raise ValueError(f"--head-dims must be whole numbers, separated by commas, got {word!r}.")
     return int(word)
 
 
-def judge(backend: Backend, where: torch.device, drawn: Draw, advance: Advance) -> Verdict:
+def verify_backend(backend: Backend, where: torch.device, drawn: DrawnProblems, advance: Advance) -> Verdict:
     """One backend on one device, on as many problems as wanted that it serves."""
     with wanted_by("verify"):
         import hypothesis
 
         from ..testing import assert_agrees, seeds, served
-        from ..testing.judge import again
+        from ..testing.judge import replay_line
     absent = backend.limits.not_on.get(where.type, frozenset())
     verdict = Verdict(backend.name, str(where))
     reason = backend.why_not_here(where)
     if reason is not None:
-        verdict.verdict, verdict.why = ABSENT, reason
+        verdict.verdict, verdict.why = NOT_AVAILABLE, reason
         return verdict
     verdict.refuses = [name for name in FEATURES if name not in backend.limits.features - absent]
     last: list[tuple[AttentionSpec, int]] = []
@@ -161,7 +161,7 @@ def judge(backend: Backend, where: torch.device, drawn: Draw, advance: Advance) 
         verdict.verdict, verdict.why = FAILS, in_one_line(error)
         if last:
             verdict.problem, verdict.tensors = str(last[0][0]), last[0][1]
-            verdict.paste = again(backend, *last[0])
+            verdict.paste = replay_line(backend, *last[0])
     else:
         if verdict.examples < drawn.examples:  # Hypothesis stops looking after ten times as many
             verdict.verdict = FAILS
@@ -173,13 +173,13 @@ def judge(backend: Backend, where: torch.device, drawn: Draw, advance: Advance) 
 
 
 def main(options: argparse.Namespace) -> int:
-    drawn = Draw.of(options)
+    drawn = DrawnProblems.of(options)
     wanted = names() if options.backend is None else expand([name.strip() for name in options.backend.split(",")])
     where = devices() if options.device is None else [device(name.strip()) for name in options.device.split(",")]
     pairs = [(get(name), one) for one in where for name in wanted]
     able = sum(backend.why_not_here(one) is None for backend, one in pairs)
     with progress("judging", able * drawn.examples) as advance:
-        verdicts = [judge(backend, one, drawn, advance) for backend, one in pairs]
+        verdicts = [verify_backend(backend, one, drawn, advance) for backend, one in pairs]
     if options.json:
         print_json([dataclasses.asdict(verdict) for verdict in verdicts])
     else:

@@ -44,7 +44,7 @@ def wait(device: torch.device) -> None:
 
 
 def host_seconds(run: Callable[[], object], device: torch.device) -> float:
-    """What the host takes to send off one call to an idle GPU: the median of a few."""
+    """Seconds that the host takes to send off one call to an idle GPU: the median of a few."""
     took: list[float] = []
     started = time.perf_counter()
     while len(took) < 9 and time.perf_counter() - started < 0.02:
@@ -77,7 +77,7 @@ def peak_bytes(run: Callable[[], None], device: torch.device) -> int:
 
 
 @contextlib.contextmanager
-def quiet(device: torch.device) -> Iterator[None]:
+def quiet_machine(device: torch.device) -> Iterator[None]:
     """One thread on a CPU, and no garbage collection."""
     threads, collecting = torch.get_num_threads(), gc.isenabled()
     gc.collect()

@@ -5,13 +5,13 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 
-PACKAGES = ("hypothesis", "matplotlib", "rich")
+EXTRAS = ("hypothesis", "matplotlib", "rich")
 """Each is imported by the name it is installed by."""
 
 
 @contextlib.contextmanager
 def wanted_by(part: str, instead: str = "") -> Iterator[None]:
-    """Around imports: where an extra is missing, the error says who wants it and how to install it.
+    """Around imports: where an extra is missing, the error says what needs it and how to install it.
 
     Args:
         part: what cannot do without it.
@@ -24,7 +24,7 @@ def wanted_by(part: str, instead: str = "") -> Iterator[None]:
         yield
     except ModuleNotFoundError as error:
         package = (error.name or "").partition(".")[0]
-        if package not in PACKAGES:
+        if package not in EXTRAS:
             raise
         said = f"{part} must have {package}, which is not installed: pip install {package}{instead}"
         raise ModuleNotFoundError(said, name=package) from error

@@ -30,11 +30,11 @@ def graphics(index: int | None) -> tuple[str | None, int | None]:
     return known[index]
 
 
-PACKAGES = ("triton", "flash-attn", "flash-attn-3", "fa3-fwd", "flash-attn-4", "nvidia-cutlass-dsl")
+KERNEL_PACKAGES = ("triton", "flash-attn", "flash-attn-3", "fa3-fwd", "flash-attn-4", "nvidia-cutlass-dsl")
 """The packages of kernels, whose versions a measurement depends on."""
 
 
-def installed(packages: Sequence[str] = PACKAGES) -> dict[str, str]:
+def installed_versions(packages: Sequence[str] = KERNEL_PACKAGES) -> dict[str, str]:
     """The versions of those packages that are here."""
     found: dict[str, str] = {}
     for package in packages:

@@ -15,7 +15,7 @@ from ..problem.wording import told
 
 
 class Arguments(NamedTuple):
-    """What a layer is called with, in the order and with the defaults of ``FlashMultiHeadAttention.forward``."""
+    """The arguments of one call of a layer, in the order and with the defaults of its ``forward``."""
 
     query: Tensor
     key: Tensor
@@ -42,7 +42,7 @@ def check_kinds(given: Arguments) -> None:
         where = (
             "; another flashmha mask is given as attn_mask"
             if isinstance(key_padding_mask, Mask)
-            else hint(key_padding_mask)
+            else array_hint(key_padding_mask)
         )
         raise TypeError(
             f"key_padding_mask must be a tensor (batch, seqlen_k), True = hidden, a KeyPadding, True = may attend, "
@@ -51,7 +51,7 @@ def check_kinds(given: Arguments) -> None:
     if attn_mask is not None and not isinstance(attn_mask, Mask) and not is_tensor(attn_mask):
         raise TypeError(
             f"attn_mask must be a tensor, True = hidden, a flashmha mask such as causal(), or None, got "
-            f"{told(attn_mask)}{hint(attn_mask)}."
+            f"{told(attn_mask)}{array_hint(attn_mask)}."
         )
 
 
@@ -73,6 +73,7 @@ def is_tensor(thing: Any) -> bool:
     return isinstance(thing, Tensor) or has_torch_function((thing,))
 
 
-def hint(thing: Any) -> str:
+def array_hint(thing: Any) -> str:
+    """The end of an error about an array or a list in the place of a tensor."""
     arrays = isinstance(thing, (list, tuple)) or hasattr(thing, "__array__")
     return "; torch.as_tensor makes one of it" if arrays else ""

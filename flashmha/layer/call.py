@@ -22,7 +22,7 @@ from .protocol import Layer
 
 
 class Reading(NamedTuple):
-    """One call: inputs (batch, seqlen, features), one object where the caller passed one; who may look at whom.
+    """One call: inputs (batch, seqlen, features), one object where the caller passed one, and the masks.
 
     ``bias`` broadcasts to (batch, heads, seqlen_q, seqlen_k). ``mask`` and ``bias`` know nothing of the ``columns``
     that ``add_bias_kv`` and ``add_zero_attn`` append. ``padding`` is that of the call, which is a part of ``mask``.
@@ -56,7 +56,7 @@ def read_call(layer: Layer, given: Arguments) -> Reading:
     mask: Mask | None = None
     bias: Tensor | None = None
     if isinstance(attn_mask, Mask):
-        mask, attn_mask, is_causal = own(attn_mask) if need_weights else attn_mask, None, False
+        mask, attn_mask, is_causal = own_copy(attn_mask) if need_weights else attn_mask, None, False
     pads = mask is not None and any(isinstance(part, Padding) for part in mask.parts)
     pads_keys = key_padding_mask is not None
     rule: Padding | None = None
@@ -76,7 +76,7 @@ def read_call(layer: Layer, given: Arguments) -> Reading:
             check_attn_mask_shape(layer, query, key, attn_mask)
     batched = query.dim() == 3
     if not (batched and layer.batch_first):
-        query, key, value = batch_first(query, key, value, batched)
+        query, key, value = lay_batch_first(query, key, value, batched)
     if key_padding_mask is None and attn_mask is None:
         mask = rule if mask is None else joined(mask, rule)
         return Reading(query, key, value, mask, bias, batched, columns, None if pads else rule)
@@ -104,7 +104,7 @@ def read_call(layer: Layer, given: Arguments) -> Reading:
     return Reading(query, key, value, joined(mask, rule), bias, batched, columns, None if pads else padding)
 
 
-def own(mask: Mask) -> Mask | None:
+def own_copy(mask: Mask) -> Mask | None:
     """The same mask over tensors of its own: the weights may be made of them after the caller's have changed."""
 
     def copied(part: Mask) -> Mask:
@@ -116,16 +116,16 @@ def own(mask: Mask) -> Mask | None:
     return joined(*map(copied, mask.parts))
 
 
-def batch_first(query: Tensor, key: Tensor, value: Tensor, batched: bool) -> tuple[Tensor, Tensor, Tensor]:
+def lay_batch_first(query: Tensor, key: Tensor, value: Tensor, batched: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Inputs (seqlen, batch, features) or without a batch as (batch, seqlen, features), one object where they were."""
 
     def turned(x: Tensor) -> Tensor:
         return x.transpose(0, 1) if batched else x.unsqueeze(0)
 
-    return each_once(turned, query, key, value)
+    return change_each_once(turned, query, key, value)
 
 
-def each_once(
+def change_each_once(
     change: Callable[[Tensor], Tensor], query: Tensor, key: Tensor, value: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Query, key and value changed, one object where they were one."""

@@ -16,13 +16,13 @@ from .features import EXTRA_KEYS
 from .protocol import Layer
 
 
-def added(layer: Layer, given: int, made: int, masked: bool) -> tuple[int, int]:
+def count_added_keys(layer: Layer, given: int, made: int, masked: bool) -> tuple[int, int]:
     """How many keys ``process_heads`` put in front of the ``given`` ones and behind them.
 
     Raises:
         ValueError: the layer says something else, or says nothing where a mask has to know.
     """
-    before, after = (number(layer, name) for name in EXTRA_KEYS)
+    before, after = (number_of_keys(layer, name) for name in EXTRA_KEYS)
     if made == given + before + after:
         return before, after
     if not (before or after or masked):
@@ -34,7 +34,8 @@ def added(layer: Layer, given: int, made: int, masked: bool) -> tuple[int, int]:
     )
 
 
-def number(layer: Layer, name: str) -> int:
+def number_of_keys(layer: Layer, name: str) -> int:
+    """``keys_before`` or ``keys_after`` of a layer, checked."""
     keys = getattr(layer, name)
     if isinstance(keys, bool) or not isinstance(keys, (int, torch.SymInt)) or keys < 0:
         raise ValueError(f"{name} must be a number of keys, 0 or more, got {keys!r}.")

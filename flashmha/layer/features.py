@@ -14,7 +14,7 @@ from ..backends.choice.wishes import preference
 from ..problem.masks import Window
 from .protocol import Layer
 
-ABSENT: dict[str, Any] = {
+STOCK_VALUES: dict[str, Any] = {
     "num_kv_heads": None,
     "window": None,
     "backend": None,
@@ -31,40 +31,42 @@ HOPS = ("project", "process_heads", "process_weights", "merge")
 EXTRA_KEYS = ("keys_before", "keys_after")
 """What a subclass says about the keys that its ``process_heads`` adds."""
 
-SWITCHES = tuple(name for name, value in ABSENT.items() if isinstance(value, bool))
+SWITCHES = tuple(name for name, value in STOCK_VALUES.items() if isinstance(value, bool))
 
 SPECIAL = (*HOPS, "num_kv_heads", "window", "backend", "call_out_proj", *EXTRA_KEYS)
 """What a plain layer has as its class was written."""
 
 
-def is_own(layer: Layer, name: str) -> bool:
+def is_ours(layer: Layer, name: str) -> bool:
     """A method is the package's own, neither overridden by a subclass nor patched on the class or the instance."""
-    return name not in layer.__dict__ and getattr(type(layer), name) is layer._written.values[name]
+    kind: Any = type(layer)
+    return name not in layer.__dict__ and getattr(kind, name) is kind._written.values[name]
 
 
 def has_hops(layer: Layer) -> bool:
     """Some hop is not the package's own; asked in each call, so in one step."""
-    kind, instance, values = type(layer), layer.__dict__, layer._written.values
+    kind: Any = type(layer)
+    instance, values = layer.__dict__, kind._written.values
     for name in HOPS:  # noqa: SIM110
         if name in instance or getattr(kind, name) is not values[name]:
             return True
     return False
 
 
-def overridden(layer: Layer) -> list[str]:
+def find_overridden(layer: Layer) -> list[str]:
     """The hops that are not the package's own."""
-    return [name for name in HOPS if not is_own(layer, name)]
+    return [name for name in HOPS if not is_ours(layer, name)]
 
 
-def changed(layer: Layer) -> list[str]:
-    """What a layer has that ``nn.MultiheadAttention`` has not: features set, hops overridden."""
-    return [name for name, absent in ABSENT.items() if getattr(layer, name) != absent] + overridden(layer)
+def find_beyond_stock(layer: Layer) -> list[str]:
+    """List the features set and the hops overridden, which ``nn.MultiheadAttention`` has not."""
+    return [name for name, absent in STOCK_VALUES.items() if getattr(layer, name) != absent] + find_overridden(layer)
 
 
-def replaced(layer: Layer) -> list[str]:
+def find_replaced(layer: Layer) -> list[str]:
     """The methods around the hops that are not the package's own: ``forward``, and what calls it."""
     kind: Any = type(layer)
-    found = [] if is_own(layer, "forward") else ["forward"]
+    found = [] if is_ours(layer, "forward") else ["forward"]
     if kind.__call__ is not nn.Module.__call__:
         found.append("__call__")
     if kind._call_impl is not nn.Module._call_impl or "_call_impl" in layer.__dict__:
@@ -77,7 +79,7 @@ def has_to_run(layer: Layer) -> bool:
 
     That is a feature, a method of its own, an ``out_proj`` that cannot be read, or a backend that is named at present.
     """
-    if changed(layer) or replaced(layer) or is_quantised(layer.__dict__["_modules"].get("out_proj")):
+    if find_beyond_stock(layer) or find_replaced(layer) or is_quantised(layer.__dict__["_modules"].get("out_proj")):
         return True
     return preference(None) is not None
 
@@ -134,15 +136,15 @@ HARMLESS = frozenset(
 """What a subclass may define without computing anything else."""
 
 
-def own_code(module: nn.Module, kind: type[nn.Module]) -> list[str]:
-    """What a module has in place of the methods and attributes of a class that it is of: its subclass's, its own."""
+def find_own_code(module: nn.Module, kind: type[nn.Module]) -> list[str]:
+    """List the names that a module's subclass, or the module itself, has in place of those of a class that it is of."""
     classes = type(module).__mro__
     above = classes[: classes.index(kind)]
     names = [name for each in above for name in vars(each) if name not in HARMLESS]
-    return list(dict.fromkeys(names + shadows(module)))
+    return list(dict.fromkeys(names + find_shadows(module)))
 
 
-def shadows(module: nn.Module) -> list[str]:
+def find_shadows(module: nn.Module) -> list[str]:
     """Methods of a module's class that the instance has another one for."""
     return [name for name in vars(module).keys() - USUAL if callable(getattr(type(module), name, None))]
 
@@ -163,6 +165,7 @@ def check_features(features: dict[str, Any]) -> None:
 
 
 def check_kv_heads(num_heads: int, num_kv_heads: int | None) -> None:
+    """Raise ``ValueError`` where query heads cannot share the heads of keys and values evenly."""
     if num_kv_heads is not None and (num_kv_heads < 1 or num_heads % num_kv_heads):
         raise ValueError(
             f"num_kv_heads must be a divisor of num_heads, got num_heads={num_heads} and num_kv_heads={num_kv_heads}."
@@ -170,6 +173,7 @@ def check_kv_heads(num_heads: int, num_kv_heads: int | None) -> None:
 
 
 def as_window(window: Window | Sequence[int | None]) -> Window:
+    """A pair (left, right) as a ``Window``."""
     if isinstance(window, Window):
         return window
     if not isinstance(window, tuple) or len(window) != 2:

@@ -19,16 +19,16 @@ from ..weights.attend import attention_with_weights
 from . import nested, padding, projection, shortcut
 from .arguments import Arguments, check_flags, check_kinds
 from .call import Reading, read_call
-from .columns import added, append, widen
-from .features import has_hops, is_own
-from .hops import check_heads, check_output, check_weights, refuse_weights, three
+from .columns import append, count_added_keys, widen
+from .features import has_hops, is_ours
+from .hops import check_heads, check_output, check_weights, refuse_weights, take_three
 from .precision import computing_dtype, weights_dtype
 from .protocol import Layer
 from .stock import as_stock, refuse_torchscript, wants_torch_function
 
 
-class Problem(NamedTuple):
-    """What one call of a layer asks of attention.
+class Prepared(NamedTuple):
+    """One call of a layer as attention gets it.
 
     ``dtype`` is what it is computed in where that is not the layer's own; ``padded`` says where the tokens lie if
     padding was left out, ``custom`` whether the layer has hops of its own.
@@ -87,7 +87,7 @@ def attend_call(
     need_weights, average = given.need_weights, given.average_attn_weights
     q, k, v, spec, dtype, padded, custom = prepare(layer, call, wanted, skip_padding)
     weights: Tensor | None = None
-    says = need_weights and custom and not is_own(layer, "process_weights")
+    says = need_weights and custom and not is_ours(layer, "process_weights")
     if need_weights and not says and q.shape[2] != layer.num_heads:
         refuse_weights(layer, q.shape[2])
     if need_weights:
@@ -103,7 +103,7 @@ def attend_call(
             dtype=weights_dtype(q) if dtype is None else call.query.dtype,
             rows=rows,
             padded=padded,
-            remade=custom and not (is_own(layer, "project") and is_own(layer, "process_heads")),
+            remade=custom and not (is_ours(layer, "project") and is_ours(layer, "process_heads")),
         )
     else:
         out = run(q, k, v, spec, wanted, layer)  # type: ignore[assignment]
@@ -113,11 +113,11 @@ def attend_call(
         check_weights(layer, weights, sizes)
         weights = weights.mean(dim=1) if average else weights
         weights = weights if call.batched else weights.squeeze(0)
-    output = layer.merge(out) if dtype is None else projection.merge(layer, out, dtype).to(call.query.dtype)
+    output = layer.merge(out) if dtype is None else projection.merge_heads(layer, out, dtype).to(call.query.dtype)
     if not isinstance(output, Tensor) or output.shape != (q.shape[0], q.shape[1], layer.embed_dim):
         check_output(layer, output, q.shape[0], q.shape[1])
     if padded is not None:
-        output = packing.unpack(output, padded.places, (call.query.shape[0], call.query.shape[1]))
+        output = packing.put_back(output, padded.places, (call.query.shape[0], call.query.shape[1]))
     if not call.batched:
         return output.squeeze(0), weights
     if not layer.batch_first:
@@ -125,7 +125,7 @@ def attend_call(
     return output, weights
 
 
-def prepare(layer: Layer, call: Reading, wanted: Wanted, skip_padding: bool) -> Problem:
+def prepare(layer: Layer, call: Reading, wanted: Wanted, skip_padding: bool) -> Prepared:
     """Hops 2 and 3: the heads projected and processed, and the problem they make."""
     query, key, value, mask, bias, _, columns, rule = call
     padded: Padded | None = None
@@ -133,25 +133,25 @@ def prepare(layer: Layer, call: Reading, wanted: Wanted, skip_padding: bool) -> 
     dtype = computing_dtype(layer, call, wanted) if query.dtype in HALF else None
     if layer.window is not None:
         mask = joined(mask, layer.window)
-    if skip_padding and rule is not None and padding.refusal(layer, call) is None:
+    if skip_padding and rule is not None and padding.why_padding_stays(layer, call) is None:
         real = packing.tokens_of(rule, key.shape[1])
         padded = Padded(mask, real.places, call.valid)
-        query, key, value = padding.pack(query, key, value, real.places)
+        query, key, value = padding.pack_inputs(query, key, value, real.places)
         mask = packing.packed_mask(mask, real)
     if dtype is None:
         projected = layer.project(query, key, value)
-        heads = layer.process_heads(*(three("project", projected) if custom else projected))
+        heads = layer.process_heads(*(take_three("project", projected) if custom else projected))
         if custom:
-            heads = three("process_heads", heads)
+            heads = take_three("process_heads", heads)
             check_heads(layer, projected, heads, query.shape[0], query.shape[1])
         q, k, v = heads
         if is_autocasting():
             q, k, v = autocast(q, k, v)
     else:
-        q, k, v = projection.project(layer, query, key, value, dtype)
+        q, k, v = projection.project_inputs(layer, query, key, value, dtype)
     before = after = 0
     if custom or layer.keys_before or layer.keys_after:
-        before, after = added(layer, key.shape[1], k.shape[1], mask is not None or bias is not None)
+        before, after = count_added_keys(layer, key.shape[1], k.shape[1], mask is not None or bias is not None)
     if before or after or columns:
         sizes = q.shape[0], q.shape[2], q.shape[1], k.shape[1] - before - after
         mask, bias = widen(mask, bias, before, after + columns, sizes, q)
@@ -165,7 +165,7 @@ def prepare(layer: Layer, call: Reading, wanted: Wanted, skip_padding: bool) -> 
         bias=None if bias is None else TensorBias(bias),
         dropout_p=layer.dropout if layer.training else 0.0,
     )
-    return Problem(q, k, v, spec, dtype, padded, custom)
+    return Prepared(q, k, v, spec, dtype, padded, custom)
 
 
 def attend_nested(layer: Layer, given: Arguments) -> tuple[Tensor, Tensor | None]:
@@ -177,9 +177,9 @@ def attend_nested(layer: Layer, given: Arguments) -> tuple[Tensor, Tensor | None
             "would have to sit at its own last key; call the layer item by item."
         )
     same_q, same_kv = query is key, key is value
-    dense_k, valid_k = nested.padded(key)
-    dense_v = dense_k if same_kv else nested.padded(value)[0]
-    dense_q, valid_q = (dense_k, valid_k) if same_q else nested.padded(query)
+    dense_k, valid_k = nested.pad(key)
+    dense_v = dense_k if same_kv else nested.pad(value)[0]
+    dense_q, valid_q = (dense_k, valid_k) if same_q else nested.pad(query)
     dense = given._replace(query=dense_q, key=dense_k, value=dense_v, key_padding_mask=~valid_k)
     out, weights = attend_call(layer, read_call(layer, dense), given, True, rows=valid_q)
-    return nested.like(out, query, valid_q), weights
+    return nested.nest_like(out, query, valid_q), weights

@@ -6,11 +6,11 @@ from typing import Any
 
 from torch import Tensor
 
-from .features import is_own, overridden
+from .features import find_overridden, is_ours
 from .protocol import Layer
 
 
-def three(name: str, heads: Any) -> tuple[Any, Any, Any]:
+def take_three(name: str, heads: Any) -> tuple[Any, Any, Any]:
     """q, k and v as a hop returned them."""
     if not isinstance(heads, (tuple, list)) or len(heads) != 3:
         kind = f"{len(heads)} of them" if isinstance(heads, (tuple, list)) else type(heads).__name__
@@ -23,14 +23,15 @@ def check_heads(layer: Layer, projected: Any, heads: Any, batch: int, seqlen_q: 
     if are_heads(heads, batch, seqlen_q):
         return
     for name, made in (("project", projected), ("process_heads", heads)):
-        if not is_own(layer, name) and not are_heads(made, batch, seqlen_q):
+        if not is_ours(layer, name) and not are_heads(made, batch, seqlen_q):
             raise ValueError(
                 f"{name} must return q (batch={batch}, seqlen_q={seqlen_q}, heads, head_dim) and k and v "
-                f"(batch={batch}, seqlen_k, heads_kv, head_dim), got {', '.join(map(shape, made))}."
+                f"(batch={batch}, seqlen_k, heads_kv, head_dim), got {', '.join(map(describe_shape, made))}."
             )
 
 
 def are_heads(heads: Any, batch: int, seqlen_q: int) -> bool:
+    """q, k and v are heads of one batch that fit one another."""
     if not all(isinstance(x, Tensor) and x.dim() == 4 and x.shape[0] == batch for x in heads):
         return False
     q, k, v = heads
@@ -42,12 +43,12 @@ def check_output(layer: Layer, output: Any, batch: int, seqlen_q: int) -> None:
 
     An ``out_proj`` may be of another width than ``embed_dim``, as in the stock class; what a subclass returns may not.
     """
-    own = is_own(layer, "merge")
+    own = is_ours(layer, "merge")
     right = isinstance(output, Tensor) and output.dim() == 3 and output.shape[:2] == (batch, seqlen_q)
     if right and (own or output.shape[2] == layer.embed_dim):
         return
     name, width = ("out_proj", "features") if own else ("merge", f"embed_dim={layer.embed_dim}")
-    raise ValueError(f"{name} must return (batch={batch}, seqlen_q={seqlen_q}, {width}), got {shape(output)}.")
+    raise ValueError(f"{name} must return (batch={batch}, seqlen_q={seqlen_q}, {width}), got {describe_shape(output)}.")
 
 
 def check_weights(layer: Layer, weights: Any, sizes: tuple[int, int, int]) -> None:
@@ -56,19 +57,21 @@ def check_weights(layer: Layer, weights: Any, sizes: tuple[int, int, int]) -> No
     if not right or (weights.shape[0], weights.shape[2], weights.shape[3]) != sizes:
         raise ValueError(
             "process_weights must return (batch={}, heads, seqlen_q={}, seqlen_k={}), got {}.".format(
-                *sizes, shape(weights)
+                *sizes, describe_shape(weights)
             )
         )
 
 
 def refuse_weights(layer: Layer, heads: int) -> None:
     """Raise where the weights of the heads are not the layer's, and the layer does not say what its weights are."""
+    hops = " and ".join(find_overridden(layer))
     raise ValueError(
-        f"need_weights must be False for this {type(layer).__name__}, got True: its {' and '.join(overridden(layer))} "
+        f"need_weights must be False for this {type(layer).__name__}, got True: its {hops} "
         f"make {heads} heads where the layer has num_heads={layer.num_heads}, so the weights of these heads are not "
         "the layer's. Override process_weights, which says what they are, or build the layer with need_weights=False."
     )
 
 
-def shape(thing: Any) -> str:
+def describe_shape(thing: Any) -> str:
+    """The shape of a tensor, the type of anything else, for an error."""
     return str(tuple(thing.shape)) if isinstance(thing, Tensor) else type(thing).__name__

@@ -15,18 +15,18 @@ from torch import Tensor, nn
 from ..problem.masks import Window
 from . import features, projection
 from .features import (
-    ABSENT,
     EXTRA_KEYS,
     HOPS,
     MARK,
     SPECIAL,
+    STOCK_VALUES,
     as_window,
-    changed,
     check_features,
     check_kv_heads,
-    own_code,
-    replaced,
-    shadows,
+    find_beyond_stock,
+    find_own_code,
+    find_replaced,
+    find_shadows,
 )
 from .forward import attend
 from .projection import shrink_kv
@@ -62,7 +62,7 @@ class FlashMultiHeadAttention(StockForward):
             given; else it is read beside a ``key_padding_mask`` and for weights, as in the stock class.
         skip_padding: leave padding out of self-attention altogether (``query is key is value`` and a
             ``key_padding_mask`` that only hides): no projection, no attention, and **zeros** in the output rows and
-            weights of padded positions, where the default, like the stock class, computes something that nobody should
+            weights of padded positions, where the default, like the stock class, computes something of no
             use. Every row is computed after all under ``torch.compile``, export and CUDA graph capture, on a GPU
             without a kernel for packed tokens in the dtype, beside an ``attn_mask`` that is not causal,
             ``add_bias_kv``, ``add_zero_attn`` or overridden methods; ``flashmha.explain`` says so. On a GPU
@@ -73,7 +73,7 @@ class FlashMultiHeadAttention(StockForward):
     """
 
     __constants__ = ["batch_first"]
-    __jit_ignored_attributes__ = [*ABSENT, *EXTRA_KEYS, "_written"]
+    __jit_ignored_attributes__ = [*STOCK_VALUES, *EXTRA_KEYS, "_written"]
     bias_k: Optional[Tensor]
     bias_v: Optional[Tensor]
 
@@ -131,7 +131,7 @@ class FlashMultiHeadAttention(StockForward):
             shrink_kv(self)
             self._reset_parameters()
         for name, value in {"window": window, "backend": backend, **switches}.items():
-            if value != ABSENT[name]:
+            if value != STOCK_VALUES[name]:
                 setattr(self, name, value)
 
     def forward(
@@ -198,7 +198,7 @@ class FlashMultiHeadAttention(StockForward):
         (batch, seqlen, features) in; q (batch, seqlen_q, heads, head_dim), k and v (batch, seqlen_k, heads_kv,
         head_dim) out. The inputs are one object where the caller passed one.
         """
-        return projection.project(self, query, key, value)
+        return projection.project_inputs(self, query, key, value)
 
     @torch.jit.unused
     def process_heads(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -227,18 +227,18 @@ class FlashMultiHeadAttention(StockForward):
 
         out (batch, seqlen_q, heads, head_dim) in; (batch, seqlen_q, embed_dim) out.
         """
-        return projection.merge(self, out)
+        return projection.merge_heads(self, out)
 
     @torch.jit.unused
     def extra_repr(self) -> str:
-        """What the layer has beyond the stock class, as ``repr`` shows it."""
-        return ", ".join(f"{name}={getattr(self, name)!r}" for name in changed(self) if name in ABSENT)
+        """The features that are set, as ``repr`` shows them."""
+        return ", ".join(f"{name}={getattr(self, name)!r}" for name in find_beyond_stock(self) if name in STOCK_VALUES)
 
     @torch.jit.unused
     def __prepare_scriptable__(self) -> "FlashMultiHeadAttention":
-        """What ``torch.jit.script`` asks before it compiles a module."""
+        """Raise where a script would lose something; ``torch.jit.script`` calls it before it compiles a module."""
         refuse_torchscript(self, None)
-        own = replaced(self)
+        own = find_replaced(self)
         if own:
             raise RuntimeError(
                 f"TorchScript has no hooks that keep nn.TransformerEncoderLayer from bypassing {', '.join(own)} of "
@@ -255,14 +255,14 @@ class FlashMultiHeadAttention(StockForward):
                 method, a parametrization) that would be lost.
         """
         kept = ("backend", "call_out_proj", "trust_is_causal")
-        lacking = [name for name in changed(self) if name not in kept]
-        lacking = list(dict.fromkeys((*lacking, *replaced(self), *own_code(self, FlashMultiHeadAttention))))
+        lacking = [name for name in find_beyond_stock(self) if name not in kept]
+        lacking = list(dict.fromkeys((*lacking, *find_replaced(self), *find_own_code(self, FlashMultiHeadAttention))))
         if lacking:
             raise ValueError(
                 f"to_torch must not lose anything: nn.MultiheadAttention has no {', no '.join(lacking)}, "
                 f"which this {type(self).__name__} uses."
             )
-        twin: nn.MultiheadAttention = alike(self, nn.MultiheadAttention)
+        twin: nn.MultiheadAttention = make_twin(self, nn.MultiheadAttention)
         return twin
 
     @classmethod
@@ -276,17 +276,17 @@ class FlashMultiHeadAttention(StockForward):
         """
         if type(module) is not nn.MultiheadAttention:
             raise TypeError(f"module must be exactly an nn.MultiheadAttention, got {type(module).__name__}.")
-        why = taken(module)
+        why = why_not_ours(module)
         if why is not None:
             raise ValueError(f"module must lose nothing as a {cls.__name__}, got one that {why}.")
-        twin: FlashMultiHeadAttention = alike(module, cls)
+        twin: FlashMultiHeadAttention = make_twin(module, cls)
         return twin
 
     @torch.jit.unused
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "window":
             value = None if value is None else as_window(value)
-        if name in ABSENT:
+        if name in STOCK_VALUES:
             check_features({name: value})
         super().__setattr__(name, value)
 
@@ -302,31 +302,32 @@ STOCK_FORWARD = nn.MultiheadAttention.forward
 """PyTorch's own, as it was when this package was imported."""
 
 
-def taken(module: nn.MultiheadAttention) -> Optional[str]:
+def why_not_ours(module: nn.MultiheadAttention) -> Optional[str]:
     """Why a stock module cannot be a layer of ours without losing something; ``None`` where it can."""
     if nn.MultiheadAttention.forward is not STOCK_FORWARD:
         return "runs a patched nn.MultiheadAttention.forward, which would not run after a swap"
-    own = shadows(module)
+    own = find_shadows(module)
     if own:
         return f"has a {', '.join(own)} of its own on the instance, which would run in place of ours"
-    names = (*ABSENT, *HOPS, *EXTRA_KEYS, "to_torch", "from_torch", "_written", "_attend_as_stock")
+    names = (*STOCK_VALUES, *HOPS, *EXTRA_KEYS, "to_torch", "from_torch", "_written", "_attend_as_stock")
     used = [name for name in names if hasattr(module, name)]
     if used:
         return f"has an attribute {', '.join(used)} of its own, which would mean something else after a swap"
     return None
 
 
-def alike(module: nn.MultiheadAttention, kind: type[Any]) -> Any:
+def make_twin(module: nn.MultiheadAttention, kind: type[Any]) -> Any:
     """A module of another class with the same parameters, hooks and attributes; dicts are copied, tensors not."""
     twin: Any = object.__new__(kind)
-    twin.__dict__.update({name: copied(value) for name, value in vars(module).items()})
+    twin.__dict__.update({name: copy_containers(value) for name, value in vars(module).items()})
     vars(twin).pop("_compiled_call_impl", None)  # what ``compile()`` made of the other module
     if kind is nn.MultiheadAttention:
-        for name in (*ABSENT, *EXTRA_KEYS):
+        for name in (*STOCK_VALUES, *EXTRA_KEYS):
             vars(twin).pop(name, None)
         twin._forward_pre_hooks.pop(MARK, None)
     return twin
 
 
-def copied(value: Any) -> Any:
+def copy_containers(value: Any) -> Any:
+    """A shallow copy of a dict or a set; anything else as it is."""
     return value.copy() if isinstance(value, (dict, set)) else value

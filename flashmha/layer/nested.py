@@ -36,28 +36,29 @@ def check_nested(layer: Layer, given: Arguments) -> None:
 
 
 def wants_grad(layer: Layer, *inputs: Tensor) -> bool:
+    """Some input or weight that stock's fast path looks at requires a gradient."""
     out_proj = layer.out_proj
     outer = (getattr(out_proj, "weight", None), getattr(out_proj, "bias", None))
     weights = (layer.in_proj_weight, layer.in_proj_bias, *outer)
     return any(isinstance(tensor, Tensor) and tensor.requires_grad for tensor in (*inputs, *weights))
 
 
-def padded(tensor: Tensor) -> tuple[Tensor, Tensor]:
-    """(batch, longest, features) with zeros behind each item, and which positions are real (batch, longest)."""
+def pad(tensor: Tensor) -> tuple[Tensor, Tensor]:
+    """Pad with zeros to (batch, longest, features), and say which positions are real, (batch, longest)."""
     dense = torch.nested.to_padded_tensor(tensor, 0.0)
     lengths = tensor._nested_tensor_size()[:, 0] if tensor.layout == torch.strided else tensor.offsets().diff()  # type: ignore[attr-defined]
     places = torch.arange(dense.shape[1], device=dense.device)
     return dense, places < lengths.to(dense.device)[:, None]
 
 
-def like(dense: Tensor, tensor: Tensor, valid: Tensor) -> Tensor:
+def nest_like(dense: Tensor, tensor: Tensor, valid: Tensor) -> Tensor:
     """A padded tensor nested as another one is."""
     if tensor.layout == torch.strided:
         return torch._nested_tensor_from_mask(dense, valid, mask_check=False)
-    return again(dense[valid], tensor)
+    return nest_values_like(dense[valid], tensor)
 
 
-def again(values: Tensor, tensor: Tensor) -> Tensor:
+def nest_values_like(values: Tensor, tensor: Tensor) -> Tensor:
     """Values (total, ...) nested as a jagged tensor is; both share their offsets, so that they can be added."""
     return torch.nested.nested_tensor_from_jagged(values, offsets=tensor.offsets())  # type: ignore[attr-defined]
 

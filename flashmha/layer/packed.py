@@ -37,8 +37,8 @@ class Packed:
             axes = "(batch, seqlen, ...)" if self.batch_first else "(seqlen, batch, ...)"
             raise ValueError(f"other must be a tensor {axes} of {self.sizes}, got {told(other)}.")
         if self.batch_first:
-            return packing.take(other, self.places)
-        return packing.take(other.transpose(0, 1), self.places).transpose(0, 1)
+            return packing.take_real(other, self.places)
+        return packing.take_real(other.transpose(0, 1), self.places).transpose(0, 1)
 
     def unpack(self, tokens: Tensor) -> Tensor:
         """Packed tokens as a batch again, zeros where there was padding.
@@ -47,8 +47,8 @@ class Packed:
         """
         self.check(tokens)
         if self.batch_first:
-            return packing.unpack(tokens, self.places, self.sizes)
-        return packing.unpack(tokens.transpose(0, 1), self.places, self.sizes[::-1]).transpose(0, 1)
+            return packing.put_back(tokens, self.places, self.sizes)
+        return packing.put_back(tokens.transpose(0, 1), self.places, self.sizes[::-1]).transpose(0, 1)
 
     def across(self, memory: Packed) -> Documents:
         """The mask of cross-attention, queries here and keys there: every item looks at the same item's.
@@ -100,7 +100,7 @@ class PackedNested(Packed):
 
     def unpack(self, tokens: Tensor) -> Tensor:
         self.check(tokens)
-        return nested.again(tokens[0], self.like)
+        return nested.nest_values_like(tokens[0], self.like)
 
 
 def pack(
@@ -144,7 +144,7 @@ def pack(
     valid = real_tokens(key_padding_mask, batch, seqlen, x.device)
     if valid.device != x.device:
         raise ValueError(f"key_padding_mask must be on the device of x, {x.device}, got {valid.device}.")
-    return Packed(x, packing.tokens(valid), batch_first)
+    return Packed(x, packing.find_tokens(valid), batch_first)
 
 
 def real_tokens(mask: Tensor | KeyPadding | KeyLengths | None, batch: int, seqlen: int, device: torch.device) -> Tensor:

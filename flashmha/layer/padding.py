@@ -9,22 +9,22 @@ from ..backends.choice.registry import any_backend
 from ..backends.choice.wishes import preference
 from ..host.torch_state import computed_in, eager, is_capturing
 from ..problem.masks import Window
-from ..problem.packing import has_holes, parts, take
+from ..problem.packing import has_holes, parts, take_real
 from ..problem.ragged import KeyPadding, Padding
 from ..problem.wording import short
-from .call import Reading, each_once
+from .call import Reading, change_each_once
 from .checks import extra_columns
-from .features import overridden
+from .features import find_overridden
 from .protocol import Layer
 
 
-def refusal(layer: Layer, call: Reading) -> str | None:
+def why_padding_stays(layer: Layer, call: Reading) -> str | None:
     """Why padding cannot be left out of a call, so that every row is computed; ``None`` where it can."""
-    return unpackable(layer, call) or beside_holes(call, layer.window)
+    return why_not_packable(layer, call) or why_holes_stay(call, layer.window)
 
 
-def unpackable(layer: Layer, call: Reading) -> str | None:
-    """``refusal`` without a look at where the padding lies."""
+def why_not_packable(layer: Layer, call: Reading) -> str | None:
+    """``why_padding_stays`` without a look at where the padding lies."""
     if call.padding is None:
         return "no bool key_padding_mask"
     if not all(map(eager, (call.query, *call.padding.tensors()))):
@@ -39,12 +39,12 @@ def unpackable(layer: Layer, call: Reading) -> str | None:
         return "no tokens at all"
     if extra_columns(layer):
         return "add_bias_kv or add_zero_attn"
-    hops = overridden(layer)
+    hops = find_overridden(layer)
     if hops:
         return f"{', '.join(hops)} overridden, which may count positions"
     if call.bias is not None or any(not isinstance(part, (Padding, Window)) for part in parts(call.mask)):
         return "an attn_mask beside causality"
-    if call.query.is_cuda and preference(layer.backend) is None and not packs(layer, call):
+    if call.query.is_cuda and preference(layer.backend) is None and not has_packed_kernel(layer, call):
         return f"no kernel here for packed tokens in {short(computed_in(call.query))}: they would need a dense mask"
     call.padding.check(call.key.shape[0], 1, 1, call.key.shape[1])  # the last to look at it, where it is left out
     return None
@@ -53,7 +53,7 @@ def unpackable(layer: Layer, call: Reading) -> str | None:
 RECORDED = "PyTorch records the call (compile, export, torch.func, a CUDA graph)"
 
 
-def beside_holes(call: Reading, *windows: Window | None) -> str | None:
+def why_holes_stay(call: Reading, *windows: Window | None) -> str | None:
     """Why padding with holes has to stay: what a window sees would move. Causality alone minds no hole."""
     bounded = [part for part in (*parts(call.mask), *windows) if part is not None and part.feature == "window"]
     if bounded and call.padding is not None and call.padding.once("holes", lambda: has_holes(call.valid)):
@@ -61,13 +61,13 @@ def beside_holes(call: Reading, *windows: Window | None) -> str | None:
     return None
 
 
-def positioned(layer: Layer, call: Reading) -> str | None:
+def why_order_counts(layer: Layer, call: Reading) -> str | None:
     """Why the order of a call's keys counts, or no kernel gains by another; ``None`` where real ones may come first."""
     if type(call.padding) is not KeyPadding or call.mask is not call.padding or call.bias is not None:
         return "something beside a padding mask"
-    if call.columns or layer.window is not None or overridden(layer):
+    if call.columns or layer.window is not None or find_overridden(layer):
         return "a layer with a window, keys or methods of its own"
-    if not call.query.is_cuda or preference(layer.backend) is not None or not packs(layer, call):
+    if not call.query.is_cuda or preference(layer.backend) is not None or not has_packed_kernel(layer, call):
         return "no kernel that keys would be moved for"
     return None
 
@@ -80,13 +80,13 @@ def same_memory(one: Tensor, two: Tensor) -> bool:
     return alike and type(two) in (Tensor, torch.nn.Parameter) and one.data_ptr() == two.data_ptr()
 
 
-def packs(layer: Layer, call: Reading) -> bool:
+def has_packed_kernel(layer: Layer, call: Reading) -> bool:
     """A kernel for packed documents runs on this GPU and in the dtype of the layer's heads."""
     device, dtype, size = call.query.device, computed_in(call.query), layer.embed_dim // layer.num_heads
     windowed = layer.window is not None or any(part.feature == "window" for part in parts(call.mask))
     return any_backend(lambda one: one.runs_packed(dtype, size, device, windowed))
 
 
-def pack(query: Tensor, key: Tensor, value: Tensor, places: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def pack_inputs(query: Tensor, key: Tensor, value: Tensor, places: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The tokens at ``places`` as (1, tokens, features), one object where the inputs were."""
-    return each_once(lambda x: take(x, places), query, key, value)
+    return change_each_once(lambda x: take_real(x, places), query, key, value)

@@ -14,7 +14,7 @@ from .protocol import Layer
 
 
 def weights_dtype(q: Tensor) -> torch.dtype:
-    """What a softmax of scores of q gives: on a GPU autocast takes it to float32."""
+    """The dtype of a softmax of scores of q: on a GPU autocast takes it to float32."""
     if q.is_cuda and casts_to(q.device) is not None:
         return torch.promote_types(q.dtype, torch.float32)
     return q.dtype
@@ -26,7 +26,7 @@ def computing_dtype(layer: Layer, call: Reading, wanted: Wanted) -> torch.dtype 
     Not for a layer that was told a backend or has hops of its own, which were written for the layer's dtype.
     """
     query, dtype = call.query, call.query.dtype
-    if query.device.type != "cpu" or casts_to(query.device) is not None or not emulated(dtype):
+    if query.device.type != "cpu" or casts_to(query.device) is not None or not is_emulated(dtype):
         return None
     if layer.call_out_proj or has_hops(layer) or preference(wanted) is not None or needs_aten(query):
         return None
@@ -37,14 +37,17 @@ def computing_dtype(layer: Layer, call: Reading, wanted: Wanted) -> torch.dtype 
     return torch.float32
 
 
-def emulated(dtype: torch.dtype) -> bool:
+def is_emulated(dtype: torch.dtype) -> bool:
     """This CPU computes in a half precision dtype more slowly than in float32: an x86 without instructions for it.
 
-    Those are AMX, and AVX512-BF16 for bfloat16. Measured on x86 alone, so other CPUs are left as they are.
+    Those are AMX, and AVX512-BF16 for bfloat16. In its own dtype a layer of 512 tokens and more took so many times the
+    time of float32 inside (Zen 4, ``benchmarks/results/half_precision_cpu.json``): in float16 3.7 to 16; in bfloat16
+    1.7 to 2.3 where oneDNN was kept from AVX512-BF16, 3.3 to 14 with AVX2, 0.6 to 0.9 with AVX512-BF16. There a layer
+    of 8 tokens took 1.3 to 1.5, too little to choose by size. Measured on x86 alone: other CPUs are left as they are.
     """
     if platform.machine().lower() not in ("x86_64", "amd64") or dtype not in HALF or torch.cpu._is_amx_tile_supported():
         return False
     return dtype != torch.bfloat16 or not torch.cpu._is_avx512_bf16_supported()
 
 
-emulated._dynamo_marked_constant = True  # type: ignore[attr-defined]
+is_emulated._dynamo_marked_constant = True  # type: ignore[attr-defined]

@@ -14,12 +14,12 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from ..backends.choice.registry import any_backend
 from ..backends.rewrites.heads import spares, split
 from ..host.torch_state import is_compiling
-from .call import each_once
+from .call import change_each_once
 from .features import is_quantised
 from .protocol import Layer
 
 
-def project(
+def project_inputs(
     layer: Layer, query: Tensor, key: Tensor, value: Tensor, dtype: torch.dtype | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """q, k and v (batch, seqlen, heads, head_dim) of (batch, seqlen, features), computed in ``dtype``."""
@@ -28,18 +28,18 @@ def project(
     head_dim = layer.embed_dim // heads
     packed_weight, bias = parameters(layer, "in_proj_weight", "in_proj_bias")
     if not layer.batch_first:  # as the caller's tensors lie, so that a projection is one operator
-        query, key, value = each_once(swapped, query, key, value)
+        query, key, value = change_each_once(swap_axes, query, key, value)
     if layer._qkv_same_embed_dim:  # which of the two sets of weights counts is the flag's to say
         weight, bias = cast_weights(packed_weight, bias, dtype)
         if dtype is not None:
-            query, key, value = each_once(lambda x: x.to(dtype), query, key, value)
+            query, key, value = change_each_once(lambda x: x.to(dtype), query, key, value)
         return by_one_matrix(query, key, value, weight, bias, heads, heads_kv, head_dim, layer.batch_first)
     sizes = (heads, heads_kv, heads_kv)
     biases = (None, None, None) if bias is None else bias.split([size * head_dim for size in sizes])
     weights = (layer.q_proj_weight, layer.k_proj_weight, layer.v_proj_weight)
-    made = [linear(*each, dtype) for each in zip((query, key, value), weights, biases)]
+    made = [apply_linear_in(*each, dtype) for each in zip((query, key, value), weights, biases)]
     projected = [torch.unflatten(x, -1, (size, head_dim)) for x, size in zip(made, sizes)]
-    return tuple(projected) if layer.batch_first else tuple(map(swapped, projected))  # type: ignore[return-value]
+    return tuple(projected) if layer.batch_first else tuple(map(swap_axes, projected))  # type: ignore[return-value]
 
 
 def by_one_matrix(
@@ -66,7 +66,7 @@ def by_one_matrix(
         if heads == heads_kv and not packed.is_cuda:  # what ``split`` says, in fewer steps
             q, k, v = packed.view(outer, inner, 3, heads, head_dim).unbind(2)
         else:
-            q, k, v = split(packed, head_dim, [heads, heads_kv, heads_kv], together and joins(packed))
+            q, k, v = split(packed, head_dim, [heads, heads_kv, heads_kv], together and may_join_gradients(packed))
     else:
         rows, rows_kv = heads * head_dim, heads_kv * head_dim
         sizes = [rows, 2 * rows_kv] if key is value else [rows, rows_kv, rows_kv]
@@ -75,7 +75,9 @@ def by_one_matrix(
         q = F.linear(query, weights[0], biases[0]).view(outer, inner, heads, head_dim)
         if key is value:
             packed = F.linear(key, weights[1], biases[1])
-            k, v = split(packed, head_dim, [heads_kv, heads_kv], together and packed.is_cuda and joins(packed))
+            k, v = split(
+                packed, head_dim, [heads_kv, heads_kv], together and packed.is_cuda and may_join_gradients(packed)
+            )
         else:
             outer, inner, _ = key.shape
             k = F.linear(key, weights[1], biases[1]).view(outer, inner, heads_kv, head_dim)
@@ -83,17 +85,17 @@ def by_one_matrix(
     return (q, k, v) if batch_first else (q.transpose(0, 1), k.transpose(0, 1), v.transpose(0, 1))
 
 
-def joins(packed: Tensor) -> bool:
+def may_join_gradients(packed: Tensor) -> bool:
     """Gradients of these heads may come side by side: a backend that writes them so is here, and it pays."""
     return spares(packed) and any_backend(lambda one: one.joins_gradients and one.why_not_here(packed.device) is None)
 
 
-def swapped(x: Tensor) -> Tensor:
+def swap_axes(x: Tensor) -> Tensor:
     """(seqlen, batch, ...) as (batch, seqlen, ...), and back."""
     return x.transpose(0, 1)
 
 
-def merge(layer: Layer, out: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+def merge_heads(layer: Layer, out: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """(batch, seqlen_q, embed_dim) of out (batch, seqlen_q, heads, head_dim)."""
     out_proj = layer.out_proj
     if layer.call_out_proj:
@@ -121,16 +123,16 @@ def merge(layer: Layer, out: Tensor, dtype: torch.dtype | None = None) -> Tensor
             f"{QUANTISE}, or set call_out_proj=True, which calls out_proj as it is."
         )
     if layer.batch_first:
-        return linear(out.flatten(2), weight, bias, dtype)
+        return apply_linear_in(out.flatten(2), weight, bias, dtype)
     # the layout of the output, so that neither it nor its gradient is copied once more
-    return swapped(linear(swapped(out).contiguous().flatten(2), weight, bias, dtype))
+    return swap_axes(apply_linear_in(swap_axes(out).contiguous().flatten(2), weight, bias, dtype))
 
 
 QUANTISE = "Quantise the stock layer: flashmha.restore_mha(model) comes before prepare and convert"
 
 
-def unheard(layer: Layer) -> str | None:
-    """What stands at ``out_proj`` and never runs, since its weight and bias are read instead; ``None`` for nothing."""
+def why_unheard(layer: Layer) -> str | None:
+    """Say what stands at ``out_proj`` and never runs, since its weight and bias are read; ``None`` for nothing."""
     out_proj: Any = layer.out_proj
     if layer.call_out_proj or not isinstance(out_proj, nn.Module):
         return None
@@ -154,7 +156,7 @@ def warn_unheard(layer: Layer) -> None:
     """Say at a layer's first forward that something at its ``out_proj`` does not run."""
     if is_compiling() or layer in warned:
         return
-    why = unheard(layer)
+    why = why_unheard(layer)
     if why is not None:
         warned.add(layer)
         warnings.warn(f"{type(layer).__name__}: {why}.", stacklevel=2)
@@ -186,7 +188,7 @@ def parameters(module: Any, weight: str, bias: str) -> tuple[Any, Any]:
     return getattr(module, weight), getattr(module, bias)
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype | None = None) -> Tensor:
+def apply_linear_in(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype | None = None) -> Tensor:
     """``F.linear`` in ``dtype``."""
     weight, bias = cast_weights(weight, bias, dtype)
     return F.linear(x if dtype is None else x.to(dtype), weight, bias)

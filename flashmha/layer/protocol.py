@@ -8,11 +8,10 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from ..problem.masks import Window
-from .written import Written
 
 
 class Layer(Protocol):
-    """What a function may read of a ``FlashMultiHeadAttention``, and the hops it may call; it writes nothing."""
+    """A ``FlashMultiHeadAttention`` as functions of it may touch it: attributes to read and hops to call."""
 
     @property
     def embed_dim(self) -> int: ...
@@ -71,8 +70,6 @@ class Layer(Protocol):
     def keys_before(self) -> int: ...
     @property
     def keys_after(self) -> int: ...
-    @property
-    def _written(self) -> Written: ...
 
     # hops
     def project(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]: ...

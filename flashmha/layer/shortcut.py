@@ -35,10 +35,10 @@ from .features import SPECIAL
 from .projection import LINEARS, by_one_matrix
 from .protocol import Layer
 
-ELSEWHERE = (*SPECIAL, "in_proj_weight", "in_proj_bias", "out_proj")
+NOT_IN_LAYER = (*SPECIAL, "in_proj_weight", "in_proj_bias", "out_proj")
 """What an instance must not have in its own dictionary: hops and features, and what belongs among its parameters."""
 
-AWAY = ("weight", "bias", "forward")
+NOT_IN_OUT_PROJ = ("weight", "bias", "forward")
 """The same of ``out_proj``."""
 
 
@@ -51,12 +51,13 @@ A tuple without names: a ``NamedTuple`` takes .3 us more of the 35 of a small la
 
 def linears(layer: Layer, dtype: torch.dtype) -> Linears | None:
     """The projections of a layer in which nothing is special; ``None`` where something is, or is of another dtype."""
-    kind, written = type(layer), layer._written
+    kind: Any = type(layer)
+    written = kind._written
     if written.kind is not kind or written.read(kind) != written.whole:
         return None
     state = layer.__dict__
     out_proj = state["_modules"].get("out_proj")
-    if type(out_proj) not in LINEARS or not state.keys().isdisjoint(ELSEWHERE):
+    if type(out_proj) not in LINEARS or not state.keys().isdisjoint(NOT_IN_LAYER):
         return None
     if not state["_qkv_same_embed_dim"] or state["add_zero_attn"]:
         return None
@@ -64,7 +65,7 @@ def linears(layer: Layer, dtype: torch.dtype) -> Linears | None:
         return None
     # a parameter that was pruned, parametrized or put there by hand lies elsewhere
     behind = out_proj.__dict__
-    if behind["_forward_hooks"] or behind["_forward_pre_hooks"] or not behind.keys().isdisjoint(AWAY):
+    if behind["_forward_hooks"] or behind["_forward_pre_hooks"] or not behind.keys().isdisjoint(NOT_IN_OUT_PROJ):
         return None
     inner, outer = state["_parameters"], behind["_parameters"]
     weight, bias = inner.get("in_proj_weight"), inner.get("in_proj_bias", state)
@@ -81,11 +82,11 @@ def linears(layer: Layer, dtype: torch.dtype) -> Linears | None:
 
 
 def attend_plain(layer: Layer, given: Arguments) -> tuple[Tensor, Tensor | None] | None:
-    """What a layer returns for a call; ``None`` where ``forward`` has to look closer."""
+    """Run a plain call; ``None`` where ``forward`` has to look closer."""
     query, key, value, key_padding_mask, need_weights, attn_mask, average, is_causal, _ = given
     if is_compiling() or type(query) is not Tensor or query.is_nested:
         return None
-    # who traces or transforms wants to see every step
+    # tracing and transforms have to see every step
     if is_transforming() or tracing_state() is not None:
         return None
     shape, dtype = query.shape, query.dtype
@@ -108,7 +109,7 @@ def attend_plain(layer: Layer, given: Arguments) -> tuple[Tensor, Tensor | None]
         if key_padding_mask is not None and layer.skip_padding:
             return None
         sizes = (keys[0], shape[1], keys[1]) if batch_first else (keys[1], shape[0], keys[0])
-        mask = mask_of(key_padding_mask, attn_mask, is_causal, sizes, query.device)
+        mask = plain_mask(key_padding_mask, attn_mask, is_causal, sizes, query.device)
         if mask is None:
             return None
         mask = mask.own() if need_weights and isinstance(mask, Padding) else mask
@@ -163,7 +164,7 @@ def are_keys(key: Tensor, value: Tensor, shape: torch.Size, dtype: torch.dtype, 
     return key.dtype == value.dtype == dtype
 
 
-def mask_of(
+def plain_mask(
     key_padding_mask: Padding | Tensor | None,
     attn_mask: Mask | Tensor | None,
     is_causal: bool,

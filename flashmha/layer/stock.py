@@ -17,7 +17,7 @@ from ..host.torch_state import has_torch_function, overrides_functions
 from ..problem.masks import Mask
 from ..problem.ragged import Padding
 from .arguments import Arguments
-from .features import changed
+from .features import find_beyond_stock
 from .projection import is_as_written
 from .protocol import Layer
 
@@ -58,9 +58,9 @@ class StockForward(nn.MultiheadAttention):
             attn_mask = torch.ones(query.shape[0], key.shape[0], dtype=torch.bool, device=query.device).triu(1)
             is_causal = False
         if (attn_mask is not None or key_padding_mask is not None) and not extra_columns and not hint_alone:
-            total = summed_masks(attn_mask, key_padding_mask, num_heads, query, key)
+            total = sum_masks(attn_mask, key_padding_mask, num_heads, query, key)
             blind = (total == float("-inf")).all(dim=-1, keepdim=True)  # (batch * heads, seqlen_q, 1)
-            attn_mask, key_padding_mask, is_causal = centred(total.masked_fill(blind, 0.0), query), None, False
+            attn_mask, key_padding_mask, is_causal = centre(total.masked_fill(blind, 0.0), query), None, False
 
         # the output projection waits where rows have to be zeroed in between
         weight, bias = self.out_proj.weight, self.out_proj.bias
@@ -104,16 +104,16 @@ class StockForward(nn.MultiheadAttention):
         return out, weights
 
 
-def summed_masks(
+def sum_masks(
     attn_mask: Optional[Tensor], key_padding_mask: Optional[Tensor], num_heads: int, query: Tensor, key: Tensor
 ) -> Tensor:
     """Both masks as what is added to the scores, (batch * heads, seqlen_q, seqlen_k)."""
     batch = query.shape[1] if query.dim() == 3 else 1
     if attn_mask is None:
         attn_mask = torch.zeros(query.shape[0], key.shape[0], dtype=query.dtype, device=query.device)
-    total = float_mask(attn_mask, query).expand(batch * num_heads, -1, -1)
+    total = as_float_mask(attn_mask, query).expand(batch * num_heads, -1, -1)
     if key_padding_mask is not None:
-        padding = float_mask(key_padding_mask, query)
+        padding = as_float_mask(key_padding_mask, query)
         padding = padding if padding.dim() == 2 else padding.unsqueeze(0)
         columns = padding[:, None, None, :].expand(-1, num_heads, -1, -1).flatten(0, 1)
         columns = columns.expand_as(total)
@@ -124,7 +124,7 @@ def summed_masks(
     return total
 
 
-def centred(total: Tensor, query: Tensor) -> Tensor:
+def centre(total: Tensor, query: Tensor) -> Tensor:
     """A mask without blind rows as heads of half precision can be told it; see ``scores.narrowed``."""
     one = torch.zeros(1, 1, dtype=query.dtype, device=query.device)
     dtype = torch.matmul(one, one).dtype  # autocast may choose another than the query's
@@ -135,7 +135,7 @@ def centred(total: Tensor, query: Tensor) -> Tensor:
     return total.masked_fill(hidden, float("-inf")).to(dtype)
 
 
-def float_mask(mask: Tensor, query: Tensor) -> Tensor:
+def as_float_mask(mask: Tensor, query: Tensor) -> Tensor:
     """A mask as what is added to the scores."""
     if mask.dtype != torch.bool:
         return mask
@@ -144,7 +144,7 @@ def float_mask(mask: Tensor, query: Tensor) -> Tensor:
 
 def refuse_torchscript(layer: Layer, backend: Wanted) -> None:
     """Raise where PyTorch's own function would lose what a layer or a call asks for."""
-    lost = changed(layer) + ([] if backend is None else [f"backend={backend!r}"])
+    lost = find_beyond_stock(layer) + ([] if backend is None else [f"backend={backend!r}"])
     if lost:
         raise RuntimeError(
             "TorchScript and tensors with __torch_function__ run F.multi_head_attention_forward, which has no "

@@ -8,9 +8,10 @@ from typing import Any
 
 
 class Written:
-    """What a class had under some names when it was made; it stands in the class's own body.
+    """The attributes of a class under some names, as they were when it was made; it stands in the class's own body.
 
-    A subclass inherits it, so ``kind`` says whether a class is the one that was written.
+    A subclass inherits it, so ``kind`` says whether a class is the one that was written. Read it from the class: Dynamo
+    2.8 knows no such attribute of a module.
     """
 
     kind: type

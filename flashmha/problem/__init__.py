@@ -1,1 +1,1 @@
-"""One attention problem as data: who may look at whom, what is added to a score, and all validation."""
+"""One attention problem as data: which query may look at which key, what is added to a score, and all validation."""

@@ -1,4 +1,4 @@
-"""What was computed of a tensor, and whether the tensor is the same since."""
+"""Results computed of a tensor, and whether the tensor is the same since."""
 
 from __future__ import annotations
 
@@ -8,11 +8,13 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-T = TypeVar("T")
+from ..host.torch_state import is_stream_capturing
+
+Made = TypeVar("Made")
 
 
 class Computed:
-    """What was computed of a tensor, with what tells whether the tensor has changed since."""
+    """Results computed of a tensor, with what tells whether the tensor has changed since."""
 
     __slots__ = ("seen", "stream", "values", "version")
 
@@ -28,7 +30,7 @@ class Computed:
             self.seen, self.version = held.detach(), held._version
 
     def fits(self, held: Tensor) -> bool:
-        """Whether the tensor is what it was."""
+        """Compare the tensor with what it was."""
         seen = self.seen
         if seen is None or seen.shape != held.shape or seen.device != held.device:
             return False
@@ -51,10 +53,10 @@ def stream_of(tensor: Tensor) -> tuple[int, bool]:
     """The stream that operators on a tensor join, 0 where there is one alone, and whether it is captured."""
     if not tensor.is_cuda:
         return 0, False
-    return torch._C._cuda_getCurrentRawStream(tensor.get_device()), torch.cuda.is_current_stream_capturing()
+    return torch._C._cuda_getCurrentRawStream(tensor.get_device()), is_stream_capturing()
 
 
-def make_plain(make: Callable[[], T]) -> T:
+def make_plain(make: Callable[[], Made]) -> Made:
     """Call ``make`` outside autograd and inference mode, so that any later call may use its tensors."""
     with torch.inference_mode(False), torch.no_grad():
         return make()

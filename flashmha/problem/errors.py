@@ -1,4 +1,4 @@
-"""NoBackendError: a problem nobody serves, with one reason a backend."""
+"""NoBackendError: a problem that no backend serves, with one reason for each."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ class NoBackendError(RuntimeError):
     Attributes:
         spec: the problem.
         reasons: backend name -> why it cannot serve the problem.
-        wanted: who named a backend, as it was written, such as ``backend='flash2'`` or ``FLASHMHA_BACKEND='flash2'``;
+        wanted: what named a backend, as it was written, such as ``backend='flash2'`` or ``FLASHMHA_BACKEND='flash2'``;
             ``None`` where the choice was automatic.
     """
 

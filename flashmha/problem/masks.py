@@ -30,7 +30,7 @@ from ..host.torch_state import is_compiling, is_dense
 from .positions import ALIGNMENTS, MaskMod, Restarts, check_broadcast, home, index_grid, lookup, narrowed_to, positional
 from .wording import told
 
-M = TypeVar("M", bound="Mask")
+Kind = TypeVar("Kind", bound="Mask")
 Rebuild = Callable[[Sequence[Tensor]], "Mask"]
 
 
@@ -84,7 +84,7 @@ class Mask(abc.ABC):
 
     @property
     def features(self) -> frozenset[str]:
-        """What a backend must be able to do to serve this mask."""
+        """The names of what a backend must be able to do to serve this mask."""
         return frozenset([part.feature for part in self.parts])
 
     def __and__(self, other: Mask | Tensor) -> Mask:
@@ -195,7 +195,7 @@ class Window(Mask):
         if not isinstance(other, Window) or self.align != other.align:
             return None
         both = Window(None, None, align=self.align)
-        both.left, both.right = narrower(self.left, other.left), narrower(self.right, other.right)
+        both.left, both.right = narrow_bound(self.left, other.left), narrow_bound(self.right, other.right)
         return both
 
     def hides_nothing(self, seqlen_q: int, seqlen_k: int, documents: Restarts | None) -> bool:
@@ -343,7 +343,7 @@ class Intersection(Mask):
         return " & ".join(map(repr, self._parts))
 
 
-def find(mask: Mask | None, kind: type[M]) -> M | None:
+def find(mask: Mask | None, kind: type[Kind]) -> Kind | None:
     """The first rule of a kind in a mask."""
     if isinstance(mask, kind):
         return mask
@@ -374,7 +374,7 @@ def combine(parts: tuple[Mask, ...]) -> Mask:
     return merged[0] if len(merged) == 1 else Intersection(tuple(merged))
 
 
-def narrower(one: int | None, two: int | None) -> int | None:
+def narrow_bound(one: int | None, two: int | None) -> int | None:
     """The smaller of two bounds of a window, of which ``None`` is none."""
     if one is None or two is None:
         return two if one is None else one

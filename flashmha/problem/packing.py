@@ -21,7 +21,7 @@ class Tokens(NamedTuple):
 
 @torch.inference_mode(False)
 @torch.no_grad()
-def tokens(valid: Tensor) -> Tokens:
+def find_tokens(valid: Tensor) -> Tokens:
     """The tokens that are real, as plain tensors; the host waits for a GPU once."""
     lengths = valid.sum(dim=1) if len(valid) else valid.new_zeros(1, dtype=torch.int64)  # documents are one at least
     total, longest = torch.stack((lengths.sum(), lengths.max())).tolist()
@@ -31,8 +31,8 @@ def tokens(valid: Tensor) -> Tokens:
 
 
 def tokens_of(padding: Padding, seqlen: int) -> Tokens:
-    """``tokens``, looked for once a rule."""
-    return padding.once(("tokens", seqlen), lambda: tokens(padding.real(seqlen)))
+    """The tokens that a rule says are real, found once a rule."""
+    return padding.once(("tokens", seqlen), lambda: find_tokens(padding.real(seqlen)))
 
 
 def packed_mask(mask: Mask | None, real: Tokens) -> Mask | None:
@@ -40,29 +40,30 @@ def packed_mask(mask: Mask | None, real: Tokens) -> Mask | None:
     return joined(real.documents, *windows(mask))
 
 
-def take(x: Tensor, places: Tensor) -> Tensor:
+def take_real(x: Tensor, places: Tensor) -> Tensor:
     """(batch, seqlen, ...) as (1, tokens, ...): the tokens at ``places`` in (batch * seqlen)."""
     return x.flatten(0, 1).index_select(0, places)[None]
 
 
-def unpack(tokens: Tensor, places: Tensor, sizes: tuple[int, int]) -> Tensor:
+def put_back(tokens: Tensor, places: Tensor, sizes: tuple[int, int]) -> Tensor:
     """(1, tokens, ...) as (batch, seqlen, ...), 0 where there was padding; ``sizes`` is (batch, seqlen)."""
     blank = tokens.new_zeros(sizes[0] * sizes[1], *tokens.shape[2:])
     return torch.unflatten(blank.index_copy_(0, places, tokens[0]), 0, sizes)
 
 
 def has_holes(valid: Tensor) -> bool:
-    """Padding between real tokens, where positions would move."""
+    """Whether padding lies between real tokens, where positions would move."""
     starts = (valid[:, 1:] & ~valid[:, :-1]).sum(dim=1) + valid[:, 0]
     return bool((starts > 1).any())
 
 
 def windows(mask: Mask | None) -> list[Window]:
-    """What of a mask counts positions among the real tokens as well."""
+    """The windows of a mask, which count positions among the real tokens as well."""
     return [part for part in parts(mask) if type(part) is Window]
 
 
 def parts(mask: Mask | None) -> tuple[Mask, ...]:
+    """The rules of a mask, none where there is no mask."""
     return () if mask is None else mask.parts
 
 

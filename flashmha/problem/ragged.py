@@ -10,19 +10,17 @@ import torch
 from torch import Tensor
 
 from ..host.torch_state import eager, is_compiling, is_dense, readable
-from .computed import Computed, hides_changes, make_plain, stream_of
+from .computed import Computed, Made, hides_changes, make_plain, stream_of
 from .masks import Mask, Rebuild
 from .positions import MaskMod, Restarts, narrowed_to
 from .wording import told
 
-T = TypeVar("T")
-
 
 class Padding(Mask):
-    """Keys that are real and keys that are padding, and what was computed of them.
+    """Keys that are real and keys that are padding, with what was computed of them.
 
     A layer takes one as ``key_padding_mask``. What backends make of its tensor (lengths, an order, a table) is made
-    once and kept on the object, so that all layers of a model share it that are handed one. It is made anew once the
+    once and kept on the object, so that all layers of a model that take this object share it. It is made anew once the
     tensor has changed: on a CPU its values are compared, elsewhere its version and address. Copies keep nothing.
     """
 
@@ -36,8 +34,8 @@ class Padding(Mask):
         """Which keys are real, (batch, seqlen_k) bool."""
         raise NotImplementedError
 
-    def once(self, name: Hashable, make: Callable[[], T]) -> T:
-        """What ``make`` computes of the tensor, made once a name for as long as the tensor and the stream are the same.
+    def once(self, name: Hashable, make: Callable[[], Made]) -> Made:
+        """Call ``make`` once a name, as long as the tensor and the stream are the same, and give what it made.
 
         Plain tensors outside autograd, whatever is on around the call. Nothing is kept of what a compiler, a transform
         or a CUDA graph records, but for an object of this package's own, which lives no longer than they do.
@@ -57,11 +55,11 @@ class Padding(Mask):
             kept = Computed(held, stream, self._private)
         return self.kept_in(kept, name, functools.partial(make_plain, make))
 
-    def kept_in(self, kept: Computed, name: Hashable, make: Callable[[], T]) -> T:
+    def kept_in(self, kept: Computed, name: Hashable, make: Callable[[], Made]) -> Made:
         self._kept = kept
         if name not in kept.values:
             kept.values[name] = make()
-        found: T = kept.values[name]
+        found: Made = kept.values[name]
         return found
 
     def own(self) -> Padding:
@@ -82,7 +80,7 @@ P = TypeVar("P", bound="Padding")
 
 
 def private(rule: P) -> P:
-    """A rule over a tensor that its maker alone holds, so that it cannot change."""
+    """Say of a rule that its maker alone holds its tensor, so that it cannot change."""
     rule._private, rule.lasts = True, False
     return rule
 
@@ -311,6 +309,7 @@ class Documents(Mask):
 
 
 def is_vector_of_integers(thing: object) -> bool:
+    """Whether a thing is a dense tensor of one axis, int32 or int64."""
     return (
         isinstance(thing, Tensor) and is_dense(thing) and thing.dtype in (torch.int32, torch.int64) and thing.dim() == 1
     )

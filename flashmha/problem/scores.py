@@ -1,7 +1,7 @@
-"""What is added to a score before the softmax: tensors, ALiBi, relative position bias.
+"""Biases, added to a score before the softmax: tensors, ALiBi, relative position bias.
 
 A score is ``softmax_scale * (q · k)``; then comes the softcap, ``cap * tanh(score / cap)``; then the bias of this
-file; then the mask; and sinks join the softmax last, as one more column per head that nobody reads:
+file; then the mask; and sinks join the softmax last, as one more column per head without a value:
 
     score = softmax_scale * q @ k.T
     score = softcap * tanh(score / softcap)
@@ -12,8 +12,8 @@ Positions are those of ``masks``: the last query sits at the last key.
 
 A key is hidden where the mask says so, or where the bias is ``-inf`` in the bias's own dtype. Every other number is one
 to compute with, also beside heads whose dtype has no such number: scores are added to it in float32 at least, where
--1e9 swallows them, so that a row of nothing else gives the mean. A kernel that takes no finer dtype than the heads' is
-told the numbers by ``narrowed``.
+-1e9 swallows them, so that a row of nothing else gives the mean. A kernel that takes no finer dtype than the heads'
+gets the numbers that ``narrowed`` gives.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from .positions import Restarts, check_broadcast, home, index_grid, lookup, narr
 from .wording import told
 
 ScoreMod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
-DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+BIAS_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 """Of biases and sinks."""
 
 
@@ -42,7 +42,7 @@ class Bias(abc.ABC):
 
     @abc.abstractmethod
     def bias_mod(self, seqlen_q: int, seqlen_k: int, documents: Restarts | None = None) -> ScoreMod:
-        """What is added, as a function of the indices (batch, head, q_idx, k_idx)."""
+        """The bias as a function of the indices (batch, head, q_idx, k_idx)."""
 
     def check(self, batch: int, heads: int, seqlen_q: int, seqlen_k: int) -> None:  # noqa: B027
         """Raise ``ValueError`` where the bias's own tensors do not fit the problem."""
@@ -58,7 +58,7 @@ class Bias(abc.ABC):
 
     @property
     def features(self) -> frozenset[str]:
-        """What a backend must be able to do to serve this bias; ``bias_grad`` where it wants a gradient."""
+        """The names of what a backend must be able to do for this bias; ``bias_grad`` where it wants a gradient."""
         names = [part.feature for part in self.parts]
         if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in self.tensors()):
             names.append("bias_grad")
@@ -100,7 +100,7 @@ class TensorBias(Bias):
     feature = "bias"
 
     def __init__(self, tensor: Tensor) -> None:
-        if not is_dense(tensor) or tensor.dtype not in DTYPES or not 2 <= tensor.dim() <= 4:
+        if not is_dense(tensor) or tensor.dtype not in BIAS_DTYPES or not 2 <= tensor.dim() <= 4:
             hint = "; a bool tensor is a mask: Dense(tensor)" if getattr(tensor, "dtype", None) == torch.bool else ""
             raise ValueError(
                 "bias must be a floating point tensor that broadcasts to (batch, heads, seqlen_q, seqlen_k), "
@@ -144,7 +144,7 @@ class ALiBi(Bias):
     feature = "alibi"
 
     def __init__(self, slopes: Tensor) -> None:
-        if not is_dense(slopes) or slopes.dtype not in DTYPES or slopes.dim() not in (1, 2):
+        if not is_dense(slopes) or slopes.dtype not in BIAS_DTYPES or slopes.dim() not in (1, 2):
             raise ValueError(
                 f"slopes must be a floating point tensor of shape (heads,) or (batch, heads), got {told(slopes)}."
             )
@@ -180,7 +180,7 @@ class RelativeBias(Bias):
     feature = "bias"
 
     def __init__(self, table: Tensor) -> None:
-        if not is_dense(table) or table.dtype not in DTYPES or table.dim() != 2 or table.shape[1] % 2 == 0:
+        if not is_dense(table) or table.dtype not in BIAS_DTYPES or table.dim() != 2 or table.shape[1] % 2 == 0:
             raise ValueError(
                 f"table must be a floating point tensor of shape (heads, 2 * reach + 1), got {told(table)}."
             )

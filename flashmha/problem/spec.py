@@ -1,15 +1,14 @@
 """AttentionSpec: one attention problem without its tensors.
 
-The same object is judged by the registry, drawn by the property tests and printed by an error. It holds the
-mask's and the scores' own tensors (lengths, slopes, sinks) but never q, k or v, so that every limit of a GPU
-kernel can be tested on a laptop.
+Backends judge it, property tests draw it, errors print it. It holds the mask's and the scores' own tensors (lengths,
+slopes, sinks) but never q, k or v, so that every limit of a GPU kernel can be tested on a laptop.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,20 +24,21 @@ from ..host.torch_state import (
 from .masks import Dense, Mask, Window, find, normalize
 from .positions import check_range
 from .ragged import Documents, KeyLengths, KeyPadding, Padding, private
-from .scores import DTYPES, Bias
+from .scores import BIAS_DTYPES, Bias
+from .tensors import check_tensors, refuse_device
 from .wording import short, told
 
-CPU = torch.device("cpu")
+DEFAULT_DEVICE = torch.device("cpu")
 NUMBER = (int, float, torch.SymFloat, Tensor)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class AttentionSpec:
-    """One attention problem: sizes, dtype, device, mask, scores, and what is asked of the answer.
+    """One attention problem: sizes, dtype, device, mask, scores, and what the answer must have.
 
     ``mask`` is normalised (see ``masks.normalize``); ``softmax_scale`` is always a number. ``aten_only`` is set
     where PyTorch needs its own operators: while exporting, under torch.func, for tensor subclasses. ``shared`` is set
-    where later calls get the same object, so that what was found out about it may be remembered. So is a ``form``,
+    where later calls get the same object, so that what is found out about it may be remembered. So is a ``form``,
     which problems share that differ in the tensors of their padding or documents alone.
     """
 
@@ -50,7 +50,7 @@ class AttentionSpec:
     head_dim: int
     head_dim_v: int
     dtype: torch.dtype = torch.float32
-    device: torch.device = CPU
+    device: torch.device = DEFAULT_DEVICE
     mask: Mask | None = None
     bias: Bias | None = None
     softcap: float | None = None
@@ -99,7 +99,7 @@ class AttentionSpec:
             fill(self, "mask", normalize(self.mask, self.seqlen_q, self.seqlen_k))
         if self.bias is not None:
             self.bias.check(self.batch, self.heads, self.seqlen_q, self.seqlen_k)
-        fill(self, "needs", held(self.needed()))
+        fill(self, "needs", freeze_features(self.needed()))
 
     def check(self) -> None:
         """Raise ``ValueError`` where the numbers do not make one problem."""
@@ -118,12 +118,14 @@ class AttentionSpec:
         if self.softmax_scale is not None and not -math.inf < self.softmax_scale < math.inf:
             raise ValueError(f"softmax_scale must be finite, got {self.softmax_scale}.")
         sinks = self.sinks
-        if sinks is not None and (not is_dense(sinks) or sinks.dtype not in DTYPES or sinks.shape != (self.heads,)):
+        if sinks is None:
+            return
+        if not is_dense(sinks) or sinks.dtype not in BIAS_DTYPES or sinks.shape != (self.heads,):
             raise ValueError(f"sinks must have shape (heads,) = ({self.heads},), floating point, got {told(sinks)}.")
 
     @property
     def features(self) -> frozenset[str]:
-        """What a backend must be able to do."""
+        """The names of what a backend must be able to do."""
         return frozenset(self.needs)
 
     def needed(self) -> list[str]:
@@ -163,7 +165,7 @@ class AttentionSpec:
     ) -> AttentionSpec:
         """The problem of these tensors; all validation happens here, once.
 
-        A problem without tensors of its own is made once and shared by every call that asks for it again; one whose
+        A problem without tensors of its own is made once and shared by later calls with the same; one whose
         padding or documents are all it holds is made of the last with such a mask.
 
         Shapes: q (batch, seqlen_q, heads, head_dim), k (batch, seqlen_k, heads_kv, head_dim),
@@ -184,27 +186,17 @@ class AttentionSpec:
             )
             # fmt: on
             try:
-                known = again(key, mask)
+                known = reuse(key, mask)
             except TypeError:  # what has no hash is no number, and is refused below
                 key = known = None
             if known is not None:
                 return known
-        if not (q.dim() == k.dim() == v.dim() == 4 and dtype == k.dtype == v.dtype and device == k.device == v.device):
-            refuse_tensors(q, k, v)
-        if not dtype.is_floating_point:
-            raise ValueError(f"q, k and v must be floating point, got {dtype}.")
+        check_tensors(q, k, v)
         batch, seqlen_q, heads, head_dim = q.shape
-        batch_k, seqlen_k, heads_kv, head_dim_k = k.shape
-        batch_v, seqlen_v, heads_v, head_dim_v = v.shape
-        agree = batch == batch_k == batch_v and head_dim == head_dim_k and seqlen_k == seqlen_v and heads_kv == heads_v
-        if not agree:
-            raise ValueError(
-                "q, k and v must agree in batch, q and k in head_dim, k and v in seqlen and heads, "
-                f"got {tuple(q.shape)}, {tuple(k.shape)} and {tuple(v.shape)}."
-            )
+        _, seqlen_k, heads_kv, head_dim_v = v.shape
         for name, holder in () if mask is None and bias is None else (("mask", mask), ("bias", bias)):
             if holder is not None and any(tensor.device != device for tensor in holder.tensors()):
-                refuse_device(name, holder, device)
+                refuse_device(name, holder, holder.tensors(), device)
         if sinks is not None and isinstance(sinks, Tensor) and sinks.device != device:
             raise ValueError(f"sinks must be on the device of q, {device}, got {sinks.device}.")
         needs_grad = torch.is_grad_enabled() and (
@@ -237,7 +229,7 @@ class AttentionSpec:
             "deterministic": deterministic,
             "aten_only": needs_aten(q, k, v),
         }
-        return cls(**fields) if is_compiling() else cls.kept(key, fields)
+        return cls(**fields) if is_compiling() else cls.share(key, fields)
 
     @classmethod
     def between(
@@ -263,7 +255,7 @@ class AttentionSpec:
         )
         # fmt: on
         shares = mask is None or rule in REMADE
-        known = again(key, mask) if shares else None
+        known = reuse(key, mask) if shares else None
         if known is not None:
             return known
         batch, seqlen_q, heads, head_dim = shape_q
@@ -283,11 +275,11 @@ class AttentionSpec:
             "deterministic": deterministic,
         }
         if mask is not None and any(tensor.device != device for tensor in mask.tensors()):
-            refuse_device("mask", mask, device)
-        return cls.kept(key if shares else None, fields)
+            refuse_device("mask", mask, mask.tensors(), device)
+        return cls.share(key if shares else None, fields)
 
     @classmethod
-    def kept(cls, key: tuple[Any, ...] | None, fields: dict[str, Any]) -> AttentionSpec:
+    def share(cls, key: tuple[Any, ...] | None, fields: dict[str, Any]) -> AttentionSpec:
         """A problem of these fields, shared under a key where it may be."""
         spec: AttentionSpec = object.__new__(cls)  # as the class does, without a call for each field
         spec.__dict__.update(fields)
@@ -321,14 +313,14 @@ class AttentionSpec:
         return twin
 
     def with_lse(self) -> AttentionSpec:
-        """The same problem, asking for the log-sum-exp too, as numbers that nobody differentiates."""
-        return self.changed(need_lse=True, needs=held([*self.needs, "lse"]))
+        """The same problem, with the log-sum-exp too, as numbers that no gradient passes."""
+        return self.changed(need_lse=True, needs=freeze_features([*self.needs, "lse"]))
 
     @property
     def outline(self) -> tuple[Any, ...] | None:
-        """What is known of a problem whose only tensors are those of its mask, but for their values.
+        """A key of the problem: all that is known of it but the values of its mask's tensors.
 
-        ``None`` where there are others, and while somebody traces.
+        ``None`` where there are other tensors, and while PyTorch traces.
         """
         if self.bias is not None or self.sinks is not None or is_compiling():
             return None
@@ -371,7 +363,9 @@ class AttentionSpec:
     def documents(self) -> Documents | None:
         """The mask's packed documents."""
         mask = self.mask
-        return None if mask is None else mask.documents  # type: ignore[return-value]  # no other rule has positions
+        if mask is None or type(mask) is Documents:
+            return mask
+        return mask.documents  # type: ignore[return-value]  # in no other rule positions start again
 
     @property
     def is_padded(self) -> bool:
@@ -381,7 +375,7 @@ class AttentionSpec:
     def padding(self) -> Padding | None:
         """The mask's padding as one rule, which keeps what is computed of it."""
         mask = self.mask
-        if isinstance(mask, Padding):
+        if type(mask) is KeyPadding or type(mask) is KeyLengths:  # ``isinstance`` takes a step in Python
             return mask
         rules = [part for part in (() if mask is None else mask.parts) if isinstance(part, Padding)]
         if len(rules) < 2:
@@ -449,26 +443,9 @@ class AttentionSpec:
         return shape + (f", needs {' '.join(rest)}" if rest else "")
 
 
-def held(names: list[str]) -> frozenset[str] | tuple[str, ...]:
+def freeze_features(names: list[str]) -> frozenset[str] | tuple[str, ...]:
     """Features as a problem holds them: where a graph breaks, Dynamo 2.8 cannot hand on a frozenset it has traced."""
     return tuple(names) if is_compiling() else frozenset(names)
-
-
-def refuse_device(name: str, holder: Mask | Bias, device: torch.device) -> NoReturn:
-    """Say where a mask or a bias is, which is not where q is."""
-    raise ValueError(f"{name} must be on the device of q, {device}, got {holder.tensors()[0].device}: {holder!r}.")
-
-
-def refuse_tensors(q: Tensor, k: Tensor, v: Tensor) -> NoReturn:
-    """Say which of q, k and v is not like the others."""
-    for name, tensor in (("q", q), ("k", k), ("v", v)):
-        if tensor.dim() != 4:
-            raise ValueError(f"{name} must be 4-D (batch, seqlen, heads, head_dim), got shape {tuple(tensor.shape)}.")
-    name, other = ("k", k) if (k.dtype, k.device) != (q.dtype, q.device) else ("v", v)
-    raise ValueError(
-        "q, k and v must have one dtype and device, "
-        f"got {q.dtype} on {q.device} for q and {other.dtype} on {other.device} for {name}."
-    )
 
 
 REMADE = (Window, KeyPadding, KeyLengths, Documents)
@@ -478,15 +455,16 @@ REMADE = (Window, KeyPadding, KeyLengths, Documents)
 SHARED = 1024
 """How many problems are kept."""
 shared: dict[tuple[Any, ...], AttentionSpec] = {}
+"""Problems by what makes them: one is found again in a quarter of the time that making it takes."""
 
 
-def again(key: tuple[Any, ...], mask: Mask | None) -> AttentionSpec | None:
+def reuse(key: tuple[Any, ...], mask: Mask | None) -> AttentionSpec | None:
     """A problem that was made before: itself, or its form over another mask of the kind."""
     known = shared.get(key)
     if known is None or known.shared or mask is None:
         return known
     for tensor in mask.tensors():  # a generator would take two steps more
         if tensor.device != known.device:
-            refuse_device("mask", mask, known.device)
+            refuse_device("mask", mask, mask.tensors(), known.device)
     mask.check(known.batch, known.heads, known.seqlen_q, known.seqlen_k)
     return known.padded(mask)

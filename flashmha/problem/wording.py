@@ -11,7 +11,7 @@ from ..host.torch_state import is_dense
 
 
 def told(thing: object) -> str:
-    """What a caller passed, in a few words."""
+    """Put what a caller passed in a few words."""
     if type(thing).__name__ == "CausalBias":
         upper = thing.variant.name == "UPPER_LEFT"  # type: ignore[attr-defined]
         return f"torch's CausalBias (say mask=causal({'align=' + repr('top_left') if upper else ''}))"
@@ -26,11 +26,12 @@ def told(thing: object) -> str:
 
 
 def short(name: torch.dtype | torch.layout) -> str:
+    """The name of a dtype or layout without its ``torch.``."""
     return str(name).removeprefix("torch.")
 
 
 def lines(rows: Mapping[str, str]) -> str:
-    """``name  text`` for every row, aligned."""
+    """Rows as lines of ``name  text``, aligned."""
     width = max([0, *[len(name) for name in rows]])
     return "\n".join(f"  {name:<{width}}  {text}" for name, text in rows.items())
 

@@ -15,15 +15,15 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-from ..layer.features import ABSENT, EXTRA_KEYS, MARK, check_features
+from ..layer.features import EXTRA_KEYS, MARK, STOCK_VALUES, check_features
 from ..layer.module import FlashMultiHeadAttention
 from .encoder import FlashTransformerEncoder, FlashTransformerEncoderLayer, is_stock
-from .modules import CLASS, UNDO, check_model, holds, refusal, remember, set_class, waits, walk
-from .report import silent, swap_report
+from .modules import CLASS, UNDO, check_model, holds, remember, set_class, walk, why_not_yet, why_stock_stays
+from .report import swap_report, why_silent
 
-M = TypeVar("M", bound=nn.Module)
+Model = TypeVar("Model", bound=nn.Module)
 
-OPTIONS = tuple(sorted(set(ABSENT) - {"num_kv_heads"}))
+LAYER_OPTIONS = tuple(sorted(set(STOCK_VALUES) - {"num_kv_heads"}))
 """What ``replace_mha`` can set on every layer; grouped heads would need other parameters."""
 
 
@@ -31,8 +31,8 @@ Where = str | Iterable[str] | Callable[[str, nn.Module], bool] | None
 
 
 def replace_mha(
-    model: M, *, where: Where = None, to: type[FlashMultiHeadAttention] = FlashMultiHeadAttention, **options: Any
-) -> M:
+    model: Model, *, where: Where = None, to: type[FlashMultiHeadAttention] = FlashMultiHeadAttention, **options: Any
+) -> Model:
     """Put every ``nn.MultiheadAttention`` of a model on flashmha, in place; returns the model.
 
     Parameters stay the same objects, so that optimizers go on. Subclasses of ``nn.MultiheadAttention`` keep their
@@ -60,24 +60,24 @@ def replace_mha(
     """
     check_model(model)
     check_target(to)
-    unknown = sorted(set(options) - set(OPTIONS))
+    unknown = sorted(set(options) - set(LAYER_OPTIONS))
     if unknown:
-        raise TypeError(f"options must be among {', '.join(OPTIONS)}, got {', '.join(unknown)}.")
+        raise TypeError(f"options must be among {', '.join(LAYER_OPTIONS)}, got {', '.join(unknown)}.")
     check_features(options)
-    layers = {id(module): name for name, module in chosen(model, where)}
+    layers = {id(module): name for name, module in chosen_layers(model, where)}
     with all_or_nothing(model):
         for _, module, fsdp in walk(model):
             if id(module) in layers:
-                swap(module, fsdp, to, options)
+                swap_layer(module, fsdp, to, options)
         keep_encoders_calling(model)
     warn_of_silence(model, layers, to, named=where is not None)
     return model
 
 
-def swap(module: nn.Module, fsdp: bool, to: type[FlashMultiHeadAttention], options: dict[str, Any]) -> None:
+def swap_layer(module: nn.Module, fsdp: bool, to: type[FlashMultiHeadAttention], options: dict[str, Any]) -> None:
     """One layer: its class, where it may change, and its options, where it is ours."""
     given, _ = vars(module).get(UNDO, {}).get(CLASS, (FlashMultiHeadAttention, None))
-    stock = type(module) is nn.MultiheadAttention and refusal(module, fsdp) is None
+    stock = type(module) is nn.MultiheadAttention and why_stock_stays(module, fsdp) is None
     if stock or (type(module) is given and to is not FlashMultiHeadAttention):
         set_class(module, to)
     if isinstance(module, FlashMultiHeadAttention):
@@ -108,14 +108,14 @@ def keep_encoders_calling(model: nn.Module) -> None:
                 module.use_nested_tensor = False
 
 
-def restore_mha(model: M) -> M:
+def restore_mha(model: Model) -> Model:
     """Undo ``replace_mha``, in place; returns the model. Layers that were built as flashmha's stay, as they were.
 
     A layer that was parametrized or sharded after the swap waits until that is undone (``swap_report`` says so).
     """
     check_model(model)
     for _, module, _ in walk(model):
-        if UNDO not in vars(module) or waits(module) is not None:
+        if UNDO not in vars(module) or why_not_yet(module) is not None:
             continue
         before = vars(module).pop(UNDO)
         _, kind = before.pop(CLASS, (None, None))
@@ -125,7 +125,7 @@ def restore_mha(model: M) -> M:
             else:
                 vars(module).pop(name, None)
         if kind is nn.MultiheadAttention:
-            for name in (*ABSENT, *EXTRA_KEYS):  # set by hand since the swap, and nothing to the stock class
+            for name in (*STOCK_VALUES, *EXTRA_KEYS):  # set by hand since the swap, and nothing to the stock class
                 vars(module).pop(name, None)
             module._forward_pre_hooks.pop(MARK, None)  # type: ignore[call-overload]
         if kind is not None:
@@ -134,6 +134,7 @@ def restore_mha(model: M) -> M:
 
 
 def check_target(to: Any) -> None:
+    """Raise ``TypeError`` unless a swap may give layers this class."""
     if not (isinstance(to, type) and issubclass(to, FlashMultiHeadAttention)):
         raise TypeError(f"to must be FlashMultiHeadAttention or a subclass of it, got {to!r}.")
     if to.__init__ is not FlashMultiHeadAttention.__init__:
@@ -143,7 +144,7 @@ def check_target(to: Any) -> None:
         )
 
 
-def chosen(model: nn.Module, where: Where) -> list[tuple[str, nn.MultiheadAttention]]:
+def chosen_layers(model: nn.Module, where: Where) -> list[tuple[str, nn.MultiheadAttention]]:
     """The attention layers of a model that ``where`` speaks of."""
     names: dict[int, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
@@ -177,7 +178,7 @@ def chosen(model: nn.Module, where: Where) -> list[tuple[str, nn.MultiheadAttent
 def warn_of_silence(model: nn.Module, layers: dict[int, str], to: type[FlashMultiHeadAttention], named: bool) -> None:
     """Warn of what a caller may take for done: nothing to swap, layers that stayed, adapters that do not run."""
     if not layers:
-        warnings.warn(nothing_there(model), stacklevel=3)
+        warnings.warn(describe_no_layers(model), stacklevel=3)
     elif not named and not holds(model, FlashMultiHeadAttention):
         left = [f"{row.name or '(root)'}: {row.why}" for row in swap_report(model)]
         warnings.warn(f"replace_mha changed nothing: {left[0]}{' ...' * (len(left) > 1)}.", stacklevel=3)
@@ -187,17 +188,17 @@ def warn_of_silence(model: nn.Module, layers: dict[int, str], to: type[FlashMult
             continue
         name = layers[id(module)]
         if not isinstance(module, FlashMultiHeadAttention):
-            why = f"stays as it is: {refusal(module, fsdp)}" if named else None
+            why = f"stays as it is: {why_stock_stays(module, fsdp)}" if named else None
         elif not isinstance(module, to):
             why = f"stays a {type(module).__name__}, whose own code {to.__name__} would replace"
         else:
-            why = silent(name, module)
+            why = why_silent(name, module)
         if why is not None:
             warnings.warn(f"{name or type(module).__name__}: {why}.", stacklevel=3)
 
 
-def nothing_there(model: nn.Module) -> str:
-    """What a model has in place of a stock layer."""
+def describe_no_layers(model: nn.Module) -> str:
+    """Say what a model has in place of a stock layer."""
     kinds = ((name or "(root)", type(module).__name__) for name, module in model.named_modules())
     looks = [f"{name} ({kind})" for name, kind in kinds if "attention" in kind.lower() or "attn" in kind.lower()]
     several = f", but {', '.join(looks[:3])}{', ...' * (len(looks) > 3)}, whose own code stays" if looks else ""

@@ -82,7 +82,7 @@ class FlashTransformerEncoder(nn.TransformerEncoder):
             return output if self.norm is None else self.norm(output)
         way = enter(self, src, mask, src_key_padding_mask, causal)
         if isinstance(way, Route) and way.straight:  # to FX it is a proxy
-            return leave(self, way, stack.run(self, way))
+            return leave(self, way, stack.run_layers(self, way))
         output = way.src
         for layer in self.layers:
             output = layer(

@@ -54,13 +54,15 @@ def explain(
 
 
 def explain_spec(spec: AttentionSpec, backend: Wanted = None, capability: tuple[int, int] | None = None) -> Explanation:
+    """Which backend would serve a problem."""
     return backends.explain(spec, backend, capability)
 
 
 def explain_call(q: Tensor, k: Tensor, v: Tensor, *, backend: Wanted = None, **options: Any) -> Explanation:
-    unknown = sorted(set(options) - set(OPTIONS))
+    """Which backend would serve a call of ``attention``."""
+    unknown = sorted(set(options) - set(CALL_OPTIONS))
     if unknown:
-        raise TypeError(f"options must be among {', '.join(OPTIONS)}, got {', '.join(unknown)}.")
+        raise TypeError(f"options must be among {', '.join(CALL_OPTIONS)}, got {', '.join(unknown)}.")
     options["mask"], options["bias"] = as_mask(options.get("mask")), as_bias(options.get("bias"))
     plain = ("sinks", "softcap", "softmax_scale", "dropout_p", "deterministic", "return_lse")
     check_arguments(q, k, v, **{name: options[name] for name in plain if name in options})
@@ -69,6 +71,7 @@ def explain_call(q: Tensor, k: Tensor, v: Tensor, *, backend: Wanted = None, **o
 
 
 def explain_layer(layer: FlashMultiHeadAttention, *args: Any, **kwargs: Any) -> Explanation:
+    """Which backend would serve a call of a layer, and what it does about padding and precision."""
     given = Arguments(*args, **kwargs)
     check_kinds(given)
     wanted = layer.backend if given.backend is None else given.backend
@@ -77,9 +80,9 @@ def explain_layer(layer: FlashMultiHeadAttention, *args: Any, **kwargs: Any) -> 
     problem = prepare(layer, call, wanted, layer.skip_padding)
     notes = []
     if problem.padded is not None:
-        notes.append(f"skip_padding: {left_out(problem.q.shape[1], problem.padded.rows.numel())}")
+        notes.append(f"skip_padding: {say_left_out(problem.q.shape[1], problem.padded.rows.numel())}")
     elif layer.skip_padding and given.key_padding_mask is not None:
-        notes.append(f"skip_padding: every row is computed ({padding.refusal(layer, call)})")
+        notes.append(f"skip_padding: every row is computed ({padding.why_padding_stays(layer, call)})")
     if problem.dtype is not None:
         notes.append(f"computed in {short(problem.dtype)}: this CPU is slower in {short(call.query.dtype)}")
     elif problem.spec.dtype != call.query.dtype:
@@ -100,6 +103,7 @@ def explain_encoder(
     src_key_padding_mask: Tensor | None = None,
     is_causal: bool | None = None,
 ) -> Explanation:
+    """Which backend would serve an encoder's first layer, and where its padding goes."""
     causal = found_causal(mask, src_key_padding_mask) if is_causal is None else is_causal
     way = enter(encoder, src, mask, src_key_padding_mask, causal)
     first = encoder.layers[0].self_attn
@@ -111,7 +115,7 @@ def explain_encoder(
     if isinstance(way.packed, RealFirst):
         notes.append("every row is computed, the real tokens of each item first, in one order for all layers")
     elif way.packed is not None:
-        notes.append(f"once for all layers: {left_out(way.src.shape[:2].numel(), src.shape[:2].numel())}")
+        notes.append(f"once for all layers: {say_left_out(way.src.shape[:2].numel(), src.shape[:2].numel())}")
     elif way.hidden is not None:
         notes.append(
             "every row is computed and padding zeroed behind the last layer: too little of it to pay for packing"
@@ -121,15 +125,15 @@ def explain_encoder(
     return dataclasses.replace(said, notes=tuple(notes))
 
 
-def left_out(real: int, total: int) -> str:
-    """What a note says of padding that is left out."""
+def say_left_out(real: int, total: int) -> str:
+    """A note about padding that is left out."""
     return (
         f"{total - real} of {total} positions are left out; "
         "while compiling or capturing a CUDA graph every row is computed"
     )
 
 
-OPTIONS = tuple(inspect.signature(attention).parameters)[3:]
+CALL_OPTIONS = tuple(inspect.signature(attention).parameters)[3:]
 """What ``attention`` takes by name."""
 
 FORMS: tuple[tuple[type, Callable[..., Explanation], Callable[..., Any], str], ...] = (

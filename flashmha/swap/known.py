@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.modules.module import _has_any_global_hook
 
-from ..layer.features import MARK, replaced
+from ..layer.features import MARK, find_replaced
 from ..layer.module import FlashMultiHeadAttention
 
 CALLS = ("forward", "_call_impl")
@@ -19,7 +19,7 @@ CALLS = ("forward", "_call_impl")
 BLOCKS = (*CALLS, "__call__", "_sa_block", "_ff_block")
 """Those of an encoder layer."""
 
-PARTS = ("linear1", "dropout", "linear2", "norm1", "norm2", "dropout1", "dropout2", "activation")
+BLOCK_PARTS = ("linear1", "dropout", "linear2", "norm1", "norm2", "dropout1", "dropout2", "activation")
 """The modules of an encoder layer beside ``self_attn``; ``activation`` may be a function."""
 
 # fmt: off
@@ -36,61 +36,61 @@ MODULES: list[type[nn.Module]] = [
 FORWARDS = {kind.forward for kind in MODULES}
 
 
-def unknown(encoder: nn.TransformerEncoder) -> str | None:
-    """What in an encoder may count on (batch, seqlen), so that padding stays; ``None`` for nothing."""
-    return unknown_layers(encoder) or unknown_norm(encoder)
+def find_unknown(encoder: nn.TransformerEncoder) -> str | None:
+    """Say what in an encoder may count on (batch, seqlen), so that padding stays; ``None`` for nothing."""
+    return find_unknown_layers(encoder) or find_unknown_norm(encoder)
 
 
-def unknown_layers(encoder: nn.TransformerEncoder) -> str | None:
-    """The same of its layers."""
+def find_unknown_layers(encoder: nn.TransformerEncoder) -> str | None:
+    """The same of an encoder's layers."""
     if _has_any_global_hook():
         return "hooks on every module"
     for number, layer in enumerate(encoder.layers):
-        why = unknown_layer(layer)
+        why = find_unknown_layer(layer)
         if why is not None:
             return f"layers.{number}{why}"
     return None
 
 
-def unknown_norm(encoder: nn.TransformerEncoder) -> str | None:
-    """The same of its last norm."""
-    why = None if encoder.norm is None else unknown_part(encoder.norm)
+def find_unknown_norm(encoder: nn.TransformerEncoder) -> str | None:
+    """The same of an encoder's last norm."""
+    why = None if encoder.norm is None else find_unknown_part(encoder.norm)
     return None if why is None else f"norm {why}"
 
 
-def unknown_layer(layer: Any) -> str | None:
+def find_unknown_layer(layer: nn.Module) -> str | None:
     """The same of one layer."""
-    why = unknown_call(layer)
+    why = find_unknown_call(layer)
     if why is not None:
         return why
     modules = layer._modules
-    attention = modules["self_attn"]
-    for name in PARTS:
+    attention: Any = modules["self_attn"]
+    for name in BLOCK_PARTS:
         part = modules[name] if name in modules else getattr(layer, name)
-        why = unknown_part(part)
+        why = find_unknown_part(part)
         if why is not None:
             return f".{name} {why}"
-    why = unknown_part(attention.out_proj) if attention.call_out_proj else None
+    why = find_unknown_part(attention.out_proj) if attention.call_out_proj else None
     return None if why is None else f".self_attn.out_proj {why}"
 
 
-def unknown_call(layer: Any) -> str | None:
-    """What in the call of a layer's attention is not as this package wrote it; Dynamo traces this."""
+def find_unknown_call(layer: nn.Module) -> str | None:
+    """Say what around a layer's attention is not as this package wrote it; ``None`` for nothing. Dynamo traces this."""
     kind = type(layer)
     if not is_intact(layer):
         return f" is a {kind.__name__} with code of its own, or none of flashmha's"
-    if hooked(layer):
+    if is_hooked(layer):
         return " has hooks"
     attention = layer._modules.get("self_attn")
     if not isinstance(attention, FlashMultiHeadAttention):
         return f".self_attn is a {type(attention).__name__}"
-    own = replaced(attention)
+    own = find_replaced(attention)
     if own:
         return f".self_attn has a {', '.join(own)} of its own"
-    return ".self_attn has hooks" if hooked(attention) else None
+    return ".self_attn has hooks" if is_hooked(attention) else None
 
 
-def is_intact(layer: Any) -> bool:
+def is_intact(layer: nn.Module) -> bool:
     """A layer is of the package's own class, and neither that nor the instance has another method."""
     written = getattr(type(layer), "_written", None)
     if written is None or written.kind is not type(layer) or not isinstance(layer, nn.TransformerEncoderLayer):
@@ -101,7 +101,7 @@ def is_intact(layer: Any) -> bool:
     return True
 
 
-def unknown_part(part: Any) -> str | None:
+def find_unknown_part(part: Any) -> str | None:
     """The same of a module, or a function, that is no attention."""
     if not isinstance(part, nn.Module):
         function = part.func if isinstance(part, functools.partial) else part
@@ -111,10 +111,10 @@ def unknown_part(part: Any) -> str | None:
         return f"is a {kind.__name__}, which may mix tokens"
     if "normalized_shape" in own and len(own["normalized_shape"]) != 1:
         return "normalises over more than one token"
-    return "has hooks" if hooked(part) else None
+    return "has hooks" if is_hooked(part) else None
 
 
-def hooked(module: nn.Module) -> bool:
+def is_hooked(module: nn.Module) -> bool:
     """Hooks run around a module, but for the package's own mark, or a compiled form in its place."""
     before: dict[Any, Any] = module._forward_pre_hooks
     if len(before) > (MARK in before) or module._forward_hooks or module._backward_hooks or module._backward_pre_hooks:

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 
 from torch import nn
 
-from ..layer.features import shadows
-from ..layer.module import taken
+from ..layer.features import find_shadows
+from ..layer.module import why_not_ours
 
 UNDO = "_flashmha_undo"
 """On a module that was changed: attribute -> whether it was there before, and its value."""
@@ -22,7 +22,7 @@ def check_model(model: object) -> None:
         raise TypeError(f"model must be an nn.Module, got {model!r}.")
 
 
-def refusal(module: nn.MultiheadAttention, fsdp: bool) -> str | None:
+def why_stock_stays(module: nn.MultiheadAttention, fsdp: bool) -> str | None:
     """Why a stock layer must stay as it is."""
     if hasattr(module, "parametrizations"):
         return "parametrized: swap first, parametrize then"
@@ -30,10 +30,10 @@ def refusal(module: nn.MultiheadAttention, fsdp: bool) -> str | None:
         return "wrapped by FSDP: swap first, wrap then"
     if type(module) is not nn.MultiheadAttention:
         return "a subclass of nn.MultiheadAttention, whose own code a swap would lose"
-    return taken(module)
+    return why_not_ours(module)
 
 
-def waits(module: nn.Module) -> str | None:
+def why_not_yet(module: nn.Module) -> str | None:
     """Why a layer or an encoder that was swapped cannot be restored yet."""
     given, before = vars(module).get(UNDO, {}).get(CLASS, (None, None))
     if given is not None and type(module) is not given:
@@ -42,14 +42,15 @@ def waits(module: nn.Module) -> str | None:
     return "got grouped heads since, which nn.MultiheadAttention has not" if grouped else None
 
 
-def own_forward(module: nn.Module) -> str | None:
-    own = shadows(module)
+def why_own_forward(module: nn.Module) -> str | None:
+    """Say which methods of an instance run in place of its class's; ``None`` for none."""
+    own = find_shadows(module)
     return f"the instance has a {', '.join(own)} of its own, which runs in place of ours" if own else None
 
 
 def walk(model: nn.Module) -> Iterator[tuple[str, nn.Module, bool]]:
     """Every module once: its name, itself, and whether FSDP (either version) wraps it or something around it."""
-    fsdp = sys.modules.get("torch.distributed.fsdp")  # nobody has wrapped anything where it was not imported
+    fsdp = sys.modules.get("torch.distributed.fsdp")  # nothing is wrapped where it was not imported
     kinds = tuple(getattr(fsdp, name) for name in ("FullyShardedDataParallel", "FSDPModule") if hasattr(fsdp, name))
     wrapped: set[str] = set()
     for name, module in model.named_modules():

@@ -6,12 +6,12 @@ import dataclasses
 
 from torch import nn
 
-from ..layer.features import changed, is_own
+from ..layer.features import find_beyond_stock, is_ours
 from ..layer.module import FlashMultiHeadAttention
-from ..layer.projection import unheard
+from ..layer.projection import why_unheard
 from .encoder import FlashTransformerEncoder
-from .known import unknown
-from .modules import CLASS, UNDO, check_model, own_forward, refusal, waits, walk
+from .known import find_unknown
+from .modules import CLASS, UNDO, check_model, walk, why_not_yet, why_own_forward, why_stock_stays
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,42 +35,46 @@ class SwapReport(tuple[SwapRow, ...]):
 
 
 def swap_report(model: nn.Module) -> SwapReport:
-    """What ``replace_mha`` swapped in a model, what not, and why; before a swap, what it would leave."""
+    """List what ``replace_mha`` swapped in a model, what not, and why; before a swap, what it would leave."""
     check_model(model)
     rows = []
     for name, module, fsdp in walk(model):
         kind, undo = type(module).__name__, vars(module).get(UNDO, {})
         if isinstance(module, FlashMultiHeadAttention):
             why = "by replace_mha" if CLASS in undo else "built as one"
-            if changed(module):
-                why += f", with {', '.join(changed(module))}"
-            notes = [note for note in (waits(module), own_forward(module), silent(name, module)) if note is not None]
+            if find_beyond_stock(module):
+                why += f", with {', '.join(find_beyond_stock(module))}"
+            notes = [
+                note
+                for note in (why_not_yet(module), why_own_forward(module), why_silent(name, module))
+                if note is not None
+            ]
             rows.append(SwapRow(name, kind, True, "; ".join([why, *notes])))
         elif isinstance(module, nn.MultiheadAttention):
-            why = refusal(module, fsdp) or "replace_mha would swap it"
+            why = why_stock_stays(module, fsdp) or "replace_mha would swap it"
             rows.append(SwapRow(name, kind, False, why))
         elif isinstance(module, (nn.TransformerEncoderLayer, nn.TransformerEncoder)) and UNDO in vars(module):
             kept = [f"{attribute} set to {getattr(module, attribute)}" for attribute in undo if attribute != CLASS]
             rows.append(
-                SwapRow(name, kind, True, "; ".join(kept or ["calls self_attn in eval too", *about_padding(module)]))
+                SwapRow(name, kind, True, "; ".join(kept or ["calls self_attn in eval too", *describe_padding(module)]))
             )
     return SwapReport(rows)
 
 
-def about_padding(module: nn.Module) -> list[str]:
-    """What an encoder does about padding, as far as its own make-up says."""
+def describe_padding(module: nn.Module) -> list[str]:
+    """Say what an encoder does about padding, as far as its own make-up says."""
     if not isinstance(module, FlashTransformerEncoder):
         return []
-    why = unknown(module)
+    why = find_unknown(module)
     return [
         "may leave padding out once for all layers" if why is None else f"each layer sees padding for itself: {why}"
     ]
 
 
-def silent(name: str, module: FlashMultiHeadAttention) -> str | None:
-    """What does not run at a layer's ``out_proj``, as far as it can be known.
+def why_silent(name: str, module: FlashMultiHeadAttention) -> str | None:
+    """Say what does not run at a layer's ``out_proj``, as far as it can be known.
 
     An adapter around the layer puts it into the weights, and a ``merge`` of the layer's own may call it.
     """
     wrapped = name.rpartition(".")[2] == "base_layer"
-    return None if wrapped or not is_own(module, "merge") else unheard(module)
+    return None if wrapped or not is_ours(module, "merge") else why_unheard(module)

@@ -21,11 +21,11 @@ from ..problem import packing
 from ..problem.computed import make_plain
 from ..problem.masks import Mask, joined
 from ..problem.ragged import KeyPadding, Padding, private
-from .known import unknown_call, unknown_layers, unknown_norm
+from .known import find_unknown_call, find_unknown_layers, find_unknown_norm
 
 
 class Route(NamedTuple):
-    """What the layers of an encoder are called with; ``leave`` is the way back.
+    """The arguments of an encoder's layers in one call; ``leave`` is the way back.
 
     ``packed`` holds the tokens where padding is left out, or where it comes last and they lie (batch, seqlen) whatever
     ``batch_first`` says; ``hidden`` the rows to be zeroed where packing would not pay. ``why`` says why neither is done
@@ -61,16 +61,16 @@ def enter(
     given = key_padding_mask.tensors()[0] if isinstance(key_padding_mask, Padding) else key_padding_mask
     if not eager(src) or not (given is None or eager(given)) or src.is_nested or src.is_meta:
         if given is not None:
-            key_padding_mask = handed_down(encoder, src, mask, key_padding_mask, False)
+            key_padding_mask = hand_down(encoder, src, mask, key_padding_mask, False)
         return Route(src, mask, key_padding_mask, is_causal)
-    strange = unknown_layers(encoder)
+    strange = find_unknown_layers(encoder)
     way = Route(src, mask, None, is_causal)
     if key_padding_mask is not None:
-        way = around(encoder, src, mask, key_padding_mask, is_causal, strange)
+        way = route_beside_padding(encoder, src, mask, key_padding_mask, is_causal, strange)
     return way._replace(straight=strange is None)
 
 
-def around(
+def route_beside_padding(
     encoder: nn.TransformerEncoder,
     src: Tensor,
     mask: Mask | Tensor | None,
@@ -79,17 +79,17 @@ def around(
     strange: str | None,
 ) -> Route:
     """The route beside padding. ``strange`` is what in a layer may count on (batch, seqlen)."""
-    way, why = left_out(encoder, src, mask, key_padding_mask, is_causal, strange)
+    way, why = route_without_padding(encoder, src, mask, key_padding_mask, is_causal, strange)
     if way is not None:
         return way
-    rule = handed_down(encoder, src, mask, key_padding_mask, strange is None)
-    first = real_first(encoder, src, mask, rule, is_causal) if strange is None else None
+    rule = hand_down(encoder, src, mask, key_padding_mask, strange is None)
+    first = route_real_first(encoder, src, mask, rule, is_causal) if strange is None else None
     if first is not None:
         return Route(first.tokens, None, first.padding, False, first, None, True, why)
     return Route(src, mask, rule, is_causal, why=why)
 
 
-def left_out(
+def route_without_padding(
     encoder: nn.TransformerEncoder,
     src: Tensor,
     mask: Mask | Tensor | None,
@@ -105,22 +105,22 @@ def left_out(
     nests = would_nest(encoder, src, mask)
     if not (all(skipping) or nests):
         return None, "not every layer has skip_padding" if any(skipping) else None
-    norm = unknown_norm(encoder)
+    norm = find_unknown_norm(encoder)
     nesting = nests and (norm is not None or not all(skipping))  # as stock does, whose last norm sees padding
     why = strange if strange is not None or nesting else norm
     if why is None:
-        attentions: list[Any] = [layer.self_attn for layer in encoder.layers]
-        call = read_call(attentions[0], asked(src, mask, key_padding_mask, is_causal))
-        why = refusal(attentions, call)
+        attentions = attentions_of(encoder)
+        call = read_call(attentions[0], make_arguments(src, mask, key_padding_mask, is_causal))
+        why = why_rows_stay(attentions, call)
         if why is None and nesting and not ends_in_padding(encoder, call.valid):
             why = "padding before real tokens, where the stock encoder makes no nested tensors"
     if why is not None:
-        return (zeroed(encoder, src, mask, key_padding_mask, is_causal, why) if nests else None), why
+        return (route_zeroed(encoder, src, mask, key_padding_mask, is_causal, why) if nests else None), why
     assert call.padding is not None
     valid: Any = call.valid
     windows = packing.windows(call.mask)
     if not pays(encoder, valid):
-        hidden = hidden_rows(attentions[0], valid)
+        hidden = mask_hidden_rows(attentions[0], valid)
         # as a rule, which a layer does not leave out
         return Route(src, joined(call.padding, *windows), None, False, None, hidden, nesting), None
     real = packing.tokens_of(call.padding, valid.shape[1])
@@ -130,34 +130,42 @@ def left_out(
     return Route(packed.tokens, joined(packed.documents, *windows), None, False, packed, None, nesting), None
 
 
-def asked(src: Tensor, mask: Any, key_padding_mask: Any, is_causal: bool) -> Arguments:
-    """What an encoder layer asks of its attention."""
+def attentions_of(encoder: nn.TransformerEncoder) -> list[FlashMultiHeadAttention]:
+    """The attention of each layer, where the layers are known."""
+    layers: Any = encoder.layers
+    return [layer.self_attn for layer in layers]
+
+
+def make_arguments(src: Tensor, mask: Any, key_padding_mask: Any, is_causal: bool) -> Arguments:
+    """The arguments with which an encoder layer calls its attention."""
     return Arguments(src, src, src, key_padding_mask, False, mask, is_causal=is_causal)
 
 
-def zeroed(
+def route_zeroed(
     encoder: nn.TransformerEncoder, src: Tensor, mask: Any, key_padding_mask: Any, is_causal: bool, why: str
 ) -> Route | None:
     """Every row computed with the padding as it came, and zeros behind the last layer, as nested tensors give."""
     attention = getattr(encoder.layers[0], "self_attn", None)
     if not isinstance(attention, FlashMultiHeadAttention):
         return None
-    call = read_call(attention, asked(src, mask, key_padding_mask, is_causal))
+    call = read_call(attention, make_arguments(src, mask, key_padding_mask, is_causal))
     if call.padding is None or not call.batched:
         return None
     valid: Any = call.valid
     if not ends_in_padding(encoder, valid):
         return None
-    return Route(src, mask, key_padding_mask, is_causal, None, hidden_rows(attention, valid), True, why)
+    return Route(src, mask, key_padding_mask, is_causal, None, mask_hidden_rows(attention, valid), True, why)
 
 
-def hidden_rows(attention: Any, valid: Tensor) -> Tensor:
+def mask_hidden_rows(attention: FlashMultiHeadAttention, valid: Tensor) -> Tensor:
     """Padding as a mask over an encoder's output."""
     hidden = ~valid if attention.batch_first else ~valid.T
     return hidden[..., None]
 
 
-def real_first(encoder: nn.TransformerEncoder, src: Tensor, mask: Any, rule: Any, is_causal: bool) -> RealFirst | None:
+def route_real_first(
+    encoder: nn.TransformerEncoder, src: Tensor, mask: Any, rule: Any, is_causal: bool
+) -> RealFirst | None:
     """The tokens with the real ones of each item first, where a kernel then reads keys where they lie.
 
     Every row stays, and no layer looks at positions; so none notices.
@@ -166,12 +174,12 @@ def real_first(encoder: nn.TransformerEncoder, src: Tensor, mask: Any, rule: Any
         return None
     if is_causal or not moves_keys(src, rule.valid):
         return None
-    attentions: list[Any] = [layer.self_attn for layer in encoder.layers]
-    for attention in different(attentions):
+    attentions = attentions_of(encoder)
+    for attention in find_different(attentions):
         if attention.batch_first != attentions[0].batch_first:
             return None
-        call = read_call(attention, asked(src, None, rule, False))
-        if padding.positioned(attention, call) is not None:
+        call = read_call(attention, make_arguments(src, None, rule, False))
+        if padding.why_order_counts(attention, call) is not None:
             return None
     return RealFirst(src, rule, attentions[0].batch_first)
 
@@ -185,14 +193,14 @@ def moves_keys(src: Tensor, valid: Tensor) -> bool:
 def leave(encoder: nn.TransformerEncoder, route: Route, output: Tensor) -> Tensor:
     """The encoder's output of what its last layer returned; zeros where padding was left out."""
     if route.padded_norm:
-        output = back(route, output)
+        output = put_back(route, output)
     if encoder.norm is not None:
         output = encoder.norm(output)
-    return output if route.padded_norm else back(route, output)
+    return output if route.padded_norm else put_back(route, output)
 
 
-def back(route: Route, output: Tensor) -> Tensor:
-    """What the layers returned, zeros where padding was."""
+def put_back(route: Route, output: Tensor) -> Tensor:
+    """Put tokens back where they were, zeros where padding was."""
     if route.packed is not None:
         return route.packed.unpack(output)
     return output if route.hidden is None else output.masked_fill(route.hidden, 0.0)
@@ -226,21 +234,21 @@ def ends_in_padding(encoder: nn.TransformerEncoder, valid: Any) -> bool:
     return not getattr(encoder, "mask_check", True) or not bool((valid[:, 1:] & ~valid[:, :-1]).any())
 
 
-def refusal(attentions: list[Any], call: Reading) -> str | None:
+def why_rows_stay(attentions: list[FlashMultiHeadAttention], call: Reading) -> str | None:
     """Why the attention of some layer needs every row."""
     first = attentions[0]
     if not call.batched:
         return "src without a batch axis"
-    for attention in different(attentions):
+    for attention in find_different(attentions):
         if (attention.batch_first, attention.trust_is_causal) != (first.batch_first, first.trust_is_causal):
             return "layers that differ in batch_first or trust_is_causal"
-        why = padding.unpackable(attention, call)
+        why = padding.why_not_packable(attention, call)
         if why is not None:
             return why
-    return padding.beside_holes(call, *[attention.window for attention in attentions])
+    return padding.why_holes_stay(call, *[attention.window for attention in attentions])
 
 
-def different(attentions: list[Any]) -> list[Any]:
+def find_different(attentions: list[FlashMultiHeadAttention]) -> list[FlashMultiHeadAttention]:
     """The first layer, and those that are not like it in all that decides whether padding may go."""
     first = attentions[0]
     kind, form = type(first), form_of(first)
@@ -252,12 +260,12 @@ form_of = operator.attrgetter(
 )
 
 
-def has_more(attention: Any) -> bool:
+def has_more(attention: FlashMultiHeadAttention) -> bool:
     """Methods that are the instance's, or a learned key."""
     return attention.bias_k is not None or not attention.__dict__.keys().isdisjoint(HOPS)
 
 
-def handed_down(encoder: Any, src: Any, mask: Any, padding: Any, known: bool) -> Any:
+def hand_down(encoder: nn.TransformerEncoder, src: Tensor, mask: Any, padding: Any, known: bool) -> Any:
     """A bool padding mask as one rule for every layer, which keeps what is computed of it; else as it came.
 
     As a tensor it goes to layers, hooks and patches that may count on one, into a graph, and where it is an error.
@@ -270,7 +278,7 @@ def handed_down(encoder: Any, src: Any, mask: Any, padding: Any, known: bool) ->
     if src.is_nested or src.dim() != 3 or (isinstance(mask, Tensor) and mask.dtype != torch.bool):
         return padding
     for layer in encoder.layers:  # not all(...), which Dynamo 2.8 does not trace
-        if not (known or unknown_call(layer) is None) or not has_sizes(layer.self_attn, src, padding):
+        if not (known or find_unknown_call(layer) is None) or not has_sizes(layer.self_attn, src, padding):
             return padding
     if GLOBAL_HOOKS[0] or GLOBAL_HOOKS[1]:
         return padding
@@ -283,7 +291,7 @@ GLOBAL_HOOKS = (
 )
 
 
-def has_sizes(attention: Any, src: Tensor, padding: Tensor) -> bool:
+def has_sizes(attention: FlashMultiHeadAttention, src: Tensor, padding: Tensor) -> bool:
     """A mask has the sizes (batch, seqlen) of a layer's input."""
     batch, seqlen = src.shape[:2] if attention.batch_first else (src.shape[1], src.shape[0])
     return padding.shape == (batch, seqlen)

@@ -19,52 +19,57 @@ from ..backends.choice.serve import serve
 from ..backends.rewrites.order import RealFirst
 from ..host.torch_state import computed_in
 from ..layer import shortcut
+from ..layer.module import FlashMultiHeadAttention
 from ..layer.projection import by_one_matrix, parameters
 from ..problem.masks import Mask
 from ..problem.spec import AttentionSpec
 from .route import Route
 
 
-def run(encoder: nn.TransformerEncoder, route: Route) -> Tensor:
-    """What the last layer of an encoder gives, whose layers are known."""
-    attention = Attention(route, len(encoder.layers))
+def run_layers(encoder: nn.TransformerEncoder, route: Route) -> Tensor:
+    """Run the layers of an encoder, all of which are known; the output of the last."""
+    attention = SelfAttention(route, len(encoder.layers))
     x = route.src
     for layer in encoder.layers:
-        x = through(layer, x, attention)
+        x = run_layer(layer, x, attention)
     return x
 
 
-def through(layer: Any, x: Tensor, attention: Attention) -> Tensor:
+def run_layer(layer: nn.TransformerEncoderLayer, x: Tensor, attention: SelfAttention) -> Tensor:
     """One encoder layer."""
-    parts = layer._modules
+    parts: Any = layer._modules
     if layer.norm_first:
-        x = x + dropout(parts["dropout1"], attention(parts["self_attn"], norm(parts["norm1"], x)))
-        return x + feed_forward(layer, norm(parts["norm2"], x))
-    x = norm(parts["norm1"], x + dropout(parts["dropout1"], attention(parts["self_attn"], x)))
-    return norm(parts["norm2"], x + feed_forward(layer, x))
+        x = x + apply_dropout(parts["dropout1"], attention(parts["self_attn"], apply_norm(parts["norm1"], x)))
+        return x + feed_forward(layer, apply_norm(parts["norm2"], x))
+    x = apply_norm(parts["norm1"], x + apply_dropout(parts["dropout1"], attention(parts["self_attn"], x)))
+    return apply_norm(parts["norm2"], x + feed_forward(layer, x))
 
 
-def feed_forward(layer: Any, x: Tensor) -> Tensor:
-    parts = layer._modules
+def feed_forward(layer: nn.TransformerEncoderLayer, x: Tensor) -> Tensor:
+    """The two linear layers of an encoder layer, and what is between them."""
+    parts: Any = layer._modules
     activation = layer.activation
-    x = linear(parts["linear1"], x)
+    x = apply_linear(parts["linear1"], x)
     x = activation.forward(x) if isinstance(activation, nn.Module) else activation(x)
-    return dropout(parts["dropout2"], linear(parts["linear2"], dropout(parts["dropout"], x)))
+    return apply_dropout(parts["dropout2"], apply_linear(parts["linear2"], apply_dropout(parts["dropout"], x)))
 
 
-def linear(part: Any, x: Tensor) -> Tensor:
+def apply_linear(part: Any, x: Tensor) -> Tensor:
+    """A linear layer as a function."""
     out: Tensor = F.linear(x, *parameters(part, "weight", "bias")) if type(part) is nn.Linear else part.forward(x)
     return out
 
 
-def norm(part: Any, x: Tensor) -> Tensor:
+def apply_norm(part: Any, x: Tensor) -> Tensor:
+    """A norm as a function."""
     if type(part) is nn.LayerNorm:
         return torch.layer_norm(x, part.normalized_shape, *parameters(part, "weight", "bias"), part.eps)
     out: Tensor = part.forward(x)
     return out
 
 
-def dropout(part: Any, x: Tensor) -> Tensor:
+def apply_dropout(part: Any, x: Tensor) -> Tensor:
+    """A dropout as a function, left out where it drops nothing."""
     if type(part) is nn.Dropout and not (part.training and part.p):
         return x
     out: Tensor = part.forward(x)
@@ -72,7 +77,7 @@ def dropout(part: Any, x: Tensor) -> Tensor:
 
 
 class Same(NamedTuple):
-    """What layers that are alike share: all that their problem follows from, and what serves it."""
+    """The problem that layers which are alike share, all that it follows from, and the backend that serves it."""
 
     key: tuple[Any, ...]
     spec: AttentionSpec
@@ -80,7 +85,7 @@ class Same(NamedTuple):
     call: Serve
 
 
-class Attention:
+class SelfAttention:
     """Self-attention, layer by layer, beside the masks of a route."""
 
     def __init__(self, route: Route, layers: int) -> None:
@@ -89,7 +94,7 @@ class Attention:
         self.masked = route.mask is not None or route.key_padding_mask is not None or route.is_causal
         self.same: Same | None = None
 
-    def __call__(self, layer: Any, x: Tensor) -> Tensor:
+    def __call__(self, layer: FlashMultiHeadAttention, x: Tensor) -> Tensor:
         own = shortcut.linears(layer, x.dtype) if type(x) is Tensor and x.dim() == 3 else None
         same = None if own is None else self.problem(layer, own, x)
         if own is None or same is None:
@@ -106,16 +111,20 @@ class Attention:
             attended = attended.transpose(0, 1).contiguous()
         return F.linear(attended.flatten(2), weight_out, bias_out)
 
-    def module(self, layer: Any, x: Tensor) -> Tensor:
+    def module(self, layer: FlashMultiHeadAttention, x: Tensor) -> Tensor:
         """The layer's own forward."""
         route = self.route
-        masks = {"attn_mask": route.mask, "key_padding_mask": route.key_padding_mask, "is_causal": route.is_causal}
+        masks: dict[str, Any] = {
+            "attn_mask": route.mask,
+            "key_padding_mask": route.key_padding_mask,
+            "is_causal": route.is_causal,
+        }
         turned = self.batch_first is not None and not layer.batch_first
         x = x.transpose(0, 1) if turned else x
         out: Tensor = layer.forward(x, x, x, **masks, need_weights=False)[0]
         return out.transpose(0, 1) if turned else out
 
-    def problem(self, layer: Any, own: shortcut.Linears, x: Tensor) -> Same | None:
+    def problem(self, layer: FlashMultiHeadAttention, own: shortcut.Linears, x: Tensor) -> Same | None:
         """The problem of a layer and its backend, those of the layer before where they are alike; ``None`` for more."""
         state, shape = layer.__dict__, x.shape
         dropout = state["dropout"] if state["training"] else 0.0
@@ -133,7 +142,7 @@ class Attention:
             if padding is not None and layer.skip_padding:
                 return None
             batch, seqlen = shape[:2] if batch_first else (shape[1], shape[0])
-            mask = shortcut.mask_of(padding, route.mask, route.is_causal, (batch, seqlen, seqlen), x.device)
+            mask = shortcut.plain_mask(padding, route.mask, route.is_causal, (batch, seqlen, seqlen), x.device)
             if mask is None:
                 return None
         spec = shortcut.problem_of(state, shape, shape, batch_first, computed_in(x), x.device, grad, mask)

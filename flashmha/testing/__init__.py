@@ -21,7 +21,8 @@ A layer, or a model, is right when it can stand where the stock one stands::
         with testing.without_fast_path():
             testing.assert_drop_in(model.build(), my_swap(model.build()), kwargs=model.arguments())
 
-A failure prints a line that fails again after ``from flashmha import *; from flashmha.testing import *; import torch``.
+A failure prints a line that fails again after ``from flashmha import *; from flashmha.testing import *; import torch``;
+what a model is made of is in ``flashmha.testing.models``.
 
 Every tensor is made from a drawn seed, on torch's default device; ``device="cuda"`` puts what ``specs``, ``masks``,
 ``biases``, ``blueprints`` and ``models`` draw on a GPU. ``served`` draws what a backend serves on a device, of a few
@@ -32,37 +33,32 @@ from typing import Any
 
 from ..host.extras import wanted_by
 from ..host.public import publish as _publish
+from .closeness import assert_close, assert_same
 from .drop_in import assert_drop_in
 from .dropout import assert_drops
-from .judge import Answer, answer, assert_agrees, assert_close, assert_same
-from .models.anatomy import anatomy
+from .judge import Answer, answer, assert_agrees
 from .record import noise, randomized
-from .values import coins, numbers
+from .values import coins, numbers, tensors
 
 try:
-    from .attention import biases, every, masks, seeds, specs, tensors
+    from .attention import specs
     from .call import Call, Reply, ask, calls, problems
+    from .drawn_biases import biases
+    from .drawn_masks import every, masks
     from .grid import served
     from .layer import Blueprint, blueprints
-    from .models.encoder import Architecture, EncoderMasks, architectures, encoder_masks, without_fast_path
-    from .models.transformer import Transformer, models, transformers
-    from .models.tree import Tree, trees
+    from .models import models, without_fast_path
+    from .values import seeds
 except ModuleNotFoundError as error:
     if error.name != "hypothesis":
         raise
 
 __all__ = [
     "Answer",
-    "Architecture",
     "Blueprint",
     "Call",
-    "EncoderMasks",
     "Reply",
-    "Transformer",
-    "Tree",
-    "anatomy",
     "answer",
-    "architectures",
     "ask",
     "assert_agrees",
     "assert_close",
@@ -73,7 +69,6 @@ __all__ = [
     "blueprints",
     "calls",
     "coins",
-    "encoder_masks",
     "every",
     "masks",
     "models",
@@ -85,8 +80,6 @@ __all__ = [
     "served",
     "specs",
     "tensors",
-    "transformers",
-    "trees",
     "without_fast_path",
 ]
 
@@ -94,7 +87,7 @@ _publish(__name__, [globals()[name] for name in __all__ if name in globals()])
 
 
 def __getattr__(name: str) -> Any:
-    """What draws is missing where Hypothesis is: say so when it is asked for, since assertions do without."""
+    """Name the missing package where a strategy is asked for without Hypothesis; assertions do without."""
     if name in __all__:
         with wanted_by(f"flashmha.testing.{name}"):
             import hypothesis  # noqa: F401

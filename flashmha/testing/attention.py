@@ -1,4 +1,4 @@
-"""Problems of attention as Hypothesis strategies: sizes, masks, biases, and whole specs."""
+"""Problems of attention as a Hypothesis strategy: sizes, dtypes, masks, biases and all else."""
 
 from __future__ import annotations
 
@@ -11,32 +11,16 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from ..backends import get
-from ..backends.base import FEATURES, HALF, Limits
-from ..problem.masks import Dense, Mask, Rule, Window, causal, joined
-from ..problem.positions import ALIGNMENTS, MaskMod
-from ..problem.ragged import Documents, KeyLengths, KeyPadding
-from ..problem.scores import ALiBi, Bias, RelativeBias, TensorBias
+from ..backends.base import Limits
 from ..problem.spec import AttentionSpec
 from .choice import Choices, Choose
+from .drawn_biases import biases
+from .drawn_masks import masks
 from .paste import pasted
 from .record import placed
-from .values import HEAD_DIMS, LONGEST, NUMBERS, SEEDS, coins, generator, numbers, seeds, tensors
+from .values import DRAWN_HEAD_DIMS, LONGEST, SEEDS, TILE_SIZE, numbers
 
-__all__ = ["biases", "masks", "seeds", "specs", "tensors"]
-
-MASKS = {
-    "causal": 2,
-    "window": 3,  # two bounds
-    "key_padding": 2,
-    "key_lengths": 3,
-    "dense_mask": 2,
-    "rule": 1,
-    "documents": 4,  # only a batch of 1 can hold them
-}
-"""Kinds of masks, and how many problems in six have one, of those that may have several."""
-BLOCK = 64
-"""Features and rows that a kernel takes at once; a longer problem is what it puts together."""
-SHORT = 24
+MOSTLY_SHORTER = 24
 """The most queries and keys of most problems."""
 EDGES = (65, 66, 130, 64, 100, 127, 128, 129, 150, 192, 200, 255, 256, 257, 63, 260, 300)
 """Lengths around the tiles that kernels work in; the first few show what goes wrong in a second or third tile."""
@@ -45,15 +29,10 @@ STRETCHED = tuple(axis for axis, often in AXES.items() for _ in range(often))
 """The axis that is longer than it mostly is; the others are short beside it, for the sake of time."""
 EMPTY = (*(None,) * 37, "batch", "seqlen_q", "seqlen_k")
 """Which axis is as short as the limits allow, 0 where they can: one problem in thirteen."""
-REACH = (0, 1, 2, 3, 5)
-"""How far a window may reach, where it ends at all."""
-FAR = (63, 64, 100, 128)
-"""How far it may reach in a long problem, beside that."""
-BIASES = (*("none",) * 3, *("tensor",) * 4, *("alibi",) * 3, *("relative",) * 2)
 DROPOUT = (*(0.0,) * 16, 0.5, 0.5, 0.1, 0.9, 1.0)
 
 
-class Problem(AttentionSpec):
+class DrawnSpec(AttentionSpec):
     """A drawn problem: its repr is an expression that builds it again."""
 
     def __repr__(self) -> str:
@@ -64,175 +43,12 @@ class Problem(AttentionSpec):
 
 
 @st.composite
-def masks(
-    draw: st.DrawFn,
-    *,
-    batch: int,
-    heads: int,
-    seqlen_q: int,
-    seqlen_k: int,
-    features: frozenset[str] = frozenset(FEATURES),
-    device: torch.device | str | None = None,
-) -> Mask | None:
-    """Masks of every kind out of ``features`` for a problem of these sizes, alone and combined."""
-    choose = Choices(draw, "mask")
-    kinds = [kind for kind in MASKS if kind in features and (kind != "documents" or batch == 1)]
-    longest = max(seqlen_q, seqlen_k)
-    how = choose(("none", "several", "several", "one", "one")) if kinds else "none"
-    chosen: list[str] = []
-    if how == "one":
-        often = ["causal"] * 2 + (["window", "key_lengths"] * 3 if longest >= BLOCK else [])
-        chosen = [choose(kinds + [kind for kind in often if kind in kinds])]
-    elif how == "several":
-        chosen = [kind for kind in kinds if choose(range(6)) > 5 - MASKS[kind]]
-    if "causal" in chosen and "window" in features and choose((False, True)):
-        chosen[chosen.index("causal")] = "top-left causal"
-    sizes = {"batch": batch, "heads": heads, "seqlen_q": seqlen_q, "seqlen_k": seqlen_k}
-    ends = (*REACH, longest, None, *(2 * FAR if longest >= BLOCK else ()))
-    return joined(
-        *[rule(kind, choose, choose(SEEDS), reach=ends, aligns=ALIGNMENTS, device=device, **sizes) for kind in chosen]
-    )
-
-
-def rule(
-    kind: str,
-    choose: Choose,
-    seed: int,
-    *,
-    batch: int,
-    heads: int,
-    seqlen_q: int,
-    seqlen_k: int,
-    reach: Sequence[int | None] = REACH,
-    aligns: Sequence[str] = ALIGNMENTS[:1],
-    device: torch.device | str | None = None,
-) -> Mask:
-    """A mask of one kind out of ``MASKS``, or ``top-left causal``, or ``mask for all heads``.
-
-    Its numbers are chosen, its tensors seeded.
-    """
-    where = placed(device)
-
-    def coin(*shape: int) -> Tensor:
-        return coins(seed, choose((0.7, 0.4, 0.9)), *shape, device=where)
-
-    if kind == "causal":
-        return causal()
-    if kind == "top-left causal":
-        return causal(align="top_left")
-    if kind == "window":
-        return Window(choose(reach), choose((*(0,) * 7, *reach)), align=choose(aligns))
-    if kind == "key_padding":
-        return KeyPadding(coin(batch, seqlen_k))
-    if kind == "key_lengths":
-        return KeyLengths(lengths(batch, seqlen_k, generator(seed), choose((False, *(True,) * 5))).to(where))
-    if kind == "mask for all heads":
-        return Dense(coin(choose((1, batch)), 1, seqlen_q, seqlen_k))
-    if kind == "dense_mask":
-        shape = [choose((1, size)) for size in (batch, heads)]
-        return Dense(coin(*shape, *(choose((size, size, size, 1)) for size in (seqlen_q, seqlen_k))))
-    if kind == "rule":
-        return Rule(every(choose((1, 2, 3))), align=choose(aligns))
-    number, random = choose((1, 2, 3, 4)), generator(seed)
-    ends = [offsets(number, total, random) for total in (seqlen_q, seqlen_k)]
-    totals = [int(end[-1]) for end in ends] if choose((False, True)) else [None, None]
-    return Documents(*(end.to(where) for end in ends), total=totals[0], total_k=totals[1])
-
-
-def every(step: int) -> MaskMod:
-    """A rule: every ``step``-th diagonal, another one for each batch item and head."""
-
-    def diagonals(batch: Tensor, head: Tensor, q_pos: Tensor, k_pos: Tensor) -> Tensor:
-        return (q_pos + k_pos + batch + head) % step == 0
-
-    diagonals.__name__ = f"every({step})"
-    return diagonals
-
-
-def lengths(batch: int, longest: int, random: torch.Generator, rounded: bool) -> Tensor:
-    """Numbers of keys; rounded to whole tiles where there is one."""
-    made = torch.randint(0, longest + 1, (batch,), generator=random, device="cpu")
-    return ((made + BLOCK // 2) // BLOCK * BLOCK).clamp(max=longest) if rounded and longest >= BLOCK else made
-
-
-def offsets(documents: int, total: int, random: torch.Generator) -> Tensor:
-    """Where documents start, with empty ones among them and at times a rest that belongs to none."""
-    ends = torch.randint(0, total + 1, (documents,), generator=random, device="cpu").sort().values
-    return torch.cat((torch.zeros(1, dtype=ends.dtype, device="cpu"), ends)).to(torch.int32)
-
-
-@st.composite
-def biases(
-    draw: st.DrawFn,
-    *,
-    batch: int,
-    heads: int,
-    seqlen_q: int,
-    seqlen_k: int,
-    dtype: torch.dtype,
-    needs_grad: bool,
-    features: frozenset[str] = frozenset(FEATURES),
-    device: torch.device | str | None = None,
-) -> Bias | None:
-    """Biases of every kind out of ``features``, one or two; what they hold may be ``-inf``, and want a gradient."""
-    choose = Choices(draw, "bias")
-    first, learns = choose(BIASES), needs_grad and "bias_grad" in features
-    second = choose((*("none",) * 5, "tensor", "alibi", "relative")) if first != "none" else "none"
-    sizes = {"batch": batch, "heads": heads, "seqlen_q": seqlen_q, "seqlen_k": seqlen_k}
-    bias: Bias | None = None
-    for kind in (first, second):
-        if kind != "none" and ("alibi" if kind == "alibi" else "bias") in features:
-            learned = learns and choose((False, True, True))
-            more: dict[str, Any] = {
-                **sizes,
-                "dtype": dtype,
-                "learned": learned,
-                "first": bias is None,
-                "device": device,
-            }
-            part = added(kind, choose, choose(SEEDS), **more)
-            bias = part if bias is None else bias + part
-    return bias
-
-
-def added(
-    kind: str,
-    choose: Choose,
-    seed: int,
-    *,
-    batch: int,
-    heads: int,
-    seqlen_q: int,
-    seqlen_k: int,
-    dtype: torch.dtype,
-    learned: bool,
-    first: bool = True,
-    device: torch.device | str | None = None,
-) -> Bias:
-    """A bias of one kind: ``tensor``, ``relative`` or ``alibi``; only the first of a sum may hide a key, or seem to."""
-    if kind == "alibi":
-        shape = choose(((heads,), (batch, heads), (batch, heads)))
-        return ALiBi(numbers(seed, "slopes", *shape, device=device).requires_grad_(learned))
-    if kind == "relative":
-        width = 2 * choose((0, 1, 2, 3, 4, BLOCK)) + 1
-        return RelativeBias(numbers(seed, "normal", heads, width, device=device).requires_grad_(learned))
-    strange: tuple[str, ...] = (*NUMBERS[3:], "low", "low", "lowest", "lowest") if first else ()
-    of = choose(("normal", "normal", "normal", *strange))
-    shape = [choose((1, batch)), choose((1, heads)), choose((seqlen_q,) * 3 + (1,)), seqlen_k]
-    if of in ("normal", "hidden") and not learned:  # what moves a whole row has no gradient but of what cancels
-        shape[-1] = choose((seqlen_k, 1))
-    finer = dtype in HALF and choose((False, True))
-    tensor = numbers(seed, of, *shape, dtype=torch.float32 if finer else dtype, device=device)
-    return TensorBias(tensor.requires_grad_(learned))
-
-
-@st.composite
 def specs(
     draw: st.DrawFn,
     *,
     limits: Limits | None = None,
     device: torch.device | str | None = None,
-    head_dims: Sequence[int] = HEAD_DIMS,
+    head_dims: Sequence[int] = DRAWN_HEAD_DIMS,
     longest: int = LONGEST,
 ) -> AttentionSpec:
     """Problems: sizes (0 and 1 among them), dtypes, grouped heads, masks, biases, softcap, sinks, dropout, gradients.
@@ -262,7 +78,7 @@ def specs(
     dropout_p = choose(DROPOUT) if "dropout" in features and readable else 0.0
     need_lse = "lse" in features and choose((False, True) if dropout_p else (False, True, True))
     more: dict[str, Any] = sizes
-    return Problem(
+    return DrawnSpec(
         **more,
         heads_kv=heads_kv,
         head_dim=head_dim,
@@ -285,7 +101,7 @@ def drawn_sizes(
     choose: Choose, limits: Limits, grouped: bool, stretched: str | None, longest: int, cheap: bool
 ) -> dict[str, int]:
     """Batch, heads and lengths; one axis may be stretched, which costs little on some devices."""
-    least, short = max(1, limits.seqlen_min), min(SHORT, longest)
+    least, short = max(1, limits.seqlen_min), min(MOSTLY_SHORTER, longest)
     long = [size for size in EDGES if short < size <= longest]
     long_q = long if cheap else [size for size in long if size <= longest // 2]
     lengthy = stretched in ("keys", "queries", "both")
@@ -318,7 +134,7 @@ def drawn_head_dim(choose: Choose, limits: Limits, head_dims: Sequence[int], few
     """A head dim inside the limits; a large one where not few are wanted, and where there is no other."""
     largest = max(head_dims) if limits.head_dim is None else limits.head_dim
     fit = [d for d in head_dims if limits.head_dim_min <= d <= largest and d % limits.head_dim_step == 0]
-    small, large = [d for d in fit if d <= BLOCK], [d for d in fit if d > BLOCK]
+    small, large = [d for d in fit if d <= TILE_SIZE], [d for d in fit if d > TILE_SIZE]
     if small and large:
         fit = large if choose((False,) * 4 + (True,)) and not few else small
     size: int = choose(fit)

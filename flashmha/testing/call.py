@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 import warnings
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -15,17 +16,16 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from .attention import seeds
-from .judge import gradients
-from .layer import BOTH, Blueprint, blueprints
+from .judge import gradients_of
+from .layer import EITHER, Blueprint, blueprints
 from .record import DRAWN, Record, one, placed
+from .values import seeds
 
 SHARINGS = ("abc", "aaa", "abb", "aab", "aba")
 """Which of query, key and value are one object: equal letters."""
-LAYOUTS = ("contiguous", "transposed", "sliced", "expanded")
+INPUT_LAYOUTS = ("contiguous", "transposed", "sliced", "expanded")
 PADDINGS = ("none", "bool", "float")
 ATTN_MASKS = ("none", "bool 2-D", "float 2-D", "bool 3-D", "float 3-D", "bool causal", "float causal")
-INF = float("inf")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,7 +144,7 @@ class Call(Record):
             if hidden is None:
                 continue
             kind = self.padding if name == "key_padding_mask" else self.attn_mask
-            values = added(hidden, generator, plain="causal" in kind) if "float" in kind else hidden
+            values = as_float_mask(hidden, generator, plain="causal" in kind) if "float" in kind else hidden
             # to repeat one row would make another mask of a causal one, and might blind an unbatched call
             alone = self.layout == "expanded" and (hidden.dim() == 1 or "causal" in kind)
             masks[name] = made(name, values, "contiguous" if alone else self.layout)
@@ -192,11 +192,11 @@ def strided(values: Tensor, layout: str, requires_grad: bool) -> tuple[Tensor, T
     return leaf, leaf[..., ::2] if layout == "sliced" else leaf.expand(values.shape)
 
 
-def added(hidden: Tensor, generator: torch.Generator, plain: bool) -> Tensor:
+def as_float_mask(hidden: Tensor, generator: torch.Generator, plain: bool) -> Tensor:
     """A float mask that hides the same, and beside that adds something unless ``plain``."""
     values = torch.randn(hidden.shape, generator=generator, dtype=torch.float64, device="cpu")
     values = values.masked_fill(torch.rand(hidden.shape, generator=generator, **DRAWN) < 0.1, -1e4)
-    return (torch.zeros_like(values) if plain else values).masked_fill(hidden, -INF)
+    return (torch.zeros_like(values) if plain else values).masked_fill(hidden, -math.inf)
 
 
 @st.composite
@@ -207,12 +207,12 @@ def calls(
     batches: Iterable[int | None] = (2, None, 1, 3, 0),
     seqlens: Iterable[int] = (3, 1, 2, 5, 0),
     sharings: Iterable[str] = SHARINGS,
-    layouts: Iterable[str] = LAYOUTS,
+    layouts: Iterable[str] = INPUT_LAYOUTS,
     paddings: Iterable[str] = PADDINGS,
     attn_masks: Iterable[str] = (*ATTN_MASKS, *ATTN_MASKS[-2:]),
-    need_weights: Iterable[bool] = BOTH,
-    training: Iterable[bool] = BOTH,
-    grad: Iterable[bool] = BOTH,
+    need_weights: Iterable[bool] = EITHER,
+    training: Iterable[bool] = EITHER,
+    grad: Iterable[bool] = EITHER,
     blind: bool = False,
 ) -> Call:
     """Calls that a layer of this blueprint accepts. Every option is the values to draw from."""
@@ -235,7 +235,7 @@ def calls(
         padding=draw(one(paddings)),
         attn_mask=attn_mask,
         need_weights=draw(one(need_weights)),
-        average_attn_weights=draw(one(BOTH)),
+        average_attn_weights=draw(one(EITHER)),
         is_causal="causal" in attn_mask and draw(one((False, True, True, True))),
         training=draw(one(training)),
         grad=draw(one(grad)),
@@ -256,7 +256,7 @@ def problems(
 
 @dataclasses.dataclass(frozen=True)
 class Reply:
-    """What a layer made of a call: output, weights and gradients by name, and the warnings it gave."""
+    """A layer's answer to a call: output, weights and gradients by name, and the warnings it gave."""
 
     tensors: dict[str, Tensor | None]
     warnings: list[str]
@@ -275,7 +275,7 @@ def ask(layer: nn.Module, call: Call, tensors: Tensors, **changes: Any) -> Reply
     if call.grad:
         outputs = {name: tensor for name, tensor in found.items() if tensor is not None}
         leaves = {name: parameter for name, parameter in layer.named_parameters() if parameter.requires_grad}
-        grads = gradients(outputs, {**leaves, **tensors.leaves}, call.seed + 1)
+        grads = gradients_of(outputs, {**leaves, **tensors.leaves}, call.seed + 1)
         found |= {f"gradient of {name}": grads.get(name) for name, _ in layer.named_parameters()}
         found |= {f"gradient of {name}": grads[name] for name in tensors.leaves}
     detached = {name: None if tensor is None else tensor.detach() for name, tensor in found.items()}

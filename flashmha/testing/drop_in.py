@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from torch.utils._pytree import TreeSpec, keystr, tree_flatten_with_path, tree_unflatten
 
 from ..backends.parity import AGAIN
-from .judge import assert_close, gradients, is_floating, nudged
+from .closeness import assert_close, is_floating
+from .judge import gradients_of, nudged
 
-PLAIN = (type(None), bool, int, float, str)
+COMPARED_BY_VALUE = (type(None), bool, int, float, str)
 
 
 def assert_drop_in(
@@ -63,14 +64,14 @@ def assert_drop_in(
     exact = respond("stock", copied, call, seed, double=True)
     pairs = [(plain.floating(), exact.floating())]
     try:
-        judge(found.floating(), pairs, finite_for_nan)
+        assert_parity(found.floating(), pairs, finite_for_nan)
     except AssertionError:
         for place in range(AGAIN):
             moved = nudged(call, seed + place)
             again = respond("stock", stock, moved, seed).floating()
             finer = any(tensor.dtype != torch.float64 for tensor in again.values())
             pairs.append((again, respond("stock", copied, moved if finer else call, seed, double=True).floating()))
-        judge(found.floating(), pairs, finite_for_nan)
+        assert_parity(found.floating(), pairs, finite_for_nan)
 
 
 def assert_same_state(stock: nn.Module, ours: nn.Module) -> None:
@@ -95,7 +96,7 @@ def assert_same_state(stock: nn.Module, ours: nn.Module) -> None:
 
 @dataclasses.dataclass
 class Response:
-    """What a module made of a call: outputs and gradients by name, and what it did beside."""
+    """A module's answer to a call: outputs and gradients by name, and its side effects."""
 
     structure: TreeSpec
     outputs: dict[str, Any]
@@ -108,12 +109,12 @@ class Response:
         return repr(tree_unflatten([...] * len(self.outputs), self.structure)).replace("Ellipsis", "...")
 
     def floating(self) -> dict[str, Tensor]:
-        """What the rule of parity judges."""
+        """The tensors that the rule of parity judges."""
         values = {**self.outputs, **self.gradients}
         return {name: value.detach() for name, value in values.items() if is_floating(value)}
 
 
-def respond(who: str, module: nn.Module, call: Any, seed: int, *, double: bool = False) -> Response:
+def respond(which: str, module: nn.Module, call: Any, seed: int, *, double: bool = False) -> Response:
     """Call a module on leaves made of the tensors of a call, in float64 with ``double``, and differentiate."""
     inputs: dict[int, Tensor] = {}
     names: dict[int, str] = {}
@@ -140,11 +141,13 @@ def respond(who: str, module: nn.Module, call: Any, seed: int, *, double: bool =
     leaves, structure = tree_flatten_with_path(result)
     outputs = {f"output{keystr(path)}": value for path, value in leaves}
     for name, value in outputs.items():
-        if not isinstance(value, (Tensor, *PLAIN)):
-            raise TypeError(f"{name} of {who} must be a tensor, a number, a text or None, got {type(value).__name__}.")
+        if not isinstance(value, (Tensor, *COMPARED_BY_VALUE)):
+            raise TypeError(
+                f"{name} of {which} must be a tensor, a number, a text or None, got {type(value).__name__}."
+            )
     wanting = {names[key]: leaf for key, leaf in inputs.items() if leaf.requires_grad}
     wanting |= {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
-    found = gradients({name: x for name, x in outputs.items() if is_floating(x)}, wanting, seed + 1)
+    found = gradients_of({name: x for name, x in outputs.items() if is_floating(x)}, wanting, seed + 1)
     return Response(
         structure,
         outputs,
@@ -155,17 +158,19 @@ def respond(who: str, module: nn.Module, call: Any, seed: int, *, double: bool =
 
 
 def random_state(devices: set[torch.device]) -> list[Tensor]:
-    """Where the random generators of the CPU and of some GPUs stand."""
+    """The states of the random generators of the CPU and of some GPUs."""
     return [torch.get_rng_state(), *(torch.cuda.get_rng_state(device) for device in devices)]
 
 
-def told(thing: Any) -> str:
+def describe(thing: Any) -> str:
     return "a tensor" if isinstance(thing, Tensor) else repr(thing)
 
 
 def assert_same_kind(name: str, found: Any, wanted: Any) -> None:
     """Tensors with the same ``requires_grad`` where they are floating, anything else equal."""
-    assert isinstance(found, Tensor) == isinstance(wanted, Tensor), f"{name} must be {told(wanted)}, got {told(found)}"
+    assert isinstance(found, Tensor) == isinstance(wanted, Tensor), (
+        f"{name} must be {describe(wanted)}, got {describe(found)}"
+    )
     if is_floating(wanted):
         one, two = wanted.requires_grad, found.requires_grad
         assert one == two, f"{name} must have requires_grad={one}, got {two}"
@@ -175,7 +180,7 @@ def assert_same_kind(name: str, found: Any, wanted: Any) -> None:
         assert found == wanted, f"{name} must be {wanted!r}, got {found!r}"
 
 
-def judge(
+def assert_parity(
     found: dict[str, Tensor], pairs: list[tuple[dict[str, Tensor], dict[str, Tensor]]], finite_for_nan: bool
 ) -> None:
     """Every tensor by the rule of parity, against pairs of stock's own and exact ones; the first exact one is right.

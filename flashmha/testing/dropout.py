@@ -27,11 +27,11 @@ STEP = 1 / 255
 """How far the rate may be from the one asked for; flash-attention keeps a probability in one byte."""
 ALARM = 1e-12
 """How likely a right backend fails on one problem, at most."""
-ENOUGH, SEEDS = 3000, 6
+ENOUGH, MOST_SEEDS = 3000, 6
 """How many weights are looked at, and under how many other seeds of torch's generator at most."""
 
 
-class Kept(Naive):
+class KeptWeights(Naive):
     """The definition, with given weights dropped: a bool tensor (batch, heads, seqlen_q, seqlen_k)."""
 
     def __init__(self, keep: Tensor) -> None:
@@ -47,7 +47,7 @@ class Kept(Naive):
 
 
 def scale(spec: AttentionSpec) -> float:
-    """What a kept weight is multiplied by."""
+    """The factor of a kept weight."""
     return 0.0 if spec.dropout_p == 1.0 else 1.0 / (1.0 - spec.dropout_p)
 
 
@@ -107,8 +107,8 @@ def check_drops(weights: Tensor, backend: Backend, spec: AttentionSpec, seed: in
     if spec.dropout_p in (0.0, 1.0):
         return
     q, k, _ = tensors(spec, seed)
-    seen = visible(q, k, spec).cpu()
-    seeds = min(SEEDS, 1 + ENOUGH // max(int(seen.sum()), 1))
+    seen = visible_pairs(q, k, spec).cpu()
+    seeds = min(MOST_SEEDS, 1 + ENOUGH // max(int(seen.sum()), 1))
     one = weights != 0
     again, *others = (read_weights(backend, q, k, spec, seed + more) != 0 for more in range(seeds + 1))
     assert torch.equal(one, again), "the same torch.manual_seed must drop the same weights"
@@ -118,7 +118,7 @@ def check_drops(weights: Tensor, backend: Backend, spec: AttentionSpec, seed: in
     counts: list[tuple[str, Tensor, Tensor, tuple[float, float]]] = [
         ("weights kept", (kept & seen).sum(), seen.sum(), (low, high))
     ]
-    chances = alike(low, high)
+    chances = chances_of_alike(low, high)
     for axis, name in enumerate(("seeds", "batch items", "heads", "queries", "keys")):
         rest = [other for other in range(kept.dim()) if other != axis]
         counts.append((f"weights kept in one of the {name}", (kept & seen).sum(rest), seen.sum(rest), (low, high)))
@@ -136,7 +136,7 @@ def check_drops(weights: Tensor, backend: Backend, spec: AttentionSpec, seed: in
         )
 
 
-def visible(q: Tensor, k: Tensor, spec: AttentionSpec) -> Tensor:
+def visible_pairs(q: Tensor, k: Tensor, spec: AttentionSpec) -> Tensor:
     """Which weights are large enough to be looked at, in every dtype."""
     whole = spec.changed(dropout_p=0.0, head_dim_v=max(spec.seqlen_k, 1), needs_grad=False, need_lse=False)
     naive = get("naive")
@@ -153,14 +153,14 @@ def pairs(size: int) -> Iterator[tuple[Tensor, Tensor, str]]:
         yield places[:half], places[half : 2 * half], "distant"
 
 
-def alike(low: float, high: float) -> tuple[float, float]:
-    """How likely two independent weights are both kept or both dropped, for a rate between two bounds."""
+def chances_of_alike(low: float, high: float) -> tuple[float, float]:
+    """The chance that two independent weights are both kept or both dropped, for a rate between two bounds."""
     ends = [rate * rate + (1 - rate) * (1 - rate) for rate in (low, high)]
     return (0.5 if low <= 0.5 <= high else min(ends)), max(ends)
 
 
 def surprise(hits: Tensor, number: Tensor, low: float, high: float) -> Tensor:
-    """How unlikely a share is, in nats, for a chance between two bounds: it or a stranger one has at most exp(-that).
+    """The surprise of a share, in nats, for a chance between two bounds: it or a stranger one has at most exp(-that).
 
     Source: Chernoff's bound by the divergence of two coins.
     """

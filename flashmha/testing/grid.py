@@ -1,4 +1,4 @@
-"""What a backend serves on a device, as a Hypothesis strategy: its limits, its build, and a grid where it compiles."""
+"""Problems that a backend serves on a device, as a strategy: its limits, its build, and a grid where it compiles."""
 
 from __future__ import annotations
 
@@ -13,21 +13,23 @@ from ..backends.base import Backend, Limits
 from ..problem.masks import Window, causal, joined
 from ..problem.ragged import Documents
 from ..problem.spec import AttentionSpec
-from .attention import Problem, added, rule, sink_values, specs
+from .attention import DrawnSpec, sink_values, specs
 from .choice import Choices, Choose
+from .drawn_biases import drawn_bias
+from .drawn_masks import drawn_mask
 from .record import placed
-from .values import HEAD_DIMS, LONGEST, SEEDS
+from .values import DRAWN_HEAD_DIMS, LONGEST, SEEDS
 
-HALF, SINGLE = torch.float16, torch.float32
+FLOAT16, FLOAT32 = torch.float16, torch.float32
 ON_A_GPU = (1, 8, 16, 36, 40, 64, 80, 96, 112, 128, 160, 192, 256)
 LONGEST_ON_A_GPU = 300
 """A GPU's kernels work in tiles of up to 192 rows: what is shorter shows no bug between two of them."""
-ONE, FEW, SHORT, LONG = range(1, 2), range(1, 4), range(1, 65), range(129, 301)
+FEW_SIZES, SHORT_LENGTHS, LONG_LENGTHS = range(1, 4), range(1, 65), range(129, 301)
 
 
 @dataclasses.dataclass(frozen=True)
-class Kernel:
-    """What a backend compiles one kernel for. Sizes are drawn from ranges, values and offsets from seeds.
+class DrawnKernel:
+    """The problems that a backend compiles one kernel for. Sizes are drawn from ranges, values and offsets from seeds.
 
     Where every range holds one size, the mask's and the bias's own numbers are fixed as well.
     """
@@ -42,10 +44,10 @@ class Kernel:
     needs_grad: bool = True
     need_lse: bool = False
     deterministic: bool = False
-    batch: range = FEW
-    heads_kv: range = FEW
-    seqlen_q: range = LONG
-    seqlen_k: range = LONG
+    batch: range = FEW_SIZES
+    heads_kv: range = FEW_SIZES
+    seqlen_q: range = LONG_LENGTHS
+    seqlen_k: range = LONG_LENGTHS
 
     @property
     def whole(self) -> bool:
@@ -54,7 +56,7 @@ class Kernel:
 
     def example(self, device: torch.device) -> AttentionSpec:
         """One of its problems, always the same."""
-        return self.problem(middle, 0, device)
+        return self.problem(middle_option, 0, device)
 
     def problem(self, choose: Choose, seed: int, device: torch.device) -> AttentionSpec:
         """One problem that this kernel serves."""
@@ -65,18 +67,18 @@ class Kernel:
             "seqlen_q": choose(self.seqlen_q),
             "seqlen_k": choose(self.seqlen_k),
         }
-        choose = middle if self.whole else choose
+        choose = middle_option if self.whole else choose
         more: dict[str, Any] = {**sizes, "device": device}
         bias = None
         if self.bias is not None:
-            bias = added(self.bias, choose, seed, dtype=self.dtype, learned=self.needs_grad, **more)
-        return Problem(
+            bias = drawn_bias(self.bias, choose, seed, dtype=self.dtype, learned=self.needs_grad, **more)
+        return DrawnSpec(
             **more,
             heads_kv=heads_kv,
             head_dim=self.head_dim,
             head_dim_v=self.head_dim,
             dtype=self.dtype,
-            mask=joined(*[rule(kind, choose, seed, **more) for kind in self.mask]),
+            mask=joined(*[drawn_mask(kind, choose, seed, **more) for kind in self.mask]),
             bias=bias,
             softcap=self.softcap,
             sinks=sink_values(seed, sizes["heads"], device, learned=self.needs_grad) if self.sinks else None,
@@ -86,67 +88,67 @@ class Kernel:
         )
 
 
-def middle(options: Any) -> Any:
+def middle_option(options: Any) -> Any:
     """One choice out of some options, always the same."""
     return options[len(options) // 2]
 
 
-KINDS = (
-    Kernel(),
-    Kernel(seqlen_q=SHORT, seqlen_k=SHORT),
-    Kernel(mask=("causal",)),
-    Kernel(mask=("causal",), seqlen_q=SHORT, seqlen_k=LONG, group=2),
-    Kernel(mask=("causal",), seqlen_q=LONG, seqlen_k=SHORT, needs_grad=False, need_lse=True),
-    Kernel(mask=("top-left causal",), seqlen_q=SHORT, seqlen_k=LONG, dtype=HALF),
-    Kernel(mask=("top-left causal",), seqlen_q=LONG, seqlen_k=SHORT, needs_grad=False),
-    Kernel(mask=("window",)),
-    Kernel(mask=("window",), head_dim=128, group=3, needs_grad=False, need_lse=True),
-    Kernel(mask=("key_lengths",)),
-    Kernel(mask=("key_padding",), head_dim=128),
-    Kernel(mask=("key_padding", "causal"), dtype=HALF),
-    Kernel(mask=("documents",), need_lse=True),
-    Kernel(mask=("documents", "causal"), head_dim=128, group=2),
-    Kernel(mask=("causal",), softcap=20.0, dtype=HALF),
-    Kernel(mask=("causal",), sinks=True, need_lse=True),
-    Kernel(head_dim=80, needs_grad=False),
-    Kernel(head_dim=24, mask=("causal",), seqlen_q=SHORT, seqlen_k=SHORT),
-    Kernel(head_dim=88, dtype=HALF, group=3, mask=("mask for all heads",)),
-    Kernel(head_dim=96, mask=("causal",), deterministic=True),
-    Kernel(head_dim=128, mask=("mask for all heads",), dtype=HALF, need_lse=True, deterministic=True),
-    Kernel(head_dim=128, mask=("causal",), group=4),
-    Kernel(head_dim=192, mask=("causal",)),
-    Kernel(head_dim=256),
+KERNELS_BY_KIND = (
+    DrawnKernel(),
+    DrawnKernel(seqlen_q=SHORT_LENGTHS, seqlen_k=SHORT_LENGTHS),
+    DrawnKernel(mask=("causal",)),
+    DrawnKernel(mask=("causal",), seqlen_q=SHORT_LENGTHS, seqlen_k=LONG_LENGTHS, group=2),
+    DrawnKernel(mask=("causal",), seqlen_q=LONG_LENGTHS, seqlen_k=SHORT_LENGTHS, needs_grad=False, need_lse=True),
+    DrawnKernel(mask=("top-left causal",), seqlen_q=SHORT_LENGTHS, seqlen_k=LONG_LENGTHS, dtype=FLOAT16),
+    DrawnKernel(mask=("top-left causal",), seqlen_q=LONG_LENGTHS, seqlen_k=SHORT_LENGTHS, needs_grad=False),
+    DrawnKernel(mask=("window",)),
+    DrawnKernel(mask=("window",), head_dim=128, group=3, needs_grad=False, need_lse=True),
+    DrawnKernel(mask=("key_lengths",)),
+    DrawnKernel(mask=("key_padding",), head_dim=128),
+    DrawnKernel(mask=("key_padding", "causal"), dtype=FLOAT16),
+    DrawnKernel(mask=("documents",), need_lse=True),
+    DrawnKernel(mask=("documents", "causal"), head_dim=128, group=2),
+    DrawnKernel(mask=("causal",), softcap=20.0, dtype=FLOAT16),
+    DrawnKernel(mask=("causal",), sinks=True, need_lse=True),
+    DrawnKernel(head_dim=80, needs_grad=False),
+    DrawnKernel(head_dim=24, mask=("causal",), seqlen_q=SHORT_LENGTHS, seqlen_k=SHORT_LENGTHS),
+    DrawnKernel(head_dim=88, dtype=FLOAT16, group=3, mask=("mask for all heads",)),
+    DrawnKernel(head_dim=96, mask=("causal",), deterministic=True),
+    DrawnKernel(head_dim=128, mask=("mask for all heads",), dtype=FLOAT16, need_lse=True, deterministic=True),
+    DrawnKernel(head_dim=128, mask=("causal",), group=4),
+    DrawnKernel(head_dim=192, mask=("causal",)),
+    DrawnKernel(head_dim=256),
 )
 """For a backend that compiles for kinds: 24 at most, since each costs seconds."""
 
 
-def shape(batch: int, heads_kv: int, seqlen_q: int, seqlen_k: int, **more: Any) -> Kernel:
+def kernel_of_shape(batch: int, heads_kv: int, seqlen_q: int, seqlen_k: int, **more: Any) -> DrawnKernel:
     """A kernel for one shape."""
     sizes = (range(size, size + 1) for size in (batch, heads_kv, seqlen_q, seqlen_k))
     more |= zip(("batch", "heads_kv", "seqlen_q", "seqlen_k"), sizes)
-    return Kernel(**more)
+    return DrawnKernel(**more)
 
 
-SHAPES = (
-    shape(2, 2, 128, 128),
-    shape(1, 1, 1, 1, dtype=SINGLE, head_dim=16),
-    shape(2, 2, 65, 200, mask=("causal",), need_lse=True),
-    shape(1, 2, 200, 65, mask=("causal",), dtype=HALF),
-    shape(2, 1, 96, 160, mask=("window",), group=3, dtype=SINGLE),
-    shape(2, 2, 1, 300, mask=("key_lengths",), group=4, needs_grad=False),
-    shape(3, 2, 130, 130, mask=("key_padding",), head_dim=128),
-    shape(3, 1, 70, 190, mask=("key_padding", "causal"), head_dim=32, dtype=HALF),
-    shape(1, 3, 257, 257, mask=("documents",), need_lse=True, dtype=SINGLE),
-    shape(1, 2, 190, 140, mask=("documents", "causal"), group=2),
-    shape(2, 2, 50, 77, mask=("dense_mask",), dtype=SINGLE),
-    shape(2, 2, 129, 129, mask=("rule",), head_dim=80),
-    shape(2, 2, 64, 64, bias="tensor", dtype=SINGLE, head_dim=32),
-    shape(2, 2, 140, 140, bias="alibi", mask=("causal",), needs_grad=False),
-    shape(1, 2, 100, 120, bias="relative", dtype=SINGLE),
-    shape(2, 2, 128, 128, softcap=20.0, mask=("causal",), dtype=HALF),
-    shape(2, 2, 80, 140, sinks=True, mask=("window",), need_lse=True),
-    shape(1, 2, 33, 150, head_dim=256, needs_grad=False),
-    shape(2, 1, 150, 150, head_dim=192, mask=("causal",), needs_grad=False),
+KERNELS_BY_SHAPE = (
+    kernel_of_shape(2, 2, 128, 128),
+    kernel_of_shape(1, 1, 1, 1, dtype=FLOAT32, head_dim=16),
+    kernel_of_shape(2, 2, 65, 200, mask=("causal",), need_lse=True),
+    kernel_of_shape(1, 2, 200, 65, mask=("causal",), dtype=FLOAT16),
+    kernel_of_shape(2, 1, 96, 160, mask=("window",), group=3, dtype=FLOAT32),
+    kernel_of_shape(2, 2, 1, 300, mask=("key_lengths",), group=4, needs_grad=False),
+    kernel_of_shape(3, 2, 130, 130, mask=("key_padding",), head_dim=128),
+    kernel_of_shape(3, 1, 70, 190, mask=("key_padding", "causal"), head_dim=32, dtype=FLOAT16),
+    kernel_of_shape(1, 3, 257, 257, mask=("documents",), need_lse=True, dtype=FLOAT32),
+    kernel_of_shape(1, 2, 190, 140, mask=("documents", "causal"), group=2),
+    kernel_of_shape(2, 2, 50, 77, mask=("dense_mask",), dtype=FLOAT32),
+    kernel_of_shape(2, 2, 129, 129, mask=("rule",), head_dim=80),
+    kernel_of_shape(2, 2, 64, 64, bias="tensor", dtype=FLOAT32, head_dim=32),
+    kernel_of_shape(2, 2, 140, 140, bias="alibi", mask=("causal",), needs_grad=False),
+    kernel_of_shape(1, 2, 100, 120, bias="relative", dtype=FLOAT32),
+    kernel_of_shape(2, 2, 128, 128, softcap=20.0, mask=("causal",), dtype=FLOAT16),
+    kernel_of_shape(2, 2, 80, 140, sinks=True, mask=("window",), need_lse=True),
+    kernel_of_shape(1, 2, 33, 150, head_dim=256, needs_grad=False),
+    kernel_of_shape(2, 1, 150, 150, head_dim=192, mask=("causal",), needs_grad=False),
 )
 """For a backend that compiles for shapes."""
 
@@ -174,15 +176,15 @@ def served(
     return specs(limits=limits, device=where, head_dims=built_dims, longest=longest)
 
 
-def grid(backend: Backend, device: torch.device) -> list[Kernel]:
+def grid(backend: Backend, device: torch.device) -> list[DrawnKernel]:
     """The kernels of the grid that a backend serves on a device."""
-    kernels = KINDS if backend.compiles == "kinds" else SHAPES
+    kernels = KERNELS_BY_KIND if backend.compiles == "kinds" else KERNELS_BY_SHAPE
     examples = [(kernel, kernel.example(device)) for kernel in kernels]
     return [kernel for kernel, spec in examples if not (backend.why_not(spec) or backend.why_not_built(spec))]
 
 
 @st.composite
-def drawn(draw: st.DrawFn, kernels: st.SearchStrategy[Kernel], device: torch.device) -> AttentionSpec:
+def drawn(draw: st.DrawFn, kernels: st.SearchStrategy[DrawnKernel], device: torch.device) -> AttentionSpec:
     """Problems of some kernels."""
     choose = Choices(draw, "kernel")
     return draw(kernels).problem(choose, choose(SEEDS), device)
@@ -203,7 +205,7 @@ def built(backend: Backend, device: torch.device, wanted: Sequence[int] | None =
     """A backend's limits less what its build lacks, asked for one thing at a time, and the head dims there are."""
     limits = backend.limits
     if wanted is None:
-        wanted = HEAD_DIMS if device.type == "cpu" else ON_A_GPU
+        wanted = DRAWN_HEAD_DIMS if device.type == "cpu" else ON_A_GPU
     largest = limits.head_dim or max(wanted)
     head_dims = [d for d in wanted if limits.head_dim_min <= d <= largest and d % limits.head_dim_step == 0]
 

@@ -10,11 +10,11 @@ import torch
 from hypothesis import strategies as st
 from torch import nn
 
-from .attention import seeds
 from .record import Record, one, randomized
+from .values import seeds
 
-DTYPES = (torch.float32, torch.float64, torch.bfloat16)
-BOTH = (True, False)
+LAYER_DTYPES = (torch.float32, torch.float64, torch.bfloat16)
+EITHER = (True, False)
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -60,13 +60,13 @@ class Blueprint(Record):
 def blueprints(
     draw: st.DrawFn,
     *,
-    dtypes: Iterable[torch.dtype] = DTYPES,
+    dtypes: Iterable[torch.dtype] = LAYER_DTYPES,
     heads: Iterable[int] = (1, 2, 3, 4),
     head_dims: Iterable[int] = (1, 2, 3, 4, 8),
-    bias: Iterable[bool] = BOTH,
-    packed: Iterable[bool] = BOTH,
+    bias: Iterable[bool] = EITHER,
+    packed: Iterable[bool] = EITHER,
     extra_columns: Iterable[bool] = (False, True),
-    batch_first: Iterable[bool] = BOTH,
+    batch_first: Iterable[bool] = EITHER,
     device: torch.device | str | None = None,
 ) -> Blueprint:
     """Layers: any mix of the constructor's arguments, dropout 0. Every option is the values to draw from."""

@@ -15,7 +15,7 @@ from ..problem.masks import Dense, Mask, Rule, Window
 from ..problem.ragged import Documents, KeyLengths, KeyPadding
 from ..problem.scores import ALiBi, Bias, RelativeBias, TensorBias
 from ..problem.spec import AttentionSpec
-from .values import expression, place
+from .values import device_argument, expression
 
 SHORT, LONG = 24, 4096
 """Up to so many numbers are written out, and up to so many where no seed is known; a larger tensor is described."""
@@ -107,8 +107,8 @@ def pasted_tensor(tensor: Tensor) -> str:
 def literal(tensor: Tensor) -> str:
     dtype = "" if tensor.dtype in (torch.bool, torch.int64) else f", dtype={tensor.dtype}"
     if not tensor.numel():
-        return f"torch.zeros({tuple(tensor.shape)}, dtype={tensor.dtype}{place(tensor)})"
+        return f"torch.zeros({tuple(tensor.shape)}, dtype={tensor.dtype}{device_argument(tensor)})"
     if tensor.numel() > LONG:
         return f"<{tensor.dtype} {tuple(tensor.shape)}>"
     values = re.sub(r"\b(inf|nan)\b", r"torch.\1", repr(tensor.detach().tolist()))
-    return f"torch.tensor({values}{dtype}{place(tensor)})"
+    return f"torch.tensor({values}{dtype}{device_argument(tensor)})"

@@ -1,4 +1,4 @@
-"""What drawn layers, calls and models are made of: records that a failure shows in one line, and values of a seed."""
+"""The parts of drawn layers, calls and models: records that a failure shows in one line, and values of a seed."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 if TYPE_CHECKING:
     from hypothesis import strategies as st
 
-T = TypeVar("T")
+Drawn = TypeVar("Drawn")
 DRAWN: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}
 """What the values of a seed are made as, whatever torch makes by default."""
 
@@ -32,11 +32,11 @@ class Record:
         return f"{type(self).__name__}({', '.join(parts)})"
 
     def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
-        """What Hypothesis prints; without it, it writes every field of a dataclass on a line of its own."""
+        """The line that Hypothesis prints; without it, it writes every field of a dataclass on a line of its own."""
         printer.text(repr(self))
 
 
-def one(values: Iterable[T]) -> st.SearchStrategy[T]:
+def one(values: Iterable[Drawn]) -> st.SearchStrategy[Drawn]:
     """One of some values; the first is what Hypothesis shrinks to."""
     from hypothesis import strategies as st  # here alone: what else is in this file draws nothing
 

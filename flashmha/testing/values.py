@@ -1,4 +1,4 @@
-"""What drawn tensors hold: functions of a seed, so that a failure can name them in a line."""
+"""Values of drawn tensors: functions of a seed, so that a failure can name them in a line."""
 
 from __future__ import annotations
 
@@ -14,13 +14,15 @@ from .record import DRAWN, placed
 if TYPE_CHECKING:
     from hypothesis import strategies as st
 
+TILE_SIZE = 64
+"""Features and rows that a kernel takes at once; a longer problem is what it puts together."""
 SEEDS = range(2**16)
 """The seeds that problems are made of."""
-HEAD_DIMS = (1, 3, 8, 16, 20, 40, 64, 72, 96, 100, 128, 192, 256)
+DRAWN_HEAD_DIMS = (1, 3, 8, 16, 20, 40, 64, 72, 96, 100, 128, 192, 256)
 """The head dims that are drawn unless others are named."""
 LONGEST = 260
 """The most queries and keys of any problem."""
-LAYOUTS = ("contiguous", "heads first", "packed", "expanded")
+HEAD_LAYOUTS = ("contiguous", "heads first", "packed", "expanded")
 """How the memory of q, k and v may lie: as named, as SDPA's transposed, as slices of one tensor, with a stride of 0."""
 SCORES = ("plain", "plain", "plain", "near zero", "wide", "low", "high")
 """Regimes of scores: as q and k make them, near zero, from -100 to 100, and all far below 0 or above it."""
@@ -33,7 +35,7 @@ Farther ones would be no fair test: kernels keep a row's log-sum-exp, whose roun
 Gradients in float64 are held to a bound that such a rounding passes, so their scores stay as they are; those in half
 precision do not get wide ones, since kernels take them off a rounded output where the definition has weights of 1.
 """
-NUMBERS = ("normal", "wide", "slopes", "hidden", "low", "lowest")
+NUMBER_KINDS = ("normal", "wide", "slopes", "hidden", "low", "lowest")
 """Kinds of drawn numbers."""
 LOW = {"low": -1e9, "lowest": -math.inf}
 """What hides a key by convention and is a number all the same; the lowest is that of the dtype.
@@ -52,14 +54,14 @@ def seeds(scores: str | None = None) -> st.SearchStrategy[int]:
     if scores not in SCORES:
         raise ValueError(f"scores must be one of {', '.join(dict.fromkeys(SCORES))}, got {scores!r}.")
     place, period = SCORES.index(scores), len(SCORES)
-    layouts = len(LAYOUTS)
+    layouts = len(HEAD_LAYOUTS)
     return st.integers(0, len(SEEDS)).map(lambda n: (n // layouts * period + place) * layouts + n % layouts)
 
 
 def coins(seed: int, share: float, *shape: int, device: torch.device | str | None = None) -> Tensor:
     """Bools of one seed, that share of them ``True``."""
     made = (torch.rand(shape, generator=generator(seed), **DRAWN) < share).to(placed(device))
-    return noted(made, f"coins({', '.join(map(str, (seed, share, *shape)))}{place(made)})")
+    return noted(made, f"coins({', '.join(map(str, (seed, share, *shape)))}{device_argument(made)})")
 
 
 def numbers(
@@ -86,7 +88,7 @@ def numbers(
         made = lowered(made, kind, torch.finfo(dtype).min, random)
     made = made.to(placed(device), dtype)
     words = ", ".join((str(seed), repr(kind), *map(str, shape)))
-    return noted(made, f"numbers({words}{'' if dtype == torch.float32 else f', dtype={dtype}'}{place(made)})")
+    return noted(made, f"numbers({words}{'' if dtype == torch.float32 else f', dtype={dtype}'}{device_argument(made)})")
 
 
 def lowered(made: Tensor, kind: str, least: float, random: torch.Generator) -> Tensor:
@@ -110,7 +112,7 @@ def generator(seed: int) -> torch.Generator:
     return torch.Generator("cpu").manual_seed(seed)
 
 
-def place(tensor: Tensor) -> str:
+def device_argument(tensor: Tensor) -> str:
     return "" if tensor.device.type == "cpu" else f", device={str(tensor.device)!r}"
 
 
@@ -121,7 +123,7 @@ def noted(tensor: Tensor, expression: str) -> Tensor:
 
 
 def expression(tensor: Tensor) -> str | None:
-    """What was noted about a tensor, or about the one of the same shape that it is a view of."""
+    """The note on a tensor, or about the one of the same shape that it is a view of."""
     for one in (tensor, tensor._base):
         made: tuple[str, int] | None = getattr(one, "flashmha_made", None)
         if made is not None and one is not None and one.shape == tensor.shape and made[1] == one._version:
@@ -135,7 +137,7 @@ def tensors(spec: AttentionSpec, seed: int) -> tuple[Tensor, Tensor, Tensor]:
     See ``LAYOUTS`` and ``SCORES``.
     """
     random = generator(seed)
-    layout, scores = LAYOUTS[seed % len(LAYOUTS)], SCORES[seed // len(LAYOUTS) % len(SCORES)]
+    layout, scores = HEAD_LAYOUTS[seed % len(HEAD_LAYOUTS)], SCORES[seed // len(HEAD_LAYOUTS) % len(SCORES)]
 
     def made(seqlen: int, heads: int, head_dim: int, sign: float | None) -> Tensor:
         sizes = {
@@ -146,7 +148,7 @@ def tensors(spec: AttentionSpec, seed: int) -> tuple[Tensor, Tensor, Tensor]:
         }
         x = torch.randn(sizes[layout], generator=random, **DRAWN)
         if sign is not None:
-            move(x, scores, sign, spec)
+            move_scores(x, scores, sign, spec)
         if layout == "heads first":
             x = x.transpose(1, 2)
         elif layout == "packed":
@@ -162,7 +164,7 @@ def tensors(spec: AttentionSpec, seed: int) -> tuple[Tensor, Tensor, Tensor]:
     )
 
 
-def move(x: Tensor, scores: str, sign: float, spec: AttentionSpec) -> None:
+def move_scores(x: Tensor, scores: str, sign: float, spec: AttentionSpec) -> None:
     """Write q or k for scores of a regime over normal numbers; a score adds up ``head_dim`` products of the two."""
     scale, size = abs(spec.scale), spec.head_dim
     exact = spec.dtype == torch.float64

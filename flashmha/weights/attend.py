@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -19,10 +17,11 @@ from ..host.torch_state import is_capturing, is_compiling, is_dual, traced, with
 from ..problem.masks import normalize
 from ..problem.packing import Padded
 from ..problem.spec import AttentionSpec
-from .blocks import shaped
-from .deferred import Cell, Deferred, expect_look
+from .blocks import shape_weights
+from .cell import Cell, note_unread
+from .deferred import Deferred
 from .graph import Weights
-from .recipe import Recipe, with_bias
+from .recipe import Recipe, replace_bias
 
 
 def attention_with_weights(
@@ -31,7 +30,7 @@ def attention_with_weights(
     v: Tensor,
     spec: AttentionSpec,
     wanted: Wanted = None,
-    layer: Any = None,
+    layer: object = None,
     *,
     average: bool = True,
     batched: bool = True,
@@ -47,22 +46,22 @@ def attention_with_weights(
     the real tokens alone, ``remade`` where a hop of the layer's own made q and k.
 
     Where PyTorch records what runs (compile, export, torch.func, forward AD) both are ordinary tensors, and a compiler
-    drops what nobody reads; the definition makes both in one pass, unless a backend is named.
+    drops what is not read; the definition makes both in one pass, unless a backend is named.
     """
     dtype = q.dtype if dtype is None else dtype
-    backend = None if recorded(spec) else choose(spec, wanted)
+    backend = None if is_recorded(spec) else choose(spec, wanted)
     if backend is None or (padded is None and is_defined(spec, backend, wanted)):
-        out, weights = by_definition(q, k, v, spec, wanted, layer)
-        return out, shaped(weights, average, batched, dtype, rows)
+        out, weights = define_both(q, k, v, spec, wanted, layer)
+        return out, shape_weights(weights, average, batched, dtype, rows)
     free = (q.detach(), k.detach()) if q.requires_grad or k.requires_grad else (q, k)
     recipe = Recipe(*free, spec, None, average, batched, dtype, rows)
     learned: Tensor | None = None
     if spec.bias is not None:  # the caller's own tensor, which may change before the weights are read
         bias = spec.bias.tensors()[0]
         learned = bias if bias.requires_grad else None
-        recipe.spec = with_bias(spec, bias.detach().clone())
+        recipe.spec = replace_bias(spec, bias.detach().clone())
     problem = recipe.spec
-    result = serve(backend, q, k, v, with_lse_where_given(spec, backend), layer)
+    result = serve(backend, q, k, v, request_with_lse(spec, backend), layer)
     out, lse = result if isinstance(result, tuple) else (result, None)
     if padded is not None:
         batch, seqlen = padded.rows.shape
@@ -82,7 +81,7 @@ def attention_with_weights(
     return out, weights
 
 
-SMALL = 2**12
+FEW_SCORES = 2**12
 """Scores of all heads, up to which the definition makes output and weights in one pass, as ordinary tensors.
 
 On one thread of a CPU that trains in the time of the stock layer (0.95 to 1.04 of it, 1 x 8 to 4 x 16 tokens); an eval
@@ -91,17 +90,20 @@ whose weights are thrown away takes 20 to 50 us more, which being ordinary is wo
 
 
 def is_small(spec: AttentionSpec) -> bool:
-    """The weights of a problem are made at once, as ordinary tensors."""
-    return spec.batch * spec.heads * spec.seqlen_q * spec.seqlen_k <= SMALL
+    """Whether the weights of a problem are made at once, as ordinary tensors."""
+    return spec.batch * spec.heads * spec.seqlen_q * spec.seqlen_k <= FEW_SCORES
 
 
 def is_defined(spec: AttentionSpec, backend: Backend, wanted: Wanted) -> bool:
-    """The definition makes output and weights, though automatic choice found a backend for the output alone."""
+    """Whether the definition makes output and weights, though automatic choice found a backend for the output alone."""
     return is_small(spec) and backend.yields_small_weights and preference(wanted) is None
 
 
 def may_change(q: Tensor, k: Tensor) -> bool:
-    """A hop of the layer's own may return memory that is written before the weights are read: a cache's, an input's."""
+    """Whether a hop of the layer's own may have returned memory that is written before the weights are read.
+
+    As that of a cache or of an input.
+    """
     written = q.is_inference() or k.is_inference() or q._version > 0 or k._version > 0
     return written or q._is_view() or k._is_view()
 
@@ -109,8 +111,8 @@ def may_change(q: Tensor, k: Tensor) -> bool:
 DEFINITION = Naive()
 
 
-def by_definition(
-    q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, wanted: Wanted, layer: Any
+def define_both(
+    q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, wanted: Wanted, layer: object
 ) -> tuple[Tensor, Tensor]:
     """Output and weights (batch, heads, seqlen_q, seqlen_k) as ordinary tensors."""
     with without_autocast(spec.device):
@@ -123,8 +125,8 @@ def by_definition(
     return out, weights
 
 
-def with_lse_where_given(spec: AttentionSpec, backend: Backend) -> AttentionSpec:
-    """The problem as the backend is asked for it: with the log-sum-exp too, where it can give that.
+def request_with_lse(spec: AttentionSpec, backend: Backend) -> AttentionSpec:
+    """The problem that a backend is given: with the log-sum-exp too, where the backend has that.
 
     Not beside a bias, which may move all scores of a row far off, as -10000 does, where a log-sum-exp in float32 is
     coarse.
@@ -140,8 +142,8 @@ def with_lse_where_given(spec: AttentionSpec, backend: Backend) -> AttentionSpec
     return found
 
 
-def recorded(spec: AttentionSpec) -> bool:
-    """Somebody records operators, or differentiates forward."""
+def is_recorded(spec: AttentionSpec) -> bool:
+    """Whether PyTorch records operators, or differentiates forward."""
     return is_compiling() or spec.aten_only or traced() or is_dual()
 
 
@@ -149,9 +151,9 @@ def defer(recipe: Recipe) -> Deferred:
     """The weights of a recipe, computed when they are read."""
     cell = Cell(recipe.make, recipe.spec.device, recipe.cost)
     made: Deferred = Deferred(cell, recipe.shape, recipe.dtype, recipe.spec.device)
-    expect_look(cell)
+    note_unread(cell)
     return made
 
 
 requests: Memory[tuple[Backend, AttentionSpec]] = Memory()
-"""What ``with_lse_where_given`` said about a shared problem, and of which backend: 1 us, and 16 where it is asked."""
+"""What ``request_with_lse`` said about a shared problem, and of which backend: 1 us, and 16 where it is asked."""

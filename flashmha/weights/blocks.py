@@ -9,9 +9,9 @@ from torch import Tensor
 
 from ..problem.spec import AttentionSpec
 
-BLOCK = 2**19
+SCORES_AT_ONCE = 2**19
 """Scores computed at a time: about what a core's cache holds."""
-BLOCK_ON_GPU = 2**26
+SCORES_AT_ONCE_ON_GPU = 2**26
 """The same on a GPU, which a small block leaves idle."""
 LOG2_E = 1.4426950408889634
 
@@ -27,13 +27,15 @@ class Score:
         if spec.heads != spec.heads_kv:
             k = k.repeat_interleave(spec.heads // spec.heads_kv, dim=2)
         allowed, added = spec.allowed(), spec.added()
-        dtype = finer(q.dtype) if added is None else torch.promote_types(finer(q.dtype), added.dtype)
+        dtype = at_least_float32(q.dtype)
+        if added is not None:
+            dtype = torch.promote_types(dtype, added.dtype)
         self.q, self.k = (x.to(dtype).permute(2, 0, 1, 3) for x in (q, k))
         self.lse: Tensor | None = None
         if lse is not None:  # a blind row has no weights: exp(anything - inf) is 0
             self.lse = (lse.to(dtype).masked_fill(lse == float("-inf"), float("inf")) * LOG2_E).transpose(0, 1)
         self.buffer = q.new_empty(0, dtype=dtype)
-        self.block = BLOCK_ON_GPU if spec.device.type == "cuda" else BLOCK
+        self.block = SCORES_AT_ONCE_ON_GPU if spec.device.type == "cuda" else SCORES_AT_ONCE
         self.hidden = None if allowed is None else ~allowed.transpose(0, 1)
         self.bias = None if added is None else added.detach().to(dtype).transpose(0, 1)
 
@@ -60,7 +62,7 @@ class Score:
         shape = (*q.shape[:3], k.shape[2])
         if self.buffer.shape != shape:
             self.buffer = self.buffer.new_empty(shape)
-        score, hidden = self.buffer, None if self.hidden is None else cut(self.hidden, heads, rows)
+        score, hidden = self.buffer, None if self.hidden is None else part_of(self.hidden, heads, rows)
         out, q, k = score.flatten(0, 1), q.flatten(0, 1), k.flatten(0, 1)
         if self.lse is not None:
             lse = self.lse[heads, :, rows].flatten(0, 1)[..., None]
@@ -72,32 +74,32 @@ class Score:
             return score, total.reciprocal().masked_fill_(total == 0.0, 0.0)
         torch.baddbmm(out, q, k.mT, beta=0, alpha=self.spec.scale, out=out)
         if self.bias is not None:
-            score += cut(self.bias, heads, rows)
+            score += part_of(self.bias, heads, rows)
         if hidden is not None:
             score.masked_fill_(hidden, float("-inf"))
         blind = score.amax(dim=-1, keepdim=True) == float("-inf")
         return score.softmax(dim=-1).masked_fill_(blind, 0.0), (~blind).to(score.dtype)
 
 
-def cut(table: Tensor, heads: slice, rows: slice) -> Tensor:
+def part_of(table: Tensor, heads: slice, rows: slice) -> Tensor:
     """Some heads and rows of a tensor that broadcasts to (heads, batch, seqlen_q, seqlen_k)."""
     table = table[heads] if table.shape[0] > 1 else table
     return table[:, :, rows] if table.shape[2] > 1 else table
 
 
-def finer(dtype: torch.dtype) -> torch.dtype:
+def at_least_float32(dtype: torch.dtype) -> torch.dtype:
     """At least float32."""
     return torch.promote_types(dtype, torch.float32)
 
 
-def spread(rows: Tensor, average: bool) -> Tensor:
+def align_rows(rows: Tensor, average: bool) -> Tensor:
     """(batch, seqlen_q) against the axes of the weights."""
     return rows[:, :, None] if average else rows[:, None, :, None]
 
 
-def shaped(weights: Tensor, average: bool, batched: bool, dtype: torch.dtype, rows: Tensor | None) -> Tensor:
+def shape_weights(weights: Tensor, average: bool, batched: bool, dtype: torch.dtype, rows: Tensor | None) -> Tensor:
     """The weights (batch, heads, seqlen_q, seqlen_k) of the definition as the caller wants them."""
     weights = weights.mean(dim=1) if average else weights
     if rows is not None:
-        weights = weights.masked_fill(~spread(rows, average), 0.0)
+        weights = weights.masked_fill(~align_rows(rows, average), 0.0)
     return (weights if batched else weights[0]).to(dtype)

@@ -5,11 +5,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .kernel_parts import NUMBERS, exponentials, operand, visible
+from .kernel_parts import UNSPECIALIZED, exponentiate, find_visible, load_tokens
 
 
 @triton.jit
-def weights_and_gradient(
+def load_weights_and_gradient(
     left: tl.tensor,
     right: tl.tensor,
     shift: tl.tensor,
@@ -19,54 +19,35 @@ def weights_and_gradient(
     dense: tl.tensor,
     bias: tl.tensor,
     grad: tl.tensor,
-    first_row: tl.tensor,
-    first_key: tl.tensor,
-    seqlen_q: tl.tensor,
-    seqlen_k: tl.tensor,
+    first: tl.tuple,
+    sizes: tl.tuple,
+    window: tl.tuple,
+    dense_strides: tl.tuple,
+    bias_strides: tl.tuple,
+    grad_strides: tl.tuple,
     scale: tl.tensor,
-    low: tl.tensor,
-    high: tl.tensor,
-    dense_row: tl.tensor,
-    dense_key: tl.tensor,
-    bias_row: tl.tensor,
-    bias_key: tl.tensor,
-    grad_row: tl.tensor,
-    grad_key: tl.tensor,
     WINDOW: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ) -> tl.tensor:
     """The weights of a tile, 0 where hidden, and what came back for them; tables point at (0, 0) of a head."""
-    row, key = tl.cast(first_row, tl.int64), tl.cast(first_key, tl.int64)
-    rows_left, keys_left = seqlen_q - first_row, seqlen_k - first_key
+    row, key = tl.cast(first[0], tl.int64), tl.cast(first[1], tl.int64)
+    rows_left, keys_left = sizes[0] - first[0], sizes[1] - first[1]
     if dense is not None:
-        dense += row * dense_row + key * dense_key
+        dense += row * dense_strides[0] + key * dense_strides[1]
     if bias is not None:
-        bias += row * bias_row + key * bias_key
+        bias += row * bias_strides[0] + key * bias_strides[1]
     rows, keys = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
     score = tl.dot(left, tl.trans(right))
     places = statistic + row + tl.minimum(rows, rows_left - 1)
-    made = exponentials(score, shift, factor, places, bias, rows_left, keys_left, bias_row, bias_key, scale)
-    seen = visible(
-        first_row,
-        first_key,
-        seqlen_q,
-        seqlen_k,
-        low,
-        high,
-        valid,
-        dense,
-        dense_row,
-        dense_key,
-        WINDOW,
-        BLOCK_M,
-        BLOCK_N,
-    )
+    made = exponentiate(score, shift, factor, places, bias, bias_strides, (rows_left, keys_left), scale)
+    seen = find_visible(first, sizes, window, valid, dense, dense_strides, WINDOW, BLOCK_M, BLOCK_N)
+    grad_row, grad_key = grad_strides
     entries = grad + row * grad_row + key * grad_key + rows[:, None] * grad_row + keys[None, :] * grad_key
     return tl.where(seen, made, 0.0), tl.load(entries, mask=seen, other=0.0).to(tl.float32)
 
 
-@triton.jit(do_not_specialize=NUMBERS)
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def gradient_of_q_kernel(
     q: tl.tensor,
     k: tl.tensor,
@@ -133,13 +114,13 @@ def gradient_of_q_kernel(
     if WINDOW:
         start = tl.maximum(first_row + low, 0) // BLOCK_N * BLOCK_N
         stop = tl.minimum(tl.minimum(first_row + BLOCK_M, seqlen_q) + high, seqlen_k)
-    left = operand(q + batch * q_batch + head * q_head + row * q_row, rows_left, q_row, HEAD_DIM, 0, CHUNK, BLOCK_M)
+    left = load_tokens(q + batch * q_batch + head * q_head + row * q_row, rows_left, q_row, HEAD_DIM, 0, CHUNK, BLOCK_M)
     average = tl.zeros((BLOCK_M,), tl.float32)
     for first_key in range(start, stop, BLOCK_N):
-        right = operand(
+        right = load_tokens(
             k + tl.cast(first_key, tl.int64) * k_key, seqlen_k - first_key, k_key, HEAD_DIM, 0, CHUNK, BLOCK_N
         )
-        made, back = weights_and_gradient(
+        made, back = load_weights_and_gradient(
             left,
             right,
             shift,
@@ -149,19 +130,13 @@ def gradient_of_q_kernel(
             dense,
             bias,
             grad,
-            first_row,
-            first_key,
-            seqlen_q,
-            seqlen_k,
+            (first_row, first_key),
+            (seqlen_q, seqlen_k),
+            (low, high),
+            (dense_row, dense_key),
+            (bias_row, bias_key),
+            (grad_row, grad_key),
             scale,
-            low,
-            high,
-            dense_row,
-            dense_key,
-            bias_row,
-            bias_key,
-            grad_row,
-            grad_key,
             WINDOW,
             BLOCK_M,
             BLOCK_N,
@@ -169,10 +144,10 @@ def gradient_of_q_kernel(
         average += tl.sum(made * back, axis=1)
     total = tl.zeros((BLOCK_M, CHUNK), tl.float32)
     for first_key in range(start, stop, BLOCK_N):
-        right = operand(
+        right = load_tokens(
             k + tl.cast(first_key, tl.int64) * k_key, seqlen_k - first_key, k_key, HEAD_DIM, 0, CHUNK, BLOCK_N
         )
-        made, back = weights_and_gradient(
+        made, back = load_weights_and_gradient(
             left,
             right,
             shift,
@@ -182,19 +157,13 @@ def gradient_of_q_kernel(
             dense,
             bias,
             grad,
-            first_row,
-            first_key,
-            seqlen_q,
-            seqlen_k,
+            (first_row, first_key),
+            (seqlen_q, seqlen_k),
+            (low, high),
+            (dense_row, dense_key),
+            (bias_row, bias_key),
+            (grad_row, grad_key),
             scale,
-            low,
-            high,
-            dense_row,
-            dense_key,
-            bias_row,
-            bias_key,
-            grad_row,
-            grad_key,
             WINDOW,
             BLOCK_M,
             BLOCK_N,
@@ -210,7 +179,7 @@ def gradient_of_q_kernel(
     )
 
 
-@triton.jit(do_not_specialize=NUMBERS)
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def gradient_of_k_kernel(
     q: tl.tensor,
     k: tl.tensor,
@@ -276,7 +245,9 @@ def gradient_of_k_kernel(
     if WINDOW:
         start = tl.maximum(first_key - high, 0) // BLOCK_M * BLOCK_M
         stop = tl.minimum(tl.minimum(first_key + BLOCK_N, seqlen_k) - low, seqlen_q)
-    right = operand(k + batch * k_batch + head_kv * k_head + key * k_key, keys_left, k_key, HEAD_DIM, 0, CHUNK, BLOCK_N)
+    right = load_tokens(
+        k + batch * k_batch + head_kv * k_head + key * k_key, keys_left, k_key, HEAD_DIM, 0, CHUNK, BLOCK_N
+    )
     total = tl.zeros((BLOCK_N, CHUNK), tl.float32)
     for member in range(group):
         head = head_kv * group + member
@@ -288,8 +259,8 @@ def gradient_of_k_kernel(
         statistic = (batch * heads + head) * seqlen_q
         for first_row in range(start, stop, BLOCK_M):
             row, rows_left = tl.cast(first_row, tl.int64), seqlen_q - first_row
-            left = operand(q + head * q_head + row * q_row, rows_left, q_row, HEAD_DIM, 0, CHUNK, BLOCK_M)
-            made, back = weights_and_gradient(
+            left = load_tokens(q + head * q_head + row * q_row, rows_left, q_row, HEAD_DIM, 0, CHUNK, BLOCK_M)
+            made, back = load_weights_and_gradient(
                 left,
                 right,
                 shift,
@@ -299,19 +270,13 @@ def gradient_of_k_kernel(
                 table,
                 added_table,
                 grad + head * grad_head,
-                first_row,
-                first_key,
-                seqlen_q,
-                seqlen_k,
+                (first_row, first_key),
+                (seqlen_q, seqlen_k),
+                (low, high),
+                (dense_row, dense_key),
+                (bias_row, bias_key),
+                (grad_row, grad_key),
                 scale,
-                low,
-                high,
-                dense_row,
-                dense_key,
-                bias_row,
-                bias_key,
-                grad_row,
-                grad_key,
                 WINDOW,
                 BLOCK_M,
                 BLOCK_N,

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..backends.naive import probabilities, scores, weigh
 from ..host.torch_state import is_batched
 from ..problem.spec import AttentionSpec
-from .recipe import Recipe, with_bias
+from .recipe import Recipe, replace_bias
 
 
 class Weights(torch.autograd.Function):
@@ -34,8 +34,8 @@ class Weights(torch.autograd.Function):
         recipe: Recipe,
         make: Callable[[Recipe], Tensor],
     ) -> Any:
-        tensors, ctx.recipe_again = taken_apart(recipe)
-        masks, ctx.spec_again = ((), None) if recipe.places is None else without_tensors(spec)
+        tensors, ctx.recipe_again = take_apart(recipe)
+        masks, ctx.spec_again = ((), None) if recipe.places is None else take_tensors_out(spec)
         ctx.save_for_backward(q, k, v, bias, *tensors, *masks)
         ctx.count = len(tensors)
         ctx.set_materialize_grads(False)
@@ -61,7 +61,7 @@ class Weights(torch.autograd.Function):
             defined = [] if of_weights is None else [(recipe.define(q, k, bias), of_weights)]
             if v is not None and of_out is not None and again:
                 spec = recipe.spec if ctx.spec_again is None else ctx.spec_again(tensors[ctx.count :])
-                spec = with_bias(spec, bias)
+                spec = replace_bias(spec, bias)
                 defined.append((weigh(probabilities(*scores(q, k, spec), spec), v, spec), of_out))
                 of_out = None
             if not defined:
@@ -72,7 +72,7 @@ class Weights(torch.autograd.Function):
         return (of_out, *(next(made) if need else None for need in needed), *rest)
 
 
-def without_tensors(spec: AttentionSpec) -> tuple[tuple[Tensor, ...], Callable[[Sequence[Tensor]], AttentionSpec]]:
+def take_tensors_out(spec: AttentionSpec) -> tuple[tuple[Tensor, ...], Callable[[Sequence[Tensor]], AttentionSpec]]:
     """The tensors that a problem's mask and bias hold, and what makes the problem of them again."""
     masks, again = ((), None) if spec.mask is None else spec.mask.flatten()
     biases = () if spec.bias is None else spec.bias.tensors()
@@ -80,14 +80,14 @@ def without_tensors(spec: AttentionSpec) -> tuple[tuple[Tensor, ...], Callable[[
 
     def whole(tensors: Sequence[Tensor]) -> AttentionSpec:
         mask = None if again is None else again(tensors[:count])
-        return with_bias(bare.changed(mask=mask), tensors[count] if len(tensors) > count else None)
+        return replace_bias(bare.changed(mask=mask), tensors[count] if len(tensors) > count else None)
 
     return (*masks, *biases), whole
 
 
-def taken_apart(recipe: Recipe) -> tuple[list[Tensor | None], Callable[..., Recipe]]:
+def take_apart(recipe: Recipe) -> tuple[list[Tensor | None], Callable[..., Recipe]]:
     """The tensors that a recipe holds beside q and k, and what makes the recipe of all of them again."""
-    held, again = without_tensors(recipe.spec)
+    held, again = take_tensors_out(recipe.spec)
     average, batched, dtype = recipe.average, recipe.batched, recipe.dtype
 
     def whole(q: Tensor, k: Tensor, tensors: Sequence[Any]) -> Recipe:

@@ -1,15 +1,21 @@
-"""What the kernels of the weights share: operands, masks, exponentials."""
+"""The parts that the kernels of the weights share: operands, masks, exponentials.
+
+What a function takes of rows and of keys is one tuple of two: ``strides`` of a table, the ``first`` of a tile, how many
+are ``left`` from there on. The compiler takes them apart, into the same instructions. A launch has none: to Triton 3.4,
+which torch 2.8 brings, ``do_not_specialize`` says nothing about the numbers in a tuple, so others would make another
+kernel.
+"""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
-LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
+LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
-def operand(
+def load_tokens(
     x: tl.tensor,
     left: tl.tensor,
     stride: tl.tensor,
@@ -32,13 +38,11 @@ def operand(
 
 
 @triton.jit
-def product(
+def multiply(
     q: tl.tensor,
     k: tl.tensor,
-    rows_left: tl.tensor,
-    keys_left: tl.tensor,
-    q_row: tl.tensor,
-    k_key: tl.tensor,
+    strides: tl.tuple,
+    left: tl.tuple,
     HEAD_DIM: tl.constexpr,
     CHUNK: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -46,40 +50,39 @@ def product(
 ) -> tl.tensor:
     """``q @ k.T`` of a tile in float32; q and k point at its first row and key of one head."""
     if CHUNK >= HEAD_DIM:
-        left = operand(q, rows_left, q_row, HEAD_DIM, 0, CHUNK, BLOCK_M)
-        right = operand(k, keys_left, k_key, HEAD_DIM, 0, CHUNK, BLOCK_N)
-        score = tl.dot(left, tl.trans(right), input_precision="ieee")
+        rows = load_tokens(q, left[0], strides[0], HEAD_DIM, 0, CHUNK, BLOCK_M)
+        keys = load_tokens(k, left[1], strides[1], HEAD_DIM, 0, CHUNK, BLOCK_N)
+        score = tl.dot(rows, tl.trans(keys), input_precision="ieee")
     else:
         score = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         for start in range(0, HEAD_DIM, CHUNK):
-            left = operand(q, rows_left, q_row, HEAD_DIM, start, CHUNK, BLOCK_M)
-            right = operand(k, keys_left, k_key, HEAD_DIM, start, CHUNK, BLOCK_N)
-            score = tl.dot(left, tl.trans(right), score, input_precision="ieee")
+            rows = load_tokens(q, left[0], strides[0], HEAD_DIM, start, CHUNK, BLOCK_M)
+            keys = load_tokens(k, left[1], strides[1], HEAD_DIM, start, CHUNK, BLOCK_N)
+            score = tl.dot(rows, tl.trans(keys), score, input_precision="ieee")
     return score
 
 
 @triton.jit
-def visible(
-    first_row: tl.tensor,
-    first_key: tl.tensor,
-    seqlen_q: tl.tensor,
-    seqlen_k: tl.tensor,
-    low: tl.tensor,
-    high: tl.tensor,
+def find_visible(
+    first: tl.tuple,
+    sizes: tl.tuple,
+    window: tl.tuple,
     valid: tl.tensor,
     dense: tl.tensor,
-    dense_row: tl.tensor,
-    dense_key: tl.tensor,
+    strides: tl.tuple,
     WINDOW: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ) -> tl.tensor:
     """Which query of a tile may look at which key.
 
-    ``valid`` points at the batch item's first key, ``dense`` at the tile's first entry.
+    ``sizes`` are those of the problem. ``window`` is (low, high), the least and the largest ``key - row``. ``valid``
+    points at the batch item's first key, ``dense`` at the tile's first entry; its ``strides``.
     """
+    first_row, first_key = first
+    low, high = window
     rows, keys = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
-    real_rows, real_keys = first_row + rows < seqlen_q, first_key + keys < seqlen_k
+    real_rows, real_keys = first_row + rows < sizes[0], first_key + keys < sizes[1]
     seen = real_rows[:, None] & real_keys[None, :]
     if WINDOW:
         distance = (first_key + keys)[None, :] - (first_row + rows)[:, None]
@@ -87,38 +90,34 @@ def visible(
     if valid is not None:
         seen = seen & (tl.load(valid + first_key + keys, mask=real_keys, other=0) != 0)[None, :]
     if dense is not None:
-        entries = dense + rows[:, None] * dense_row + keys[None, :] * dense_key
+        entries = dense + rows[:, None] * strides[0] + keys[None, :] * strides[1]
         seen = seen & (tl.load(entries, mask=seen, other=0) != 0)
     return seen
 
 
 @triton.jit
-def added(
+def load_bias(
     bias: tl.tensor,
-    rows_left: tl.tensor,
-    keys_left: tl.tensor,
-    bias_row: tl.tensor,
-    bias_key: tl.tensor,
+    strides: tl.tuple,
+    left: tl.tuple,
     M: tl.constexpr,
     N: tl.constexpr,
 ) -> tl.tensor:
     """The bias of a tile; ``bias`` points at its first entry."""
-    rows = tl.minimum(tl.arange(0, M), rows_left - 1)
-    keys = tl.minimum(tl.arange(0, N), keys_left - 1)
-    return tl.load(bias + rows[:, None] * bias_row + keys[None, :] * bias_key).to(tl.float32)
+    rows = tl.minimum(tl.arange(0, M), left[0] - 1)
+    keys = tl.minimum(tl.arange(0, N), left[1] - 1)
+    return tl.load(bias + rows[:, None] * strides[0] + keys[None, :] * strides[1]).to(tl.float32)
 
 
 @triton.jit
-def exponentials(
+def exponentiate(
     score: tl.tensor,
     shift: tl.tensor,
     factor: tl.tensor,
     statistic: tl.tensor,
     bias: tl.tensor,
-    rows_left: tl.tensor,
-    keys_left: tl.tensor,
-    bias_row: tl.tensor,
-    bias_key: tl.tensor,
+    strides: tl.tuple,
+    left: tl.tuple,
     scale: tl.tensor,
 ) -> tl.tensor:
     """The weights of a tile before its mask, given ``q @ k.T`` and where its rows' statistics lie.
@@ -127,17 +126,17 @@ def exponentials(
     """
     moved = tl.load(shift + statistic)
     if factor is None:  # a blind row has no weights: exp(anything - inf) is 0
-        moved = tl.where(moved == float("-inf"), float("inf"), moved * LOG2_E)
-        made = tl.exp2(score * (scale * LOG2_E) - moved[:, None])
+        moved = tl.where(moved == float("-inf"), float("inf"), moved * LOG2E)
+        made = tl.exp2(score * (scale * LOG2E) - moved[:, None])
     else:
         score = score * scale
         if bias is not None:
-            score += added(bias, rows_left, keys_left, bias_row, bias_key, score.shape[0], score.shape[1])
-        made = tl.exp2((score - moved[:, None]) * LOG2_E) * tl.load(factor + statistic)[:, None]
+            score += load_bias(bias, strides, left, score.shape[0], score.shape[1])
+        made = tl.exp2((score - moved[:, None]) * LOG2E) * tl.load(factor + statistic)[:, None]
     return made
 
 
-NUMBERS = """
+UNSPECIALIZED = """
     seqlen_q heads group count low high scale
     dense_batch dense_head dense_row dense_key bias_batch bias_head bias_row bias_key
 """.split()  # noqa: SIM905

@@ -9,10 +9,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .kernel_parts import LOG2_E, NUMBERS, added, exponentials, product, visible
+from .kernel_parts import LOG2E, UNSPECIALIZED, exponentiate, find_visible, load_bias, multiply
 
 
-@triton.jit(do_not_specialize=NUMBERS)
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def statistics_kernel(
     q: tl.tensor,
     k: tl.tensor,
@@ -48,7 +48,7 @@ def statistics_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ) -> None:
-    """What makes weights of scores, ``factor * exp(score - shift)``: the largest one a row, and 1 / the sum.
+    """Compute what makes weights of scores, ``factor * exp(score - shift)``: the largest one a row, and 1 / the sum.
 
     One program a tile of rows of a head. A blind row has shift inf and factor 0.
     """
@@ -73,25 +73,21 @@ def statistics_kernel(
     total = tl.zeros((BLOCK_M,), tl.float32)
     for first_key in range(start, stop, BLOCK_N):
         key = tl.cast(first_key, tl.int64)
-        rows_left, keys_left = seqlen_q - first_row, seqlen_k - first_key
-        score = product(q, k + key * k_key, rows_left, keys_left, q_row, k_key, HEAD_DIM, CHUNK, BLOCK_M, BLOCK_N)
+        left = (seqlen_q - first_row, seqlen_k - first_key)
+        score = multiply(q, k + key * k_key, (q_row, k_key), left, HEAD_DIM, CHUNK, BLOCK_M, BLOCK_N)
         score *= scale
         if bias is not None:
-            score += added(bias + key * bias_key, rows_left, keys_left, bias_row, bias_key, BLOCK_M, BLOCK_N)
+            score += load_bias(bias + key * bias_key, (bias_row, bias_key), left, BLOCK_M, BLOCK_N)
         table = dense
         if dense is not None:
             table += key * dense_key
-        seen = visible(
-            first_row,
-            first_key,
-            seqlen_q,
-            seqlen_k,
-            low,
-            high,
+        seen = find_visible(
+            (first_row, first_key),
+            (seqlen_q, seqlen_k),
+            (low, high),
             valid,
             table,
-            dense_row,
-            dense_key,
+            (dense_row, dense_key),
             WINDOW,
             BLOCK_M,
             BLOCK_N,
@@ -100,7 +96,7 @@ def statistics_kernel(
         known = largest
         largest = tl.maximum(known, tl.max(score, axis=1))
         base = tl.where(largest == float("-inf"), 0.0, largest)  # -inf - -inf would be NaN
-        total = total * tl.exp2((known - base) * LOG2_E) + tl.sum(tl.exp2((score - base[:, None]) * LOG2_E), axis=1)
+        total = total * tl.exp2((known - base) * LOG2E) + tl.sum(tl.exp2((score - base[:, None]) * LOG2E), axis=1)
     rows = first_row + tl.arange(0, BLOCK_M)
     places = place.to(tl.int64) * seqlen_q + rows
     blind = total == 0.0  # not by the largest, which a NaN leaves as it is
@@ -108,7 +104,7 @@ def statistics_kernel(
     tl.store(factor + places, tl.where(blind, 0.0, 1.0 / total), mask=rows < seqlen_q)
 
 
-@triton.jit(do_not_specialize=NUMBERS)
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def weights_kernel(
     q: tl.tensor,
     k: tl.tensor,
@@ -184,13 +180,11 @@ def weights_kernel(
     total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for number in range(first_head, stop):
         head = tl.cast(number, tl.int64)
-        score = product(
+        score = multiply(
             q + head * q_head,
             k + head // group * k_head,
-            rows_left,
-            keys_left,
-            q_row,
-            k_key,
+            (q_row, k_key),
+            (rows_left, keys_left),
             HEAD_DIM,
             CHUNK,
             BLOCK_M,
@@ -199,21 +193,24 @@ def weights_kernel(
         table = bias
         if bias is not None:
             table += head * bias_head
-        part = exponentials(
-            score, shift, factor, statistic + head * seqlen_q, table, rows_left, keys_left, bias_row, bias_key, scale
+        part = exponentiate(
+            score,
+            shift,
+            factor,
+            statistic + head * seqlen_q,
+            table,
+            (bias_row, bias_key),
+            (rows_left, keys_left),
+            scale,
         )
         if BY_HEAD:
-            seen = visible(
-                first_row,
-                first_key,
-                seqlen_q,
-                seqlen_k,
-                low,
-                high,
+            seen = find_visible(
+                (first_row, first_key),
+                (seqlen_q, seqlen_k),
+                (low, high),
                 valid,
                 dense + head * dense_head,
-                dense_row,
-                dense_key,
+                (dense_row, dense_key),
                 WINDOW,
                 BLOCK_M,
                 BLOCK_N,
@@ -221,17 +218,13 @@ def weights_kernel(
             part = tl.where(seen, part, 0.0)
         total += part
     if not BY_HEAD:
-        seen = visible(
-            first_row,
-            first_key,
-            seqlen_q,
-            seqlen_k,
-            low,
-            high,
+        seen = find_visible(
+            (first_row, first_key),
+            (seqlen_q, seqlen_k),
+            (low, high),
             valid,
             dense,
-            dense_row,
-            dense_key,
+            (dense_row, dense_key),
             WINDOW,
             BLOCK_M,
             BLOCK_N,

@@ -20,16 +20,16 @@ from torch import Tensor
 
 from ..backends.naive import probabilities, scores
 from ..host.torch_state import without_autocast
-from ..problem.packing import unpack
+from ..problem.packing import put_back
 from ..problem.scores import TensorBias
 from ..problem.spec import AttentionSpec
 from . import tiles
-from .blocks import Score, cut, shaped, spread
+from .blocks import Score, align_rows, part_of, shape_weights
 
 F = TypeVar("F", bound=Callable[..., Any])
 
 
-def behind_the_door(method: F) -> F:
+def without_caller_autocast(method: F) -> F:
     """A method of a recipe without autocast, whatever is on where it is read or differentiated."""
 
     @functools.wraps(method)
@@ -42,7 +42,7 @@ def behind_the_door(method: F) -> F:
 
 @dataclasses.dataclass
 class Recipe:
-    """What the weights of one call are made of, later.
+    """The ingredients of the weights of one call.
 
     Attributes:
         q, k: (batch, seqlen, heads, head_dim), outside autograd.
@@ -77,17 +77,17 @@ class Recipe:
         held = {x.data_ptr(): x.nbytes() for x in (self.q.untyped_storage(), self.k.untyped_storage())}
         return sum(held.values()) - math.prod(self.shape) * self.dtype.itemsize
 
-    @behind_the_door
+    @without_caller_autocast
     def make(self) -> Tensor:
         """The weights."""
         spec = self.spec
         q, k = self.spread(self.q, self.k)
         if tiles.why_not_here(spec.device) is None and tiles.why_not(spec) is None:
-            made = tiles.weights(q, k, self.lse, spec, self.average, self.dtype)
+            made = tiles.make_weights(q, k, self.lse, spec, self.average, self.dtype)
         else:
             made = self.by_blocks(q, k)
         if self.rows is not None:
-            made.masked_fill_(~spread(self.rows, self.average), 0.0)
+            made.masked_fill_(~align_rows(self.rows, self.average), 0.0)
         return made if self.batched else made[0]
 
     def by_blocks(self, q: Tensor, k: Tensor) -> Tensor:
@@ -111,7 +111,7 @@ class Recipe:
                 made[:, rows] = total.div_(spec.heads)
         return made
 
-    @behind_the_door
+    @without_caller_autocast
     def gradients(self, grad: Tensor, wanted: tuple[bool, bool, bool]) -> tuple[Tensor | None, ...]:
         """Gradients of q, k and the bias for a gradient of the weights::
 
@@ -120,11 +120,11 @@ class Recipe:
         spec = self.spec
         grad = grad if self.batched else grad[None]
         if self.rows is not None:
-            grad = grad.masked_fill(~spread(self.rows, self.average), 0.0)
+            grad = grad.masked_fill(~align_rows(self.rows, self.average), 0.0)
         q, k = self.spread(self.q, self.k)
         d_bias: Tensor | None = None
         if not wanted[2] and tiles.why_not_here(spec.device) is None and tiles.no_gradients(spec) is None:
-            dq, dk = tiles.gradients(q, k, self.lse, spec, self.average, grad)
+            dq, dk = tiles.make_gradients(q, k, self.lse, spec, self.average, grad)
         else:
             dq, dk, d_bias = self.gradients_by_blocks(q, k, grad, wanted[2])
         if self.places is not None:
@@ -154,28 +154,28 @@ class Recipe:
                 dq[heads, :, rows] = spec.scale * (d_score @ k[heads])
                 dk[heads] += spec.scale * (d_score.mT @ q[heads, :, rows])
                 if d_bias is not None:
-                    part = cut(d_bias, heads, rows)
+                    part = part_of(d_bias, heads, rows)
                     part += d_score.sum_to_size(part.shape)
         dq, dk = (x.permute(1, 2, 0, 3) for x in (dq, dk))  # (batch, seqlen, heads, head_dim)
         if spec.heads != spec.heads_kv:
             dk = torch.unflatten(dk, 2, (spec.heads_kv, -1)).sum(dim=3)
         return dq, dk, None if d_bias is None or bias is None else d_bias.transpose(0, 1).to(bias.dtype)
 
-    @behind_the_door
+    @without_caller_autocast
     def define(self, q: Tensor, k: Tensor, bias: Tensor | None) -> Tensor:
         """The weights by the definition, in the autograd graph."""
         q, k = self.spread(q, k)
-        weights = probabilities(*scores(q, k, with_bias(self.spec, bias)), self.spec)
-        return shaped(weights, self.average, self.batched, self.dtype, self.rows)
+        weights = probabilities(*scores(q, k, replace_bias(self.spec, bias)), self.spec)
+        return shape_weights(weights, self.average, self.batched, self.dtype, self.rows)
 
     def spread(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         """q and k with every token in its place."""
         if self.places is None:
             return q, k
         sizes = (self.spec.batch, self.spec.seqlen_q)
-        return unpack(q, self.places, sizes), unpack(k, self.places, sizes)
+        return put_back(q, self.places, sizes), put_back(k, self.places, sizes)
 
 
-def with_bias(spec: AttentionSpec, bias: Tensor | None) -> AttentionSpec:
+def replace_bias(spec: AttentionSpec, bias: Tensor | None) -> AttentionSpec:
     """The same problem over another bias tensor."""
     return spec if bias is None else spec.changed(bias=TensorBias(bias))

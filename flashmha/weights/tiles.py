@@ -23,9 +23,9 @@ from ..problem.scores import TensorBias
 from ..problem.spec import AttentionSpec
 from ..problem.wording import short
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 LARGEST_HEAD_DIM = 256
-MASKS = (Window, KeyPadding, KeyLengths, Dense)
+KERNEL_MASKS = (Window, KeyPadding, KeyLengths, Dense)
 OLDEST = (8, 0)
 """The compute capability that has tensor cores for bfloat16."""
 BAND = 16
@@ -36,16 +36,16 @@ SPARE = 4096
 
 def why_not(spec: AttentionSpec) -> str | None:
     """Why no kernel makes the weights of a problem; ``None`` where one does."""
-    if spec.dtype not in DTYPES:
-        return f"dtype must be one of {', '.join(map(short, DTYPES))}, got {short(spec.dtype)}"
+    if spec.dtype not in KERNEL_DTYPES:
+        return f"dtype must be one of {', '.join(map(short, KERNEL_DTYPES))}, got {short(spec.dtype)}"
     if not 1 <= spec.head_dim <= LARGEST_HEAD_DIM:
         return f"head_dim must lie between 1 and {LARGEST_HEAD_DIM}, got {spec.head_dim}"
     for part in () if spec.mask is None else spec.mask.parts:
-        if not isinstance(part, MASKS):
+        if not isinstance(part, KERNEL_MASKS):
             return f"no kernel has the mask {part!r}"
     if spec.bias is not None and not isinstance(spec.bias, TensorBias):
         return f"no kernel has the bias {spec.bias!r}"
-    if spec.bias is not None and spec.bias.tensor.dtype not in DTYPES:
+    if spec.bias is not None and spec.bias.tensor.dtype not in KERNEL_DTYPES:
         return f"no kernel has a bias of {short(spec.bias.tensor.dtype)}"
     if spec.softcap is not None:
         return "no kernel has a softcap"
@@ -63,9 +63,9 @@ def no_gradients(spec: AttentionSpec) -> str | None:
 
 @functools.cache
 def why_not_here(device: torch.device) -> str | None:
-    """Why no kernel runs on a device; asked once."""
+    """Why no kernel runs on a device; found out once."""
     if device.type != "cuda" or torch.version.cuda is None:
-        return "needs a GPU of NVIDIA's"
+        return "needs an NVIDIA GPU"
     capability = torch.cuda.get_device_capability(device)
     if capability < OLDEST:
         return f"compute capability must be at least {OLDEST}, got {capability}"
@@ -82,7 +82,7 @@ def why_not_here(device: torch.device) -> str | None:
 
 @dataclasses.dataclass(frozen=True)
 class Tiling:
-    """How a kernel is cut: the rows and keys of a tile, how much of head_dim at a time, warps and pipeline stages."""
+    """The cut of a kernel: the rows and keys of a tile, how much of head_dim at a time, warps and pipeline stages."""
 
     rows: int
     keys: int
@@ -185,10 +185,10 @@ class Tables:
         bias = None if spec.bias is None else spec.bias.tensors()[0].detach().expand(shape)
         by_head = table is not None and table.shape[1] > 1
         pattern = None if table is None else table.view(torch.uint8).expand(shape)
-        return cls(bounds(windows, spec.seqlen_q, spec.seqlen_k), keys, pattern, bias, by_head)
+        return cls(window_bounds(windows, spec.seqlen_q, spec.seqlen_k), keys, pattern, bias, by_head)
 
 
-def bounds(windows: list[Window], seqlen_q: int, seqlen_k: int) -> tuple[int, int] | None:
+def window_bounds(windows: list[Window], seqlen_q: int, seqlen_k: int) -> tuple[int, int] | None:
     """The least and the largest ``key - row`` of bottom-right windows, never further out than the problem is long."""
     if not windows:
         return None
@@ -199,7 +199,7 @@ def bounds(windows: list[Window], seqlen_q: int, seqlen_k: int) -> tuple[int, in
     return low, high
 
 
-class Problem:
+class KernelProblem:
     """One problem as the kernels take it: its tensors, sizes and strides."""
 
     def __init__(self, q: Tensor, k: Tensor, lse: Tensor | None, spec: AttentionSpec) -> None:
@@ -217,7 +217,7 @@ class Problem:
         self.lse = None if exact or lse is None else lse.to(torch.float32).contiguous()
 
     def statistics(self) -> tuple[Tensor, Tensor | None]:
-        """What makes weights of scores: the log-sum-exp, or each row's largest score and 1 / its sum."""
+        """Compute what makes weights of scores: the log-sum-exp, or each row's largest score and 1 / its sum."""
         if self.lse is not None:
             return self.lse, None
         from .kernels import statistics_kernel
@@ -231,7 +231,9 @@ class Problem:
         return shift, factor
 
 
-def weights(q: Tensor, k: Tensor, lse: Tensor | None, spec: AttentionSpec, average: bool, dtype: torch.dtype) -> Tensor:
+def make_weights(
+    q: Tensor, k: Tensor, lse: Tensor | None, spec: AttentionSpec, average: bool, dtype: torch.dtype
+) -> Tensor:
     """The weights (batch, heads, seqlen_q, seqlen_k) of a supported problem, or their mean over heads.
 
     Args:
@@ -247,8 +249,8 @@ def weights(q: Tensor, k: Tensor, lse: Tensor | None, spec: AttentionSpec, avera
         return made
     from .kernels import weights_kernel
 
-    with on(q.device):
-        problem = Problem(q, k, lse, spec)
+    with use_device(q.device):
+        problem = KernelProblem(q, k, lse, spec)
         cut, count = problem.cut, spec.heads if average else 1
         programs = spec.batch * (spec.heads // count) * -(-spec.seqlen_q // cut.rows) * -(-spec.seqlen_k // cut.keys)
         tensors = (problem.q, problem.k, *problem.statistics(), *problem.masks, made)
@@ -258,17 +260,17 @@ def weights(q: Tensor, k: Tensor, lse: Tensor | None, spec: AttentionSpec, avera
     return made
 
 
-def gradients(
+def make_gradients(
     q: Tensor, k: Tensor, lse: Tensor | None, spec: AttentionSpec, average: bool, grad: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """The gradients of q and k for one of the weights, which has their shape; see ``weights``."""
+    """The gradients of q and k for one of the weights, which has their shape; see ``make_weights``."""
     dq, dk = (torch.zeros(x.shape, dtype=x.dtype, device=x.device) for x in (q, k))
     if not (grad.numel() and spec.heads):
         return dq, dk
     from .gradient_kernels import gradient_of_k_kernel, gradient_of_q_kernel
 
-    with on(q.device):
-        problem = Problem(q, k, lse, spec)
+    with use_device(q.device):
+        problem = KernelProblem(q, k, lse, spec)
         cut = backward_tiling(spec.head_dim)
         mean = q.new_empty(spec.batch, spec.heads, spec.seqlen_q, dtype=torch.float32)
         tensors = (problem.q, problem.k, *problem.statistics(), *problem.masks, grad, mean)
@@ -286,9 +288,10 @@ def gradients(
 
 
 def strides_of(table: Tensor | None) -> tuple[int, ...]:
+    """The strides of a table of four axes, 0 where there is no table."""
     return (0, 0, 0, 0) if table is None else table.stride()
 
 
-def on(device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    """Kernels are launched on the current device."""
+def use_device(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """Make a device the current one, on which kernels are launched."""
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()

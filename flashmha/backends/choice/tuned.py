@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from ...host.machine import PACKAGES, graphics, installed
+from ...host.machine import KERNEL_PACKAGES, graphics, installed_versions
 from ...problem.spec import AttentionSpec
 from .measured import TABLE
 from .ranking import KINDS, MODES, PLACE, Row, Table, keys, kind, mode
@@ -143,8 +143,8 @@ def differences(found: dict[str, Any]) -> list[tuple[str, Any, Any]]:
         rows.append(("the GPU", gpu, gpu if gpu in here else ", ".join(dict.fromkeys(map(str, here))) or None))
         rows.append(("CUDA", env.get("cuda"), torch.version.cuda))
         rows.append(("cuDNN", env.get("cudnn"), torch.backends.cudnn.version() if here else None))
-        now = installed()
-        rows += [(package, env["packages"].get(package), now.get(package)) for package in PACKAGES]
+        now = installed_versions()
+        rows += [(package, env["packages"].get(package), now.get(package)) for package in KERNEL_PACKAGES]
     return [row for row in rows if row[1] != row[2]]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -13,11 +14,9 @@ import torch.nn.functional as F
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from ..attention import seeds
 from ..record import Record, noise, randomized
+from ..values import seeds
 from .tree import WIDTH
-
-INF = float("inf")
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -57,7 +56,7 @@ class Architecture(Record):
         kind: type[nn.TransformerEncoder] = nn.TransformerEncoder,
         layer: type[nn.TransformerEncoderLayer] = nn.TransformerEncoderLayer,
     ) -> Any:
-        with quiet():  # of nested tensors it will not use
+        with without_warnings():  # of nested tensors it will not use
             return self.ready(
                 kind(self.layer(layer), self.num_layers, self.last_norm(), enable_nested_tensor=self.nested)
             )
@@ -67,7 +66,7 @@ class Architecture(Record):
         return self.ready(nn.TransformerDecoder(layer, self.num_layers, self.last_norm()))
 
     def transformer(self) -> Any:
-        with quiet():
+        with without_warnings():
             return self.ready(
                 nn.Transformer(**self.arguments, num_encoder_layers=self.num_layers, num_decoder_layers=self.num_layers)
             )
@@ -150,7 +149,7 @@ class EncoderMasks(Record):
         return {
             "none": None,
             "bool causal": future,
-            "float causal": torch.zeros(self.seqlen, self.seqlen, dtype=torch.float64).masked_fill(future, -INF),
+            "float causal": torch.zeros(self.seqlen, self.seqlen, dtype=torch.float64).masked_fill(future, -math.inf),
             "bool": hidden[0],
             "bool 3-D": hidden,
             "ALiBi": -0.5 * distance,
@@ -177,7 +176,7 @@ class EncoderMasks(Record):
         if self.padding == "none":
             return None
         if self.padding == "float":
-            return torch.zeros(self.padded().shape, dtype=torch.float64).masked_fill(self.padded(), -INF)
+            return torch.zeros(self.padded().shape, dtype=torch.float64).masked_fill(self.padded(), -math.inf)
         return self.padded()
 
     def arguments(self, num_heads: int, mask: str = "mask", causal: str = "is_causal") -> dict[str, Any]:
@@ -195,11 +194,6 @@ class EncoderMasks(Record):
         """Some query, be it a padded one, may look at nothing; stock's NaN then spreads to the next layer."""
         crossed = self.padding != "none" and self.attention in ("bool", "bool 3-D")
         return crossed or self.padding == "whole items" or (self.padding == "holes" and self.attention != "none")
-
-    @property
-    def miscast(self) -> bool:
-        """Stock's fast path reads a float mask as a bool one, pytorch#118628."""
-        return self.attention.startswith("ALiBi")
 
 
 def encoder_masks(
@@ -232,7 +226,7 @@ def without_fast_path() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def quiet() -> Iterator[None]:
+def without_warnings() -> Iterator[None]:
     """Without the warnings of constructors and of masks of two types, which are stock's own."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

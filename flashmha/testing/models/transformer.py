@@ -13,7 +13,7 @@ from ..record import Record, noise, placed
 from .encoder import Architecture, EncoderMasks, architectures, encoder_masks
 from .tree import Tree, trees
 
-KINDS = ("layer", "encoder", "decoder", "transformer")
+MODEL_KINDS = ("layer", "encoder", "decoder", "transformer")
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -68,7 +68,7 @@ class Transformer(Record):
 
 def transformers(
     *,
-    kinds: tuple[str, ...] = KINDS,
+    kinds: tuple[str, ...] = MODEL_KINDS,
     batches: tuple[int | None, ...] = (2, 1, 3, None),
     dtypes: tuple[torch.dtype, ...] = (torch.float64,),
     device: torch.device | str | None = None,

@@ -10,8 +10,8 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from ..attention import seeds
 from ..record import Record, noise, placed, randomized
+from ..values import seeds
 
 WIDTH = 8
 """embed_dim of every model: 1, 2, 4 and 8 heads fit."""
@@ -50,7 +50,7 @@ class Block(nn.Module):
         return total
 
 
-class Named(nn.Module):
+class NamedModules(nn.Module):
     """Modules one after the other, held in an ``nn.ModuleDict``."""
 
     def __init__(self, members: dict[str, nn.Module]) -> None:
@@ -120,18 +120,18 @@ class Leaf(Record):
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
-class Group(Record):
+class ModuleGroup(Record):
     """Leaves and groups below one container."""
 
     kind: str
-    members: tuple[Leaf | Group, ...]
+    members: tuple[Leaf | ModuleGroup, ...]
 
     def build(self, earlier: list[nn.MultiheadAttention]) -> nn.Module:
         modules = [member.build(earlier) for member in self.members]
         if self.kind == "sequential":
             return nn.Sequential(*modules)
         if self.kind == "named":
-            return Named({f"member{i}": module for i, module in enumerate(modules)})
+            return NamedModules({f"member{i}": module for i, module in enumerate(modules)})
         return Residual(modules)
 
 
@@ -139,7 +139,7 @@ class Group(Record):
 class Tree(Record):
     """A model of attention layers: its shape, its dtype, whether it trains, and the seed of its parameters."""
 
-    top: Leaf | Group = Leaf()
+    top: Leaf | ModuleGroup = Leaf()
     dtype: torch.dtype = torch.float64
     training: bool = True
     seed: int = 0
@@ -152,7 +152,7 @@ class Tree(Record):
         return model.to(placed(self.device), self.dtype).train(self.training)
 
     def inputs(self, batch: int = 3, seqlen: int = 4) -> Tensor:
-        """What it is called with: (batch, seqlen, WIDTH)."""
+        """The input of a call: (batch, seqlen, WIDTH)."""
         return noise(self.seed + 1, batch, seqlen, WIDTH, dtype=self.dtype, device=self.device)
 
     def arguments(self) -> dict[str, Any]:
@@ -180,10 +180,10 @@ def leaves() -> st.SearchStrategy[Leaf]:
     )
 
 
-def groups(*, members: st.SearchStrategy[Any]) -> st.SearchStrategy[Group]:
+def groups(*, members: st.SearchStrategy[Any]) -> st.SearchStrategy[ModuleGroup]:
     """Containers with one to three members."""
     kinds = st.sampled_from(("sequential", "named", "residual"))
-    return st.builds(Group, kinds, st.lists(members, min_size=1, max_size=3).map(tuple))
+    return st.builds(ModuleGroup, kinds, st.lists(members, min_size=1, max_size=3).map(tuple))
 
 
 def trees(

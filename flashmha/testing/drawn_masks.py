@@ -1,0 +1,137 @@
+"""Masks as Hypothesis strategies: every kind, alone and combined."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from hypothesis import strategies as st
+from torch import Tensor
+
+from ..backends.base import FEATURES
+from ..problem.masks import Dense, Mask, Rule, Window, causal, joined
+from ..problem.positions import ALIGNMENTS, MaskMod
+from ..problem.ragged import Documents, KeyLengths, KeyPadding
+from .choice import Choices, Choose
+from .record import placed
+from .values import SEEDS, TILE_SIZE, coins, generator
+
+MASK_KINDS = {
+    "causal": 2,
+    "window": 3,  # two bounds
+    "key_padding": 2,
+    "key_lengths": 3,
+    "dense_mask": 2,
+    "rule": 1,
+    "documents": 4,  # only a batch of 1 can hold them
+}
+"""Kinds of masks, and how many problems in six have one, of those that may have several."""
+WINDOW_REACH = (0, 1, 2, 3, 5)
+"""How far a window may reach, where it ends at all."""
+FAR_REACH = (63, 64, 100, 128)
+"""How far it may reach in a long problem, beside that."""
+
+
+@st.composite
+def masks(
+    draw: st.DrawFn,
+    *,
+    batch: int,
+    heads: int,
+    seqlen_q: int,
+    seqlen_k: int,
+    features: frozenset[str] = frozenset(FEATURES),
+    device: torch.device | str | None = None,
+) -> Mask | None:
+    """Masks of every kind out of ``features`` for a problem of these sizes, alone and combined."""
+    choose = Choices(draw, "mask")
+    kinds = [kind for kind in MASK_KINDS if kind in features and (kind != "documents" or batch == 1)]
+    longest = max(seqlen_q, seqlen_k)
+    how = choose(("none", "several", "several", "one", "one")) if kinds else "none"
+    chosen: list[str] = []
+    if how == "one":
+        often = ["causal"] * 2 + (["window", "key_lengths"] * 3 if longest >= TILE_SIZE else [])
+        chosen = [choose(kinds + [kind for kind in often if kind in kinds])]
+    elif how == "several":
+        chosen = [kind for kind in kinds if choose(range(6)) > 5 - MASK_KINDS[kind]]
+    if "causal" in chosen and "window" in features and choose((False, True)):
+        chosen[chosen.index("causal")] = "top-left causal"
+    sizes = {"batch": batch, "heads": heads, "seqlen_q": seqlen_q, "seqlen_k": seqlen_k}
+    ends = (*WINDOW_REACH, longest, None, *(2 * FAR_REACH if longest >= TILE_SIZE else ()))
+    return joined(
+        *[
+            drawn_mask(kind, choose, choose(SEEDS), reach=ends, aligns=ALIGNMENTS, device=device, **sizes)
+            for kind in chosen
+        ]
+    )
+
+
+def drawn_mask(
+    kind: str,
+    choose: Choose,
+    seed: int,
+    *,
+    batch: int,
+    heads: int,
+    seqlen_q: int,
+    seqlen_k: int,
+    reach: Sequence[int | None] = WINDOW_REACH,
+    aligns: Sequence[str] = ALIGNMENTS[:1],
+    device: torch.device | str | None = None,
+) -> Mask:
+    """A mask of one kind out of ``MASKS``, or ``top-left causal``, or ``mask for all heads``.
+
+    Its numbers are chosen, its tensors seeded.
+    """
+    where = placed(device)
+
+    def coin(*shape: int) -> Tensor:
+        return coins(seed, choose((0.7, 0.4, 0.9)), *shape, device=where)
+
+    if kind == "causal":
+        return causal()
+    if kind == "top-left causal":
+        return causal(align="top_left")
+    if kind == "window":
+        return Window(choose(reach), choose((*(0,) * 7, *reach)), align=choose(aligns))
+    if kind == "key_padding":
+        return KeyPadding(coin(batch, seqlen_k))
+    if kind == "key_lengths":
+        return KeyLengths(drawn_lengths(batch, seqlen_k, generator(seed), choose((False, *(True,) * 5))).to(where))
+    if kind == "mask for all heads":
+        return Dense(coin(choose((1, batch)), 1, seqlen_q, seqlen_k))
+    if kind == "dense_mask":
+        shape = [choose((1, size)) for size in (batch, heads)]
+        return Dense(coin(*shape, *(choose((size, size, size, 1)) for size in (seqlen_q, seqlen_k))))
+    if kind == "rule":
+        return Rule(every(choose((1, 2, 3))), align=choose(aligns))
+    number, random = choose((1, 2, 3, 4)), generator(seed)
+    ends = [drawn_offsets(number, total, random) for total in (seqlen_q, seqlen_k)]
+    totals = [int(end[-1]) for end in ends] if choose((False, True)) else [None, None]
+    return Documents(*(end.to(where) for end in ends), total=totals[0], total_k=totals[1])
+
+
+def every(step: int) -> MaskMod:
+    """A rule: every ``step``-th diagonal, another one for each batch item and head."""
+
+    def diagonals(batch: Tensor, head: Tensor, q_pos: Tensor, k_pos: Tensor) -> Tensor:
+        return (q_pos + k_pos + batch + head) % step == 0
+
+    diagonals.__name__ = f"every({step})"
+    return diagonals
+
+
+def drawn_lengths(batch: int, longest: int, random: torch.Generator, rounded: bool) -> Tensor:
+    """Numbers of keys; rounded to whole tiles where there is one."""
+    made = torch.randint(0, longest + 1, (batch,), generator=random, device="cpu")
+    return (
+        ((made + TILE_SIZE // 2) // TILE_SIZE * TILE_SIZE).clamp(max=longest)
+        if rounded and longest >= TILE_SIZE
+        else made
+    )
+
+
+def drawn_offsets(documents: int, total: int, random: torch.Generator) -> Tensor:
+    """The starts of documents, with empty ones among them and at times a rest that belongs to none."""
+    ends = torch.randint(0, total + 1, (documents,), generator=random, device="cpu").sort().values
+    return torch.cat((torch.zeros(1, dtype=ends.dtype, device="cpu"), ends)).to(torch.int32)
