@@ -12,7 +12,7 @@ from torch import Tensor
 from flashmha import AttentionSpec, FlashMultiHeadAttention, KeyPadding, attention, causal
 from flashmha.backends import get, names
 from flashmha.backends.sdpa.backend import attend_on_cuda, dense_mask
-from flashmha.problem.scores import ALiBi, Bias, RelativeBias, TensorBias, narrowed, plus
+from flashmha.problem.scores import ALiBi, Bias, RelativeBias, TensorBias, add_biases, narrow_bias
 from flashmha.testing import assert_agrees, noise, seeds
 from flashmha.testing.judge import answer
 from flashmha.weights.attend import attention_with_weights
@@ -235,7 +235,7 @@ def test_pytorchs_own_function_leaves_finite_masks_finite(
             return made
 
     eager, watched = call(x), call(x.as_subclass(Watching))
-    whole = mask if padding is None else plus(mask, padding[:, None])
+    whole = mask if padding is None else add_biases(mask, padding[:, None])
     usual = (whole.abs() < 100).any(-1).expand(2, 5) | (whole == -math.inf).all(
         -1
     )  # others say the mean, or their scores
@@ -262,11 +262,11 @@ def test_two_masks_hide_what_one_of_them_hides(one: float, two: float, dtypes: t
         limits = torch.finfo(dtype)
         bounded = number if number == -math.inf else min(max(number, limits.min), limits.max)
         masks.append(torch.full((1, 1, 1, 3), bounded, dtype=dtype))
-    total = plus(*masks)
+    total = add_biases(*masks)
     assert (total == -math.inf).all() == (-math.inf in (one, two)) and not total.isnan().any()
     for dtype in DTYPES:
         for level in (False, True):
-            told = narrowed(total, dtype, level=level)
+            told = narrow_bias(total, dtype, level=level)
             assert told.dtype == dtype and torch.equal(told == -math.inf, total == -math.inf)
 
 

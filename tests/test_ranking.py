@@ -581,7 +581,7 @@ def test_a_gpu_or_a_package_that_differs_is_refused(name: str, tmp_path: Path, m
     monkeypatch.setattr(torch.version, "cuda", None)
     monkeypatch.setattr(torch.backends.cudnn, "version", lambda: None)
     monkeypatch.setattr(tuned, "graphics", lambda index: HOPPER)
-    monkeypatch.setattr(tuned, "installed", dict)
+    monkeypatch.setattr(tuned, "installed_versions", dict)
     base = {"device": "cuda", "gpu": HOPPER[0]}
     flashmha.load_tuned(saved(tmp_path, **base))
     with pytest.raises(ValueError, match=said):
@@ -590,7 +590,7 @@ def test_a_gpu_or_a_package_that_differs_is_refused(name: str, tmp_path: Path, m
 
 def test_a_new_package_is_a_difference(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found = {"device": "cuda", "gpu": None, "env": HERE}
-    monkeypatch.setattr(tuned, "installed", lambda: {"flash-attn": "2.8.3"})
+    monkeypatch.setattr(tuned, "installed_versions", lambda: {"flash-attn": "2.8.3"})
     assert ("flash-attn", None, "2.8.3") in tuned.differences(found)
 
 

@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import flashmha
 from flashmha import replace_mha
 from flashmha.swap import encoder as swapped
-from flashmha.testing import Architecture, EncoderMasks, architectures, encoder_masks
+from flashmha.testing.models import Architecture, EncoderMasks, architectures, encoder_masks
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Support for mismatched:UserWarning"),
@@ -93,7 +93,7 @@ def test_functions_of_layers_are_the_layers(
     x = architecture.inputs(masks.batch, masks.seqlen)
     given = masks.arguments(architecture.num_heads)
     found, ran = trained(model, x, given)
-    with mock.patch.object(swapped.stack, "run", as_modules):
+    with mock.patch.object(swapped.stack, "run_layers", as_modules):
         expected, called = trained(model, x, given)
     assert ran == called
     assert len(found) == len(expected)

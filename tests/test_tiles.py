@@ -92,11 +92,11 @@ def test_a_cpu_keeps_the_blocks() -> None:
 @pytest.mark.parametrize("name", SHARED_MEMORY)
 @given(head_dim=st.integers(1, 256), dtype=st.sampled_from(tiles.KERNEL_DTYPES), tables=st.booleans())
 def test_operands_fit_shared_memory(name: str, head_dim: int, dtype: torch.dtype, tables: bool) -> None:
-    cut = tiles.tiling(head_dim, dtype, SHARED_MEMORY[name], tables)
+    cut = tiles.choose_tiling(head_dim, dtype, SHARED_MEMORY[name], tables)
     assert cut.shared(dtype.itemsize) <= SHARED_MEMORY[name] - tiles.SPARE
     assert all(size >= 16 and size & (size - 1) == 0 for size in (cut.rows, cut.keys, cut.chunk))
     assert cut.chunk >= head_dim or dtype == torch.float32
-    backward = tiles.backward_tiling(head_dim)
+    backward = tiles.choose_backward_tiling(head_dim)
     assert backward.shared(2) <= SHARED_MEMORY[name] - tiles.SPARE and backward.chunk >= head_dim
 
 

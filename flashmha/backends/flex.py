@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..host.torch_state import is_compiling, is_inference
 from ..problem.masks import Dense, Rule
-from ..problem.scores import Bias, TensorBias, levelled, narrowed
+from ..problem.scores import Bias, TensorBias, level_bias, narrow_bias
 from ..problem.spec import AttentionSpec
 from .base import FEATURES, Backend, Limits
 from .compiling import waits
@@ -87,12 +87,12 @@ class Flex(Backend):
         if spec.sinks is not None and lse is not None:
             # a sink is one more column: it takes its share of every row and gives nothing back
             sink = spec.sinks[:, None] if shift is None else spec.sinks[:, None] - shift
-            sink = narrowed(sink, lse.dtype)
+            sink = narrow_bias(sink, lse.dtype)
             share = torch.sigmoid(lse - sink).masked_fill(lse == float("-inf"), 0.0)  # even beside a sink of -inf
             out = out * share.transpose(1, 2).unsqueeze(-1).to(out.dtype)
             lse = torch.logaddexp(lse, sink)
         if lse is not None and shift is not None:
-            lse = narrowed(lse + shift, lse.dtype)
+            lse = narrow_bias(lse + shift, lse.dtype)
         return out if not spec.need_lse or lse is None else (out, lse)
 
     def kernel(self, q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> Callable[..., Any]:
@@ -198,12 +198,12 @@ def asking_for_lse() -> dict[str, Any]:
 
 
 def levelled_spec(spec: AttentionSpec) -> tuple[AttentionSpec, Tensor]:
-    """The problem with the tensors among its biases ``levelled`` for a backward, and by how much in all."""
+    """The problem with the tensors among its biases levelled for a backward, and by how much in all."""
     assert spec.bias is not None
     parts, shift = [], torch.zeros(1, 1, 1, 1, device=spec.device)
     for part in spec.bias.parts:
         if isinstance(part, TensorBias):
-            tensor, largest = levelled(part.tensor)
+            tensor, largest = level_bias(part.tensor)
             part, shift = TensorBias(tensor), shift + largest
         parts.append(part)
     return spec.changed(bias=functools.reduce(operator.add, parts)), shift.squeeze(-1)

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..host.torch_state import is_compiling, readable
-from ..problem.scores import narrowed
+from ..problem.scores import narrow_bias
 from ..problem.spec import AttentionSpec
 from .base import FEATURES, Backend, Limits
 
@@ -118,4 +118,4 @@ class Naive(Backend):
         q, k = at_least_single(q), at_least_single(k)
         if q.dtype != out.dtype:  # weights made of it would show every rounding of a score
             score, blind = scores(q, k, spec)
-        return out, narrowed(log_sum_exp(score, blind), q.dtype)
+        return out, narrow_bias(log_sum_exp(score, blind), q.dtype)

@@ -15,7 +15,7 @@ from torch import Tensor
 from ..host.torch_state import readable
 from ..problem.masks import Dense, Mask, causal, joined
 from ..problem.ragged import KeyPadding, Padding, private
-from ..problem.scores import plus
+from ..problem.scores import add_biases
 from .arguments import Arguments
 from .checks import check_attn_mask_shape, check_float_mask, check_inputs, check_masks, extra_columns, four_axes
 from .protocol import Layer
@@ -94,7 +94,7 @@ def read_call(layer: Layer, given: Arguments) -> Reading:
         if one.is_floating_point():
             check_float_mask(one, name, query, need_weights)
             added = four_axes(one, name, query.shape[0], layer.num_heads)
-            bias = added if bias is None else plus(bias, added)
+            bias = added if bias is None else add_biases(bias, added)
         elif name == "key_padding_mask":
             padding = private(KeyPadding(~one if one.dim() == 2 else ~one[None]))
             mask = joined(mask, padding)

@@ -9,7 +9,7 @@ from ..backends.choice.registry import any_backend
 from ..backends.choice.wishes import preference
 from ..host.torch_state import computed_in, eager, is_capturing
 from ..problem.masks import Window
-from ..problem.packing import has_holes, parts, take_real
+from ..problem.packing import has_holes, parts_of, take_real
 from ..problem.ragged import KeyPadding, Padding
 from ..problem.wording import short
 from .call import Reading, change_each_once
@@ -42,7 +42,7 @@ def why_not_packable(layer: Layer, call: Reading) -> str | None:
     hops = find_overridden(layer)
     if hops:
         return f"{', '.join(hops)} overridden, which may count positions"
-    if call.bias is not None or any(not isinstance(part, (Padding, Window)) for part in parts(call.mask)):
+    if call.bias is not None or any(not isinstance(part, (Padding, Window)) for part in parts_of(call.mask)):
         return "an attn_mask beside causality"
     if call.query.is_cuda and preference(layer.backend) is None and not has_packed_kernel(layer, call):
         return f"no kernel here for packed tokens in {short(computed_in(call.query))}: they would need a dense mask"
@@ -55,7 +55,7 @@ RECORDED = "PyTorch records the call (compile, export, torch.func, a CUDA graph)
 
 def why_holes_stay(call: Reading, *windows: Window | None) -> str | None:
     """Why padding with holes has to stay: what a window sees would move. Causality alone minds no hole."""
-    bounded = [part for part in (*parts(call.mask), *windows) if part is not None and part.feature == "window"]
+    bounded = [part for part in (*parts_of(call.mask), *windows) if part is not None and part.feature == "window"]
     if bounded and call.padding is not None and call.padding.once("holes", lambda: has_holes(call.valid)):
         return "a window over padding with holes"
     return None
@@ -83,7 +83,7 @@ def same_memory(one: Tensor, two: Tensor) -> bool:
 def has_packed_kernel(layer: Layer, call: Reading) -> bool:
     """A kernel for packed documents runs on this GPU and in the dtype of the layer's heads."""
     device, dtype, size = call.query.device, computed_in(call.query), layer.embed_dim // layer.num_heads
-    windowed = layer.window is not None or any(part.feature == "window" for part in parts(call.mask))
+    windowed = layer.window is not None or any(part.feature == "window" for part in parts_of(call.mask))
     return any_backend(lambda one: one.runs_packed(dtype, size, device, windowed))
 
 

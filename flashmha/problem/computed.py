@@ -29,6 +29,13 @@ class Computed:
         else:  # an alias, so that no other tensor gets this address
             self.seen, self.version = held.detach(), held._version
 
+    def fetch(self, name: Hashable, make: Callable[[], Made]) -> Made:
+        """The result of a name, which ``make`` makes where there is none yet."""
+        if name not in self.values:
+            self.values[name] = make()
+        found: Made = self.values[name]
+        return found
+
     def fits(self, held: Tensor) -> bool:
         """Compare the tensor with what it was."""
         seen = self.seen

@@ -27,7 +27,17 @@ import torch
 from torch import Tensor
 
 from ..host.torch_state import is_compiling, is_dense
-from .positions import ALIGNMENTS, MaskMod, Restarts, check_broadcast, home, index_grid, lookup, narrowed_to, positional
+from .positions import (
+    ALIGNMENTS,
+    MaskMod,
+    Restarts,
+    by_index,
+    check_broadcast,
+    find_device,
+    index_grid,
+    look_up_in,
+    narrowed_to,
+)
 from .wording import told
 
 Kind = TypeVar("Kind", bound="Mask")
@@ -111,7 +121,7 @@ class Mask(abc.ABC):
         Axes on which no rule depends have size 1. Without a ``device`` it is made where the mask's tensors are. Of a
         range of queries or keys no more is made than broadcasts to it.
         """
-        device = home(self.tensors()) if device is None else device
+        device = find_device(self.tensors()) if device is None else device
         documents = self.documents
         tables = [part.dense(batch, heads, seqlen_q, seqlen_k, device, documents, queries, keys) for part in self.parts]
         return functools.reduce(operator.and_, tables)
@@ -143,7 +153,7 @@ class Mask(abc.ABC):
                 raise ValueError(f"{name} must be a whole number of at least 0, got {size!r}.")
         if batch and self.documents is not None:
             raise ValueError(f"batch must be 0 with Documents, which are packed into one item, got {batch}.")
-        device = home(self.tensors()) or torch.device("cpu")
+        device = find_device(self.tensors()) or torch.device("cpu")
         try:
             item, one = (torch.tensor(place, device=device) for place in (batch, head))
             queries, keys = (torch.arange(size, device=device) for size in (seqlen_q, seqlen_k))
@@ -189,7 +199,7 @@ class Window(Mask):
         return seen if self.left is None else seen & (distance >= -self.left)
 
     def mask_mod(self, seqlen_q: int, seqlen_k: int, documents: Restarts | None = None) -> MaskMod:
-        return positional(self.allowed, seqlen_q, seqlen_k, documents, self.align)
+        return by_index(self.allowed, seqlen_q, seqlen_k, documents, self.align)
 
     def merged(self, other: Mask) -> Window | None:
         if not isinstance(other, Window) or self.align != other.align:
@@ -255,7 +265,7 @@ class Dense(Mask):
         return (self.allowed,), lambda tensors: Dense(*tensors)
 
     def mask_mod(self, seqlen_q: int, seqlen_k: int, documents: Restarts | None = None) -> MaskMod:
-        return lookup(self.allowed)
+        return look_up_in(self.allowed)
 
     def dense(self, *grid: Any) -> Tensor:
         return narrowed_to(self.allowed, *grid[-2:])
@@ -284,7 +294,7 @@ class Rule(Mask):
         self.fn, self.align = fn, align
 
     def mask_mod(self, seqlen_q: int, seqlen_k: int, documents: Restarts | None = None) -> MaskMod:
-        return positional(self.fn, seqlen_q, seqlen_k, documents, self.align)
+        return by_index(self.fn, seqlen_q, seqlen_k, documents, self.align)
 
     def __repr__(self) -> str:
         return f"Rule({getattr(self.fn, '__name__', 'fn')})"

@@ -37,7 +37,7 @@ def tokens_of(padding: Padding, seqlen: int) -> Tokens:
 
 def packed_mask(mask: Mask | None, real: Tokens) -> Mask | None:
     """The mask among the real tokens end to end: their documents, and the windows."""
-    return joined(real.documents, *windows(mask))
+    return joined(real.documents, *find_windows(mask))
 
 
 def take_real(x: Tensor, places: Tensor) -> Tensor:
@@ -57,12 +57,12 @@ def has_holes(valid: Tensor) -> bool:
     return bool((starts > 1).any())
 
 
-def windows(mask: Mask | None) -> list[Window]:
+def find_windows(mask: Mask | None) -> list[Window]:
     """The windows of a mask, which count positions among the real tokens as well."""
-    return [part for part in parts(mask) if type(part) is Window]
+    return [part for part in parts_of(mask) if type(part) is Window]
 
 
-def parts(mask: Mask | None) -> tuple[Mask, ...]:
+def parts_of(mask: Mask | None) -> tuple[Mask, ...]:
     """The rules of a mask, none where there is no mask."""
     return () if mask is None else mask.parts
 

@@ -35,7 +35,7 @@ def check_broadcast(name: str, tensor: Tensor, want: tuple[int, ...], hint: str 
             )
 
 
-def home(tensors: tuple[Tensor, ...]) -> torch.device | None:
+def find_device(tensors: tuple[Tensor, ...]) -> torch.device | None:
     """Where tensors are; ``None`` where there are none."""
     return tensors[0].device if tensors else None
 
@@ -79,7 +79,7 @@ def check_range(name: str, part: range | None, size: int) -> None:
         raise ValueError(f"{name} must be a range of step 1 within 0 and {size}, got {part}.")
 
 
-def positional(fn: MaskMod, seqlen_q: int, seqlen_k: int, documents: Restarts | None, align: str) -> MaskMod:
+def by_index(fn: MaskMod, seqlen_q: int, seqlen_k: int, documents: Restarts | None, align: str) -> MaskMod:
     """A rule over positions as a rule over indices."""
     if documents is None:
         shift = seqlen_k - seqlen_q if align == "bottom_right" else 0
@@ -88,7 +88,7 @@ def positional(fn: MaskMod, seqlen_q: int, seqlen_k: int, documents: Restarts | 
     return lambda batch, head, q_idx, k_idx: fn(batch, head, q_pos[q_idx], k_pos[k_idx])
 
 
-def lookup(table: Tensor) -> MaskMod:
+def look_up_in(table: Tensor) -> MaskMod:
     """A table of four axes as a function of (batch, head, q_idx, k_idx); an axis of size 1 is the same for all.
 
     Such an axis is gone, since a number among tensors in an index is copied to their device, which waits for it.

@@ -42,7 +42,9 @@ class Padding(Mask):
         """
         (held,) = self.tensors()
         if is_compiling() and self._private:  # made and used in one graph
-            return self.kept_in(self._kept or Computed(held, 0, True), name, make)
+            if self._kept is None:
+                self._kept = Computed(held, 0, True)
+            return self._kept.fetch(name, make)
         if not eager(held):
             return make()
         stream, captured = stream_of(held)
@@ -52,23 +54,17 @@ class Padding(Mask):
         if kept is None or kept.stream != stream or not (self._private or kept.fits(held)):
             if not self._private and hides_changes(held):
                 return make_plain(make)
-            kept = Computed(held, stream, self._private)
-        return self.kept_in(kept, name, functools.partial(make_plain, make))
-
-    def kept_in(self, kept: Computed, name: Hashable, make: Callable[[], Made]) -> Made:
-        self._kept = kept
-        if name not in kept.values:
-            kept.values[name] = make()
-        found: Made = kept.values[name]
-        return found
+            self._kept = kept = Computed(held, stream, self._private)
+        return kept.fetch(name, functools.partial(make_plain, make))
 
     def own(self) -> Padding:
         """The same rule over a tensor that is not the caller's, who may change theirs."""
-        return self if self._private else self.once("own", self.copied)
+        return self if self._private else self.once("own", self.copy_tensors)
 
-    def copied(self) -> Padding:
-        tensors, again = self.flatten()
-        twin = again([tensor.clone() for tensor in tensors])
+    def copy_tensors(self) -> Padding:
+        """The same rule over a copy of its tensor."""
+        tensors, rebuild = self.flatten()
+        twin = rebuild([tensor.clone() for tensor in tensors])
         assert isinstance(twin, Padding)
         return private(twin)
 

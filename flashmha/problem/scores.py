@@ -13,7 +13,7 @@ Positions are those of ``masks``: the last query sits at the last key.
 A key is hidden where the mask says so, or where the bias is ``-inf`` in the bias's own dtype. Every other number is one
 to compute with, also beside heads whose dtype has no such number: scores are added to it in float32 at least, where
 -1e9 swallows them, so that a row of nothing else gives the mean. A kernel that takes no finer dtype than the heads'
-gets the numbers that ``narrowed`` gives.
+gets the numbers that ``narrow_bias`` gives.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from ..host.torch_state import is_dense
-from .positions import Restarts, check_broadcast, home, index_grid, lookup, narrowed_to, positional
+from .positions import Restarts, by_index, check_broadcast, find_device, index_grid, look_up_in, narrowed_to
 from .wording import told
 
 ScoreMod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
@@ -84,7 +84,7 @@ class Bias(abc.ABC):
 
         Of a range of queries or keys no more is made than broadcasts to it.
         """
-        device = home(self.tensors()) if device is None else device
+        device = find_device(self.tensors()) if device is None else device
         grid = index_grid(batch, heads, seqlen_q, seqlen_k, device, queries, keys)
         made = self.bias_mod(seqlen_q, seqlen_k, documents)(*grid)
         return made if made.dim() else made.view(1, 1, 1, 1)  # the sum of single numbers
@@ -115,7 +115,7 @@ class TensorBias(Bias):
         return (self.tensor,)
 
     def bias_mod(self, seqlen_q: int, seqlen_k: int, documents: Restarts | None = None) -> ScoreMod:
-        return lookup(self.tensor)
+        return look_up_in(self.tensor)
 
     def materialize(
         self,
@@ -163,7 +163,7 @@ class ALiBi(Bias):
             slope = self.slopes[head] if self.slopes.dim() == 1 else self.slopes[batch, head]
             return -slope * (q_pos - k_pos).abs()
 
-        return positional(distance, seqlen_q, seqlen_k, documents, "bottom_right")
+        return by_index(distance, seqlen_q, seqlen_k, documents, "bottom_right")
 
     def __repr__(self) -> str:
         return f"ALiBi({tuple(self.slopes.shape)})"
@@ -199,7 +199,7 @@ class RelativeBias(Bias):
         def look_up(batch: Tensor, head: Tensor, q_pos: Tensor, k_pos: Tensor) -> Tensor:
             return self.table[head, (k_pos - q_pos).clamp(-reach, reach) + reach]
 
-        return positional(look_up, seqlen_q, seqlen_k, documents, "bottom_right")
+        return by_index(look_up, seqlen_q, seqlen_k, documents, "bottom_right")
 
     def __repr__(self) -> str:
         return f"RelativeBias({tuple(self.table.shape)})"
@@ -230,19 +230,19 @@ class Sum(Bias):
         def total(batch: Tensor, head: Tensor, q_idx: Tensor, k_idx: Tensor) -> Tensor:
             bias = mods[0](batch, head, q_idx, k_idx)
             for mod in mods[1:]:
-                bias = plus(bias, mod(batch, head, q_idx, k_idx))
+                bias = add_biases(bias, mod(batch, head, q_idx, k_idx))
             return bias
 
         return total
 
     def materialize(self, *problem: Any) -> Tensor:
-        return functools.reduce(plus, [part.materialize(*problem) for part in self._parts])
+        return functools.reduce(add_biases, [part.materialize(*problem) for part in self._parts])
 
     def __repr__(self) -> str:
         return " + ".join(map(repr, self._parts))
 
 
-def plus(one: Tensor, two: Tensor) -> Tensor:
+def add_biases(one: Tensor, two: Tensor) -> Tensor:
     """Two biases added, in float32 at least; what neither hides stays finite, as the lowest number twice would not."""
     dtype = torch.promote_types(torch.promote_types(one.dtype, two.dtype), torch.float32)
     total = one.to(dtype) + two
@@ -250,16 +250,16 @@ def plus(one: Tensor, two: Tensor) -> Tensor:
     return torch.where(hidden, float("-inf"), total.clamp(min=torch.finfo(dtype).min))
 
 
-def narrowed(bias: Tensor, dtype: torch.dtype, *, level: bool = False) -> Tensor:
-    """A bias in the dtype that a kernel takes, which hides what it hid and no more; ``level``: see ``levelled``."""
-    moved = levelled(bias.to(torch.promote_types(bias.dtype, dtype)))[0] if level else bias
+def narrow_bias(bias: Tensor, dtype: torch.dtype, *, level: bool = False) -> Tensor:
+    """A bias in the dtype that a kernel takes, which hides what it hid and no more; ``level``: see ``level_bias``."""
+    moved = level_bias(bias.to(torch.promote_types(bias.dtype, dtype)))[0] if level else bias
     if torch.promote_types(moved.dtype, dtype) == dtype:
         return moved.to(dtype)
     moved, limits = moved.to(torch.promote_types(moved.dtype, torch.float32)), torch.finfo(dtype)
     return moved.clamp(limits.min, limits.max).masked_fill(bias == float("-inf"), float("-inf")).to(dtype)
 
 
-def levelled(bias: Tensor) -> tuple[Tensor, Tensor]:
+def level_bias(bias: Tensor) -> tuple[Tensor, Tensor]:
     """A bias, in float32 at least, each of whose rows was moved so that its largest number is 0; and what that was.
 
     A softmax does not notice. The numbers that matter are then those that a narrow dtype holds best, and the
@@ -270,4 +270,4 @@ def levelled(bias: Tensor) -> tuple[Tensor, Tensor]:
         return bias, bias.new_zeros(*bias.shape[:-1], 1)
     largest = bias.detach().amax(dim=-1, keepdim=True)
     largest = largest.masked_fill(largest == float("-inf"), 0.0)
-    return plus(bias, -largest), largest
+    return add_biases(bias, -largest), largest

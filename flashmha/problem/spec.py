@@ -292,14 +292,14 @@ class AttentionSpec:
                 shared[key] = spec
                 spec.__dict__["shared"] = True
             elif spec.mask is mask:
-                shared[key] = spec.unpadded()
+                shared[key] = spec.take_form()
         return spec
 
-    def unpadded(self) -> AttentionSpec:
-        """The form of a problem whose mask is padding or documents: all but its tensors, for ``padded`` to fill in."""
+    def take_form(self) -> AttentionSpec:
+        """The form of a problem whose mask is padding or documents: all but its tensors, for ``over`` to fill in."""
         return self.changed(mask=None)
 
-    def padded(self, mask: Mask) -> AttentionSpec:
+    def over(self, mask: Mask) -> AttentionSpec:
         """The problem of this form over a mask of its kind, not checked again."""
         twin: AttentionSpec = object.__new__(AttentionSpec)
         twin.__dict__.update(self.__dict__)
@@ -467,4 +467,4 @@ def reuse(key: tuple[Any, ...], mask: Mask | None) -> AttentionSpec | None:
         if tensor.device != known.device:
             refuse_device("mask", mask, mask.tensors(), known.device)
     mask.check(known.batch, known.heads, known.seqlen_q, known.seqlen_k)
-    return known.padded(mask)
+    return known.over(mask)

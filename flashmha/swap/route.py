@@ -118,7 +118,7 @@ def route_without_padding(
         return (route_zeroed(encoder, src, mask, key_padding_mask, is_causal, why) if nests else None), why
     assert call.padding is not None
     valid: Any = call.valid
-    windows = packing.windows(call.mask)
+    windows = packing.find_windows(call.mask)
     if not pays(encoder, valid):
         hidden = mask_hidden_rows(attentions[0], valid)
         # as a rule, which a layer does not leave out

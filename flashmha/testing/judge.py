@@ -18,7 +18,7 @@ from ..backends import get, names
 from ..backends.base import Backend
 from ..backends.parity import AGAIN, moved
 from ..host.extras import wanted_by
-from ..problem.scores import TensorBias, narrowed
+from ..problem.scores import TensorBias, narrow_bias
 from ..problem.spec import AttentionSpec
 from .closeness import assert_close, is_floating
 from .definitions import FromOutput, OneByOne
@@ -77,9 +77,9 @@ def bias_roundings(spec: AttentionSpec) -> list[Callable[[Tensor], Tensor]]:
 
     Where no log-sum-exp and no sinks count on the numbers themselves, its rows may be moved.
     """
-    found = [functools.partial(narrowed, dtype=torch.promote_types(spec.dtype, torch.float32))]
+    found = [functools.partial(narrow_bias, dtype=torch.promote_types(spec.dtype, torch.float32))]
     if not spec.need_lse and spec.sinks is None:
-        found.append(functools.partial(narrowed, dtype=spec.dtype, level=True))
+        found.append(functools.partial(narrow_bias, dtype=spec.dtype, level=True))
     return list(found)
 
 

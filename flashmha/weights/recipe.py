@@ -81,7 +81,7 @@ class Recipe:
     def make(self) -> Tensor:
         """The weights."""
         spec = self.spec
-        q, k = self.spread(self.q, self.k)
+        q, k = self.put_tokens_back(self.q, self.k)
         if tiles.why_not_here(spec.device) is None and tiles.why_not(spec) is None:
             made = tiles.make_weights(q, k, self.lse, spec, self.average, self.dtype)
         else:
@@ -121,7 +121,7 @@ class Recipe:
         grad = grad if self.batched else grad[None]
         if self.rows is not None:
             grad = grad.masked_fill(~align_rows(self.rows, self.average), 0.0)
-        q, k = self.spread(self.q, self.k)
+        q, k = self.put_tokens_back(self.q, self.k)
         d_bias: Tensor | None = None
         if not wanted[2] and tiles.why_not_here(spec.device) is None and tiles.no_gradients(spec) is None:
             dq, dk = tiles.make_gradients(q, k, self.lse, spec, self.average, grad)
@@ -164,11 +164,11 @@ class Recipe:
     @without_caller_autocast
     def define(self, q: Tensor, k: Tensor, bias: Tensor | None) -> Tensor:
         """The weights by the definition, in the autograd graph."""
-        q, k = self.spread(q, k)
+        q, k = self.put_tokens_back(q, k)
         weights = probabilities(*scores(q, k, replace_bias(self.spec, bias)), self.spec)
         return shape_weights(weights, self.average, self.batched, self.dtype, self.rows)
 
-    def spread(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+    def put_tokens_back(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         """q and k with every token in its place."""
         if self.places is None:
             return q, k

@@ -104,7 +104,7 @@ class Tiling:
         }
 
 
-def tiling(head_dim: int, dtype: torch.dtype, limit: int, tables: bool = False) -> Tiling:
+def choose_tiling(head_dim: int, dtype: torch.dtype, limit: int, tables: bool = False) -> Tiling:
     """The tiling for a problem on a device with ``limit`` bytes of shared memory a program, measured on an H200.
 
     ``tables``: the kernel reads another tile for each head, a bias or a dense mask, and wants room for it.
@@ -127,7 +127,7 @@ def tiling(head_dim: int, dtype: torch.dtype, limit: int, tables: bool = False) 
     return cut
 
 
-def backward_tiling(head_dim: int) -> Tiling:
+def choose_backward_tiling(head_dim: int) -> Tiling:
     """The tiling of the gradients' kernels, small enough for every device."""
     padded = max(16, 1 << (head_dim - 1).bit_length())
     if padded <= 64:
@@ -211,7 +211,9 @@ class KernelProblem:
         self.window = (0, 0) if tables.bounds is None else tables.bounds
         strides = (self.q.stride()[:3], self.k.stride()[:3], strides_of(tables.dense), strides_of(tables.bias))
         self.strides = tuple(itertools.chain(*strides))
-        self.cut = tiling(spec.head_dim, q.dtype, shared_memory(q.device), tables.by_head or tables.bias is not None)
+        self.cut = choose_tiling(
+            spec.head_dim, q.dtype, shared_memory(q.device), tables.by_head or tables.bias is not None
+        )
         self.options = {"WINDOW": tables.bounds is not None, "HEAD_DIM": spec.head_dim}
         exact = lse is None or spec.bias is not None or q.dtype == torch.float32
         self.lse = None if exact or lse is None else lse.to(torch.float32).contiguous()
@@ -271,7 +273,7 @@ def make_gradients(
 
     with use_device(q.device):
         problem = KernelProblem(q, k, lse, spec)
-        cut = backward_tiling(spec.head_dim)
+        cut = choose_backward_tiling(spec.head_dim)
         mean = q.new_empty(spec.batch, spec.heads, spec.seqlen_q, dtype=torch.float32)
         tensors = (problem.q, problem.k, *problem.statistics(), *problem.masks, grad, mean)
         along = (grad.stride(0), 0, *grad.stride()[1:]) if average else grad.stride()

@@ -10,7 +10,7 @@ from torch.nn.attention import SDPBackend
 from ...host.torch_state import eager, is_compiling, readable
 from ...problem.masks import Mask
 from ...problem.ragged import Padding
-from ...problem.scores import narrowed
+from ...problem.scores import narrow_bias
 from ...problem.spec import AttentionSpec
 from ..base import FEATURES, HALF, Backend, Limits, Serve
 from ..rewrites.grouped import fold, fold_table, folds, unfold
@@ -125,9 +125,9 @@ def mask_and_bias(spec: AttentionSpec) -> Tensor | None:
         return mask
     table = bias if mask is None else torch.where(mask, bias, float("-inf"))
     if spec.device.type == "cpu":  # a mask of float32 is used as it is there, and misread on a GPU
-        return narrowed(table, torch.float32 if spec.dtype in HALF and table.dtype != spec.dtype else spec.dtype)
+        return narrow_bias(table, torch.float32 if spec.dtype in HALF and table.dtype != spec.dtype else spec.dtype)
     # always level there: a kernel multiplies by log2(e), which makes -inf of float32's lowest number
-    return narrowed(table, spec.dtype, level=True)
+    return narrow_bias(table, spec.dtype, level=True)
 
 
 def padding_as_bias(spec: AttentionSpec) -> Tensor:
