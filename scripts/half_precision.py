@@ -24,7 +24,7 @@ from torch import nn
 
 import flashmha
 from flashmha.benchmark.environment import processor
-from flashmha.host.clock import seconds
+from flashmha.host.clock import quiet_machine, seconds
 from flashmha.problem.wording import short
 
 CPU = torch.device("cpu")

@@ -26,7 +26,7 @@ from flashmha.backends.choice.memory import Memory, key_of
 from flashmha.backends.choice.ranking import Row, Table
 from flashmha.backends.compiling import Waits
 from flashmha.layer import padding
-from flashmha.layer.projection import joins
+from flashmha.layer.projection import may_join_gradients
 from flashmha.testing import assert_agrees, seeds, specs
 from flashmha.weights.attend import is_defined
 
@@ -37,7 +37,7 @@ FACTS = [name for name in Backend.__annotations__ if name != "name"]
 @pytest.fixture(autouse=True)
 def untuned(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """No tuned table and nothing remembered, before and after."""
-    monkeypatch.delenv(tuned.VARIABLE, raising=False)
+    monkeypatch.delenv(tuned.TABLE_VARIABLE, raising=False)
     monkeypatch.setattr(tuned, "state", tuned.Tuned())
     choices.clear()
     with everywhere(waits=Waits()):
@@ -147,7 +147,7 @@ def test_a_class_that_runs_packed_tokens_has_padding_left_out(
     call: Any = SimpleNamespace(query=SimpleNamespace(device=CUDA, dtype=dtype), mask=None)
 
     def answers() -> tuple[bool, bool]:
-        return padding.packs(layer, call), joins(call.query)
+        return padding.has_packed_kernel(layer, call), may_join_gradients(call.query)
 
     ours = answers()
     expected = dtype == torch.bfloat16 and (name.startswith("flash") or (name == "sdpa" and window is None))

@@ -120,7 +120,7 @@ WRONG_VARIABLES = {
 @pytest.fixture
 def untuned(monkeypatch: pytest.MonkeyPatch) -> None:
     """No tuned table, before and after."""
-    monkeypatch.delenv(tuned.VARIABLE, raising=False)
+    monkeypatch.delenv(tuned.TABLE_VARIABLE, raising=False)
     monkeypatch.setattr(tuned, "state", tuned.Tuned())
 
 

@@ -19,7 +19,7 @@ from flashmha import AttentionSpec, KeyLengths, NoBackendError, Window
 from flashmha.__main__ import main
 from flashmha.backends import choose, get
 from flashmha.backends.flash_attn import package as flash
-from flashmha.backends.flash_attn.flash3 import HEAD_DIMS, Flash3
+from flashmha.backends.flash_attn.flash3 import KERNEL_HEAD_DIMS, Flash3
 from flashmha.commands import info
 from flashmha.host import machine
 
@@ -294,7 +294,7 @@ def test_a_full_gpu_says_nothing_about_a_build(part: list[Any], monkeypatch: pyt
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
     with monkeypatch.context() as patch:
-        patch.setattr(flash, "run", full)
+        patch.setattr(flash, "try_out", full)
         assert get("flash2").why_not_built(problem()) == "head_dim=64 (CUDA out of memory.)"
     assert get("flash2").why_not_built(problem()) is None
 
@@ -363,12 +363,12 @@ def test_a_build_without_a_function_for_caches_serves_lengths_all_the_same(
     assert backend.why_not(spec) is None and get("flash3").why_not_built(spec) is None
 
 
-@given(off=st.sets(st.sampled_from(HEAD_DIMS)), head_dim=st.integers(1, 256))
+@given(off=st.sets(st.sampled_from(KERNEL_HEAD_DIMS)), head_dim=st.integers(1, 256))
 def test_a_head_dim_of_flash3_is_served_by_the_next_kernel_there_is(off: set[int], head_dim: int) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(get("flash3"), "flags", {f"FLASHATTENTION_DISABLE_HDIM{size}": True for size in off})
         said = get("flash3").why_not_built(AttentionSpec(1, 4, 4, 1, 1, head_dim, head_dim, torch.bfloat16, CUDA))
-    larger = [size for size in HEAD_DIMS if size >= head_dim and size not in off]
+    larger = [size for size in KERNEL_HEAD_DIMS if size >= head_dim and size not in off]
     assert (said is None) == bool(larger)
     assert said is None or said.startswith(f"head_dim={head_dim} (this build has kernels for ")
 

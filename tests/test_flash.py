@@ -20,7 +20,7 @@ from flashmha.backends.flash_attn.flash2 import Flash2
 from flashmha.backends.flash_attn.flash3 import Flash3
 from flashmha.backends.flash_attn.package import FlashAttn
 from flashmha.backends.flash_attn.windows import normal_lse
-from flashmha.backends.rewrites.grouped import FEW
+from flashmha.backends.rewrites.grouped import MOST_FOLDED_QUERIES
 from flashmha.backends.sdpa import packed as varlen
 from flashmha.backends.sdpa.backend import Sdpa
 from flashmha.testing import assert_agrees, noise, seeds, specs
@@ -262,7 +262,7 @@ class PretendedSdpa(Sdpa):
         Sdpa.limits,
         devices=("cpu",),
         dtypes=HALF,
-        features=(varlen.DOCUMENTS | varlen.PADDED) - {"dropout", "deterministic"},
+        features=(varlen.BESIDE_DOCUMENTS | varlen.BESIDE_PADDING) - {"dropout", "deterministic"},
         head_dim_step=8,
     )
 
@@ -325,7 +325,7 @@ REAL = KeyPadding(torch.ones(2, 9, dtype=torch.bool))
 APART = Documents(torch.tensor([0, 4, 9]))
 PACKED: dict[str, tuple[Mask | None, dict[str, Any], bool]] = {
     "padding": (REAL, {"batch": 2}, True),
-    "padding for few queries": (REAL, {"batch": 2, "seqlen_q": FEW}, False),
+    "padding for few queries": (REAL, {"batch": 2, "seqlen_q": MOST_FOLDED_QUERIES}, False),
     "padding beside causality": (REAL & causal(), {"batch": 2}, False),
     "documents": (APART, {}, True),
     "causal documents": (APART & causal(align="top_left"), {}, True),

@@ -19,7 +19,7 @@ from torch import Tensor
 from flashmha import AttentionSpec, Dense, KeyLengths, KeyPadding, Mask, Window, causal
 from flashmha.backends import get
 from flashmha.backends.flash_attn import flash4_kernels
-from flashmha.backends.flash_attn.flash4 import Flash4, kind
+from flashmha.backends.flash_attn.flash4 import Flash4, kernel_kind
 from flashmha.backends.rewrites import block_tables, compact
 from flashmha.testing import assert_agrees, noise, seeds, specs
 from flashmha.testing.grid import KERNELS_BY_KIND, drawn
@@ -96,7 +96,7 @@ def move(sources: Pair, targets: Pair, valid: Tensor, lengths: Tensor | None, *,
             target.copy_(torch.where(real, source.gather(1, index), 0.0))
             continue
         target.scatter_(1, index, torch.where(real, source, 0.0))
-        target[torch.arange(target.shape[1], device=target.device) >= counts[:, None] + compact.TILE] = math.nan
+        target[torch.arange(target.shape[1], device=target.device) >= counts[:, None] + compact.LARGEST_TILE] = math.nan
 
 
 TILES: dict[bool, Tile] = {False: (4, 3), True: (2, 5)}
@@ -117,10 +117,10 @@ def pretend() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(get("flash4"), "functions", (pretended_forward, pretended_backward))
         patch.setattr(torch.cuda, "device", contextlib.nullcontext)
-        patch.setattr(compact, "move", move)
-        patch.setattr(block_tables, "WORTH", 4)
-        patch.setattr(flash4_kernels, "served", lambda device: True)
-        mask = types.SimpleNamespace(within="within", shown="shown", blocks=blocks)
+        patch.setattr(compact, "move_rows", move)
+        patch.setattr(block_tables, "MIN_LENGTH", 4)
+        patch.setattr(flash4_kernels, "serves_tables", lambda device: True)
+        mask = types.SimpleNamespace(is_in_interval="within", is_in_table="shown", blocks=blocks)
         patch.setitem(sys.modules, "flashmha.backends.flash_attn.flash4_masks", mask)
         yield
 
@@ -160,7 +160,7 @@ def test_a_kind_is_ready_once_it_ran(spec: AttentionSpec, seed: int) -> None:
     if backend.why_not(spec) is None:
         assert "not compiled" in str(backend.must_compile(spec))
         assert_agrees(backend, spec, seed)
-        assert backend.must_compile(spec) is None and kind(spec) in backend.compiled
+        assert backend.must_compile(spec) is None and kernel_kind(spec) in backend.compiled
         longer = dataclasses.replace(spec, dtype=torch.float16 if spec.dtype == torch.bfloat16 else torch.bfloat16)
         assert backend.must_compile(longer) is not None
 
@@ -216,7 +216,7 @@ def test_a_mask_of_ones_own_comes_with_the_tiles_to_look_at(
         return made
 
     monkeypatch.setattr(sys.modules["flashmha.backends.flash_attn.flash4_masks"], "blocks", spy)
-    monkeypatch.setattr(flash4_kernels, "served", lambda device: here)
+    monkeypatch.setattr(flash4_kernels, "serves_tables", lambda device: here)
     if TABLE in mask.parts:  # its rows are as many as there are queries
         own = Dense(TABLE.allowed[:, :, :seqlen_q])
         mask = own if len(mask.parts) == 1 else own & PADDED

@@ -65,7 +65,7 @@ def copied(patch: pytest.MonkeyPatch) -> Iterator[Any]:
 
     patch.setattr(flash4_mask, "block_tables", made)
     patch.setattr(flash4_mask, "mask_tables", made)
-    patch.setattr(flash4_kernels, "served", lambda device: True)
+    patch.setattr(flash4_kernels, "serves_tables", lambda device: True)
     copy: Any = types.ModuleType("interface_on_a_cpu")
     copy.__file__ = interface.__file__
     sparse: dict[str, Any] = {"__name__": block_sparsity.__name__}

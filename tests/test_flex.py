@@ -14,7 +14,7 @@ from torch.nn.attention.flex_attention import create_block_mask
 
 from flashmha import ALiBi, AttentionSpec, KeyLengths, KeyPadding, Rule, TensorBias, Window, causal
 from flashmha.backends import flex
-from flashmha.backends.flex import KEPT, Flex
+from flashmha.backends.flex import MOST_KERNELS, Flex
 from flashmha.problem.masks import Mask
 from flashmha.testing import assert_agrees, assert_same, noise, seeds, specs, tensors
 
@@ -47,7 +47,7 @@ def run(backend: Flex, seqlen: int = 4, seed: int = 0, mask: Mask | None = None,
     return spec
 
 
-@given(seqlens=st.lists(st.integers(1, 90), min_size=1, max_size=2 * KEPT, unique=True), data=st.data())
+@given(seqlens=st.lists(st.integers(1, 90), min_size=1, max_size=2 * MOST_KERNELS, unique=True), data=st.data())
 def test_every_shape_is_compiled_once_and_the_longest_unused_goes_first(
     made: Made, seqlens: list[int], data: st.DataObject
 ) -> None:
@@ -59,11 +59,11 @@ def test_every_shape_is_compiled_once_and_the_longest_unused_goes_first(
         len({id(function.__code__) for function in made}) == len({function.__code__ for function in made}) == len(made)
     )
     kept = [backend.must_compile(spec) is None for spec in found]
-    assert kept == [place >= len(found) - KEPT for place in range(len(found))]
-    again = data.draw(st.sampled_from(seqlens[-KEPT:]))
+    assert kept == [place >= len(found) - MOST_KERNELS for place in range(len(found))]
+    again = data.draw(st.sampled_from(seqlens[-MOST_KERNELS:]))
     run(backend, again, seed=1)
     assert len(made) == len(seqlens)
-    for seqlen in range(100, 99 + KEPT):  # all but one of the old go
+    for seqlen in range(100, 99 + MOST_KERNELS):  # all but one of the old go
         run(backend, seqlen)
     assert [spec.seqlen_q for spec in found if backend.must_compile(spec) is None] == [again]
 

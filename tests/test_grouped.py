@@ -11,7 +11,7 @@ from torch import Tensor
 from flashmha import AttentionSpec, Dense, KeyPadding, TensorBias, causal
 from flashmha.backends import get
 from flashmha.backends.base import Backend
-from flashmha.backends.rewrites.grouped import FEW, fold, fold_table, folds, unfold, unfold_lse
+from flashmha.backends.rewrites.grouped import MOST_FOLDED_QUERIES, fold, fold_table, folds, unfold, unfold_lse
 from flashmha.backends.sdpa.backend import attend_on_cuda
 from flashmha.problem.masks import joined
 from flashmha.testing import assert_agrees, assert_same, noise, seeds, specs
@@ -52,9 +52,9 @@ class OnCuda(Backend):
 @pytest.mark.parametrize("backend", (Folded, OnCuda))
 @given(data=st.data(), seed=seeds())
 def test_folding_changes_no_answer(backend: type[Backend], data: st.DataObject, seed: int) -> None:
-    spec = data.draw(specs(limits=backend.limits, longest=FEW + 1))
+    spec = data.draw(specs(limits=backend.limits, longest=MOST_FOLDED_QUERIES + 1))
     assume(spec.heads != spec.heads_kv and spec.dropout_p == 0.0)
-    assert folds(spec) == (0 < spec.seqlen_q <= FEW)
+    assert folds(spec) == (0 < spec.seqlen_q <= MOST_FOLDED_QUERIES)
     assert_agrees(backend, spec, seed)
 
 
@@ -70,12 +70,17 @@ def test_unfold_undoes_fold(batch: int, seqlen_q: int, heads_kv: int, groups: in
 def test_nothing_is_folded_without_groups_beside_dropout_or_for_many_queries() -> None:
     usual = AttentionSpec(1, 4, 64, 4, 2, 8, 8, mask=causal())
     assert folds(usual)
-    for changes in ({"heads_kv": 4}, {"dropout_p": 0.1}, {"seqlen_q": FEW + 1}, {"seqlen_q": 0}):
+    for changes in ({"heads_kv": 4}, {"dropout_p": 0.1}, {"seqlen_q": MOST_FOLDED_QUERIES + 1}, {"seqlen_q": 0}):
         assert not folds(dataclasses.replace(usual, **changes))
 
 
 @pytest.mark.cpu("watches what a kernel is told")
-@given(seqlen_q=st.integers(1, 2 * FEW), groups=st.integers(1, 4), softcap=st.sampled_from((None, 5.0)), seed=seeds())
+@given(
+    seqlen_q=st.integers(1, 2 * MOST_FOLDED_QUERIES),
+    groups=st.integers(1, 4),
+    softcap=st.sampled_from((None, 5.0)),
+    seed=seeds(),
+)
 def test_flash2_folds_two_queries_and_more_and_leaves_one_to_the_package(
     seqlen_q: int, groups: int, softcap: float | None, seed: int
 ) -> None:
@@ -92,7 +97,7 @@ def test_flash2_folds_two_queries_and_more_and_leaves_one_to_the_package(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(get("flash2"), "functions", (kernel, kernel))
         found = get("flash2")(q, k, v, spec)
-    times = groups if 1 < seqlen_q <= FEW else 1
+    times = groups if 1 < seqlen_q <= MOST_FOLDED_QUERIES else 1
     assert shapes == [(2, seqlen_q * times, 2 * groups // times, 8)]
     for one, other in zip(found, get("naive")(q, k, v, spec)):
         assert torch.allclose(one, other, atol=0.03)
@@ -109,7 +114,7 @@ def test_a_call_on_a_gpu_is_one_graph_for_sizes_that_are_symbols(deterministic: 
 
     torch._dynamo.reset()
     compiled = torch.compile(call, fullgraph=True, backend="eager", dynamic=True)
-    for seqlen_q in (3, 5, FEW + 5):
+    for seqlen_q in (3, 5, MOST_FOLDED_QUERIES + 5):
         q, k = noise(0, 2, seqlen_q, 4, 8).float().requires_grad_(), noise(1, 2, 30, 2, 8).float()
         valid = noise(2, 2, 30) > 0.0
         assert_same(compiled(q, k, valid), call(q, k, valid))

@@ -99,7 +99,7 @@ def test_padding_is_cut_off_a_cpu_where_enough_is_left_out(lengths: list[int], g
     q, k, v = (torch.randn(batch, seqlen, heads, head_dim, device="cpu", requires_grad=grad) for _ in range(3))
     mask = KeyPadding(torch.arange(seqlen, device="cpu") < torch.tensor(lengths, device="cpu")[:, None])
     with pytest.MonkeyPatch.context() as patch, mock.patch.object(F, "scaled_dot_product_attention") as call:
-        patch.setattr(blocks, "WORTH", seqlen * heads * head_dim)  # a key of every query
+        patch.setattr(blocks, "MIN_MULTIPLICATIONS", seqlen * heads * head_dim)  # a key of every query
         call.side_effect = lambda q, *others, **options: torch.zeros_like(q)
         attention(q, k, v, mask=mask, backend="sdpa")
     hidden = batch * seqlen - sum(lengths)
@@ -108,11 +108,11 @@ def test_padding_is_cut_off_a_cpu_where_enough_is_left_out(lengths: list[int], g
     assert masked == [0 < hidden * (1 + grad) <= 2 * batch] * call.call_count
 
 
-@pytest.mark.parametrize("worth", (0, blocks.WORTH))
+@pytest.mark.parametrize("worth", (0, blocks.MIN_MULTIPLICATIONS))
 @given(spec=specs(limits=backends.get("sdpa").limits), seed=seeds())
 def test_padding_that_is_cut_off_gives_the_same_numbers(worth: int, spec: flashmha.AttentionSpec, seed: int) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(blocks, "WORTH", worth)
+        patch.setattr(blocks, "MIN_MULTIPLICATIONS", worth)
         patch.setattr(blocks, "SHARE", worth)
         assert_agrees(backends.get("sdpa"), spec, seed)
 

@@ -42,7 +42,7 @@ from flashmha.backends.choice.measured import TABLE
 from flashmha.backends.choice.memory import key_of
 from flashmha.backends.choice.ranking import KINDS, MODES, Row, Table, kind
 from flashmha.backends.choice.rows import agreed, combined, derive
-from flashmha.backends.choice.waiting import long
+from flashmha.backends.choice.waiting import is_worth_compiling
 from flashmha.backends.compiling import Waits
 from flashmha.problem.masks import combine
 from flashmha.testing import specs
@@ -65,7 +65,7 @@ def on(graphics: tuple[str, int] = HOPPER) -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def untuned(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """No tuned table, before and after."""
-    monkeypatch.delenv(tuned.VARIABLE, raising=False)
+    monkeypatch.delenv(tuned.TABLE_VARIABLE, raising=False)
     monkeypatch.setattr(tuned, "state", tuned.Tuned())
     choices.clear()
     with everywhere(waits=Waits()):
@@ -343,8 +343,8 @@ def test_a_causal_problem_is_half_as_long() -> None:
 def test_nothing_is_compiled_while_a_graph_is_captured(slow: type[Backend], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    assert not long(LONG.changed(device=CUDA))
-    assert long(LONG)
+    assert not is_worth_compiling(LONG.changed(device=CUDA))
+    assert is_worth_compiling(LONG)
 
 
 def test_the_definition_is_no_somebody_else(slow: type[Backend]) -> None:
@@ -530,14 +530,14 @@ REFUSED = {
 }
 
 
-@pytest.mark.parametrize("by", ("load_tuned", tuned.VARIABLE))
+@pytest.mark.parametrize("by", ("load_tuned", tuned.TABLE_VARIABLE))
 @pytest.mark.parametrize("name", REFUSED)
 def test_a_file_that_does_not_fit_is_refused(name: str, by: str, tmp_path: Path, monkeypatch: Any) -> None:
     changes, said = REFUSED[name]
     check_refused(saved(tmp_path, **changes), said, by, monkeypatch)
 
 
-@pytest.mark.parametrize("by", ("load_tuned", tuned.VARIABLE))
+@pytest.mark.parametrize("by", ("load_tuned", tuned.TABLE_VARIABLE))
 @pytest.mark.parametrize("text", (None, "", "{", "[]", "3", "{}"))
 def test_a_missing_or_damaged_file_is_refused(text: str | None, by: str, tmp_path: Path, monkeypatch: Any) -> None:
     path = tmp_path / "damaged.json"
@@ -581,7 +581,7 @@ def test_a_gpu_or_a_package_that_differs_is_refused(name: str, tmp_path: Path, m
     monkeypatch.setattr(torch.version, "cuda", None)
     monkeypatch.setattr(torch.backends.cudnn, "version", lambda: None)
     monkeypatch.setattr(tuned, "graphics", lambda index: HOPPER)
-    monkeypatch.setattr(tuned, "installed", dict)
+    monkeypatch.setattr(tuned, "installed_versions", dict)
     base = {"device": "cuda", "gpu": HOPPER[0]}
     flashmha.load_tuned(saved(tmp_path, **base))
     with pytest.raises(ValueError, match=said):
@@ -590,12 +590,12 @@ def test_a_gpu_or_a_package_that_differs_is_refused(name: str, tmp_path: Path, m
 
 def test_a_new_package_is_a_difference(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found = {"device": "cuda", "gpu": None, "env": HERE}
-    monkeypatch.setattr(tuned, "installed", lambda: {"flash-attn": "2.8.3"})
+    monkeypatch.setattr(tuned, "installed_versions", lambda: {"flash-attn": "2.8.3"})
     assert ("flash-attn", None, "2.8.3") in tuned.differences(found)
 
 
 def test_the_variable_is_read_at_the_first_automatic_choice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(tuned.VARIABLE, str(saved(tmp_path)))
+    monkeypatch.setenv(tuned.TABLE_VARIABLE, str(saved(tmp_path)))
     assert not tuned.state.settled
     assert choose(plain(128)).name == "flex"
     (tmp_path / "tuned.json").unlink()
@@ -604,7 +604,7 @@ def test_the_variable_is_read_at_the_first_automatic_choice(tmp_path: Path, monk
 
 def test_a_file_for_a_gpu_says_nothing_about_a_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = saved(tmp_path, device="cuda", gpu="NVIDIA nothing", dtype="bfloat16")
-    monkeypatch.setenv(tuned.VARIABLE, str(path))
+    monkeypatch.setenv(tuned.TABLE_VARIABLE, str(path))
     assert choose(plain(128)).name == "sdpa"
     for _ in range(2):
         with pytest.raises(ValueError, match="measured with the GPU NVIDIA nothing and this is"):
@@ -621,7 +621,7 @@ def packed(x: Tensor, **options: Any) -> Tensor:
 
 
 def test_a_graph_reads_the_variable_while_it_is_traced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(tuned.VARIABLE, str(saved(tmp_path)))
+    monkeypatch.setenv(tuned.TABLE_VARIABLE, str(saved(tmp_path)))
     for dynamic in (False, True):
         torch._dynamo.reset()
         tuned.state = tuned.Tuned()

@@ -44,7 +44,7 @@ def q() -> torch.Tensor:
 def fresh_list() -> Iterator[None]:
     """The list as it is before its first use: our own backends, no plug-in looked for."""
     own = {name: backend for name, backend in registry.entries.items() if name in BUILT_IN}
-    with mock.patch.multiple(registry, entries=own, packages={}, complete=False, preferred=frozenset()):
+    with mock.patch.multiple(registry, entries=own, brought_by={}, complete=False, preferred=frozenset()):
         yield
 
 
@@ -438,7 +438,7 @@ def test_a_preferred_backend_is_moved_and_the_others_stay(moves: list[tuple[str,
 @given(name=st.sampled_from(("mine", "flex", "naive")), before=st.sampled_from((None, "sdpa")))
 def test_a_preference_is_stronger_than_a_measurement(name: str, before: str | None) -> None:
     row = ranking.Row(("dense",), ("eval",), ("sdpa", "flash2", "flex"), "somewhere")
-    with fresh_list(), mock.patch.object(tuned, "row", lambda spec: row):
+    with fresh_list(), mock.patch.object(tuned, "measured_row", lambda spec: row):
         backends.register(serving("mine"))
         assert explain(SPEC).chosen == "sdpa"
         flashmha.prefer(name, before=before)

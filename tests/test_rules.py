@@ -28,7 +28,7 @@ import flashmha
 from flashmha import AttentionSpec, FlashMultiHeadAttention, KeyLengths, KeyPadding, replace_mha
 from flashmha.backends.rewrites import documents as packing
 from flashmha.backends.rewrites.heads import neighbours
-from flashmha.backends.rewrites.order import RealFirst, permuted, real_first
+from flashmha.backends.rewrites.order import RealFirst, permute_rows, real_first
 from flashmha.backends.sdpa import backend as sdpa
 from flashmha.backends.sdpa import packed as varlen
 from flashmha.backends.sdpa import pieces as blocks
@@ -79,7 +79,7 @@ def assert_all_close(found: list[Tensor], expected: list[Tensor]) -> None:
     cross=st.booleans(),
     causal=st.sampled_from((None, "mask", "rule")),
     skip=st.booleans(),
-    worth=st.sampled_from((0, blocks.WORTH)),
+    worth=st.sampled_from((0, blocks.MIN_MULTIPLICATIONS)),
     features=st.sampled_from(({}, {"add_bias_kv": True}, {"add_zero_attn": True}, {"window": (1, 2)}, {"kdim": 8})),
     seed=seeds(),
 )
@@ -105,7 +105,7 @@ def test_a_rule_gives_the_numbers_of_the_tensor_mask(
         more["attn_mask"] = torch.ones(seqlen, seqlen, dtype=torch.bool).triu(1)
         if causal == "rule":
             more["attn_mask"] = flashmha.causal()
-    with mock.patch.object(blocks, "WORTH", worth):
+    with mock.patch.object(blocks, "MIN_MULTIPLICATIONS", worth):
         expected = answers(layer, x, *rest, key_padding_mask=~valid, **more)
         rule = KeyPadding(valid)
         for _ in range(2):  # what is made, and what was kept
@@ -262,7 +262,7 @@ def test_a_rule_that_does_not_fit_is_an_error(rule: Callable[[], Any], why: str)
     inference=st.booleans(),
     skip=st.booleans(),
     need_weights=st.booleans(),
-    worth=st.sampled_from((0, blocks.WORTH)),
+    worth=st.sampled_from((0, blocks.MIN_MULTIPLICATIONS)),
 )
 def test_a_rule_whose_tensor_changes_is_read_again(
     seed: int, change: str, inference: bool, skip: bool, need_weights: bool, worth: int
@@ -271,7 +271,7 @@ def test_a_rule_whose_tensor_changes_is_read_again(
     x, tables = noise(seed, 3, 6, 8), [validity("holes", 3, 6, seed + step) for step in range(3)]
     valid = tables[0].clone()
     rule = KeyPadding(valid)
-    with mock.patch.object(blocks, "WORTH", worth):
+    with mock.patch.object(blocks, "MIN_MULTIPLICATIONS", worth):
         for table in (*tables, tables[0]):
             CHANGES[change](valid, table)
             expected = answers(layer, x, key_padding_mask=~table, need_weights=need_weights)
@@ -443,7 +443,7 @@ def test_a_mask_of_one_call_is_made_no_table() -> None:
     rule, hidden = KeyPadding(validity("right", 2, 6, 1)), ~validity("right", 2, 6, 1)
     tables = []
     for padding in (hidden, hidden, rule):
-        with torch.no_grad(), mock.patch.object(sdpa, "added", wraps=sdpa.added) as made:
+        with torch.no_grad(), mock.patch.object(sdpa, "padding_as_bias", wraps=sdpa.padding_as_bias) as made:
             layer(x, x, x, key_padding_mask=padding, need_weights=False)
         tables.append(made.call_count)
     assert tables == [0, 0, 1]
@@ -699,7 +699,7 @@ def test_tensors_of_their_own_are_no_neighbours_however_they_lie() -> None:
     assert first.data_ptr() + first.nbytes == second.data_ptr()
     assert not neighbours((first, second))
     order = real_first(validity("holes", 1, 6, 3))
-    for moved, x in zip(permuted((first, second), order), (first, second)):
+    for moved, x in zip(permute_rows((first, second), order), (first, second)):
         assert torch.equal(moved, x[order.places])
     whole = torch.randn(6, 4, 4)
     assert neighbours((whole[:, :2], whole[:, 2:]))

@@ -38,7 +38,7 @@ from flashmha import (
 from flashmha.backends import get, names
 from flashmha.backends.base import HALF
 from flashmha.backends.rewrites import compact
-from flashmha.backends.rewrites.grouped import FEW
+from flashmha.backends.rewrites.grouped import MOST_FOLDED_QUERIES
 from flashmha.backends.sdpa import backend as sdpa
 from flashmha.backends.sdpa import switches
 from flashmha.backends.sdpa.backend import attend_on_cuda
@@ -121,7 +121,7 @@ def told() -> Iterator[Told]:
             "flashmha.backends.flash_attn.flash4_masks",
             types.SimpleNamespace(within="within", shown="shown"),
         )
-        patch.setattr(compact, "move", lambda sources, targets, *rest, scatter: [t.zero_() for t in targets])
+        patch.setattr(compact, "move_rows", lambda sources, targets, *rest, scatter: [t.zero_() for t in targets])
         patch.setattr(torch.cuda, "device", contextlib.nullcontext)
         yield seen
 
@@ -296,7 +296,7 @@ KERNELS = (SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBacken
 
 @pytest.mark.cpu("watches what sdpa leaves switched on for a GPU")
 @given(
-    spec=specs(limits=ON_CUDA, head_dims=(8,), longest=2 * FEW),
+    spec=specs(limits=ON_CUDA, head_dims=(8,), longest=2 * MOST_FOLDED_QUERIES),
     allowed=st.sets(st.sampled_from(KERNELS), min_size=1),
     deterministic=st.booleans(),
     switched=st.booleans(),
@@ -389,7 +389,7 @@ def test_trap_11_grouped_heads_beside_a_mask_take_a_fused_kernel(seqlen_q: int) 
 
 
 @pytest.mark.cpu("watches operators on a CPU")
-@given(seqlen_q=st.integers(1, 2 * FEW), seqlen_k=lengths, seed=seeds())
+@given(seqlen_q=st.integers(1, 2 * MOST_FOLDED_QUERIES), seqlen_k=lengths, seed=seeds())
 def test_trap_11_few_queries_of_grouped_heads_copy_no_keys(seqlen_q: int, seqlen_k: int, seed: int) -> None:
     q, k = noise(seed, 2, seqlen_q, 4, 8).float(), noise(seed + 1, 2, seqlen_k, 2, 8).float()
     spec = AttentionSpec.of(q, k, k, mask=KeyPadding(torch.ones(2, seqlen_k, dtype=torch.bool)))
@@ -403,7 +403,7 @@ def test_trap_11_few_queries_of_grouped_heads_copy_no_keys(seqlen_q: int, seqlen
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(F, "scaled_dot_product_attention", watched)
         attend_on_cuda(q, k, k, spec)
-    assert heads == [2 if seqlen_q <= FEW else 4]
+    assert heads == [2 if seqlen_q <= MOST_FOLDED_QUERIES else 4]
 
 
 @given(spec=specs(limits=get("sdpa").limits, head_dims=(8,)), seed=seeds())

@@ -24,7 +24,7 @@ from flashmha import AttentionSpec, Backend, Documents, KeyLengths, KeyPadding, 
 from flashmha.backends import choose, compiling, explain, get, register, unregister, use_backend
 from flashmha.backends.choice import ranking
 from flashmha.backends.choice.choose import choices
-from flashmha.backends.choice.waiting import VARIABLE, long, loss
+from flashmha.backends.choice.waiting import FIRST_CHOICE_VARIABLE, is_worth_compiling, loss
 from flashmha.backends.compiling import Wait, Waits
 from flashmha.testing import specs
 
@@ -36,7 +36,7 @@ PATIENCE = 3
 @pytest.fixture(autouse=True)
 def fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[Waits]:
     """Nothing lost and nothing compiled, on a machine where each call of a problem loses half a second."""
-    monkeypatch.delenv(VARIABLE, raising=False)
+    monkeypatch.delenv(FIRST_CHOICE_VARIABLE, raising=False)
     monkeypatch.setattr(compiling, "SECONDS", COST)
     monkeypatch.setattr(compiling, "PATIENCE", PATIENCE)
     made = Waits()
@@ -88,7 +88,7 @@ def test_a_kernel_is_compiled_once_it_has_cost_more_than_compiling(name: str, lo
         everywhere(loss=lambda spec: lost, waits=Waits()),
         mock.patch.object(compiling, "SECONDS", seconds),
     ):
-        assert not long(spec)
+        assert not is_worth_compiling(spec)
         sums = itertools.accumulate(itertools.repeat(lost))
         calls = next(count for count, total in enumerate(sums, 1) if total >= cost and count >= PATIENCE)
         assert until(spec, 200) == calls
@@ -126,7 +126,7 @@ def test_a_training_that_has_to_be_reproduced_keeps_its_first_choice(
     """Whatever it loses, and even when another problem has the kernel compiled."""
     spec = PROBLEMS[name]
     if how == "variable":
-        monkeypatch.setenv(VARIABLE, "1")
+        monkeypatch.setenv(FIRST_CHOICE_VARIABLE, "1")
     torch.use_deterministic_algorithms(how == "deterministic")
     try:
         with on(), use_backend("sdpa") if how == "named" else mock.patch.object(sys, "_", None, create=True):
@@ -142,7 +142,7 @@ def test_a_training_that_has_to_be_reproduced_keeps_its_first_choice(
 
 @pytest.mark.parametrize("value", ("", "0"))
 def test_a_variable_that_is_off_keeps_nothing(value: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(VARIABLE, value)
+    monkeypatch.setenv(FIRST_CHOICE_VARIABLE, value)
     with on():
         assert until(PROBLEMS["training"]) < 50
 
@@ -152,7 +152,7 @@ def test_a_variable_that_is_set_later_holds_from_then_on(monkeypatch: pytest.Mon
     with on():
         for _ in range(4):
             assert choose(spec).name != "flash4"
-        monkeypatch.setenv(VARIABLE, "1")
+        monkeypatch.setenv(FIRST_CHOICE_VARIABLE, "1")
         assert until(spec) == 50
 
 
@@ -249,7 +249,7 @@ def test_a_problem_that_has_no_name_is_not_counted(fresh: Waits, slow: Any) -> N
 
 
 def test_what_is_remembered_is_bounded(fresh: Waits, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compiling, "MOST", 5)
+    monkeypatch.setattr(compiling, "MOST_WAITS", 5)
     for number in range(20):
         fresh.of("flash4", number, False).lose(1.0)
         assert len(fresh.kernels) <= 5
@@ -288,9 +288,9 @@ def test_a_call_that_waits_asks_no_backend_again() -> None:
     asked: list[AttentionSpec] = []
 
     class Curious(passing("curious", WHY)):  # type: ignore[misc]
-        def refusals(self, spec: AttentionSpec) -> list[str]:
+        def limits_exceeded(self, spec: AttentionSpec) -> list[str]:
             asked.append(spec)
-            return super().refusals(spec)
+            return super().limits_exceeded(spec)
 
     register(Curious, before="sdpa")
     try:

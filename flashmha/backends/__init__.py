@@ -7,7 +7,7 @@ in silence.
 """
 
 from .base import FEATURES, Backend, Limits
-from .choice.builtin import OWN
+from .choice.builtin import BUILT_IN
 from .choice.choose import choose
 from .choice.explanation import Explanation, explain
 from .choice.order import order
@@ -40,5 +40,5 @@ __all__ = [
 ]
 
 
-for kind in OWN:
+for kind in BUILT_IN:
     register(kind)

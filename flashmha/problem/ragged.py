@@ -121,7 +121,8 @@ class KeyPadding(Padding):
 
     def materialize(self, *grid: Any, queries: range | None = None, keys: range | None = None) -> Tensor:
         batch, seqlen_k = self.valid.shape
-        return narrowed_to(self.valid.view(batch, 1, 1, seqlen_k), None, keys)
+        table = self.valid.view(batch, 1, 1, seqlen_k)
+        return table if keys is None else narrowed_to(table, None, keys)
 
     def dense(self, *grid: Any) -> Tensor:
         return self.materialize(keys=grid[-1])

@@ -9,5 +9,5 @@ from ..flex import Flex
 from ..naive import Naive
 from ..sdpa.backend import Sdpa
 
-OWN = (Sdpa, Flash4, Flash3, Flash2, Flex, Naive)
+BUILT_IN = (Sdpa, Flash4, Flash3, Flash2, Flex, Naive)
 """This package's own backends, in the order of the list."""

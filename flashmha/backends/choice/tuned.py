@@ -21,7 +21,7 @@ from .measured import TABLE
 from .ranking import KINDS, MODES, PLACE, Row, Table, keys, kind, mode
 from .rows import derive
 
-VARIABLE = "FLASHMHA_TUNED"
+TABLE_VARIABLE = "FLASHMHA_TUNED"
 SCHEMA = 1
 """The form of the file; a file of another one is measured again."""
 DEVICES = ("cpu", "cuda", "mps", "xpu")
@@ -30,7 +30,7 @@ DEVICES = ("cpu", "cuda", "mps", "xpu")
 
 @dataclasses.dataclass(frozen=True)
 class Tuned:
-    """What automatic choice knows of a tuned table.
+    """A tuned table and what follows from it.
 
     Attributes:
         table: the table, ``None`` without one.
@@ -50,7 +50,7 @@ class Tuned:
 
 state = Tuned()
 """Replaced and never changed, so that a thread reads one state of it."""
-lock = threading.Lock()
+state_lock = threading.Lock()
 
 
 def load_tuned(file: str | os.PathLike[str] | None) -> None:
@@ -64,13 +64,13 @@ def load_tuned(file: str | os.PathLike[str] | None) -> None:
     """
     if file is not None and not isinstance(file, (str, os.PathLike)):
         raise TypeError(f"file must be a path, or None for the built-in table alone, got {file!r}.")
-    replace(Tuned(settled=True) if file is None else held(read(file)))
+    replace(Tuned(settled=True) if file is None else matched(read(file)))
 
 
 def replace(new: Tuned, before: Tuned | None = None) -> Tuned:
     """Put a state in the place of any, or of that one alone: what a variable names yields to ``load_tuned``."""
     global state
-    with lock:
+    with state_lock:
         if before is None or state is before:
             state = new
         return state
@@ -93,7 +93,7 @@ def read(file: str | os.PathLike[str]) -> Tuned:
             f"{schema!r}; {again}."
         )
     try:
-        check(found)
+        check_measurement(found)
         dtype = getattr(torch, found["dtype"])
         table = Table(
             f"{path}, of {found['date']}", found["device"], (dtype,), derive(found["cells"], path), gpu=found["gpu"]
@@ -104,7 +104,7 @@ def read(file: str | os.PathLike[str]) -> Tuned:
     return Tuned(table, path, found, settled=True)
 
 
-def check(found: dict[str, Any]) -> None:
+def check_measurement(found: dict[str, Any]) -> None:
     """Raise where a file's fields are not what ``tune`` writes, or nothing was measured."""
     dtype = getattr(torch, found["dtype"])
     if not isinstance(dtype, torch.dtype) or not isinstance(found["env"]["packages"], dict):
@@ -123,7 +123,7 @@ def check(found: dict[str, Any]) -> None:
                 raise ValueError(f"{time!r} microseconds of {name}")
 
 
-def held(new: Tuned) -> Tuned:
+def matched(new: Tuned) -> Tuned:
     """A table that was measured with what this machine has."""
     for name, was, now in differences(new.found):
         raise ValueError(
@@ -134,7 +134,7 @@ def held(new: Tuned) -> Tuned:
 
 
 def differences(found: dict[str, Any]) -> list[tuple[str, Any, Any]]:
-    """What a file was measured with and what is here instead: name, then, now."""
+    """Differences between what a file was measured with and what is here: name, then, now."""
     env = found["env"]
     rows: list[tuple[str, Any, Any]] = [("torch", env.get("torch"), str(torch.__version__))]
     if found["device"] == "cuda":
@@ -148,8 +148,8 @@ def differences(found: dict[str, Any]) -> list[tuple[str, Any, Any]]:
     return [row for row in rows if row[1] != row[2]]
 
 
-def settled(device: str) -> Tuned:
-    """What holds on a device type; the first question reads the variable.
+def state_on(device: str) -> Tuned:
+    """The state that holds on a device type; the first call reads the variable.
 
     Raises:
         ValueError: as ``load_tuned``, for the file that the variable names, each time until there is another one.
@@ -157,13 +157,13 @@ def settled(device: str) -> Tuned:
     try:
         now = state
         if not now.settled:
-            file = os.environ.get(VARIABLE)
+            file = os.environ.get(TABLE_VARIABLE)
             now = replace(read(file) if file else Tuned(settled=True), now)
         if now.table is not None and now.table.device == device and not now.fits:
-            now = replace(held(now), now)
+            now = replace(matched(now), now)
         return now
     except ValueError as error:
-        raise ValueError(f"{VARIABLE}: {error}") from error
+        raise ValueError(f"{TABLE_VARIABLE}: {error}") from error
 
 
 def tables(device: str, index: int | None, dtype: torch.dtype | None = None) -> list[Table]:
@@ -171,7 +171,7 @@ def tables(device: str, index: int | None, dtype: torch.dtype | None = None) -> 
     key = (device, index, dtype)
     found = state.known.get(key)
     if found is None:
-        now = settled(device)
+        now = state_on(device)
         found = [table for table in (now.table, TABLE) if table is not None and table.applies(*key)]
         if index is not None or device == "cpu":  # else the current device, which may be another one next time
             now.known[key] = found
@@ -183,19 +183,19 @@ def measured(device: str, index: int | None, dtype: torch.dtype) -> bool:
     return bool(tables(device, index, dtype))
 
 
-def authority(device: str, index: int | None, dtype: torch.dtype, kind: str, mode: str) -> str:
-    """The name of the table that has rows for a kind of problem: the tuned one, else the built-in one, else none."""
+def table_name(device: str, index: int | None, dtype: torch.dtype, kind: str, mode: str) -> str:
+    """The name of the table that has rows for a kind of problem: the tuned one, else the built-in one, else empty."""
     return next((table.name for table in tables(device, index, dtype) if (kind, mode) in table.places), "")
 
 
 # What torch.compiler.assume_constant_result sets: a first choice under fullgraph=True reads the file while it traces.
 # Dynamo can hold bools and strings that come from there, and no rows.
 measured._dynamo_marked_constant = True  # type: ignore[attr-defined]
-authority._dynamo_marked_constant = True  # type: ignore[attr-defined]
+table_name._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-def row(spec: AttentionSpec) -> Row | None:
-    """What was measured for a problem, ``None`` where nothing was.
+def measured_row(spec: AttentionSpec) -> Row | None:
+    """The measurement for a problem, ``None`` where there is none.
 
     Sizes are compared last: under a compiler that binds a graph to a range of them.
     """
@@ -208,7 +208,7 @@ def row(spec: AttentionSpec) -> Row | None:
     if name == "other":
         return None
     place = (name, mode(spec))
-    strongest, many, table = authority(device, index, spec.dtype, *place), keys(spec), state.table
+    strongest, many, table = table_name(device, index, spec.dtype, *place), keys(spec), state.table
     if not strongest:
         return None
     rows = TABLE.places[place] if table is None or table.name != strongest else table.places[place]

@@ -12,7 +12,15 @@ from ...host.torch_state import is_compiling
 from ...problem.scores import ALiBi
 from ...problem.spec import AttentionSpec
 from ..base import HALF, Limits
-from ..rewrites.documents import is_cache, pack, packs, positions_lost, read_cache, unpack, unpack_lse
+from ..rewrites.documents import (
+    is_cache,
+    needs_packing,
+    pack_batch,
+    positions_lost,
+    read_cache,
+    unpack_batch,
+    unpack_batch_lse,
+)
 from ..rewrites.grouped import fold, folds, unfold, unfold_lse
 from .package import FlashAttn, lacks
 from .windows import normal_lse, trimmed, window_options
@@ -103,7 +111,7 @@ class Flash2(FlashAttn):
         dense, varlen = self.functions or self.load()
         # no compiler can trace the function for caches
         cached = self.cached if is_cache(spec) and not is_compiling() else None
-        packing = cached is None and packs(spec)
+        packing = cached is None and needs_packing(spec)
         # for one query the package folds by itself (seqlenq_ngroups_swapped in csrc/flash_attn/flash_api.cpp); for no
         # other number does it, though it splits the keys of every short problem
         few = spec.seqlen_q > 1 and (spec.mask is None or cached is not None) and spec.bias is None and folds(spec)
@@ -128,12 +136,12 @@ class Flash2(FlashAttn):
                 # packed, the package takes documents for batch items
                 options["alibi_slopes"] = slopes[0] if slopes.dim() == 2 and spec.batch == 1 else slopes
             if packing:
-                q, k, v, offsets = pack(q, k, v, spec)
+                q, k, v, offsets = pack_batch(q, k, v, spec)
                 options |= looser(offsets, spec)
             result = (varlen if packing else dense)(q, k, v, **options)
         out, lse = result[:2] if spec.need_lse else (result, None)
         if packing:
-            out, lse = unpack(out, spec), None if lse is None else unpack_lse(lse, spec)
+            out, lse = unpack_batch(out, spec), None if lse is None else unpack_batch_lse(lse, spec)
         if groups > 1:
             out, lse = unfold(out, groups), None if lse is None else unfold_lse(lse, groups)
         return out if lse is None else (out, normal_lse(lse))

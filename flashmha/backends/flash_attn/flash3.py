@@ -13,7 +13,15 @@ from torch import Tensor
 from ...host.torch_state import is_compiling
 from ...problem.spec import AttentionSpec
 from ..base import HALF, Limits
-from ..rewrites.documents import is_cache, pack, packs, positions_lost, read_cache, unpack, unpack_lse
+from ..rewrites.documents import (
+    is_cache,
+    needs_packing,
+    pack_batch,
+    positions_lost,
+    read_cache,
+    unpack_batch,
+    unpack_batch_lse,
+)
 from .package import FlashAttn, lacks
 from .windows import normal_lse, trimmed, window_options
 
@@ -22,11 +30,11 @@ BUILDS = (
     ("flash_attn_3.flash_attn_interface", "flash_attn_3.flash_attn_config"),
     ("fa3_fwd_interface", "fa3_fwd_config"),
 )
-"""Where a build of flash-attn 3 may lie: its interface, and the flags it was built with."""
+"""Places of a build of flash-attn 3: its interface, and the flags it was built with."""
 
-HEAD_DIMS = (64, 96, 128, 192, 256)
+KERNEL_HEAD_DIMS = (64, 96, 128, 192, 256)
 """The sizes a build may have kernels of; a head_dim is served by the next one there is."""
-TILE, KEYS_TO_SPLIT = 128, 512
+ROWS_PER_TILE, KEYS_TO_SPLIT = 128, 512
 """Queries that one tile holds, and keys that are worth several: the package's own heuristic splits no fewer."""
 
 
@@ -92,12 +100,12 @@ class Flash3(FlashAttn):
         raise missing or ModuleNotFoundError("No module named 'flash_attn_interface'")
 
     def why_not_built(self, spec: AttentionSpec) -> str | None:
-        there = [size for size in HEAD_DIMS if not self.flags.get(f"FLASHATTENTION_DISABLE_HDIM{size}")]
+        there = [size for size in KERNEL_HEAD_DIMS if not self.flags.get(f"FLASHATTENTION_DISABLE_HDIM{size}")]
         if not any(spec.head_dim <= size for size in there):
             return f"head_dim={spec.head_dim} (this build has kernels for {', '.join(map(str, there)) or 'none'})"
         features = {"BACKWARD": spec.needs_grad, "LOCAL": "window" in spec.features}
         features["SOFTCAP"] = spec.softcap is not None
-        features["VARLEN"] = packs(spec)
+        features["VARLEN"] = needs_packing(spec)
         features["FP16"] = spec.dtype == torch.float16
         off = [name for name, wanted in features.items() if wanted and self.flags.get(f"FLASHATTENTION_DISABLE_{name}")]
         if off or not spec.needs_grad:
@@ -121,7 +129,7 @@ class Flash3(FlashAttn):
             "softcap": spec.softcap or 0.0,
         }
         cached = self.cached if is_cache(spec) else None
-        packing = cached is None and packs(spec)
+        packing = cached is None and needs_packing(spec)
         if self.splitting and not packing and splits(spec):
             options["num_splits"] = 0  # as many as the package's heuristic says
         if cached is not None:
@@ -132,7 +140,7 @@ class Flash3(FlashAttn):
             if spec.needs_grad:
                 options["deterministic"] = spec.deterministic
             if packing:
-                q, k, v, offsets = pack(q, k, v, spec)
+                q, k, v, offsets = pack_batch(q, k, v, spec)
                 options |= offsets
             result = (varlen if packing else dense)(q, k, v, **options)
         out: Tensor
@@ -140,7 +148,7 @@ class Flash3(FlashAttn):
         # older builds always return (out, lse)
         out, lse = (result[0], result[1]) if isinstance(result, tuple) else (result, None)
         if packing:
-            out, lse = unpack(out, spec), None if lse is None else unpack_lse(lse, spec)
+            out, lse = unpack_batch(out, spec), None if lse is None else unpack_batch_lse(lse, spec)
         if not spec.need_lse:
             return out
         assert lse is not None
@@ -151,4 +159,4 @@ def splits(spec: AttentionSpec) -> bool:
     """So few queries meet so many keys that a tile of queries alone would leave most of the GPU idle."""
     if spec.needs_grad or is_compiling():
         return False
-    return spec.seqlen_q <= TILE and spec.seqlen_k >= KEYS_TO_SPLIT
+    return spec.seqlen_q <= ROWS_PER_TILE and spec.seqlen_k >= KEYS_TO_SPLIT

@@ -16,14 +16,14 @@ from ...host.torch_state import is_compiling
 from ...problem.spec import AttentionSpec
 from ..base import HALF, Limits
 from ..compiling import waits
-from ..rewrites.block_tables import edged, worth
-from ..rewrites.compact import intervals, missing
-from ..rewrites.documents import pack, unpack, unpack_lse
-from .flash4_kernels import attend
+from ..rewrites.block_tables import edged, has_tiles_to_skip
+from ..rewrites.compact import intervals, why_no_moves
+from ..rewrites.documents import pack_batch, unpack_batch, unpack_batch_lse
+from .flash4_kernels import call_kernels
 from .package import FlashAttn
 from .windows import normal_lse, trimmed
 
-STEPS = (64, 80, 128, 192)
+TILE_STEPS = (64, 80, 128, 192)
 """Lengths up to which the package compiles for one tile, by head_dim and pass."""
 
 
@@ -93,7 +93,7 @@ class Flash4(FlashAttn):
         super().__init__()
         self.compiled: set[tuple[Any, ...]] = set()
         self.latest: AttentionSpec | None = None
-        """A problem that was served and is shared: the next layer's, most of the time."""
+        """A problem that was served and is shared: the next layer's, most of the time; ``kernel_kind`` takes 2.6 us."""
 
     def load(self) -> tuple[Callable[..., Any], Callable[..., Any]]:
         # flash-attn 2 ships an older prototype under the same name: the signature check tells them apart
@@ -129,11 +129,11 @@ class Flash4(FlashAttn):
     def why_not_built(self, spec: AttentionSpec) -> str | None:
         if "dense_mask" in spec.features:
             return untried(spec.device.index)
-        return missing() if "key_padding" in spec.features and spec.window is None else None
+        return why_no_moves() if "key_padding" in spec.features and spec.window is None else None
 
     def must_compile(self, spec: AttentionSpec) -> str | None:
-        # asked of problems it can serve; under torch.compile, compiling is what is going on
-        if is_compiling() or kind(spec) in self.compiled:
+        # asked of problems it can serve; inside a graph that is compiled, compiling is what is going on
+        if is_compiling() or kernel_kind(spec) in self.compiled:
             return None
         return "not compiled for this kind of problem yet (3 to 5 seconds a kernel)"
 
@@ -146,7 +146,7 @@ class Flash4(FlashAttn):
         return f"kernels are kept in {place}"
 
     def kernel_key(self, spec: AttentionSpec) -> Hashable:
-        return kind(spec)
+        return kernel_kind(spec)
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> Tensor | tuple[Tensor, Tensor]:
         told: dict[str, Any] = {
@@ -159,18 +159,18 @@ class Flash4(FlashAttn):
             documents = None if "dense_mask" in spec.needs else spec.documents
             q, k, v, masked = self.masked(q, k, v, spec)
             told |= masked
-        if is_compiling() or spec is self.latest or (needed := kind(spec)) in self.compiled:
-            out, lse = attend(q, k, v, spec, told)
+        if is_compiling() or spec is self.latest or (needed := kernel_kind(spec)) in self.compiled:
+            out, lse = call_kernels(q, k, v, spec, told)
         else:
             with waits.ending(self.name, needed):
-                out, lse = attend(q, k, v, spec, told)
+                out, lse = call_kernels(q, k, v, spec, told)
             self.compiled.add(needed)
         if spec.shared:
             self.latest = spec
         if documents is not None:
-            out = unpack(out, spec)
+            out = unpack_batch(out, spec)
             if spec.need_lse:
-                lse = unpack_lse(lse, spec)
+                lse = unpack_batch_lse(lse, spec)
         return (out, normal_lse(lse, spec.sinks)) if spec.need_lse else out
 
     def masked(
@@ -188,7 +188,7 @@ class Flash4(FlashAttn):
         causal = left is None and right == 0
         told |= {"causal": causal, "left": left, "right": None if causal else right}
         if documents is not None:
-            q, k, v, offsets = pack(q, k, v, spec)
+            q, k, v, offsets = pack_batch(q, k, v, spec)
             told |= offsets
         elif valid is not None:
             told |= {"valid": valid} if "key_padding" in spec.needs else {"lengths": spec.key_lengths()}
@@ -204,8 +204,8 @@ def mask_table(spec: AttentionSpec) -> dict[str, Tensor]:
     return {"table": edged(allowed, spec.seqlen_q, spec.seqlen_k), "items": items}
 
 
-def kind(spec: AttentionSpec) -> tuple[Any, ...]:
-    """What the package compiles a kernel for, as far as a problem shows it."""
+def kernel_kind(spec: AttentionSpec) -> tuple[Any, ...]:
+    """All that tells kernels of the package apart, as far as a problem shows it."""
     window = spec.window
     dense = "dense_mask" in spec.features
     return (
@@ -217,9 +217,9 @@ def kind(spec: AttentionSpec) -> tuple[Any, ...]:
         window is not None and (window.left is None, window.right is None, window.right == 0),
         spec.softcap,
         None if spec.sinks is None else spec.sinks.dtype,
-        bisect_left(STEPS, spec.seqlen_q),
-        bisect_left(STEPS, spec.seqlen_k),
-        (dense or (spec.is_padded and window is not None)) and worth(spec.seqlen_q, spec.seqlen_k),
+        bisect_left(TILE_STEPS, spec.seqlen_q),
+        bisect_left(TILE_STEPS, spec.seqlen_k),
+        (dense or (spec.is_padded and window is not None)) and has_tiles_to_skip(spec.seqlen_q, spec.seqlen_k),
     )
 
 

@@ -13,11 +13,11 @@ from torch import Tensor
 
 from ...host.torch_state import is_compiling
 from ...problem.spec import AttentionSpec
-from ..rewrites.block_tables import served, worth
-from ..rewrites.compact import compact, spread
+from ..rewrites.block_tables import has_tiles_to_skip, serves_tables
+from ..rewrites.compact import compact, move_back
 from ..rewrites.heads import neighbours
-from .flash4_launches import fits, launches, packed
-from .package import packages
+from .flash4_launches import is_contiguous, is_taken_as_it_is, launches
+from .package import probed_packages
 
 TOLD: dict[str, tuple[str, Any]] = {
     "cu_seqlens_q": ("Tensor?", None),
@@ -37,7 +37,7 @@ TOLD: dict[str, tuple[str, Any]] = {
     "softcap": ("float", 0.0),
     "deterministic": ("bool", False),
 }
-"""What the kernels are told beside tensors that may want a gradient, in the order of ``forward``: type and default.
+"""Arguments of the kernels beside tensors that may want a gradient, in the order of ``forward``: type and default.
 
 ``lengths`` (batch,) are key lengths; ``valid`` (batch, seqlen_k) is padding, whose real keys are moved to the front;
 ``first`` and ``last`` (batch, seqlen_k) are intervals; ``table`` is a mask as ``block_tables.edged`` makes it, and
@@ -47,7 +47,7 @@ causal or there is none.
 UNTOLD = {name: default for name, (_, default) in TOLD.items()}
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, told: dict[str, Any]) -> tuple[Tensor, Tensor]:
+def call_kernels(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, told: dict[str, Any]) -> tuple[Tensor, Tensor]:
     """Output and log-sum-exp; eagerly, or as an operator where a compiler traces."""
     told = {**UNTOLD, **told}
     if is_compiling():
@@ -67,16 +67,16 @@ def forward(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, told: dict[st
             k, v, lengths = compact(k, v, told["valid"])
         moved, told = (k, v), {**told, "lengths": lengths}
 
-    tables = listed(told, q, k)
+    tables = tiles_to_visit(told, q, k)
 
     def serve(**places: Tensor) -> tuple[Tensor, ...]:
         more = {"learnable_sink": sinks, "num_splits": 1, "return_lse": True, **places}
         # the package asks the current device, not the tensors', which kernels to build, and so does triton
         with torch.cuda.device(q.device):
-            made: tuple[Tensor, ...] = kernels()[0](q, k, v, **options(told, tables), **more)
+            made: tuple[Tensor, ...] = package_kernels()[0](q, k, v, **options(told, tables), **more)
         return made
 
-    again = launches(*kernels(), q.device)
+    again = launches(*package_kernels(), q.device)
     made = None if again is None else again.forward(told, (q, k, v), sinks, tables, serve)
     out, lse = serve()[:2] if made is None else made
     return out, lse, *moved
@@ -93,25 +93,25 @@ def backward(
     if valid is not None:
         told = {**told, "lengths": valid.sum(1, dtype=torch.int32)}  # counted again rather than kept
         made = (dk.new_empty(dk.shape), dv.new_empty(dv.shape))
-    d_out = torch.zeros_like(out) if d_out is None else d_out if fits(d_out) else copied(d_out)
-    d_lse = d_lse if d_lse is None or packed(d_lse) else copied(d_lse)
+    d_out = torch.zeros_like(out) if d_out is None else d_out if is_taken_as_it_is(d_out) else contiguous_copy(d_out)
+    d_lse = d_lse if d_lse is None or is_contiguous(d_lse) else contiguous_copy(d_lse)
 
-    tables = listed(told, q, k, backward=True)
+    tables = tiles_to_visit(told, q, k, backward=True)
 
     def serve() -> tuple[Tensor, ...]:
         more: dict[str, Any] = {"deterministic": told["deterministic"], "learnable_sink": sinks, "dlse": d_lse}
         more |= {"dq": dq, "dk": made[0], "dv": made[1]}
         with torch.cuda.device(q.device):
-            result: tuple[Tensor, ...] = kernels()[1](q, k, v, out, d_out, lse, **options(told, tables), **more)
+            result: tuple[Tensor, ...] = package_kernels()[1](q, k, v, out, d_out, lse, **options(told, tables), **more)
         return result
 
-    again = launches(*kernels(), q.device)
+    again = launches(*package_kernels(), q.device)
     given = (q, k, v, sinks, out, lse)
     found = None if again is None else again.backward(told, given, (d_out, d_lse), (dq, *made), tables, serve)
     d_sinks = serve()[3:] if found is None else found
     if valid is not None:
         with torch.cuda.device(q.device):
-            spread(made, (dk, dv), valid)
+            move_back(made, (dk, dv), valid)
     if valid is None and told["lengths"] is not None:
         # gradients of keys past their length are never written (flash-attention#2167)
         past = torch.arange(dk.shape[1], device=dk.device) >= told["lengths"][:, None]
@@ -120,13 +120,13 @@ def backward(
     return d_sinks[0] if sinks is not None else None
 
 
-def copied(x: Tensor) -> Tensor:
+def contiguous_copy(x: Tensor) -> Tensor:
     """A gradient as kernels take it."""
     return x.clone(memory_format=torch.contiguous_format)
 
 
 def options(told: dict[str, Any], tables: Any) -> dict[str, Any]:
-    """What both directions are told, in the package's words."""
+    """Arguments of both directions, in the package's words."""
     found: dict[str, Any] = {
         "softmax_scale": told["scale"],
         "causal": told["causal"],
@@ -140,22 +140,26 @@ def options(told: dict[str, Any], tables: Any) -> dict[str, Any]:
         found["seqused_k"] = told["lengths"]
     # a mask of one's own makes the kernel forget causality and windows: it holds both
     if told["first"] is not None:
-        from .flash4_masks import within
+        from .flash4_masks import is_in_interval
 
-        found |= {"mask_mod": within, "aux_tensors": [told["first"], told["last"]]}
+        found |= {"mask_mod": is_in_interval, "aux_tensors": [told["first"], told["last"]]}
     elif told["table"] is not None:
-        from .flash4_masks import shown
+        from .flash4_masks import is_in_table
 
-        found |= {"mask_mod": shown, "aux_tensors": [told["table"], told["items"]]}
+        found |= {"mask_mod": is_in_table, "aux_tensors": [told["table"], told["items"]]}
     return found if tables is None else {**found, "block_sparse_tensors": tables}
 
 
-def listed(told: dict[str, Any], q: Tensor, k: Tensor, *, backward: bool = False) -> Any:
+def tiles_to_visit(told: dict[str, Any], q: Tensor, k: Tensor, *, backward: bool = False) -> Any:
     """The tiles that a direction has to look at beside a mask of one's own; ``None`` where it looks at all of them."""
     if told["first"] is None and told["table"] is None:
         return None
     # flash_bwd_sm90 has no order of writing for a gradient of q that arrives tile by tile
-    if (backward and told["deterministic"]) or not worth(q.shape[1], k.shape[1]) or not served(q.device):
+    if (
+        (backward and told["deterministic"])
+        or not has_tiles_to_skip(q.shape[1], k.shape[1])
+        or not serves_tables(q.device)
+    ):
         return None
     from .flash4_masks import blocks
 
@@ -163,9 +167,9 @@ def listed(told: dict[str, Any], q: Tensor, k: Tensor, *, backward: bool = False
         return blocks(told, q, k, backward=backward)
 
 
-def kernels() -> tuple[Callable[..., Any], Callable[..., Any]]:
+def package_kernels() -> tuple[Callable[..., Any], Callable[..., Any]]:
     """The package's forward and backward."""
-    package = packages["flash4"]
+    package = probed_packages["flash4"]
     return package.functions or package.load()
 
 
@@ -194,7 +198,7 @@ class Attend(torch.autograd.Function):
 
 # The same two functions as operators, for compilers.
 
-SCHEMA = ", ".join(f"{type_} {name}" for name, (type_, _) in TOLD.items())
+TOLD_SCHEMA = ", ".join(f"{type_} {name}" for name, (type_, _) in TOLD.items())
 HEADS = "Tensor q, Tensor k, Tensor v, Tensor? sinks"
 
 
@@ -228,8 +232,8 @@ def fake_backward(d_out: Tensor | None, d_lse: Tensor | None, *rest: Any) -> tup
     )
 
 
-def keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    """What the backward of the operator needs."""
+def save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    """Save what the backward of the operator needs."""
     q, k, v, sinks, *arguments = inputs
     out, lse, *moved = output
     keys = moved if moved[0].dim() > 1 else (k, v)
@@ -261,11 +265,11 @@ def operator(name: str, inputs: str, run: Callable[..., Any], fake: Callable[...
     torch.library.register_fake(f"flashmha::{name}", fake, lib=LIBRARY)
 
 
-operator("flash4", f"{HEADS}, {SCHEMA}", four_forward, fake_forward)
+operator("flash4", f"{HEADS}, {TOLD_SCHEMA}", four_forward, fake_forward)
 operator(
     "flash4_backward",
-    f"Tensor? d_out, Tensor? d_lse, {HEADS}, Tensor out, Tensor lse, {SCHEMA}",
+    f"Tensor? d_out, Tensor? d_lse, {HEADS}, Tensor out, Tensor lse, {TOLD_SCHEMA}",
     separate_backward,
     fake_backward,
 )
-torch.library.register_autograd("flashmha::flash4", traced_backward, setup_context=keep, lib=LIBRARY)
+torch.library.register_autograd("flashmha::flash4", traced_backward, setup_context=save_for_backward, lib=LIBRARY)

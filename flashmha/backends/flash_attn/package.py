@@ -1,4 +1,4 @@
-"""What the flash-attn packages have in common: finding them, trying them out, and how they are told a mask.
+"""The flash-attn packages in common: found, tried out, and told a mask.
 
 Not a backend. ``flash2``, ``flash3`` and ``flash4`` each wrap one package version and share the class below.
 """
@@ -21,7 +21,7 @@ from ...problem.spec import AttentionSpec
 from ...problem.wording import first_line, in_one_line
 from ..base import Backend
 
-packages: dict[str, FlashAttn] = {}
+probed_packages: dict[str, FlashAttn] = {}
 """The packages by name, so that a probe takes nothing but constants, as Dynamo wants it."""
 
 
@@ -43,14 +43,14 @@ class FlashAttn(Backend):
         self.functions: tuple[Callable[..., Any], Callable[..., Any]] | None = None
         self.cached: Callable[..., Any] | None = None
         """The function for a cache of keys, whose items have lengths; forward alone."""
-        packages[self.name] = self
+        probed_packages[self.name] = self
 
     def load(self) -> tuple[Callable[..., Any], Callable[..., Any]]:
         """Import the package: its dense and its packed ("varlen") function."""
         raise NotImplementedError
 
     def public(self) -> Callable[..., Any]:
-        """The dense function that the package offers in public, to measure against."""
+        """The dense function that the package documents, to measure against."""
         return (self.functions or self.load())[0]
 
     def why_not_here(self, device: torch.device) -> str | None:
@@ -84,7 +84,7 @@ CAPTURING = "not tried out yet, and a CUDA graph is being captured: run one call
 
 def probe(name: str, index: int | None) -> str | None:
     """Why a package does not work on a CUDA device; asked once a device, and only a clean answer is kept."""
-    backend = packages[name]
+    backend = probed_packages[name]
     if not torch.cuda.is_available():
         return "no CUDA device (torch.cuda.is_available() is False)"
     index = torch.cuda.current_device() if index is None else index
@@ -109,7 +109,7 @@ def trial(backend: FlashAttn, device: torch.device) -> str | None:
         for function in functions:
             missing = [name for name in backend.keywords if name not in inspect.signature(function).parameters]
             if missing:
-                return f"{backend.distribution} {installed(backend)} has no argument {', '.join(missing)}"
+                return f"{backend.distribution} {installed_version(backend)} has no argument {', '.join(missing)}"
         backend.functions = functions
         return smoke(backend, device)
     except Exception as error:  # a broken binary fails in many ways, and each is a reason rather than a crash
@@ -119,7 +119,7 @@ def trial(backend: FlashAttn, device: torch.device) -> str | None:
 
 def smoke(backend: FlashAttn, device: torch.device) -> str | None:
     """Run one small forward and compare it."""
-    return run(backend, device, 64, torch.bfloat16, False)
+    return try_out(backend, device, 64, torch.bfloat16, False)
 
 
 def lacks(
@@ -130,7 +130,7 @@ def lacks(
     A backward of grouped heads is tried by itself: it adds up gradients, and a build may fail there alone
     (kernels-community#1085).
     """
-    backend = packages[name]
+    backend = probed_packages[name]
     index = torch.cuda.current_device() if index is None else index
     key = (index, head_dim, dtype, backward, grouped)
     if key in backend.tried:
@@ -139,7 +139,7 @@ def lacks(
         return CAPTURING
     missing = "grouped backward" if grouped else "backward" if backward else "kernel"
     try:
-        why = run(backend, torch.device("cuda", index), head_dim, dtype, backward, grouped)
+        why = try_out(backend, torch.device("cuda", index), head_dim, dtype, backward, grouped)
     except torch.OutOfMemoryError as error:  # says nothing about the build
         return first_line(error)
     except Exception as error:
@@ -151,7 +151,7 @@ def lacks(
 lacks._dynamo_marked_constant = True  # type: ignore[attr-defined]  # as above
 
 
-def run(
+def try_out(
     backend: FlashAttn,
     device: torch.device,
     head_dim: int,
@@ -164,7 +164,7 @@ def run(
         q, k, v = waves(device, head_dim, dtype)
         k, v = (x[:, :, :1] if grouped else x for x in (k, v))
         found = results(lambda q, k, v: backend(q, k, v, AttentionSpec.of(q, k, v)), q, k, v, backward)
-        exact = results(definition, q.double(), k.double(), v.double(), backward)
+        exact = results(exact_attention, q.double(), k.double(), v.double(), backward)
         for name, one, other in zip(("the output", *(f"the gradient of {x}" for x in "qkv")), found, exact):
             largest = other.abs().max()
             error = ((one.double() - other).abs().max() / largest).item()  # looking waits for the kernel
@@ -184,7 +184,7 @@ def results(call: Callable[..., Any], q: Tensor, k: Tensor, v: Tensor, backward:
     return (out, *torch.autograd.grad(out, (q, k, v), q.detach())) if backward else (out,)
 
 
-def definition(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def exact_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Attention in plain PyTorch, for one key head or as many as there are query heads."""
     k, v = (x.expand(-1, -1, q.shape[2], -1) for x in (k, v))
     score = torch.einsum("bqhd,bkhd->bhqk", q, k) / math.sqrt(q.shape[3])
@@ -208,18 +208,18 @@ def clean(device: torch.device, backward: bool = False) -> Iterator[None]:
         torch.inference_mode(False),
         torch.set_grad_enabled(backward),
         # checkpointing counts what is saved by hooks: the last ones hide those before
-        torch.autograd.graph.saved_tensors_hooks(same, same) if backward else contextlib.nullcontext(),
+        torch.autograd.graph.saved_tensors_hooks(unchanged, unchanged) if backward else contextlib.nullcontext(),
         torch.autocast("cuda", enabled=False),
         torch.cuda.device(device),
     ):
         yield
 
 
-def same(tensor: Tensor) -> Tensor:
+def unchanged(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def installed(backend: FlashAttn) -> str:
+def installed_version(backend: FlashAttn) -> str:
     """The package's version, out of its metadata."""
     try:
         return metadata.version(backend.distribution)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ...host.machine import has_triton
 
-WORTH = 512
+MIN_LENGTH = 512
 """Sequences as long as this have tiles to skip that pay for the table."""
 CHUNK = 16
 """Tiles that a program judges at a time."""
@@ -38,14 +38,14 @@ class BlockTables(NamedTuple):
     full_block_idx: Tensor
 
 
-def worth(seqlen_q: int, seqlen_k: int) -> bool:
-    """Whether a problem has tiles enough."""
-    return min(seqlen_q, seqlen_k) >= WORTH
+def has_tiles_to_skip(seqlen_q: int, seqlen_k: int) -> bool:
+    """A problem has tiles enough that skipping some pays for the tables."""
+    return min(seqlen_q, seqlen_k) >= MIN_LENGTH
 
 
 @functools.cache
-def served(device: torch.device) -> bool:
-    """Whether tables are made and taken here: on Hopper; Blackwell's kernels want other blocks."""
+def serves_tables(device: torch.device) -> bool:
+    """Tables are made and taken on this device: on Hopper; Blackwell's kernels want other blocks."""
     return has_triton() and torch.cuda.get_device_capability(device)[0] == 9
 
 

@@ -15,12 +15,12 @@ from torch import Tensor
 from ...host.machine import has_triton
 from ...problem.masks import Window
 
-TILE = 256
+LARGEST_TILE = 256
 """At least as many keys as a kernel loads at a time. What it loads behind the last real key must be finite: a weight of
 0 times NaN is NaN."""
 
 
-Pair = tuple[Tensor, Tensor]
+KeysAndValues = tuple[Tensor, Tensor]
 
 
 class Intervals(NamedTuple):
@@ -39,12 +39,12 @@ def intervals(valid: Tensor, window: Window, seqlen_q: int) -> Intervals:
     return Intervals(torch.where(valid, first, seqlen_q), torch.where(valid, last, -1))
 
 
-def missing() -> str | None:
+def why_no_moves() -> str | None:
     """Why keys cannot be moved here."""
     return None if has_triton() else "key_padding moves keys with triton, which is not installed"
 
 
-missing._dynamo_marked_constant = True  # type: ignore[attr-defined]  # torch.compiler.assume_constant_result, unimported
+why_no_moves._dynamo_marked_constant = True  # type: ignore[attr-defined]  # torch.compiler.assume_constant_result, unimported
 
 
 def compact(k: Tensor, v: Tensor, valid: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -54,16 +54,18 @@ def compact(k: Tensor, v: Tensor, valid: Tensor) -> tuple[Tensor, Tensor, Tensor
     """
     made = (k.new_empty(k.shape), v.new_empty(v.shape))
     lengths = valid.new_empty(valid.shape[0], dtype=torch.int32)
-    move((k, v), made, valid, lengths, scatter=True)
+    move_rows((k, v), made, valid, lengths, scatter=True)
     return *made, lengths
 
 
-def spread(sources: Pair, targets: Pair, valid: Tensor) -> None:
+def move_back(sources: KeysAndValues, targets: KeysAndValues, valid: Tensor) -> None:
     """Gradients of compacted keys and values, written where those were; 0 for padding."""
-    move(sources, targets, valid, None, scatter=False)
+    move_rows(sources, targets, valid, None, scatter=False)
 
 
-def move(sources: Pair, targets: Pair, valid: Tensor, lengths: Tensor | None, *, scatter: bool) -> None:
+def move_rows(
+    sources: KeysAndValues, targets: KeysAndValues, valid: Tensor, lengths: Tensor | None, *, scatter: bool
+) -> None:
     """Rows of two tensors of one shape to their slots, or back from them."""
     batch, seqlen, heads, head_dim = sources[0].shape
     if not sources[0].numel():
@@ -85,7 +87,7 @@ def move(sources: Pair, targets: Pair, valid: Tensor, lengths: Tensor | None, *,
         seqlen,
         head_dim,
         heads * head_dim,
-        TILE=TILE,
+        TILE=LARGEST_TILE,
         KEYS=KEYS,
         SCAN=1024,
         BLOCK=256,

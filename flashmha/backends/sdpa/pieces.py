@@ -16,7 +16,7 @@ from ...problem.masks import Mask, Window, joined
 from ...problem.ragged import Documents, KeyLengths, KeyPadding
 from ...problem.spec import AttentionSpec
 
-WORTH = 2**21
+MIN_MULTIPLICATIONS = 2**21
 """Multiplications in the scores of a padded problem that cost as much as a call: below, one call with a mask beats one
 for each item. Those that are left out count too, and twice as many of them have to be where there is no backward.
 """
@@ -39,13 +39,13 @@ class Item:
     pieces: list[Piece]
 
 
-def cut(spec: AttentionSpec) -> list[Item] | None:
+def cut_up(spec: AttentionSpec) -> list[Item] | None:
     """One ``Item`` a batch item, or ``None`` where the mask is better handed over whole.
 
     Serves key padding without holes and key lengths, with top-left causality or none, and documents with any windows.
     """
     work = spec.heads * spec.seqlen_q * spec.seqlen_k * spec.head_dim
-    least = min(SHARE, WORTH)
+    least = min(SHARE, MIN_MULTIPLICATIONS)
     if spec.mask is None or spec.bias is not None or spec.aten_only or (type(work) is int and work <= least):
         return None
     if not all(map(readable, spec.mask.tensors())):
@@ -62,13 +62,18 @@ def cut(spec: AttentionSpec) -> list[Item] | None:
     elif kinds & {KeyPadding, KeyLengths} and kinds <= {KeyPadding, KeyLengths, Window}:
         drawing = "dropout" in spec.features  # for the whole problem at once, as torch draws
         most = work * (2 if spec.needs_grad else 1)
-        if follows(window, True, spec.seqlen_q - spec.seqlen_k) and most > 2 * WORTH and spec.batch and not drawing:
+        if (
+            follows(window, True, spec.seqlen_q - spec.seqlen_k)
+            and most > 2 * MIN_MULTIPLICATIONS
+            and spec.batch
+            and not drawing
+        ):
             rule = spec.padding()
             assert rule is not None
             sizes = (spec.seqlen_q, spec.seqlen_k, spec.heads, spec.head_dim, spec.needs_grad)
             name = ("items", *sizes, window is not None)
             items = rule.once(name, lambda: cut_padding(rule.real(spec.seqlen_k), spec, window is not None))
-    # where no query sees a key, the mask keeps the output in the autograd graph
+    # where no query looks at any key, the mask keeps the output in the autograd graph
     return items if items and any(piece[1] is not None for item in items for piece in item.pieces) else None
 
 
@@ -91,7 +96,7 @@ def cut_padding(valid: Tensor, spec: AttentionSpec, causal: bool) -> list[Item] 
     counts = real.sum(dim=1).tolist()
     hidden = spec.batch * spec.seqlen_k - (sum(counts) // 2 if causal else sum(counts))
     spared = hidden * spec.heads * spec.seqlen_q * spec.head_dim
-    if spared and spared * (2 if spec.needs_grad else 1) <= 2 * WORTH * spec.batch:
+    if spared and spared * (2 if spec.needs_grad else 1) <= 2 * MIN_MULTIPLICATIONS * spec.batch:
         return None
     starts = real.argmax(dim=1).tolist()
     ends = (spec.seqlen_k - real.flip(1).argmax(dim=1)).tolist()
