@@ -36,7 +36,7 @@ EPOCHS = 4  # before the swap, and again after it
 LONGEST = 80  # words of a text; the rest is cut off
 WORDS = 3000  # 0 is padding, 1 a rare word, the others the most frequent ones
 
-# Stock's fast path says this once for each process; it is about nested tensors, which nobody here asked for.
+# Stock's fast path says this once for each process; it is about nested tensors, which this example does not use.
 warnings.filterwarnings("ignore", message="The PyTorch API of nested tensors is in prototype stage")
 
 

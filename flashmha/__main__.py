@@ -49,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             check_variables(table=called != "tune")  # which makes the table anew
         status: int = room.main(options)
         return status
-    except BrokenPipeError:  # whoever read our output has seen enough
+    except BrokenPipeError:  # the reader of the output has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except (ValueError, OSError, ModuleNotFoundError) as error:  # a wrong call, a missing file, a missing extra

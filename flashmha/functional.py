@@ -82,7 +82,7 @@ def attention(
     return run(q, k, v, spec, backend)
 
 
-NUMBERS = (float, int, torch.SymFloat, torch.SymInt)
+NUMBER_KINDS = (float, int, torch.SymFloat, torch.SymInt)
 
 
 def check_arguments(
@@ -101,7 +101,7 @@ def check_arguments(
         if not is_dense(tensor) and (tensor is not None or name != "sinks"):
             raise TypeError(f"{name} must be a dense tensor, got {told(tensor)}.")
     for name, number in (("softcap", softcap), ("softmax_scale", softmax_scale), ("dropout_p", dropout_p)):
-        if not isinstance(number, NUMBERS) and (number is not None or name == "dropout_p"):
+        if not isinstance(number, NUMBER_KINDS) and (number is not None or name == "dropout_p"):
             hint = "; multiply q by a tensor instead" if name == "softmax_scale" else ""
             raise TypeError(f"{name} must be a number, got {told(number)}{hint}.")
     for name, said in (("deterministic", deterministic), ("return_lse", return_lse)):

@@ -24,7 +24,7 @@ from torch import nn
 
 import flashmha
 from flashmha.benchmark.environment import processor
-from flashmha.host.clock import quiet, seconds
+from flashmha.host.clock import quiet_machine, seconds
 from flashmha.problem.wording import short
 
 CPU = torch.device("cpu")
@@ -81,7 +81,7 @@ def measure(dtype: torch.dtype, training: bool, shape: tuple[int, ...]) -> dict[
 def rows() -> list[dict[str, Any]]:
     """Every dtype, pass and shape with the instructions of this process."""
     found = []
-    with quiet(CPU):
+    with quiet_machine(CPU):
         for dtype, mode, shape in itertools.product((torch.bfloat16, torch.float16), ("eval", "train"), SHAPES):
             ratios = measure(dtype, mode == "train", shape)
             found.append({"dtype": short(dtype), "pass": mode, "shape": shape, **ratios})

@@ -30,9 +30,8 @@ import flashmha
 from flashmha import ALiBi, AttentionSpec, Backend, KeyLengths, Limits, Mask, Window, backends
 from flashmha.__main__ import COMMANDS, main
 from flashmha.backends import get, names
-from flashmha.backends.choice import ranking, tuned
+from flashmha.backends.choice import builtin, ranking, tuned
 from flashmha.backends.choice import rows as derived
-from flashmha.backends.choice import builtin
 from flashmha.backends.choice.ranking import KINDS, MODES, Row
 from flashmha.backends.choice.registry import instead
 from flashmha.backends.flash_attn.flash4 import Flash4

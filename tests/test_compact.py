@@ -32,7 +32,7 @@ def test_real_keys_come_first_in_the_order_they_had(machine: torch.device, drawn
         for item in range(len(valid)):
             real, rows = source[item, valid[item]], target[item].cpu()
             assert torch.equal(rows[: len(real)], real)
-            assert not rows[len(real) : len(real) + compact.TILE].any(), "a tile that a kernel loads is 0"
+            assert not rows[len(real) : len(real) + compact.LARGEST_TILE].any(), "a tile that a kernel loads is 0"
 
 
 @given(drawn=keys())
@@ -41,6 +41,6 @@ def test_gradients_go_back_to_where_their_keys_were(machine: torch.device, drawn
     there = valid.to(machine)
     *moved, _ = compact.compact(k.to(machine), v.to(machine), there)
     packed = torch.full((2, *k.shape), float("nan"), dtype=k.dtype, device=machine)
-    compact.spread((moved[0], moved[1]), (packed[0], packed[1]), there)
+    compact.move_back((moved[0], moved[1]), (packed[0], packed[1]), there)
     for source, back in zip((k, v), packed):
         assert torch.equal(back.cpu(), torch.where(valid[:, :, None, None], source, 0.0))

@@ -262,7 +262,7 @@ class PretendedSdpa(Sdpa):
         Sdpa.limits,
         devices=("cpu",),
         dtypes=HALF,
-        features=(varlen.DOCUMENTS | varlen.PADDED) - {"dropout", "deterministic"},
+        features=(varlen.BESIDE_DOCUMENTS | varlen.BESIDE_PADDING) - {"dropout", "deterministic"},
         head_dim_step=8,
     )
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from flashmha import AttentionSpec, FlashMultiHeadAttention, KeyPadding, attention, causal
 from flashmha.backends import get, names
-from flashmha.backends.sdpa.backend import attend_on_cuda, dense
+from flashmha.backends.sdpa.backend import attend_on_cuda, dense_mask
 from flashmha.problem.scores import ALiBi, Bias, RelativeBias, TensorBias, add_biases, narrow_bias
 from flashmha.testing import assert_agrees, noise, seeds
 from flashmha.testing.judge import answer
@@ -284,7 +284,7 @@ def test_a_gpu_is_told_levelled_rows_and_the_gradient_comes_back(bias: Tensor, d
     bias.requires_grad_()
     q, k, v = heads(dtype, seed)
     spec = AttentionSpec.of(q, k, v, bias=TensorBias(bias)).changed(device=torch.device("cuda"))
-    told = dense(spec)
+    told = dense_mask(spec)
     assert told is not None and told.dtype == dtype and torch.equal(told == -math.inf, bias == -math.inf)
     assert not (told.amax(-1).abs() > 0.0).logical_and(told.amax(-1) > -math.inf).any()
     out = attend_on_cuda(q, k, v, spec)

@@ -192,7 +192,7 @@ def test_packed_tokens_compile_into_one_graph_for_every_batch(features: dict[str
     # Dynamo keeps floats in tensors of the default type, one of the GPU's there, and cannot read them
     floats = torch._dynamo.config.patch(error_on_recompile=True, specialize_float=True)
     with floats, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(heads, "WORTH", 24 * 100)  # from here on a projection is split another way
+        patch.setattr(heads, "MIN_ELEMENTS", 24 * 100)  # from here on a projection is split another way
         for lengths in ((30, 40), (50, 7), (5, 9, 3), (64, 64), (2, 0, 1, 1)):
             x = torch.randn(1, sum(lengths), 8, requires_grad=True)
             mask: Mask = Documents(offsets(lengths), max_seqlen=max(lengths))

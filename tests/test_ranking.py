@@ -35,8 +35,7 @@ from flashmha import (
     causal,
 )
 from flashmha.backends import choose, explain, get, names, order, register, unregister
-from flashmha.backends.choice import ranking, tuned
-from flashmha.backends.choice import builtin
+from flashmha.backends.choice import builtin, ranking, tuned
 from flashmha.backends.choice.choose import choices, reason
 from flashmha.backends.choice.measured import TABLE
 from flashmha.backends.choice.memory import key_of

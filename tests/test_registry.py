@@ -44,7 +44,7 @@ def q() -> torch.Tensor:
 def fresh_list() -> Iterator[None]:
     """The list as it is before its first use: our own backends, no plug-in looked for."""
     own = {name: backend for name, backend in registry.entries.items() if name in BUILT_IN}
-    with mock.patch.multiple(registry, entries=own, packages={}, complete=False, preferred=frozenset()):
+    with mock.patch.multiple(registry, entries=own, brought_by={}, complete=False, preferred=frozenset()):
         yield
 
 

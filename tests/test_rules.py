@@ -29,7 +29,7 @@ from flashmha import AttentionSpec, FlashMultiHeadAttention, KeyLengths, KeyPadd
 from flashmha.backends.choice.registry import instead
 from flashmha.backends.rewrites import documents as packing
 from flashmha.backends.rewrites.heads import neighbours
-from flashmha.backends.rewrites.order import RealFirst, permuted, real_first
+from flashmha.backends.rewrites.order import RealFirst, permute_rows, real_first
 from flashmha.backends.sdpa import backend as sdpa
 from flashmha.backends.sdpa import packed as varlen
 from flashmha.backends.sdpa import pieces as blocks
@@ -445,7 +445,7 @@ def test_a_mask_of_one_call_is_made_no_table() -> None:
     rule, hidden = KeyPadding(validity("right", 2, 6, 1)), ~validity("right", 2, 6, 1)
     tables = []
     for padding in (hidden, hidden, rule):
-        with torch.no_grad(), mock.patch.object(sdpa, "added", wraps=sdpa.added) as made:
+        with torch.no_grad(), mock.patch.object(sdpa, "padding_as_bias", wraps=sdpa.padding_as_bias) as made:
             layer(x, x, x, key_padding_mask=padding, need_weights=False)
         tables.append(made.call_count)
     assert tables == [0, 0, 1]
@@ -701,7 +701,7 @@ def test_tensors_of_their_own_are_no_neighbours_however_they_lie() -> None:
     assert first.data_ptr() + first.nbytes == second.data_ptr()
     assert not neighbours((first, second))
     order = real_first(validity("holes", 1, 6, 3))
-    for moved, x in zip(permuted((first, second), order), (first, second)):
+    for moved, x in zip(permute_rows((first, second), order), (first, second)):
         assert torch.equal(moved, x[order.places])
     whole = torch.randn(6, 4, 4)
     assert neighbours((whole[:, :2], whole[:, 2:]))

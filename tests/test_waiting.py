@@ -22,8 +22,7 @@ from torch.utils.checkpoint import checkpoint
 import flashmha
 from flashmha import AttentionSpec, Backend, Documents, KeyLengths, KeyPadding, Limits, causal
 from flashmha.backends import choose, compiling, explain, get, register, unregister, use_backend
-from flashmha.backends.choice import ranking
-from flashmha.backends.choice import builtin
+from flashmha.backends.choice import builtin, ranking
 from flashmha.backends.choice.choose import choices
 from flashmha.backends.choice.registry import instead
 from flashmha.backends.choice.waiting import FIRST_CHOICE_VARIABLE, is_worth_compiling, loss

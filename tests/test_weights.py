@@ -111,7 +111,7 @@ def cotangents(case: Case, *tensors: Tensor) -> list[Tensor]:
 def test_values_and_gradients_are_those_of_the_stock_layer(case: Case) -> None:
     answers = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(blocks, "SCORES_AT_ONCE", case.block)
+        patch.setattr(blocks, "SCORES_IN_A_BLOCK", case.block)
         for layer in case.layers():
             call, wanted = case.call()
             out, seen = layer(**call)

@@ -43,7 +43,7 @@ FEATURES = (
 HALF = (torch.float16, torch.bfloat16)
 
 Serve = Callable[[Tensor, Tensor, Tensor], Tensor | tuple[Tensor, Tensor]]
-"""What a backend does with the q, k and v of a problem."""
+"""A problem served: its q, k and v in, out or (out, lse)."""
 
 CONTRACTS = (1,)
 """The versions of ``Backend``'s contract that this release keeps."""
@@ -51,7 +51,7 @@ CONTRACTS = (1,)
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
-    """What a backend can do, as data: reasons, the site's table and the tests all come from here.
+    """Capabilities of a backend, as data: reasons, the site's table and the tests all come from here.
 
     Attributes:
         devices: device types.
@@ -227,7 +227,7 @@ class Backend(abc.ABC):
     - ``why_not_built(spec)``: what the installed build says.
     - ``must_compile(spec)``: what a call compiles first. A short problem goes to another backend until that is worth
       it; ``kernel_key(spec)`` tells which problems share a kernel.
-    - ``builds_mask(spec)``: where it is slow, so that others are asked first.
+    - ``builds_mask(spec)``: where it is slow, so that others come before it.
     - ``runs_packed(...)``: whether layers leave padding out for it.
     - ``prepare(spec)``: the call of one problem, for the layers of a model.
     """
@@ -241,7 +241,7 @@ class Backend(abc.ABC):
     install: ClassVar[str | None] = None
     """How to get it, said when it is not there."""
     remark: ClassVar[str | None] = None
-    """What tables say beside the limits, which are not all there is to say."""
+    """A note of tables beside the limits, for what these cannot say."""
     tolerance: ClassVar[tuple[float, float]] = (2.0, 3.0)
     """How much worse than a plain computation in the same dtype it may be: the output, and gradients."""
     compiles: ClassVar[Literal["kinds", "shapes"] | None] = None
@@ -261,7 +261,7 @@ class Backend(abc.ABC):
     launched_by_cpp: ClassVar[bool] = False
     """A graph compiled for a GPU launches its kernel by C++: first of the measured there for short problems."""
     judges_by_outline: ClassVar[bool] = False
-    """What it answers about a problem depends on ``spec.outline`` alone and on no value of a tensor: a choice is
+    """Its answers about a problem depend on ``spec.outline`` alone and on no value of a tensor: a choice is
     remembered beside padding, documents and mask tensors too."""
     results_checked: ClassVar[bool] = False
     """Its own tests check kind, shape and dtype of every result; the package does not check them again."""
@@ -289,14 +289,14 @@ class Backend(abc.ABC):
         return None
 
     def must_compile(self, spec: AttentionSpec) -> str | None:
-        """What a call compiles first, and waits for; ``None`` where the kernel is there.
+        """The kernel that a call compiles first, and waits for; ``None`` where it is there.
 
         Automatic choice asks, so that a short problem goes to a backend that is ready; one that was named compiles.
         """
         return None
 
     def kernel_key(self, spec: AttentionSpec) -> Hashable:
-        """What it compiles for a problem: problems with one answer share a kernel. ``None`` where that has no name."""
+        """A name of what it compiles for a problem: problems with one answer share a kernel. ``None`` for no name."""
         return spec.outline
 
     def on_disk(self, device: torch.device) -> str | None:

@@ -1,4 +1,4 @@
-"""What was lost without each kernel, and the seconds that compiling took: the book that backends write in."""
+"""Time lost without each kernel, and the seconds that compiling took; backends say when they have compiled."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ..host.torch_state import in_backward
 
 logger = logging.getLogger("flashmha")
 SECONDS = 4.0
-"""What compiling a kernel takes, before this process has compiled one."""
+"""Seconds that compiling a kernel takes, before this process has compiled one."""
 NOTHING = 0.02
 """A first call of fewer seconds compiled nothing: the package had the kernel."""
 PATIENCE = 1000
@@ -27,7 +27,7 @@ class Wait:
     """A kernel that problems could use.
 
     Attributes:
-        backend: whose it is.
+        backend: the name of its backend.
         cost: the seconds that compiling it takes, as far as is known.
         calls: how many went without it.
         lost: the seconds that were lost so.
@@ -81,12 +81,12 @@ class Waits:
         self.took: dict[str, tuple[int, float]] = {}
 
     def seconds(self, backend: str) -> float:
-        """What compiling a kernel of a backend takes: the mean of those compiled here."""
+        """Seconds that compiling a kernel of a backend takes: the mean of those compiled here."""
         count, total = self.took.get(backend, (0, 0.0))
         return total / count if count else self.cost
 
     def find(self, backend: str, kernel: Hashable) -> Wait | None:
-        """What is known of a kernel; ``None`` where no problem has lost anything without it."""
+        """The wait for a kernel; ``None`` where no problem has lost anything without it."""
         return self.kernels.get((backend, kernel))
 
     def of(self, backend: str, kernel: Hashable, needs_grad: bool) -> Wait:

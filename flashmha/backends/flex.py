@@ -28,7 +28,7 @@ Question = Callable[[AttentionSpec], bool]
 class Flex(Backend):
     """``flex_attention``: any rule and any bias without a (seqlen_q, seqlen_k) tensor on a GPU; forward on a CPU.
 
-    The first call of a shape compiles for some seconds on a GPU; ``KEPT`` shapes stay compiled.
+    The first call of a shape compiles for some seconds on a GPU; ``MOST_KERNELS`` shapes stay compiled.
     """
 
     name = measured_as = "flex"
@@ -110,13 +110,13 @@ class Flex(Backend):
         return traced if is_compiling() else unfused
 
 
-KEPT = 64
+MOST_KERNELS = 64
 """How many compiled functions are kept."""
 Key = tuple[Any, ...]
 
 
 class Kernels:
-    """At most ``KEPT`` compiled functions by everything that makes another kernel; the longest unused goes first.
+    """At most ``MOST_KERNELS`` compiled functions by all that makes another kernel; the longest unused goes first.
 
     One compiled function for all shapes would not do: Dynamo keeps what it compiled for a function on the function's
     code object, and beyond eight versions there it runs the function as it is, unfused, with no more than a line in
@@ -147,7 +147,7 @@ class Kernels:
                 result = made(*args, **kwargs)
             with self.lock:
                 self.functions[key] = made, alive
-                while len(self.functions) > KEPT:
+                while len(self.functions) > MOST_KERNELS:
                     self.functions.popitem(last=False)
             return result
 
@@ -167,7 +167,7 @@ def problem_key(spec: AttentionSpec) -> Key:
 
 
 def tensors_key(q: Tensor, k: Tensor, v: Tensor) -> Key:
-    """What else a compiler looks at: how the tensors lie, who wants a gradient, and the modes of autograd."""
+    """The rest of what a compiler looks at: how the tensors lie, which want a gradient, and the modes of autograd."""
     layouts = tuple((x.stride(), x.requires_grad, x.is_inference()) for x in (q, k, v))
     return (*layouts, torch.is_grad_enabled(), is_inference())
 
@@ -188,7 +188,7 @@ def compiled(number: int) -> Callable[..., Any]:
 
 
 def fuses(spec: AttentionSpec) -> bool:
-    """A call compiles a kernel: on a GPU, outside somebody else's torch.compile."""
+    """A call compiles a kernel: on a GPU, outside a graph that is being compiled."""
     return spec.device.type != "cpu" and not is_compiling()
 
 
@@ -228,19 +228,21 @@ def score_mod(spec: AttentionSpec) -> Callable[..., Tensor] | None:
         if bias is None:
             return score
         added = bias(batch, head, q_idx, k_idx)
-        return score + torch.where(added == float("-inf"), float("-inf"), added.to(torch.float32).clamp(LEAST, MOST))
+        return score + torch.where(
+            added == float("-inf"), float("-inf"), added.to(torch.float32).clamp(LOWEST_ADDED, LARGEST_ADDED)
+        )
 
     return modify
 
 
 def lowest(lse: Tensor, bias: Bias) -> Tensor:
-    """The log-sum-exp of rows that hold nothing above ``LEAST``: the lowest number of the bias."""
-    there = max(MOST * -1.0, min(torch.finfo(tensor.dtype).min for tensor in bias.tensors()))
-    low = (lse < 0.999 * LEAST) & (lse != float("-inf"))
+    """The log-sum-exp of rows that hold nothing above ``LOWEST_ADDED``: the lowest number of the bias."""
+    there = max(LARGEST_ADDED * -1.0, min(torch.finfo(tensor.dtype).min for tensor in bias.tensors()))
+    low = (lse < 0.999 * LOWEST_ADDED) & (lse != float("-inf"))
     return lse + torch.where(low, there - lse.detach(), 0.0)
 
 
-MOST, LEAST = torch.finfo(torch.float32).max, torch.finfo(torch.float32).min / 2
+LARGEST_ADDED, LOWEST_ADDED = torch.finfo(torch.float32).max, torch.finfo(torch.float32).min / 2
 """The most and the least that is added to a score. The kernel takes scores to powers of two: lower ones would be
 ``-inf`` there, which hides."""
 
@@ -267,26 +269,26 @@ def block_mask(spec: AttentionSpec, joins: bool) -> Any:
         # the kernel finds a batch item by the stride of the heads, and a compiler may give that axis, of size 1, any
         # stride: torch 2.11 read past the tables of padding in inference
         for name in TABLES:
-            setattr(made, name, whole(getattr(made, name)))
+            setattr(made, name, contiguous_whole(getattr(made, name)))
     return made
 
 
 TABLES = ("kv_num_blocks", "kv_indices", "full_kv_num_blocks", "full_kv_indices")
-"""What the forward kernel reads of a ``BlockMask``."""
+"""Tables of a ``BlockMask`` that the forward kernel reads."""
 
 
 def fused_into_graph(spec: AttentionSpec) -> bool:
-    """Somebody's torch.compile makes the block mask, and a kernel that reads it, in one graph."""
+    """The block mask, and a kernel that reads it, are made in one graph that is being compiled."""
     return spec.device.type != "cpu" and is_compiling()
 
 
 @torch.library.custom_op("flashmha::whole", mutates_args=())
-def whole(x: Tensor) -> Tensor:
+def contiguous_whole(x: Tensor) -> Tensor:
     """A contiguous copy, as an operator whose strides no compiler changes."""
     return x.clone(memory_format=torch.contiguous_format)
 
 
-@whole.register_fake
+@contiguous_whole.register_fake
 def _(x: Tensor) -> Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 

@@ -13,7 +13,7 @@ from .base import FEATURES, Backend, Limits
 
 
 def scores(q: Tensor, k: Tensor, spec: AttentionSpec) -> tuple[Tensor, Tensor | None]:
-    """What the softmax sees, and which rows may look at nothing.
+    """Scores as the softmax sees them, and the rows that may look at nothing.
 
     Returns the scores (batch, heads, seqlen_q, seqlen_k, one column more with sinks), ``-inf`` where a query may
     not look, and a bool tensor (batch, heads, seqlen_q, 1) of blind rows, whose scores are 0 so that no NaN

@@ -152,10 +152,10 @@ def plan_from_flags(options: argparse.Namespace) -> Plan:
 
 
 def show_cases(plan: Plan, json: bool) -> int:
-    named, _ = all_contestants(plan.device)
+    every, _ = all_contestants(plan.device)
     rows = []
     for case in plan.cases:
-        those = contestants(named, case, plan.device, plan.peers, plan.backends)
+        those = contestants(every, case, plan.device, plan.peers, plan.backends)
         rows.append((case.id, [one.name for one in those if one.refuses(case) is None]))
     if json:
         print_json([{"id": name, "contestants": those} for name, those in rows])

@@ -11,7 +11,7 @@ import torch
 
 from ..backends import get, names, origin
 from ..backends.choice import tuned, waiting
-from ..backends.choice.wishes import VARIABLE
+from ..backends.choice.wishes import BACKEND_VARIABLE
 from ..problem.wording import lines
 from ..version import __version__
 from .devices import description, devices
@@ -21,7 +21,7 @@ from .variables import check_variables
 LISTED_PACKAGES = ("einops", "flash-attn", "flash-attn-3", "flash-attn-4", "hypothesis", "rich", "matplotlib")
 
 
-VARIABLES = (VARIABLE, tuned.VARIABLE, waiting.VARIABLE)
+VARIABLES = (BACKEND_VARIABLE, tuned.TABLE_VARIABLE, waiting.FIRST_CHOICE_VARIABLE)
 """The environment variables that automatic choice follows."""
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ..backends import expand
 from ..backends.choice import tuned
-from ..backends.choice.wishes import VARIABLE, read_variable
+from ..backends.choice.wishes import BACKEND_VARIABLE, read_variable
 
 
 def check_variables(*devices: str, table: bool = True) -> None:
@@ -19,6 +19,6 @@ def check_variables(*devices: str, table: bool = True) -> None:
     """
     named = read_variable()
     if named is not None:
-        expand(named, VARIABLE)
+        expand(named, BACKEND_VARIABLE)
     for device in (*devices, "") if table else ():  # no device: the file is read and not held against this machine
-        tuned.settled(device)
+        tuned.state_on(device)

@@ -117,7 +117,7 @@ def attend_call(
     if not isinstance(output, Tensor) or output.shape != (q.shape[0], q.shape[1], layer.embed_dim):
         check_output(layer, output, q.shape[0], q.shape[1])
     if padded is not None:
-        output = packing.put_back(output, padded.places, (call.query.shape[0], call.query.shape[1]))
+        output = packing.unpack_tokens(output, padded.places, (call.query.shape[0], call.query.shape[1]))
     if not call.batched:
         return output.squeeze(0), weights
     if not layer.batch_first:

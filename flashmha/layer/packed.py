@@ -47,8 +47,8 @@ class Packed:
         """
         self.check(tokens)
         if self.batch_first:
-            return packing.put_back(tokens, self.places, self.sizes)
-        return packing.put_back(tokens.transpose(0, 1), self.places, self.sizes[::-1]).transpose(0, 1)
+            return packing.unpack_tokens(tokens, self.places, self.sizes)
+        return packing.unpack_tokens(tokens.transpose(0, 1), self.places, self.sizes[::-1]).transpose(0, 1)
 
     def across(self, memory: Packed) -> Documents:
         """The mask of cross-attention, queries here and keys there: every item looks at the same item's.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..backends.choice.registry import some
+from ..backends.choice.registry import any_backend
 from ..backends.choice.wishes import preference
 from ..host.torch_state import computed_in, eager, is_capturing
 from ..problem.masks import Window
@@ -84,7 +84,7 @@ def has_packed_kernel(layer: Layer, call: Reading) -> bool:
     """A kernel for packed documents runs on this GPU and in the dtype of the layer's heads."""
     device, dtype, size = call.query.device, computed_in(call.query), layer.embed_dim // layer.num_heads
     windowed = layer.window is not None or any(part.feature == "window" for part in parts_of(call.mask))
-    return some(lambda one: one.runs_packed(dtype, size, device, windowed))
+    return any_backend(lambda one: one.runs_packed(dtype, size, device, windowed))
 
 
 def pack_inputs(query: Tensor, key: Tensor, value: Tensor, places: Tensor) -> tuple[Tensor, Tensor, Tensor]:

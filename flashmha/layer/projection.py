@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from ..backends.choice.registry import some
+from ..backends.choice.registry import any_backend
 from ..backends.rewrites.heads import spares, split
 from ..host.torch_state import is_compiling
 from .call import change_each_once
@@ -87,7 +87,7 @@ def by_one_matrix(
 
 def may_join_gradients(packed: Tensor) -> bool:
     """Gradients of these heads may come side by side: a backend that writes them so is here, and it pays."""
-    return spares(packed) and some(lambda one: one.joins_gradients and one.why_not_here(packed.device) is None)
+    return spares(packed) and any_backend(lambda one: one.joins_gradients and one.why_not_here(packed.device) is None)
 
 
 def swap_axes(x: Tensor) -> Tensor:

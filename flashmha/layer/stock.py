@@ -111,9 +111,9 @@ def sum_masks(
     batch = query.shape[1] if query.dim() == 3 else 1
     if attn_mask is None:
         attn_mask = torch.zeros(query.shape[0], key.shape[0], dtype=query.dtype, device=query.device)
-    total = as_float_mask(attn_mask, query).expand(batch * num_heads, -1, -1)
+    total = as_added_mask(attn_mask, query).expand(batch * num_heads, -1, -1)
     if key_padding_mask is not None:
-        padding = as_float_mask(key_padding_mask, query)
+        padding = as_added_mask(key_padding_mask, query)
         padding = padding if padding.dim() == 2 else padding.unsqueeze(0)
         columns = padding[:, None, None, :].expand(-1, num_heads, -1, -1).flatten(0, 1)
         columns = columns.expand_as(total)
@@ -135,7 +135,7 @@ def centre(total: Tensor, query: Tensor) -> Tensor:
     return total.masked_fill(hidden, float("-inf")).to(dtype)
 
 
-def as_float_mask(mask: Tensor, query: Tensor) -> Tensor:
+def as_added_mask(mask: Tensor, query: Tensor) -> Tensor:
     """A mask as what is added to the scores."""
     if mask.dtype != torch.bool:
         return mask

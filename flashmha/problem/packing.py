@@ -45,7 +45,7 @@ def take_real(x: Tensor, places: Tensor) -> Tensor:
     return x.flatten(0, 1).index_select(0, places)[None]
 
 
-def put_back(tokens: Tensor, places: Tensor, sizes: tuple[int, int]) -> Tensor:
+def unpack_tokens(tokens: Tensor, places: Tensor, sizes: tuple[int, int]) -> Tensor:
     """(1, tokens, ...) as (batch, seqlen, ...), 0 where there was padding; ``sizes`` is (batch, seqlen)."""
     blank = tokens.new_zeros(sizes[0] * sizes[1], *tokens.shape[2:])
     return torch.unflatten(blank.index_copy_(0, places, tokens[0]), 0, sizes)

@@ -58,7 +58,7 @@ class Padding(Mask):
         return kept.fetch(name, functools.partial(make_plain, make))
 
     def own(self) -> Padding:
-        """The same rule over a tensor that is not the caller's, who may change theirs."""
+        """The same rule over a tensor of its own: the caller may change theirs."""
         return self if self._private else self.once("own", self.copy_tensors)
 
     def copy_tensors(self) -> Padding:
@@ -121,7 +121,8 @@ class KeyPadding(Padding):
 
     def materialize(self, *grid: Any, queries: range | None = None, keys: range | None = None) -> Tensor:
         batch, seqlen_k = self.valid.shape
-        return narrowed_to(self.valid.view(batch, 1, 1, seqlen_k), None, keys)
+        table = self.valid.view(batch, 1, 1, seqlen_k)
+        return table if keys is None else narrowed_to(table, None, keys)
 
     def dense(self, *grid: Any) -> Tensor:
         return self.materialize(keys=grid[-1])

@@ -407,8 +407,9 @@ class AttentionSpec:
         """
         if self.mask is None:
             return None
-        check_range("queries", queries, self.seqlen_q)
-        check_range("keys", keys, self.seqlen_k)
+        if queries is not None or keys is not None:
+            check_range("queries", queries, self.seqlen_q)
+            check_range("keys", keys, self.seqlen_k)
         return self.mask.materialize(
             self.batch, self.heads, self.seqlen_q, self.seqlen_k, self.device, queries=queries, keys=keys
         )
@@ -417,8 +418,9 @@ class AttentionSpec:
         """The bias as a tensor that broadcasts to (batch, heads, seqlen_q, seqlen_k), or to a range as ``allowed``."""
         if self.bias is None:
             return None
-        check_range("queries", queries, self.seqlen_q)
-        check_range("keys", keys, self.seqlen_k)
+        if queries is not None or keys is not None:
+            check_range("queries", queries, self.seqlen_q)
+            check_range("keys", keys, self.seqlen_k)
         sizes = (self.batch, self.heads, self.seqlen_q, self.seqlen_k)
         return self.bias.materialize(*sizes, self.device, self.documents, queries, keys)
 

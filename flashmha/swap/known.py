@@ -14,9 +14,9 @@ from torch.nn.modules.module import _has_any_global_hook
 from ..layer.features import MARK, find_replaced
 from ..layer.module import FlashMultiHeadAttention
 
-CALLS = ("forward", "_call_impl")
+MODULE_CALLS = ("forward", "_call_impl")
 """The methods of any module that run."""
-BLOCKS = (*CALLS, "__call__", "_sa_block", "_ff_block")
+BLOCKS = (*MODULE_CALLS, "__call__", "_sa_block", "_ff_block")
 """Those of an encoder layer."""
 
 BLOCK_PARTS = ("linear1", "dropout", "linear2", "norm1", "norm2", "dropout1", "dropout2", "activation")
@@ -107,7 +107,11 @@ def find_unknown_part(part: Any) -> str | None:
         function = part.func if isinstance(part, functools.partial) else part
         return None if function in FUNCTIONS else f"is {getattr(part, '__name__', 'a function')}, which is not torch's"
     kind, own = type(part), part.__dict__
-    if not own.keys().isdisjoint(CALLS) or kind.forward not in FORWARDS or kind.__call__ is not nn.Module.__call__:
+    if (
+        not own.keys().isdisjoint(MODULE_CALLS)
+        or kind.forward not in FORWARDS
+        or kind.__call__ is not nn.Module.__call__
+    ):
         return f"is a {kind.__name__}, which may mix tokens"
     if "normalized_shape" in own and len(own["normalized_shape"]) != 1:
         return "normalises over more than one token"

@@ -193,13 +193,13 @@ def moves_keys(src: Tensor, valid: Tensor) -> bool:
 def leave(encoder: nn.TransformerEncoder, route: Route, output: Tensor) -> Tensor:
     """The encoder's output of what its last layer returned; zeros where padding was left out."""
     if route.padded_norm:
-        output = put_back(route, output)
+        output = restore_tokens(route, output)
     if encoder.norm is not None:
         output = encoder.norm(output)
-    return output if route.padded_norm else put_back(route, output)
+    return output if route.padded_norm else restore_tokens(route, output)
 
 
-def put_back(route: Route, output: Tensor) -> Tensor:
+def restore_tokens(route: Route, output: Tensor) -> Tensor:
     """Put tokens back where they were, zeros where padding was."""
     if route.packed is not None:
         return route.packed.unpack(output)

@@ -39,28 +39,28 @@ def run_layer(layer: nn.TransformerEncoderLayer, x: Tensor, attention: SelfAtten
     """One encoder layer."""
     parts: Any = layer._modules
     if layer.norm_first:
-        x = x + apply_dropout(parts["dropout1"], attention(parts["self_attn"], apply_norm(parts["norm1"], x)))
-        return x + feed_forward(layer, apply_norm(parts["norm2"], x))
-    x = apply_norm(parts["norm1"], x + apply_dropout(parts["dropout1"], attention(parts["self_attn"], x)))
-    return apply_norm(parts["norm2"], x + feed_forward(layer, x))
+        x = x + run_dropout(parts["dropout1"], attention(parts["self_attn"], run_norm(parts["norm1"], x)))
+        return x + feed_forward(layer, run_norm(parts["norm2"], x))
+    x = run_norm(parts["norm1"], x + run_dropout(parts["dropout1"], attention(parts["self_attn"], x)))
+    return run_norm(parts["norm2"], x + feed_forward(layer, x))
 
 
 def feed_forward(layer: nn.TransformerEncoderLayer, x: Tensor) -> Tensor:
     """The two linear layers of an encoder layer, and what is between them."""
     parts: Any = layer._modules
     activation = layer.activation
-    x = apply_linear(parts["linear1"], x)
+    x = run_linear(parts["linear1"], x)
     x = activation.forward(x) if isinstance(activation, nn.Module) else activation(x)
-    return apply_dropout(parts["dropout2"], apply_linear(parts["linear2"], apply_dropout(parts["dropout"], x)))
+    return run_dropout(parts["dropout2"], run_linear(parts["linear2"], run_dropout(parts["dropout"], x)))
 
 
-def apply_linear(part: Any, x: Tensor) -> Tensor:
+def run_linear(part: Any, x: Tensor) -> Tensor:
     """A linear layer as a function."""
     out: Tensor = F.linear(x, *parameters(part, "weight", "bias")) if type(part) is nn.Linear else part.forward(x)
     return out
 
 
-def apply_norm(part: Any, x: Tensor) -> Tensor:
+def run_norm(part: Any, x: Tensor) -> Tensor:
     """A norm as a function."""
     if type(part) is nn.LayerNorm:
         return torch.layer_norm(x, part.normalized_shape, *parameters(part, "weight", "bias"), part.eps)
@@ -68,7 +68,7 @@ def apply_norm(part: Any, x: Tensor) -> Tensor:
     return out
 
 
-def apply_dropout(part: Any, x: Tensor) -> Tensor:
+def run_dropout(part: Any, x: Tensor) -> Tensor:
     """A dropout as a function, left out where it drops nothing."""
     if type(part) is nn.Dropout and not (part.training and part.p):
         return x

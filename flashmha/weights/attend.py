@@ -156,4 +156,4 @@ def defer(recipe: Recipe) -> Deferred:
 
 
 requests: Memory[tuple[Backend, AttentionSpec]] = Memory()
-"""What ``request_with_lse`` said about a shared problem, and of which backend."""
+"""What ``request_with_lse`` said about a shared problem, and of which backend: 1 us, and 16 where it is asked."""

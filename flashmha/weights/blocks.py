@@ -9,9 +9,9 @@ from torch import Tensor
 
 from ..problem.spec import AttentionSpec
 
-SCORES_AT_ONCE = 2**19
+SCORES_IN_A_BLOCK = 2**19
 """Scores computed at a time: about what a core's cache holds."""
-SCORES_AT_ONCE_ON_GPU = 2**26
+SCORES_IN_A_BLOCK_ON_GPU = 2**26
 """The same on a GPU, which a small block leaves idle."""
 LOG2_E = 1.4426950408889634
 
@@ -35,7 +35,7 @@ class Score:
         if lse is not None:  # a blind row has no weights: exp(anything - inf) is 0
             self.lse = (lse.to(dtype).masked_fill(lse == float("-inf"), float("inf")) * LOG2_E).transpose(0, 1)
         self.buffer = q.new_empty(0, dtype=dtype)
-        self.block = SCORES_AT_ONCE_ON_GPU if spec.device.type == "cuda" else SCORES_AT_ONCE
+        self.block = SCORES_IN_A_BLOCK_ON_GPU if spec.device.type == "cuda" else SCORES_IN_A_BLOCK
         self.hidden = None if allowed is None else ~allowed.transpose(0, 1)
         self.bias = None if added is None else added.detach().to(dtype).transpose(0, 1)
 

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ..backends.naive import probabilities, scores
 from ..host.torch_state import without_autocast
-from ..problem.packing import put_back
+from ..problem.packing import unpack_tokens
 from ..problem.scores import TensorBias
 from ..problem.spec import AttentionSpec
 from . import tiles
@@ -173,7 +173,7 @@ class Recipe:
         if self.places is None:
             return q, k
         sizes = (self.spec.batch, self.spec.seqlen_q)
-        return put_back(q, self.places, sizes), put_back(k, self.places, sizes)
+        return unpack_tokens(q, self.places, sizes), unpack_tokens(k, self.places, sizes)
 
 
 def replace_bias(spec: AttentionSpec, bias: Tensor | None) -> AttentionSpec:

@@ -13,14 +13,23 @@ from . import registry
 from .memory import Memory, key_of
 from .order import order
 from .registry import expand
-from .waiting import WAITS, capturing, compiled_first, keeps_first_choice, known_wait, long, loss, movable
+from .waiting import (
+    WAITS,
+    capturing,
+    compiled_first,
+    is_worth_compiling,
+    keeps_first_choice,
+    known_wait,
+    loss,
+    may_move,
+)
 from .wishes import KEY, Wanted, asked, variables, wish
 
 logger = logging.getLogger("flashmha")
 
 
 class Choice(NamedTuple):
-    """What automatic choice said about a problem. A call loses ``loss`` seconds without the kernel of ``wait``."""
+    """An automatic choice for a problem. A call loses ``loss`` seconds without the kernel of ``wait``."""
 
     backend: Backend
     wait: Wait | None
@@ -47,9 +56,9 @@ def choose(spec: AttentionSpec, wanted: Wanted = None, calls: int = 1) -> Backen
         said, named = asked(wanted)
         if named is not None:
             return choose_among(spec, expand(named, said), f"{said}={named!r}")
-    key = spec if spec.shared else key_of(spec)
+    key = spec if spec.shared else spec.form or key_of(spec)
     before = None if key is None else choices.get(key)
-    if before is not None and (before.wait is None or not (before.wait.over and movable(spec))):
+    if before is not None and (before.wait is None or not (before.wait.over and may_move(spec))):
         if before.wait is not None:
             before.wait.lose(before.loss * calls)
         return before.backend
@@ -85,16 +94,16 @@ def choose_among(spec: AttentionSpec, names: tuple[str, ...], wanted: str) -> Ba
 
 
 def chosen_before(spec: AttentionSpec) -> Choice | None:
-    """What was chosen for a problem before, where it still holds."""
+    """The choice that was made for a problem before, where it still holds."""
     key = key_of(spec)
     before = None if key is None else choices.get(key)
-    if before is not None and before.wait is not None and before.wait.over and movable(spec):
+    if before is not None and before.wait is not None and before.wait.over and may_move(spec):
         return None
     return before
 
 
 def is_kept(spec: AttentionSpec, backend: Backend, reasons: dict[str, str], wait: Wait | None) -> bool:
-    """A choice is remembered; for a problem with tensors, one that backends made who will say the same of its outline.
+    """A choice is remembered; for a problem with tensors, where every backend that was asked judges by its outline.
 
     Nothing is remembered that was found while a CUDA graph was captured, where a package that was not tried out yet is
     refused.
@@ -131,7 +140,9 @@ def pick(spec: AttentionSpec, reasons: dict[str, str]) -> tuple[Backend | None, 
             wait = known_wait(backend, spec)
             so_far = "" if wait is None else f"; {wait}"
             if waiting is None:
-                if long(spec) or (wait is not None and wait.over and movable(spec) and not keeps_first_choice()):
+                if is_worth_compiling(spec) or (
+                    wait is not None and wait.over and may_move(spec) and not keeps_first_choice()
+                ):
                     return backend, f"{compiles}{so_far}", None
                 waiting = (backend, compiles)
             why = f"{WAITS}: {compiles}{so_far}"

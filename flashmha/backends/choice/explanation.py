@@ -11,7 +11,7 @@ from . import registry, tuned
 from .choose import chosen_before, pick, reason
 from .order import order
 from .registry import expand, names
-from .waiting import still
+from .waiting import why_still_waiting
 from .wishes import Wanted, asked
 
 
@@ -61,11 +61,11 @@ def explain(spec: AttentionSpec, wanted: Wanted = None, capability: tuple[int, i
         if before is not None:
             found = before.backend
             if before.wait is not None:
-                passed = still(before.wait, spec)
+                passed = why_still_waiting(before.wait, spec)
         else:
             found, compiles, _ = pick(spec, passed)
             notes += [] if found is None or compiles is None else [f"{found.name} compiles first: {compiles}"]
-        row = tuned.row(spec)
+        row = tuned.measured_row(spec)
         notes += [] if row is None else [f"measured backends are asked in the order of {row.source}"]
     for name in (*candidates, *(name for name in order(spec) if name not in candidates)):
         backend = registry.entries[name]
@@ -78,17 +78,17 @@ def explain(spec: AttentionSpec, wanted: Wanted = None, capability: tuple[int, i
     if found is not None:
         return Explanation(spec, found.name, rows, tuple(notes))
     able = ", ".join(name for name, text in rows.items() if text == OTHERWISE)
-    who = "no backend can serve this problem" if named is None else f"{said}={named!r} cannot serve this problem"
+    said_of = "no backend can serve this problem" if named is None else f"{said}={named!r} cannot serve this problem"
     others = f"; without that name {able} could" if able else ""
-    return Explanation(spec, None, rows, tuple(notes), f"chosen: none, {who}{others}")
+    return Explanation(spec, None, rows, tuple(notes), f"chosen: none, {said_of}{others}")
 
 
 OTHERWISE, BY_LIMITS = "could serve, not asked for", "could serve by its limits"
-"""What is said of backends that were not chosen."""
+"""Rows of backends that were not chosen."""
 
 
 def on_paper(spec: AttentionSpec, capability: tuple[int, int], said: str, named: Wanted) -> Explanation:
-    """What the limits say of a problem on a GPU of some CUDA compute capability."""
+    """The limits' answer to a problem on a GPU of some CUDA compute capability."""
     if spec.device.type != "cuda":
         raise ValueError(f"capability must come with a problem on a CUDA device, got one on {spec.device}.")
     if not (isinstance(capability, tuple) and len(capability) == 2 and all(type(part) is int for part in capability)):

@@ -22,7 +22,7 @@ Token = tuple[Any, Any, tuple[bool, ...]]
 
 
 def key_of(spec: AttentionSpec) -> Hashable:
-    """What answers about a problem are kept under: itself where it is shared, else its form or its outline.
+    """The key that answers about a problem are kept under: itself where it is shared, else its form or its outline.
 
     ``None`` where nothing may be kept.
     """
@@ -40,7 +40,7 @@ class Memory(Generic[T]):
         self._answers: dict[Hashable, tuple[Token, T]] = {}
 
     def token(self) -> Token:
-        """What an answer that is looked for now depends on."""
+        """All that an answer which is looked for now depends on."""
         switches = (
             asks_deterministic(),
             only_warns(),

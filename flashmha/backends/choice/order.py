@@ -21,7 +21,7 @@ def order(spec: AttentionSpec) -> tuple[str, ...]:
     this problem, and behind the definition what has no kernel on its device.
     """
     discover()
-    entries, row = registry.entries, tuned.row(spec)
+    entries, row = registry.entries, tuned.measured_row(spec)
     table = () if row is None else row.order
     names, kind = list(entries), spec.device.type
     definition: str | None = None

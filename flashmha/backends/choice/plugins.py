@@ -22,14 +22,14 @@ GROUP = "flashmha.backends"
 Load = Callable[[], object]
 
 
-def installed() -> list[tuple[str, str, Load]]:
-    """What the environment offers: the backend's name, the package it comes with, and how to import its class.
+def find_offers() -> list[tuple[str, str, Load]]:
+    """The offers of the environment: the backend's name, the package it comes with, and how to import its class.
 
     Metadata that cannot be read is one offer as well, whose import raises what went wrong.
     """
     try:
         points = sorted(metadata.entry_points(group=GROUP), key=lambda point: (point.name, package(point)))
-    except Exception as error:  # one damaged package must not take attention away from everybody
+    except Exception as error:  # one damaged package must not take attention away from all others
         return [(GROUP, "the environment's metadata", raising(error))]
     return [(point.name, package(point), point.load) for point in points]
 
@@ -55,7 +55,7 @@ def load_class(load: Load) -> object:
 
 
 class Unusable(Backend):
-    """A plug-in that could not be taken in: it stays on the list, so that whoever looks for it finds the reason."""
+    """A plug-in that could not be taken in: it stays on the list, so that a look for it finds the reason."""
 
     limits = Limits(devices=(), dtypes=(), features=frozenset())
 

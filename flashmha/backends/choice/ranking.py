@@ -1,7 +1,8 @@
-"""The ranking: who is asked first, by measurement.
+"""The ranking: which backend is asked first, by measurement.
 
-A ``Table`` holds what was measured on one kind of machine, as rows. A row says which problems it is for, who serves
-them fastest, and which file the figures are in. ``TABLE`` comes with the package; ``flashmha tune`` makes another one.
+A ``Table`` holds what was measured on one kind of machine, as rows. A row says which problems it is for, which
+backends serve them fastest, and which file the figures are in. ``measured.TABLE`` comes with the package; ``flashmha
+tune`` makes another one.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ KINDS = ("dense", "causal", "padded", "padded causal", "window", "documents", "d
 MODES = ("eval", "train")
 """The forward alone, and the forward with its backward."""
 
-FEW, MANY = 8, 512
+DECODE_QUERIES, DECODE_KEYS = 8, 512
 """The most queries and the fewest keys of ``decode``."""
 UNMEASURED = frozenset(
     "rule bias bias_grad alibi softcap sinks dropout head_dim_v deterministic".split()  # noqa: SIM905
@@ -35,7 +36,7 @@ LAST = "naive"
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """What was measured for some problems.
+    """A measurement for some problems.
 
     Attributes:
         kinds, modes: out of ``KINDS`` and ``MODES``.
@@ -103,7 +104,7 @@ def kind(spec: AttentionSpec) -> str:
     if features & UNMEASURED:
         return "other"
     padded = bool(features & {"key_padding", "key_lengths"})
-    decodes = not spec.needs_grad and spec.seqlen_k >= MANY and spec.seqlen_q <= FEW
+    decodes = not spec.needs_grad and spec.seqlen_k >= DECODE_KEYS and spec.seqlen_q <= DECODE_QUERIES
     if "dense_mask" in features:
         return "other" if decodes else "mask tensor"
     if "documents" in features:
@@ -123,7 +124,7 @@ def mode(spec: AttentionSpec) -> str:
 
 
 def keys(spec: AttentionSpec) -> int:
-    """How many keys a query may meet: those of the longest document where that is known, else all."""
+    """The number of keys that a query may meet: those of the longest document where that is known, else all."""
     documents = spec.documents
     return spec.seqlen_k if documents is None or documents.max_seqlen_k is None else documents.max_seqlen_k
 
@@ -135,4 +136,4 @@ def work(spec: AttentionSpec) -> float:
 
 
 PLACE = ("kind", "mode", "head_dim", "keys")
-"""What tells one cell from another."""
+"""Fields that tell one cell from another."""

@@ -21,12 +21,12 @@ class Call:
     backend: str
 
     def __str__(self) -> str:
-        who = "" if self.layer is None else f"{type(self.layer).__name__}: "
-        return f"{who}{self.backend} <- {self.spec}"
+        layer = "" if self.layer is None else f"{type(self.layer).__name__}: "
+        return f"{layer}{self.backend} <- {self.spec}"
 
 
 class Recording(threading.local):
-    """What ``record`` set, a thread."""
+    """The list that ``record`` set, a thread."""
 
     calls: list[Call] | None = None
 

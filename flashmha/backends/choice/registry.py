@@ -1,8 +1,8 @@
 """The list of backends, in order: what is on it, how it got there, and the names it answers to.
 
 Everything on the list came through ``register``: this package's own classes, and those of others by decorator or by
-entry point (``plugins``). An entry point puts a backend at the end, behind ``naive``, which serves everything: being
-installed changes no number, being named or preferred does.
+entry point (``plugins``). An entry point puts a backend at the end, behind ``naive``, which serves everything:
+installing a plug-in never changes automatic choice, it runs when it is named or preferred.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ from .plugins import Unusable
 B = TypeVar("B", bound=type[Backend])
 entries: dict[str, Backend] = {}
 """The list. It is replaced and never changed, so that a thread reads one state of it."""
-packages: dict[str, str] = {}
+brought_by: dict[str, str] = {}
 """Backend name -> the package whose entry point brought it."""
 preferred: frozenset[str] = frozenset()
 """Backends that stay where ``prefer`` put them, whatever was measured. It is replaced before ``entries`` is."""
 complete = False
 """The plug-ins are on the list."""
-lock = threading.RLock()
+list_lock = threading.RLock()
 """Held while the list is replaced, and never while anything is imported, which waits for locks of its own."""
 
 
 class Discovery(threading.local):
-    """Whether this thread is importing plug-ins."""
+    """A flag a thread: it is importing plug-ins."""
 
     running = False
 
@@ -49,7 +49,7 @@ def register(backend: B, *, before: str | None = None) -> B:
     """
     if before is not None and before not in entries:
         discover()
-        find(before, "before", or_family=False)
+        find_backend(before, "before", or_family=False)
     add(made(backend), before)
     return backend
 
@@ -65,12 +65,12 @@ def prefer(name: str, *, before: str | None = None) -> None:
     """
     global entries, preferred
     discover()
-    find(name, "name", or_family=False)
+    find_backend(name, "name", or_family=False)
     if before is not None:
-        find(before, "before", or_family=False)
+        find_backend(before, "before", or_family=False)
         if before == name:
             raise ValueError(f"before must be another backend, got {before!r}.")
-    with lock:
+    with list_lock:
         rest = [row for row in entries.items() if row[0] != name]
         place = 0 if before is None else [other for other, _ in rest].index(before)
         preferred |= {name}
@@ -81,21 +81,21 @@ def made(backend: object) -> Backend:
     """A class of a backend, checked and instantiated."""
     if not (isinstance(backend, type) and issubclass(backend, Backend)):
         raise TypeError(f"register takes a Backend class, got {backend!r}.")
-    who = backend.__name__
+    kind = backend.__name__
     if backend.contract not in CONTRACTS:
         raise ValueError(
             f"contract must be {' or '.join(map(str, CONTRACTS))}, as this release of flashmha keeps, "
-            f"got {backend.contract!r} on {who}; install releases of both packages that share one."
+            f"got {backend.contract!r} on {kind}; install releases of both packages that share one."
         )
     instance = backend()
     name, limits = getattr(instance, "name", None), getattr(instance, "limits", None)
     if not isinstance(name, str) or not name or name != name.strip() or "," in name:
-        raise TypeError(f"name must be a string without commas or outer spaces, got {name!r} on {who}.")
+        raise TypeError(f"name must be a string without commas or outer spaces, got {name!r} on {kind}.")
     if not isinstance(limits, Limits):
-        raise TypeError(f"limits must be a Limits, got {limits!r} on {who}.")
+        raise TypeError(f"limits must be a Limits, got {limits!r} on {kind}.")
     family = instance.family
     if family is not None and (not isinstance(family, str) or not family or family != family.strip() or "," in family):
-        raise TypeError(f"family must be a string without commas or outer spaces, or None, got {family!r} on {who}.")
+        raise TypeError(f"family must be a string without commas or outer spaces, or None, got {family!r} on {kind}.")
     if not comes_with_flashmha(instance):
         for guard, questions in GUARDS.items():
             for question in questions:
@@ -147,7 +147,7 @@ GUARDS: dict[Callable[[str, Any], Callable[..., Any]], tuple[str, ...]] = {
     guarded_flag: ("builds_mask", "runs_packed"),
     guarded_key: ("kernel_key",),
 }
-"""What a backend of another package is asked beside others, which its faults must not reach."""
+"""Questions to a backend of another package, whose faults must not reach the others."""
 
 
 def comes_with_flashmha(backend: Backend) -> bool:
@@ -159,7 +159,7 @@ def add(backend: Backend, before: str | None = None) -> None:
     """Put a backend on the list."""
     global entries
     name = backend.name
-    with lock:
+    with list_lock:
         members = families().get(name)
         if members is not None:
             raise ValueError(f"name must not be taken, got {name!r}, which stands for {', '.join(members)}.")
@@ -177,13 +177,13 @@ def add(backend: Backend, before: str | None = None) -> None:
         entries = dict(rows)
 
 
-def some(question: Callable[[Backend], bool]) -> bool:
+def any_backend(question: Callable[[Backend], bool]) -> bool:
     """A backend on the list answers a question with yes."""
     discover()
     return any(map(question, entries.values()))
 
 
-def taken(name: str) -> bool:
+def is_taken(name: str) -> bool:
     return name in entries or name in families()
 
 
@@ -221,11 +221,11 @@ def unregister(name: str) -> None:
     """
     global entries, preferred
     discover()
-    find(name, "name", or_family=False)
-    with lock:
+    find_backend(name, "name", or_family=False)
+    with list_lock:
         preferred -= {name}
         entries = {other: backend for other, backend in entries.items() if other != name}
-        packages.pop(name, None)
+        brought_by.pop(name, None)
 
 
 @contextlib.contextmanager
@@ -233,13 +233,13 @@ def instead(*backends: Backend) -> Iterator[None]:
     """Backends in the places of those of their names, inside the ``with``: what a test made with its own machine."""
     global entries
     discover()
-    with lock:
+    with list_lock:
         before, here = entries, {backend.name: backend for backend in backends}
         entries = {name: here.get(name, backend) for name, backend in entries.items()}
     try:
         yield
     finally:
-        with lock:
+        with list_lock:
             entries = before
 
 
@@ -253,11 +253,11 @@ def discover() -> None:
         return
     discovery.running = True
     try:
-        offers = [(name, package, attempt(load)) for name, package, load in plugins.installed()]
-        with lock:
+        offers = [(name, package, attempt(load)) for name, package, load in plugins.find_offers()]
+        with list_lock:
             if not complete:
                 for name, package, found in offers:
-                    take(name, package, found)
+                    take_in(name, package, found)
                 complete = True
     finally:
         discovery.running = False
@@ -269,14 +269,14 @@ discover._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def attempt(load: Callable[[], object]) -> object:
-    """What a plug-in's import gives, or what it raises."""
+    """Import a plug-in: what that gives, or the error it raises."""
     try:
         return plugins.load_class(load)
     except (Exception, SystemExit) as error:
         return error
 
 
-def take(name: str, package: str, found: object) -> None:
+def take_in(name: str, package: str, found: object) -> None:
     """Put what a plug-in's import gave on the list, as ``Unusable`` where it is no backend."""
     try:
         if isinstance(found, BaseException):
@@ -287,10 +287,10 @@ def take(name: str, package: str, found: object) -> None:
                 raise ValueError(f"name must be {name!r}, as the entry point says, got {backend.name!r}.")
             add(backend)
     except (Exception, SystemExit) as error:
-        while taken(name):
+        while is_taken(name):
             name = f"{name} of {package}"
         add(Unusable(name, error))
-    packages[name] = package
+    brought_by[name] = package
 
 
 def names() -> tuple[str, ...]:
@@ -302,10 +302,10 @@ def names() -> tuple[str, ...]:
 def get(name: str) -> Backend:
     """The backend of a name; ``ValueError`` with the names there are."""
     discover()
-    return find(name, "backend")
+    return find_backend(name, "backend")
 
 
-def find(name: str, said: str, or_family: bool = True) -> Backend:
+def find_backend(name: str, said: str, or_family: bool = True) -> Backend:
     """The backend of a name; ``said`` is where the name stood, and whether a family could, for the error."""
     if not isinstance(name, str) or name not in entries:
         known = (*entries, *families()) if or_family else tuple(entries)
@@ -323,10 +323,10 @@ def expand(wanted: str | Sequence[str], said: str = "backend") -> tuple[str, ...
             raise ValueError(f"{said} must name at least one backend, got {wanted!r}.")
         return tuple(name for one in wanted for name in expand(one, said))
     members = () if wanted in entries else families().get(wanted, ())
-    return members or (find(wanted, said).name,)
+    return members or (find_backend(wanted, said).name,)
 
 
 def origin(name: str) -> str:
-    """Who registered a backend: flashmha, a package and its version, or the module of the class."""
+    """The origin of a backend: flashmha, a package and its version, or the module of the class."""
     backend = get(name)
-    return packages.get(name) or ("flashmha" if comes_with_flashmha(backend) else type(backend).__module__)
+    return brought_by.get(name) or ("flashmha" if comes_with_flashmha(backend) else type(backend).__module__)

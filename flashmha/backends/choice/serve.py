@@ -15,7 +15,7 @@ from .record import note, recording
 def serve(
     backend: Backend, q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, layer: Any = None, call: Serve | None = None
 ) -> Any:
-    """What a backend makes of a problem: told to ``record``, without autocast, checked unless its own tests do.
+    """Let a backend serve a problem: told to ``record``, without autocast, and checked unless its own tests do that.
 
     ``layer`` is what the attention is for; ``call`` is what the backend prepared for this problem, where it was asked.
     """

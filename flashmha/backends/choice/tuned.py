@@ -30,7 +30,7 @@ DEVICES = ("cpu", "cuda", "mps", "xpu")
 
 @dataclasses.dataclass(frozen=True)
 class Tuned:
-    """What automatic choice knows of a tuned table.
+    """A tuned table and what follows from it.
 
     Attributes:
         table: the table, ``None`` without one.
@@ -155,7 +155,7 @@ def differences(found: dict[str, Any], machine: Machine = HERE) -> list[tuple[st
 
 
 def state_on(device: str) -> Tuned:
-    """What holds on a device type; the first question reads the variable.
+    """The state that holds on a device type; the first call reads the variable.
 
     Raises:
         ValueError: as ``load_tuned``, for the file that the variable names, each time until there is another one.
@@ -190,18 +190,18 @@ def measured(device: str, index: int | None, dtype: torch.dtype) -> bool:
 
 
 def table_name(device: str, index: int | None, dtype: torch.dtype, kind: str, mode: str) -> str:
-    """The name of the table that has rows for a kind of problem: the tuned one, else the built-in one, else nobody."""
+    """The name of the table that has rows for a kind of problem: the tuned one, else the built-in one, else empty."""
     return next((table.name for table in tables(device, index, dtype) if (kind, mode) in table.places), "")
 
 
 # What torch.compiler.assume_constant_result sets: a first choice under fullgraph=True reads the file while it traces.
 # Dynamo can hold bools and strings that come from there, and no rows.
 measured._dynamo_marked_constant = True  # type: ignore[attr-defined]
-authority._dynamo_marked_constant = True  # type: ignore[attr-defined]
+table_name._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def measured_row(spec: AttentionSpec) -> Row | None:
-    """What was measured for a problem, ``None`` where nothing was.
+    """The measurement for a problem, ``None`` where there is none.
 
     Sizes are compared last: under a compiler that binds a graph to a range of them.
     """
@@ -214,7 +214,7 @@ def measured_row(spec: AttentionSpec) -> Row | None:
     if name == "other":
         return None
     place = (name, mode(spec))
-    strongest, many, table = authority(device, index, spec.dtype, *place), keys(spec), state.table
+    strongest, many, table = table_name(device, index, spec.dtype, *place), keys(spec), state.table
     if not strongest:
         return None
     rows = TABLE.places[place] if table is None or table.name != strongest else table.places[place]

@@ -1,4 +1,4 @@
-"""What is lost while a kernel is not compiled, against the seconds that compiling takes.
+"""Time that is lost while a kernel is not compiled, against the seconds that compiling takes.
 
 A short problem does not wait for a compiler: it goes to the next backend, and each such call loses a little. Once the
 calls that one kernel would have served have lost more than the kernel costs, the next one waits for it. How long a
@@ -25,7 +25,7 @@ GAIN = 0.3
 """The part of its time that a call loses with the next backend; on an H200 61 us become 84, or 120 with cuDNN, at 512
 tokens, and 16 become 20 or 22 at 128."""
 
-VARIABLE = "FLASHMHA_FIRST_CHOICE"
+FIRST_CHOICE_VARIABLE = "FLASHMHA_FIRST_CHOICE"
 """Set to anything but 0: a problem stays with the backend it was given first."""
 
 
@@ -39,7 +39,7 @@ def loss(spec: AttentionSpec) -> float:
 
 def keeps_first_choice() -> bool:
     """Problems stay with their first choice: torch is to be deterministic, or the variable says so."""
-    return asks_deterministic() or os.environ.get(VARIABLE, "0") not in ("", "0")
+    return asks_deterministic() or os.environ.get(FIRST_CHOICE_VARIABLE, "0") not in ("", "0")
 
 
 def capturing(spec: AttentionSpec) -> bool:
@@ -48,31 +48,31 @@ def capturing(spec: AttentionSpec) -> bool:
 
 
 WAITS = "not compiled yet"
-"""What is said of a backend that was passed over."""
+"""The reason against a backend that was passed over."""
 
 
 def compiled_first(backend: Backend, spec: AttentionSpec) -> str | None:
-    """What a backend has to compile before it serves a problem; inside another graph that is part of compiling it."""
+    """The kernel that a backend compiles before it serves a problem; inside another graph that is part of compiling."""
     return None if spec.aten_only or is_compiling() else backend.must_compile(spec)
 
 
 def known_wait(backend: Backend, spec: AttentionSpec) -> Wait | None:
-    """What was lost without a kernel so far; ``None`` where that was not counted."""
+    """The wait for a kernel so far; ``None`` where it was not counted."""
     kernel = backend.kernel_key(spec)
     return None if kernel is None else waits.find(backend.name, kernel)
 
 
-def movable(spec: AttentionSpec) -> bool:
+def may_move(spec: AttentionSpec) -> bool:
     """A problem may go to another backend than before: no CUDA graph is captured, and no checkpoint computes anew."""
     return not in_backward() and not capturing(spec)
 
 
-def still(wait: Wait, spec: AttentionSpec) -> dict[str, str]:
+def why_still_waiting(wait: Wait, spec: AttentionSpec) -> dict[str, str]:
     """Why a problem that was chosen for before is not served by the backend that it waits for."""
     compiles = compiled_first(registry.entries[wait.backend], spec)
     return {} if compiles is None else {wait.backend: f"{WAITS}: {compiles}; {wait}"}
 
 
-def long(spec: AttentionSpec) -> bool:
+def is_worth_compiling(spec: AttentionSpec) -> bool:
     """A kernel for the problem is worth the seconds of compiling it. Nothing is, while a CUDA graph is captured."""
     return not capturing(spec) and work(spec) >= WORTH

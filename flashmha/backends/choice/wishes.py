@@ -11,18 +11,18 @@ from typing import Any
 from .registry import expand
 
 Wanted = str | Sequence[str] | None
-VARIABLE = "FLASHMHA_BACKEND"
+BACKEND_VARIABLE = "FLASHMHA_BACKEND"
 
 
 variables: Any = getattr(os.environ, "_data", os.environ)
 """The mapping behind ``os.environ``: a look at it spares a call two exceptions that ``get`` raises and
 catches, 2 to 5 us of 67."""
-KEY: Any = os.environ.encodekey(VARIABLE) if variables is not os.environ else VARIABLE
+KEY: Any = os.environ.encodekey(BACKEND_VARIABLE) if variables is not os.environ else BACKEND_VARIABLE
 """The name as that mapping keeps it."""
 
 
 class Wish(threading.local):
-    """What ``use_backend`` set, a thread. (Dynamo guards a ``threading.local``, no ``ContextVar``.)"""
+    """The backends that ``use_backend`` set, a thread. (Dynamo guards a ``threading.local``, no ``ContextVar``.)"""
 
     wanted: Wanted = None
 
@@ -36,12 +36,12 @@ def asked(wanted: Wanted = None) -> tuple[str, Wanted]:
         return "backend", wanted
     if wish.wanted is not None:
         return "use_backend", wish.wanted
-    return VARIABLE, read_variable() if KEY in variables else None
+    return BACKEND_VARIABLE, read_variable() if KEY in variables else None
 
 
 def read_variable() -> list[str] | None:
     """The names in ``FLASHMHA_BACKEND``; ``None`` where it is not set, or to nothing."""
-    named = os.environ.get(VARIABLE)
+    named = os.environ.get(BACKEND_VARIABLE)
     return [name.strip() for name in named.split(",")] if named else None
 
 

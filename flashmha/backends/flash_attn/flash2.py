@@ -13,8 +13,8 @@ from ...problem.spec import AttentionSpec
 from ..base import HALF, Limits
 from ..rewrites.documents import (
     is_cache,
-    pack_batch,
     needs_packing,
+    pack_batch,
     positions_lost,
     read_cache,
     unpack_batch,

@@ -16,8 +16,8 @@ from ...problem.spec import AttentionSpec
 from ..base import HALF, Limits
 from ..rewrites.documents import (
     is_cache,
-    pack_batch,
     needs_packing,
+    pack_batch,
     positions_lost,
     read_cache,
     unpack_batch,
@@ -31,11 +31,11 @@ BUILDS = (
     ("flash_attn_3.flash_attn_interface", "flash_attn_3.flash_attn_config"),
     ("fa3_fwd_interface", "fa3_fwd_config"),
 )
-"""Where a build of flash-attn 3 may lie: its interface, and the flags it was built with."""
+"""Places of a build of flash-attn 3: its interface, and the flags it was built with."""
 
 KERNEL_HEAD_DIMS = (64, 96, 128, 192, 256)
 """The sizes a build may have kernels of; a head_dim is served by the next one there is."""
-TILE, KEYS_TO_SPLIT = 128, 512
+ROWS_PER_TILE, KEYS_TO_SPLIT = 128, 512
 """Queries that one tile holds, and keys that are worth several: the package's own heuristic splits no fewer."""
 
 
@@ -168,4 +168,4 @@ def splits(spec: AttentionSpec) -> bool:
     """So few queries meet so many keys that a tile of queries alone would leave most of the GPU idle."""
     if spec.needs_grad or is_compiling():
         return False
-    return spec.seqlen_q <= TILE and spec.seqlen_k >= KEYS_TO_SPLIT
+    return spec.seqlen_q <= ROWS_PER_TILE and spec.seqlen_k >= KEYS_TO_SPLIT

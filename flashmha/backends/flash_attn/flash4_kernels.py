@@ -15,9 +15,9 @@ from torch import Tensor
 from ...host.torch_state import is_compiling
 from ...problem.spec import AttentionSpec
 from ..rewrites.block_tables import MIN_LENGTH, serves_tables
-from ..rewrites.compact import Mover, compact, move_rows, move_back
+from ..rewrites.compact import Mover, compact, move_back, move_rows
 from ..rewrites.heads import neighbours
-from .flash4_launches import is_taken_as_it_is, launches, is_contiguous, was_read
+from .flash4_launches import is_contiguous, is_taken_as_it_is, launches, was_read
 from .package import FlashAttn, Functions, probed_packages
 
 TOLD: dict[str, tuple[str, Any]] = {
@@ -39,7 +39,7 @@ TOLD: dict[str, tuple[str, Any]] = {
     "deterministic": ("bool", False),
     "package": ("str", "flash4"),
 }
-"""What the kernels are told beside tensors that may want a gradient, in the order of ``forward``: type and default.
+"""Arguments of the kernels beside tensors that may want a gradient, in the order of ``forward``: type and default.
 
 ``lengths`` (batch,) are key lengths; ``valid`` (batch, seqlen_k) is padding, whose real keys are moved to the front;
 ``first`` and ``last`` (batch, seqlen_k) are intervals; ``table`` is a mask as ``block_tables.edged`` makes it, and
@@ -160,7 +160,7 @@ def contiguous_copy(x: Tensor) -> Tensor:
 
 
 def options(told: dict[str, Any], tables: Any) -> dict[str, Any]:
-    """What both directions are told, in the package's words."""
+    """Arguments of both directions, in the package's words."""
     found: dict[str, Any] = {
         "softmax_scale": told["scale"],
         "causal": told["causal"],
@@ -266,7 +266,7 @@ def fake_backward(d_out: Tensor | None, d_lse: Tensor | None, *rest: Any) -> tup
 
 
 def save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    """What the backward of the operator needs."""
+    """Save what the backward of the operator needs."""
     q, k, v, sinks, *arguments = inputs
     out, lse, *moved = output
     keys = moved if moved[0].dim() > 1 else (k, v)

@@ -1,10 +1,10 @@
-"""What one call of flash-attn 4 launches, launched again without the Python around it.
+"""The kernels that one call of flash-attn 4 launches, launched again without the Python around them.
 
 Not a backend. Between a call of the package and its compiled kernels lies Python that says the same for every problem
 of a kind, some hundred lines a direction. ``Launches`` lets the package serve the first problem of a kind and notes the
 kernels that it called, and with what. Where that is, argument by argument, what ``forward_calls`` and
 ``backward_calls`` say, later problems of the kind call the same kernels at once. Else, and for releases whose
-workspaces were not read (``READ``), the package serves every problem.
+workspaces were not read (``READ_RELEASES``), the package serves every problem.
 """
 
 from __future__ import annotations
@@ -19,23 +19,23 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-READ = ("4.0.0b36",)
+READ_RELEASES = ("4.0.0b36",)
 """The releases of the package whose workspaces hold at first what ``backward_calls`` puts there, as their source says:
 no look at the arguments of a kernel would tell."""
-SMALL = 256
+SHORT_LENGTHS = 256
 """Lengths that a kernel may be compiled for, since its tiles are smaller: longer ones share theirs."""
-KINDS = 1024
+MOST_KINDS = 1024
 """The most kinds that are kept."""
-ALIGNED = 16
+POINTER_ALIGNMENT = 16
 """Bytes that the kernels load at once: pointers and strides are multiples of it, or the package makes a copy."""
 
-Call = tuple[Any, ...]
+LaunchArguments = tuple[Any, ...]
 Saved = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor, Tensor]
 """q, k, v, sinks, out and lse."""
 
 
 class Noted(NamedTuple):
-    """What was learnt of a kind: its kernels in order, and the tile of its backward."""
+    """Notes on a kind: its kernels in order, and the tile of its backward."""
 
     kernels: tuple[Callable[..., Any], ...]
     tile: Tile | None
@@ -50,7 +50,7 @@ class Tile(NamedTuple):
 
 
 UNKNOWN = Noted((), None)
-"""What is known of a kind before its first problem."""
+"""Notes on a kind before its first problem."""
 
 
 class Launches:
@@ -59,7 +59,7 @@ class Launches:
     def __init__(self, forward: Callable[..., Any]) -> None:
         self.package = sys.modules[forward.__module__]
         self.owners = [getattr(self.package, name) for name in OWNERS]
-        self.noted: dict[Call, Noted | None] = {}
+        self.noted: dict[LaunchArguments, Noted | None] = {}
         self.lock = threading.Lock()
 
     def forward(
@@ -101,7 +101,11 @@ class Launches:
     ) -> tuple[Tensor | None] | None:
         """Gradients of q, k and v into three tensors, and that of the sinks in a tuple; ``None`` as above."""
         q, k, v, sinks, out, lse = saved
-        kind = self.kind(told, q, k, v, sinks, cotangents, tables) if fits(out) and packed(lse) else None
+        kind = (
+            self.kind(told, q, k, v, sinks, cotangents, tables)
+            if is_taken_as_it_is(out) and is_contiguous(lse)
+            else None
+        )
         known = None if kind is None else self.noted.get(kind, UNKNOWN)
         if kind is None or known is None:
             return None
@@ -126,17 +130,17 @@ class Launches:
         sinks: Tensor | None,
         cotangents: tuple[Tensor, Tensor | None] | None,
         tables: Any,
-    ) -> Call | None:
+    ) -> LaunchArguments | None:
         """All that decides which kernels the package calls; ``None`` where it may do something else first.
 
         Finer than the keys of its caches, which hold of sizes whether one tile is enough and whether items are many.
         """
         offsets, rule = told["cu_seqlens_q"], rules(told)
-        if not (fits(q) and fits(k) and fits(v) and packed(sinks)):
+        if not (is_taken_as_it_is(q) and is_taken_as_it_is(k) and is_taken_as_it_is(v) and is_contiguous(sinks)):
             return None
-        if not (packed(offsets) and packed(told["cu_seqlens_k"]) and packed(told["lengths"])):
+        if not (is_contiguous(offsets) and is_contiguous(told["cu_seqlens_k"]) and is_contiguous(told["lengths"])):
             return None
-        if rule is not None and not all(map(packed, rule)):
+        if rule is not None and not all(map(is_contiguous, rule)):
             return None
         if offsets is None:
             sizes, batch = (q.shape[1], k.shape[1]), q.shape[0]
@@ -150,8 +154,8 @@ class Launches:
             q.dtype,
             q.shape[-2:],
             v.shape[-2:],
-            min(sizes[0], SMALL),
-            min(sizes[1], SMALL),
+            min(sizes[0], SHORT_LENGTHS),
+            min(sizes[1], SHORT_LENGTHS),
             batch > self.package.BIN_BATCH_SEARCH_THRESH,
             offsets is None,
             told["lengths"] is None,
@@ -183,11 +187,11 @@ class Launches:
         out: Tensor,
         lse: Tensor,
         tables: Any,
-    ) -> tuple[Call, ...]:
+    ) -> tuple[LaunchArguments, ...]:
         """The arguments of the one kernel of a forward on Hopper."""
         offsets = (told["cu_seqlens_q"], told["cu_seqlens_k"], None, told["lengths"])
         window = (told["left"], told["right"])
-        rule, blocks = self.package.AuxData(rules(told), None), spread(tables, q.shape[-2])
+        rule, blocks = self.package.AuxData(rules(told), None), tables_for_heads(tables, q.shape[-2])
         return ((q, k, v, out, lse, told["scale"], *offsets, None, *window, sinks, blocks, rule, None, None),)
 
     def backward_calls(
@@ -200,7 +204,7 @@ class Launches:
         tables: Any,
         tile: Tile,
         device: torch.device,
-    ) -> tuple[Call, ...]:
+    ) -> tuple[LaunchArguments, ...]:
         """The arguments of the kernels of a backward on Hopper, with workspaces on a device: one before, the backward
         itself, one that rounds the sum for q, and two for k and v where heads share them."""
         q, k, v, sinks, out, lse = saved
@@ -208,25 +212,25 @@ class Launches:
         grouped = q.shape[-2] != k.shape[-2]
         cu_q, cu_k, lengths, scale = told["cu_seqlens_q"], told["cu_seqlens_k"], told["lengths"], told["scale"]
         real = torch.float32
-        lead_q = rounded(q, cu_q, tile.queries)
+        lead_q = workspace_rows(q, cu_q, tile.queries)
         rows = torch.empty(lead_q, dtype=real, device=device)
         log2 = torch.empty(lead_q, dtype=real, device=device)
         # the kernel before fills these three, and the zeros of the first are what the second adds to
-        sum_q = torch.empty(widened(lead_q, q.shape[-1], tile), dtype=real, device=device)
+        sum_q = torch.empty(workspace_shape(lead_q, q.shape[-1], tile), dtype=real, device=device)
         if grouped:
-            lead_k = rounded(k, cu_k, tile.keys)
-            sum_k = torch.zeros(widened(lead_k, k.shape[-1], tile), dtype=real, device=device)
-            sum_v = torch.zeros(widened(lead_k, v.shape[-1], tile), dtype=real, device=device)
-        turns: Call = (None, None, None)
+            lead_k = workspace_rows(k, cu_k, tile.keys)
+            sum_k = torch.zeros(workspace_shape(lead_k, k.shape[-1], tile), dtype=real, device=device)
+            sum_v = torch.zeros(workspace_shape(lead_k, v.shape[-1], tile), dtype=real, device=device)
+        turns: LaunchArguments = (None, None, None)
         if told["deterministic"]:
             turns = self.turns(told, q, k, tile, device)
-        rule, blocks = self.package.AuxData(rules(told), None), spread(tables, q.shape[-2])
+        rule, blocks = self.package.AuxData(rules(told), None), tables_for_heads(tables, q.shape[-2])
         own = None if sinks is None else self.package.LearnableSinkBwdTensors(rows, lse, sinks, d_sinks)
         window = (told["left"], told["right"])
         before = (out, d_out, rows, lse, log2, sum_q, cu_q, None, d_lse, None, None, 1.0, None, None)
         targets = (sum_k, sum_v) if grouped else (dk, dv)
         main = (q, k, v, d_out, log2, rows, sum_q, *targets, scale, cu_q, cu_k, None, lengths)
-        calls: tuple[Call, ...] = (
+        calls: tuple[LaunchArguments, ...] = (
             before,
             (*main, *window, *turns, rule, blocks, None),
             (sum_q, dq, scale, cu_q, None, own, None),
@@ -235,7 +239,7 @@ class Launches:
             calls += ((sum_k, dk, scale, cu_k, lengths, None, None), (sum_v, dv, 1.0, cu_k, lengths, None, None))
         return calls
 
-    def turns(self, told: dict[str, Any], q: Tensor, k: Tensor, tile: Tile, device: torch.device) -> Call:
+    def turns(self, told: dict[str, Any], q: Tensor, k: Tensor, tile: Tile, device: torch.device) -> LaunchArguments:
         """Counters that make blocks add up in one order: for q, and for k and v where heads share them."""
         offsets = told["cu_seqlens_q"]
         if offsets is None:
@@ -248,11 +252,13 @@ class Launches:
         made = [torch.zeros(shape, dtype=torch.int32, device=device) for shape in shapes]
         return (*made, *(None,) * (3 - len(made)))
 
-    def note(self, kind: Call, expected: tuple[Call, ...], serve: Callable[[], Any], tile: Tile | None) -> Any:
+    def note(
+        self, kind: LaunchArguments, expected: tuple[LaunchArguments, ...], serve: Callable[[], Any], tile: Tile | None
+    ) -> Any:
         """Let the package serve a problem; keep what it called, if that was what is expected."""
         with self.lock:
             watched = [Watched(owner.compile_cache) for owner in self.owners]
-            calls: list[tuple[Callable[..., Any], Call]] = []
+            calls: list[tuple[Callable[..., Any], LaunchArguments]] = []
             for owner, cache in zip(self.owners, watched):
                 cache.calls, owner.compile_cache = calls, cache
             try:
@@ -262,9 +268,9 @@ class Launches:
                     owner.compile_cache = cache.own
             places: dict[int, int] = {}
             agrees = len(calls) == len(expected) and all(
-                same(mine, theirs, places) for mine, (_, theirs) in zip(expected, calls)
+                is_same(mine, theirs, places) for mine, (_, theirs) in zip(expected, calls)
             )
-            if len(self.noted) >= KINDS:
+            if len(self.noted) >= MOST_KINDS:
                 self.noted.clear()
             self.noted[kind] = Noted(tuple(kernel for kernel, _ in calls), tile) if agrees else None
         return result
@@ -278,7 +284,7 @@ NEEDED = (*OWNERS, "AuxData", "LearnableSinkBwdTensors", "_tile_size_bwd_sm90", 
 class Watched:
     """A cache of compiled kernels that lists what its thread calls."""
 
-    calls: list[tuple[Callable[..., Any], Call]]
+    calls: list[tuple[Callable[..., Any], LaunchArguments]]
 
     def __init__(self, own: Any) -> None:
         self.own, self.thread = own, threading.get_ident()
@@ -324,12 +330,12 @@ def launches(
 
 
 def was_read(device: torch.device) -> bool:
-    """The installed release is one of ``READ``, and its kernels for a device are those of Hopper."""
+    """The installed release is one of ``READ_RELEASES``, and its kernels for a device are those of Hopper."""
     try:
         version = metadata.version("flash-attn-4")
     except metadata.PackageNotFoundError:
         return False
-    return version in READ and torch.cuda.get_device_capability(device)[0] == 9
+    return version in READ_RELEASES and torch.cuda.get_device_capability(device)[0] == 9
 
 
 def rules(told: dict[str, Any]) -> list[Tensor] | None:
@@ -339,7 +345,7 @@ def rules(told: dict[str, Any]) -> list[Tensor] | None:
     return None if told["table"] is None else [told["table"], told["items"]]
 
 
-def spread(tables: Any, heads: int) -> Call | None:
+def tables_for_heads(tables: Any, heads: int) -> LaunchArguments | None:
     """The blocks to look at as kernels take them: for every head, and without the tables of other problems."""
     if tables is None:
         return None
@@ -352,36 +358,36 @@ def detached(x: Any) -> Any:
     return x.detach() if x is not None and x.requires_grad else x
 
 
-def fits(x: Tensor) -> bool:
+def is_taken_as_it_is(x: Tensor) -> bool:
     """The package hands a tensor of half precision to its kernels as it is, and no two of its rows lie in one place."""
     strides = x.stride()
-    if 0 in strides or x.data_ptr() % ALIGNED:
+    if 0 in strides or x.data_ptr() % POINTER_ALIGNMENT:
         return False
     if x.is_contiguous():
         return True
     if strides[-1] != 1:
         return False
-    return not any(stride % (ALIGNED // 2) for stride in strides[:-1])
+    return not any(stride % (POINTER_ALIGNMENT // 2) for stride in strides[:-1])
 
 
-def packed(x: Tensor | None) -> bool:
+def is_contiguous(x: Tensor | None) -> bool:
     """The same of any other tensor, where there is one."""
-    return x is None or (x.is_contiguous() and not x.data_ptr() % ALIGNED)
+    return x is None or (x.is_contiguous() and not x.data_ptr() % POINTER_ALIGNMENT)
 
 
-def rounded(x: Tensor, offsets: Tensor | None, size: int) -> tuple[int, ...]:
+def workspace_rows(x: Tensor, offsets: Tensor | None, size: int) -> tuple[int, ...]:
     """The shape of a workspace with a number a row: rows in whole tiles, behind batch and heads."""
     if offsets is None:
         return x.shape[0], x.shape[2], -(-x.shape[1] // size) * size
     return x.shape[1], (x.shape[0] + offsets.shape[0] * size - 1) // size * size
 
 
-def widened(shape: tuple[int, ...], head_dim: int, tile: Tile) -> tuple[int, ...]:
+def workspace_shape(shape: tuple[int, ...], head_dim: int, tile: Tile) -> tuple[int, ...]:
     """The shape of a workspace with a number for each of a row's."""
     return (*shape[:-1], shape[-1] * (-(-head_dim // tile.width) * tile.width))
 
 
-def same(mine: Any, theirs: Any, places: dict[int, int]) -> bool:
+def is_same(mine: Any, theirs: Any, places: dict[int, int]) -> bool:
     """Two arguments are the same; two workspaces wherever each of them is one throughout."""
     if isinstance(mine, Tensor):
         if not isinstance(theirs, Tensor) or mine.dtype != theirs.dtype:
@@ -393,5 +399,5 @@ def same(mine: Any, theirs: Any, places: dict[int, int]) -> bool:
     if isinstance(mine, (tuple, list)):
         if type(mine) is not type(theirs) or len(mine) != len(theirs):
             return False
-        return all(same(one, other, places) for one, other in zip(mine, theirs))
+        return all(is_same(one, other, places) for one, other in zip(mine, theirs))
     return type(mine) is type(theirs) and bool(mine == theirs)

@@ -16,7 +16,7 @@ from ..rewrites.block_tables import block_tables, mask_tables
 
 
 @cute.jit  # type: ignore[untyped-decorator]
-def within(batch, head, q_idx, kv_idx, seqlen_info, aux_tensors):  # type: ignore[no-untyped-def]
+def is_in_interval(batch, head, q_idx, kv_idx, seqlen_info, aux_tensors):  # type: ignore[no-untyped-def]
     """The query lies between the first and the last that may look at the key; see ``compact.Intervals``."""
     first = utils.scalar_to_ssa(aux_tensors[0][batch[0], kv_idx[0]], cutlass.Int32)
     last = utils.scalar_to_ssa(aux_tensors[1][batch[0], kv_idx[0]], cutlass.Int32)
@@ -24,7 +24,7 @@ def within(batch, head, q_idx, kv_idx, seqlen_info, aux_tensors):  # type: ignor
 
 
 @cute.jit  # type: ignore[untyped-decorator]
-def shown(batch, head, q_idx, kv_idx, seqlen_info, aux_tensors):  # type: ignore[no-untyped-def]
+def is_in_table(batch, head, q_idx, kv_idx, seqlen_info, aux_tensors):  # type: ignore[no-untyped-def]
     """The item's table is not 0 there; see ``block_tables.edged``."""
     item = aux_tensors[1][batch[0]]
     value = cutlass.Int32(aux_tensors[0][item, q_idx[0], kv_idx[0]])

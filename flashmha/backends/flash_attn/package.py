@@ -1,4 +1,4 @@
-"""What the flash-attn probed_packages have in common: finding them, trying them out, and how they are told a mask.
+"""The flash-attn packages in common: found, tried out, and told a mask.
 
 Not a backend. ``flash2``, ``flash3`` and ``flash4`` each wrap one package version and share the class below.
 """
@@ -22,7 +22,7 @@ from ...problem.wording import first_line, in_one_line
 from ..base import Backend
 
 probed_packages: dict[str, FlashAttn] = {}
-"""The probed_packages by key, so that a probe takes nothing but constants, as Dynamo wants it."""
+"""The packages by key, so that a probe takes nothing but constants, as Dynamo wants it."""
 
 Functions = tuple[Callable[..., Any], Callable[..., Any]]
 
@@ -61,7 +61,7 @@ class FlashAttn(Backend):
         raise NotImplementedError
 
     def public(self) -> Callable[..., Any]:
-        """The dense function that the package offers to everybody, to measure against."""
+        """The dense function that the package documents, to measure against."""
         return (self.functions or self.load())[0]
 
     def why_not_here(self, device: torch.device) -> str | None:
@@ -167,7 +167,7 @@ def try_out(
     backward: bool,
     grouped: bool = False,
 ) -> str | None:
-    """Run one small forward, and its backward, to the end; what the exact_attention says of the numbers."""
+    """Run one small forward, and its backward, to the end; what the definition says of the numbers."""
     with clean(device, backward), backend.machine.on(device):
         q, k, v = waves(device, head_dim, dtype)
         k, v = (x[:, :, :1] if grouped else x for x in (k, v))
@@ -208,7 +208,7 @@ def waves(device: torch.device, head_dim: int, dtype: torch.dtype) -> tuple[Tens
 
 @contextlib.contextmanager
 def clean(device: torch.device, backward: bool = False) -> Iterator[None]:
-    """A state that nobody else's call is in, whatever call asked: no modes, no autocast, no hooks on saved tensors."""
+    """A state apart from the call that asked: no modes, no autocast, no hooks on saved tensors."""
     from torch.utils._python_dispatch import _disable_current_modes
 
     with (

@@ -13,7 +13,7 @@ from ...problem.spec import AttentionSpec
 def trimmed(k: Tensor, v: Tensor, spec: AttentionSpec) -> tuple[Tensor, Tensor, int | None, int | None]:
     """Keys, values and the window (left, right) with ``right`` at least 0, ``None`` where unbounded.
 
-    Keys that lie after everybody's window are cut off, which moves the alignment to the keys that are left.
+    Keys that lie after the window of every query are cut off, which moves the alignment to the keys that are left.
     """
     window = spec.window
     if window is None:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ...host.machine import has_triton
 
-WORTH = 512
+MIN_LENGTH = 512
 """Sequences as long as this have tiles to skip that pay for the table."""
 CHUNK = 16
 """Tiles that a program judges at a time."""
@@ -38,14 +38,14 @@ class BlockTables(NamedTuple):
     full_block_idx: Tensor
 
 
-def worth(seqlen_q: int, seqlen_k: int) -> bool:
-    """Whether a problem has tiles enough."""
-    return min(seqlen_q, seqlen_k) >= WORTH
+def has_tiles_to_skip(seqlen_q: int, seqlen_k: int) -> bool:
+    """A problem has tiles enough that skipping some pays for the tables."""
+    return min(seqlen_q, seqlen_k) >= MIN_LENGTH
 
 
 @functools.cache
-def served(device: torch.device) -> bool:
-    """Whether tables are made and taken here: on Hopper; Blackwell's kernels want other blocks."""
+def serves_tables(device: torch.device) -> bool:
+    """Tables are made and taken on this device: on Hopper; Blackwell's kernels want other blocks."""
     return has_triton() and torch.cuda.get_device_capability(device)[0] == 9
 
 
@@ -94,7 +94,7 @@ EDGE = 256
 def edged(allowed: Tensor, seqlen_q: int, seqlen_k: int) -> Tensor:
     """A mask (batch or 1, 1, seqlen_q or 1, seqlen_k or 1) as bytes, with room for the tiles that reach over its edges.
 
-    (batch or 1, at least seqlen_q + EDGE, at least seqlen_k + EDGE), 0 where nobody may look.
+    (batch or 1, at least seqlen_q + EDGE, at least seqlen_k + EDGE), 0 where no query may look.
     """
     shape = (allowed.shape[0], *(-(-(size + EDGE) // 16) * 16 for size in (seqlen_q, seqlen_k)))
     table = torch.zeros(shape, dtype=torch.uint8, device=allowed.device)

@@ -90,7 +90,7 @@ def move_rows(
         seqlen,
         head_dim,
         heads * head_dim,
-        LARGEST_TILE=LARGEST_TILE,
+        TILE=LARGEST_TILE,
         KEYS=KEYS,
         SCAN=1024,
         BLOCK=256,

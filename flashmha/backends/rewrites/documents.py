@@ -19,30 +19,30 @@ from ...host.torch_state import is_capturing, is_compiling, surely
 from ...problem.ragged import Documents, KeyPadding, Padding
 from ...problem.spec import AttentionSpec
 from ..base import FEATURES
-from .order import Order, permuted, real_first
+from .order import Order, permute_rows, real_first
 
 PADDING = ("key_lengths", "key_padding")
 POSITIONS = frozenset(("causal", "window", "documents", "alibi"))
-"""What looks at the position of a key."""
+"""Features that look at the position of a key."""
 
 
-WORTH = 2.0**32
+MIN_MOVED_WORK = 2.0**32
 """Operations of attention beside padding from which moving keys pays where a kernel takes a mask too: 12 heads of 64 on
 32 x 256 tokens. On 32 x 128 a whole encoder was at 0.7 of one with a mask, on an H200."""
 
 
 def worth_moving(batch: Any, seqlen_q: Any, seqlen_k: Any, width: Any) -> bool:
     """Padding of such sizes and features is worth moving keys; sizes that are not known are."""
-    return not surely(4.0 * batch * seqlen_q * seqlen_k * width < WORTH)
+    return not surely(4.0 * batch * seqlen_q * seqlen_k * width < MIN_MOVED_WORK)
 
 
-def packs(spec: AttentionSpec) -> bool:
+def needs_packing(spec: AttentionSpec) -> bool:
     """A problem goes to the kernel as documents."""
     return "documents" in spec.needs or spec.is_padded
 
 
 def positions_lost(spec: AttentionSpec) -> list[str]:
-    """What padding cannot stand beside here."""
+    """A phrase for features that padding cannot stand beside here."""
     padding = [name for name in PADDING if name in spec.features]
     beside = [name for name in FEATURES if name in spec.features & POSITIONS]
     if not padding or not beside:
@@ -50,7 +50,7 @@ def positions_lost(spec: AttentionSpec) -> list[str]:
     return [f"{' and '.join(padding)} beside {', '.join(beside)} (real keys are packed and lose their positions)"]
 
 
-def pack(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> tuple[Tensor, Tensor, Tensor, dict[str, Any]]:
+def pack_batch(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> tuple[Tensor, Tensor, Tensor, dict[str, Any]]:
     """A batch as tensors (total, heads, head_dim) and the offsets a kernel wants.
 
     The device is not waited for, but for documents whose longest is not known.
@@ -60,10 +60,10 @@ def pack(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> tuple[Tensor, 
         plan = plan_of(spec)
         k, v = k.flatten(0, 1), v.flatten(0, 1)
         if plan.order is not None:
-            k, v = permuted((k, v), plan.order)
+            k, v = permute_rows((k, v), plan.order)
         return q.flatten(0, 1), k, v, plan.offsets
     q, k, v = q[0], k[0], v[0]
-    where = offsets(documents, q.shape[0], k.shape[0])
+    where = kernel_offsets(documents, q.shape[0], k.shape[0])
     if documents.total != q.shape[0] or documents.total_k != k.shape[0]:
         # a kernel never writes the gradients of rows that no document owns (flash-attention#2324)
         real = owned(q, where["cu_seqlens_q"])
@@ -80,24 +80,24 @@ def offsets_in_place(spec: AttentionSpec) -> dict[str, Any] | None:
         plan = plan_of(spec)
         return plan.offsets if plan.order is None else None
     whole = documents.total == spec.seqlen_q and documents.total_k == spec.seqlen_k
-    return offsets(documents, spec.seqlen_q, spec.seqlen_k) if whole else None
+    return kernel_offsets(documents, spec.seqlen_q, spec.seqlen_k) if whole else None
 
 
-def plan_of(spec: AttentionSpec) -> Plan:
+def plan_of(spec: AttentionSpec) -> PaddingPlan:
     """Padding as documents, as the rule keeps it."""
     rule = spec.padding()
     assert rule is not None
-    return rule.once(("documents", spec.seqlen_q, spec.seqlen_k), functools.partial(planned, rule, spec))
+    return rule.once(("documents", spec.seqlen_q, spec.seqlen_k), functools.partial(plan_padding, rule, spec))
 
 
-class Plan(NamedTuple):
+class PaddingPlan(NamedTuple):
     """Padding as documents: how keys are moved, ``None`` where they lie right, and the offsets a kernel wants."""
 
     order: Order | None
     offsets: dict[str, Any]
 
 
-def planned(rule: Padding, spec: AttentionSpec) -> Plan:
+def plan_padding(rule: Padding, spec: AttentionSpec) -> PaddingPlan:
     if isinstance(rule, KeyPadding):
         order, lengths = real_first(rule.valid), rule.valid.sum(1)
     else:
@@ -108,23 +108,23 @@ def planned(rule: Padding, spec: AttentionSpec) -> Plan:
         "max_seqlen_q": spec.seqlen_q,
         "max_seqlen_k": spec.seqlen_k,
     }
-    return Plan(order, where)
+    return PaddingPlan(order, where)
 
 
 def query_offsets(batch: int, seqlen_q: int, device: torch.device) -> Tensor:
-    """Where the queries of each document start: 0, seqlen_q, seqlen_q, 2 seqlen_q, 2 seqlen_q, ..."""
+    """The offsets of each document's queries: 0, seqlen_q, seqlen_q, 2 seqlen_q, 2 seqlen_q, ..."""
     return (torch.arange(2 * batch + 1, dtype=torch.int32, device=device) + 1) // 2 * seqlen_q
 
 
 def key_offsets(lengths: Tensor, seqlen_k: int) -> Tensor:
-    """Where its keys do: 0, lengths[0], seqlen_k, seqlen_k + lengths[1], 2 seqlen_k, ..."""
+    """The offsets of its keys: 0, lengths[0], seqlen_k, seqlen_k + lengths[1], 2 seqlen_k, ..."""
     batch = lengths.shape[0]
     starts = torch.arange(batch, device=lengths.device) * seqlen_k
     steps = torch.stack((starts, starts + lengths), dim=1).flatten()
     return F.pad(steps, (0, 1), value=batch * seqlen_k).int()
 
 
-def unpack(out: Tensor, spec: AttentionSpec) -> Tensor:
+def unpack_batch(out: Tensor, spec: AttentionSpec) -> Tensor:
     """A packed output as a batch, zeros where no document is.
 
     Kernels never write rows that no document owns (flash-attention#2324); ``torch.where`` keeps what arrives in their
@@ -138,7 +138,7 @@ def unpack(out: Tensor, spec: AttentionSpec) -> Tensor:
     return out.unsqueeze(0)
 
 
-def unpack_lse(lse: Tensor, spec: AttentionSpec) -> Tensor:
+def unpack_batch_lse(lse: Tensor, spec: AttentionSpec) -> Tensor:
     """A packed log-sum-exp (heads, total) as that of a batch, ``-inf`` where no document is."""
     documents = spec.documents
     if documents is None:
@@ -157,7 +157,7 @@ def is_cache(spec: AttentionSpec) -> bool:
 def read_cache(
     function: Callable[..., Any], q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, options: dict[str, Any]
 ) -> Any:
-    """What ``flash_attn_with_kvcache`` of a package says of an ``is_cache`` problem: out, or the pair of it and lse.
+    """An ``is_cache`` problem by ``flash_attn_with_kvcache`` of a package: out, or the pair of it and lse.
 
     Of an item without keys the kernels write zeros, since partial results could not be combined otherwise.
     """
@@ -165,8 +165,8 @@ def read_cache(
     return function(q, k, v, cache_seqlens=spec.key_lengths(), return_softmax_lse=spec.need_lse, **options)
 
 
-def offsets(documents: Documents, total_q: int, total_k: int) -> dict[str, Any]:
-    """Where documents start and how long they are, in the words of a kernel."""
+def kernel_offsets(documents: Documents, total_q: int, total_k: int) -> dict[str, Any]:
+    """The offsets and longest lengths of documents, as arguments of a kernel."""
     ends = documents.cu_seqlens.int()
     return {
         "cu_seqlens_q": ends,
@@ -184,7 +184,7 @@ def owned(packed_rows: Tensor, offsets: Tensor) -> Tensor:
 def longest(known: int | None, offsets: Tensor, total: int) -> int:
     """A bound on the longest document, at least 1: a bound of 0 launches an empty grid, which is an error.
 
-    Where the device must not be asked, while somebody compiles or captures a CUDA graph, it is the total.
+    While a graph is compiled or captured, where the device must not be asked, it is the total.
     """
     if known is not None:
         return max(1, known)

@@ -11,7 +11,7 @@ from torch import Tensor
 from ...host.torch_state import surely
 from ...problem.spec import AttentionSpec
 
-FEW = 8
+MOST_FOLDED_QUERIES = 8
 """Queries up to which a group is folded: eight heads a group make 64 rows of them, a tile of the smallest kernel.
 Above, one head fills tiles by itself, and the mask of the folded rows grows where causality alone would need none."""
 
@@ -23,7 +23,7 @@ def folds(spec: AttentionSpec) -> bool:
     """
     if spec.heads == spec.heads_kv or spec.dropout_p > 0.0 or spec.aten_only:
         return False
-    return surely(spec.seqlen_q > 0) and surely(spec.seqlen_q <= FEW)
+    return surely(spec.seqlen_q > 0) and surely(spec.seqlen_q <= MOST_FOLDED_QUERIES)
 
 
 def fold(q: Tensor, groups: int) -> Tensor:
@@ -37,7 +37,7 @@ def fold(q: Tensor, groups: int) -> Tensor:
 
 
 def unfold(out: Tensor, groups: int) -> Tensor:
-    """What ``fold`` does, undone."""
+    """``fold`` undone."""
     batch, rows, heads_kv, head_dim = out.shape
     heads = out.reshape(batch, rows // groups, groups, heads_kv, head_dim).transpose(2, 3)
     return heads.reshape(batch, rows // groups, heads_kv * groups, head_dim)

@@ -46,7 +46,7 @@ class Heads(torch.autograd.Function):
         return first.as_strided(shape, first.stride(), first.storage_offset()), None
 
 
-WORTH = 2**22
+MIN_ELEMENTS = 2**22
 """Elements of a projection from which the copy that ``Heads`` spares takes longer than its Python."""
 
 
@@ -69,4 +69,4 @@ def spares(packed: Tensor) -> bool:
     """``Heads`` spares more than it takes."""
     if not (packed.requires_grad and torch.is_grad_enabled()) or is_compiling():
         return False
-    return packed.numel() >= WORTH and not is_inside_transform()
+    return packed.numel() >= MIN_ELEMENTS and not is_inside_transform()

@@ -45,16 +45,16 @@ def real_first(valid: Tensor, batch_first: bool = True) -> Order:
     return Order((places * batch + items).flatten(), back.T.flatten())
 
 
-def permuted(rows: tuple[Tensor, ...], order: Order) -> tuple[Tensor, ...]:
+def permute_rows(rows: tuple[Tensor, ...], order: Order) -> tuple[Tensor, ...]:
     """Tensors (batch * seqlen, ...) in an order; gradients come back by the order undone, adding nothing up."""
     dual = is_dual()  # which the function below has no rule for; Dynamo traces none with one
     if torch.is_grad_enabled() and not dual and any(x.requires_grad for x in rows):
         made: tuple[Tensor, ...] = Permuted.apply(order.places, order.back, *rows)  # type: ignore[no-untyped-call]
         return made
-    return moved(rows, order.places)
+    return take_rows(rows, order.places)
 
 
-def moved(rows: tuple[Tensor, ...], places: Tensor) -> tuple[Tensor, ...]:
+def take_rows(rows: tuple[Tensor, ...], places: Tensor) -> tuple[Tensor, ...]:
     """Some rows of tensors, in one operator where the tensors are neighbours in one."""
     first = rows[0]
     if len(rows) > 1 and eager(first) and neighbours(rows):
@@ -65,17 +65,17 @@ def moved(rows: tuple[Tensor, ...], places: Tensor) -> tuple[Tensor, ...]:
 
 
 class Permuted(torch.autograd.Function):
-    """``moved``, whose backward moves as well: that of ``index_select`` would add rows up in any order."""
+    """``take_rows``, whose backward moves as well: that of ``index_select`` would add rows up in any order."""
 
     @staticmethod
     def forward(ctx: Any, places: Tensor, back: Tensor, *rows: Tensor) -> tuple[Tensor, ...]:
         ctx.save_for_backward(back, places)
-        return moved(rows, places)
+        return take_rows(rows, places)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         back, places = ctx.saved_tensors
-        return None, None, *permuted(grads, Order(back, places))
+        return None, None, *permute_rows(grads, Order(back, places))
 
 
 class RealFirst:
@@ -92,8 +92,8 @@ class RealFirst:
         self.order = padding.once(("real first", batch_first), lambda: real_first(padding.valid, batch_first))
         self.padding = padding.once("lengths", lambda: private(KeyLengths(padding.valid.sum(1))))
         sizes = padding.valid.shape
-        self.tokens = permuted((x.flatten(0, 1),), self.order)[0].view(*sizes, *x.shape[2:])
+        self.tokens = permute_rows((x.flatten(0, 1),), self.order)[0].view(*sizes, *x.shape[2:])
 
     def unpack(self, tokens: Tensor) -> Tensor:
         """Tokens in this order, each back in its place."""
-        return permuted((tokens.flatten(0, 1),), undone(self.order))[0].view(self.sizes)
+        return permute_rows((tokens.flatten(0, 1),), undone(self.order))[0].view(self.sizes)

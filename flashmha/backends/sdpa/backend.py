@@ -82,22 +82,22 @@ class Sdpa(Backend):
         if spec.seqlen_k == 0 and spec.dtype == torch.float16:
             return attend_by_math(q, k, v, None, spec)  # the fused kernel gives NaN where queries are large
         if spec.bias is not None:
-            mask = dense(spec)
-            return attend_by_math(q, k, v, mask, spec) if coarse(mask, spec) else attend(q, k, v, mask, spec)
+            mask = dense_mask(spec)
+            return attend_by_math(q, k, v, mask, spec) if coarse(mask, spec) else call_sdpa(q, k, v, mask, spec)
         if spec.mask is None:
-            return attend(q, k, v, None, spec)
+            return call_sdpa(q, k, v, None, spec)
         padding = spec.mask if isinstance(spec.mask, Padding) else None
         if padding is None and top_left_causal(spec):
-            return attend(q, k, v, None, spec, is_causal=True)
+            return call_sdpa(q, k, v, None, spec, is_causal=True)
         items = cut_up(spec, self.costs)
         if items is not None:
             return attend_cut(q, k, v, items, spec)
         if padding is None:
-            return attend(q, k, v, spec.allowed() if q.is_cpu else dense(spec), spec)
+            return call_sdpa(q, k, v, spec.allowed() if q.is_cpu else dense_mask(spec), spec)
         if q.is_cpu and not (is_compiling() or padding.lasts):
             padding.lasts = True  # SDPA makes numbers of bools in each call, cheaper than a table for one call alone
-            return attend(q, k, v, spec.allowed(), spec)
-        return attend(q, k, v, together(spec), spec)
+            return call_sdpa(q, k, v, spec.allowed(), spec)
+        return call_sdpa(q, k, v, mask_and_bias(spec), spec)
 
     def prepare(self, spec: AttentionSpec) -> Serve:
         if spec.device.type == "cuda" and spec.mask is not None and spec.bias is None and spec.dropout_p < 1.0:
@@ -108,22 +108,22 @@ class Sdpa(Backend):
 
 
 MASKED = frozenset(("window", "documents", "softcap"))
-"""Where SDPA makes a dense mask on a GPU unless it packs_here documents, or does nothing."""
+"""Features beside which SDPA makes a dense mask on a GPU unless it packs documents, or does nothing."""
 
 
-def dense(spec: AttentionSpec) -> Tensor | None:
+def dense_mask(spec: AttentionSpec) -> Tensor | None:
     """Mask and bias as the one tensor SDPA takes."""
-    table = together(spec)
+    table = mask_and_bias(spec)
     if table is not None and spec.device.type != "cpu" and table.shape[-1] != spec.seqlen_k:
         # the efficient kernel wants the keys side by side, and raises where they are one number
         table = table.expand(*table.shape[:-1], spec.seqlen_k).contiguous()
     return table
 
 
-def together(spec: AttentionSpec) -> Tensor | None:
+def mask_and_bias(spec: AttentionSpec) -> Tensor | None:
     """Mask and bias in one, in the dtype that SDPA takes; an axis on which neither depends may have size 1."""
     if spec.bias is None and isinstance(spec.mask, Padding) and all(map(eager, spec.mask.tensors())):
-        return spec.mask.once(("added", spec.seqlen_k, spec.dtype), lambda: added(spec))
+        return spec.mask.once(("added", spec.seqlen_k, spec.dtype), lambda: padding_as_bias(spec))
     mask, bias = spec.allowed(), spec.added()
     if bias is None:
         return mask
@@ -134,16 +134,16 @@ def together(spec: AttentionSpec) -> Tensor | None:
     return narrow_bias(table, spec.dtype, level=True)
 
 
-def added(spec: AttentionSpec) -> Tensor:
+def padding_as_bias(spec: AttentionSpec) -> Tensor:
     """Padding as the numbers that SDPA would make of it in each call, in rows that its kernels need not copy."""
     valid = spec.valid_keys()
     assert valid is not None
-    whole = -(-spec.seqlen_k // ALIGNED) * ALIGNED
+    whole = -(-spec.seqlen_k // MASK_ROW_MULTIPLE) * MASK_ROW_MULTIPLE
     table = torch.zeros(spec.batch, 1, 1, whole, dtype=spec.dtype, device=spec.device)[..., : spec.seqlen_k]
     return table.masked_fill_(~valid[:, None, None, :], float("-inf"))
 
 
-ALIGNED = 16
+MASK_ROW_MULTIPLE = 16
 """A row of a mask that is no multiple long is copied in each call (``pad_bias`` in aten's attention.cpp)."""
 
 COARSE = 1000.0
@@ -153,7 +153,7 @@ COARSE = 1000.0
 def coarse(mask: Tensor | None, spec: AttentionSpec) -> bool:
     """On a CPU a backward from the log-sum-exp of a row may be off: by a factor of its keys, beside nothing but -1e9.
 
-    Looked at where that is possible. On a GPU ``dense`` levels the rows.
+    Looked at where that is possible. On a GPU ``dense_mask`` levels the rows.
     """
     if mask is None or spec.bias is None or not spec.needs_grad:
         return False
@@ -186,20 +186,20 @@ def attend_on_cuda(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> Tens
     """SDPA by a kernel of a GPU that serves the problem."""
     if spec.batch == 0:
         with only([SDPBackend.MATH]):  # the fused kernels give nothing at all for an empty batch
-            return attend(q, k, v, None, spec)
+            return call_sdpa(q, k, v, None, spec)
     if not spec.needs:  # the commonest call, in the fewest steps
-        return attend(q, k, v, None, spec)
+        return call_sdpa(q, k, v, None, spec)
     if spec.dropout_p == 1.0:
         # the fused kernels multiply the zeros that are left by 1 / (1 - 1)
         k, v = for_every_head(k, v, spec)
         with only([SDPBackend.MATH]):
-            return attend(q, k, v, dense(spec), spec)
+            return call_sdpa(q, k, v, dense_mask(spec), spec)
     masked = spec.mask is not None or spec.bias is not None
     if masked and packs_here(spec):
         return attend_packed(q, k, v, spec)
     if masked and spec.bias is None and top_left_causal(spec):
         return attend_by_choice(q, k, v, None, spec, is_causal=True)
-    mask = dense(spec) if masked else None
+    mask = dense_mask(spec) if masked else None
     if spec.heads != spec.heads_kv and folds(spec):
         groups = spec.heads // spec.heads_kv
         rows = None if mask is None else fold_table(mask, groups, spec.seqlen_q)
@@ -217,12 +217,12 @@ def attend_by_choice(
     if by_math(spec):
         kernels = only([SDPBackend.MATH] if switches()[1] else [])
     elif mask is None and (is_causal or not overflows(spec)):
-        return attend(q, k, v, None, spec, is_causal)  # type: ignore[return-value]
+        return call_sdpa(q, k, v, None, spec, is_causal)  # type: ignore[return-value]
     else:
         # cuDNN must not see a mask: NaN gradients (pytorch#196678), misread float masks (pytorch#191612)
         kernels = without_cudnn()
     with kernels:
-        out = attend(q, k, v, mask, spec, is_causal)
+        out = call_sdpa(q, k, v, mask, spec, is_causal)
     assert isinstance(out, Tensor)
     return out
 
@@ -244,7 +244,7 @@ def overflows(spec: AttentionSpec) -> bool:
     return False
 
 
-def attend(
+def call_sdpa(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, spec: AttentionSpec, is_causal: bool = False
 ) -> Tensor | tuple[Tensor, Tensor]:
     """SDPA in our layout."""
@@ -281,7 +281,7 @@ def attend_with_lse(
 
 
 def limits_of_lse(spec: AttentionSpec) -> list[str]:
-    """What the CPU kernel cannot do where SDPA would take another one."""
+    """Limits of the CPU kernel where SDPA would take another one."""
     reasons = []
     if spec.dropout_p > 0.0:
         reasons.append("lse beside dropout")
@@ -300,7 +300,7 @@ def attend_cut(
     q: Tensor, k: Tensor, v: Tensor, items: list[Item], spec: AttentionSpec
 ) -> Tensor | tuple[Tensor, Tensor]:
     """SDPA of what is left of a problem."""
-    return attend(q, k, v, None, spec) if keep_all(items, spec) else attend_items(q, k, v, items, spec)
+    return call_sdpa(q, k, v, None, spec) if keep_all(items, spec) else attend_items(q, k, v, items, spec)
 
 
 def attend_items(
@@ -320,15 +320,15 @@ def attend_items(
 def attend_piece(
     q: Tensor, ks: tuple[Tensor, ...], vs: tuple[Tensor, ...], where: int | None, how: bool | Mask, spec: AttentionSpec
 ) -> tuple[Tensor, Tensor]:
-    """One piece: out and lse, which is empty where nobody asked."""
+    """One piece: out and lse, which is empty where it is not asked for."""
     if where is None:
         blank = q.new_zeros(*q.shape[:3], spec.head_dim_v)
         return blank, blank.new_full((1, spec.heads, q.shape[1]), float("-inf"))
     k, v = ks[where], vs[where]
     if isinstance(how, Mask):
-        result = attend(q, k, v, how.materialize(1, 1, q.shape[1], k.shape[1], q.device), spec)
+        result = call_sdpa(q, k, v, how.materialize(1, 1, q.shape[1], k.shape[1], q.device), spec)
     else:
-        result = attend(q, k, v, None, spec, is_causal=how)
+        result = call_sdpa(q, k, v, None, spec, is_causal=how)
     return result if isinstance(result, tuple) else (result, result.new_empty(0))
 
 

@@ -10,12 +10,12 @@ from torch import Tensor
 from ...problem.masks import Window
 from ...problem.spec import AttentionSpec
 from ..base import HALF, Serve
-from ..rewrites.documents import PADDING, offsets_in_place, pack, unpack, worth_moving
-from ..rewrites.grouped import FEW
+from ..rewrites.documents import PADDING, offsets_in_place, pack_batch, unpack_batch, worth_moving
+from ..rewrites.grouped import MOST_FOLDED_QUERIES
 from .switches import by_math, switches
 
 
-def packs(spec: AttentionSpec) -> bool:
+def packs_here(spec: AttentionSpec) -> bool:
     """A problem goes to torch's own flash-attn 2 as packed documents, here and now; else SDPA is handed a mask."""
     if not (packable(spec) and runs_packed(spec.head_dim, spec.device.index)) or by_math(spec):
         return False
@@ -40,14 +40,14 @@ def packable(spec: AttentionSpec) -> bool:
             windows = [part for part in spec.mask.parts if isinstance(part, Window)]
             if not all(window.align == "bottom_right" for window in windows):
                 return False
-        return features <= DOCUMENTS
-    return features <= PADDED and not features.isdisjoint(PADDING) and spec.seqlen_q > FEW
+        return features <= BESIDE_DOCUMENTS
+    return features <= BESIDE_PADDING and not features.isdisjoint(PADDING) and spec.seqlen_q > MOST_FOLDED_QUERIES
 
 
-ANY = ("backward", "deterministic", "dropout", "gqa")
-"""What documents and padding may stand beside in that kernel."""
-DOCUMENTS = frozenset((*ANY, "documents", "causal"))
-PADDED = frozenset((*ANY, *PADDING))
+BESIDE_BOTH = ("backward", "deterministic", "dropout", "gqa")
+"""Features that documents and padding may stand beside in that kernel."""
+BESIDE_DOCUMENTS = frozenset((*BESIDE_BOTH, "documents", "causal"))
+BESIDE_PADDING = frozenset((*BESIDE_BOTH, *PADDING))
 
 
 def takes_packed(dtype: torch.dtype, head_dim: int) -> bool:
@@ -78,8 +78,8 @@ packs_up_to._dynamo_marked_constant = True  # type: ignore[attr-defined]  # torc
 
 def attend_packed(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> Tensor:
     """A problem as packed documents: SDPA would be handed a mask, and compute what that hides."""
-    q, k, v, offsets = pack(q, k, v, spec)
-    return unpack(varlen(q, k, v, spec, **offsets), spec)
+    q, k, v, offsets = pack_batch(q, k, v, spec)
+    return unpack_batch(attend_varlen(q, k, v, spec, **offsets), spec)
 
 
 def attend_in_place(spec: AttentionSpec) -> Serve | None:
@@ -89,13 +89,13 @@ def attend_in_place(spec: AttentionSpec) -> Serve | None:
         return None
 
     def serve(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        out = varlen(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), spec, **where)
+        out = attend_varlen(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), spec, **where)
         return out.view(spec.batch, spec.seqlen_q, *out.shape[1:])
 
     return serve
 
 
-def varlen(
+def attend_varlen(
     q: Tensor,
     k: Tensor,
     v: Tensor,

@@ -78,7 +78,7 @@ def cut_up(spec: AttentionSpec, costs: Costs = Costs()) -> list[Item] | None:  #
             name = ("items", *sizes, window is not None, costs.item)
             valid, item = rule.real, costs.item
             items = rule.once(name, lambda: cut_padding(valid(spec.seqlen_k), spec, window is not None, item))
-    # where nobody looks at anything, the mask keeps the output in the autograd graph
+    # where no query looks at any key, the mask keeps the output in the autograd graph
     return items if items and any(piece[1] is not None for item in items for piece in item.pieces) else None
 
 
@@ -88,7 +88,7 @@ def follows(window: Window | None, aligned: bool, right: int = 0) -> bool:
 
 
 def cut_documents(documents: Documents, how: bool | Mask, spec: AttentionSpec) -> list[Item]:
-    """The one row of packed documents, a piece each; what lies behind the last belongs to nobody."""
+    """The one row of packed documents, a piece each; what lies behind the last belongs to none."""
     q_sizes, k_sizes = (offsets.diff().tolist() for offsets in (documents.cu_seqlens, documents.cu_seqlens_k))
     pieces: list[Piece] = [(size, place if k_sizes[place] else None, how) for place, size in enumerate(q_sizes)]
     pieces.append((spec.seqlen_q - sum(q_sizes), None, False))
