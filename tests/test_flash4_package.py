@@ -93,7 +93,9 @@ def copied(patch: pytest.MonkeyPatch) -> Iterator[Any]:
     patch.setattr(copy.utils, "convert_from_dlpack_leading_static", lambda *given, **told: None)
     for name in flash4_launches.OWNERS:
         getattr(copy, name).compile_cache = Listed()
-    masks = types.SimpleNamespace(within=flash4_masks.within, shown=flash4_masks.shown, blocks=blocks)
+    masks = types.SimpleNamespace(
+        is_in_interval=flash4_masks.is_in_interval, is_in_table=flash4_masks.is_in_table, blocks=blocks
+    )
     tools = Tools(masks=lambda: masks, takes_tables=lambda device: True, was_read=lambda device: True)
     copy.backend = Flash4((copy._flash_attn_fwd, copy._flash_attn_bwd), tools=tools)
     flash4_launches.launches.cache_clear()
