@@ -14,7 +14,7 @@ from .host.torch_state import autocast, is_dense
 from .problem.masks import Dense, Mask
 from .problem.scores import Bias, TensorBias
 from .problem.spec import AttentionSpec
-from .problem.wording import told
+from .problem.wording import spell
 
 
 def attention(
@@ -99,14 +99,14 @@ def check_arguments(
     """Raise ``TypeError`` where an argument of ``attention`` is not even of the kind it has to be."""
     for name, tensor in (("q", q), ("k", k), ("v", v), ("sinks", sinks)):
         if not is_dense(tensor) and (tensor is not None or name != "sinks"):
-            raise TypeError(f"{name} must be a dense tensor, got {told(tensor)}.")
+            raise TypeError(f"{name} must be a dense tensor, got {spell(tensor)}.")
     for name, number in (("softcap", softcap), ("softmax_scale", softmax_scale), ("dropout_p", dropout_p)):
         if not isinstance(number, NUMBER_KINDS) and (number is not None or name == "dropout_p"):
             hint = "; multiply q by a tensor instead" if name == "softmax_scale" else ""
-            raise TypeError(f"{name} must be a number, got {told(number)}{hint}.")
+            raise TypeError(f"{name} must be a number, got {spell(number)}{hint}.")
     for name, said in (("deterministic", deterministic), ("return_lse", return_lse)):
         if not isinstance(said, bool) and (said is not None or name == "return_lse"):
-            raise TypeError(f"{name} must be True or False, got {told(said)}.")
+            raise TypeError(f"{name} must be True or False, got {spell(said)}.")
 
 
 def as_mask(mask: Mask | Tensor | None) -> Mask | None:
@@ -115,7 +115,7 @@ def as_mask(mask: Mask | Tensor | None) -> Mask | None:
         return mask
     if is_dense(mask):
         return Dense(mask)
-    raise TypeError(f"mask must be a Mask, such as causal(), or a bool tensor, got {told(mask)}.")
+    raise TypeError(f"mask must be a Mask, such as causal(), or a bool tensor, got {spell(mask)}.")
 
 
 def as_bias(bias: Bias | Tensor | None) -> Bias | None:
@@ -124,7 +124,7 @@ def as_bias(bias: Bias | Tensor | None) -> Bias | None:
         return bias
     if is_dense(bias):
         return TensorBias(bias)
-    raise TypeError(f"bias must be a Bias, such as ALiBi(slopes), or a floating point tensor, got {told(bias)}.")
+    raise TypeError(f"bias must be a Bias, such as ALiBi(slopes), or a floating point tensor, got {spell(bias)}.")
 
 
 def run(

@@ -18,7 +18,7 @@ from .backends.parity import AGAIN, allowed_error, moved
 from .functional import attention
 from .host.torch_state import computed_in
 from .problem.masks import causal
-from .problem.wording import short
+from .problem.wording import dtype_name
 
 
 def has_flash_attention() -> bool:
@@ -152,5 +152,5 @@ def benchmark_attention(
         "flash_memory_mb": memory["flash"],
         "backend": calls[0].backend,
         "device": torch.cuda.get_device_name(device) if cuda else "cpu",
-        "dtype": short(dtype),
+        "dtype": dtype_name(dtype),
     }

@@ -25,7 +25,7 @@ from torch import nn
 import flashmha
 from flashmha.benchmark.environment import processor
 from flashmha.host.clock import quiet_machine, seconds
-from flashmha.problem.wording import short
+from flashmha.problem.wording import dtype_name
 
 CPU = torch.device("cpu")
 INSTRUCTIONS = {
@@ -84,7 +84,7 @@ def rows() -> list[dict[str, Any]]:
     with quiet_machine(CPU):
         for dtype, mode, shape in itertools.product((torch.bfloat16, torch.float16), ("eval", "train"), SHAPES):
             ratios = measure(dtype, mode == "train", shape)
-            found.append({"dtype": short(dtype), "pass": mode, "shape": shape, **ratios})
+            found.append({"dtype": dtype_name(dtype), "pass": mode, "shape": shape, **ratios})
             print(found[-1], file=sys.stderr, flush=True)
     return found
 

@@ -28,7 +28,7 @@ from flashmha import (
     replace_mha,
 )
 from flashmha.backends import unregister
-from flashmha.problem.wording import in_one_line
+from flashmha.problem.wording import summarize_error
 from flashmha.testing import Blueprint, Call, assert_same, blueprints, problems
 
 Arguments = dict[str, Any]
@@ -424,7 +424,7 @@ def test_the_environment_variable_is_obeyed_and_may_be_wrong(rounds: int) -> Non
 
 @given(text=st.text())
 def test_whatever_an_exception_says_there_is_one_line_of_it(text: str) -> None:
-    line = in_one_line(RuntimeError(text))
+    line = summarize_error(RuntimeError(text))
     assert line.startswith("RuntimeError: ") and len(line.splitlines()) == 1
     assert line.removeprefix("RuntimeError: ").strip()
 

@@ -14,7 +14,7 @@ from flashmha.backends.base import Backend
 from flashmha.backends.flash_attn.flash2 import Flash2
 from flashmha.backends.rewrites.grouped import MOST_FOLDED_QUERIES, fold, fold_table, folds, unfold, unfold_lse
 from flashmha.backends.sdpa.backend import attend_on_cuda
-from flashmha.problem.masks import joined
+from flashmha.problem.masks import join_masks
 from flashmha.testing import assert_agrees, assert_same, noise, seeds, specs
 
 
@@ -106,7 +106,7 @@ def test_flash2_folds_two_queries_and_more_and_leaves_one_to_the_package(
 @pytest.mark.parametrize("deterministic", (False, True))
 def test_a_call_on_a_gpu_is_one_graph_for_sizes_that_are_symbols(deterministic: bool) -> None:
     def call(q: Tensor, k: Tensor, valid: Tensor) -> Tensor:
-        spec = AttentionSpec.of(q, k, k, mask=joined(KeyPadding(valid), causal()), deterministic=deterministic)
+        spec = AttentionSpec.of(q, k, k, mask=join_masks(KeyPadding(valid), causal()), deterministic=deterministic)
         out = attend_on_cuda(q, k, k, spec)
         assert isinstance(out, Tensor)
         return out

@@ -319,7 +319,7 @@ def test_a_captured_graph_keeps_nothing_of_a_caller_s_rule(monkeypatch: pytest.M
     # another stream, other tensors
     for rule, expected in (
         (KeyPadding(valid), [0, 0, 1, 2, 0, 3]),
-        (ragged.private(KeyPadding(valid)), [0, 0, 1, 1, 2, 3]),
+        (ragged.mark_private(KeyPadding(valid)), [0, 0, 1, 1, 2, 3]),
     ):
         numbers, found = itertools.count(), []
         for now in ((1, False), (1, False), (7, True), (7, True), (1, False), (2, False)):
@@ -501,7 +501,7 @@ def test_a_compiler_prepares_a_mask_once_for_all_layers() -> None:
         return graph
 
     def run(q: Tensor, hidden: Tensor) -> Tensor:
-        rule = ragged.private(KeyPadding(~hidden))
+        rule = ragged.mark_private(KeyPadding(~hidden))
         for _ in range(3):
             q = backend(q, q, q, AttentionSpec.of(q, q, q, mask=rule))  # type: ignore[assignment]
         return q

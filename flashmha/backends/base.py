@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..problem.spec import AttentionSpec
-from ..problem.wording import short
+from ..problem.wording import dtype_name
 
 FEATURES = (
     "backward",
@@ -101,7 +101,7 @@ class Limits:
         if self.devices and spec.device.type not in self.devices:
             reasons.append(f"device {spec.device.type} (only {', '.join(self.devices)})")
         if spec.dtype not in self.dtypes:
-            reasons.append(f"dtype {short(spec.dtype)} (only {', '.join(map(short, self.dtypes))})")
+            reasons.append(f"dtype {dtype_name(spec.dtype)} (only {', '.join(map(dtype_name, self.dtypes))})")
         served = self.features
         if spec.device.type in self.not_on:
             served = served - self.not_on[spec.device.type]

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from ..problem.wording import in_one_line
+from ..problem.wording import summarize_error
 from .verdicts import judge_cases
 
 Run = dict[str, Any]
@@ -43,7 +43,7 @@ def load(path: Path) -> Run:
     try:
         return {**run, **judge_cases(run["cases"])}
     except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} must hold cases as `bench` writes them, got {in_one_line(error)}.") from error
+        raise ValueError(f"{path} must hold cases as `bench` writes them, got {summarize_error(error)}.") from error
 
 
 def levels(run: Run) -> list[str]:

@@ -23,7 +23,7 @@ from ..host.clock import seconds
 from ..host.machine import graphics
 from ..problem.masks import Mask
 from ..problem.spec import AttentionSpec
-from ..problem.wording import in_one_line
+from ..problem.wording import summarize_error
 from ..version import __version__
 from .environment import commit, environment
 from .gate import sweep
@@ -67,7 +67,7 @@ def measure_grid(tuning: Tuning, advance: Callable[[], None]) -> dict[str, Any]:
                 measured.append(measure_cell(cell, tuning, budget / len(tuning.cells)))
                 sweep(tuning.device)
             except RuntimeError as error:  # no memory for its tensors, or a kernel has left the GPU in ruins
-                dropped[str(cell)] = in_one_line(error)
+                dropped[str(cell)] = summarize_error(error)
             except KeyboardInterrupt:  # what was measured before is kept
                 dropped[str(cell)] = STOPPED
         else:
@@ -102,7 +102,7 @@ def measure_cell(cell: GridCell, tuning: Tuning, share: float) -> dict[str, Any]
         try:
             why = reason(get(name), spec) or too_large(name, spec) or definition.fault(trial.run(name))  # compiles, too
         except Exception as error:  # a kernel may raise anything, and is then not the fastest
-            why = in_one_line(error)
+            why = summarize_error(error)
         if why is None:
             timers[name] = functools.partial(trial.seconds, name)
         else:
@@ -114,7 +114,7 @@ def measure_cell(cell: GridCell, tuning: Tuning, share: float) -> dict[str, Any]
         rounds=tuning.grid.rounds,
         until=time.monotonic() + share,
         seed=tuning.seed,
-        failed=lambda name, error: absent.update({name: in_one_line(error)}),
+        failed=lambda name, error: absent.update({name: summarize_error(error)}),
     )
     return {
         **dataclasses.asdict(cell),

@@ -15,7 +15,7 @@ from ..benchmark.run_file import Run, levels, load, save
 from ..benchmark.runner import Plan, run
 from ..benchmark.suites import ON_REQUEST, SUITES, every_case
 from ..host.extras import wanted_by
-from ..problem.wording import in_one_line
+from ..problem.wording import summarize_error
 from .destination import check_folder
 from .devices import device
 from .screen import add_json, print_json, print_table, progress
@@ -177,7 +177,7 @@ def write_run(found: Run, folder: Path, draw: DrawPlots | None, again: bool = Fa
             draw(found, folder)
     except Exception as error:  # a full disk, or whatever the library of the plots raises
         hint = "" if again else f"; what was measured is in {folder / RECORD}" * (folder / RECORD).exists()
-        print(f"flashmha bench: {in_one_line(error)}{hint}", file=sys.stderr)
+        print(f"flashmha bench: {summarize_error(error)}{hint}", file=sys.stderr)
         return False
     return True
 

@@ -16,7 +16,7 @@ from ..problem.positions import ALIGNMENTS
 from ..problem.ragged import Documents, KeyLengths, KeyPadding
 from ..problem.scores import ALiBi, Bias, TensorBias
 from ..problem.spec import AttentionSpec
-from ..problem.wording import short
+from ..problem.wording import dtype_name
 from .devices import device
 from .flags import DTYPE_NAMES, at_least, bound, version, whole_numbers
 from .picture import Picture
@@ -200,7 +200,7 @@ def explanation_data(spec: AttentionSpec) -> dict[str, object]:
         value = getattr(spec, field.name)
         if value is None or isinstance(value, (bool, int, float)):
             found[field.name] = value
-    found |= {"dtype": short(spec.dtype), "device": str(spec.device)}
+    found |= {"dtype": dtype_name(spec.dtype), "device": str(spec.device)}
     found |= {"mask": spec.mask and repr(spec.mask), "bias": spec.bias and repr(spec.bias)}
     found |= {"sinks": spec.sinks is not None, "features": sorted(spec.features)}
     return found

@@ -12,7 +12,7 @@ import torch
 from ..backends import get, names, origin
 from ..backends.choice import tuned, waiting
 from ..backends.choice.wishes import BACKEND_VARIABLE
-from ..problem.wording import lines
+from ..problem.wording import tabulate
 from ..version import __version__
 from .devices import description, devices
 from .screen import add_json, print_json, print_table
@@ -68,7 +68,7 @@ def show_devices(here: list[torch.device], json: bool) -> None:
         print_json({"versions": versions(), **variables, "backends": backends, "devices": found})
         return
     rows = {name: version or "not installed" for name, version in versions().items()}
-    print(lines({**rows, **{name: os.environ.get(name, "not set") for name in VARIABLES}}))
+    print(tabulate({**rows, **{name: os.environ.get(name, "not set") for name in VARIABLES}}))
     for device in here:
         print(f"\n{description(device)}")
         print(f"automatic choice follows {' and '.join(followed(device)) or 'the order of the list: no measurement'}")

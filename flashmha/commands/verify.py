@@ -11,7 +11,7 @@ from ..backends import Backend, expand, get, names
 from ..backends.base import FEATURES
 from ..host.extras import wanted_by
 from ..problem.spec import AttentionSpec
-from ..problem.wording import in_one_line
+from ..problem.wording import summarize_error
 from ..testing.values import DRAWN_HEAD_DIMS, LONGEST
 from .devices import device, devices
 from .screen import Advance, add_json, print_json, print_table, progress
@@ -158,7 +158,7 @@ def verify_backend(backend: Backend, where: torch.device, drawn: DrawnProblems, 
     except hypothesis.errors.Unsatisfiable:
         verdict.verdict, verdict.why = FAILS, f"it serves no problem inside its limits ({', '.join(refusals)})"
     except Exception as error:  # a wrong answer, or whatever a kernel raises: what came last is the smallest problem
-        verdict.verdict, verdict.why = FAILS, in_one_line(error)
+        verdict.verdict, verdict.why = FAILS, summarize_error(error)
         if last:
             verdict.problem, verdict.tensors = str(last[0][0]), last[0][1]
             verdict.paste = replay_line(backend, *last[0])

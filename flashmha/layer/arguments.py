@@ -11,7 +11,7 @@ from ..backends.choice.wishes import Wanted
 from ..host.torch_state import has_torch_function
 from ..problem.masks import Mask
 from ..problem.ragged import Padding
-from ..problem.wording import told
+from ..problem.wording import spell
 
 
 class Arguments(NamedTuple):
@@ -36,7 +36,7 @@ def check_kinds(given: Arguments) -> None:
     """
     for name in ("query", "key", "value"):
         if not is_tensor(getattr(given, name)):
-            raise TypeError(f"{name} must be a tensor, got {told(getattr(given, name))}.")
+            raise TypeError(f"{name} must be a tensor, got {spell(getattr(given, name))}.")
     key_padding_mask, attn_mask = given.key_padding_mask, given.attn_mask
     if key_padding_mask is not None and not isinstance(key_padding_mask, Padding) and not is_tensor(key_padding_mask):
         where = (
@@ -46,12 +46,12 @@ def check_kinds(given: Arguments) -> None:
         )
         raise TypeError(
             f"key_padding_mask must be a tensor (batch, seqlen_k), True = hidden, a KeyPadding, True = may attend, "
-            f"KeyLengths or None, got {told(key_padding_mask)}{where}."
+            f"KeyLengths or None, got {spell(key_padding_mask)}{where}."
         )
     if attn_mask is not None and not isinstance(attn_mask, Mask) and not is_tensor(attn_mask):
         raise TypeError(
             f"attn_mask must be a tensor, True = hidden, a flashmha mask such as causal(), or None, got "
-            f"{told(attn_mask)}{array_hint(attn_mask)}."
+            f"{spell(attn_mask)}{array_hint(attn_mask)}."
         )
 
 
@@ -65,7 +65,7 @@ def check_flags(**flags: Any) -> None:
         if flag is None or isinstance(flag, (int, torch.SymBool, torch.SymInt)) or getattr(flag, "shape", None) == ():
             continue
         mask = "; give the mask as attn_mask=" if isinstance(flag, (Tensor, Mask)) else ""
-        raise TypeError(f"{name} must be True or False, got {told(flag)}{mask}.")
+        raise TypeError(f"{name} must be True or False, got {spell(flag)}{mask}.")
 
 
 def is_tensor(thing: Any) -> bool:

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from ..host.torch_state import readable
-from ..problem.masks import Dense, Mask, causal, joined
-from ..problem.ragged import KeyPadding, Padding, private
+from ..problem.masks import Dense, Mask, causal, join_masks
+from ..problem.ragged import KeyPadding, Padding, mark_private
 from ..problem.scores import add_biases
 from .arguments import Arguments
 from .checks import check_attn_mask_shape, check_float_mask, check_inputs, check_masks, extra_columns, four_axes
@@ -78,7 +78,7 @@ def read_call(layer: Layer, given: Arguments) -> Reading:
     if not (batched and layer.batch_first):
         query, key, value = lay_batch_first(query, key, value, batched)
     if key_padding_mask is None and attn_mask is None:
-        mask = rule if mask is None else joined(mask, rule)
+        mask = rule if mask is None else join_masks(mask, rule)
         return Reading(query, key, value, mask, bias, batched, columns, None if pads else rule)
     if key_padding_mask is not None and hides_or_nothing(key_padding_mask):
         check_float_mask(key_padding_mask, "key_padding_mask", query, need_weights)
@@ -96,12 +96,12 @@ def read_call(layer: Layer, given: Arguments) -> Reading:
             added = four_axes(one, name, query.shape[0], layer.num_heads)
             bias = added if bias is None else add_biases(bias, added)
         elif name == "key_padding_mask":
-            padding = private(KeyPadding(~one if one.dim() == 2 else ~one[None]))
-            mask = joined(mask, padding)
+            padding = mark_private(KeyPadding(~one if one.dim() == 2 else ~one[None]))
+            mask = join_masks(mask, padding)
         else:
-            mask = joined(mask, Dense(~four_axes(one, name, query.shape[0], layer.num_heads)))
+            mask = join_masks(mask, Dense(~four_axes(one, name, query.shape[0], layer.num_heads)))
     # padding of a rule's own is no padding of the call's: its queries are as real as any
-    return Reading(query, key, value, joined(mask, rule), bias, batched, columns, None if pads else padding)
+    return Reading(query, key, value, join_masks(mask, rule), bias, batched, columns, None if pads else padding)
 
 
 def own_copy(mask: Mask) -> Mask | None:
@@ -113,7 +113,7 @@ def own_copy(mask: Mask) -> Mask | None:
         tensors, again = part.flatten()
         return again([tensor.clone() for tensor in tensors]) if tensors else part
 
-    return joined(*map(copied, mask.parts))
+    return join_masks(*map(copied, mask.parts))
 
 
 def lay_batch_first(query: Tensor, key: Tensor, value: Tensor, batched: bool) -> tuple[Tensor, Tensor, Tensor]:

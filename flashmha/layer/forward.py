@@ -10,7 +10,7 @@ from ..backends.choice.wishes import Wanted
 from ..functional import run
 from ..host.torch_state import autocast, is_autocasting, tracing_state
 from ..problem import packing
-from ..problem.masks import Mask, joined
+from ..problem.masks import Mask, join_masks
 from ..problem.packing import Padded
 from ..problem.ragged import Padding
 from ..problem.scores import TensorBias
@@ -132,7 +132,7 @@ def prepare(layer: Layer, call: Reading, wanted: Wanted, skip_padding: bool) -> 
     custom = has_hops(layer)
     dtype = computing_dtype(layer, call, wanted) if query.dtype in HALF else None
     if layer.window is not None:
-        mask = joined(mask, layer.window)
+        mask = join_masks(mask, layer.window)
     if skip_padding and rule is not None and padding.why_padding_stays(layer, call) is None:
         real = packing.tokens_of(rule, key.shape[1])
         padded = Padded(mask, real.places, call.valid)

@@ -8,7 +8,7 @@ from torch import Tensor
 from ..host.torch_state import is_dense
 from ..problem import packing
 from ..problem.ragged import Documents, KeyLengths, KeyPadding
-from ..problem.wording import told
+from ..problem.wording import spell
 from . import nested
 from .call import hides_alone
 
@@ -35,7 +35,7 @@ class Packed:
         """
         if not is_dense(other) or other.shape[:2] != self.sizes:
             axes = "(batch, seqlen, ...)" if self.batch_first else "(seqlen, batch, ...)"
-            raise ValueError(f"other must be a tensor {axes} of {self.sizes}, got {told(other)}.")
+            raise ValueError(f"other must be a tensor {axes} of {self.sizes}, got {spell(other)}.")
         if self.batch_first:
             return packing.take_real(other, self.places)
         return packing.take_real(other.transpose(0, 1), self.places).transpose(0, 1)
@@ -57,7 +57,7 @@ class Packed:
             ValueError: batches of different sizes.
         """
         if not isinstance(memory, Packed):
-            raise TypeError(f"memory must be what pack returned, got {told(memory)}.")
+            raise TypeError(f"memory must be what pack returned, got {spell(memory)}.")
         here, there = self.documents, memory.documents
         sizes = [documents.cu_seqlens.shape[0] - 1 for documents in (here, there)]
         if sizes[0] != sizes[1]:
@@ -74,7 +74,7 @@ class Packed:
     def check(self, tokens: Tensor) -> None:
         """Raise ``ValueError`` where tokens are not as many as these."""
         if not is_dense(tokens) or tokens.shape[:2] != self.tokens.shape[:2]:
-            raise ValueError(f"tokens must be packed, {tuple(self.tokens.shape[:2])} first, got {told(tokens)}.")
+            raise ValueError(f"tokens must be packed, {tuple(self.tokens.shape[:2])} first, got {spell(tokens)}.")
 
     def __repr__(self) -> str:
         total, items = self.tokens.shape[:2].numel(), self.documents.cu_seqlens.shape[0] - 1
@@ -94,7 +94,7 @@ class PackedNested(Packed):
     def pack(self, other: Tensor) -> Tensor:
         if not nested.is_jagged(other) or not nested.as_long(other, self.like):
             raise ValueError(
-                f"other must be a jagged nested tensor with the lengths of these items, got {told(other)}."
+                f"other must be a jagged nested tensor with the lengths of these items, got {spell(other)}."
             )
         return nested.without_gaps(other).values()[None]
 
@@ -132,14 +132,14 @@ def pack(
         raise TypeError(f"batch_first must be True or False, got {batch_first!r}.")
     if isinstance(x, Tensor) and x.is_nested:
         if not nested.is_jagged(x):
-            raise ValueError(f"x must be a jagged nested tensor, ragged in its second axis, got {told(x)}.")
+            raise ValueError(f"x must be a jagged nested tensor, ragged in its second axis, got {spell(x)}.")
         if key_padding_mask is not None or not batch_first:
             raise ValueError(
                 "key_padding_mask and batch_first must be left out beside a nested x, which has no padding."
             )
         return PackedNested(x)
     if not is_dense(x) or x.dim() < 2:
-        raise ValueError(f"x must be a tensor (batch, seqlen, ...), got {told(x)}.")
+        raise ValueError(f"x must be a tensor (batch, seqlen, ...), got {spell(x)}.")
     batch, seqlen = x.shape[:2] if batch_first else x.shape[1::-1]
     valid = real_tokens(key_padding_mask, batch, seqlen, x.device)
     if valid.device != x.device:
@@ -161,7 +161,7 @@ def real_tokens(mask: Tensor | KeyPadding | KeyLengths | None, batch: int, seqle
     ):
         raise ValueError(
             f"key_padding_mask must be a bool tensor (batch, seqlen) = ({batch}, {seqlen}), True = hidden, a "
-            f"KeyPadding, a KeyLengths or None, got {told(mask)}."
+            f"KeyPadding, a KeyLengths or None, got {spell(mask)}."
         )
     if mask.dtype != torch.bool and (mask.requires_grad or not hides_alone(mask)):
         raise ValueError("key_padding_mask must be bool or hold 0 and -inf alone, got other numbers or a gradient.")

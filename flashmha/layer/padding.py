@@ -11,7 +11,7 @@ from ..host.torch_state import computed_in, eager, is_capturing
 from ..problem.masks import Window
 from ..problem.packing import has_holes, parts_of, take_real
 from ..problem.ragged import KeyPadding, Padding
-from ..problem.wording import short
+from ..problem.wording import dtype_name
 from .call import Reading, change_each_once
 from .checks import extra_columns
 from .features import find_overridden
@@ -45,7 +45,9 @@ def why_not_packable(layer: Layer, call: Reading) -> str | None:
     if call.bias is not None or any(not isinstance(part, (Padding, Window)) for part in parts_of(call.mask)):
         return "an attn_mask beside causality"
     if call.query.is_cuda and preference(layer.backend) is None and not has_packed_kernel(layer, call):
-        return f"no kernel here for packed tokens in {short(computed_in(call.query))}: they would need a dense mask"
+        return (
+            f"no kernel here for packed tokens in {dtype_name(computed_in(call.query))}: they would need a dense mask"
+        )
     call.padding.check(call.key.shape[0], 1, 1, call.key.shape[1])  # the last to look at it, where it is left out
     return None
 

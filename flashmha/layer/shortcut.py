@@ -27,7 +27,7 @@ from ..host.torch_state import (
     tracing_state,
 )
 from ..problem.masks import Mask, causal
-from ..problem.ragged import Documents, KeyLengths, KeyPadding, Padding, private
+from ..problem.ragged import Documents, KeyLengths, KeyPadding, Padding, mark_private
 from ..problem.spec import AttentionSpec
 from ..weights.attend import attention_with_weights
 from .arguments import Arguments
@@ -179,7 +179,9 @@ def plain_mask(
     if attn_mask is None and not is_causal:
         if type(key_padding_mask) is Tensor:
             fits = key_padding_mask.shape == (batch, seqlen_k) and key_padding_mask.device == device
-            return private(KeyPadding(~key_padding_mask)) if fits and key_padding_mask.dtype == torch.bool else None
+            return (
+                mark_private(KeyPadding(~key_padding_mask)) if fits and key_padding_mask.dtype == torch.bool else None
+            )
         if not isinstance(key_padding_mask, Padding):
             return None
         attn_mask, key_padding_mask = key_padding_mask, None

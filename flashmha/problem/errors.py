@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from .spec import AttentionSpec
-from .wording import lines
+from .wording import tabulate
 
 
 class NoBackendError(RuntimeError):
@@ -24,7 +24,7 @@ class NoBackendError(RuntimeError):
         self.wanted = wanted
         asked = "No backend can serve" if wanted is None else f"{wanted} cannot serve"
         fix = "" if wanted is None else "\nName another backend there, or none: then flashmha chooses."
-        super().__init__(f"{asked} this problem:\n  {spec}\n{lines(self.reasons)}{fix}")
+        super().__init__(f"{asked} this problem:\n  {spec}\n{tabulate(self.reasons)}{fix}")
 
     def __reduce__(self) -> tuple[object, ...]:
         return type(self), (self.spec, self.reasons, self.wanted)

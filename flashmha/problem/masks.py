@@ -38,7 +38,7 @@ from .positions import (
     look_up_in,
     narrowed_to,
 )
-from .wording import told
+from .wording import spell
 
 Kind = TypeVar("Kind", bound="Mask")
 Rebuild = Callable[[Sequence[Tensor]], "Mask"]
@@ -250,7 +250,7 @@ class Dense(Mask):
         if not is_dense(allowed) or allowed.dtype != torch.bool or not 2 <= allowed.dim() <= 4:
             raise ValueError(
                 "a dense mask must be a bool tensor that broadcasts to (batch, heads, seqlen_q, seqlen_k), "
-                f"True = may attend (what is added to the scores goes to bias=), got {told(allowed)}."
+                f"True = may attend (what is added to the scores goes to bias=), got {spell(allowed)}."
             )
         self.allowed = allowed[(None,) * (4 - allowed.dim())]
 
@@ -290,7 +290,7 @@ class Rule(Mask):
         if align not in ALIGNMENTS:
             raise ValueError(f"align must be one of {ALIGNMENTS}, got {align!r}.")
         if not callable(fn):
-            raise TypeError(f"fn must be a function of (batch, head, q_pos, k_pos), got {told(fn)}.")
+            raise TypeError(f"fn must be a function of (batch, head, q_pos, k_pos), got {spell(fn)}.")
         self.fn, self.align = fn, align
 
     def mask_mod(self, seqlen_q: int, seqlen_k: int, documents: Restarts | None = None) -> MaskMod:
@@ -353,7 +353,7 @@ class Intersection(Mask):
         return " & ".join(map(repr, self._parts))
 
 
-def find(mask: Mask | None, kind: type[Kind]) -> Kind | None:
+def find_rule(mask: Mask | None, kind: type[Kind]) -> Kind | None:
     """The first rule of a kind in a mask."""
     if isinstance(mask, kind):
         return mask
@@ -364,7 +364,7 @@ def find(mask: Mask | None, kind: type[Kind]) -> Kind | None:
     return None
 
 
-def joined(*masks: Mask | None) -> Mask | None:
+def join_masks(*masks: Mask | None) -> Mask | None:
     """``&`` of all that are there. (The Dynamo of torch 2.8 and 2.9 traces no ``&`` of objects.)"""
     parts = [part for mask in masks if mask is not None for part in mask.parts]
     return combine(tuple(parts)) if parts else None

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .masks import Mask, Window, joined
+from .masks import Mask, Window, join_masks
 from .ragged import Documents, Padding
 
 
@@ -37,7 +37,7 @@ def tokens_of(padding: Padding, seqlen: int) -> Tokens:
 
 def packed_mask(mask: Mask | None, real: Tokens) -> Mask | None:
     """The mask among the real tokens end to end: their documents, and the windows."""
-    return joined(real.documents, *find_windows(mask))
+    return join_masks(real.documents, *find_windows(mask))
 
 
 def take_real(x: Tensor, places: Tensor) -> Tensor:

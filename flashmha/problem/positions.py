@@ -8,7 +8,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from .wording import told
+from .wording import spell
 
 MaskMod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 ALIGNMENTS = ("bottom_right", "top_left")
@@ -74,7 +74,7 @@ def check_range(name: str, part: range | None, size: int) -> None:
     if part is None:
         return
     if not isinstance(part, range):
-        raise TypeError(f"{name} must be a range, or None for all, got {told(part)}.")
+        raise TypeError(f"{name} must be a range, or None for all, got {spell(part)}.")
     if part.step != 1 or not 0 <= part.start <= part.stop <= size:
         raise ValueError(f"{name} must be a range of step 1 within 0 and {size}, got {part}.")
 

@@ -13,7 +13,7 @@ from ..host.torch_state import eager, is_compiling, is_dense, readable
 from .computed import Computed, Made, hides_changes, make_plain, stream_of
 from .masks import Mask, Rebuild
 from .positions import MaskMod, Restarts, narrowed_to
-from .wording import told
+from .wording import spell
 
 
 class Padding(Mask):
@@ -66,7 +66,7 @@ class Padding(Mask):
         tensors, rebuild = self.flatten()
         twin = rebuild([tensor.clone() for tensor in tensors])
         assert isinstance(twin, Padding)
-        return private(twin)
+        return mark_private(twin)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), self.tensors()
@@ -75,7 +75,7 @@ class Padding(Mask):
 P = TypeVar("P", bound="Padding")
 
 
-def private(rule: P) -> P:
+def mark_private(rule: P) -> P:
     """Say of a rule that its maker alone holds its tensor, so that it cannot change."""
     rule._private, rule.lasts = True, False
     return rule
@@ -90,7 +90,7 @@ class KeyPadding(Padding):
     def __init__(self, valid: Tensor) -> None:
         if not is_dense(valid) or valid.dtype != torch.bool or valid.dim() != 2:
             raise ValueError(
-                f"valid must be a bool tensor of shape (batch, seqlen_k), True = may attend, got {told(valid)}."
+                f"valid must be a bool tensor of shape (batch, seqlen_k), True = may attend, got {spell(valid)}."
             )
         self.valid = valid
         self._kept, self._private, self.lasts = None, False, True
@@ -117,7 +117,7 @@ class KeyPadding(Padding):
     def merged(self, other: Mask) -> KeyPadding | None:
         if not isinstance(other, KeyPadding) or self.valid.shape != other.valid.shape:
             return None
-        return private(KeyPadding(self.valid & other.valid))
+        return mark_private(KeyPadding(self.valid & other.valid))
 
     def materialize(self, *grid: Any, queries: range | None = None, keys: range | None = None) -> Tensor:
         batch, seqlen_k = self.valid.shape
@@ -139,7 +139,7 @@ class KeyLengths(Padding):
 
     def __init__(self, lengths: Tensor) -> None:
         if not is_vector_of_integers(lengths):
-            raise ValueError(f"lengths must be an int32 or int64 tensor of shape (batch,), got {told(lengths)}.")
+            raise ValueError(f"lengths must be an int32 or int64 tensor of shape (batch,), got {spell(lengths)}.")
         self.lengths = lengths
         self._kept, self._private, self.lasts = None, False, True
 
@@ -171,7 +171,7 @@ class KeyLengths(Padding):
     def merged(self, other: Mask) -> KeyLengths | None:
         if not isinstance(other, KeyLengths) or self.lengths.shape != other.lengths.shape:
             return None
-        return private(KeyLengths(torch.minimum(self.lengths, other.lengths)))
+        return mark_private(KeyLengths(torch.minimum(self.lengths, other.lengths)))
 
     def __repr__(self) -> str:
         return f"KeyLengths({tuple(self.lengths.shape)})"
@@ -205,7 +205,7 @@ class Documents(Mask):
             if not is_vector_of_integers(offsets) or offsets.shape[0] < 2:
                 raise ValueError(
                     f"{name} must be an int32 or int64 tensor of shape (documents + 1,), at least (2,), "
-                    f"got {told(offsets)}."
+                    f"got {spell(offsets)}."
                 )
         if cu_seqlens_k is not None and cu_seqlens_k.shape != cu_seqlens.shape:
             raise ValueError(

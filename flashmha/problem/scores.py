@@ -28,7 +28,7 @@ from torch import Tensor
 
 from ..host.torch_state import is_dense
 from .positions import Restarts, by_index, check_broadcast, find_device, index_grid, look_up_in, narrowed_to
-from .wording import told
+from .wording import spell
 
 ScoreMod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 BIAS_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -104,7 +104,7 @@ class TensorBias(Bias):
             hint = "; a bool tensor is a mask: Dense(tensor)" if getattr(tensor, "dtype", None) == torch.bool else ""
             raise ValueError(
                 "bias must be a floating point tensor that broadcasts to (batch, heads, seqlen_q, seqlen_k), "
-                f"got {told(tensor)}{hint}."
+                f"got {spell(tensor)}{hint}."
             )
         self.tensor = tensor[(None,) * (4 - tensor.dim())]
 
@@ -146,7 +146,7 @@ class ALiBi(Bias):
     def __init__(self, slopes: Tensor) -> None:
         if not is_dense(slopes) or slopes.dtype not in BIAS_DTYPES or slopes.dim() not in (1, 2):
             raise ValueError(
-                f"slopes must be a floating point tensor of shape (heads,) or (batch, heads), got {told(slopes)}."
+                f"slopes must be a floating point tensor of shape (heads,) or (batch, heads), got {spell(slopes)}."
             )
         self.slopes = slopes
 
@@ -182,7 +182,7 @@ class RelativeBias(Bias):
     def __init__(self, table: Tensor) -> None:
         if not is_dense(table) or table.dtype not in BIAS_DTYPES or table.dim() != 2 or table.shape[1] % 2 == 0:
             raise ValueError(
-                f"table must be a floating point tensor of shape (heads, 2 * reach + 1), got {told(table)}."
+                f"table must be a floating point tensor of shape (heads, 2 * reach + 1), got {spell(table)}."
             )
         self.table = table
 

@@ -21,12 +21,12 @@ from ..host.torch_state import (
     is_deterministic,
     needs_aten,
 )
-from .masks import Dense, Mask, Window, find, normalize
+from .masks import Dense, Mask, Window, find_rule, normalize
 from .positions import check_range
-from .ragged import Documents, KeyLengths, KeyPadding, Padding, private
+from .ragged import Documents, KeyLengths, KeyPadding, Padding, mark_private
 from .scores import BIAS_DTYPES, Bias
 from .tensors import check_tensors, refuse_device
-from .wording import short, told
+from .wording import dtype_name, spell
 
 DEFAULT_DEVICE = torch.device("cpu")
 NUMBER = (int, float, torch.SymFloat, Tensor)
@@ -121,7 +121,7 @@ class AttentionSpec:
         if sinks is None:
             return
         if not is_dense(sinks) or sinks.dtype not in BIAS_DTYPES or sinks.shape != (self.heads,):
-            raise ValueError(f"sinks must have shape (heads,) = ({self.heads},), floating point, got {told(sinks)}.")
+            raise ValueError(f"sinks must have shape (heads,) = ({self.heads},), floating point, got {spell(sinks)}.")
 
     @property
     def features(self) -> frozenset[str]:
@@ -352,12 +352,12 @@ class AttentionSpec:
     @property
     def window(self) -> Window | None:
         """The mask's window in bottom-right positions."""
-        return find(self.mask, Window)
+        return find_rule(self.mask, Window)
 
     @property
     def dense(self) -> Dense | None:
         """The mask's tensor for every query and key."""
-        return find(self.mask, Dense)
+        return find_rule(self.mask, Dense)
 
     @property
     def documents(self) -> Documents | None:
@@ -382,7 +382,7 @@ class AttentionSpec:
             return rules[0] if rules else None
         valid = self.valid_keys()
         assert valid is not None
-        return private(KeyPadding(valid))
+        return mark_private(KeyPadding(valid))
 
     def valid_keys(self) -> Tensor | None:
         """Which keys the padding leaves, (batch, seqlen_k) bool; ``None`` without padding."""
@@ -395,7 +395,7 @@ class AttentionSpec:
 
     def key_lengths(self) -> Tensor:
         """The lengths of a mask with ``KeyLengths`` as kernels take them, (batch,) int32."""
-        rule = find(self.mask, KeyLengths)
+        rule = find_rule(self.mask, KeyLengths)
         assert rule is not None
         lengths = rule.lengths
         return rule.once(("lengths", self.seqlen_k), lambda: lengths.clamp(0, self.seqlen_k).int())
@@ -434,7 +434,7 @@ class AttentionSpec:
         )
         if self.head_dim_v != self.head_dim:
             shape += f" head_dim_v={self.head_dim_v}"
-        shape += f" {short(self.dtype)} on {self.device}"
+        shape += f" {dtype_name(self.dtype)} on {self.device}"
         if self.mask is not None:
             shape += f", mask {self.mask!r}"
         if self.bias is not None:

@@ -10,27 +10,27 @@ from torch import Tensor
 from ..host.torch_state import is_dense
 
 
-def told(thing: object) -> str:
+def spell(thing: object) -> str:
     """Put what a caller passed in a few words."""
     if type(thing).__name__ == "CausalBias":
         upper = thing.variant.name == "UPPER_LEFT"  # type: ignore[attr-defined]
         return f"torch's CausalBias (say mask=causal({'align=' + repr('top_left') if upper else ''}))"
     if isinstance(thing, Tensor) and not is_dense(thing):
-        return f"a {'nested' if thing.is_nested else short(thing.layout)} tensor of {short(thing.dtype)}"
+        return f"a {'nested' if thing.is_nested else dtype_name(thing.layout)} tensor of {dtype_name(thing.dtype)}"
     if isinstance(thing, Tensor):
-        return f"{short(thing.dtype)} of shape {tuple(thing.shape)}"
+        return f"{dtype_name(thing.dtype)} of shape {tuple(thing.shape)}"
     kind, words = type(thing).__name__, " ".join(repr(thing).split())
     if kind in words and len(words) > 40:  # an object that says no more than its class
         return kind
     return f"{kind} {words if len(words) <= 80 else words[:77] + '...'}"
 
 
-def short(name: torch.dtype | torch.layout) -> str:
+def dtype_name(name: torch.dtype | torch.layout) -> str:
     """The name of a dtype or layout without its ``torch.``."""
     return str(name).removeprefix("torch.")
 
 
-def lines(rows: Mapping[str, str]) -> str:
+def tabulate(rows: Mapping[str, str]) -> str:
     """Rows as lines of ``name  text``, aligned."""
     width = max([0, *[len(name) for name in rows]])
     return "\n".join(f"  {name:<{width}}  {text}" for name, text in rows.items())
@@ -41,6 +41,6 @@ def first_line(error: BaseException) -> str:
     return (str(error).strip() or repr(error)).splitlines()[0]
 
 
-def in_one_line(error: BaseException) -> str:
+def summarize_error(error: BaseException) -> str:
     """An exception's type and the first line of its text."""
     return f"{type(error).__name__}: {first_line(error)}"

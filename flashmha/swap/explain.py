@@ -21,7 +21,7 @@ from ..layer.call import read_call
 from ..layer.forward import prepare
 from ..layer.module import FlashMultiHeadAttention
 from ..problem.spec import AttentionSpec
-from ..problem.wording import short
+from ..problem.wording import dtype_name
 from ..weights.attend import is_defined
 from .encoder import FlashTransformerEncoder, found_causal
 from .route import enter
@@ -84,9 +84,11 @@ def explain_layer(layer: FlashMultiHeadAttention, *args: Any, **kwargs: Any) -> 
     elif layer.skip_padding and given.key_padding_mask is not None:
         notes.append(f"skip_padding: every row is computed ({padding.why_padding_stays(layer, call)})")
     if problem.dtype is not None:
-        notes.append(f"computed in {short(problem.dtype)}: this CPU is slower in {short(call.query.dtype)}")
+        notes.append(f"computed in {dtype_name(problem.dtype)}: this CPU is slower in {dtype_name(call.query.dtype)}")
     elif problem.spec.dtype != call.query.dtype:
-        notes.append(f"computed in {short(problem.spec.dtype)}: autocast takes {short(call.query.dtype)} there")
+        notes.append(
+            f"computed in {dtype_name(problem.spec.dtype)}: autocast takes {dtype_name(call.query.dtype)} there"
+        )
     said = backends.explain(problem.spec, wanted)
     plain = need_weights and problem.padded is None and said.chosen is not None
     if plain and is_defined(problem.spec, backends.get(str(said.chosen)), wanted):

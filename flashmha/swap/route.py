@@ -19,8 +19,8 @@ from ..layer.module import FlashMultiHeadAttention
 from ..layer.packed import Packed
 from ..problem import packing
 from ..problem.computed import make_plain
-from ..problem.masks import Mask, joined
-from ..problem.ragged import KeyPadding, Padding, private
+from ..problem.masks import Mask, join_masks
+from ..problem.ragged import KeyPadding, Padding, mark_private
 from .known import find_unknown_call, find_unknown_layers, find_unknown_norm
 
 
@@ -122,12 +122,12 @@ def route_without_padding(
     if not pays(encoder, valid):
         hidden = mask_hidden_rows(attentions[0], valid)
         # as a rule, which a layer does not leave out
-        return Route(src, joined(call.padding, *windows), None, False, None, hidden, nesting), None
+        return Route(src, join_masks(call.padding, *windows), None, False, None, hidden, nesting), None
     real = packing.tokens_of(call.padding, valid.shape[1])
     if real.places.shape[0] == valid.numel():
-        return Route(src, joined(*windows), None, False), None
+        return Route(src, join_masks(*windows), None, False), None
     packed = Packed(src, real, attentions[0].batch_first)
-    return Route(packed.tokens, joined(packed.documents, *windows), None, False, packed, None, nesting), None
+    return Route(packed.tokens, join_masks(packed.documents, *windows), None, False, packed, None, nesting), None
 
 
 def attentions_of(encoder: nn.TransformerEncoder) -> list[FlashMultiHeadAttention]:
@@ -282,7 +282,7 @@ def hand_down(encoder: nn.TransformerEncoder, src: Tensor, mask: Any, padding: A
             return padding
     if GLOBAL_HOOKS[0] or GLOBAL_HOOKS[1]:
         return padding
-    return private(KeyPadding(~padding if is_compiling() else make_plain(lambda: ~padding)))
+    return mark_private(KeyPadding(~padding if is_compiling() else make_plain(lambda: ~padding)))
 
 
 GLOBAL_HOOKS = (

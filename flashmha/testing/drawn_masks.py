@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from ..backends.base import FEATURES
-from ..problem.masks import Dense, Mask, Rule, Window, causal, joined
+from ..problem.masks import Dense, Mask, Rule, Window, causal, join_masks
 from ..problem.positions import ALIGNMENTS, MaskMod
 from ..problem.ragged import Documents, KeyLengths, KeyPadding
 from .choice import Choices, Choose
@@ -58,7 +58,7 @@ def masks(
         chosen[chosen.index("causal")] = "top-left causal"
     sizes = {"batch": batch, "heads": heads, "seqlen_q": seqlen_q, "seqlen_k": seqlen_k}
     ends = (*WINDOW_REACH, longest, None, *(2 * FAR_REACH if longest >= TILE_SIZE else ()))
-    return joined(
+    return join_masks(
         *[
             drawn_mask(kind, choose, choose(SEEDS), reach=ends, aligns=ALIGNMENTS, device=device, **sizes)
             for kind in chosen

@@ -10,7 +10,7 @@ import torch
 from hypothesis import strategies as st
 
 from ..backends.base import Backend, Limits
-from ..problem.masks import Window, causal, joined
+from ..problem.masks import Window, causal, join_masks
 from ..problem.ragged import Documents
 from ..problem.spec import AttentionSpec
 from .attention import DrawnSpec, sink_values, specs
@@ -78,7 +78,7 @@ class DrawnKernel:
             head_dim=self.head_dim,
             head_dim_v=self.head_dim,
             dtype=self.dtype,
-            mask=joined(*[drawn_mask(kind, choose, seed, **more) for kind in self.mask]),
+            mask=join_masks(*[drawn_mask(kind, choose, seed, **more) for kind in self.mask]),
             bias=bias,
             softcap=self.softcap,
             sinks=sink_values(seed, sizes["heads"], device, learned=self.needs_grad) if self.sinks else None,

@@ -21,7 +21,7 @@ from ..problem.masks import Dense, Window
 from ..problem.ragged import KeyLengths, KeyPadding
 from ..problem.scores import TensorBias
 from ..problem.spec import AttentionSpec
-from ..problem.wording import short
+from ..problem.wording import dtype_name
 
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 LARGEST_HEAD_DIM = 256
@@ -37,7 +37,7 @@ SPARE = 4096
 def why_not(spec: AttentionSpec) -> str | None:
     """Why no kernel makes the weights of a problem; ``None`` where one does."""
     if spec.dtype not in KERNEL_DTYPES:
-        return f"dtype must be one of {', '.join(map(short, KERNEL_DTYPES))}, got {short(spec.dtype)}"
+        return f"dtype must be one of {', '.join(map(dtype_name, KERNEL_DTYPES))}, got {dtype_name(spec.dtype)}"
     if not 1 <= spec.head_dim <= LARGEST_HEAD_DIM:
         return f"head_dim must lie between 1 and {LARGEST_HEAD_DIM}, got {spec.head_dim}"
     for part in () if spec.mask is None else spec.mask.parts:
@@ -46,7 +46,7 @@ def why_not(spec: AttentionSpec) -> str | None:
     if spec.bias is not None and not isinstance(spec.bias, TensorBias):
         return f"no kernel has the bias {spec.bias!r}"
     if spec.bias is not None and spec.bias.tensor.dtype not in KERNEL_DTYPES:
-        return f"no kernel has a bias of {short(spec.bias.tensor.dtype)}"
+        return f"no kernel has a bias of {dtype_name(spec.bias.tensor.dtype)}"
     if spec.softcap is not None:
         return "no kernel has a softcap"
     return None if spec.sinks is None else "no kernel has sinks"
@@ -58,7 +58,7 @@ def no_gradients(spec: AttentionSpec) -> str | None:
     A tile's gradient has the dtype of q on its way to the tensor cores. float16 has no room for numbers as small as
     those, and nothing multiplies float32 faster than PyTorch.
     """
-    return why_not(spec) if spec.dtype == torch.bfloat16 else f"dtype must be bfloat16, got {short(spec.dtype)}"
+    return why_not(spec) if spec.dtype == torch.bfloat16 else f"dtype must be bfloat16, got {dtype_name(spec.dtype)}"
 
 
 @functools.cache

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from ...problem.spec import AttentionSpec
-from ...problem.wording import lines
+from ...problem.wording import tabulate
 from ..base import Backend, written
 from . import registry, tuned
 from .choose import chosen_before, pick, reason
@@ -39,7 +39,7 @@ class Explanation:
         return self.otherwise if self.chosen is None else f"chosen: {self.chosen}"
 
     def __str__(self) -> str:
-        return "\n".join((f"{self.spec}\n{lines(self.rows)}", *self.notes, self.conclusion))
+        return "\n".join((f"{self.spec}\n{tabulate(self.rows)}", *self.notes, self.conclusion))
 
 
 def explain(spec: AttentionSpec, wanted: Wanted = None, capability: tuple[int, int] | None = None) -> Explanation:

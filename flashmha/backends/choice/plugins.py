@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ...problem.spec import AttentionSpec
-from ...problem.wording import in_one_line
+from ...problem.wording import summarize_error
 from ..base import Backend, Limits
 
 GROUP = "flashmha.backends"
@@ -61,7 +61,7 @@ class Unusable(Backend):
 
     def __init__(self, name: str, error: BaseException) -> None:
         self.name = name
-        self.reason = in_one_line(error)
+        self.reason = summarize_error(error)
 
     def why_not_here(self, device: torch.device) -> str | None:
         return self.reason

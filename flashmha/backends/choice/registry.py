@@ -13,7 +13,7 @@ from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 from ...problem.spec import AttentionSpec
-from ...problem.wording import in_one_line
+from ...problem.wording import summarize_error
 from ..base import CONTRACTS, Backend, Limits
 from . import plugins
 from .plugins import Unusable
@@ -110,7 +110,7 @@ def guarded_reason(question: str, ask: Callable[[Any], Any]) -> Callable[[Any], 
         try:
             said = ask(about)
         except (Exception, SystemExit) as error:
-            return f"{question} raised {in_one_line(error)}"
+            return f"{question} raised {summarize_error(error)}"
         return said if said is None or isinstance(said, str) else f"{question} must give text or None, got {said!r}"
 
     return answer

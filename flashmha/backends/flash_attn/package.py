@@ -18,7 +18,7 @@ from torch import Tensor
 from ...host.machine import HERE, Machine
 from ...problem.masks import Window
 from ...problem.spec import AttentionSpec
-from ...problem.wording import first_line, in_one_line
+from ...problem.wording import first_line, summarize_error
 from ..base import Backend
 
 probed_packages: dict[str, FlashAttn] = {}
@@ -126,7 +126,7 @@ def trial(backend: FlashAttn, index: int) -> str | None:
         return try_out(backend, backend.machine.device(index), 64, torch.bfloat16, False)
     except Exception as error:  # a broken binary fails in many ways, and each is a reason rather than a crash
         hint = f"; install: {backend.install}" if isinstance(error, ModuleNotFoundError) and backend.install else ""
-        return f"{in_one_line(error)}{hint}"
+        return f"{summarize_error(error)}{hint}"
 
 
 def lacks(

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ...host.torch_state import eager, is_dual
-from ...problem.ragged import KeyLengths, KeyPadding, private
+from ...problem.ragged import KeyLengths, KeyPadding, mark_private
 from .heads import neighbours
 
 
@@ -90,7 +90,7 @@ class RealFirst:
     def __init__(self, x: Tensor, padding: KeyPadding, batch_first: bool = True) -> None:
         self.sizes = x.shape
         self.order = padding.once(("real first", batch_first), lambda: real_first(padding.valid, batch_first))
-        self.padding = padding.once("lengths", lambda: private(KeyLengths(padding.valid.sum(1))))
+        self.padding = padding.once("lengths", lambda: mark_private(KeyLengths(padding.valid.sum(1))))
         sizes = padding.valid.shape
         self.tokens = permute_rows((x.flatten(0, 1),), self.order)[0].view(*sizes, *x.shape[2:])
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ...host.torch_state import readable
-from ...problem.masks import Mask, Window, joined
+from ...problem.masks import Mask, Window, join_masks
 from ...problem.ragged import Documents, KeyLengths, KeyPadding
 from ...problem.spec import AttentionSpec
 
@@ -64,7 +64,7 @@ def cut_up(spec: AttentionSpec, costs: Costs = Costs()) -> list[Item] | None:  #
     if documents is not None:
         calls = documents.cu_seqlens.shape[0] - 1
         if kinds <= {Documents, Window} and work > costs.document * calls:
-            windows = joined(*[part for part in spec.mask.parts if type(part) is Window])
+            windows = join_masks(*[part for part in spec.mask.parts if type(part) is Window])
             how = windows if windows is not None and not follows(window, documents.aligned) else windows is not None
             items = cut_documents(documents, how, spec)
     elif kinds & {KeyPadding, KeyLengths} and kinds <= {KeyPadding, KeyLengths, Window}:
