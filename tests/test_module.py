@@ -229,6 +229,8 @@ def test_a_frozen_layer_on_plain_inputs_gives_an_output_without_gradient(
 @given(problem=problems(grad=(True,)))
 def test_every_parameter_that_stock_trains_gets_a_gradient(problem: tuple[Blueprint, Call]) -> None:
     blueprint, call = problem
+    # on a GPU stock's SDPA gives None for an empty batch in half precision
+    assume(call.batch != 0 or not torch.cuda.is_available())
     ours, stock = pair(blueprint)
     found, wanted = ask(ours, call, call.tensors(blueprint)), ask(stock, call, call.tensors(blueprint))
     for name, _ in stock.named_parameters():

@@ -66,7 +66,7 @@ def heads(layer: Any, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor
 
 def merged(layer: Any, out: Tensor) -> Tensor:
     """The output projection of (batch, heads, seqlen, head_dim)."""
-    out = out.transpose(1, 2) if layer.batch_first else out.permute(2, 0, 1, 3)
+    out = out.transpose(1, 2) if layer.batch_first else out.permute(2, 0, 1, 3).contiguous()
     return F.linear(out.flatten(2), layer.out_proj.weight, layer.out_proj.bias)
 
 

@@ -694,6 +694,7 @@ def test_a_hint_without_its_mask_stays_an_error() -> None:
         model(x, src_key_padding_mask=hidden, is_causal=True)
 
 
+@pytest.mark.cpu("lays tensors out in memory of its own")
 def test_tensors_of_their_own_are_no_neighbours_however_they_lie() -> None:
     memory, size = memoryview(bytearray(2 * 6 * 2 * 4 * 4)), 6 * 2 * 4 * 4
     halves = [torch.frombuffer(memory[start : start + size], dtype=torch.float32) for start in (0, size)]
