@@ -247,15 +247,10 @@ class AttentionSpec:
         For sizes and dtypes that a layer was checked for, outside compilers and transforms.
         """
         deterministic, rule = asks_deterministic() and is_deterministic(), type(mask)
-        # fmt: off
-        key = (
-            shape_q, shape_k, shape_k, dtype, dtype, dtype, device, device, device,
-            needs_grad, None, None, dropout_p, False, deterministic, rule,
-            mask.sizes if rule is Documents or rule is Window else None,  # type: ignore[union-attr]
-        )
-        # fmt: on
+        sizes = mask.sizes if rule is Documents or rule is Window else None  # type: ignore[union-attr]
+        key = (shape_q, shape_k, dtype, device, needs_grad, dropout_p, deterministic, rule, sizes)
         shares = mask is None or rule in REMADE
-        known = reuse(key, mask) if shares else None
+        known = shared.get(key) if mask is None else reuse(key, mask) if shares else None  # None spares a step
         if known is not None:
             return known
         batch, seqlen_q, heads, head_dim = shape_q
