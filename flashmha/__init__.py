@@ -59,3 +59,12 @@ __all__ = [
 ]
 
 _publish(__name__, [globals()[name] for name in __all__])
+
+
+def __getattr__(name: str) -> object:
+    """``flashmha.testing``, which wants Hypothesis, when it is first asked for."""
+    if name == "testing":
+        import importlib
+
+        return importlib.import_module(".testing", __name__)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -115,7 +115,8 @@ def as_mask(mask: Mask | Tensor | None) -> Mask | None:
         return mask
     if is_dense(mask):
         return Dense(mask)
-    raise TypeError(f"mask must be a Mask, such as causal(), or a bool tensor, got {spell(mask)}.")
+    hint = "; call it" if callable(mask) else ""
+    raise TypeError(f"mask must be a Mask, such as causal(), or a bool tensor, got {spell(mask)}{hint}.")
 
 
 def as_bias(bias: Bias | Tensor | None) -> Bias | None:

@@ -270,10 +270,16 @@ class FlashMultiHeadAttention(StockForward):
         """The layer of a stock module, with the same parameter objects, hooks and attributes.
 
         Raises:
-            TypeError: the module is a subclass (a parametrized one is), whose own code would be lost.
+            TypeError: the module is a subclass (a parametrized one is), whose own code would be lost; or this class has
+                an ``__init__`` of its own, which would not run.
             ValueError: the module or the stock class has a forward of its own, or an attribute that would mean
                 something else.
         """
+        if cls.__init__ is not FlashMultiHeadAttention.__init__:
+            raise TypeError(
+                f"from_torch must be called on a class without an __init__ of its own, which would not run, got "
+                f"{cls.__name__}; build such a layer yourself and load the module's state_dict."
+            )
         if type(module) is not nn.MultiheadAttention:
             raise TypeError(f"module must be exactly an nn.MultiheadAttention, got {type(module).__name__}.")
         why = why_not_ours(module)
