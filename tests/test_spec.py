@@ -163,8 +163,8 @@ refused: dict[str, tuple[tuple[str, ...], dict[str, Any], str]] = {
 
 @pytest.mark.parametrize("name", refused)
 def test_flash_attn_refuses_with_the_value_and_the_limit(name: str) -> None:
-    who, changes, reason = refused[name]
-    for backend in who:
+    refusing, changes, reason = refused[name]
+    for backend in refusing:
         said = get(backend).why_not(problem(**changes))
         assert said is not None and reason in said, f"{backend} said {said!r}"
 
