@@ -111,6 +111,7 @@ def find_unknown_part(part: Any) -> str | None:
         not own.keys().isdisjoint(MODULE_CALLS)
         or kind.forward not in FORWARDS
         or kind.__call__ is not nn.Module.__call__
+        or kind._call_impl is not nn.Module._call_impl
     ):
         return f"is a {kind.__name__}, which may mix tokens"
     if "normalized_shape" in own and len(own["normalized_shape"]) != 1:
