@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 from unittest import mock
@@ -180,6 +182,31 @@ def test_a_hook_on_every_module_sees_every_layer() -> None:
     with hooked_everywhere(seen):
         model(torch.randn(2, 3, 8))
     assert len(seen) > 2 * len(model.layers)
+
+
+PATCHED_BEFORE = """
+import torch
+from torch import nn
+
+plain, seen = nn.Linear.forward, []
+
+
+def forward(self, x):
+    seen.append(self)
+    return 2 * plain(self, x)
+
+
+nn.Linear.forward = forward
+from flashmha import replace_mha
+
+layer = nn.TransformerEncoderLayer(8, 2, 12, 0.0, batch_first=True)
+replace_mha(nn.TransformerEncoder(layer, 2, enable_nested_tensor=False))(torch.randn(2, 3, 8))
+assert len(seen) == 4, seen
+"""
+
+
+def test_a_forward_of_torch_patched_before_the_import_runs() -> None:
+    subprocess.run([sys.executable, "-c", PATCHED_BEFORE], check=True)
 
 
 def test_layers_that_differ_have_problems_of_their_own() -> None:

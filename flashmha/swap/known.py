@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import sys
 from typing import Any
 
 import torch
@@ -33,7 +34,15 @@ MODULES: list[type[nn.Module]] = [
     nn.Softplus, nn.Tanh, nn.Sigmoid, nn.LogSigmoid,
 ]
 # fmt: on
-FORWARDS = {kind.forward for kind in MODULES}
+
+
+def is_torchs_own(kind: type[nn.Module]) -> bool:
+    """The forward of one of torch's modules is the one in torch's file, which a patch before this import is not."""
+    code = getattr(kind.forward, "__code__", None)
+    return code is not None and code.co_filename == sys.modules[kind.__module__].__file__
+
+
+FORWARDS = {kind.forward for kind in MODULES if is_torchs_own(kind)}
 
 
 def find_unknown(encoder: nn.TransformerEncoder) -> str | None:
