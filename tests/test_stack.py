@@ -184,6 +184,22 @@ def test_a_hook_on_every_module_sees_every_layer() -> None:
     assert len(seen) > 2 * len(model.layers)
 
 
+def lose(layer: Any, name: str, function: Any) -> None:
+    delattr(layer, name)
+    setattr(layer, name, function)
+
+
+@pytest.mark.parametrize("name", ["norm1", "norm2", "dropout", "dropout1", "dropout2"])
+def test_a_function_in_place_of_a_part_runs(name: str) -> None:
+    layer = nn.TransformerEncoderLayer(8, 2, 12, 0.0, batch_first=True)
+    model, x = replace_mha(nn.TransformerEncoder(layer, 2)), torch.randn(2, 3, 8)
+    seen: list[Tensor] = []
+    lose(model.layers[1], name, nn.functional.tanh)
+    with mock.patch.object(torch.Tensor, "tanh", lambda x: seen.append(x) or torch.tanh(x)):
+        model(x)
+    assert len(seen) == 1
+
+
 PATCHED_BEFORE = """
 import torch
 from torch import nn

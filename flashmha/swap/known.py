@@ -75,8 +75,9 @@ def find_unknown_layer(layer: nn.Module) -> str | None:
     modules = layer._modules
     attention: Any = modules["self_attn"]
     for name in BLOCK_PARTS:
-        part = modules[name] if name in modules else getattr(layer, name)
-        why = find_unknown_part(part)
+        if name != "activation" and (name not in modules or name in layer.__dict__):
+            return f".{name} is not among its modules"
+        why = find_unknown_part(modules[name] if name in modules else getattr(layer, name))
         if why is not None:
             return f".{name} {why}"
     why = find_unknown_part(attention.out_proj) if attention.call_out_proj else None
