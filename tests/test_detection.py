@@ -161,9 +161,9 @@ BROKEN: dict[str, tuple[str, dict[str, str], str]] = {
 
 @pytest.mark.parametrize("name", BROKEN)
 def test_a_broken_package_is_a_reason(name: str, install: Install) -> None:
-    who, files, reason = BROKEN[name]
+    backend, files, reason = BROKEN[name]
     install(files)
-    check_said(who, reason)
+    check_said(backend, reason)
 
 
 @pytest.mark.parametrize(("name", "capability"), (("flash2", (7, 5)), ("flash3", (8, 0)), ("flash4", (8, 9))))

@@ -299,7 +299,7 @@ def test_what_was_remembered_holds_for_its_switches_alone() -> None:
             torch.use_deterministic_algorithms(False)
 
 
-# Who has to compile
+# What has to compile
 
 
 @pytest.fixture
@@ -483,8 +483,8 @@ def test_a_built_in_row_is_what_its_file_says(row: Row) -> None:
         first = next((one for one in rows if one.covers(cell["head_dim"], cell["keys"])), None)
         if first is row and cell["us"]:
             covered += 1
-            who = next(name for name in row.order if name in cell["us"])
-            assert cell["us"][who] <= min(cell["us"].values()) * (1 + SLACK), (cell, who)
+            fastest = next(name for name in row.order if name in cell["us"])
+            assert cell["us"][fastest] <= min(cell["us"].values()) * (1 + SLACK), (cell, fastest)
     assert covered, "no cell of the file"
 
 

@@ -163,8 +163,8 @@ refused: dict[str, tuple[tuple[str, ...], dict[str, Any], str]] = {
 
 @pytest.mark.parametrize("name", refused)
 def test_flash_attn_refuses_with_the_value_and_the_limit(name: str) -> None:
-    who, changes, reason = refused[name]
-    for backend in who:
+    refusing, changes, reason = refused[name]
+    for backend in refusing:
         said = get(backend).why_not(problem(**changes))
         assert said is not None and reason in said, f"{backend} said {said!r}"
 
@@ -554,8 +554,8 @@ def test_a_range_is_a_part_of_the_whole_and_makes_no_more(spec: AttentionSpec, d
         start = data.draw(st.integers(0, size))
         ranges.append(data.draw(st.sampled_from((None, range(start, data.draw(st.integers(start, size)))))))
     rows, keys = (range(size) if part is None else part for part, size in zip(ranges, spec_lengths(spec)))
-    bound = spec.batch * spec.heads * len(rows) * len(keys)
-    bound = max(bound, spec.batch * max(*spec_lengths(spec), len(rows), len(keys), spec.heads, 1))
+    batch, queries, seen = (max(size, 1) for size in (spec.batch, len(rows), len(keys)))  # what broadcasts has one
+    bound = batch * max(spec.heads * queries * seen, *spec_lengths(spec))
     for ask in (spec.allowed, spec.added):
         whole = ask()
         with Sizes() as sizes:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 from unittest import mock
@@ -120,6 +122,16 @@ class Loud(nn.Linear):
         return super().forward(x)
 
 
+class LoudCall(nn.Linear):
+    """A linear layer that says when it is called as a module."""
+
+    seen: list[str]
+
+    def _call_impl(self, *args: Any, **kwargs: Any) -> Any:
+        self.seen.append("call")
+        return super()._call_impl(*args, **kwargs)
+
+
 def shout(module: Any, seen: list[str]) -> None:
     """Put a forward that says so on an instance."""
     forward = module.forward
@@ -131,8 +143,8 @@ def shout(module: Any, seen: list[str]) -> None:
     module.forward = said
 
 
-def loud_linear(layer: Any, seen: list[str]) -> None:
-    layer.linear2 = Loud(12, 8, dtype=torch.float64)
+def loud_linear(layer: Any, seen: list[str], kind: type[Any] = Loud) -> None:
+    layer.linear2 = kind(12, 8, dtype=torch.float64)
     layer.linear2.seen = seen
 
 
@@ -142,6 +154,7 @@ STRANGE: dict[str, Callable[[Any, list[str]], Any]] = {
     "a hook on a dropout": lambda layer, seen: layer.dropout1.register_forward_hook(lambda *a: seen.append("hook")),
     "a hook on attention": lambda layer, seen: layer.self_attn.register_forward_hook(lambda *a: seen.append("hook")),
     "another linear": loud_linear,
+    "another linear's call": lambda layer, seen: loud_linear(layer, seen, LoudCall),
     "a forward of an instance": lambda layer, seen: shout(layer.linear1, seen),
     "a block of an instance": lambda layer, seen: setattr(
         layer, "_ff_block", lambda x: seen.append("block") or type(layer)._ff_block(layer, x)
@@ -159,7 +172,7 @@ def test_what_is_not_known_is_called(strange: str, training: bool) -> None:
     STRANGE[strange](model.layers[1], seen)
     after = model(x)
     assert seen
-    if strange != "another linear":
+    if not strange.startswith("another linear"):
         torch.testing.assert_close(after, before)
 
 
@@ -169,6 +182,47 @@ def test_a_hook_on_every_module_sees_every_layer() -> None:
     with hooked_everywhere(seen):
         model(torch.randn(2, 3, 8))
     assert len(seen) > 2 * len(model.layers)
+
+
+def lose(layer: Any, name: str, function: Any) -> None:
+    delattr(layer, name)
+    setattr(layer, name, function)
+
+
+@pytest.mark.parametrize("name", ["norm1", "norm2", "dropout", "dropout1", "dropout2"])
+def test_a_function_in_place_of_a_part_runs(name: str) -> None:
+    layer = nn.TransformerEncoderLayer(8, 2, 12, 0.0, batch_first=True)
+    model, x = replace_mha(nn.TransformerEncoder(layer, 2)), torch.randn(2, 3, 8)
+    seen: list[Tensor] = []
+    lose(model.layers[1], name, nn.functional.tanh)
+    with mock.patch.object(torch.Tensor, "tanh", lambda x: seen.append(x) or torch.tanh(x)):
+        model(x)
+    assert len(seen) == 1
+
+
+PATCHED_BEFORE = """
+import torch
+from torch import nn
+
+plain, seen = nn.Linear.forward, []
+
+
+def forward(self, x):
+    seen.append(self)
+    return 2 * plain(self, x)
+
+
+nn.Linear.forward = forward
+from flashmha import replace_mha
+
+layer = nn.TransformerEncoderLayer(8, 2, 12, 0.0, batch_first=True)
+replace_mha(nn.TransformerEncoder(layer, 2, enable_nested_tensor=False))(torch.randn(2, 3, 8))
+assert len(seen) == 4, seen
+"""
+
+
+def test_a_forward_of_torch_patched_before_the_import_runs() -> None:
+    subprocess.run([sys.executable, "-c", PATCHED_BEFORE], check=True)
 
 
 def test_layers_that_differ_have_problems_of_their_own() -> None:

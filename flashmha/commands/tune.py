@@ -144,7 +144,7 @@ def show_rows(path: Path, json: bool) -> int:
 
 
 def source_line(row: Row) -> str:
-    """A row as ``ranking.py`` writes it."""
+    """A row as ``measured.py`` writes it."""
     parts = (row.kinds, row.modes, row.order)
     names = [f"({', '.join(map(json.dumps, part))}{',' * (len(part) == 1)})" for part in parts]
     bounds = [f"{name}={value}" for name in ("head_dim", "keys") if (value := getattr(row, name)) is not None]

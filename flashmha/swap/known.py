@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import sys
 from typing import Any
 
 import torch
@@ -33,7 +34,15 @@ MODULES: list[type[nn.Module]] = [
     nn.Softplus, nn.Tanh, nn.Sigmoid, nn.LogSigmoid,
 ]
 # fmt: on
-FORWARDS = {kind.forward for kind in MODULES}
+
+
+def is_torchs_own(kind: type[nn.Module]) -> bool:
+    """The forward of one of torch's modules is the one in torch's file, which a patch before this import is not."""
+    code = getattr(kind.forward, "__code__", None)
+    return code is not None and code.co_filename == sys.modules[kind.__module__].__file__
+
+
+FORWARDS = {kind.forward for kind in MODULES if is_torchs_own(kind)}
 
 
 def find_unknown(encoder: nn.TransformerEncoder) -> str | None:
@@ -66,8 +75,9 @@ def find_unknown_layer(layer: nn.Module) -> str | None:
     modules = layer._modules
     attention: Any = modules["self_attn"]
     for name in BLOCK_PARTS:
-        part = modules[name] if name in modules else getattr(layer, name)
-        why = find_unknown_part(part)
+        if name != "activation" and (name not in modules or name in layer.__dict__):
+            return f".{name} is not among its modules"
+        why = find_unknown_part(modules[name] if name in modules else getattr(layer, name))
         if why is not None:
             return f".{name} {why}"
     why = find_unknown_part(attention.out_proj) if attention.call_out_proj else None
@@ -111,6 +121,7 @@ def find_unknown_part(part: Any) -> str | None:
         not own.keys().isdisjoint(MODULE_CALLS)
         or kind.forward not in FORWARDS
         or kind.__call__ is not nn.Module.__call__
+        or kind._call_impl is not nn.Module._call_impl
     ):
         return f"is a {kind.__name__}, which may mix tokens"
     if "normalized_shape" in own and len(own["normalized_shape"]) != 1:

@@ -1,8 +1,8 @@
 """The layers of an encoder run as functions, one after another.
 
 Calling a module takes Python, of which a short batch has more than a GPU has work. Where every layer is known
-(``route.unknown_layers``) the same operators run without it, in the same order; and what is the same for all layers,
-the problem and its backend, is found out once.
+(``known.find_unknown_layers``) the same operators run without it, in the same order; and what is the same for all
+layers, the problem and its backend, is found out once.
 """
 
 from __future__ import annotations

@@ -119,9 +119,9 @@ def guarded_reason(question: str, ask: Callable[[Any], Any]) -> Callable[[Any], 
 def guarded_flag(question: str, ask: Callable[..., Any]) -> Callable[..., bool]:
     """A question that always gives ``True`` or ``False``; what it raises is a no."""
 
-    def answer(*about: Any) -> bool:
+    def answer(*about: Any, **named: Any) -> bool:
         try:
-            return ask(*about) is True
+            return ask(*about, **named) is True
         except (Exception, SystemExit):
             return False
 
