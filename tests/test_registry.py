@@ -7,6 +7,7 @@ import importlib
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -30,6 +31,7 @@ from flashmha.__main__ import main
 from flashmha.backends import explain, get, names, use_backend
 from flashmha.backends.choice import ranking, registry, tuned
 from flashmha.backends.choice.plugins import GROUP
+from flashmha.backends.naive import Naive
 
 CPU = torch.device("cpu")
 BUILT_IN = ("sdpa", "flash4", "flash3", "flash2", "flex", "naive")
@@ -534,3 +536,15 @@ def test_a_result_of_another_dtype_is_refused_by_name() -> None:
             flashmha.attention(x, x, x, backend="wide")
     finally:
         backends.unregister("wide")
+
+
+@pytest.mark.parametrize(
+    ("fact", "value"),
+    [("unfused_on", None), ("measured_as", ["x"]), ("tolerance", 1.0), ("results_checked", "yes"), ("install", 3)],
+)
+def test_a_fact_of_another_kind_is_refused_when_a_class_is_registered(fact: str, value: Any) -> None:
+    odd = type("Odd", (Naive,), {"name": "odd", fact: value})
+    before = names()
+    with pytest.raises(TypeError, match=f"{fact} must be .*, got {re.escape(repr(value))} on Odd"):
+        register(odd)
+    assert names() == before

@@ -233,3 +233,21 @@ def test_layers_that_differ_have_problems_of_their_own() -> None:
         model(torch.randn(2, 3, 8))
     assert [call.spec.heads for call in calls] == [2, 4, 2]
     assert [call.layer for call in calls] == [each.self_attn for each in model.layers]
+
+
+def test_layers_in_turns_share_their_problems() -> None:
+    """The calls of all layers count once, however many problems they have."""
+    layer = nn.TransformerEncoderLayer(8, 2, 12, 0.0, batch_first=True)
+    model = replace_mha(nn.TransformerEncoder(layer, 4, enable_nested_tensor=False)).train()
+    for number, each in enumerate(model.layers):
+        each.self_attn.dropout = 0.25 if number % 2 else 0.0
+    counted: list[int] = []
+
+    def choose(spec: Any, calls: int) -> Any:
+        counted.append(calls)
+        return chosen(spec, calls=calls)
+
+    chosen = swapped.stack.choose
+    with mock.patch.object(swapped.stack, "choose", choose):
+        model(torch.randn(2, 3, 8))
+    assert counted == [4, 0]

@@ -222,8 +222,8 @@ class Documents(Mask):
     def check(self, batch: int, heads: int, seqlen_q: int, seqlen_k: int) -> None:
         if batch != 1:
             raise ValueError(
-                f"batch must be 1 with Documents, which are packed end to end into one item, got {batch}; a layer wants "
-                "(1, total, embed_dim), with batch_first=False (total, 1, embed_dim)."
+                f"batch must be 1 with Documents, which are packed end to end into one item, got {batch}; a layer "
+                "wants (1, total, embed_dim), with batch_first=False (total, 1, embed_dim)."
             )
         if self.total is not None and self.total > seqlen_q:
             raise ValueError(f"total must be at most the {seqlen_q} queries, got {self.total}.")

@@ -79,7 +79,6 @@ def run_dropout(part: Any, x: Tensor) -> Tensor:
 class Same(NamedTuple):
     """The problem that layers which are alike share, all that it follows from, and the backend that serves it."""
 
-    key: tuple[Any, ...]
     spec: AttentionSpec
     backend: Backend
     call: Serve
@@ -89,10 +88,10 @@ class SelfAttention:
     """Self-attention, layer by layer, beside the masks of a route."""
 
     def __init__(self, route: Route, layers: int) -> None:
-        self.route, self.layers = route, layers
+        self.route, self.left = route, layers
         self.batch_first = True if isinstance(route.packed, RealFirst) else None
         self.masked = route.mask is not None or route.key_padding_mask is not None or route.is_causal
-        self.same: Same | None = None
+        self.problems: dict[tuple[Any, ...], Same] = {}
 
     def __call__(self, layer: FlashMultiHeadAttention, x: Tensor) -> Tensor:
         own = shortcut.linears(layer, x.dtype) if type(x) is Tensor and x.dim() == 3 else None
@@ -125,15 +124,16 @@ class SelfAttention:
         return out.transpose(0, 1) if turned else out
 
     def problem(self, layer: FlashMultiHeadAttention, own: shortcut.Linears, x: Tensor) -> Same | None:
-        """The problem of a layer and its backend, those of the layer before where they are alike; ``None`` for more."""
+        """The problem of a layer and its backend, found once for layers that are alike; ``None`` for more."""
         state, shape = layer.__dict__, x.shape
         dropout = state["dropout"] if state["training"] else 0.0
         batch_first = state["batch_first"] if self.batch_first is None else self.batch_first
         heads = state["num_heads"]
         grad = (own[-1] or x.requires_grad) and torch.is_grad_enabled()
         key = (shape, x.dtype, heads, state["embed_dim"], batch_first, dropout, grad, layer.skip_padding)
-        if self.same is not None and self.same.key == key:
-            return self.same
+        known = self.problems.get(key)
+        if known is not None:
+            return known
         if shape[2] != state["embed_dim"] or shape[2] % heads:
             return None
         mask: Mask | None = None
@@ -146,6 +146,6 @@ class SelfAttention:
             if mask is None:
                 return None
         spec = shortcut.problem_of(state, shape, shape, batch_first, computed_in(x), x.device, grad, mask)
-        backend = choose(spec, calls=self.layers)
-        self.same = Same(key, spec, backend, backend.prepare(spec))
-        return self.same
+        backend, self.left = choose(spec, calls=self.left), 0  # the calls of all layers count once
+        same = self.problems[key] = Same(spec, backend, backend.prepare(spec))
+        return same

@@ -77,6 +77,24 @@ def prefer(name: str, *, before: str | None = None) -> None:
         entries = dict([*rest[:place], (name, entries[name]), *rest[place:]])
 
 
+FACTS: dict[str, tuple[type, ...]] = {
+    "measured_as": (str, type(None)),
+    "install": (str, type(None)),
+    "remark": (str, type(None)),
+    "compiles": (str, type(None)),
+    "unfused_on": (tuple,),
+    "tolerance": (tuple,),
+    "holds_scores": (bool,),
+    "obeys_switches": (bool,),
+    "launched_by_cpp": (bool,),
+    "judges_by_outline": (bool,),
+    "results_checked": (bool,),
+    "joins_gradients": (bool,),
+    "yields_small_weights": (bool,),
+}
+"""What a class says of itself as data, and the kinds that it may be."""
+
+
 def made(backend: object) -> Backend:
     """A class of a backend, checked and instantiated."""
     if not (isinstance(backend, type) and issubclass(backend, Backend)):
@@ -96,6 +114,10 @@ def made(backend: object) -> Backend:
     family = instance.family
     if family is not None and (not isinstance(family, str) or not family or family != family.strip() or "," in family):
         raise TypeError(f"family must be a string without commas or outer spaces, or None, got {family!r} on {kind}.")
+    for fact, kinds in FACTS.items():
+        if not isinstance(getattr(instance, fact), kinds):
+            wanted = " or ".join("None" if one is type(None) else one.__name__ for one in kinds)
+            raise TypeError(f"{fact} must be {wanted}, got {getattr(instance, fact)!r} on {kind}.")
     if not comes_with_flashmha(instance):
         for guard, questions in GUARDS.items():
             for question in questions:
