@@ -28,7 +28,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import flashmha
 from flashmha import AttentionSpec, Backend, FlashMultiHeadAttention, Limits, NoBackendError, attention, backends
 from flashmha.__main__ import main
-from flashmha.backends import explain, get, names, use_backend
+from flashmha.backends import explain, get, names, register, use_backend
 from flashmha.backends.choice import ranking, registry, tuned
 from flashmha.backends.choice.plugins import GROUP
 from flashmha.backends.naive import Naive
