@@ -238,7 +238,7 @@ class Backend(abc.ABC):
     contract: ClassVar[int] = 1
     """The version of the contract it was written for; a class that says nothing was written for 1."""
     family: ClassVar[str | None] = None
-    """A name that it shares with others, and that stands for all of them, in the order of the list."""
+    """A name shared by several backends. Asking for it asks for all of them, in the order of the list."""
     install: ClassVar[str | None] = None
     """How to get it, said when it is not there."""
     remark: ClassVar[str | None] = None
@@ -248,12 +248,12 @@ class Backend(abc.ABC):
     compiles: ClassVar[Literal["kinds", "shapes"] | None] = None
     """Compiles a kernel, which takes seconds, for each kind of problem or each shape: tests draw from a fixed grid."""
     unfused_on: ClassVar[tuple[str, ...]] = ()
-    """Device types where it has no kernel but operators that hold every score: asked behind the definition there."""
+    """Device types where it has no kernel but operators that hold every score. There it comes after the definition."""
     joins_gradients: ClassVar[bool] = False
-    """It writes the gradients of q, k and v that lie side by side in one tensor side by side too."""
+    """Where q, k and v lie side by side in one tensor, it writes their gradients side by side, too."""
     measured_as: ClassVar[str | None] = None
-    """The name under which measured tables know it. They order such backends among the places that these hold on the
-    list, in front of those that hold every score; all others stay where they were registered."""
+    """The name under which measured tables know it. A table puts such backends into another order, in the places that
+    they hold on the list. All others stay where they were registered."""
     holds_scores: ClassVar[bool] = False
     """It holds every score in memory, made by PyTorch's own operators: never ranked, and no replacement for a backend
     that must compile."""
