@@ -254,7 +254,7 @@ IMPORTS = """
 import gc, pkgutil, torch
 torch.set_default_device("meta")
 import flashmha, flashmha.testing
-apart = (".__main__", ".flash4_masks", ".weights.kernels", ".kernel_parts", ".gradient_kernels", "_tables_kernels", ".compact_kernel")
+apart = (".__main__", ".flash4_masks", ".weights.kernels", ".kernel_parts", "t_kernels", "s_kernels", "t_kernel")
 for module in pkgutil.walk_packages(flashmha.__path__, "flashmha."):
     if not module.name.endswith(apart):
         __import__(module.name)
