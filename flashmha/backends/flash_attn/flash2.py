@@ -21,7 +21,7 @@ from ..rewrites.documents import (
     unpack_batch_lse,
 )
 from ..rewrites.grouped import fold, folds, unfold, unfold_lse
-from .package import FlashAttn, Functions, lacks
+from .package import EVERY_VERSION, FlashAttn, Functions, lacks
 from .windows import normal_lse, trimmed, window_options
 
 BUCKETS = (32, 64, 96, 128, 192, 256)
@@ -41,22 +41,7 @@ class Flash2(FlashAttn):
     limits = Limits(
         devices=("cuda",),
         dtypes=HALF,
-        features=frozenset(
-            (
-                "backward",
-                "causal",
-                "window",
-                "key_lengths",
-                "key_padding",
-                "documents",
-                "alibi",
-                "softcap",
-                "dropout",
-                "gqa",
-                "lse",
-                "deterministic",
-            )
-        ),
+        features=EVERY_VERSION | {"alibi", "dropout"},
         head_dim=256,
         seqlen_min=1,
         batch_min=1,

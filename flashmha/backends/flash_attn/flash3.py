@@ -23,7 +23,7 @@ from ..rewrites.documents import (
     unpack_batch,
     unpack_batch_lse,
 )
-from .package import FlashAttn, Functions, lacks
+from .package import EVERY_VERSION, FlashAttn, Functions, lacks
 from .windows import normal_lse, trimmed, window_options
 
 BUILDS = (
@@ -52,20 +52,7 @@ class Flash3(FlashAttn):
     limits = Limits(
         devices=("cuda",),
         dtypes=HALF,
-        features=frozenset(
-            (
-                "backward",
-                "causal",
-                "window",
-                "key_lengths",
-                "key_padding",
-                "documents",
-                "softcap",
-                "gqa",
-                "lse",
-                "deterministic",
-            )
-        ),
+        features=EVERY_VERSION,
         head_dim=256,
         head_dim_step=8,
         seqlen_min=1,

@@ -21,7 +21,7 @@ from ..rewrites.block_tables import edged, has_tiles_to_skip
 from ..rewrites.compact import intervals, why_no_moves
 from ..rewrites.documents import pack_batch, unpack_batch, unpack_batch_lse
 from .flash4_kernels import Tools, call_kernels
-from .package import FlashAttn, Functions, probed_packages
+from .package import EVERY_VERSION, FlashAttn, Functions, probed_packages
 from .windows import normal_lse, trimmed
 
 TILE_STEPS = (64, 80, 128, 192)
@@ -64,23 +64,7 @@ class Flash4(FlashAttn):
     limits = Limits(
         devices=("cuda",),
         dtypes=HALF,
-        features=frozenset(
-            (
-                "backward",
-                "causal",
-                "window",
-                "key_lengths",
-                "key_padding",
-                "documents",
-                "dense_mask",
-                "softcap",
-                "sinks",
-                "gqa",
-                "lse",
-                "lse_grad",
-                "deterministic",
-            )
-        ),
+        features=EVERY_VERSION | {"dense_mask", "sinks", "lse_grad"},
         head_dim=256,
         head_dim_min=8,
         head_dim_step=8,

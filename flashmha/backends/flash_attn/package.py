@@ -24,6 +24,22 @@ from ..base import Backend
 probed_packages: dict[str, FlashAttn] = {}
 """The packages by key, so that a probe takes nothing but constants, as Dynamo wants it."""
 
+EVERY_VERSION = frozenset(
+    (
+        "backward",
+        "causal",
+        "window",
+        "key_lengths",
+        "key_padding",
+        "documents",
+        "softcap",
+        "gqa",
+        "lse",
+        "deterministic",
+    )
+)
+"""The features that every version of flash-attn serves."""
+
 Functions = tuple[Callable[..., Any], Callable[..., Any]]
 
 
