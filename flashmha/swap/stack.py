@@ -77,9 +77,10 @@ def run_dropout(part: Any, x: Tensor) -> Tensor:
 
 
 class Same(NamedTuple):
-    """The problem that layers which are alike share, all that it follows from, and the backend that serves it."""
+    """The problem that layers which are alike share, how their tensors lie, and the backend that serves it."""
 
     spec: AttentionSpec
+    batch_first: bool
     backend: Backend
     call: Serve
 
@@ -98,14 +99,13 @@ class SelfAttention:
         same = None if own is None else self.problem(layer, own, x)
         if own is None or same is None:
             return self.module(layer, x)
-        spec, backend = same.spec, same.backend
-        batch_first = layer.batch_first if self.batch_first is None else self.batch_first
+        spec, batch_first, backend, call = same
         weight, bias, weight_out, bias_out, _ = own
         heads, together = spec.heads, backend.joins_gradients
         q, k, v = by_one_matrix(x, x, x, weight, bias, heads, heads, spec.head_dim, batch_first, together)
         if type(q) is not Tensor:  # a mode makes other tensors of ours
             return self.module(layer, x)
-        attended = serve(backend, q, k, v, spec, layer, same.call)
+        attended = serve(backend, q, k, v, spec, layer, call)
         if not batch_first:
             attended = attended.transpose(0, 1).contiguous()
         return F.linear(attended.flatten(2), weight_out, bias_out)
@@ -147,5 +147,5 @@ class SelfAttention:
                 return None
         spec = shortcut.problem_of(state, shape, shape, batch_first, computed_in(x), x.device, grad, mask)
         backend, self.left = choose(spec, calls=self.left), 0  # the calls of all layers count once
-        same = self.problems[key] = Same(spec, backend, backend.prepare(spec))
+        same = self.problems[key] = Same(spec, batch_first, backend, backend.prepare(spec))
         return same
