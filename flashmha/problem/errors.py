@@ -23,7 +23,7 @@ class NoBackendError(RuntimeError):
         self.reasons = dict(reasons)
         self.wanted = wanted
         asked = "No backend can serve" if wanted is None else f"{wanted} cannot serve"
-        fix = "" if wanted is None else "\nName another backend there, or none: then flashmha chooses."
+        fix = "" if wanted is None else "\nChoose another backend, or leave it unset: then flashmha chooses."
         super().__init__(f"{asked} this problem:\n  {spec}\n{tabulate(self.reasons)}{fix}")
 
     def __reduce__(self) -> tuple[object, ...]:
