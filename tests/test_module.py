@@ -17,7 +17,6 @@ from torch import Tensor, nn
 
 from flashmha import Documents, FlashMultiHeadAttention, KeyPadding, Window, record
 from flashmha.layer import shortcut
-from flashmha.layer.arguments import Arguments
 from flashmha.testing import Blueprint, Call, ask, assert_drop_in, assert_same, blueprints, noise, problems
 from flashmha.testing.call import ATTN_MASKS, INPUT_LAYOUTS, SHARINGS
 
@@ -757,8 +756,8 @@ def test_the_shortest_way_is_taken_where_nothing_is_asked(
     mask = torch.arange(3) > torch.tensor([[0], [2]]) if padding else None
     with torch.set_grad_enabled(grad):
         for need_weights, average in ((False, True), (True, True), (True, False)):
-            given = Arguments(*inputs, mask, need_weights, average_attn_weights=average)
-            found = shortcut.attend_plain(layer, given)
+            call = {"need_weights": need_weights, "attn_mask": None, "average": average, "is_causal": False}
+            found = shortcut.attend_plain(layer, *inputs, mask, **call)
             assert found is not None
             options = {"need_weights": need_weights, "average_attn_weights": average, "key_padding_mask": mask}
             for mine, stock in zip(found, nn.MultiheadAttention.forward(layer, *inputs, **options)):
@@ -766,12 +765,10 @@ def test_the_shortest_way_is_taken_where_nothing_is_asked(
                 if mine is not None and stock is not None:
                     assert_same(mine, stock, "output or weights")
             for change in (lambda x: x[0], Tensor.double):
-                query, key, value = map(change, inputs)
-                changed = given._replace(query=query, key=key, value=value)
-                assert shortcut.attend_plain(layer, changed) is None
+                assert shortcut.attend_plain(layer, *map(change, inputs), mask, **call) is None
             if padding:
                 for other in (mask[:, :2], mask[:1], mask.float(), mask[None]):
-                    assert shortcut.attend_plain(layer, given._replace(key_padding_mask=other)) is None
+                    assert shortcut.attend_plain(layer, *inputs, other, **call) is None
 
 
 @given(

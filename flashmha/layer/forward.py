@@ -59,13 +59,15 @@ def attend(
     if not (type(need_weights) is type(average_attn_weights) is type(is_causal) is bool):
         check_flags(need_weights=need_weights, average_attn_weights=average_attn_weights, is_causal=is_causal)
     need_weights = need_weights and layer.need_weights
+    if backend is None:
+        found = shortcut.attend_plain(
+            layer, query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
+        )
+        if found is not None:
+            return found
     given = Arguments(
         query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal, backend
     )
-    if backend is None:
-        found = shortcut.attend_plain(layer, given)
-        if found is not None:
-            return found
     unmasked = key_padding_mask is None and attn_mask is None
     tensors = isinstance(query, Tensor) and isinstance(key, Tensor) and isinstance(value, Tensor)
     if not (tensors and (unmasked or (attn_mask is None and isinstance(key_padding_mask, (Tensor, Padding))))):

@@ -7,7 +7,6 @@ Every look below is a microsecond of a call, so each happens once, in the object
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -30,7 +29,6 @@ from ..problem.masks import Mask, causal
 from ..problem.ragged import Documents, KeyLengths, KeyPadding, Padding, mark_private
 from ..problem.spec import AttentionSpec
 from ..weights.attend import attention_with_weights
-from .arguments import Arguments
 from .features import SPECIAL
 from .projection import LINEARS, by_one_matrix
 from .protocol import Layer
@@ -81,9 +79,18 @@ def linears(layer: Layer, dtype: torch.dtype) -> Linears | None:
     return weight, bias, weight_out, bias_out, weight.requires_grad or (bias is not None and bias.requires_grad)
 
 
-def attend_plain(layer: Layer, given: Arguments) -> tuple[Tensor, Tensor | None] | None:
+def attend_plain(
+    layer: Layer,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_padding_mask: Padding | Tensor | None,
+    need_weights: bool,
+    attn_mask: Mask | Tensor | None,
+    average: bool,
+    is_causal: bool,
+) -> tuple[Tensor, Tensor | None] | None:
     """Run a plain call; ``None`` where ``forward`` has to look closer."""
-    query, key, value, key_padding_mask, need_weights, attn_mask, average, is_causal, _ = given
     if is_compiling() or type(query) is not Tensor or query.is_nested:
         return None
     # tracing and transforms have to see every step
@@ -104,11 +111,11 @@ def attend_plain(layer: Layer, given: Arguments) -> tuple[Tensor, Tensor | None]
         if not are_keys(key, value, shape, dtype, batch_first):
             return None
         keys = key.shape  # type: ignore[assignment]  # mypy knows two classes of that name
+    sizes = (shape[0], shape[1], keys[1]) if batch_first else (shape[1], shape[0], keys[0])
     mask: Mask | None = None
     if key_padding_mask is not None or attn_mask is not None or is_causal:
         if key_padding_mask is not None and layer.skip_padding:
             return None
-        sizes = (keys[0], shape[1], keys[1]) if batch_first else (keys[1], shape[0], keys[0])
         mask = plain_mask(key_padding_mask, attn_mask, is_causal, sizes, query.device)
         if mask is None:
             return None
@@ -116,10 +123,11 @@ def attend_plain(layer: Layer, given: Arguments) -> tuple[Tensor, Tensor | None]
     weight, bias, weight_out, bias_out, trained = own
     grad = (trained or query.requires_grad or key.requires_grad or value.requires_grad) and torch.is_grad_enabled()
     computed = dtype if cast is None else computed_in(query)
-    spec = problem_of(state, shape, keys, batch_first, computed, query.device, grad, mask)
+    dropout, head_dim = state["dropout"] if state["training"] else 0.0, width // heads
+    spec = AttentionSpec.between(sizes, heads, head_dim, computed, query.device, grad, mask, dropout)
     backend = None if need_weights else choose(spec)
     together = backend is None or backend.joins_gradients
-    q, k, v = by_one_matrix(query, key, value, weight, bias, heads, heads, width // heads, batch_first, together)
+    q, k, v = by_one_matrix(query, key, value, weight, bias, heads, heads, head_dim, batch_first, together)
     weights: Tensor | None = None
     if type(q) is not Tensor:  # a mode makes other tensors of ours
         spec = AttentionSpec.of(q, k, v, mask=mask, dropout_p=spec.dropout_p)
@@ -131,27 +139,6 @@ def attend_plain(layer: Layer, given: Arguments) -> tuple[Tensor, Tensor | None]
     if not batch_first:
         out = out.transpose(0, 1).contiguous()
     return F.linear(out.flatten(2), weight_out, bias_out), weights
-
-
-def problem_of(
-    state: dict[str, Any],
-    shape: Sequence[int],
-    keys: Sequence[int],
-    batch_first: bool,
-    dtype: torch.dtype,
-    device: torch.device,
-    grad: bool,
-    mask: Mask | None,
-) -> AttentionSpec:
-    """The problem of a plain layer of this state: queries and keys of two shapes, heads of ``dtype``."""
-    outer, inner, width = shape
-    heads, dropout = state["num_heads"], state["dropout"] if state["training"] else 0.0
-    head_dim = width // heads
-    of_q = of_k = (outer, inner, heads, head_dim) if batch_first else (inner, outer, heads, head_dim)
-    if keys is not shape:
-        outer, inner, _ = keys
-        of_k = (outer, inner, heads, head_dim) if batch_first else (inner, outer, heads, head_dim)
-    return AttentionSpec.between(of_q, of_k, dtype, device, grad, mask, dropout)
 
 
 def are_keys(key: Tensor, value: Tensor, shape: torch.Size, dtype: torch.dtype, batch_first: bool) -> bool:

@@ -234,8 +234,9 @@ class AttentionSpec:
     @classmethod
     def between(
         cls,
-        shape_q: tuple[int, ...],
-        shape_k: tuple[int, ...],
+        sizes: tuple[int, int, int],
+        heads: int,
+        head_dim: int,
         dtype: torch.dtype,
         device: torch.device,
         needs_grad: bool,
@@ -244,22 +245,22 @@ class AttentionSpec:
     ) -> AttentionSpec:
         """The problem of heads before they are projected: ordinary tensors, v like k; as ``of`` would say of them.
 
-        For sizes and dtypes that a layer was checked for, outside compilers and transforms.
+        For (batch, seqlen_q, seqlen_k) and dtypes that a layer was checked for, outside compilers and transforms.
         """
         deterministic, rule = asks_deterministic() and is_deterministic(), type(mask)
-        sizes = mask.sizes if rule is Documents or rule is Window else None  # type: ignore[union-attr]
-        key = (shape_q, shape_k, dtype, device, needs_grad, dropout_p, deterministic, rule, sizes)
+        of_mask = mask.sizes if rule is Documents or rule is Window else None  # type: ignore[union-attr]
+        key = (sizes, heads, head_dim, dtype, device, needs_grad, dropout_p, deterministic, rule, of_mask)
         shares = mask is None or rule in REMADE
         known = shared.get(key) if mask is None else reuse(key, mask) if shares else None  # None spares a step
         if known is not None:
             return known
-        batch, seqlen_q, heads, head_dim = shape_q
+        batch, seqlen_q, seqlen_k = sizes
         fields = {
             "batch": batch,
             "seqlen_q": seqlen_q,
-            "seqlen_k": shape_k[1],
+            "seqlen_k": seqlen_k,
             "heads": heads,
-            "heads_kv": shape_k[2],
+            "heads_kv": heads,
             "head_dim": head_dim,
             "head_dim_v": head_dim,
             "dtype": dtype,

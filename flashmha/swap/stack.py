@@ -136,16 +136,17 @@ class SelfAttention:
             return known
         if shape[2] != state["embed_dim"] or shape[2] % heads:
             return None
+        sizes = (shape[0], shape[1], shape[1]) if batch_first else (shape[1], shape[0], shape[0])
         mask: Mask | None = None
         if self.masked:
             route, padding = self.route, self.route.key_padding_mask
             if padding is not None and layer.skip_padding:
                 return None
-            batch, seqlen = shape[:2] if batch_first else (shape[1], shape[0])
-            mask = shortcut.plain_mask(padding, route.mask, route.is_causal, (batch, seqlen, seqlen), x.device)
+            mask = shortcut.plain_mask(padding, route.mask, route.is_causal, sizes, x.device)
             if mask is None:
                 return None
-        spec = shortcut.problem_of(state, shape, shape, batch_first, computed_in(x), x.device, grad, mask)
+        head_dim = shape[2] // heads
+        spec = AttentionSpec.between(sizes, heads, head_dim, computed_in(x), x.device, grad, mask, dropout)
         backend, self.left = choose(spec, calls=self.left), 0  # the calls of all layers count once
         same = self.problems[key] = Same(spec, batch_first, backend, backend.prepare(spec))
         return same
