@@ -427,13 +427,18 @@ def test_a_rule_costs_two_operators_at_most(kind: Any, training: bool) -> None:
 
 @pytest.mark.cpu("counts operators of a CPU's route")
 @pytest.mark.parametrize("pattern", PATTERNS[:3])
-def test_padding_costs_a_layer_more_of_an_encoder_two_operators_at_most(pattern: str) -> None:
+@pytest.mark.parametrize("hooked", (False, True))
+def test_padding_costs_a_layer_more_of_an_encoder_two_operators_at_most(pattern: str, hooked: bool) -> None:
+    """Also where a hook inside has the layers called one by one."""
     x, hidden = noise(0, 2, 6, 8).requires_grad_(), ~validity(pattern, 2, 6, 1)
     counts = {}
     for layers in (3, 6):
         for padding in (None, hidden):
+            model = small(layers=layers)
+            if hooked:
+                model.layers[0].linear1.register_forward_hook(lambda *_: None)
             with Ran() as ran:
-                small(layers=layers)(x, src_key_padding_mask=padding)
+                model(x, src_key_padding_mask=padding)
             counts[layers, padding is None] = ran.names.total()
     assert counts[6, False] - counts[3, False] <= counts[6, True] - counts[3, True] + 3 * 2, counts
 
