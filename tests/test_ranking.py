@@ -410,7 +410,8 @@ def test_explain_says_what_choose_does_whatever_compiles(spec: AttentionSpec, sl
     spec = spec.changed(batch=spec.batch * times)
     worth = ranking.work(spec) >= ranking.WORTH
     compiling = {name: (lambda spec: WHY) if name in slow else nothing for name in BUILT_IN}
-    with instead(*(answering(kind, must_compile=compiling[kind.name]) for kind in builtin.BUILT_IN)):
+    here = {"why_not_here": nothing, "why_not_built": nothing}
+    with instead(*(answering(kind, **here, must_compile=compiling[kind.name]) for kind in builtin.BUILT_IN)):
         said, got = explain(spec), choose(spec).name
         able = [name for name in order(spec) if reason(flashmha.backends.get(name), spec) is None]
         assert said.chosen == got and said.rows[got] == "chosen"
