@@ -87,45 +87,41 @@ def test_autocast_is_off_inside_and_on_again_behind(fails: bool) -> None:
     assert found == [False, True, False] and not torch.is_autocast_enabled("cpu")
 
 
-@pytest.fixture
-def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """A machine with a GPU that packs, and no flash-attn; nothing runs on that GPU."""
+@contextlib.contextmanager
+def pretend_a_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """torch says that there is a GPU; nothing runs on it."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "a pretended GPU")
     monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: True)
-    monkeypatch.setattr(padding, "eager", lambda tensor: True)
     packed.packs_up_to.cache_clear()
+    yield
+    packed.packs_up_to.cache_clear()
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A machine with a GPU that packs, and no flash-attn."""
     was, dtype = torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
-    with instead(*(answering(kind, why_not_here=lambda device: "not here") for kind in (Flash2, Flash3, Flash4))):
+    absent = [answering(kind, why_not_here=lambda device: "not here") for kind in (Flash2, Flash3, Flash4)]
+    with pretend_a_gpu(monkeypatch), instead(*absent):
         yield
     torch.set_autocast_enabled("cuda", was)
     torch.set_autocast_dtype("cuda", dtype)
-    packed.packs_up_to.cache_clear()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("cast", CASTS)
-def test_padding_is_left_out_on_a_gpu_where_the_heads_are_packed(
+def test_a_gpu_packs_what_autocast_makes_of_the_heads(
     dtype: torch.dtype, cast: torch.dtype | None, gpu: None
 ) -> None:
     layer = FlashMultiHeadAttention(16, 2, batch_first=True, skip_padding=True)
-    valid = torch.ones(2, 5, dtype=torch.bool)
-    x = types.SimpleNamespace(
-        shape=(2, 5, 16), dtype=dtype, device=torch.device("cuda", 0), is_cuda=True, is_meta=False
-    )
-    rule = KeyPadding(valid)
-    call: Any = types.SimpleNamespace(
-        query=x, key=x, value=x, padding=rule, valid=valid, columns=0, bias=None, mask=rule
-    )
+    x = types.SimpleNamespace(dtype=dtype, device=torch.device("cuda", 0))
+    call: Any = types.SimpleNamespace(query=x, mask=KeyPadding(torch.ones(2, 5, dtype=torch.bool)))
     if cast is not None:
         torch.set_autocast_enabled("cuda", True)
         torch.set_autocast_dtype("cuda", cast)
     heads = dtype if cast is None or dtype == torch.float64 else cast
-    why = padding.why_padding_stays(layer, call)
-    if heads in (torch.bfloat16, torch.float16):
-        assert why is None
-    else:
-        assert why is not None and str(heads).removeprefix("torch.") in why
+    assert padding.has_packed_kernel(layer, call) == (heads in (torch.bfloat16, torch.float16))

@@ -13,20 +13,22 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from patches import everywhere
-from test_ranking import ALL, BUILT_IN, CUDA, on, on_cuda, passing, problem, shared
+from test_autocast import pretend_a_gpu
+from test_ranking import ALL, BUILT_IN, CUDA, answering, nothing, on, on_cuda, passing, problem, shared, willing
 from torch import Tensor
 
 import flashmha
 from flashmha import AttentionSpec, Backend, FlashMultiHeadAttention, KeyPadding, attention
 from flashmha.backends import FAMILIES, Explanation, choose, explain, get, names, order, prefer, register, unregister
-from flashmha.backends.choice import registry, tuned
+from flashmha.backends.choice import builtin, registry, tuned
 from flashmha.backends.choice.choose import choices, pick
 from flashmha.backends.choice.memory import Memory, key_of
 from flashmha.backends.choice.ranking import Row, Table
-from flashmha.backends.compiling import Waits
+from flashmha.backends.choice.registry import instead
+from flashmha.backends.compiling import waits
 from flashmha.layer import padding
 from flashmha.layer.projection import may_join_gradients
+from flashmha.problem.spec import SHARED
 from flashmha.testing import assert_agrees, seeds, specs
 from flashmha.weights.attend import is_defined
 
@@ -38,11 +40,14 @@ FACTS = [name for name in Backend.__annotations__ if name != "name"]
 def untuned(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """No tuned table and nothing remembered, before and after."""
     monkeypatch.delenv(tuned.TABLE_VARIABLE, raising=False)
-    monkeypatch.setattr(tuned, "state", tuned.Tuned())
+    before = tuned.state
+    tuned.replace(tuned.Tuned())
     choices.clear()
-    with everywhere(waits=Waits()):
-        yield
+    waits.begin()
+    yield
+    waits.begin()
     choices.clear()
+    tuned.replace(before)
 
 
 def forwarded(question: str, to: Backend) -> Callable[..., Any]:
@@ -59,29 +64,21 @@ def delegate(original: Backend, other_name: str = "mine") -> type[Backend]:
 @contextlib.contextmanager
 def in_place_of(name: str, kind: type[Backend]) -> Iterator[None]:
     """The list with a backend of ours replaced by a class in its place."""
-    before = dict(registry.entries)
-    after = [*before, None][list(before).index(name) + 1]
-    unregister(name)
-    register(kind, before=after)
-    try:
+    after = [*names(), None][names().index(name) + 1]
+    with instead():
+        unregister(name)
+        register(kind, before=after)
         yield
-    finally:
-        registry.entries = before
-        choices.clear()
 
 
 @contextlib.contextmanager
-def machine(served: bool) -> Iterator[None]:
+def machine(served: bool, **answers: Any) -> Iterator[None]:
     """A Hopper GPU on which nothing can run; ``served``: on which every backend runs what its limits allow."""
-    here: dict[str, Any] = {"waits": Waits()}
-    if served:
-        here["reason"] = lambda backend, spec: backend.why_not(spec)
-        here["absent"] = lambda backend, spec: None
-    choices.clear()
-    with on(), everywhere(**here), pytest.MonkeyPatch.context() as patch:
+    answers |= {"why_not_here": nothing, "why_not_built": nothing} if served else {}
+    backends = [answering(kind, **answers) for kind in builtin.BUILT_IN]
+    with on(), instead(*backends), pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
         yield
-    choices.clear()
 
 
 def said_of(spec: AttentionSpec, twin: str) -> dict[str, Any]:
@@ -93,6 +90,7 @@ def said_of(spec: AttentionSpec, twin: str) -> dict[str, Any]:
     def notes(said: Explanation) -> list[str]:
         return [note.removeprefix(f"{twin} ") for note in said.notes]
 
+    waits.begin()
     first = explain(spec)
     chosen = choose(spec)
     kept = None if key_of(spec) is None else choices.get(key_of(spec))
@@ -122,8 +120,8 @@ def test_a_class_that_answers_as_ours_is_treated_as_ours(
         spec = shared(spec)
     with machine(served):
         ours = said_of(spec, name)
-    with in_place_of(name, delegate(get(name))), machine(served):
-        theirs = said_of(spec, "mine")
+        with in_place_of(name, delegate(get(name))):
+            theirs = said_of(spec, "mine")
     assert ours == theirs
 
 
@@ -134,26 +132,23 @@ def test_a_class_that_runs_packed_tokens_has_padding_left_out(
     name: str, window: Any, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The original runs alone on this machine, under its own name and under another."""
-    for other in BUILT_IN:
-        monkeypatch.setattr(get(other), "why_not_here", lambda device, other=other: None if other == name else "no")
-        if other != name:
-            monkeypatch.setattr(get(other), "runs_packed", lambda *about: False)
-    if name == "sdpa":
-        monkeypatch.setattr("flashmha.backends.sdpa.backend.runs_packed", lambda head_dim, index: head_dim <= 256)
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     layer = FlashMultiHeadAttention(128, 2, batch_first=True, window=window, dtype=dtype)
-
-    monkeypatch.setattr("flashmha.layer.projection.spares", lambda packed: True)
     call: Any = SimpleNamespace(query=SimpleNamespace(device=CUDA, dtype=dtype), mask=None)
+    large = torch.zeros((), requires_grad=True).expand(2**11, 2**11, 3)  # worth joining gradients for
 
     def answers() -> tuple[bool, bool]:
-        return padding.has_packed_kernel(layer, call), may_join_gradients(call.query)
+        return padding.has_packed_kernel(layer, call), may_join_gradients(large)
 
-    ours = answers()
-    expected = dtype == torch.bfloat16 and (name.startswith("flash") or (name == "sdpa" and window is None))
-    assert ours == (expected, name == "flash4")
-    with in_place_of(name, delegate(get(name))):
-        assert answers() == ours
+    others = {"why_not_here": lambda device: "no", "runs_packed": lambda *about: False}
+    alone = [
+        answering(kind, **{"why_not_here": nothing} if kind.name == name else others) for kind in builtin.BUILT_IN
+    ]
+    with pretend_a_gpu(monkeypatch), instead(*alone):
+        ours = answers()
+        expected = dtype == torch.bfloat16 and (name.startswith("flash") or (name == "sdpa" and window is None))
+        assert ours == (expected, name == "flash4")
+        with in_place_of(name, delegate(get(name))):
+            assert answers() == ours
 
 
 @pytest.mark.parametrize("name", ("sdpa", "naive"))
@@ -248,15 +243,15 @@ def loaded(table: Table | None) -> tuned.Tuned:
 @contextlib.contextmanager
 def as_it_was() -> Iterator[None]:
     """The list, the table and the switches put back."""
-    with pytest.MonkeyPatch.context() as patch:
-        for module, name in ((registry, "entries"), (registry, "preferred"), (tuned, "state")):
-            patch.setattr(module, name, getattr(module, name))
-        try:
+    table = tuned.state
+    try:
+        with instead():
             yield
-        finally:
-            for switch in ("enable_flash_sdp", "enable_math_sdp", "enable_cudnn_sdp", "enable_mem_efficient_sdp"):
-                getattr(torch.backends.cuda, switch)(True)
-            torch.use_deterministic_algorithms(False)
+    finally:
+        tuned.replace(table)
+        for switch in ("enable_flash_sdp", "enable_math_sdp", "enable_cudnn_sdp", "enable_mem_efficient_sdp"):
+            getattr(torch.backends.cuda, switch)(True)
+        torch.use_deterministic_algorithms(False)
 
 
 PROBLEMS = (
@@ -268,7 +263,7 @@ PROBLEMS = (
 
 @given(changes=st.lists(st.sampled_from(sorted(CHANGES)), max_size=8))
 def test_nothing_stale_is_returned_whatever_changes(changes: list[str]) -> None:
-    with as_it_was(), machine(True), everywhere(compiled_first=lambda backend, spec: None):
+    with as_it_was(), machine(True, must_compile=nothing):
         for change in ("table: none", *changes):
             CHANGES[change]()
             for spec in PROBLEMS:
@@ -294,13 +289,13 @@ def test_an_answer_holds_under_its_token_alone(change: str, back: bool) -> None:
         assert memory.get("late") is None
 
 
-def test_a_memory_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("flashmha.backends.choice.memory.SHARED", 5)
+def test_a_memory_is_bounded() -> None:
     memory: Memory[int] = Memory()
-    for number in range(23):
+    for number in range(3 * SHARED):
         memory.put(number, memory.token(), number)
         assert memory.get(number) == number
-        assert sum(memory.get(one) is not None for one in range(23)) <= 5
+        if number % 100 == 0:
+            assert sum(memory.get(one) is not None for one in range(number + 1)) <= SHARED
 
 
 def test_a_list_that_changes_while_a_choice_is_made_is_not_missed() -> None:

@@ -6,7 +6,7 @@ import os
 import pickle
 import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -20,19 +20,15 @@ from torch.autograd.graph import saved_tensors_hooks
 from flashmha import Dense, FlashMultiHeadAttention, KeyLengths
 from flashmha.backends.sdpa.switches import switches
 from flashmha.testing import noise, seeds
-from flashmha.weights import attend, cell
+from flashmha.weights import cell
 from flashmha.weights.deferred import Deferred, fill
 
 
-@pytest.fixture(autouse=True)
-def every_map_is_deferred() -> Iterator[None]:
-    """Also the small ones, which are ordinary tensors otherwise."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(attend, "FEW_SCORES", 0)
-        yield
+SEQLEN = 23
+"""With four heads and two items a map large enough to be deferred; smaller ones are ordinary tensors."""
 
 
-def maps(grad: bool = False, average: bool = True, batch: int = 2, seqlen: int = 5) -> tuple[Tensor, Tensor]:
+def maps(grad: bool = False, average: bool = True, batch: int = 2, seqlen: int = SEQLEN) -> tuple[Tensor, Tensor]:
     """A map that was not read yet, and the ordinary tensor it stands for."""
     torch.manual_seed(0)
     layer, x = FlashMultiHeadAttention(16, 4, batch_first=True), torch.randn(batch, seqlen, 16)
@@ -274,13 +270,13 @@ def test_a_forked_process_may_be_the_first_to_look() -> None:
 def test_autograd_saves_every_tensor_that_the_graph_holds(mask: str, average: bool, seed: int) -> None:
     """So that checkpoints and offloading find them: with every saved tensor dropped, none of the call is alive."""
     layer = FlashMultiHeadAttention(16, 4, batch_first=True)
-    x = noise(seed, 2, 6, 16, dtype=torch.float32).requires_grad_()
-    hidden = torch.ones(6, 6, dtype=torch.bool).triu(2)
+    x = noise(seed, 2, SEQLEN, 16, dtype=torch.float32).requires_grad_()
+    hidden = torch.ones(SEQLEN, SEQLEN, dtype=torch.bool).triu(2)
     call: dict[str, Any] = {"average_attn_weights": average}
     if mask == "padding":
         call["key_padding_mask"] = hidden[:2]
     elif mask != "none":
-        call["attn_mask"] = hidden if mask == "bool" else torch.zeros(6, 6).masked_fill(hidden, -9.0)
+        call["attn_mask"] = hidden if mask == "bool" else torch.zeros(SEQLEN, SEQLEN).masked_fill(hidden, -9.0)
     made: list[Any] = []
 
     class Watched(torch.utils._python_dispatch.TorchDispatchMode):
@@ -292,7 +288,9 @@ def test_autograd_saves_every_tensor_that_the_graph_holds(mask: str, average: bo
             return result
 
     with Watched(), saved_tensors_hooks(lambda tensor: tuple(tensor.shape), lambda shape: torch.zeros(shape)):
-        out = layer(x, x, x, **call)[0]
+        out, unread = layer(x, x, x, **call)
+        assert type(unread) is Deferred
+        del unread
     mine = weakref.ref(out.untyped_storage())
     alive = [storage for storage in made if storage() is not None and storage() is not mine()]
     parameters = {
@@ -306,7 +304,7 @@ def test_autograd_saves_every_tensor_that_the_graph_holds(mask: str, average: bo
 def test_maps_that_are_kept_hold_little_more_than_their_values(look: str, grad: bool) -> None:
     layer, kept, cells = FlashMultiHeadAttention(256, 4, batch_first=True), [], []
     layer.register_forward_hook(lambda module, arguments, output: kept.append(output[1]) if look == "hook" else None)
-    x = torch.randn(2, 8, 256)
+    x = torch.randn(2, SEQLEN, 256)
     for _ in range(3 * cell.MOST_UNREAD):
         with torch.set_grad_enabled(grad):
             out, unread = layer(x, x, x)
@@ -321,7 +319,7 @@ def test_maps_that_are_kept_hold_little_more_than_their_values(look: str, grad: 
 
 
 def test_maps_that_are_dropped_are_not_computed() -> None:
-    layer, x, cells = FlashMultiHeadAttention(256, 4, batch_first=True), torch.randn(2, 8, 256), []
+    layer, x, cells = FlashMultiHeadAttention(256, 4, batch_first=True), torch.randn(2, SEQLEN, 256), []
     for _ in range(3 * cell.MOST_UNREAD):
         out, unread = layer(x, x, x)
         cells.append(weakref.ref(unread.cell))
@@ -349,13 +347,14 @@ def test_another_stream_reads_the_values() -> None:
 
 
 def test_a_flashmha_mask_that_changes_after_the_call_changes_no_weights() -> None:
-    layer, x = FlashMultiHeadAttention(16, 4, batch_first=True), torch.randn(2, 20, 16)
-    allowed = torch.ones(20, 20, dtype=torch.bool).tril()
-    lengths = torch.tensor([7, 20])
+    layer, x = FlashMultiHeadAttention(16, 4, batch_first=True), torch.randn(2, SEQLEN, 16)
+    allowed = torch.ones(SEQLEN, SEQLEN, dtype=torch.bool).tril()
+    lengths = torch.tensor([7, SEQLEN])
     for mask, tensor in ((Dense(allowed), allowed), (KeyLengths(lengths), lengths)):
         with torch.no_grad():
             expected = layer(x, x, x, attn_mask=mask)[1].clone()
             unread = layer(x, x, x, attn_mask=mask)[1]
+            assert type(unread) is Deferred and unread.cell is not None
             tensor.fill_(1)
             torch.testing.assert_close(unread.clone(), expected)
 
@@ -365,7 +364,7 @@ def test_heads_that_are_views_of_an_input_are_read_at_once() -> None:
         def project(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
             return tuple(x.unflatten(-1, (4, 4)) for x in (query, key, value))  # type: ignore[return-value]
 
-    layer, x = Plain(16, 4, batch_first=True), torch.randn(2, 20, 16)
+    layer, x = Plain(16, 4, batch_first=True), torch.randn(2, SEQLEN, 16)
     with torch.no_grad():
         expected = layer(x, x, x)[1].clone()
         seen = layer(x, x, x)[1]

@@ -660,6 +660,11 @@ def test_out_proj_may_be_anything_with_a_weight_and_a_bias(problem: tuple[Bluepr
 # The shortest way through a layer
 
 
+class Longer(FlashMultiHeadAttention):
+    """The same layer, which as a subclass does not take the shortest way."""
+
+
+WAYS = (FlashMultiHeadAttention, Longer)
 PROJECTIONS = {"aaa": 2, "abb": 3}
 """Of what is one object, one; the output's among them."""
 
@@ -671,19 +676,22 @@ PROJECTIONS = {"aaa": 2, "abb": 3}
     batch_first=st.booleans(),
     sharing=st.sampled_from(SHARINGS),
     padding=st.booleans(),
-    shortest=st.booleans(),
+    way=st.sampled_from(WAYS),
 )
 def test_a_projection_is_one_operator_and_nothing_is_copied_but_heads(
-    seqlen: int, heads: int, batch: int, batch_first: bool, sharing: str, padding: bool, shortest: bool
+    seqlen: int,
+    heads: int,
+    batch: int,
+    batch_first: bool,
+    sharing: str,
+    padding: bool,
+    way: type[FlashMultiHeadAttention],
 ) -> None:
-    layer = FlashMultiHeadAttention(16, heads, batch_first=batch_first).eval()
+    layer = way(16, heads, batch_first=batch_first).eval()
     given = {name: torch.randn(*((batch, seqlen) if batch_first else (seqlen, batch)), 16) for name in "abc"}
     inputs = [given[name] for name in sharing]
     mask = torch.zeros(batch, seqlen, dtype=torch.bool) if padding else None
-    patch: Any = (
-        contextlib.nullcontext() if shortest else mock.patch.object(shortcut, "attend_plain", lambda *call: None)
-    )
-    with torch.no_grad(), patch, Operators() as operators:
+    with torch.no_grad(), Operators() as operators:
         out, _ = layer(*inputs, key_padding_mask=mask, need_weights=False)
     names = [name.split(".")[0] for name in operators.names]
     assert names.count("addmm") == PROJECTIONS.get(sharing, 4)
@@ -727,8 +735,9 @@ def test_the_shortest_way_through_a_layer_is_the_way_of_every_call(
         patch = mock.patch.object(FlashMultiHeadAttention, "process_heads", lambda self, q, k, v: (q * 3, k, v))
     elif change == "class window":
         patch = mock.patch.object(FlashMultiHeadAttention, "window", Window(0, 0))
-    for shortest in (shortcut.attend_plain, lambda *call: None):
-        with mock.patch.object(shortcut, "attend_plain", shortest), patch, record() as ran:
+    for way in WAYS:
+        layer.__class__ = way
+        with patch, record() as ran:
             found.append((ask(layer, call, call.tensors(blueprint)), ran))
     (short, one), (long, other) = found
     for name, tensor in long.tensors.items():
@@ -793,21 +802,14 @@ def test_masks_and_autocast_take_the_shortest_way(
         "hint": {"attn_mask": torch.ones(size, size, dtype=torch.bool).triu(1), "is_causal": True},
         "rule": {"attn_mask": KeyPadding(valid)},
     }
-    found, shortest, taken = [], shortcut.attend_plain, []
-
-    def watched(*call: Any) -> Any:
-        answer = shortest(*call)
-        taken.append(answer is not None)
-        return answer
-
-    for way in (watched, lambda *call: None):
-        with (
-            mock.patch.object(shortcut, "attend_plain", way),
-            torch.autocast(x.device.type, torch.bfloat16, enabled=cast),
-        ):
+    found, given = [], Arguments(x, x, x, need_weights=False, **masks[kind])
+    with torch.autocast(x.device.type, torch.bfloat16, enabled=cast):
+        assert shortcut.attend_plain(layer, given) is not None
+        for way in WAYS:
+            layer.__class__ = way
             out, _ = layer(x, x, x, need_weights=False, **masks[kind])
-        found.append([out, *torch.autograd.grad(out.float().square().sum(), [x, *layer.parameters()])])
-    assert taken == [True]
+            found.append([out, *torch.autograd.grad(out.float().square().sum(), [x, *layer.parameters()])])
+    assert shortcut.attend_plain(layer, given) is None
     for short, long in zip(*found):
         assert torch.equal(short, long)
 

@@ -23,7 +23,10 @@ def spec_of(layer: nn.Module, x: Tensor) -> torch.dtype:
 
 @pytest.fixture(params=(True, False))
 def emulated(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
-    monkeypatch.setattr(precision, "is_emulated", lambda dtype: request.param)
+    """An x86 without instructions for half precision, or with all of them."""
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: not request.param)
+    monkeypatch.setattr(platform, "machine", lambda: "x86_64")
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: not request.param)
     return bool(request.param)
 
 

@@ -30,7 +30,6 @@ from flashmha.backends.choice.registry import instead
 from flashmha.backends.rewrites import documents as packing
 from flashmha.backends.rewrites.heads import neighbours
 from flashmha.backends.rewrites.order import RealFirst, permute_rows, real_first
-from flashmha.backends.sdpa import backend as sdpa
 from flashmha.backends.sdpa import packed as varlen
 from flashmha.backends.sdpa import pieces as blocks
 from flashmha.backends.sdpa.backend import Sdpa
@@ -129,18 +128,22 @@ def small(skip: bool = False, layers: int = 3, training: bool = True, **more: An
     return replace_mha(model, skip_padding=skip)
 
 
-def of_model(model: nn.Module, x: Tensor, hidden: Tensor, **more: Any) -> list[Tensor]:
-    """Output and gradients of an encoder."""
+def of_model(model: nn.Module, x: Tensor, hidden: Tensor, run: Any = None, **more: Any) -> list[Tensor]:
+    """Output and gradients of an encoder, or of another way to ``run`` it."""
     x = x.detach().clone().requires_grad_()
-    out = model(x, src_key_padding_mask=hidden, **more)
+    out = (run or model)(x, src_key_padding_mask=hidden, **more)
     return [out, *torch.autograd.grad(out.square().sum(), [x, *model.parameters()])]
 
 
-@contextlib.contextmanager
-def as_tensors() -> Any:
-    """Encoders that hand their padding down as it came."""
-    with mock.patch.object(route, "hand_down", lambda encoder, src, mask, padding, known: padding):
-        yield
+def layer_by_layer(model: nn.TransformerEncoder, skip: bool = False) -> Callable[..., Tensor]:
+    """The layers of an encoder called by hand, each with the padding mask as it came."""
+
+    def run(x: Tensor, src_key_padding_mask: Tensor, mask: Tensor | None = None) -> Tensor:
+        for layer in model.layers:
+            x = layer(x, src_mask=mask, src_key_padding_mask=src_key_padding_mask)
+        return x.masked_fill(src_key_padding_mask[..., None], 0.0) if skip else x
+
+    return run
 
 
 @fewer(2)
@@ -152,19 +155,16 @@ def as_tensors() -> Any:
     inference=st.booleans(),
     seed=seeds(),
 )
-def test_an_encoder_hands_one_rule_down(
+def test_an_encoder_that_hands_one_rule_down_computes_what_its_layers_do(
     pattern: str, skip: bool, causal: bool, norm_first: bool, inference: bool, seed: int
 ) -> None:
     model, x = small(skip, norm_first=norm_first), noise(seed, 2, 6, 8)
     hidden = ~validity(pattern, 2, 6, seed)
     more = {"mask": torch.ones(6, 6, dtype=torch.bool).triu(1)} if causal else {}
-    with as_tensors():
-        expected = of_model(model, x, hidden, **more)
-    with mock.patch.object(route, "KeyPadding", side_effect=KeyPadding) as made:
-        with torch.inference_mode(inference):
-            inside = model(x, src_key_padding_mask=hidden, **more)
-        found = of_model(model, x, hidden, **more)
-    assert skip or made.call_count == 2  # else padding is left out once, or zeroed
+    expected = of_model(model, x, hidden, layer_by_layer(model, skip), **more)
+    with torch.inference_mode(inference):
+        inside = model(x, src_key_padding_mask=hidden, **more)
+    found = of_model(model, x, hidden, **more)
     torch.testing.assert_close(inside.detach().clone(), expected[0].detach(), atol=1e-9, rtol=1e-9)
     assert_all_close(found, expected)
 
@@ -227,8 +227,7 @@ class Checked(encoder.FlashTransformerEncoderLayer):
 @pytest.mark.parametrize("change", COUNTS_ON_TENSORS)
 def test_what_counts_on_a_tensor_gets_one(change: str) -> None:
     model, x, hidden = small(), noise(0, 2, 6, 8), ~validity("holes", 2, 6, 0)
-    with as_tensors():
-        expected = of_model(model, x, hidden)
+    expected = of_model(model, x, hidden, layer_by_layer(model))
     COUNTS_ON_TENSORS[change](model)
     assert_all_close(of_model(model, x, hidden), expected)
 
@@ -428,13 +427,18 @@ def test_a_rule_costs_two_operators_at_most(kind: Any, training: bool) -> None:
 
 @pytest.mark.cpu("counts operators of a CPU's route")
 @pytest.mark.parametrize("pattern", PATTERNS[:3])
-def test_padding_costs_a_layer_more_of_an_encoder_two_operators_at_most(pattern: str) -> None:
+@pytest.mark.parametrize("hooked", (False, True))
+def test_padding_costs_a_layer_more_of_an_encoder_two_operators_at_most(pattern: str, hooked: bool) -> None:
+    """Also where a hook inside has the layers called one by one."""
     x, hidden = noise(0, 2, 6, 8).requires_grad_(), ~validity(pattern, 2, 6, 1)
     counts = {}
     for layers in (3, 6):
         for padding in (None, hidden):
+            model = small(layers=layers)
+            if hooked:
+                model.layers[0].linear1.register_forward_hook(lambda *_: None)
             with Ran() as ran:
-                small(layers=layers)(x, src_key_padding_mask=padding)
+                model(x, src_key_padding_mask=padding)
             counts[layers, padding is None] = ran.names.total()
     assert counts[6, False] - counts[3, False] <= counts[6, True] - counts[3, True] + 3 * 2, counts
 
@@ -444,11 +448,11 @@ def test_a_mask_of_one_call_is_made_no_table() -> None:
     layer, x = FlashMultiHeadAttention(8, 2, batch_first=True), torch.randn(2, 6, 8)
     rule, hidden = KeyPadding(validity("right", 2, 6, 1)), ~validity("right", 2, 6, 1)
     tables = []
-    for padding in (hidden, hidden, rule):
-        with torch.no_grad(), mock.patch.object(sdpa, "padding_as_bias", wraps=sdpa.padding_as_bias) as made:
+    for padding in (hidden, hidden, rule, rule):
+        with torch.no_grad(), Ran() as ran:
             layer(x, x, x, key_padding_mask=padding, need_weights=False)
-        tables.append(made.call_count)
-    assert tables == [0, 0, 1]
+        tables.append(ran.names["aten::masked_fill_"])
+    assert tables == [0, 0, 1, 0]
 
 
 def kernel(q: Tensor, k: Tensor, v: Tensor, *told: Any, scale: float) -> Any:

@@ -14,12 +14,17 @@ import torch
 from conftest import fewer
 from hypothesis import given
 from hypothesis import strategies as st
+from test_ranking import WHY, passing
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import flashmha
 from flashmha import replace_mha
-from flashmha.swap import encoder as swapped
+from flashmha.backends import register, unregister
+from flashmha.backends.choice.waiting import loss
+from flashmha.backends.compiling import waits
+from flashmha.swap.encoder import found_causal
+from flashmha.swap.route import enter, leave
 from flashmha.testing.models import Architecture, EncoderMasks, architectures, encoder_masks
 
 pytestmark = [
@@ -38,12 +43,20 @@ OPTIONS: tuple[dict[str, Any], ...] = (
 )
 
 
-def as_modules(encoder: nn.TransformerEncoder, way: Any) -> Tensor:
-    """The layers called one after another, as stock's encoder calls them."""
-    output: Tensor = way.src
+def as_modules(
+    encoder: nn.TransformerEncoder,
+    src: Tensor,
+    mask: Any = None,
+    src_key_padding_mask: Any = None,
+    is_causal: bool | None = None,
+) -> Tensor:
+    """The layers of an encoder's route called one after another, as stock's encoder calls them."""
+    causal = found_causal(mask, src_key_padding_mask) if is_causal is None else is_causal
+    way = enter(encoder, src, mask, src_key_padding_mask, causal)
+    x = way.src
     for layer in encoder.layers:
-        output = layer(output, src_mask=way.mask, src_key_padding_mask=way.key_padding_mask, is_causal=way.is_causal)
-    return output
+        x = layer(x, src_mask=way.mask, src_key_padding_mask=way.key_padding_mask, is_causal=way.is_causal)
+    return leave(encoder, way, x)
 
 
 class Operators(TorchDispatchMode):
@@ -58,12 +71,14 @@ class Operators(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def trained(model: nn.Module, x: Tensor, masks: dict[str, Any]) -> tuple[list[Tensor], list[str]]:
-    """Output and gradients of a model, and the operators of its forward."""
+def trained(
+    model: nn.Module, x: Tensor, masks: dict[str, Any], run: Callable[..., Tensor] | None = None
+) -> tuple[list[Tensor], list[str]]:
+    """Output and gradients of a model, or of another way to ``run`` it, and the operators of that."""
     torch.manual_seed(0)
     x = x.detach().clone().requires_grad_()
     with Operators() as seen:
-        out = model(x, **masks)
+        out = model(x, **masks) if run is None else run(model, x, **masks)
     given = [x, *(p for p in model.parameters() if p.requires_grad)]
     grads = torch.autograd.grad(out.square().sum(), given, allow_unused=True)
     return [out.detach(), *(g for g in grads if g is not None)], seen.names
@@ -95,8 +110,7 @@ def test_functions_of_layers_are_the_layers(
     x = architecture.inputs(masks.batch, masks.seqlen)
     given = masks.arguments(architecture.num_heads)
     found, ran = trained(model, x, given)
-    with mock.patch.object(swapped.stack, "run_layers", as_modules):
-        expected, called = trained(model, x, given)
+    expected, called = trained(model, x, given, as_modules)
     assert ran == called
     assert len(found) == len(expected)
     for ours, modules in zip(found, expected):
@@ -241,13 +255,13 @@ def test_layers_in_turns_share_their_problems() -> None:
     model = replace_mha(nn.TransformerEncoder(layer, 4, enable_nested_tensor=False)).train()
     for number, each in enumerate(model.layers):
         each.self_attn.dropout = 0.25 if number % 2 else 0.0
-    counted: list[int] = []
-
-    def choose(spec: Any, calls: int) -> Any:
-        counted.append(calls)
-        return chosen(spec, calls=calls)
-
-    chosen = swapped.stack.choose
-    with mock.patch.object(swapped.stack, "choose", choose):
-        model(torch.randn(2, 3, 8))
-    assert counted == [4, 0]
+    waits.begin()
+    register(passing("slow", WHY), before="sdpa")
+    try:
+        with flashmha.record() as calls:
+            model(torch.randn(2, 3, 8))
+        lost = [wait.lost for wait in waits.kernels.values()]
+    finally:
+        unregister("slow")
+        waits.begin()
+    assert len(lost) == 2 and sum(lost) == pytest.approx(sum(loss(call.spec) for call in calls), rel=1e-9)

@@ -178,21 +178,13 @@ def test_rows_sum_to_one(machine: torch.device, spec: AttentionSpec, seed: int) 
 
 
 @settings(fewer(3) if INTERPRETED else fewer(2))
-@given(spec=problems(), average=st.booleans(), batched=st.booleans(), some=st.booleans(), seed=seeds())
-def test_a_recipe_gives_what_its_blocks_give(
-    machine: torch.device, spec: AttentionSpec, average: bool, batched: bool, some: bool, seed: int
-) -> None:
+@given(spec=problems(), average=st.booleans(), seed=seeds())
+def test_tiles_give_what_blocks_give(machine: torch.device, spec: AttentionSpec, average: bool, seed: int) -> None:
     q, k, _ = tensors(spec, seed)
-    batched = batched or spec.batch != 1
-    rows = torch.rand(spec.batch, spec.seqlen_q) < 0.7 if some else None
-    recipe = weights.Recipe(q, k, spec, None, average, batched, torch.float32, rows)
-    answers = []
-    for reason in (None, "blocks"):
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(tiles, "why_not_here", lambda device, reason=reason: reason)
-            answers.append(recipe.make())
-    torch.testing.assert_close(answers[0], answers[1], atol=1e-4, rtol=1e-4)
-    assert answers[0].shape == recipe.shape
+    recipe = weights.Recipe(q, k, spec, None, average, True, torch.float32)
+    made = tiles.make_weights(q, k, None, spec, average, torch.float32)
+    torch.testing.assert_close(made, recipe.by_blocks(q, k), atol=1e-4, rtol=1e-4)
+    assert made.shape == recipe.shape
 
 
 @pytest.mark.parametrize("spoilt", ("q", "k"))

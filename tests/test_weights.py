@@ -23,7 +23,7 @@ from flashmha import AttentionSpec, Backend, FlashMultiHeadAttention, register
 from flashmha.backends import get, unregister
 from flashmha.testing import noise, seeds
 from flashmha.testing.record import placed
-from flashmha.weights import attend, blocks
+from flashmha.weights import attend
 from flashmha.weights.deferred import Deferred
 
 
@@ -40,7 +40,6 @@ class Case:
     mask: str = "none"
     padding: str = "none"
     backend: str | None = None
-    block: int = 2**19
     seed: int = 0
 
     def layers(self, dtype: torch.dtype = torch.float64) -> tuple[nn.MultiheadAttention, FlashMultiHeadAttention]:
@@ -90,14 +89,13 @@ def cases(draw: st.DrawFn, **fixed: Any) -> Case:
         "batch": draw(st.integers(1, 3)) if batched else 1,
         "seqlen_q": draw(st.integers(1, 33)),
         "seqlen_k": draw(st.integers(1, 33)),
-        "heads": draw(st.integers(1, 3)),
+        "heads": draw(st.integers(1, 5)),
         "average": draw(st.booleans()),
         "batched": batched,
         "mask": mask,
         # stock warns beside masks of two types
         "padding": draw(st.sampled_from(("none", "float" if mask in ("float", "learned") else "bool"))),
         "backend": draw(st.sampled_from((None, "sdpa", "naive"))),
-        "block": draw(st.sampled_from((1, 2**19))),
         "seed": draw(seeds()),
     }
     return Case(**{**drawn, **fixed})
@@ -107,18 +105,26 @@ def cotangents(case: Case, *tensors: Tensor) -> list[Tensor]:
     return [noise(case.seed + 1 + place, *x.shape, dtype=x.dtype) for place, x in enumerate(tensors)]
 
 
-@given(case=cases())
-def test_values_and_gradients_are_those_of_the_stock_layer(case: Case) -> None:
+def assert_as_stock(case: Case) -> None:
     answers = []
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(blocks, "SCORES_IN_A_BLOCK", case.block)
-        for layer in case.layers():
-            call, wanted = case.call()
-            out, seen = layer(**call)
-            grads = torch.autograd.grad((out, seen), [*wanted, *layer.parameters()], cotangents(case, out, seen))
-            answers.append((out, seen, *grads))
+    for layer in case.layers():
+        call, wanted = case.call()
+        out, seen = layer(**call)
+        grads = torch.autograd.grad((out, seen), [*wanted, *layer.parameters()], cotangents(case, out, seen))
+        answers.append((out, seen, *grads))
     for theirs, ours in zip(*answers):
         torch.testing.assert_close(+ours, theirs, atol=1e-10, rtol=1e-10)
+
+
+@given(case=cases())
+def test_values_and_gradients_are_those_of_the_stock_layer(case: Case) -> None:
+    assert_as_stock(case)
+
+
+@fewer(8)
+@given(case=st.integers(17, 40).flatmap(lambda rows: cases(seqlen_q=rows, seqlen_k=2**15 + rows, batch=1)))
+def test_a_map_of_several_blocks_is_that_of_the_stock_layer(case: Case) -> None:
+    assert_as_stock(case)
 
 
 @given(case=cases())

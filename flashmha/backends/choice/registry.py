@@ -252,17 +252,20 @@ def unregister(name: str) -> None:
 
 @contextlib.contextmanager
 def instead(*backends: Backend) -> Iterator[None]:
-    """Backends in the places of those of their names, inside the ``with``: what a test made with its own machine."""
-    global entries
+    """Backends in the places of those of their names, inside the ``with``: what a test made with its own machine.
+
+    Behind it the list is as it was before, whatever was done to it inside.
+    """
+    global entries, preferred
     discover()
     with list_lock:
-        before, here = entries, {backend.name: backend for backend in backends}
+        before, here = (entries, preferred), {backend.name: backend for backend in backends}
         entries = {name: here.get(name, backend) for name, backend in entries.items()}
     try:
         yield
     finally:
         with list_lock:
-            entries = before
+            entries, preferred = before
 
 
 def discover() -> None:
