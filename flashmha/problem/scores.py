@@ -36,7 +36,7 @@ BIAS_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 class Bias(abc.ABC):
-    """Something added to every score; biases add with ``+``."""
+    """Something added to every score; biases add with ``+``, also to a tensor or ``None``."""
 
     feature: ClassVar[str]
 
@@ -64,10 +64,15 @@ class Bias(abc.ABC):
             names.append("bias_grad")
         return frozenset(names)
 
-    def __add__(self, other: Bias) -> Bias:
+    def __add__(self, other: Bias | Tensor | None) -> Bias:
+        if other is None:
+            return self
+        other = TensorBias(other) if isinstance(other, Tensor) else other
         if not isinstance(other, Bias):
             return NotImplemented
         return Sum((*self.parts, *other.parts))
+
+    __radd__ = __add__
 
     def materialize(
         self,
