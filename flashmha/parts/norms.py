@@ -1,4 +1,4 @@
-"""The norms of heads: modules over head_dim, and what a kernel has to know of those that it computes itself."""
+"""The norms of heads: modules over head_dim."""
 
 from __future__ import annotations
 
