@@ -42,7 +42,7 @@ def test_one_pass_is_the_definition(
     dtype: torch.dtype,
     seed: int,
 ) -> None:
-    """In float64, of the same rounded heads; gradients of the projection and of the norms too, and differentiable again."""
+    """In float64, of the same rounded heads; gradients of the projection and of the norms too."""
     draw = data.draw
     batch, seqlen = draw(st.integers(1, 3)), draw(st.sampled_from((1, 3, 40)))
     rotary = None
