@@ -18,7 +18,11 @@ def norm_of(kind: str | None, head_dim: int, seed: int, device: torch.device) ->
     """A norm whose parameters are not those of a new one."""
     if kind is None:
         return None
-    made = nn.RMSNorm(head_dim, eps=1e-5) if kind == "rms" else nn.LayerNorm(head_dim, bias=kind == "layer")
+    made = (
+        nn.RMSNorm(head_dim, eps=1e-5, device="cpu")
+        if kind == "rms"
+        else nn.LayerNorm(head_dim, bias=kind == "layer", device="cpu")
+    )
     for parameter in made.parameters():
         parameter.data.add_(noise(seed, head_dim, dtype=torch.float32, device="cpu"))
     return made.to(device)

@@ -1,8 +1,8 @@
 """The Triton kernels of ``fused_heads``; importing this imports triton.
 
 A program takes ``TOKENS`` neighbouring tokens and up to ``HEADS`` heads of theirs, all of queries or all of keys. It
-makes cos and sin once and goes from head to head. A head is three tiles: the first members of its pairs, the second ones,
-and the features behind ``DIM``; each is 0 where nothing is. All is computed in float32 and rounded once.
+makes cos and sin once and goes from head to head. A head is three tiles: the first members of its pairs, the second
+ones, and the features behind ``DIM``; each is 0 where nothing is. All is computed in float32 and rounded once.
 
 ``walk`` says where tokens stand: how many lie side by side in a row, the first place, and the steps from row to row and
 from token to token; of ``positions`` where that is a tensor, else of the positions themselves.
