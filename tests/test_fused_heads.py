@@ -61,7 +61,7 @@ def test_one_pass_is_the_definition(
     packed = noise(seed, batch, seqlen, sum(heads), head_dim, dtype=dtype, device="cpu").to(machine).requires_grad_()
     q_norm, k_norm = (norm_of(kind, head_dim, seed + i, machine) for i in range(2))
     parameters = [p for norm in (q_norm, k_norm) if norm is not None for p in norm.parameters()]
-    known = [None if norm is None else know(norm, head_dim, machine) for norm in (q_norm, k_norm)]
+    known = [None if norm is None else know(norm, head_dim, packed.device) for norm in (q_norm, k_norm)]
     cotangents = [
         noise(seed + 2 + i, batch, seqlen, heads[i], head_dim, dtype=dtype, device="cpu").to(machine) for i in (0, 1)
     ]
@@ -96,7 +96,7 @@ def test_gradients_are_differentiable_again(machine: torch.device, kind: str, se
     for fused in (True, False):
         rotation = rotary.rotation(q, None, None, None)
         if fused:
-            made = fused_heads.prepare(q, None, know(norm, 8, machine), None, rotation)[0]
+            made = fused_heads.prepare(q, None, know(norm, 8, q.device), None, rotation)[0]
         else:
             made = rotation.apply(norm(q), None)[0]
         (grad,) = torch.autograd.grad((made**3).sum(), q, create_graph=True)

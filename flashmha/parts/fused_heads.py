@@ -16,10 +16,10 @@ from .norms import KnownNorm, normalize_as
 from .rotation import Positions, Rotation, rotate
 
 LARGEST_HEAD_DIM = 256
-HEADS = 8
+HEADS = 4
 """Heads of a program."""
-TILE, BACKWARD_TILE = 2048, 1024
-"""Pairs of a program at a time."""
+TILE, BACKWARD_TILE = 1024, 512
+"""Pairs of a program at a time, measured on an H200."""
 
 
 def why_not(x: Tensor) -> str | None:
@@ -123,12 +123,14 @@ def power_of_two(size: int) -> int:
     return 1 << (size - 1).bit_length()
 
 
-def empty_rows(like: Tensor, heads: int, swapped: bool) -> Tensor:
-    """New heads (batch, seqlen, heads, head_dim) whose tokens lie in an order."""
-    batch, seqlen, _, head_dim = like.shape
-    if swapped:
-        return like.new_empty(seqlen, batch, heads, head_dim).transpose(0, 1)
-    return like.new_empty(batch, seqlen, heads, head_dim)
+def empty_rows(xs: Sequence[Tensor], swapped: bool) -> tuple[Tensor, list[Tensor]]:
+    """Memory for heads like those given, and such heads in it, each contiguous: ``torch.cat`` is slow with others."""
+    batch, seqlen, _, head_dim = xs[0].shape
+    sizes = [x.shape[2] * batch * seqlen * head_dim for x in xs]
+    memory = xs[0].new_empty(sum(sizes))
+    shape = (seqlen, batch, -1, head_dim) if swapped else (batch, seqlen, -1, head_dim)
+    rows = [part.view(shape) for part in memory.split_with_sizes(sizes)]
+    return memory, [one.transpose(0, 1) for one in rows] if swapped else rows
 
 
 def both(rows: Sequence[Rows]) -> tuple[list[Tensor], list[int]]:
@@ -143,28 +145,27 @@ def count_heads(xs: Sequence[Tensor]) -> list[int]:
 
 
 def launch(xs: Sequence[Tensor], plan: Plan) -> tuple[Tensor, ...]:
-    """One or two tensors of heads of the same tokens, prepared, side by side in a new tensor."""
+    """One or two tensors of heads of the same tokens, prepared."""
     from .head_kernels import prepare_kernel
 
     swapped, options = is_swapped(xs[0]), plan.options(xs[0], TILE)
     tensors, strides = both([as_rows(x, swapped) for x in xs])
     heads = count_heads(xs)
-    out = empty_rows(xs[0], sum(heads), swapped)
+    out, made = empty_rows(xs, swapped)
     table, walk = plan.walk(xs[0], swapped)
     inv_freq = None if plan.rotation is None else plan.rotation.inv_freq
     parameters = [*plan.of_both("weight"), *plan.of_both("bias")]
-    out_token = sum(heads) * out.shape[-1]
     with use_device(out.device):
         prepare_kernel[plan.grid(xs, options)](
-            *tensors, out, table, inv_freq, *parameters, *walk, *heads, *plan.numbers, *strides, out_token, **options
+            *tensors, out, table, inv_freq, *parameters, *walk, *heads, *plan.numbers, *strides, **options
         )
-    return out.split_with_sizes(heads[: len(xs)], 2)
+    return tuple(made)
 
 
 def launch_backward(
     grads: Sequence[Tensor], xs: Sequence[Tensor], plan: Plan
 ) -> tuple[list[Tensor], list[tuple[Tensor | None, Tensor | None]]]:
-    """Gradients of what ``launch`` took, side by side; those of each norm's weight and bias.
+    """Gradients of what ``launch`` took; those of each norm's weight and bias.
 
     ``xs`` are what it took where it normalises; elsewhere only their order of tokens counts.
     """
@@ -174,13 +175,12 @@ def launch_backward(
     of_grads, grad_strides = both([as_rows(grad, swapped) for grad in grads])
     of_xs, strides = both([as_rows(x, swapped) for x in xs]) if plan.norms else ([None, None], [0] * 4)
     heads = count_heads(xs)
-    out = empty_rows(xs[0], sum(heads), swapped)
-    made = list(out.split_with_sizes(heads[: len(xs)], 2))
+    out, made = empty_rows(xs, swapped)
     weights, bias = plan.of_both("weight"), plan.of_both("bias")[0]
     grid = plan.grid(xs, options)
     sums = None
     if weights[0] is not None:
-        sums = out.new_empty(*grid, 1 if bias is None else 2, out.shape[-1], dtype=torch.float32)
+        sums = out.new_empty(*grid, 1 if bias is None else 2, xs[0].shape[-1], dtype=torch.float32)
     table, walk = plan.walk(xs[0], swapped)
     inv_freq = None if plan.rotation is None else plan.rotation.inv_freq
     options["BIAS"] = bias is not None
@@ -198,7 +198,6 @@ def launch_backward(
             *plan.numbers,
             *grad_strides,
             *strides,
-            sum(heads) * out.shape[-1],
             **options,
         )
     return made, add_up(sums, plan.norms, heads)

@@ -147,7 +147,6 @@ def prepare_kernel(
     q_head: tl.tensor,
     k_token: tl.tensor,
     k_head: tl.tensor,
-    out_token: tl.tensor,
     NORM: tl.constexpr,
     LAYER: tl.constexpr,
     INTERLEAVED: tl.constexpr,
@@ -158,15 +157,16 @@ def prepare_kernel(
     TOKENS: tl.constexpr,
     HEADS: tl.constexpr,
 ) -> None:
-    """Heads of q and k, normalised and turned, side by side into ``out``, which may be where they came from."""
+    """Heads of q and k, normalised and turned, into ``out``: all of q, then all of k."""
     token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
     row, inside = token.to(tl.int64)[:, None], (token < tokens)[:, None]
     chunks = tl.cdiv(heads_q, HEADS)
     second = tl.program_id(1) >= chunks
-    first, last, before = tl.program_id(1) * HEADS, heads_q, 0
+    first, last = tl.program_id(1) * HEADS, heads_q
     x, x_token, x_head = q, q_token, q_head
     if second:
-        first, last, before = (tl.program_id(1) - chunks) * HEADS, heads_k, heads_q
+        first, last = (tl.program_id(1) - chunks) * HEADS, heads_k
+        out += tl.cast(tokens, tl.int64) * heads_q * HEAD_DIM
         x, x_token, x_head = k, k_token, k_head
     every = tl.zeros((1, 1), tl.int32)
     if q_weight is not None:
@@ -193,7 +193,7 @@ def prepare_kernel(
             one, two, rest = one + b_one, two + b_two, rest + b_rest
         if inv_freq is not None:
             one, two = one * cos - two * sin, two * cos + one * sin
-        target = out + row * out_token + (before + head) * HEAD_DIM
+        target = out + (row * last + head) * HEAD_DIM
         store_head(target, inside, (one, two, rest), INTERLEAVED, HEAD_DIM, DIM, PAIRS, REST)
 
 
@@ -226,7 +226,6 @@ def prepare_backward_kernel(
     q_head: tl.tensor,
     k_token: tl.tensor,
     k_head: tl.tensor,
-    out_token: tl.tensor,
     NORM: tl.constexpr,
     LAYER: tl.constexpr,
     BIAS: tl.constexpr,
@@ -238,7 +237,7 @@ def prepare_backward_kernel(
     TOKENS: tl.constexpr,
     HEADS: tl.constexpr,
 ) -> None:
-    """Gradients of what ``prepare_kernel`` read, side by side into ``out``, given those of what it wrote.
+    """Gradients of what ``prepare_kernel`` read, into ``out`` as it wrote, given those of what it wrote.
 
     ``sums`` (programs, programs, 1 or 2, HEAD_DIM) gets what each program adds to the gradient of a weight and a bias.
     """
@@ -246,10 +245,11 @@ def prepare_backward_kernel(
     row, inside = token.to(tl.int64)[:, None], (token < tokens)[:, None]
     chunks = tl.cdiv(heads_q, HEADS)
     second = tl.program_id(1) >= chunks
-    first, last, before = tl.program_id(1) * HEADS, heads_q, 0
+    first, last = tl.program_id(1) * HEADS, heads_q
     grad, grad_token, grad_head = dq, dq_token, dq_head
     if second:
-        first, last, before = (tl.program_id(1) - chunks) * HEADS, heads_k, heads_q
+        first, last = (tl.program_id(1) - chunks) * HEADS, heads_k
+        out += tl.cast(tokens, tl.int64) * heads_q * HEAD_DIM
         grad, grad_token, grad_head = dk, dk_token, dk_head
     every = tl.zeros((1, 1), tl.int32)
     if NORM:
@@ -289,7 +289,7 @@ def prepare_backward_kernel(
                 mean = add_features(one, two, rest) / HEAD_DIM
             one, two = (one - mean - n_one * along) * inverse, (two - mean - n_two * along) * inverse
             rest = (rest - mean - n_rest * along) * inverse
-        target = out + row * out_token + (before + head) * HEAD_DIM
+        target = out + (row * last + head) * HEAD_DIM
         store_head(target, inside, (one, two, rest), INTERLEAVED, HEAD_DIM, DIM, PAIRS, REST)
     if q_weight is not None:
         program = tl.program_id(0).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
