@@ -1,1 +1,1 @@
-"""What a layer may be given: norms of heads, rotary positions, biases by position."""
+"""What a layer may be given: objects that work on heads."""
