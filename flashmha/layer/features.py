@@ -32,8 +32,13 @@ SPECIAL = (
 
 def is_ours(layer: Layer, name: str) -> bool:
     """A method is the package's own, neither overridden by a subclass nor patched on the class or the instance."""
+    return name not in layer.__dict__ and is_written(layer, name)
+
+
+def is_written(layer: Layer, name: str) -> bool:
+    """A method of a layer's class is the package's own."""
     kind: Any = type(layer)
-    return name not in layer.__dict__ and getattr(kind, name) is kind._written.values[name]
+    return getattr(kind, name) is kind._written.values[name]
 
 
 def has_hops(layer: Layer) -> bool:

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .features import find_overridden, is_ours
+from .features import find_overridden, is_ours, is_written
 from .protocol import Layer
 
 TAKEN = {
@@ -35,6 +35,13 @@ def check_signatures(kind: type[Any]) -> None:
                 f"{name} must take (self, {', '.join(taken)}{keywords}) in {kind.__name__}, got "
                 f"{inspect.signature(hop)}: {error}."
             ) from None
+
+
+def check_projections(layer: Layer) -> None:
+    """Raise where a layer without a projection has the package's own hop, which uses it."""
+    for name, hop in (("has_in_proj", "project"), ("has_out_proj", "merge")):
+        if not getattr(layer, name) and is_written(layer, hop):
+            raise TypeError(f"{name} must be True unless {hop} is overridden, got False in {type(layer).__name__}.")
 
 
 def take_three(name: str, heads: Any) -> tuple[Any, Any, Any]:

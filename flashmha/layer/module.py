@@ -5,29 +5,28 @@ The class below only projects, calls and projects. What the arguments of ``nn.Mu
 reads them.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, Optional, Union
 
 import torch
 import torch.fx
 from torch import Tensor, nn
 
-from ..problem.masks import Mask, Window
+from ..problem.masks import Window
 from ..problem.scores import Bias
-from . import features, keys_values, options, projection
-from .features import EXTRA_KEYS, OWN_PROJECTIONS, SPECIAL, find_replaced
+from . import demands, keys_values, options, projection
+from .features import EXTRA_KEYS, OWN_PROJECTIONS, SPECIAL
 from .forward import call_layer
-from .hops import check_signatures
-from .options import PARTS, STOCK_VALUES
-from .problems import Problems, run_problem
-from .stock import StockForward, refuse_torchscript
+from .heads import CustomHeads
+from .hops import check_projections
+from .options import STOCK_VALUES
 from .twin import make_layer, make_stock
 from .written import Written
 
 torch.fx.wrap("call_layer")  # FX sees one call
 
 
-class FlashMultiHeadAttention(StockForward):
+class FlashMultiHeadAttention(CustomHeads):
     """``torch.nn.MultiheadAttention``: same constructor, forward, parameters and numbers, on a chosen backend.
 
     Differences, all on purpose: a query that may look at nothing gets zeros (``out_proj.bias`` after the output
@@ -89,39 +88,6 @@ class FlashMultiHeadAttention(StockForward):
 
     __constants__ = ["batch_first"]
     __jit_ignored_attributes__ = [*STOCK_VALUES, *EXTRA_KEYS, *OWN_PROJECTIONS, "_written"]
-    __jit_unused_properties__ = list(PARTS)
-    bias_k: Optional[Tensor]
-    bias_v: Optional[Tensor]
-
-    # the state of a stock module has none of these
-    num_kv_heads: Optional[int] = None
-    free_head_dim: Optional[int] = None
-    value_head_dim: Optional[int] = None
-    q_norm = options.part("q_norm")
-    k_norm = options.part("k_norm")
-    rotary = options.part("rotary")
-    position_bias = options.part("position_bias")
-    window: Optional[Window] = None
-    causal: bool = False
-    softcap: Optional[float] = None
-    sinks = options.part("sinks")
-    softmax_scale: Optional[float] = None
-    backend: Union[str, Sequence[str], None] = None
-    call_out_proj: bool = False
-    need_weights: bool = True
-    trust_is_causal: bool = False
-    skip_padding: bool = False
-
-    keys_before: int = 0
-    """How many keys ``process_heads`` puts in front of the call's own, as a prefix does: see there."""
-    keys_after: int = 0
-    """How many it puts behind them, as a sink may."""
-
-    has_in_proj: bool = True
-    """``False`` in a subclass whose ``project`` uses no ``in_proj_weight``: then there is none, nor its bias."""
-    has_out_proj: bool = True
-    """``False`` in a subclass whose ``merge`` uses no ``out_proj``: then it is ``None``."""
-
     _written = Written((*SPECIAL, "forward"))
 
     def __init__(
@@ -176,6 +142,7 @@ class FlashMultiHeadAttention(StockForward):
         options.check_options({**said, **sizes})
         options.check_kv_heads(num_heads, num_kv_heads)
         options.check_sinks(sinks, num_heads)
+        check_projections(self)
         divided = head_dim is None or head_dim * num_heads == embed_dim
         super().__init__(
             embed_dim,
@@ -205,6 +172,7 @@ class FlashMultiHeadAttention(StockForward):
         if sinks is not None:
             self.sinks = nn.Parameter(sinks.detach().clone().to(device=device, dtype=dtype))
         projection.settle_parameters(self, bias, device, dtype)
+        demands.check_served(self)
 
     def forward(
         self,
@@ -289,106 +257,6 @@ class FlashMultiHeadAttention(StockForward):
         return keys_values.make_keys_values(self, key, key if value is None else value, positions)
 
     @torch.jit.unused
-    def project(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values of every head. Override for another projection.
-
-        (batch, seqlen, features) in; q (batch, seqlen_q, heads, head_dim), k and v (batch, seqlen_k, heads_kv,
-        head_dim) out. The inputs are one object where the caller passed one. Beside ``kv`` key and value are ``None``,
-        in ``keys_values`` query is; then so is what is made of them.
-        """
-        return projection.project_inputs(self, query, key, value)
-
-    @torch.jit.unused
-    def process_heads(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """What happens to heads between projection and attention: nothing but ``qk_norm`` and ``rotary``, before this.
-
-        q (batch, seqlen_q, heads, head_dim), k and v (batch, seqlen_k, heads_kv, head_dim), whatever
-        ``batch_first`` says; batch and seqlen_q must stay. Keys put in front of the call's own, or behind, are
-        declared as ``keys_before`` and ``keys_after``, on the class or the instance: every query sees them, and masks,
-        windows and causality go on to speak of the call's own keys alone. What ``project`` gave as ``None`` is ``None``
-        here, in and out.
-        """
-        return q, k, v
-
-    @torch.jit.unused
-    def attend(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        *,
-        mask: Optional[Mask] = None,
-        bias: Union[Bias, Tensor, None] = None,
-        softcap: Optional[float] = None,
-        sinks: Optional[Tensor] = None,
-        softmax_scale: Optional[float] = None,
-        dropout_p: float = 0.0,
-        call: Optional[Problems] = None,
-    ) -> Tensor:
-        """Attention: (batch, seqlen_q, heads, head_dim_v) of the heads. Override to add to it, or to run it more often.
-
-        An override names what it changes and hands on the rest, ``call`` among it::
-
-            def attend(self, q, k, v, *, bias=None, **call):
-                return super().attend(q, k, v, bias=TensorBias(self.table) + bias, **call)
-
-        All is as in ``flashmha.attention``, with every key in k: those of ``keys_before``, the call's own, those of
-        ``keys_after``, of ``add_bias_kv`` and ``add_zero_attn``. ``bias`` is ``None`` or a ``Bias``; ``+`` adds either
-        to a ``Bias``. The layer's weights are those of the problem that ran here. Where several ran,
-        ``process_weights`` gets the weights of each, in order, and has to be overridden.
-        """
-        return run_problem(
-            self,
-            call,
-            q,
-            k,
-            v,
-            mask=mask,
-            bias=bias,
-            softcap=softcap,
-            sinks=sinks,
-            softmax_scale=softmax_scale,
-            dropout_p=dropout_p,
-        )
-
-    @torch.jit.unused
-    def process_weights(self, weights: Tensor) -> Tensor:
-        """The attention weights of the layer, of those of its heads: the same. Override where ``merge`` combines heads.
-
-        weights (batch, heads, seqlen_q, seqlen_k) in, with the heads of ``process_heads`` and the keys it adds;
-        (batch, heads of the layer's own, seqlen_q, seqlen_k) out, whose mean over the heads is returned by default.
-        Where it is overridden, weights that a call asks for are made at once. Where ``attend`` ran several problems, it
-        gets the weights of each.
-        """
-        return weights
-
-    @torch.jit.unused
-    def merge(self, out: Tensor, query: Tensor) -> Tensor:
-        """The output projection. Override for another one, or for a gate.
-
-        out (batch, seqlen_q, heads, head_dim_v), and the query (batch, seqlen_q, embed_dim) that ``project`` got, in;
-        (batch, seqlen_q, embed_dim) out.
-        """
-        return projection.merge_heads(self, out)
-
-    @torch.jit.unused
-    def extra_repr(self) -> str:
-        """The options that are set, as ``repr`` shows them; parts that are modules follow as such."""
-        return options.describe(self)
-
-    @torch.jit.unused
-    def __prepare_scriptable__(self) -> "FlashMultiHeadAttention":
-        """Raise where a script would lose something; ``torch.jit.script`` calls it before it compiles a module."""
-        refuse_torchscript(self, None)
-        own = find_replaced(self)
-        if own:
-            raise RuntimeError(
-                f"TorchScript has no hooks that keep nn.TransformerEncoderLayer from bypassing {', '.join(own)} of "
-                f"this {type(self).__name__} in eval; use torch.compile or torch.export."
-            )
-        return self
-
-    @torch.jit.unused
     def to_torch(self) -> nn.MultiheadAttention:
         """The stock module with the same parameter objects, hooks and attributes.
 
@@ -410,27 +278,3 @@ class FlashMultiHeadAttention(StockForward):
         """
         twin: FlashMultiHeadAttention = make_layer(module, cls)
         return twin
-
-    def __init_subclass__(cls, **kwargs: Any) -> None:
-        super().__init_subclass__(**kwargs)
-        check_signatures(cls)
-
-    @torch.jit.unused
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name == "window":
-            value = None if value is None else options.as_window(value)
-        if name in STOCK_VALUES:
-            options.check_options({name: value})
-            if name == "sinks":
-                options.check_sinks(value, self.num_heads, nn.Parameter)
-        if name in PARTS:
-            options.set_part(self, name, value)
-        else:
-            super().__setattr__(name, value)
-
-    @torch.jit.unused
-    def named_modules(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Module]]:
-        """As in ``nn.Module``; a layer that has to run is marked first, see ``features.mark``."""
-        if isinstance(self, FlashMultiHeadAttention):  # a scripted layer borrows this method
-            features.mark(self)
-        yield from nn.MultiheadAttention.named_modules(self, *args, **kwargs)
