@@ -63,7 +63,7 @@ def check_served(layer: Layer) -> None:
 
 def why_never(backend: Backend, layer: Layer) -> str | None:
     """Why a backend cannot serve a layer, whatever it is called with; ``None`` where it may."""
-    limits, why = backend.limits, None
+    limits, reasons = backend.limits, []
     lost = find_bias_demands(layer) - limits.features
     if lost:
         return f"no {', no '.join(sorted(lost))}"
@@ -71,4 +71,5 @@ def why_never(backend: Backend, layer: Layer) -> str | None:
         why = backend.why_not(on_paper(layer, dtype, device, max(1, limits.batch_min)))
         if why is None:
             return None
-    return why
+        reasons.append(why)
+    return reasons[0] if reasons else None

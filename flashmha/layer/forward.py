@@ -198,7 +198,7 @@ def prepare(layer: Layer, call: Reading, given: Arguments, wanted: Wanted, skip_
         named = read_places(layer, given.positions, given.key_positions, sizes, kv is not None, query.device)
     if has_parts(layer):
         real_places = None if padded is None else padded.places
-        heads = turn(layer, heads, *find_places(named, mask, sizes, real_places, query.device))
+        heads = turn(layer, heads, *find_places(named, mask, sizes, real_places, kv is not None, query.device))
     if dtype is None:
         before_hop, heads = heads, layer.process_heads(*heads)
         if custom:

@@ -159,6 +159,7 @@ class FlashMultiHeadAttention(CustomHeads):
         )
         if not divided:
             self.num_heads, self.head_dim = num_heads, head_dim
+        options.check_rotary(rotary, self.head_dim)
         norms = options.make_norms(qk_norm, self.head_dim, device, dtype)
         sizes = {
             "num_kv_heads": num_kv_heads if num_kv_heads != num_heads else None,

@@ -161,6 +161,13 @@ def check_sinks(sinks: Any, num_heads: int, kind: type[Tensor] = Tensor) -> None
     )
 
 
+def check_rotary(rotary: Any, head_dim: int) -> None:
+    """Raise where a rotary turns heads of another size."""
+    size = getattr(rotary, "head_dim", head_dim)
+    if size != head_dim:
+        raise ValueError(f"rotary must turn heads of head_dim={head_dim}, got one of head_dim={size}.")
+
+
 def make_norms(qk_norm: Any, head_dim: int, device: Any, dtype: Any) -> tuple[nn.Module | None, nn.Module | None]:
     """The norms of queries and keys that ``qk_norm`` names."""
     kinds = {"rms": nn.RMSNorm, "layer": nn.LayerNorm}

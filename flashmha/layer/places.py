@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..parts.rotary import INTEGERS
 from ..problem.masks import Mask
 from ..problem.packing import take_real
 from ..problem.wording import spell
@@ -19,12 +20,17 @@ Places = tuple[Tensor | None, Tensor | None]
 
 
 def find_places(
-    given: Places, mask: Mask | None, sizes: tuple[int, int, int], real: Tensor | None, device: torch.device
+    given: Places,
+    mask: Mask | None,
+    sizes: tuple[int, int, int],
+    real: Tensor | None,
+    alone: bool,
+    device: torch.device,
 ) -> Places:
     """The positions of queries and keys; ``sizes`` is (batch, seqlen_q, seqlen_k) before padding was left out.
 
     ``given`` are those that the caller named, ``real`` the places of the tokens in (batch * seqlen) where padding was
-    left out.
+    left out. ``alone`` where there are queries alone, whose keys came ready.
     """
     batch, seqlen_q, seqlen_k = sizes
     queries, keys = given
@@ -34,8 +40,10 @@ def find_places(
         if queries is None or queries is keys:
             return packed, packed
         return take_real(queries.expand(batch, -1), real), packed
-    if keys is not None or queries is not None or mask is None or mask.documents is None:
+    if keys is not None or queries is not None:
         return given
+    if mask is None or mask.documents is None:
+        return (torch.arange(seqlen_k - seqlen_q, seqlen_k, device=device)[None], None) if alone else given
     q_pos, k_pos = mask.documents.positions(seqlen_q, seqlen_k, "bottom_right")
     return q_pos[None], k_pos[None]
 
@@ -89,6 +97,3 @@ def check_places(name: str, positions: Tensor, batch: int, seqlen: int, device: 
             f"{tuple(positions.shape)}."
         )
     return rows
-
-
-INTEGERS = (torch.int64, torch.int32)
