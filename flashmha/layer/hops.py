@@ -14,10 +14,9 @@ TAKEN = {
     "project": ("query", "key", "value"),
     "process_heads": ("q", "k", "v"),
     "attend": ("q", "k", "v"),
-    "process_weights": ("weights",),
     "merge": ("out", "query"),
 }
-"""What each hop is called with, in order; ``attend`` with keywords beside."""
+"""What each hop is called with, in order, but for ``process_weights``; ``attend`` with keywords beside."""
 
 
 def check_signatures(kind: type[Any]) -> None:
