@@ -343,7 +343,7 @@ def test_only_options_that_own_parameters_are_in_the_state_dict() -> None:
     stock = nn.MultiheadAttention(WIDTH, 4)
     own = {"num_kv_heads": 2, "head_dim": 4, "value_head_dim": 3}
     free = {name: value for name, value in EVERY.items() if name not in own and name != "qk_norm"}
-    layer = FlashMultiHeadAttention(WIDTH, 4, rotary=Rotary(3), position_bias=ALiBi(torch.rand(4)), **free)
+    layer = FlashMultiHeadAttention(WIDTH, 4, rotary=Rotary(3, dim=2), position_bias=ALiBi(torch.rand(4)), **free)
     layer.load_state_dict(stock.state_dict())
     assert layer.state_dict().keys() == stock.state_dict().keys()
     wide = FlashMultiHeadAttention(WIDTH, 4, **own, add_bias_kv=True)
@@ -376,7 +376,7 @@ def test_a_layer_shows_its_options_and_loses_none() -> None:
         layer.to_torch()
     with pytest.raises(RuntimeError, match=r"has no num_kv_heads"):
         torch.jit.script(layer)
-    assert replace_mha(nn.Sequential(layer))[0] is layer and swap_report(layer)[0].layer == "FlashMultiHeadAttention"
+    assert replace_mha(nn.Sequential(layer))[0] is layer and swap_report(layer)[0].swapped
     assert layer.rotary is not None and layer.sinks is not None
 
 
@@ -384,7 +384,11 @@ def test_a_layer_that_was_swapped_in_has_no_parts_and_takes_them() -> None:
     model = replace_mha(nn.Sequential(nn.MultiheadAttention(WIDTH, 4, batch_first=True)), causal=True, softcap=3.0)
     layer, x = model[0], torch.randn(2, 5, WIDTH)
     assert all(getattr(layer, name) is None for name in ("rotary", "q_norm", "k_norm", "position_bias", "sinks"))
-    layer.rotary, layer.sinks, layer.position_bias = Rotary(3), nn.Parameter(torch.zeros(4)), ALiBi(torch.ones(4))
+    layer.rotary, layer.sinks, layer.position_bias = (
+        Rotary(3, dim=2),
+        nn.Parameter(torch.zeros(4)),
+        ALiBi(torch.ones(4)),
+    )
     wanted = FlashMultiHeadAttention(
         WIDTH, 4, batch_first=True, causal=True, softcap=3.0, rotary=Rotary(3, dim=2), sinks=torch.zeros(4)
     )
