@@ -6,6 +6,7 @@ from .host.public import publish as _publish
 from .lab import FlashAttentionWrapper, benchmark_attention, compare_outputs, has_flash_attention
 from .layer.module import FlashMultiHeadAttention
 from .layer.packed import Packed, pack
+from .parts.rotary import Rotary
 from .problem.errors import NoBackendError
 from .problem.masks import Dense, Mask, Rule, Window, causal
 from .problem.ragged import Documents, KeyLengths, KeyPadding
@@ -36,6 +37,7 @@ __all__ = [
     "NoBackendError",
     "Packed",
     "RelativeBias",
+    "Rotary",
     "Rule",
     "SwapReport",
     "TensorBias",

@@ -10,6 +10,7 @@ from ..backends.choice.wishes import Wanted, preference
 from ..host.torch_state import casts_to, needs_aten
 from .call import Reading
 from .features import has_hops
+from .options import has_parts
 from .protocol import Layer
 
 
@@ -23,12 +24,14 @@ def weights_dtype(q: Tensor) -> torch.dtype:
 def computing_dtype(layer: Layer, call: Reading, wanted: Wanted) -> torch.dtype | None:
     """float32 where this CPU is slower in the half precision the layer is kept in; ``None`` for the layer's own.
 
-    Not for a layer that was told a backend or has hops of its own, which were written for the layer's dtype.
+    Not for a layer that was told a backend or has hops or norms of its own, which were written for the layer's dtype.
     """
     query, dtype = call.query, call.query.dtype
     if query.device.type != "cpu" or casts_to(query.device) is not None or not is_emulated(dtype):
         return None
-    if layer.call_out_proj or has_hops(layer) or preference(wanted) is not None or needs_aten(query):
+    if layer.call_out_proj or has_hops(layer) or has_parts(layer):
+        return None
+    if preference(wanted) is not None or needs_aten(query):
         return None
     weights = (layer.in_proj_weight, layer.q_proj_weight, layer.k_proj_weight, layer.v_proj_weight)
     tensors = (call.key, call.value, getattr(layer.out_proj, "weight", None), *weights)

@@ -36,9 +36,11 @@ BIAS_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 class Bias(abc.ABC):
-    """Something added to every score; biases add with ``+``."""
+    """Something added to every score; biases add with ``+``, also to a tensor or ``None``."""
 
     feature: ClassVar[str]
+    by_distance: bool = False
+    """It is the same wherever a query and a key stand that far apart, so that padding between items may be left out."""
 
     @abc.abstractmethod
     def bias_mod(self, seqlen_q: int, seqlen_k: int, documents: Restarts | None = None) -> ScoreMod:
@@ -64,10 +66,15 @@ class Bias(abc.ABC):
             names.append("bias_grad")
         return frozenset(names)
 
-    def __add__(self, other: Bias) -> Bias:
+    def __add__(self, other: Bias | Tensor | None) -> Bias:
+        if other is None:
+            return self
+        other = TensorBias(other) if isinstance(other, Tensor) else other
         if not isinstance(other, Bias):
             return NotImplemented
         return Sum((*self.parts, *other.parts))
+
+    __radd__ = __add__
 
     def materialize(
         self,
@@ -142,6 +149,7 @@ class ALiBi(Bias):
 
     __slots__ = ("slopes",)
     feature = "alibi"
+    by_distance = True
 
     def __init__(self, slopes: Tensor) -> None:
         if not is_dense(slopes) or slopes.dtype not in BIAS_DTYPES or slopes.dim() not in (1, 2):
@@ -178,6 +186,7 @@ class RelativeBias(Bias):
 
     __slots__ = ("table",)
     feature = "bias"
+    by_distance = True
 
     def __init__(self, table: Tensor) -> None:
         if not is_dense(table) or table.dtype not in BIAS_DTYPES or table.dim() != 2 or table.shape[1] % 2 == 0:
@@ -216,6 +225,10 @@ class Sum(Bias):
     @property
     def parts(self) -> tuple[Bias, ...]:
         return self._parts
+
+    @property
+    def by_distance(self) -> bool:  # type: ignore[override]
+        return all(part.by_distance for part in self._parts)
 
     def check(self, batch: int, heads: int, seqlen_q: int, seqlen_k: int) -> None:
         for part in self._parts:
