@@ -6,6 +6,7 @@ from .host.public import publish as _publish
 from .lab import FlashAttentionWrapper, benchmark_attention, compare_outputs, has_flash_attention
 from .layer.module import FlashMultiHeadAttention
 from .layer.packed import Packed, pack
+from .parts.relative import AlibiBias, RelativePositionBias
 from .problem.errors import NoBackendError
 from .problem.masks import Dense, Mask, Rule, Window, causal
 from .problem.ragged import Documents, KeyLengths, KeyPadding
@@ -19,6 +20,7 @@ from .version import __version__ as __version__
 
 __all__ = [
     "ALiBi",
+    "AlibiBias",
     "AttentionSpec",
     "Backend",
     "Bias",
@@ -36,6 +38,7 @@ __all__ = [
     "NoBackendError",
     "Packed",
     "RelativeBias",
+    "RelativePositionBias",
     "Rule",
     "SwapReport",
     "TensorBias",

@@ -1,0 +1,1 @@
+"""Parts that a layer may be given."""
