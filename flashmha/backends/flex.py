@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ..host.torch_state import is_compiling, is_inference
+from ..problem.likeness import likeness
 from ..problem.masks import Dense, Rule
 from ..problem.scores import Bias, TensorBias, level_bias, narrow_bias
 from ..problem.spec import AttentionSpec
@@ -104,8 +105,7 @@ class Flex(Backend):
         from torch.nn.attention.flex_attention import flex_attention
 
         if self.fuses(spec):
-            rules = [] if spec.mask is None else [part.fn for part in spec.mask.parts if isinstance(part, Rule)]
-            return self.kernels.of((problem_key(spec), tensors_key(q, k, v)), rules)
+            return functools.partial(self.kernels.run, (problem_key(spec), tensors_key(q, k, v)))
         traced: Callable[..., Any] = flex_attention
         return traced if is_compiling() else unfused
 
@@ -125,7 +125,7 @@ class Kernels:
 
     def __init__(self, backend: str) -> None:
         self.backend = backend
-        self.functions: collections.OrderedDict[Key, tuple[Callable[..., Any], object]] = collections.OrderedDict()
+        self.functions: collections.OrderedDict[Key, Callable[..., Any]] = collections.OrderedDict()
         self.numbers = itertools.count()
         self.lock = threading.Lock()
 
@@ -134,36 +134,61 @@ class Kernels:
         with self.lock:
             return any(key[0] == problem for key in self.functions)
 
-    def of(self, key: Key, alive: object) -> Callable[..., Any]:
-        """The function of a key, kept from its first success on; ``alive`` is what the key names by identity."""
+    def run(self, key: Key, *args: Any, **kwargs: Any) -> Any:
+        """Call the function of a key, which is kept from its first success on."""
         with self.lock:
-            if key in self.functions:
+            made = self.functions.get(key)
+            if made is not None:
                 self.functions.move_to_end(key)
-                return self.functions[key][0]
+        if made is not None:
+            try:
+                return made(*args, **kwargs)
+            except recompile_limit():
+                warn_rule("what a rule's function reads, an attribute, a list or a global, has had too many values")
         made = compiled(next(self.numbers))
+        with waits.ending(self.backend, key[0]):
+            result = made(*args, **kwargs)
+        with self.lock:
+            self.functions[key] = made
+            while len(self.functions) > MOST_KERNELS:
+                self.functions.popitem(last=False)
+            alike = sum(one[0][1:] == key[0][1:] and one[1] == key[1] for one in self.functions)
+        if key[0][0] and alike == MOST_ALIKE:
+            warn_rule(f"{alike} kernels of one shape differ in the numbers of a rule alone")
+        return result
 
-        def first(*args: Any, **kwargs: Any) -> Any:
-            with waits.ending(self.backend, key[0]):
-                result = made(*args, **kwargs)
-            with self.lock:
-                self.functions[key] = made, alive
-                while len(self.functions) > MOST_KERNELS:
-                    self.functions.popitem(last=False)
-            return result
 
-        return first
+MOST_ALIKE = 8
+"""Kernels that differ in their rules alone, before a warning says so."""
+
+
+def warn_rule(what: str) -> None:
+    """Say that rules are compiled again and again, and what spares that."""
+    warnings.warn(
+        f"flex: {what}, and each takes seconds to compile. A rule whose function captures a tensor is compiled once: "
+        "its values are read at each call.",
+        stacklevel=2,
+    )
+
+
+@functools.cache
+def recompile_limit() -> type[Exception]:
+    """What Dynamo raises where a function has too many versions."""
+    from torch._dynamo.exc import FailOnRecompileLimitHit
+
+    return FailOnRecompileLimitHit
 
 
 def problem_key(spec: AttentionSpec) -> Key:
-    """Everything about a problem that makes another kernel; the values of tensors do not."""
+    """Everything about a problem that makes another kernel, its rules first; the values of tensors do not."""
     sizes = (spec.batch, spec.seqlen_q, spec.seqlen_k, spec.heads, spec.heads_kv, spec.head_dim, spec.head_dim_v)
     parts = () if spec.mask is None else spec.mask.parts
-    rules = tuple((id(part.fn), part.align) for part in parts if isinstance(part, Rule))
+    rules = tuple((likeness(part.fn), part.align) for part in parts if isinstance(part, Rule))
     holders = [holder for holder in (spec.mask, spec.bias) if holder is not None]
     held = [tensor for holder in holders for tensor in holder.tensors()]
     layouts = tuple((x.shape, x.stride(), x.dtype, x.requires_grad) for x in held)
     rest = (spec.dtype, spec.device, spec.features, spec.softcap, spec.scale)
-    return (*sizes, *rest, repr(spec.mask), repr(spec.bias), rules, layouts)
+    return (rules, *sizes, *rest, repr(spec.mask), repr(spec.bias), layouts)
 
 
 def tensors_key(q: Tensor, k: Tensor, v: Tensor) -> Key:
