@@ -13,9 +13,10 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounter
 from torch.nn.attention.flex_attention import create_block_mask
 
-from flashmha import ALiBi, AttentionSpec, KeyLengths, KeyPadding, Rule, TensorBias, Window, causal
+from flashmha import ALiBi, AttentionSpec, Bias, KeyLengths, KeyPadding, Rule, TensorBias, Window, causal
 from flashmha.backends import get
-from flashmha.backends.flex import MOST_ALIKE, MOST_KERNELS, Flex
+from flashmha.backends.flex import Flex
+from flashmha.backends.flex_kernels import MOST_ALIKE, MOST_KERNELS
 from flashmha.problem.masks import Mask
 from flashmha.testing import assert_agrees, assert_same, noise, seeds, specs, tensors
 
@@ -181,6 +182,26 @@ def test_a_rule_made_anew_compiles_nothing_anew(name: str, widths: tuple[int, ..
     for width in widths:
         check_rule(backend, Rule(MADE_ANEW[name](width)))
     assert counted.frame_count == (1 if name in OF_TENSORS else len(set(widths)))
+
+
+class Slope(Bias):
+    """A bias of another package."""
+
+    feature = "bias"
+
+    def __init__(self, slope: float) -> None:
+        self.slope = slope
+
+    def bias_mod(self, seqlen_q: int, seqlen_k: int, documents: Any = None) -> Callable[..., Tensor]:
+        return lambda batch, head, q_idx, k_idx: (k_idx - q_idx) * self.slope
+
+
+def test_a_bias_of_ones_own_made_anew_compiles_nothing_anew(counted: CompileCounter) -> None:
+    backend, q, slopes = on_a_gpu(), noise(0, 2, 9, 2, 16).float(), (0.5, 0.5, 0.25, 0.5)
+    for slope in slopes:
+        spec = AttentionSpec.of(q, q, q, bias=Slope(slope))
+        torch.testing.assert_close(backend(q, q, q, spec), get("naive")(q, q, q, spec))
+    assert counted.frame_count == len(set(slopes))
 
 
 @pytest.mark.parametrize("name", ("a number", "a list"))
