@@ -7,6 +7,8 @@ from .lab import FlashAttentionWrapper, benchmark_attention, compare_outputs, ha
 from .layer.module import FlashMultiHeadAttention
 from .layer.packed import Packed, pack
 from .parts.rotary import Rotary
+from .layer.state import fuse_projections, group_heads, repeat_heads, separate_projections
+from .parts.relative import AlibiBias, RelativePositionBias
 from .problem.errors import NoBackendError
 from .problem.masks import Dense, Mask, Rule, Window, causal
 from .problem.ragged import Documents, KeyLengths, KeyPadding
@@ -20,6 +22,7 @@ from .version import __version__ as __version__
 
 __all__ = [
     "ALiBi",
+    "AlibiBias",
     "AttentionSpec",
     "Backend",
     "Bias",
@@ -38,6 +41,7 @@ __all__ = [
     "Packed",
     "RelativeBias",
     "Rotary",
+    "RelativePositionBias",
     "Rule",
     "SwapReport",
     "TensorBias",
@@ -47,14 +51,18 @@ __all__ = [
     "causal",
     "compare_outputs",
     "explain",
+    "fuse_projections",
+    "group_heads",
     "has_flash_attention",
     "load_tuned",
     "pack",
     "prefer",
     "record",
     "register",
+    "repeat_heads",
     "replace_mha",
     "restore_mha",
+    "separate_projections",
     "swap_report",
     "unregister",
     "use_backend",

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import abc
 import functools
+import math
 from collections.abc import Callable
 from typing import Any, ClassVar
 
@@ -144,7 +145,8 @@ class TensorBias(Bias):
 class ALiBi(Bias):
     """``-slope[h] * |q_pos - k_pos|`` with ``slopes`` (heads,) or (batch, heads), float32 for flash-attn.
 
-    Source: Press, Smith, Lewis, "Train Short, Test Long" (2022); the distance is flash-attn's, bottom-right.
+    ``ALiBi.usual(heads)`` has the slopes of the paper. Source: Press, Smith, Lewis, "Train Short, Test Long" (2022);
+    the distance is flash-attn's, bottom-right.
     """
 
     __slots__ = ("slopes",)
@@ -157,6 +159,21 @@ class ALiBi(Bias):
                 f"slopes must be a floating point tensor of shape (heads,) or (batch, heads), got {spell(slopes)}."
             )
         self.slopes = slopes
+
+    @classmethod
+    def usual(
+        cls, heads: int, *, device: torch.device | str | None = None, dtype: torch.dtype = torch.float32
+    ) -> ALiBi:
+        """The slopes of the paper: ``2 ** (-8 * i / heads)`` for i from 1 on where ``heads`` is a power of two.
+
+        Else those of the largest power of two below, and then every other one of twice that many heads.
+        """
+        if not isinstance(heads, int) or heads < 1:
+            raise ValueError(f"heads must be a whole number of at least 1, got {heads!r}.")
+        power = 2 ** math.floor(math.log2(heads))
+        slopes = [2.0 ** (-8 * place / power) for place in range(1, power + 1)]
+        slopes += [2.0 ** (-4 * place / power) for place in range(1, 2 * (heads - power), 2)]
+        return cls(torch.tensor(slopes, device=device, dtype=dtype))
 
     def check(self, batch: int, heads: int, seqlen_q: int, seqlen_k: int) -> None:
         want = (heads,) if self.slopes.dim() == 1 else (batch, heads)
@@ -209,6 +226,29 @@ class RelativeBias(Bias):
             return self.table[head, (k_pos - q_pos).clamp(-reach, reach) + reach]
 
         return by_index(look_up, seqlen_q, seqlen_k, documents, "bottom_right")
+
+    def materialize(
+        self,
+        batch: int,
+        heads: int,
+        seqlen_q: int,
+        seqlen_k: int,
+        device: torch.device | str | None = None,
+        documents: Restarts | None = None,
+        queries: range | None = None,
+        keys: range | None = None,
+    ) -> Tensor:
+        if documents is not None:  # distances start again
+            return super().materialize(batch, heads, seqlen_q, seqlen_k, device, documents, queries, keys)
+        queries = range(seqlen_q) if queries is None else queries
+        keys = range(seqlen_k) if keys is None else keys
+        # a row is the one before it, one key further on: windows of one line of distances, which takes no index for
+        # every score, nor a sum by index in a backward
+        reach, rows, columns = self.table.shape[1] // 2, len(queries), len(keys)
+        first = keys.start - queries.stop - (seqlen_k - seqlen_q)
+        distances = torch.arange(first, first + rows + columns, device=self.table.device).clamp(-reach, reach)
+        line = self.table[:, distances + reach]
+        return line.unfold(-1, columns, 1)[None, :, 1:].flip(-2)
 
     def __repr__(self) -> str:
         return f"RelativeBias({tuple(self.table.shape)})"
