@@ -36,13 +36,20 @@ class Box(NamedTuple):
 
     def of_key(self, k: Tensor, heads: int) -> Tensor:
         """The keys of the box's heads, (batch, seqlen_k, heads, head_dim), of the heads that ``heads`` heads share."""
+        k, group = self.of_grouped_key(k, heads)
+        return k if group == 1 else k.repeat_interleave(group, dim=2)
+
+    def of_grouped_key(self, k: Tensor, heads: int) -> tuple[Tensor, int]:
+        """The keys that the box's heads share, and how many heads share one."""
         group = heads // k.shape[2]
         first, last = self.heads.start // group, -(-self.heads.stop // group)
         k = k[as_slice(self.batch), :, first:last]
-        if group == 1:
-            return k
-        start = self.heads.start - first * group
-        return k.repeat_interleave(group, dim=2)[:, :, start : start + len(self.heads)]
+        start, count = self.heads.start - first * group, len(self.heads)
+        if count == (last - first) * group:
+            return k, group
+        if last - first == 1:
+            return k, count
+        return k.repeat_interleave(group, dim=2)[:, :, start : start + count], 1
 
     def of_row(self, table: Tensor) -> Tensor:
         """The part of a tensor (batch, heads, seqlen_q) that lies in the box."""
@@ -52,6 +59,11 @@ class Box(NamedTuple):
         """The part of one that broadcasts to (batch, heads, ...), which lies in the box's batch items and heads."""
         table = table[as_slice(self.batch)] if table.shape[0] > 1 else table
         return table[:, as_slice(self.heads)] if table.shape[1] > 1 else table
+
+    def expand(self, table: Tensor, spec: AttentionSpec, keys: range) -> Tensor:
+        """The part that lies in the box, and in some keys, of one that broadcasts to (batch, heads, queries, keys)."""
+        table = table.expand(spec.batch, spec.heads, spec.seqlen_q, spec.seqlen_k)
+        return table[as_slice(self.batch), as_slice(self.heads), as_slice(self.rows), as_slice(keys)]
 
 
 class Block(NamedTuple):

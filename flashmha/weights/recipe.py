@@ -86,6 +86,7 @@ class Recipe:
         q, k = self.put_tokens_back(self.q, self.k)
         if tiles.why_not_here(spec.device) is None and tiles.why_not(spec) is None:
             made = tiles.make_weights(q, k, self.lse, spec, self.average, self.dtype)
+            made = made[:, 0] if self.average else made
         else:
             made = self.by_blocks(q, k)
         if self.rows is not None:
