@@ -8,6 +8,7 @@ the memory itself, behind PyTorch, gets an error, but for ``other.data = unread`
 from __future__ import annotations
 
 import copy
+import math
 from typing import Any
 
 import torch
@@ -50,6 +51,10 @@ class Deferred(Tensor):
         first = args[0] if args else None
         if func is VIEW and type(first) is Deferred and first.cell is not None and list(args[1]) == list(first.shape):
             return Deferred(first.cell, first.shape, first.dtype, first.device)
+        if func in REDUCTIONS and type(first) is Deferred and first.cell is not None:
+            found = reduce_unread(func, first, args[1:], kwargs)
+            if found is not None:
+                return found
         mine = [x for x in tree_leaves((args, kwargs)) if type(x) is Deferred]
         for x in mine:
             fill(x)
@@ -145,6 +150,40 @@ class Deferred(Tensor):
 
 VIEW = torch.ops.aten.view.default
 """The alias that a hook on the outputs of a module takes."""
+
+
+aten = torch.ops.aten
+REDUCTIONS = {
+    aten.sum.default: "sum",
+    aten.sum.dim_IntList: "sum",
+    aten.mean.default: "sum",
+    aten.mean.dim: "sum",
+    aten.amax.default: "amax",
+    aten.max.default: "amax",
+}
+"""What is computed of values that are not there without making them."""
+
+
+def reduce_unread(func: Any, tensor: Deferred, args: Any, kwargs: Any) -> Tensor | None:
+    """A reduction of values that were not made; ``None`` where they are there, or wanted for it.
+
+    The gradient of a largest value looks for that value among all, bit by bit, so it wants them.
+    """
+    kind, cell = REDUCTIONS[func], tensor.cell
+    wanted = (kind == "amax" and tensor.requires_grad) or TracingContext.try_get() is not None
+    if cell is None or cell.made is not None or cell.reduce is None or wanted or not tensor.numel():
+        return None
+    like = func(torch.empty(tensor.shape, dtype=tensor.dtype, device="meta"), *args, **kwargs)  # errors, shape, dtype
+    if not like.is_floating_point():
+        return None
+    dims = (args[0] if args else kwargs.get("dim")) or range(tensor.dim())
+    axes = sorted({axis % tensor.dim() for axis in dims})
+    found = cell.reduced(kind, axes)
+    if found is None:
+        return None
+    if func in (aten.mean.default, aten.mean.dim):
+        found = found / math.prod(tensor.shape[axis] for axis in axes)
+    return found.reshape(like.shape).to(like.dtype)
 
 
 def make_blank(cls: type[Tensor], shape: torch.Size | tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Any:

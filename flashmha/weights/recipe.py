@@ -14,7 +14,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -25,9 +25,11 @@ from ..host.torch_state import without_autocast
 from ..problem.packing import unpack_tokens
 from ..problem.spec import AttentionSpec
 from . import tiles
-from .blocks import Score, align_rows, of_heads, shape_weights
+from .blocks import Box, Score, align_rows, as_slice, of_heads, shape_weights
 from .learned import Learned, replace_learned
 
+WEIGHTS_IN_A_PIECE = 2**22
+"""Weights that kernels of a GPU make at a time where they are reduced."""
 F = TypeVar("F", bound=Callable[..., Any])
 
 
@@ -82,36 +84,90 @@ class Recipe:
     @without_caller_autocast
     def make(self) -> Tensor:
         """The weights."""
-        spec = self.spec
         q, k = self.put_tokens_back(self.q, self.k)
-        if tiles.why_not_here(spec.device) is None and tiles.why_not(spec) is None:
-            made = tiles.make_weights(q, k, self.lse, spec, self.average, self.dtype)
-            made = made[:, 0] if self.average else made
+        if self.has_tiles:
+            made = tiles.make_weights(q, k, self.lse, self.spec, self.average, self.dtype)
         else:
-            made = self.by_blocks(q, k)
+            made = torch.empty(self.all_axes, dtype=self.dtype, device=self.spec.device)
+            for heads, rows, piece in self.by_blocks(q, k):
+                made[:, heads, rows] = piece
         if self.rows is not None:
-            made.masked_fill_(~align_rows(self.rows, self.average), 0.0)
-        return made if self.batched else made[0]
+            made.masked_fill_(~align_rows(self.rows, average=False), 0.0)
+        made = made.squeeze_(1) if self.average else made  # in place: a view is no result of a node
+        return made if self.batched else made.squeeze_(0)
 
-    def by_blocks(self, q: Tensor, k: Tensor) -> Tensor:
-        """The weights in PyTorch's operators, for any problem on any device."""
-        spec = self.spec
-        shape = (spec.batch, spec.seqlen_q) if self.average else (spec.batch, spec.heads, spec.seqlen_q)
-        made = torch.empty(*shape, spec.seqlen_k, dtype=self.dtype, device=spec.device)
-        for band in Score(q, k, self.lse, spec).bands():
+    @property
+    def has_tiles(self) -> bool:
+        """Kernels of this machine make the weights."""
+        return tiles.why_not_here(self.spec.device) is None and tiles.why_not(self.spec) is None
+
+    @property
+    def all_axes(self) -> tuple[int, int, int, int]:
+        """The sizes of the weights over (batch, heads, queries, keys), 1 for the heads of a mean."""
+        return self.spec.batch, 1 if self.average else self.spec.heads, self.spec.seqlen_q, self.spec.seqlen_k
+
+    @without_caller_autocast
+    def reduce(self, kind: str, axes: Sequence[int]) -> Tensor:
+        """The ``"sum"`` or the ``"amax"`` of the weights over some of their axes, which stay with size 1.
+
+        In float32 at least, and without the weights: a block of them is there at a time. On a GPU kernels sum over
+        queries, and find the largest of each row of a head.
+        """
+        here = [axis for axis in (0, 1, 2, 3) if (axis or self.batched) and (axis != 1 or not self.average)]
+        over = {here[axis] for axis in axes}
+        q, k = self.put_tokens_back(self.q, self.k)
+        if self.has_tiles and self.rows is None and kind == "sum" and 2 in over:
+            found = tiles.sum_columns(q, k, self.lse, self.spec, self.average)
+            found = found.sum(dim=sorted(over), keepdim=True)
+        elif self.has_tiles and self.rows is None and kind == "amax" and 3 in over and not self.average:
+            found = tiles.find_largest(q, k, self.spec).amax(dim=sorted(over), keepdim=True)
+        else:
+            found = self.reduce_pieces(q, k, kind, over)
+        kept = [found.shape[axis] for axis in here]
+        return found.view(kept)
+
+    def reduce_pieces(self, q: Tensor, k: Tensor, kind: str, over: set[int]) -> Tensor:
+        """``reduce`` of four axes, piece by piece."""
+        sizes, found = [1 if axis in over else size for axis, size in enumerate(self.all_axes)], None
+        real = None if self.rows is None else align_rows(self.rows, average=False)
+        for heads, rows, piece in self.by_tiles(q, k) if self.has_tiles else self.by_blocks(q, k):
+            if real is not None:
+                piece = piece.masked_fill(~real[:, :, rows], 0.0)
+            if found is None:
+                found = piece.new_full(sizes, 0.0 if kind == "sum" else float("-inf"))
+            place = found[:, slice(None) if 1 in over else heads, slice(None) if 2 in over else rows]
+            if kind == "sum":
+                place += piece.sum(dim=sorted(over), keepdim=True)
+            else:
+                torch.maximum(place, piece.amax(dim=sorted(over), keepdim=True), out=place)
+        assert found is not None
+        return found
+
+    def by_tiles(self, q: Tensor, k: Tensor) -> Iterator[tuple[slice, slice, Tensor]]:
+        """The weights of some rows after the other, by the kernels of a GPU."""
+        batch, heads, seqlen_q, seqlen_k = self.all_axes
+        step = max(128, WEIGHTS_IN_A_PIECE // max(1, batch * heads * seqlen_k))
+        for start in range(0, seqlen_q, step):
+            rows = range(start, min(start + step, seqlen_q))
+            box = Box(range(batch), range(self.spec.heads), rows)
+            piece = tiles.make_weights(q, k, self.lse, self.spec, self.average, torch.float32, box)
+            yield slice(0, heads), as_slice(rows), piece
+
+    def by_blocks(self, q: Tensor, k: Tensor) -> Iterator[tuple[slice, slice, Tensor]]:
+        """Rows of some heads, or of their mean, in PyTorch's operators, for any problem on any device."""
+        for band in Score(q, k, self.lse, self.spec).bands():
             total: Tensor | None = None
             for heads in band.head_blocks():
                 numbers, share, _, _ = band.block(heads)
                 if not self.average:
-                    made[:, heads, band.place] = (numbers * share).transpose(0, 1)
+                    yield heads, band.place, (numbers * share).transpose(0, 1)
                 elif total is None or len(numbers) > 1:
                     part = (numbers * share).sum(dim=0)
                     total = part if total is None else total.add_(part)
                 else:
                     total.addcmul_(numbers[0], share[0])
             if total is not None:
-                made[:, band.place] = total.div_(spec.heads)
-        return made
+                yield slice(0, 1), band.place, total.div_(self.spec.heads)[:, None]
 
     @without_caller_autocast
     def gradients(self, grad: Tensor, wanted: Sequence[bool]) -> list[Tensor | None]:
