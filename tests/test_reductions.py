@@ -101,6 +101,64 @@ def test_gradients_pass_a_reduction(spec: AttentionSpec, average: bool, name: st
         torch.testing.assert_close(actual, expected, atol=1e-9, rtol=1e-9)
 
 
+@given(
+    spec=problems,
+    average=st.booleans(),
+    batched=st.booleans(),
+    some=st.booleans(),
+    axis=st.integers(0, 3),
+    places=st.lists(st.integers(-9, 8), max_size=6),
+    by_index=st.booleans(),
+    seed=seeds(),
+)
+def test_some_rows_or_heads_are_those_of_the_map(
+    spec: AttentionSpec,
+    average: bool,
+    batched: bool,
+    some: bool,
+    axis: int,
+    places: list[int],
+    by_index: bool,
+    seed: int,
+) -> None:
+    spec = spec.changed(dropout_p=0.0, need_lse=False)
+    q, k, v = tensors(spec, seed)
+    rows = noise(seed, spec.batch, spec.seqlen_q, dtype=torch.float32) < 0.5 if some else None
+    more: dict[str, Any] = {"average": average, "batched": batched or spec.batch != 1, "rows": rows}
+    answers = []
+    with torch.no_grad():
+        for read in (False, True):
+            weights = attention_with_weights(q, k, v, spec, "naive", **more)[1]
+            weights = weights.clone() if read else weights
+            index = torch.tensor(places, dtype=torch.int64, device=weights.device)
+            try:
+                if by_index:
+                    answers.append(weights[(*(slice(None),) * axis, index)])
+                else:
+                    answers.append(weights.index_select(axis, index))
+            except (IndexError, RuntimeError) as error:
+                answers.append(type(error))
+    found, expected = answers
+    if not isinstance(expected, Tensor):
+        assert found == expected
+        return
+    assert found.dtype == expected.dtype and found.shape == expected.shape
+    eps = torch.finfo(spec.dtype).eps
+    torch.testing.assert_close(found.double(), expected.double(), atol=4 * eps + 1e-6, rtol=4 * eps)
+
+
+@pytest.mark.cpu("blocks of a size for a CPU")
+def test_the_last_row_alone_is_made_of_its_own_scores() -> None:
+    q, k, v = (torch.randn(1, 256, 4, 8).requires_grad_() for _ in range(3))
+    unread = attention_with_weights(q, k, v, AttentionSpec.of(q, k, v), "naive")[1]
+    with Largest() as largest:
+        last = unread[:, [-1]]
+    assert type(unread) is Deferred and unread.cell is not None and unread.cell.made is None
+    assert last.shape == (1, 1, 256) and largest.numel <= 256 * 4 * 8, "more than the keys"
+    (gradient,) = torch.autograd.grad(last.square().sum(), q)
+    assert gradient[:, -1].any() and not gradient[:, :-1].any()
+
+
 @pytest.mark.cpu("blocks of a size for a CPU")
 @pytest.mark.parametrize("average", (False, True))
 @pytest.mark.parametrize("name", FUNCTIONS)

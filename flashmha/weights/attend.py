@@ -149,7 +149,7 @@ def is_recorded(spec: AttentionSpec) -> bool:
 
 def defer(recipe: Recipe) -> Deferred:
     """The weights of a recipe, computed when they are read."""
-    cell = Cell(recipe.make, recipe.spec.device, recipe.cost, recipe.reduce)
+    cell = Cell(recipe.make, recipe.spec.device, recipe.cost, recipe)
     made: Deferred = Deferred(cell, recipe.shape, recipe.dtype, recipe.spec.device)
     note_unread(cell)
     return made

@@ -8,11 +8,22 @@ import os
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from ..host.torch_state import is_inference, is_stream_capturing
+
+
+class Source(Protocol):
+    """What answers questions about values without making all of them."""
+
+    def reduce(self, kind: str, axes: Sequence[int]) -> Tensor:
+        """The ``"sum"`` or ``"amax"`` over some axes, which stay with size 1."""
+
+    def take(self, axis: int, places: Sequence[int]) -> Tensor | None:
+        """Some places of an axis, in their order; ``None`` where that would be no cheaper."""
 
 
 class Cell:
@@ -21,17 +32,17 @@ class Cell:
     ``cost`` is how many bytes the cell holds until then beyond those of the values.
     """
 
-    __slots__ = ("__weakref__", "cost", "inference", "lock", "made", "make", "process", "reduce", "stream")
+    __slots__ = ("__weakref__", "cost", "inference", "lock", "made", "make", "process", "source", "stream")
 
     def __init__(
         self,
         make: Callable[[], Tensor],
         device: torch.device,
         cost: int = 0,
-        reduce: Callable[[str, Sequence[int]], Tensor] | None = None,
+        source: Source | None = None,
     ) -> None:
         self.make: Callable[[], Tensor] | None = make
-        self.reduce = reduce
+        self.source = source
         self.made: Tensor | None = None
         self.cost = cost
         self.inference = is_inference()
@@ -45,13 +56,13 @@ class Cell:
             if made is None:
                 assert self.make is not None
                 self.made = made = self.make()
-                self.make = self.reduce = None  # and with them everything they hold
+                self.make = self.source = None  # and with them everything they hold
         return self.share(made) if first else made
 
-    def reduced(self, kind: str, axes: Sequence[int]) -> Tensor | None:
-        """The ``"sum"`` or ``"amax"`` of values that are not there, over axes that stay; ``None`` where they are."""
+    def look(self, question: str, *args: Any) -> Tensor | None:
+        """What the source answers where the values are not there; ``None`` where they are, or it has no answer."""
         with self.computing():
-            found = None if self.reduce is None else self.reduce(kind, axes)
+            found: Tensor | None = None if self.source is None else getattr(self.source, question)(*args)
         return None if found is None else self.share(found)
 
     def share(self, made: Tensor) -> Tensor:

@@ -51,8 +51,11 @@ class Deferred(Tensor):
         first = args[0] if args else None
         if func is VIEW and type(first) is Deferred and first.cell is not None and list(args[1]) == list(first.shape):
             return Deferred(first.cell, first.shape, first.dtype, first.device)
-        if func in REDUCTIONS and type(first) is Deferred and first.cell is not None:
-            found = reduce_unread(func, first, args[1:], kwargs)
+        if type(first) is Deferred and first.cell is not None:
+            if func in REDUCTIONS:
+                found = reduce_unread(func, first, args[1:], kwargs)
+            else:
+                found = take_unread(first, *args[1:]) if func in (INDEX, INDEX_SELECT) else None
             if found is not None:
                 return found
         mine = [x for x in tree_leaves((args, kwargs)) if type(x) is Deferred]
@@ -171,19 +174,45 @@ def reduce_unread(func: Any, tensor: Deferred, args: Any, kwargs: Any) -> Tensor
     """
     kind, cell = REDUCTIONS[func], tensor.cell
     wanted = (kind == "amax" and tensor.requires_grad) or TracingContext.try_get() is not None
-    if cell is None or cell.made is not None or cell.reduce is None or wanted or not tensor.numel():
+    if cell is None or cell.made is not None or wanted or not tensor.numel():
         return None
     like = func(torch.empty(tensor.shape, dtype=tensor.dtype, device="meta"), *args, **kwargs)  # errors, shape, dtype
     if not like.is_floating_point():
         return None
     dims = (args[0] if args else kwargs.get("dim")) or range(tensor.dim())
     axes = sorted({axis % tensor.dim() for axis in dims})
-    found = cell.reduced(kind, axes)
+    found = cell.look("reduce", kind, axes)
     if found is None:
         return None
     if func in (aten.mean.default, aten.mean.dim):
         found = found / math.prod(tensor.shape[axis] for axis in axes)
     return found.reshape(like.shape).to(like.dtype)
+
+
+INDEX, INDEX_SELECT = aten.index.Tensor, aten.index_select.default
+
+
+def take_unread(tensor: Deferred, dim: Any, index: Tensor | None = None) -> Tensor | None:
+    """Some places of an axis of values that were not made, which is a copy; ``None`` where the values are wanted.
+
+    Of ``tensor[:, [2, 5]]`` (``dim`` is a list of tensors then) or ``tensor.index_select(1, index)``.
+    """
+    from_end = index is None  # ``index_select`` counts from the first place alone
+    if index is None:
+        given = [(axis, one) for axis, one in enumerate(dim) if one is not None]
+        if len(given) != 1:
+            return None
+        dim, index = given[0]
+    cell = tensor.cell
+    plain = type(index) is Tensor and index.dtype == torch.int64 and index.dim() == 1
+    if cell is None or cell.made is not None or not plain or not tensor.numel() or TracingContext.try_get() is not None:
+        return None
+    size = tensor.shape[dim]
+    places = index.tolist()
+    least = -size if from_end else 0
+    if not all(least <= place < size for place in places) or len(places) > size:
+        return None  # whose error is PyTorch's
+    return cell.look("take", dim % tensor.dim(), [place % size for place in places])
 
 
 def make_blank(cls: type[Tensor], shape: torch.Size | tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Any:

@@ -30,6 +30,8 @@ from .learned import Learned, replace_learned
 
 WEIGHTS_IN_A_PIECE = 2**22
 """Weights that kernels of a GPU make at a time where they are reduced."""
+MOST_RUNS = 16
+"""Runs of neighbours that are made one by one before the whole map is."""
 F = TypeVar("F", bound=Callable[..., Any])
 
 
@@ -81,20 +83,43 @@ class Recipe:
         held = {x.data_ptr(): x.nbytes() for x in (self.q.untyped_storage(), self.k.untyped_storage())}
         return sum(held.values()) - math.prod(self.shape) * self.dtype.itemsize
 
-    @without_caller_autocast
     def make(self) -> Tensor:
         """The weights."""
+        return self.part(Box.whole(self.spec))
+
+    @without_caller_autocast
+    def part(self, box: Box) -> Tensor:
+        """The weights of a box, which has all heads where they are a mean."""
         q, k = self.put_tokens_back(self.q, self.k)
         if self.has_tiles:
-            made = tiles.make_weights(q, k, self.lse, self.spec, self.average, self.dtype)
+            made = tiles.make_weights(q, k, self.lse, self.spec, self.average, self.dtype, box)
         else:
-            made = torch.empty(self.all_axes, dtype=self.dtype, device=self.spec.device)
-            for heads, rows, piece in self.by_blocks(q, k):
+            sizes = (len(box.batch), 1 if self.average else len(box.heads), len(box.rows), self.spec.seqlen_k)
+            made = torch.empty(sizes, dtype=self.dtype, device=self.spec.device)
+            for heads, rows, piece in self.by_blocks(q, k, box):
                 made[:, heads, rows] = piece
         if self.rows is not None:
-            made.masked_fill_(~align_rows(self.rows, average=False), 0.0)
+            real = self.rows[as_slice(box.batch), as_slice(box.rows)]
+            made.masked_fill_(~align_rows(real, average=False), 0.0)
         made = made.squeeze_(1) if self.average else made  # in place: a view is no result of a node
         return made if self.batched else made.squeeze_(0)
+
+    def take(self, axis: int, places: Sequence[int]) -> Tensor | None:
+        """The weights of some batch items, heads or queries, of which neighbours are made at a time.
+
+        ``None`` where that would not be cheaper than all of them.
+        """
+        axis = self.here[axis]
+        wanted = sorted(set(places))
+        starts = [place for place, before in zip(wanted, [None, *wanted]) if before is None or place != before + 1]
+        if axis == 3 or not wanted or len(starts) > MOST_RUNS or 2 * len(wanted) > self.all_axes[axis]:
+            return None
+        ends = [place + 1 for place, after in zip(wanted, [*wanted[1:], None]) if after != place + 1]
+        whole = Box.whole(self.spec)
+        runs = [whole._replace(**{Box._fields[axis]: range(*run)}) for run in zip(starts, ends)]
+        made = torch.cat([self.part(run) for run in runs], dim=self.here.index(axis))
+        order = torch.tensor([wanted.index(place) for place in places], device=made.device)
+        return made if list(places) == wanted else made.index_select(self.here.index(axis), order)
 
     @property
     def has_tiles(self) -> bool:
@@ -106,6 +131,11 @@ class Recipe:
         """The sizes of the weights over (batch, heads, queries, keys), 1 for the heads of a mean."""
         return self.spec.batch, 1 if self.average else self.spec.heads, self.spec.seqlen_q, self.spec.seqlen_k
 
+    @property
+    def here(self) -> list[int]:
+        """Which of (batch, heads, queries, keys) are axes of the weights."""
+        return [axis for axis in (0, 1, 2, 3) if (axis or self.batched) and (axis != 1 or not self.average)]
+
     @without_caller_autocast
     def reduce(self, kind: str, axes: Sequence[int]) -> Tensor:
         """The ``"sum"`` or the ``"amax"`` of the weights over some of their axes, which stay with size 1.
@@ -113,7 +143,7 @@ class Recipe:
         In float32 at least, and without the weights: a block of them is there at a time. On a GPU kernels sum over
         queries, and find the largest of each row of a head.
         """
-        here = [axis for axis in (0, 1, 2, 3) if (axis or self.batched) and (axis != 1 or not self.average)]
+        here = self.here
         over = {here[axis] for axis in axes}
         q, k = self.put_tokens_back(self.q, self.k)
         if self.has_tiles and self.rows is None and kind == "sum" and 2 in over:
@@ -153,9 +183,9 @@ class Recipe:
             piece = tiles.make_weights(q, k, self.lse, self.spec, self.average, torch.float32, box)
             yield slice(0, heads), as_slice(rows), piece
 
-    def by_blocks(self, q: Tensor, k: Tensor) -> Iterator[tuple[slice, slice, Tensor]]:
+    def by_blocks(self, q: Tensor, k: Tensor, box: Box | None = None) -> Iterator[tuple[slice, slice, Tensor]]:
         """Rows of some heads, or of their mean, in PyTorch's operators, for any problem on any device."""
-        for band in Score(q, k, self.lse, self.spec).bands():
+        for band in Score(q, k, self.lse, self.spec, box).bands():
             total: Tensor | None = None
             for heads in band.head_blocks():
                 numbers, share, _, _ = band.block(heads)
