@@ -49,7 +49,7 @@ class Deferred(Tensor):
     ) -> Any:
         kwargs = kwargs or {}
         first = args[0] if args else None
-        if func is VIEW and type(first) is Deferred and first.cell is not None and list(args[1]) == list(first.shape):
+        if type(first) is Deferred and first.cell is not None and is_all(func, first, args):
             return Deferred(first.cell, first.shape, first.dtype, first.device)
         if type(first) is Deferred and first.cell is not None:
             if func in REDUCTIONS:
@@ -156,6 +156,18 @@ VIEW = torch.ops.aten.view.default
 
 
 aten = torch.ops.aten
+
+
+def is_all(func: Any, tensor: Deferred, args: Any) -> bool:
+    """A view of all of a tensor as it is: a hook's, or the ``:`` of an index, by which torch 2.8 slices."""
+    if func is VIEW:
+        return list(args[1]) == list(tensor.shape)
+    if func is not aten.slice.Tensor or len(args) < 4:
+        return False
+    start, end, step = (*args[2:], 1)[:3]
+    return start == 0 and step == 1 and end is not None and end >= tensor.shape[args[1]]
+
+
 REDUCTIONS = {
     aten.sum.default: "sum",
     aten.sum.dim_IntList: "sum",
