@@ -21,7 +21,7 @@ from __future__ import annotations
 import abc
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -32,6 +32,7 @@ from .positions import Restarts, by_index, check_broadcast, find_device, index_g
 from .wording import spell
 
 ScoreMod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+Rebuild = Callable[[Sequence[Tensor]], "Bias"]
 BIAS_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 """Of biases and sinks."""
 
@@ -53,6 +54,14 @@ class Bias(abc.ABC):
     def tensors(self) -> tuple[Tensor, ...]:
         """The tensors the bias holds."""
         return ()
+
+    def flatten(self) -> tuple[tuple[Tensor, ...], Rebuild]:
+        """The tensors the bias holds, and what makes the same bias of others like them and holds none.
+
+        A class whose constructor takes anything but its tensors, in their order, says more.
+        """
+        held, kind = self.tensors(), type(self)
+        return held, (lambda tensors: kind(*tensors)) if held else (lambda tensors: self)
 
     @property
     def parts(self) -> tuple[Bias, ...]:
@@ -276,6 +285,15 @@ class Sum(Bias):
 
     def tensors(self) -> tuple[Tensor, ...]:
         return tuple(tensor for part in self._parts for tensor in part.tensors())
+
+    def flatten(self) -> tuple[tuple[Tensor, ...], Rebuild]:
+        held = [part.flatten() for part in self._parts]
+
+        def again(tensors: Sequence[Tensor]) -> Bias:
+            rest = iter(tensors)
+            return Sum(tuple(make([next(rest) for _ in of_part]) for of_part, make in held))
+
+        return self.tensors(), again
 
     def bias_mod(self, seqlen_q: int, seqlen_k: int, documents: Restarts | None = None) -> ScoreMod:
         mods = [part.bias_mod(seqlen_q, seqlen_k, documents) for part in self._parts]
