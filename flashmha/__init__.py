@@ -6,9 +6,9 @@ from .host.public import publish as _publish
 from .lab import FlashAttentionWrapper, benchmark_attention, compare_outputs, has_flash_attention
 from .layer.module import FlashMultiHeadAttention
 from .layer.packed import Packed, pack
-from .parts.rotary import Rotary
 from .layer.state import fuse_projections, group_heads, repeat_heads, separate_projections
 from .parts.relative import AlibiBias, RelativePositionBias
+from .parts.rotary import Rotary
 from .problem.errors import NoBackendError
 from .problem.masks import Dense, Mask, Rule, Window, causal
 from .problem.ragged import Documents, KeyLengths, KeyPadding
@@ -40,8 +40,8 @@ __all__ = [
     "NoBackendError",
     "Packed",
     "RelativeBias",
-    "Rotary",
     "RelativePositionBias",
+    "Rotary",
     "Rule",
     "SwapReport",
     "TensorBias",

@@ -114,9 +114,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("cast", CASTS)
-def test_a_gpu_packs_what_autocast_makes_of_the_heads(
-    dtype: torch.dtype, cast: torch.dtype | None, gpu: None
-) -> None:
+def test_a_gpu_packs_what_autocast_makes_of_the_heads(dtype: torch.dtype, cast: torch.dtype | None, gpu: None) -> None:
     layer = FlashMultiHeadAttention(16, 2, batch_first=True, skip_padding=True)
     x = types.SimpleNamespace(dtype=dtype, device=torch.device("cuda", 0))
     call: Any = types.SimpleNamespace(query=x, mask=KeyPadding(torch.ones(2, 5, dtype=torch.bool)))

@@ -14,7 +14,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from test_autocast import pretend_a_gpu
-from test_ranking import ALL, BUILT_IN, CUDA, answering, nothing, on, on_cuda, passing, problem, shared, willing
+from test_ranking import ALL, BUILT_IN, CUDA, answering, nothing, on, on_cuda, passing, problem, shared
 from torch import Tensor
 
 import flashmha
@@ -140,9 +140,7 @@ def test_a_class_that_runs_packed_tokens_has_padding_left_out(
         return padding.has_packed_kernel(layer, call), may_join_gradients(large)
 
     others = {"why_not_here": lambda device: "no", "runs_packed": lambda *about: False}
-    alone = [
-        answering(kind, **{"why_not_here": nothing} if kind.name == name else others) for kind in builtin.BUILT_IN
-    ]
+    alone = [answering(kind, **{"why_not_here": nothing} if kind.name == name else others) for kind in builtin.BUILT_IN]
     with pretend_a_gpu(monkeypatch), instead(*alone):
         ours = answers()
         expected = dtype == torch.bfloat16 and (name.startswith("flash") or (name == "sdpa" and window is None))

@@ -23,7 +23,6 @@ from flashmha.testing import noise, seeds
 from flashmha.weights import cell
 from flashmha.weights.deferred import Deferred, fill
 
-
 SEQLEN = 23
 """With four heads and two items a map large enough to be deferred; smaller ones are ordinary tensors."""
 

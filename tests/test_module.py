@@ -802,14 +802,16 @@ def test_masks_and_autocast_take_the_shortest_way(
         "hint": {"attn_mask": torch.ones(size, size, dtype=torch.bool).triu(1), "is_causal": True},
         "rule": {"attn_mask": KeyPadding(valid)},
     }
-    found, given = [], Arguments(x, x, x, need_weights=False, **masks[kind])
+    given: dict[str, Any] = {"key_padding_mask": None, "attn_mask": None, "is_causal": False, **masks[kind]}
+    given |= {"need_weights": False, "average": True}
+    found = []
     with torch.autocast(x.device.type, torch.bfloat16, enabled=cast):
-        assert shortcut.attend_plain(layer, given) is not None
+        assert shortcut.attend_plain(layer, x, x, x, **given) is not None
         for way in WAYS:
             layer.__class__ = way
             out, _ = layer(x, x, x, need_weights=False, **masks[kind])
             found.append([out, *torch.autograd.grad(out.float().square().sum(), [x, *layer.parameters()])])
-    assert shortcut.attend_plain(layer, given) is None
+    assert shortcut.attend_plain(layer, x, x, x, **given) is None
     for short, long in zip(*found):
         assert torch.equal(short, long)
 

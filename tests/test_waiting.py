@@ -113,7 +113,9 @@ def test_explain_counts_nothing_and_says_how_far_it_is(name: str) -> None:
             for _ in range(5):
                 said = explain(spec)
                 assert said.chosen == served == first.chosen
-                assert said.rows["flash4"].endswith(f"; {loss(spec) * count:.3g} of {cost} seconds lost without it so far")
+                assert said.rows["flash4"].endswith(
+                    f"; {loss(spec) * count:.3g} of {cost} seconds lost without it so far"
+                )
 
 
 @pytest.mark.parametrize("name", PROBLEMS)
