@@ -30,7 +30,6 @@ from ..problem.masks import Mask, causal
 from ..problem.ragged import Documents, KeyLengths, KeyPadding, Padding, mark_private
 from ..problem.spec import AttentionSpec
 from ..weights.attend import attention_with_weights
-from .arguments import Arguments
 from .features import SPECIAL
 from .options import PARTS
 from .projection import LINEARS, by_one_matrix
@@ -87,9 +86,18 @@ def linears(layer: Layer, dtype: torch.dtype) -> Linears | None:
     return weight, bias, weight_out, bias_out, weight.requires_grad or (bias is not None and bias.requires_grad)
 
 
-def attend_plain(layer: Layer, given: Arguments) -> tuple[Tensor, Tensor | None] | None:
+def attend_plain(
+    layer: Layer,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_padding_mask: Padding | Tensor | None,
+    need_weights: bool,
+    attn_mask: Mask | Tensor | None,
+    average: bool,
+    is_causal: bool,
+) -> tuple[Tensor, Tensor | None] | None:
     """Run a plain call; ``None`` where ``forward`` has to look closer."""
-    query, key, value, key_padding_mask, need_weights, attn_mask, average, is_causal, *_ = given
     if is_compiling() or type(query) is not Tensor or query.is_nested:
         return None
     # tracing and transforms have to see every step
