@@ -33,7 +33,7 @@ from .hops import (
     take_three,
 )
 from .keys_values import with_stand_ins
-from .options import counted_by, has_parts, rule_of
+from .options import counted_by, owns_parts, rule_of
 from .places import Places, find_places, read_places
 from .precision import computing_dtype, weights_dtype
 from .problems import Problems
@@ -198,7 +198,9 @@ def prepare(layer: Layer, call: Reading, given: Arguments, wanted: Wanted, skip_
     named: Places = (None, None)
     if given.positions is not None or given.key_positions is not None:
         named = read_places(layer, given.positions, given.key_positions, sizes, kv is not None, query.device)
-    if has_parts(layer):
+    sinks = position_bias = None
+    if owns_parts(layer):
+        sinks, position_bias = layer.sinks, layer.position_bias
         real_places = None if padded is None else padded.places
         heads = turn(layer, heads, *find_places(named, mask, sizes, real_places, kv is not None, query.device))
     if dtype is None:
@@ -214,11 +216,11 @@ def prepare(layer: Layer, call: Reading, given: Arguments, wanted: Wanted, skip_
         q, k, v = autocast(q, k, v)
     before = after = 0
     if custom or layer.keys_before or layer.keys_after:
-        looks = mask is not None or bias is not None or layer.position_bias is not None
+        looks = mask is not None or bias is not None or position_bias is not None
         before, after = count_added_keys(layer, sizes[2] if padded is None else key.shape[1], k.shape[1], looks)
     added: Bias | None = None if bias is None else TensorBias(bias)
-    if layer.position_bias is not None:
-        added = add_position_bias(layer, added, q, k[:, before : k.shape[1] - after])
+    if position_bias is not None:
+        added = add_position_bias(position_bias, added, q, k[:, before : k.shape[1] - after])
     if before or after or columns:
         whole = q.shape[0], q.shape[2], q.shape[1], k.shape[1] - before - after
         mask, added = widen(mask, added, before, after + columns, whole, q)
@@ -228,7 +230,7 @@ def prepare(layer: Layer, call: Reading, given: Arguments, wanted: Wanted, skip_
         "mask": mask,
         "bias": added,
         "softcap": layer.softcap,
-        "sinks": layer.sinks,
+        "sinks": sinks,
         "softmax_scale": layer.softmax_scale,
         "dropout_p": layer.dropout if layer.training else 0.0,
     }
@@ -250,9 +252,8 @@ def turn(layer: Layer, heads: Any, positions_q: Tensor | None, positions_k: Tens
     return q, k, v
 
 
-def add_position_bias(layer: Layer, bias: Bias | None, q: Tensor, k: Tensor) -> Bias | None:
+def add_position_bias(mine: Any, bias: Bias | None, q: Tensor, k: Tensor) -> Bias | None:
     """A bias with that of a layer's positions; k holds the call's own keys."""
-    mine = layer.position_bias
     made = mine if isinstance(mine, Bias) else as_bias(mine(q, k))
     return bias if made is None else made if bias is None else bias + made
 

@@ -72,10 +72,9 @@ def is_set(layer: Layer, name: str) -> bool:
     return value is not None if absent is None else bool(value != absent)
 
 
-def has_parts(layer: Layer) -> bool:
-    """Something stands between projection and ``process_heads``: norms or rotary."""
-    modules = layer._modules
-    return len(modules) > 1 and ("rotary" in modules or "q_norm" in modules or "k_norm" in modules)
+def owns_parts(layer: Layer) -> bool:
+    """A layer may have parts, as far as a quick look tells."""
+    return len(layer._modules) > 1 or "sinks" in layer._parameters or "position_bias" in layer.__dict__
 
 
 def rule_of(layer: Layer) -> Window | None:

@@ -10,7 +10,6 @@ from ..backends.choice.wishes import Wanted, preference
 from ..host.torch_state import casts_to, needs_aten
 from .call import Reading
 from .features import has_hops
-from .options import has_parts
 from .protocol import Layer
 
 
@@ -29,7 +28,7 @@ def computing_dtype(layer: Layer, call: Reading, wanted: Wanted) -> torch.dtype 
     query, dtype = call.query, call.query.dtype
     if query.device.type != "cpu" or casts_to(query.device) is not None or not is_emulated(dtype):
         return None
-    if layer.call_out_proj or has_hops(layer) or has_parts(layer):
+    if layer.call_out_proj or has_hops(layer) or layer.q_norm is not None or layer.k_norm is not None:
         return None
     if preference(wanted) is not None or needs_aten(query):
         return None

@@ -47,17 +47,19 @@ def project_inputs(
 
     ``None`` for what is ``None``: the query, or key and value.
     """
-    sizes = sizes_of(layer)
     packed_weight, bias = parameters(layer, "in_proj_weight", "in_proj_bias")
-    whole = query is not None and key is not None and sizes.head_dim == sizes.head_dim_v
     if not layer.batch_first:  # as the caller's tensors lie, so that a projection is one operator
         query, key, value = change_each_once(swap_axes, query, key, value)
+    whole = layer.value_head_dim is None and query is not None and key is not None
     if layer._qkv_same_embed_dim and whole:  # which of the two sets of weights counts is the flag's to say
         weight, bias = cast_weights(packed_weight, bias, dtype)
         if dtype is not None:
             query, key, value = change_each_once(lambda x: x.to(dtype), query, key, value)
-        heads, heads_kv, head_dim, _ = sizes
+        heads = layer.num_heads
+        head_dim = layer.free_head_dim or layer.embed_dim // heads
+        heads_kv = layer.num_kv_heads or heads
         return by_one_matrix(query, key, value, weight, bias, heads, heads_kv, head_dim, layer.batch_first)
+    sizes = sizes_of(layer)
     made = project_apart(layer, sizes, (query, key, value), packed_weight, bias, dtype)
     widths = ((sizes.heads, sizes.head_dim), (sizes.heads_kv, sizes.head_dim), (sizes.heads_kv, sizes.head_dim_v))
     heads_of = [None if x is None else torch.unflatten(x, -1, width) for x, width in zip(made, widths)]

@@ -16,6 +16,7 @@ from ..layer.arguments import Arguments
 from ..layer.call import Reading, read_call
 from ..layer.features import HOPS
 from ..layer.module import FlashMultiHeadAttention
+from ..layer.options import owns_parts
 from ..layer.packed import Packed
 from ..problem import packing
 from ..problem.computed import make_plain
@@ -266,9 +267,7 @@ form_of = operator.attrgetter(
 
 def has_more(attention: FlashMultiHeadAttention) -> bool:
     """Methods or parts that are the instance's, or a learned key."""
-    if len(attention._modules) > 1 or "sinks" in attention._parameters or "position_bias" in attention.__dict__:
-        return True
-    return attention.bias_k is not None or not attention.__dict__.keys().isdisjoint(HOPS)
+    return owns_parts(attention) or attention.bias_k is not None or not attention.__dict__.keys().isdisjoint(HOPS)
 
 
 def hand_down(encoder: nn.TransformerEncoder, src: Tensor, mask: Any, padding: Any, known: bool) -> Any:
