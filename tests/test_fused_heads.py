@@ -1,5 +1,6 @@
 """The kernel of prepared heads: the definition, forward and backward, however the heads lie."""
 
+import pytest
 import torch
 from conftest import fewer
 from hypothesis import given, settings
@@ -103,3 +104,27 @@ def test_gradients_are_differentiable_again(machine: torch.device, kind: str, se
         found.append(torch.autograd.grad((grad**2).sum(), q)[0])
     scale = max(1.0, float(found[1].abs().max()))
     assert float((found[0] - found[1]).abs().max()) <= 1e-3 * scale
+
+
+@given(kind=st.sampled_from((None, "rms", "layer")), interleaved=st.booleans(), seed=seeds())
+@settings(parent=fewer(5))
+def test_many_gradients_come_at_once(machine: torch.device, kind: str | None, interleaved: bool, seed: int) -> None:
+    q = noise(seed, 1, 3, 2, 8, dtype=torch.float32, device="cpu").to(machine).requires_grad_()
+    norm, rotary = norm_of(kind, 8, seed, machine), flashmha.Rotary(8, interleaved=interleaved).to(machine)
+    known = None if norm is None else know(norm, 8, q.device)
+    made = fused_heads.prepare(q, None, known, None, rotary.rotation(q, None, None, None))[0]
+    cotangents = noise(seed + 1, 2, *q.shape, dtype=torch.float32, device="cpu").to(machine)
+    (many,) = torch.autograd.grad(made, q, cotangents, retain_graph=True, is_grads_batched=True)
+    for one, cotangent in zip(many, cotangents):
+        (alone,) = torch.autograd.grad(made, q, cotangent, retain_graph=True)
+        assert float((one - alone).abs().max()) <= 1e-4 * max(1.0, float(alone.abs().max()))
+
+
+def test_positions_that_changed_before_the_backward_are_an_error(machine: torch.device) -> None:
+    q, at = torch.ones(1, 3, 2, 8, device=machine, requires_grad=True), torch.arange(3, device=machine)[None].clone()
+    rotary = flashmha.Rotary(8).to(machine)
+    made = fused_heads.prepare(q, None, None, None, rotary.rotation(q, None, at, None))[0]
+    assert made is not None
+    at += 1
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        made.sum().backward()

@@ -106,6 +106,20 @@ def test_any_module_is_a_norm_and_its_hooks_run() -> None:
     assert seen == [1]
 
 
+class Halved(flashmha.Rotary):
+    def forward(self, *given: Any, **named: Any) -> Any:
+        return tuple(None if x is None else x / 2 for x in super().forward(*given, **named))
+
+
+def test_a_rotary_is_called_with_its_forward_and_hooks() -> None:
+    q, mine, seen = noise(0, 1, 3, 1, 8), Halved(8), []
+    mine.register_forward_hook(lambda *given: seen.append(1))
+    expected = prepare_heads(q, None, rotary=flashmha.Rotary(8))[0]
+    made = prepare_heads(q, None, rotary=mine)[0]
+    assert made is not None and expected is not None and torch.equal(made, expected / 2)
+    assert seen == [1]
+
+
 def test_a_norm_keeps_the_shape_of_its_heads() -> None:
     with pytest.raises(ValueError, match="a norm must keep the shape"):
         prepare_heads(noise(0, 1, 3, 1, 8), None, q_norm=nn.Linear(8, 4).double())

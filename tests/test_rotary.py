@@ -293,3 +293,12 @@ def test_wrong_heads_and_positions_are_named() -> None:
     for options in ({"dim": 3}, {"dim": 10}, {"base": 0.5}, {"interleaved": 1}):
         with pytest.raises(ValueError, match="must"):
             flashmha.Rotary(8, **options)
+
+
+@given(rotary=rotaries(), seed=seeds())
+def test_many_gradients_come_at_once(rotary: flashmha.Rotary, seed: int) -> None:
+    q = noise(seed, 1, 3, 2, rotary.head_dim).requires_grad_()
+    made, cotangents = rotary(q, None)[0], noise(seed + 1, 2, *q.shape)
+    (many,) = torch.autograd.grad(made, q, cotangents, retain_graph=True, is_grads_batched=True)
+    for one, cotangent in zip(many, cotangents):
+        torch.testing.assert_close(one, torch.autograd.grad(made, q, cotangent, retain_graph=True)[0])

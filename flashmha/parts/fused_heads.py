@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..host.torch_state import is_batched
 from ..weights.tiles import KERNEL_DTYPES, use_device
 from .norms import KnownNorm, normalize_as
 from .rotation import Positions, Rotation, rotate
@@ -113,10 +114,7 @@ class Plan(NamedTuple):
     @property
     def numbers(self) -> list[float]:
         """What cos and sin are multiplied by, and eps."""
-        return [
-            1.0 if self.rotation is None else self.rotation.scale,
-            self.norms[0].eps if self.norms else 0.0,
-        ]
+        return [1.0 if self.rotation is None else self.rotation.scale, self.norms[0].eps if self.norms else 0.0]
 
 
 def power_of_two(size: int) -> int:
@@ -225,14 +223,15 @@ class Prepare(torch.autograd.Function):
     def forward(ctx: Any, plan: Plan, count: int, *given: Tensor | None) -> tuple[Tensor, ...]:
         xs = [x for x in given[:count] if x is not None]
         ctx.plan, ctx.count = plan, count
-        ctx.save_for_backward(*given)
+        # positions too: torch says where one was written before the backward
+        ctx.save_for_backward(*given, plan.at if isinstance(plan.at, Tensor) else None)
         return launch(xs, plan)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        given, plan = ctx.saved_tensors, ctx.plan
+        (*given, _), plan = ctx.saved_tensors, ctx.plan
         xs = given[: ctx.count]
-        if torch.is_grad_enabled():  # differentiated again: by plain operators
+        if torch.is_grad_enabled() or is_batched(grads[0]):  # differentiated again, or many at once
             return None, None, *define_gradients(grads, given, xs, plan)
         made, of_norms = launch_backward(grads, xs, plan)
         return None, None, *made, *(one for pair in of_norms for one in pair)
@@ -241,10 +240,12 @@ class Prepare(torch.autograd.Function):
 def define_gradients(
     grads: Sequence[Tensor], given: Sequence[Tensor | None], xs: Sequence[Tensor], plan: Plan
 ) -> list[Tensor | None]:
-    """Gradients that can be differentiated again."""
-    made = define(xs, plan)
+    """Gradients by plain operators, which can be differentiated again and take many at once."""
+    again = torch.is_grad_enabled()
+    with torch.enable_grad():
+        made = define(xs, plan)
     wanted = [x for x in given if x is not None and x.requires_grad]
-    found = iter(torch.autograd.grad(made, wanted, grads, create_graph=True))
+    found = iter(torch.autograd.grad(made, wanted, grads, create_graph=again))
     return [next(found) if x is not None and x.requires_grad else None for x in given]
 
 

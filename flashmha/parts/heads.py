@@ -9,7 +9,10 @@ from ..host.torch_state import eager, is_dual, is_inside_transform
 from ..weights.tiles import why_not_here
 from . import fused_heads
 from .norms import KnownNorm, know, normalize
-from .rotary import Rotary
+from .rotation import Rotation
+
+Norms = tuple[nn.Module | None, nn.Module | None]
+"""Of q and of k."""
 
 
 def prepare_heads(
@@ -18,7 +21,7 @@ def prepare_heads(
     *,
     q_norm: nn.Module | None = None,
     k_norm: nn.Module | None = None,
-    rotary: Rotary | None = None,
+    rotary: nn.Module | None = None,
     positions_q: Tensor | None = None,
     positions_k: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None]:
@@ -26,10 +29,20 @@ def prepare_heads(
 
     Args:
         q_norm, k_norm: modules over head_dim.
-        rotary: turns q and k.
+        rotary: a ``Rotary``, which turns q and k; it is called, so that its hooks run.
         positions_q, positions_k: as ``Rotary`` takes them.
     """
-    rotation = None if rotary is None else rotary.rotation(q, k, positions_q, positions_k)
+    if rotary is None:
+        return prepare(q, k, (q_norm, k_norm), None)
+    made: tuple[Tensor | None, Tensor | None] = rotary(q, k, positions_q, positions_k, norms=(q_norm, k_norm))
+    return made
+
+
+def prepare(
+    q: Tensor | None, k: Tensor | None, norms: Norms, rotation: Rotation | None
+) -> tuple[Tensor | None, Tensor | None]:
+    """The same, given what turns the heads."""
+    q_norm, k_norm = norms
     if (q is not None or k is not None) and is_fused(q) and is_fused(k):
         device = (q if k is None else k).device  # type: ignore[union-attr]
         known = [name(norm, x, device) for norm, x in ((q_norm, q), (k_norm, k))]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..problem.wording import spell
-from .norms import normalize
+from .heads import Norms, prepare
 from .rope_scaling import DEFAULT_BASE, read_rope, rescale
 from .rotation import Positions, Rotation
 
@@ -77,7 +77,7 @@ class Rotary(nn.Module):
         positions_q: Tensor | None = None,
         positions_k: Tensor | None = None,
         *,
-        norms: tuple[nn.Module | None, nn.Module | None] | None = None,
+        norms: Norms | None = None,
     ) -> tuple[Tensor | None, Tensor | None]:
         """q and k (batch, seqlen, heads, head_dim), turned; either may be ``None``.
 
@@ -86,9 +86,7 @@ class Rotary(nn.Module):
                 which the last is at the last key; without keys they are at 0, 1, ...
             norms: modules over head_dim for q and k, which come first.
         """
-        rotation = self.rotation(q, k, positions_q, positions_k)
-        q_norm, k_norm = norms or (None, None)
-        return rotation.apply(normalize(q_norm, q), normalize(k_norm, k))
+        return prepare(q, k, norms or (None, None), self.rotation(q, k, positions_q, positions_k))
 
     def rotation(
         self, q: Tensor | None, k: Tensor | None, positions_q: Tensor | None, positions_k: Tensor | None
