@@ -229,6 +229,7 @@ def test_a_recipe_is_copied_saved_and_compiled(name: str) -> None:
             parameter.zero_()
     other.load_state_dict(layer.state_dict(), strict=True)
     assert torch.equal(called(other, x), want)
+    torch._dynamo.reset()
     compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
     torch.testing.assert_close(called(compiled, x) if name != "shared" else compiled(x), want)
 

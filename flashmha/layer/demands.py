@@ -29,12 +29,14 @@ def find_bias_demands(layer: Layer) -> frozenset[str]:
     return bias.features if isinstance(bias, Bias) else frozenset()
 
 
-def on_paper(layer: Layer, dtype: torch.dtype = torch.float32, device: str = "cpu", batch: int = 1) -> AttentionSpec:
-    """A problem of a layer without its bias, of an ordinary length and without a gradient."""
+def on_paper(
+    layer: Layer, dtype: torch.dtype = torch.float32, device: str = "cpu", batch: int = 1, seqlen: int = 1024
+) -> AttentionSpec:
+    """A problem of a layer without its bias and without a gradient."""
     sizes = sizes_of(layer)
     return AttentionSpec(
         batch,
-        *(LENGTH, LENGTH),
+        *(seqlen, seqlen),
         *(sizes.heads, sizes.heads_kv, sizes.head_dim, sizes.head_dim_v),
         dtype,
         torch.device(device),
@@ -45,7 +47,8 @@ def on_paper(layer: Layer, dtype: torch.dtype = torch.float32, device: str = "cp
     )
 
 
-LENGTH = 1024
+LENGTHS = (1024, 1)
+"""Of long and of short calls: a kernel may be made for either."""
 
 
 def check_served(layer: Layer) -> None:
@@ -67,8 +70,8 @@ def why_never(backend: Backend, layer: Layer) -> str | None:
     lost = find_bias_demands(layer) - limits.features
     if lost:
         return f"no {', no '.join(sorted(lost))}"
-    for device, dtype in itertools.product(limits.devices or ("cpu", "cuda"), limits.dtypes):
-        why = backend.why_not(on_paper(layer, dtype, device, max(1, limits.batch_min)))
+    for device, dtype, seqlen in itertools.product(limits.devices or ("cpu", "cuda"), limits.dtypes, LENGTHS):
+        why = backend.why_not(on_paper(layer, dtype, device, max(1, limits.batch_min), seqlen))
         if why is None:
             return None
         reasons.append(why)
