@@ -1,8 +1,8 @@
 """A language model that learns to write: rotary positions, grouped heads, normed queries and keys, a window.
 
-A small decoder reads the manual of Python, 460,000 characters of English that come with the Python that runs this, one
-character at a time, and says which comes next. As it learns, it is asked to go on from the same few words, so that one sees
-noise become words and words become sentences. Everything about attention is one constructor call in ``Block``.
+A small decoder reads the manual of Python, 460,000 characters of English that come with the Python that runs this, and
+says of each character which comes next. As it learns, it goes on from the same few words, and noise becomes words and
+words become sentences. Everything about attention is one constructor call in ``Block``.
 
     python examples/03_language_model.py
 
@@ -11,6 +11,7 @@ says what comes next far better than the last two characters do.
 """
 
 import importlib
+import itertools
 import math
 from collections import Counter
 
@@ -99,7 +100,7 @@ def write(model: LanguageModel, prompt: Tensor, length: int, generator: torch.Ge
 
 def by_two_characters(seen: str, unseen: str, characters: int) -> float:
     """The loss of guessing by how often a character follows the two before it."""
-    pairs, threes = Counter(zip(seen, seen[1:])), Counter(zip(seen, seen[1:], seen[2:]))
+    pairs, threes = Counter(itertools.pairwise(seen)), Counter(zip(seen, seen[1:], seen[2:]))
     surprise = [
         math.log((pairs[three[:2]] + 0.1 * characters) / (threes[three] + 0.1))
         for three in zip(unseen, unseen[1:], unseen[2:])
