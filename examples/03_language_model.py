@@ -151,9 +151,7 @@ def main() -> None:
         unseen_loss = loss_of(model.eval(), *test).item()
     simple = by_two_characters(text[:cut], text[cut:], len(letters))
     backends = ", ".join(sorted({call.backend for call in calls}))
-    print(
-        f"Unseen text: {unseen_loss:.2f} nats a character, {simple:.2f} by the two before it. Attention ran on {backends}."
-    )
+    print(f"Unseen text: {unseen_loss:.2f} nats a character, {simple:.2f} by the two before it, on {backends}.")
     if not unseen_loss < simple - 0.2:
         raise SystemExit(f"The model learned too little: {unseen_loss:.2f}, where counting gives {simple:.2f}.")
 
