@@ -6,6 +6,9 @@ from .host.public import publish as _publish
 from .lab import FlashAttentionWrapper, benchmark_attention, compare_outputs, has_flash_attention
 from .layer.module import FlashMultiHeadAttention
 from .layer.packed import Packed, pack
+from .layer.state import fuse_projections, group_heads, repeat_heads, separate_projections
+from .parts.relative import AlibiBias, RelativePositionBias
+from .parts.rotary import Rotary
 from .problem.errors import NoBackendError
 from .problem.masks import Dense, Mask, Rule, Window, causal
 from .problem.ragged import Documents, KeyLengths, KeyPadding
@@ -19,6 +22,7 @@ from .version import __version__ as __version__
 
 __all__ = [
     "ALiBi",
+    "AlibiBias",
     "AttentionSpec",
     "Backend",
     "Bias",
@@ -36,6 +40,8 @@ __all__ = [
     "NoBackendError",
     "Packed",
     "RelativeBias",
+    "RelativePositionBias",
+    "Rotary",
     "Rule",
     "SwapReport",
     "TensorBias",
@@ -45,14 +51,18 @@ __all__ = [
     "causal",
     "compare_outputs",
     "explain",
+    "fuse_projections",
+    "group_heads",
     "has_flash_attention",
     "load_tuned",
     "pack",
     "prefer",
     "record",
     "register",
+    "repeat_heads",
     "replace_mha",
     "restore_mha",
+    "separate_projections",
     "swap_report",
     "unregister",
     "use_backend",

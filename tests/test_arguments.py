@@ -229,14 +229,21 @@ GIVEN_BACK: dict[str, tuple[str, Callable[..., Any], str]] = {
     "heads, wide k": ("process_heads", lambda q, k, v: (q, k.repeat(1, 1, 1, 2), v), "process_heads must return q"),
     "merge, heads": (
         "merge",
-        lambda out: out,
+        lambda out, query: out,
         r"merge must return \(batch=2, seqlen_q=5, embed_dim=8\), got \(2, 5, 2, 4\)",
     ),
-    "merge, narrow": ("merge", lambda out: out.flatten(2)[..., :3], r"merge must .* got \(2, 5, 3\)"),
-    "merge, tokens": ("merge", lambda out: out.flatten(2)[:, :2], r"merge must .* got \(2, 2, 8\)"),
-    "merge, batch": ("merge", lambda out: out.flatten(2)[:1], r"merge must .* got \(1, 5, 8\)"),
-    "merge, turned": ("merge", lambda out: out.flatten(2).transpose(0, 1), r"merge must .* got \(5, 2, 8\)"),
-    "merge, a pair": ("merge", lambda out: (out.flatten(2), None), "merge must .* got tuple"),
+    "merge, narrow": ("merge", lambda out, query: out.flatten(2)[..., :3], r"merge must .* got \(2, 5, 3\)"),
+    "merge, tokens": ("merge", lambda out, query: out.flatten(2)[:, :2], r"merge must .* got \(2, 2, 8\)"),
+    "merge, batch": ("merge", lambda out, query: out.flatten(2)[:1], r"merge must .* got \(1, 5, 8\)"),
+    "merge, turned": ("merge", lambda out, query: out.flatten(2).transpose(0, 1), r"merge must .* got \(5, 2, 8\)"),
+    "merge, a pair": ("merge", lambda out, query: (out.flatten(2), None), "merge must .* got tuple"),
+    "attend, features": (
+        "attend",
+        lambda q, k, v, **call: q.flatten(2),
+        r"attend must return \(batch=2, seqlen_q=5, heads, head_dim_v\), got \(2, 5, 8\)",
+    ),
+    "attend, tokens": ("attend", lambda q, k, v, **call: q[:, :3], r"attend must .* got \(2, 3, 2, 4\)"),
+    "attend, a pair": ("attend", lambda q, k, v, **call: (q, None), "attend must return .* got tuple"),
     "weights, mean": (
         "process_weights",
         lambda w: w.mean(1),
@@ -251,7 +258,7 @@ GIVEN_BACK: dict[str, tuple[str, Callable[..., Any], str]] = {
 @pytest.mark.parametrize(("name", "hop", "message"), GIVEN_BACK.values(), ids=GIVEN_BACK.keys())
 def test_a_hop_that_returns_something_else_is_named(name: str, hop: Callable[..., Any], message: str, on: str) -> None:
     if on == "class":
-        ours = layer(type("Custom", (FlashMultiHeadAttention,), {name: lambda self, *args: hop(*args)}))
+        ours = layer(type("Custom", (FlashMultiHeadAttention,), {name: lambda self, *args, **call: hop(*args, **call)}))
     else:
         ours = layer()
         setattr(ours, name, hop)
@@ -278,8 +285,8 @@ class Differential(FlashMultiHeadAttention):
         q, k = (x.unflatten(3, (2, -1)).flatten(2, 3) for x in (q, k))
         return q, k, v.repeat_interleave(2, dim=2)
 
-    def merge(self, out: Tensor) -> Tensor:
-        return super().merge(out[:, :, 0::2] - self.share * out[:, :, 1::2])
+    def merge(self, out: Tensor, query: Tensor) -> Tensor:
+        return super().merge(out[:, :, 0::2] - self.share * out[:, :, 1::2], query)
 
 
 class Said(Differential):
@@ -310,7 +317,7 @@ def test_weights_are_those_that_the_layer_says(
     assert_same(heads.sum(-1), torch.full_like(heads[..., 0], 1 - ours.share))
     _, _, v = FlashMultiHeadAttention.project(ours, *(X if batched else X[:1],) * 3)
     made = torch.einsum("bhqk,bkhd->bqhd", heads if batched else heads[None], v)
-    assert_same(FlashMultiHeadAttention.merge(ours, made), out if batched else out[None])
+    assert_same(FlashMultiHeadAttention.merge(ours, made, X if batched else X[:1]), out if batched else out[None])
     if grad:
         (gradient,) = torch.autograd.grad(weights.square().sum(), ours.in_proj_weight)
         assert gradient.abs().sum() > 0

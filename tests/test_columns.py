@@ -92,7 +92,7 @@ def formula(layer: Any, x: Tensor, y: Tensor, attn_mask: Any, padding: Tensor | 
     added = nn.functional.pad(added, (before, after + columns))
     scores = torch.einsum("bqhd,bkhd->bhqk", q, k) / (WIDTH // HEADS) ** 0.5 + added
     weights = scores.softmax(-1).nan_to_num(0.0)
-    return layer.merge(torch.einsum("bhqk,bkhd->bqhd", weights, v)), weights
+    return layer.merge(torch.einsum("bhqk,bkhd->bqhd", weights, v), x), weights
 
 
 KINDS = (

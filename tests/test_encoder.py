@@ -351,8 +351,8 @@ class Rotated(FlashMultiHeadAttention):
 class Gated(FlashMultiHeadAttention):
     """An output projection of its own."""
 
-    def merge(self, out: Tensor) -> Tensor:
-        return super().merge(out) * 2
+    def merge(self, out: Tensor, query: Tensor) -> Tensor:
+        return super().merge(out, query) * 2
 
 
 class Narrow(FlashMultiHeadAttention):

@@ -397,8 +397,8 @@ def test_no_backend_error_survives_pickle(heads: int, window: Any, asked: str) -
 
 @given(asked=st.sampled_from(("flash2", ["flash3", "flash4"])))
 def test_a_list_is_served_by_the_first_that_can_and_an_error_names_all(asked: Any) -> None:
-    x = torch.ones(3, 2, 4)
-    layer = FlashMultiHeadAttention(4, 2, backend=asked)
+    x = torch.ones(3, 2, 16)
+    layer = FlashMultiHeadAttention(16, 2, backend=asked)
     with pytest.raises(NoBackendError):
         layer(x, x, x)
     names = [asked] if isinstance(asked, str) else asked

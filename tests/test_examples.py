@@ -1,4 +1,4 @@
-"""The examples' models and data, at a glance; ``.ci/run`` runs both examples whole."""
+"""The examples' models and data, at a glance; ``.ci/run`` runs them whole."""
 
 import importlib.util
 import sys
@@ -57,3 +57,18 @@ def test_the_texts_are_real_and_an_empty_one_gets_numbers() -> None:
     torch.testing.assert_close(flash[real], stock[real], atol=1e-4, rtol=1e-4)
     assert stock[2].isnan().all() and flash[2].isfinite().all()
     assert calls == 3
+
+
+def test_the_manual_is_real_and_the_model_looks_at_nothing_that_comes_later() -> None:
+    example = load("03_language_model")
+    text = example.manual()
+    assert len(text) > 100_000 and "the " in text
+    model = example.LanguageModel(40).eval()
+    tokens = torch.randint(0, 40, (2, 24), generator=torch.Generator().manual_seed(0))
+    changed = tokens.clone()
+    changed[:, 12:] = (changed[:, 12:] + 1) % 40
+    with torch.no_grad(), flashmha.record() as calls:
+        one, two = model(tokens), model(changed)
+    assert len(calls) == 2 * example.LAYERS
+    torch.testing.assert_close(one[:, :12], two[:, :12])
+    assert not torch.allclose(one[:, 12], two[:, 12])

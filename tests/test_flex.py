@@ -8,12 +8,15 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from test_likeness import MADE_ANEW, OF_TENSORS
 from torch import Tensor
 from torch._dynamo.testing import CompileCounter
 from torch.nn.attention.flex_attention import create_block_mask
 
-from flashmha import ALiBi, AttentionSpec, KeyLengths, KeyPadding, Rule, TensorBias, Window, causal
-from flashmha.backends.flex import MOST_KERNELS, Flex
+from flashmha import ALiBi, AttentionSpec, Bias, KeyLengths, KeyPadding, Rule, TensorBias, Window, causal
+from flashmha.backends import get
+from flashmha.backends.flex import Flex
+from flashmha.backends.flex_kernels import MOST_ALIKE, MOST_KERNELS
 from flashmha.problem.masks import Mask
 from flashmha.testing import assert_agrees, assert_same, noise, seeds, specs, tensors
 
@@ -152,6 +155,62 @@ def test_more_shapes_than_dynamo_keeps_are_compiled_once_each(monkeypatch: pytes
         for seqlen in shapes:
             run(backend, seqlen, seed, mask=causal() & KeyLengths(torch.tensor([seed + 1, 3])), need_lse=True)
     assert counter.frame_count == len(shapes)
+
+
+@pytest.fixture
+def counted(monkeypatch: pytest.MonkeyPatch) -> Iterator[CompileCounter]:
+    """Counts what is compiled, and runs it unfused."""
+    torch._dynamo.reset()
+    counter = CompileCounter()
+    monkeypatch.setattr(torch, "compile", lambda function, **options: COMPILE(function, backend=counter, **options))
+    yield counter
+    torch._dynamo.reset()
+
+
+def check_rule(backend: Flex, rule: Rule, seqlen: int = 9) -> None:
+    """A rule gives the definition's answer, and is compiled then."""
+    q = noise(0, 2, seqlen, 2, 16).float()
+    spec = AttentionSpec.of(q, q, q, mask=rule)
+    torch.testing.assert_close(backend(q, q, q, spec), get("naive")(q, q, q, spec))
+    assert backend.must_compile(spec) is None
+
+
+@pytest.mark.parametrize("name", sorted(MADE_ANEW))
+@pytest.mark.parametrize("widths", ((2, 2, 2), (1, 2, 1, 2), (3, 1, 2, 1, 3)), ids=repr)
+def test_a_rule_made_anew_compiles_nothing_anew(name: str, widths: tuple[int, ...], counted: CompileCounter) -> None:
+    backend = on_a_gpu()
+    for width in widths:
+        check_rule(backend, Rule(MADE_ANEW[name](width)))
+    assert counted.frame_count == (1 if name in OF_TENSORS else len(set(widths)))
+
+
+class Slope(Bias):
+    """A bias of another package."""
+
+    feature = "bias"
+
+    def __init__(self, slope: float) -> None:
+        self.slope = slope
+
+    def bias_mod(self, seqlen_q: int, seqlen_k: int, documents: Any = None) -> Callable[..., Tensor]:
+        return lambda batch, head, q_idx, k_idx: (k_idx - q_idx) * self.slope
+
+
+def test_a_bias_of_ones_own_made_anew_compiles_nothing_anew(counted: CompileCounter) -> None:
+    backend, q, slopes = on_a_gpu(), noise(0, 2, 9, 2, 16).float(), (0.5, 0.5, 0.25, 0.5)
+    for slope in slopes:
+        spec = AttentionSpec.of(q, q, q, bias=Slope(slope))
+        torch.testing.assert_close(backend(q, q, q, spec), get("naive")(q, q, q, spec))
+    assert counted.frame_count == len(set(slopes))
+
+
+@pytest.mark.parametrize("name", ("a number", "a list"))
+def test_rules_of_ever_other_numbers_are_right_and_spoken_of(name: str, counted: CompileCounter) -> None:
+    backend, most = on_a_gpu(), max(MOST_ALIKE, torch._dynamo.config.recompile_limit)
+    with pytest.warns(UserWarning, match=r"compile.* captures a tensor is compiled once"):
+        for width in range(most + 1):
+            check_rule(backend, Rule(MADE_ANEW[name](width)))
+    assert counted.frame_count == most + 1
 
 
 def test_a_function_of_one_shape_gives_the_answer(monkeypatch: pytest.MonkeyPatch) -> None:

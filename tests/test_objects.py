@@ -311,8 +311,8 @@ def test_a_parametrized_layer_keeps_its_features(problem: tuple[Blueprint, Call]
 class Doubled(FlashMultiHeadAttention):
     """Twice the output."""
 
-    def merge(self, out: Tensor) -> Tensor:
-        return 2 * super().merge(out)
+    def merge(self, out: Tensor, query: Tensor) -> Tensor:
+        return 2 * super().merge(out, query)
 
 
 class Reversed(FlashMultiHeadAttention):

@@ -32,6 +32,7 @@ FLOORS = [
     backends.choice
     functional
     weights
+    parts
     layer
     swap
     lab testing benchmark

@@ -25,6 +25,8 @@ from flashmha.problem.spec import AttentionSpec
 from flashmha.testing import assert_close, seeds, specs, tensors
 from flashmha.weights import recipe as weights
 from flashmha.weights import tiles
+from flashmha.weights.blocks import Box
+from flashmha.weights.learned import held
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 LIMITS = Limits(
@@ -32,7 +34,7 @@ LIMITS = Limits(
     dtypes=(torch.float32, torch.float16)
     if INTERPRETED
     else tiles.KERNEL_DTYPES,  # interpreted, bfloat16 is multiplied wrong
-    features=frozenset(FEATURES) - {"rule", "documents", "alibi", "softcap", "sinks", "backward", "dropout"},
+    features=frozenset(FEATURES) - {"rule", "documents", "backward", "dropout"},
 )
 SHARED_MEMORY = {"A100": 166912, "RTX 4090": 101376, "H200": 232448}
 """Bytes a program may have."""
@@ -42,7 +44,7 @@ SHARED_MEMORY = {"A100": 166912, "RTX 4090": 101376, "H200": 232448}
 def problems(draw: st.DrawFn) -> AttentionSpec:
     """Problems that the kernels serve, longer than a tile."""
     spec = draw(specs(limits=LIMITS, head_dims=(1, 3, 16, 40, 64, 128, 256), longest=150))
-    return spec if isinstance(spec.bias, TensorBias) else spec.changed(bias=None)
+    return spec if tiles.why_not(spec) is None else spec.changed(bias=None)
 
 
 @pytest.fixture(scope="module")
@@ -71,17 +73,19 @@ def defined(
 
 @settings(max_examples=200)
 @given(spec=specs())
-def test_a_problem_is_served_unless_a_layer_never_has_it(spec: AttentionSpec) -> None:
+def test_a_problem_is_served_unless_its_tables_are_beyond_the_kernels(spec: AttentionSpec) -> None:
     parts = () if spec.mask is None else spec.mask.parts
     strange = any(isinstance(part, (Rule, Documents)) for part in parts)
-    strange = strange or not (spec.bias is None or isinstance(spec.bias, TensorBias))
-    strange = strange or spec.softcap is not None or spec.sinks is not None or spec.dtype == torch.float64
+    added = () if spec.bias is None else spec.bias.parts
+    strange = strange or (len(added) > 1 and any(isinstance(part, TensorBias) for part in added))
+    strange = strange or any(tensor.dtype == torch.float64 for tensor in held(spec)) or spec.dtype == torch.float64
     assert (tiles.why_not(spec) is not None) == strange
 
 
 @given(spec=specs(limits=LIMITS))
-def test_gradients_want_bfloat16(spec: AttentionSpec) -> None:
-    assert (tiles.no_gradients(spec) is None) == (spec.dtype == torch.bfloat16 and tiles.why_not(spec) is None)
+def test_gradients_want_bfloat16_and_no_softcap(spec: AttentionSpec) -> None:
+    served = tiles.why_not(spec) is None and spec.softcap is None
+    assert (tiles.no_gradients(spec) is None) == (spec.dtype == torch.bfloat16 and served)
 
 
 @pytest.mark.cpu("a CPU runs no kernels")
@@ -103,7 +107,7 @@ def test_operands_fit_shared_memory(name: str, head_dim: int, dtype: torch.dtype
 @settings(max_examples=100)
 @given(spec=specs(limits=LIMITS))
 def test_tables_say_what_the_mask_says(spec: AttentionSpec) -> None:
-    tables = tiles.Tables.of(spec.changed(bias=None))
+    tables = tiles.Tables.of(spec.changed(bias=None), Box.whole(spec), range(spec.seqlen_k))
     shape = (spec.batch, spec.heads, spec.seqlen_q, spec.seqlen_k)
     seen = torch.ones(shape, dtype=torch.bool, device=spec.device)
     if tables.bounds is not None:
@@ -138,8 +142,52 @@ def test_weights_are_those_of_the_definition(
     plain, _ = defined(spec, q, k, average)
     given_lse = lse.float() if with_lse and spec.bias is None else None
     actual = tiles.make_weights(q, k, given_lse, spec, average, dtype)
+    actual = actual[:, 0] if average else actual
     assert_close("weights", actual, plain.to(dtype), exact, spec.dtype)
     assert not actual[exact.sum(dim=-1) == 0.0].any(), "a blind row has weights"
+
+
+@st.composite
+def parts_of(draw: st.DrawFn, size: int) -> range:
+    start = draw(st.integers(0, max(0, size - 1)))
+    return range(start, draw(st.integers(min(start + 1, size), size)))
+
+
+@settings(fewer(3) if INTERPRETED else settings())
+@given(spec=problems(), average=st.booleans(), with_lse=st.booleans(), data=st.data(), seed=seeds())
+def test_a_box_holds_what_the_whole_holds(
+    machine: torch.device, spec: AttentionSpec, average: bool, with_lse: bool, data: st.DataObject, seed: int
+) -> None:
+    q, k, _ = tensors(spec, seed)
+    exact, lse = defined(spec, q, k, False, torch.float64)
+    plain = defined(spec, q, k, False)[0]
+    given_lse = lse.float() if with_lse and spec.bias is None else None
+    heads = range(spec.heads) if average else data.draw(parts_of(spec.heads))
+    box = Box(data.draw(parts_of(spec.batch)), heads, data.draw(parts_of(spec.seqlen_q)))
+    keys = data.draw(parts_of(spec.seqlen_k))
+
+    def cut(table: Tensor) -> Tensor:
+        table = box.expand(table, spec, range(spec.seqlen_k))
+        return table.mean(dim=1, keepdim=True) if average else table
+
+    exact, plain = cut(exact), cut(plain)
+    pairs = [
+        (
+            "a part",
+            tiles.make_weights(q, k, given_lse, spec, average, torch.float32, box, keys),
+            *(x[..., keys.start : keys.stop] for x in (plain, exact)),
+        ),
+        (
+            "a mean over rows",
+            tiles.sum_columns(q, k, given_lse, spec, average, box) / max(1, len(box.rows)),
+            *(x.sum(dim=2, keepdim=True) / max(1, len(box.rows)) for x in (plain.float(), exact)),
+        ),
+    ]
+    if not average and spec.seqlen_k:
+        found = tiles.find_largest(q, k, spec, box)
+        pairs.append(("the largest", found, *(x.amax(dim=-1, keepdim=True) for x in (plain, exact))))
+    for name, actual, near, right in pairs:
+        assert_close(name, actual, near.float(), right, spec.dtype)
 
 
 @settings(fewer(3) if INTERPRETED else settings())
@@ -147,8 +195,7 @@ def test_weights_are_those_of_the_definition(
 def test_gradients_are_those_of_the_definition(
     machine: torch.device, spec: AttentionSpec, average: bool, with_lse: bool, expanded: bool, seed: int
 ) -> None:
-    if not INTERPRETED:
-        spec = spec.changed(dtype=torch.bfloat16)
+    spec = spec.changed(softcap=None) if INTERPRETED else spec.changed(dtype=torch.bfloat16, softcap=None)
     q, k, _ = tensors(spec, seed)
     shape = defined(spec, q, k, average)[0].shape
     generator = torch.Generator("cpu").manual_seed(seed)
@@ -170,7 +217,7 @@ def test_gradients_are_those_of_the_definition(
 @settings(fewer(3) if INTERPRETED else settings())
 @given(spec=problems(), seed=seeds())
 def test_rows_sum_to_one(machine: torch.device, spec: AttentionSpec, seed: int) -> None:
-    spec = spec.changed(dtype=torch.float32)
+    spec = spec.changed(dtype=torch.float32, sinks=None)
     q, k, _ = tensors(spec, seed)
     exact, _ = defined(spec, q, k, False, torch.float64)
     total = tiles.make_weights(q, k, None, spec, False, torch.float32).double().sum(dim=-1)
@@ -195,7 +242,7 @@ def test_a_nan_stays_a_nan(machine: torch.device, spoilt: str) -> None:
     exact, lse = defined(spec, q, k, True)
     for dtype, statistics in ((torch.float32, None), (torch.float16, lse)):
         given_spec = spec.changed(dtype=dtype)
-        actual = tiles.make_weights(q.to(dtype), k.to(dtype), statistics, given_spec, True, torch.float32)
+        actual = tiles.make_weights(q.to(dtype), k.to(dtype), statistics, given_spec, True, torch.float32)[:, 0]
         assert torch.equal(actual.isnan().any(dim=-1), exact.isnan().any(dim=-1))
 
 
@@ -243,7 +290,7 @@ def test_no_call_waits_for_the_device_and_a_graph_replays(device: torch.device) 
 def test_more_weights_than_32_bits_count(device: torch.device) -> None:
     spec = large(1, 46400, 1, 16, device)
     q, k, _ = tensors(spec, 0)
-    made = tiles.make_weights(q, k, None, spec, True, spec.dtype)[:, -8:]
+    made = tiles.make_weights(q, k, None, spec, True, spec.dtype)[:, 0, -8:]
     last = spec.changed(seqlen_q=8)
     exact, _ = defined(last, q[:, -8:], k, True, torch.float64)
     plain, _ = defined(last, q[:, -8:], k, True)
@@ -258,4 +305,4 @@ def test_another_device_than_the_current_one(device: torch.device) -> None:
     q, k, _ = tensors(spec, 0)
     exact, _ = defined(spec, q, k, True, torch.float64)
     plain, _ = defined(spec, q, k, True)
-    assert_close("weights", tiles.make_weights(q, k, None, spec, True, plain.dtype), plain, exact, spec.dtype)
+    assert_close("weights", tiles.make_weights(q, k, None, spec, True, plain.dtype)[:, 0], plain, exact, spec.dtype)

@@ -200,7 +200,7 @@ class Largest(TorchDispatchMode):
         self.ran.add(func.overloadpacket)
         result = func(*args, **(kwargs or {}))
         for tensor in torch.utils._pytree.tree_leaves(result):
-            if isinstance(tensor, Tensor) and not isinstance(tensor, Deferred):
+            if isinstance(tensor, Tensor) and not isinstance(tensor, Deferred) and not tensor.is_meta:
                 self.numel = max(self.numel, tensor.numel())
         return result
 

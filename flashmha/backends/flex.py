@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import collections
 import functools
-import itertools
 import operator
-import threading
-import types
 import warnings
 from collections.abc import Callable, Hashable
 from typing import Any
@@ -15,12 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..host.torch_state import is_compiling, is_inference
-from ..problem.masks import Dense, Rule
+from ..host.torch_state import is_compiling
+from ..problem.masks import Dense
 from ..problem.scores import Bias, TensorBias, level_bias, narrow_bias
 from ..problem.spec import AttentionSpec
 from .base import FEATURES, Backend, Limits
-from .compiling import waits
+from .flex_kernels import Kernels, problem_key, tensors_key
 
 Question = Callable[[AttentionSpec], bool]
 
@@ -104,87 +100,9 @@ class Flex(Backend):
         from torch.nn.attention.flex_attention import flex_attention
 
         if self.fuses(spec):
-            rules = [] if spec.mask is None else [part.fn for part in spec.mask.parts if isinstance(part, Rule)]
-            return self.kernels.of((problem_key(spec), tensors_key(q, k, v)), rules)
+            return functools.partial(self.kernels.run, (problem_key(spec), tensors_key(q, k, v)))
         traced: Callable[..., Any] = flex_attention
         return traced if is_compiling() else unfused
-
-
-MOST_KERNELS = 64
-"""How many compiled functions are kept."""
-Key = tuple[Any, ...]
-
-
-class Kernels:
-    """At most ``MOST_KERNELS`` compiled functions by all that makes another kernel; the longest unused goes first.
-
-    One compiled function for all shapes would not do: Dynamo keeps what it compiled for a function on the function's
-    code object, and beyond eight versions there it runs the function as it is, unfused, with no more than a line in
-    the log. So each function here has a code object of its own, and ``fullgraph`` makes a limit an error.
-    """
-
-    def __init__(self, backend: str) -> None:
-        self.backend = backend
-        self.functions: collections.OrderedDict[Key, tuple[Callable[..., Any], object]] = collections.OrderedDict()
-        self.numbers = itertools.count()
-        self.lock = threading.Lock()
-
-    def serve(self, problem: Key) -> bool:
-        """There is a kernel for a problem, however its tensors lay in memory."""
-        with self.lock:
-            return any(key[0] == problem for key in self.functions)
-
-    def of(self, key: Key, alive: object) -> Callable[..., Any]:
-        """The function of a key, kept from its first success on; ``alive`` is what the key names by identity."""
-        with self.lock:
-            if key in self.functions:
-                self.functions.move_to_end(key)
-                return self.functions[key][0]
-        made = compiled(next(self.numbers))
-
-        def first(*args: Any, **kwargs: Any) -> Any:
-            with waits.ending(self.backend, key[0]):
-                result = made(*args, **kwargs)
-            with self.lock:
-                self.functions[key] = made, alive
-                while len(self.functions) > MOST_KERNELS:
-                    self.functions.popitem(last=False)
-            return result
-
-        return first
-
-
-def problem_key(spec: AttentionSpec) -> Key:
-    """Everything about a problem that makes another kernel; the values of tensors do not."""
-    sizes = (spec.batch, spec.seqlen_q, spec.seqlen_k, spec.heads, spec.heads_kv, spec.head_dim, spec.head_dim_v)
-    parts = () if spec.mask is None else spec.mask.parts
-    rules = tuple((id(part.fn), part.align) for part in parts if isinstance(part, Rule))
-    holders = [holder for holder in (spec.mask, spec.bias) if holder is not None]
-    held = [tensor for holder in holders for tensor in holder.tensors()]
-    layouts = tuple((x.shape, x.stride(), x.dtype, x.requires_grad) for x in held)
-    rest = (spec.dtype, spec.device, spec.features, spec.softcap, spec.scale)
-    return (*sizes, *rest, repr(spec.mask), repr(spec.bias), rules, layouts)
-
-
-def tensors_key(q: Tensor, k: Tensor, v: Tensor) -> Key:
-    """The rest of what a compiler looks at: how the tensors lie, which want a gradient, and the modes of autograd."""
-    layouts = tuple((x.stride(), x.requires_grad, x.is_inference()) for x in (q, k, v))
-    return (*layouts, torch.is_grad_enabled(), is_inference())
-
-
-def compiled(number: int) -> Callable[..., Any]:
-    """flex_attention for one shape: the same few lines under a code object of their own."""
-    from torch.nn.attention.flex_attention import flex_attention
-
-    def attend(*args: Any, **kwargs: Any) -> Any:
-        return flex_attention(*args, **kwargs)
-
-    # replace gives a new code object, where each run of this def would share one; the name keeps them unequal too
-    code = attend.__code__.replace(co_name=f"flex_{number}")
-    function = types.FunctionType(code, attend.__globals__, code.co_name, None, attend.__closure__)
-    # dynamic shapes would make head_dim a symbol, which the kernel's templates refuse
-    made: Callable[..., Any] = torch.compile(function, dynamic=False, fullgraph=True)
-    return made
 
 
 def fuses(spec: AttentionSpec) -> bool:

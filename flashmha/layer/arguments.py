@@ -26,6 +26,9 @@ class Arguments(NamedTuple):
     average_attn_weights: bool = True
     is_causal: bool = False
     backend: Wanted = None
+    positions: Tensor | None = None
+    key_positions: Tensor | None = None
+    kv: tuple[Tensor, Tensor] | None = None
 
 
 def check_kinds(given: Arguments) -> None:
@@ -34,7 +37,7 @@ def check_kinds(given: Arguments) -> None:
     Raises:
         TypeError: with the argument, what it must be, and what to pass.
     """
-    for name in ("query", "key", "value"):
+    for name in ("query", "key", "value") if given.kv is None else ("query",):
         if not is_tensor(getattr(given, name)):
             raise TypeError(f"{name} must be a tensor, got {spell(getattr(given, name))}.")
     key_padding_mask, attn_mask = given.key_padding_mask, given.attn_mask

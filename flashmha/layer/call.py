@@ -50,7 +50,7 @@ def read_call(layer: Layer, given: Arguments) -> Reading:
     Raises:
         AssertionError, RuntimeError: what the stock module raises for the same input.
     """
-    query, key, value, key_padding_mask, need_weights, attn_mask, _, is_causal, _ = given
+    query, key, value, key_padding_mask, need_weights, attn_mask, _, is_causal, *_ = given
     columns = extra_columns(layer)
     check_inputs(layer, query, key, value)
     mask: Mask | None = None
@@ -128,9 +128,10 @@ def lay_batch_first(query: Tensor, key: Tensor, value: Tensor, batched: bool) ->
 def change_each_once(
     change: Callable[[Tensor], Tensor], query: Tensor, key: Tensor, value: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Query, key and value changed, one object where they were one."""
-    k = change(key)
-    return k if query is key else change(query), k, k if key is value else change(value)
+    """Query, key and value changed, one object where they were one; ``None`` stays."""
+    k = None if key is None else change(key)
+    q = k if query is key else None if query is None else change(query)
+    return q, k, k if key is value else None if value is None else change(value)  # type: ignore[return-value]
 
 
 def hides_or_nothing(mask: Tensor) -> bool:

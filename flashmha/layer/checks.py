@@ -15,9 +15,10 @@ def check_inputs(layer: Layer, query: Tensor, key: Tensor, value: Tensor) -> Non
     """The errors of ``nn.MultiheadAttention`` for query, key and value."""
     embed_dim = layer.embed_dim
     one = query is key and key is value and layer._qkv_same_embed_dim
-    if layer._qkv_same_embed_dim and layer.in_proj_weight is None:
+    free = layer.free_head_dim is not None
+    if layer._qkv_same_embed_dim and layer.in_proj_weight is None and layer.has_in_proj:
         raise AssertionError("use_separate_proj_weight is False but in_proj_weight is None")
-    if one and query.dim() == 3 and query.shape[2] == embed_dim and embed_dim % layer.num_heads == 0:
+    if one and query.dim() == 3 and query.shape[2] == embed_dim and (free or embed_dim % layer.num_heads == 0):
         return  # nothing is left that could differ
     if query.dim() not in (2, 3):
         raise AssertionError(
@@ -31,7 +32,7 @@ def check_inputs(layer: Layer, query: Tensor, key: Tensor, value: Tensor) -> Non
         )
     if query.shape[-1] != embed_dim:
         raise AssertionError(f"was expecting embedding dimension of {embed_dim}, but got {query.shape[-1]}")
-    if embed_dim % layer.num_heads:
+    if not free and embed_dim % layer.num_heads:
         raise AssertionError(f"embed_dim {embed_dim} not divisible by num_heads {layer.num_heads}")
     if layer._qkv_same_embed_dim:
         if key.shape != value.shape:
@@ -46,6 +47,8 @@ def check_inputs(layer: Layer, query: Tensor, key: Tensor, value: Tensor) -> Non
             raise AssertionError(
                 f"key's sequence and batch dims {key.shape[:-1]} do not match value's {value.shape[:-1]}"
             )
+        if not layer.has_in_proj:
+            return check_batch(layer, query, key)
         for name in ("q_proj_weight", "k_proj_weight", "v_proj_weight"):
             if getattr(layer, name) is None:
                 raise AssertionError(f"use_separate_proj_weight is True but {name} is None")
@@ -53,6 +56,11 @@ def check_inputs(layer: Layer, query: Tensor, key: Tensor, value: Tensor) -> Non
             if weight.shape[1] != x.shape[-1]:
                 want = (weight.shape[0], x.shape[-1])
                 raise AssertionError(f"expecting {name} weights shape of {want}, but got {weight.shape}")
+    check_batch(layer, query, key)
+
+
+def check_batch(layer: Layer, query: Tensor, key: Tensor) -> None:
+    """Raise where queries and keys are of two batches."""
     batch_axis = 0 if layer.batch_first else 1
     if query.dim() == 3 and query.shape[batch_axis] != key.shape[batch_axis]:
         raise RuntimeError(

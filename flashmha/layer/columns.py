@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..problem.masks import Dense, Mask
 from ..problem.ragged import KeyPadding
+from ..problem.scores import Bias, TensorBias
 from .features import EXTRA_KEYS
 from .protocol import Layer
 
@@ -43,9 +44,10 @@ def number_of_keys(layer: Layer, name: str) -> int:
 
 
 def widen(
-    mask: Mask | None, bias: Tensor | None, before: int, behind: int, sizes: tuple[int, int, int, int], q: Tensor
-) -> tuple[Mask | None, Tensor | None]:
+    mask: Mask | None, bias: Bias | None, before: int, behind: int, sizes: tuple[int, int, int, int], q: Tensor
+) -> tuple[Mask | None, Bias | None]:
     """A mask and a bias over the call's own keys, over all of them; ``sizes`` is (batch, heads, seqlen_q, seqlen_k)."""
+    documents = None if mask is None else mask.documents
     if isinstance(mask, KeyPadding):
         mask.check(*sizes)
         mask = KeyPadding(F.pad(mask.valid, (before, behind), value=True))
@@ -54,7 +56,9 @@ def widen(
         seen = mask.materialize(*sizes, q.device)
         mask = Dense(F.pad(seen.expand(-1, -1, -1, sizes[3]), (before, behind), value=True))
     if bias is not None:
-        bias = F.pad(bias, (before, behind))
+        bias.check(*sizes)
+        added = bias.materialize(*sizes, q.device, documents)
+        bias = TensorBias(F.pad(added.expand(-1, -1, -1, sizes[3]), (before, behind)))
     return mask, bias
 
 

@@ -1,46 +1,44 @@
-"""What a layer has beyond ``nn.MultiheadAttention``: features that are set, hops that are overridden.
+"""What a layer has beyond ``nn.MultiheadAttention``: options that are set, hops that are overridden.
 
 The class's values mean *absent*, since the state of a stock module has none of these. No annotation here may be
 postponed: TorchScript reads them.
 """
 
-from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
 
-from ..backends import expand
 from ..backends.choice.wishes import preference
-from ..problem.masks import Window
+from .options import STOCK_VALUES, is_set
 from .protocol import Layer
 
-STOCK_VALUES: dict[str, Any] = {
-    "num_kv_heads": None,
-    "window": None,
-    "backend": None,
-    "call_out_proj": False,
-    "need_weights": True,
-    "trust_is_causal": False,
-    "skip_padding": False,
-}
-"""Every feature, and its value in a layer that has none."""
-
-HOPS = ("project", "process_heads", "process_weights", "merge")
+HOPS = ("project", "process_heads", "attend", "process_weights", "merge")
 """What a subclass overrides."""
 
 EXTRA_KEYS = ("keys_before", "keys_after")
 """What a subclass says about the keys that its ``process_heads`` adds."""
 
-SWITCHES = tuple(name for name, value in STOCK_VALUES.items() if isinstance(value, bool))
+OWN_PROJECTIONS = ("has_in_proj", "has_out_proj")
+"""What a subclass says about the projections that its hops use."""
 
-SPECIAL = (*HOPS, "num_kv_heads", "window", "backend", "call_out_proj", *EXTRA_KEYS)
+SPECIAL = (
+    *HOPS,
+    *("num_kv_heads", "free_head_dim", "value_head_dim", "window", "causal", "softcap", "softmax_scale"),
+    *("backend", "call_out_proj"),
+    *EXTRA_KEYS,
+)
 """What a plain layer has as its class was written."""
 
 
 def is_ours(layer: Layer, name: str) -> bool:
     """A method is the package's own, neither overridden by a subclass nor patched on the class or the instance."""
+    return name not in layer.__dict__ and is_written(layer, name)
+
+
+def is_written(layer: Layer, name: str) -> bool:
+    """A method of a layer's class is the package's own."""
     kind: Any = type(layer)
-    return name not in layer.__dict__ and getattr(kind, name) is kind._written.values[name]
+    return getattr(kind, name) is kind._written.values[name]
 
 
 def has_hops(layer: Layer) -> bool:
@@ -59,8 +57,8 @@ def find_overridden(layer: Layer) -> list[str]:
 
 
 def find_beyond_stock(layer: Layer) -> list[str]:
-    """List the features set and the hops overridden, which ``nn.MultiheadAttention`` has not."""
-    return [name for name, absent in STOCK_VALUES.items() if getattr(layer, name) != absent] + find_overridden(layer)
+    """List the options set and the hops overridden, which ``nn.MultiheadAttention`` has not."""
+    return [name.removeprefix("free_") for name in STOCK_VALUES if is_set(layer, name)] + find_overridden(layer)
 
 
 def find_replaced(layer: Layer) -> list[str]:
@@ -151,31 +149,3 @@ def find_shadows(module: nn.Module) -> list[str]:
 
 USUAL = {*vars(nn.Module()), "_compiled_call_impl"}
 """What an instance has in its dictionary and is no method's."""
-
-
-def check_features(features: dict[str, Any]) -> None:
-    """Raise where a feature's value means nothing, before anything is changed."""
-    if features.get("backend") is not None:
-        expand(features["backend"])
-    if features.get("window") is not None:
-        as_window(features["window"])
-    for name in SWITCHES:
-        if not isinstance(features.get(name, True), bool):
-            raise TypeError(f"{name} must be True or False, got {features[name]!r}.")
-
-
-def check_kv_heads(num_heads: int, num_kv_heads: int | None) -> None:
-    """Raise ``ValueError`` where query heads cannot share the heads of keys and values evenly."""
-    if num_kv_heads is not None and (num_kv_heads < 1 or num_heads % num_kv_heads):
-        raise ValueError(
-            f"num_kv_heads must be a divisor of num_heads, got num_heads={num_heads} and num_kv_heads={num_kv_heads}."
-        )
-
-
-def as_window(window: Window | Sequence[int | None]) -> Window:
-    """A pair (left, right) as a ``Window``."""
-    if isinstance(window, Window):
-        return window
-    if not isinstance(window, tuple) or len(window) != 2:
-        raise ValueError(f"window must be a Window or a pair (left, right), got {window!r}.")
-    return Window(*window)

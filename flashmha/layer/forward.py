@@ -1,19 +1,20 @@
 """One forward of a layer, from the call to the output."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..backends.base import HALF
 from ..backends.choice.wishes import Wanted
-from ..functional import run
+from ..functional import as_bias, run
 from ..host.torch_state import autocast, is_autocasting, tracing_state
+from ..parts.heads import prepare_heads
 from ..problem import packing
 from ..problem.masks import Mask, join_masks
 from ..problem.packing import Padded
 from ..problem.ragged import Padding
-from ..problem.scores import TensorBias
+from ..problem.scores import Bias, TensorBias
 from ..problem.spec import AttentionSpec
 from ..weights.attend import attention_with_weights
 from . import nested, padding, projection, shortcut
@@ -21,8 +22,21 @@ from .arguments import Arguments, check_flags, check_kinds
 from .call import Reading, read_call
 from .columns import append, count_added_keys, widen
 from .features import has_hops, is_ours
-from .hops import check_heads, check_output, check_weights, refuse_weights, take_three
+from .hops import (
+    check_absent,
+    check_attended,
+    check_heads,
+    check_output,
+    check_weights,
+    refuse_weights,
+    say_heads,
+    take_three,
+)
+from .keys_values import with_stand_ins
+from .options import counted_by, owns_parts, rule_of
+from .places import Places, find_places, read_places
 from .precision import computing_dtype, weights_dtype
+from .problems import Problems
 from .protocol import Layer
 from .stock import as_stock, refuse_torchscript, wants_torch_function
 
@@ -30,20 +44,27 @@ from .stock import as_stock, refuse_torchscript, wants_torch_function
 class Prepared(NamedTuple):
     """One call of a layer as attention gets it.
 
-    ``dtype`` is what it is computed in where that is not the layer's own; ``padded`` says where the tokens lie if
-    padding was left out, ``custom`` whether the layer has hops of its own.
+    ``query`` is what was projected, ``problem`` the mask and the scores by name, ``dtype`` what it is computed in where
+    that is not the layer's own; ``padded`` says where the tokens lie if padding was left out, ``custom`` whether the
+    layer has hops of its own.
     """
 
+    query: Tensor
     q: Tensor
     k: Tensor
     v: Tensor
-    spec: AttentionSpec
+    problem: dict[str, Any]
     dtype: torch.dtype | None = None
     padded: Padded | None = None
     custom: bool = False
 
+    @property
+    def spec(self) -> AttentionSpec:
+        """The problem that the heads make."""
+        return AttentionSpec.of(self.q, self.k, self.v, **self.problem)
 
-def attend(
+
+def call_layer(
     layer: Layer,
     query: Tensor,
     key: Tensor,
@@ -54,29 +75,45 @@ def attend(
     average_attn_weights: bool,
     is_causal: bool,
     backend: Wanted,
+    positions: Tensor | None,
+    key_positions: Tensor | None,
+    kv: tuple[Tensor, Tensor] | None,
 ) -> tuple[Tensor, Tensor | None]:
     """One forward of a layer, spelled out, since FX records this call."""
     if not (type(need_weights) is type(average_attn_weights) is type(is_causal) is bool):
         check_flags(need_weights=need_weights, average_attn_weights=average_attn_weights, is_causal=is_causal)
     need_weights = need_weights and layer.need_weights
-    if backend is None:
+    if backend is None and positions is None and key_positions is None and kv is None:
         found = shortcut.attend_plain(
             layer, query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
         )
         if found is not None:
             return found
     given = Arguments(
-        query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal, backend
+        query,
+        key,
+        value,
+        key_padding_mask,
+        need_weights,
+        attn_mask,
+        average_attn_weights,
+        is_causal,
+        backend,
+        positions,
+        key_positions,
+        kv,
     )
     unmasked = key_padding_mask is None and attn_mask is None
     tensors = isinstance(query, Tensor) and isinstance(key, Tensor) and isinstance(value, Tensor)
     if not (tensors and (unmasked or (attn_mask is None and isinstance(key_padding_mask, (Tensor, Padding))))):
         check_kinds(given)
-    if query.is_nested or (key is not query and key.is_nested) or (value is not key and value.is_nested):
+    if query.is_nested or (kv is None and (key.is_nested or value.is_nested)):
         nested.check_nested(layer, given)
         return attend_nested(layer, given)
-    if tracing_state() is not None or wants_torch_function(layer, query, key, value):
-        refuse_torchscript(layer, backend)
+    if kv is not None:
+        given = with_stand_ins(layer, given)
+    if tracing_state() is not None or wants_torch_function(layer, query, given.key, given.value):
+        refuse_torchscript(layer, given)
         return as_stock(layer, given)
     return attend_call(layer, read_call(layer, given), given, layer.skip_padding)
 
@@ -87,95 +124,147 @@ def attend_call(
     """A call that was read: hops 2 to 5. Weights count for ``rows`` (batch, seqlen_q) alone."""
     wanted = layer.backend if given.backend is None else given.backend
     need_weights, average = given.need_weights, given.average_attn_weights
-    q, k, v, spec, dtype, padded, custom = prepare(layer, call, wanted, skip_padding)
-    weights: Tensor | None = None
+    made = prepare(layer, call, given, wanted, skip_padding)
+    query, q, k, v, problem, dtype, padded, custom = made
     says = need_weights and custom and not is_ours(layer, "process_weights")
-    if need_weights and not says and q.shape[2] != layer.num_heads:
-        refuse_weights(layer, q.shape[2])
+    weigh: dict[str, Any] | None = None
     if need_weights:
-        out, weights = attention_with_weights(
-            q,
-            k,
-            v,
-            spec,
-            wanted,
-            layer,
-            average=average and not says,
-            batched=call.batched or says,
-            dtype=weights_dtype(q) if dtype is None else call.query.dtype,
-            rows=rows,
-            padded=padded,
-            remade=custom and not (is_ours(layer, "project") and is_ours(layer, "process_heads")),
-        )
+        weigh = {"average": average and not says, "batched": call.batched or says, "rows": rows, "padded": padded}
+    weights: list[Tensor] = []
+    if custom and not is_ours(layer, "attend"):
+        problems = Problems(layer, wanted, weigh, says)
+        out = layer.attend(q, k, v, **problem, call=problems)
+        check_attended(layer, out, q.shape[0], q.shape[1])
+        weights = problems.take_weights() if need_weights else weights
+    elif weigh is None:
+        out = run(q, k, v, made.spec, wanted, layer)  # type: ignore[assignment]
     else:
-        out = run(q, k, v, spec, wanted, layer)  # type: ignore[assignment]
-    if weights is not None and says:
-        sizes = weights.shape[0], weights.shape[2], weights.shape[3]
-        weights = layer.process_weights(weights)
-        check_weights(layer, weights, sizes)
-        weights = weights.mean(dim=1) if average else weights
-        weights = weights if call.batched else weights.squeeze(0)
-    output = layer.merge(out) if dtype is None else projection.merge_heads(layer, out, dtype).to(call.query.dtype)
+        if not says and q.shape[2] != layer.num_heads:
+            refuse_weights(layer, say_heads(layer, q.shape[2]))
+        weigh["dtype"] = weights_dtype(q) if dtype is None else call.query.dtype
+        weigh["remade"] = custom and not (is_ours(layer, "project") and is_ours(layer, "process_heads"))
+        out, its = attention_with_weights(q, k, v, made.spec, wanted, layer, **weigh)
+        weights = [its]
+    shown = weights[0] if weights else None
+    if says:
+        shown = say_weights(layer, weights, average, call.batched)
+    if dtype is None:
+        output = layer.merge(out, query)
+    else:
+        output = projection.merge_heads(layer, out, dtype).to(call.query.dtype)
     if not isinstance(output, Tensor) or output.shape != (q.shape[0], q.shape[1], layer.embed_dim):
         check_output(layer, output, q.shape[0], q.shape[1])
     if padded is not None:
         output = packing.unpack_tokens(output, padded.places, (call.query.shape[0], call.query.shape[1]))
     if not call.batched:
-        return output.squeeze(0), weights
+        return output.squeeze(0), shown
     if not layer.batch_first:
         output = output.transpose(0, 1).contiguous()
-    return output, weights
+    return output, shown
 
 
-def prepare(layer: Layer, call: Reading, wanted: Wanted, skip_padding: bool) -> Prepared:
+def say_weights(layer: Layer, weights: list[Tensor], average: bool, batched: bool) -> Tensor:
+    """The weights of a layer, as it makes them of those of its problems."""
+    first = weights[0]
+    made = layer.process_weights(*weights)
+    check_weights(layer, made, (first.shape[0], first.shape[2], first.shape[3]))
+    made = made.mean(dim=1) if average else made
+    return made if batched else made.squeeze(0)
+
+
+def prepare(layer: Layer, call: Reading, given: Arguments, wanted: Wanted, skip_padding: bool) -> Prepared:
     """Hops 2 and 3: the heads projected and processed, and the problem they make."""
     query, key, value, mask, bias, _, columns, rule = call
+    sizes = query.shape[0], query.shape[1], key.shape[1]
     padded: Padded | None = None
-    custom = has_hops(layer)
-    dtype = computing_dtype(layer, call, wanted) if query.dtype in HALF else None
-    if layer.window is not None:
-        mask = join_masks(mask, layer.window)
+    custom, kv = has_hops(layer), given.kv
+    dtype = computing_dtype(layer, call, wanted) if query.dtype in HALF and kv is None else None
+    if layer.window is not None or layer.causal:
+        mask = join_masks(mask, rule_of(layer))
     if skip_padding and rule is not None and padding.why_padding_stays(layer, call) is None:
         real = packing.tokens_of(rule, key.shape[1])
         padded = Padded(mask, real.places, call.valid)
         query, key, value = padding.pack_inputs(query, key, value, real.places)
         mask = packing.packed_mask(mask, real)
+    if kv is not None:
+        key = value = None  # type: ignore[assignment]
     if dtype is None:
         projected = layer.project(query, key, value)
-        heads = layer.process_heads(*(take_three("project", projected) if custom else projected))
+        heads = take_three("project", projected) if custom else projected
+        if kv is not None and custom:
+            check_absent("project", heads, (query, key, value))
+    else:
+        heads = projected = projection.project_inputs(layer, query, key, value, dtype)
+    named: Places = (None, None)
+    if given.positions is not None or given.key_positions is not None:
+        named = read_places(layer, given.positions, given.key_positions, sizes, kv is not None, query.device)
+    sinks = position_bias = None
+    if owns_parts(layer):
+        sinks, position_bias = layer.sinks, layer.position_bias
+        real_places = None if padded is None else padded.places
+        heads = turn(layer, heads, *find_places(named, mask, sizes, real_places, kv is not None, query.device))
+    if dtype is None:
+        before_hop, heads = heads, layer.process_heads(*heads)
         if custom:
             heads = take_three("process_heads", heads)
-            check_heads(layer, projected, heads, query.shape[0], query.shape[1])
-        q, k, v = heads
-        if is_autocasting():
-            q, k, v = autocast(q, k, v)
-    else:
-        q, k, v = projection.project_inputs(layer, query, key, value, dtype)
+            if kv is not None:
+                check_absent("process_heads", heads, before_hop)
+    q, k, v = heads if kv is None else (heads[0], *kv)
+    if custom or kv is not None:
+        check_heads(layer, projected, (q, k, v), query.shape[0], query.shape[1])
+    if dtype is None and is_autocasting():
+        q, k, v = autocast(q, k, v)
     before = after = 0
     if custom or layer.keys_before or layer.keys_after:
-        before, after = count_added_keys(layer, key.shape[1], k.shape[1], mask is not None or bias is not None)
+        looks = mask is not None or bias is not None or position_bias is not None
+        before, after = count_added_keys(layer, sizes[2] if padded is None else key.shape[1], k.shape[1], looks)
+    added: Bias | None = None if bias is None else TensorBias(bias)
+    if position_bias is not None:
+        added = add_position_bias(position_bias, added, q, k[:, before : k.shape[1] - after])
     if before or after or columns:
-        sizes = q.shape[0], q.shape[2], q.shape[1], k.shape[1] - before - after
-        mask, bias = widen(mask, bias, before, after + columns, sizes, q)
+        whole = q.shape[0], q.shape[2], q.shape[1], k.shape[1] - before - after
+        mask, added = widen(mask, added, before, after + columns, whole, q)
     if columns:
         k, v = append(layer, k, v)
-    spec = AttentionSpec.of(
+    problem = {
+        "mask": mask,
+        "bias": added,
+        "softcap": layer.softcap,
+        "sinks": sinks,
+        "softmax_scale": layer.softmax_scale,
+        "dropout_p": layer.dropout if layer.training else 0.0,
+    }
+    return Prepared(query, q, k, v, problem, dtype, padded, custom)
+
+
+def turn(layer: Layer, heads: Any, positions_q: Tensor | None, positions_k: Tensor | None) -> Any:
+    """Heads with the norms and the rotary of a layer."""
+    q, k, v = heads
+    q, k = prepare_heads(
         q,
         k,
-        v,
-        mask=mask,
-        bias=None if bias is None else TensorBias(bias),
-        dropout_p=layer.dropout if layer.training else 0.0,
+        q_norm=layer.q_norm,
+        k_norm=layer.k_norm,
+        rotary=layer.rotary,
+        positions_q=positions_q,
+        positions_k=positions_k,
     )
-    return Prepared(q, k, v, spec, dtype, padded, custom)
+    return q, k, v
+
+
+def add_position_bias(mine: Any, bias: Bias | None, q: Tensor, k: Tensor) -> Bias | None:
+    """A bias with that of a layer's positions; k holds the call's own keys."""
+    made = mine if isinstance(mine, Bias) else as_bias(mine(q, k))
+    return bias if made is None else made if bias is None else bias + made
 
 
 def attend_nested(layer: Layer, given: Arguments) -> tuple[Tensor, Tensor | None]:
     """Nested tensors: padded for the layer, and nested again; what the padding would hold is not computed."""
     query, key, value = given.query, given.key, given.value
-    if layer.window is not None and query is not key:
+    counted = counted_by(layer)
+    if counted is not None and query is not key:
         raise AssertionError(
-            "window beside nested query and key of their own lengths is not supported: the last query of each item "
+            f"{counted} beside nested query and key of their own lengths is not supported: the last query of each item "
             "would have to sit at its own last key; call the layer item by item."
         )
     same_q, same_kv = query is key, key is value
@@ -183,5 +272,5 @@ def attend_nested(layer: Layer, given: Arguments) -> tuple[Tensor, Tensor | None
     dense_v = dense_k if same_kv else nested.pad(value)[0]
     dense_q, valid_q = (dense_k, valid_k) if same_q else nested.pad(query)
     dense = given._replace(query=dense_q, key=dense_k, value=dense_v, key_padding_mask=~valid_k)
-    out, weights = attend_call(layer, read_call(layer, dense), given, True, rows=valid_q)
+    out, weights = attend_call(layer, read_call(layer, dense), dense, True, rows=valid_q)
     return nested.nest_like(out, query, valid_q), weights

@@ -2,12 +2,45 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 from torch import Tensor
 
-from .features import find_overridden, is_ours
+from .features import find_overridden, is_ours, is_written
 from .protocol import Layer
+
+TAKEN = {
+    "project": ("query", "key", "value"),
+    "process_heads": ("q", "k", "v"),
+    "attend": ("q", "k", "v"),
+    "merge": ("out", "query"),
+}
+"""What each hop is called with, in order, but for ``process_weights``; ``attend`` with keywords beside."""
+
+
+def check_signatures(kind: type[Any]) -> None:
+    """Raise ``TypeError`` where a class defines a hop that cannot be called as one."""
+    for name, taken in TAKEN.items():
+        hop = vars(kind).get(name)
+        if not inspect.isfunction(hop):
+            continue
+        more = {"mask": None, "call": None} if name == "attend" else {}
+        try:
+            inspect.signature(hop).bind(kind, *taken, **more)
+        except TypeError as error:
+            keywords = ", *, bias=None, **call" if name == "attend" else ""
+            raise TypeError(
+                f"{name} must take (self, {', '.join(taken)}{keywords}) in {kind.__name__}, got "
+                f"{inspect.signature(hop)}: {error}."
+            ) from None
+
+
+def check_projections(layer: Layer) -> None:
+    """Raise where a layer without a projection has the package's own hop, which uses it."""
+    for name, hop in (("has_in_proj", "project"), ("has_out_proj", "merge")):
+        if not getattr(layer, name) and is_written(layer, hop):
+            raise TypeError(f"{name} must be True unless {hop} is overridden, got False in {type(layer).__name__}.")
 
 
 def take_three(name: str, heads: Any) -> tuple[Any, Any, Any]:
@@ -16,6 +49,16 @@ def take_three(name: str, heads: Any) -> tuple[Any, Any, Any]:
         kind = f"{len(heads)} of them" if isinstance(heads, (tuple, list)) else type(heads).__name__
         raise ValueError(f"{name} must return the three tensors q, k and v, got {kind}.")
     return heads[0], heads[1], heads[2]
+
+
+def check_absent(name: str, made: Any, wanted: Any) -> None:
+    """Raise where a hop made something of ``None``: heads that were not asked for."""
+    for tensor, one, letter in zip(made, wanted, "qkv"):
+        if (tensor is None) != (one is None):
+            raise ValueError(
+                f"{name} must return None for {letter} where it gets None, as beside kv, and only there, "
+                f"got {describe_shape(tensor)}."
+            )
 
 
 def check_heads(layer: Layer, projected: Any, heads: Any, batch: int, seqlen_q: int) -> None:
@@ -36,6 +79,14 @@ def are_heads(heads: Any, batch: int, seqlen_q: int) -> bool:
         return False
     q, k, v = heads
     return bool(q.shape[1] == seqlen_q and k.shape[1:3] == v.shape[1:3] and q.shape[3] == k.shape[3])
+
+
+def check_attended(layer: Layer, out: Any, batch: int, seqlen_q: int) -> None:
+    """Raise where ``attend`` returned no heads."""
+    if not isinstance(out, Tensor) or out.dim() != 4 or out.shape[:2] != (batch, seqlen_q):
+        raise ValueError(
+            f"attend must return (batch={batch}, seqlen_q={seqlen_q}, heads, head_dim_v), got {describe_shape(out)}."
+        )
 
 
 def check_output(layer: Layer, output: Any, batch: int, seqlen_q: int) -> None:
@@ -62,13 +113,20 @@ def check_weights(layer: Layer, weights: Any, sizes: tuple[int, int, int]) -> No
         )
 
 
-def refuse_weights(layer: Layer, heads: int) -> None:
-    """Raise where the weights of the heads are not the layer's, and the layer does not say what its weights are."""
+def refuse_weights(layer: Layer, why: str) -> None:
+    """Raise where the weights of what ran are not the layer's, and the layer does not say what its weights are."""
     hops = " and ".join(find_overridden(layer))
     raise ValueError(
-        f"need_weights must be False for this {type(layer).__name__}, got True: its {hops} "
+        f"need_weights must be False for this {type(layer).__name__}, got True: its {hops} {why}. "
+        "Override process_weights, which says what they are, or build the layer with need_weights=False."
+    )
+
+
+def say_heads(layer: Layer, heads: int) -> str:
+    """Why weights of so many heads are not the layer's."""
+    return (
         f"make {heads} heads where the layer has num_heads={layer.num_heads}, so the weights of these heads are not "
-        "the layer's. Override process_weights, which says what they are, or build the layer with need_weights=False."
+        "the layer's"
     )
 
 

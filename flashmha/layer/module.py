@@ -5,7 +5,7 @@ The class below only projects, calls and projects. What the arguments of ``nn.Mu
 reads them.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, Optional, Union
 
 import torch
@@ -13,30 +13,20 @@ import torch.fx
 from torch import Tensor, nn
 
 from ..problem.masks import Window
-from . import features, projection
-from .features import (
-    EXTRA_KEYS,
-    HOPS,
-    MARK,
-    SPECIAL,
-    STOCK_VALUES,
-    as_window,
-    check_features,
-    check_kv_heads,
-    find_beyond_stock,
-    find_own_code,
-    find_replaced,
-    find_shadows,
-)
-from .forward import attend
-from .projection import shrink_kv
-from .stock import StockForward, refuse_torchscript
+from ..problem.scores import Bias
+from . import demands, keys_values, options, projection
+from .features import EXTRA_KEYS, OWN_PROJECTIONS, SPECIAL
+from .forward import call_layer
+from .heads import CustomHeads
+from .hops import check_projections
+from .options import STOCK_VALUES
+from .twin import make_layer, make_stock
 from .written import Written
 
-torch.fx.wrap("attend")  # FX sees one call
+torch.fx.wrap("call_layer")  # FX sees one call
 
 
-class FlashMultiHeadAttention(StockForward):
+class FlashMultiHeadAttention(CustomHeads):
     """``torch.nn.MultiheadAttention``: same constructor, forward, parameters and numbers, on a chosen backend.
 
     Differences, all on purpose: a query that may look at nothing gets zeros (``out_proj.bias`` after the output
@@ -44,15 +34,39 @@ class FlashMultiHeadAttention(StockForward):
     may be (batch or 1, heads or 1, seqlen_q, seqlen_k) or a flashmha mask; jagged nested tensors are accepted;
     returned weights are those before dropout.
 
-    For custom heads override ``project``, ``process_heads``, ``merge`` or ``process_weights``, never ``forward``.
+    For custom heads override ``project``, ``process_heads``, ``attend``, ``merge`` or ``process_weights``, never
+    ``forward``.
 
     Args:
         embed_dim, num_heads, dropout, bias, add_bias_kv, add_zero_attn, kdim, vdim, batch_first, device, dtype:
             as in ``nn.MultiheadAttention``.
+
+    Heads:
         num_kv_heads: heads of keys and values, a divisor of ``num_heads`` (grouped-query attention); consecutive
             query heads share one. The projections of keys and values shrink with it. Default ``num_heads``.
+        head_dim: features of a head of queries and keys. Default ``embed_dim // num_heads``; with it ``embed_dim``
+            need not be a multiple of ``num_heads``.
+        value_head_dim: features of a head of values. Default ``head_dim``.
+        qk_norm: ``"rms"``, ``"layer"`` or a pair of modules over the last axis: the submodules ``q_norm`` and
+            ``k_norm``, applied to queries and keys before rotary.
+
+    Positions, which count slots, in ``Documents`` from the start of each; padding moves no token:
+        rotary: a ``Rotary``, which turns queries and keys by their positions.
+        position_bias: an ``AlibiBias``, a ``RelativePositionBias``, or any module that is called with q (batch,
+            seqlen_q, heads, head_dim) and k and returns a ``Bias``, or a tensor that broadcasts to (batch, heads,
+            seqlen_q, seqlen_k), added to the scores. Or a ``Bias``, whose tensors are not the layer's and stay where
+            they are.
         window: ``Window(left, right)`` or the pair (left, right), inclusive, ``None`` unbounded: every call sees
             no further, whatever its masks say. The last query sits at the last key.
+        causal: no query sees a key behind its own. The last query sits at the last key.
+
+    Scores:
+        softcap: ``softcap * tanh(score / softcap)``, before any bias.
+        sinks: (num_heads,), one more score per head, which takes its share of the softmax and gives nothing; a
+            parameter of the layer, copied from this tensor.
+        softmax_scale: what the products of queries and keys are multiplied by. Default ``head_dim ** -0.5``.
+
+    Switches:
         backend: a name, a family (``"flash_attn"``) or a list in order; raises ``NoBackendError`` where it cannot
             serve. Default automatic.
         call_out_proj: call ``out_proj`` as a module, so that hooks and adapters on it run. ``nn.MultiheadAttention``
@@ -73,24 +87,7 @@ class FlashMultiHeadAttention(StockForward):
     """
 
     __constants__ = ["batch_first"]
-    __jit_ignored_attributes__ = [*STOCK_VALUES, *EXTRA_KEYS, "_written"]
-    bias_k: Optional[Tensor]
-    bias_v: Optional[Tensor]
-
-    # the state of a stock module has none of these
-    num_kv_heads: Optional[int] = None
-    window: Optional[Window] = None
-    backend: Union[str, Sequence[str], None] = None
-    call_out_proj: bool = False
-    need_weights: bool = True
-    trust_is_causal: bool = False
-    skip_padding: bool = False
-
-    keys_before: int = 0
-    """How many keys ``process_heads`` puts in front of the call's own, as a prefix does: see there."""
-    keys_after: int = 0
-    """How many it puts behind them, as a sink may."""
-
+    __jit_ignored_attributes__ = [*STOCK_VALUES, *EXTRA_KEYS, *OWN_PROJECTIONS, "_written"]
     _written = Written((*SPECIAL, "forward"))
 
     def __init__(
@@ -107,32 +104,76 @@ class FlashMultiHeadAttention(StockForward):
         device: Any = None,
         dtype: Optional[torch.dtype] = None,
         *,
+        # heads
         num_kv_heads: Optional[int] = None,
+        head_dim: Optional[int] = None,
+        value_head_dim: Optional[int] = None,
+        qk_norm: Union[str, tuple[nn.Module, nn.Module], None] = None,
+        # positions
+        rotary: Optional[nn.Module] = None,
+        position_bias: Union[nn.Module, Bias, None] = None,
         window: Union[Window, tuple[Optional[int], Optional[int]], None] = None,
+        causal: bool = False,
+        # scores
+        softcap: Optional[float] = None,
+        sinks: Optional[Tensor] = None,
+        softmax_scale: Optional[float] = None,
+        # switches
         backend: Union[str, Sequence[str], None] = None,
         call_out_proj: bool = False,
         need_weights: bool = True,
         trust_is_causal: bool = False,
         skip_padding: bool = False,
     ) -> None:
-        check_kv_heads(num_heads, num_kv_heads)
-        switches = {
+        said = {
+            "rotary": rotary,
+            "position_bias": position_bias,
+            "window": window,
+            "causal": causal,
+            "softcap": softcap,
+            "softmax_scale": softmax_scale,
+            "backend": backend,
             "call_out_proj": call_out_proj,
             "need_weights": need_weights,
             "trust_is_causal": trust_is_causal,
             "skip_padding": skip_padding,
         }
-        check_features({"window": window, "backend": backend, **switches})
+        sizes = {"num_kv_heads": num_kv_heads, "head_dim": head_dim, "value_head_dim": value_head_dim}
+        options.check_options({**said, **sizes})
+        options.check_kv_heads(num_heads, num_kv_heads)
+        options.check_sinks(sinks, num_heads)
+        check_projections(self)
+        divided = head_dim is None or head_dim * num_heads == embed_dim
         super().__init__(
-            embed_dim, num_heads, dropout, bias, add_bias_kv, add_zero_attn, kdim, vdim, batch_first, device, dtype
+            embed_dim,
+            num_heads if divided else 1,  # more need not divide embed_dim
+            dropout,
+            bias,
+            add_bias_kv,
+            add_zero_attn,
+            kdim,
+            vdim,
+            batch_first,
+            device,
+            dtype,
         )
-        if num_kv_heads is not None and num_kv_heads != num_heads:
-            self.num_kv_heads = num_kv_heads
-            shrink_kv(self)
-            self._reset_parameters()
-        for name, value in {"window": window, "backend": backend, **switches}.items():
-            if value != STOCK_VALUES[name]:
+        if not divided:
+            self.num_heads, self.head_dim = num_heads, head_dim
+        options.check_rotary(rotary, self.head_dim)
+        norms = options.make_norms(qk_norm, self.head_dim, device, dtype)
+        sizes = {
+            "num_kv_heads": num_kv_heads if num_kv_heads != num_heads else None,
+            "free_head_dim": None if divided else head_dim,
+            "value_head_dim": value_head_dim if value_head_dim != self.head_dim else None,
+        }
+        said |= {**sizes, "q_norm": norms[0], "k_norm": norms[1]}
+        for name, value in said.items():
+            if value is not None and value != STOCK_VALUES[name]:
                 setattr(self, name, value)
+        if sinks is not None:
+            self.sinks = nn.Parameter(sinks.detach().clone().to(device=device, dtype=dtype))
+        projection.settle_parameters(self, bias, device, dtype)
+        demands.check_served(self)
 
     def forward(
         self,
@@ -145,6 +186,9 @@ class FlashMultiHeadAttention(StockForward):
         average_attn_weights: bool = True,
         is_causal: bool = False,
         backend: Optional[str] = None,
+        positions: Optional[Tensor] = None,
+        key_positions: Optional[Tensor] = None,
+        kv: Optional[tuple[Tensor, Tensor]] = None,
     ) -> tuple[Tensor, Optional[Tensor]]:
         """Attention of every query over the keys and values.
 
@@ -161,6 +205,12 @@ class FlashMultiHeadAttention(StockForward):
             is_causal: a promise that ``attn_mask`` is the causal mask, which therefore need not be read; aligned
                 to the first key.
             backend: for this call, as in the class.
+            positions: of the queries, for ``rotary`` alone: integers (seqlen_q) or (batch, seqlen_q). Masks, windows
+                and biases count slots all the same.
+            key_positions: of the keys, (seqlen_k) or (batch, seqlen_k); without them keys that are as many as the
+                queries have the positions of these.
+            kv: keys and values (batch, seqlen_k, heads_kv, head_dim) as ``keys_values`` makes them, taken as they
+                are. ``key`` and ``value`` are not read then, and may be anything.
 
         Returns:
             The output, shaped like the query, and the weights before dropout: (batch, seqlen_q, seqlen_k), with
@@ -175,10 +225,12 @@ class FlashMultiHeadAttention(StockForward):
         """
         if torch.jit.is_scripting():
             assert backend is None, "TorchScript runs PyTorch's own attention: backend must be None"
+            assert positions is None and key_positions is None, "TorchScript has no rotary: positions must be None"
+            assert kv is None, "TorchScript runs PyTorch's own attention: kv must be None"
             return self._attend_as_stock(
                 query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
             )
-        return attend(
+        return call_layer(
             self,
             query,
             key,
@@ -189,62 +241,21 @@ class FlashMultiHeadAttention(StockForward):
             average_attn_weights,
             is_causal,
             backend,
+            positions,
+            key_positions,
+            kv,
         )
 
     @torch.jit.unused
-    def project(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values of every head. Override for another projection.
+    def keys_values(
+        self, key: Tensor, value: Optional[Tensor] = None, positions: Optional[Tensor] = None
+    ) -> tuple[Tensor, Tensor]:
+        """Keys and values (batch, seqlen_k, heads_kv, head_dim), projected, normed, turned and processed.
 
-        (batch, seqlen, features) in; q (batch, seqlen_q, heads, head_dim), k and v (batch, seqlen_k, heads_kv,
-        head_dim) out. The inputs are one object where the caller passed one.
+        For ``forward(..., kv=...)`` of this layer and of others that share them. ``value`` is ``key`` by default,
+        ``positions`` are as ``key_positions`` there. ``project`` gets ``None`` for the query, ``process_heads`` for q.
         """
-        return projection.project_inputs(self, query, key, value)
-
-    @torch.jit.unused
-    def process_heads(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """What happens to the heads between projection and attention: nothing. Override for rotary, norms, ...
-
-        q (batch, seqlen_q, heads, head_dim), k and v (batch, seqlen_k, heads_kv, head_dim), whatever
-        ``batch_first`` says; batch and seqlen_q must stay. Keys put in front of the call's own, or behind, are
-        declared as ``keys_before`` and ``keys_after``, on the class or the instance: every query sees them, and masks,
-        windows and causality go on to speak of the call's own keys alone.
-        """
-        return q, k, v
-
-    @torch.jit.unused
-    def process_weights(self, weights: Tensor) -> Tensor:
-        """The attention weights of the layer, of those of its heads: the same. Override where ``merge`` combines heads.
-
-        weights (batch, heads, seqlen_q, seqlen_k) in, with the heads of ``process_heads`` and the keys it adds;
-        (batch, heads of the layer's own, seqlen_q, seqlen_k) out, whose mean over the heads is returned by default.
-        Where it is overridden, weights that a call asks for are made at once.
-        """
-        return weights
-
-    @torch.jit.unused
-    def merge(self, out: Tensor) -> Tensor:
-        """The output projection. Override for another one.
-
-        out (batch, seqlen_q, heads, head_dim) in; (batch, seqlen_q, embed_dim) out.
-        """
-        return projection.merge_heads(self, out)
-
-    @torch.jit.unused
-    def extra_repr(self) -> str:
-        """The features that are set, as ``repr`` shows them."""
-        return ", ".join(f"{name}={getattr(self, name)!r}" for name in find_beyond_stock(self) if name in STOCK_VALUES)
-
-    @torch.jit.unused
-    def __prepare_scriptable__(self) -> "FlashMultiHeadAttention":
-        """Raise where a script would lose something; ``torch.jit.script`` calls it before it compiles a module."""
-        refuse_torchscript(self, None)
-        own = find_replaced(self)
-        if own:
-            raise RuntimeError(
-                f"TorchScript has no hooks that keep nn.TransformerEncoderLayer from bypassing {', '.join(own)} of "
-                f"this {type(self).__name__} in eval; use torch.compile or torch.export."
-            )
-        return self
+        return keys_values.make_keys_values(self, key, key if value is None else value, positions)
 
     @torch.jit.unused
     def to_torch(self) -> nn.MultiheadAttention:
@@ -254,16 +265,7 @@ class FlashMultiHeadAttention(StockForward):
             ValueError: the layer has features the stock class lacks, or code of its own (a subclass's, a patched
                 method, a parametrization) that would be lost.
         """
-        kept = ("backend", "call_out_proj", "trust_is_causal")
-        lacking = [name for name in find_beyond_stock(self) if name not in kept]
-        lacking = list(dict.fromkeys((*lacking, *find_replaced(self), *find_own_code(self, FlashMultiHeadAttention))))
-        if lacking:
-            raise ValueError(
-                f"to_torch must not lose anything: nn.MultiheadAttention has no {', no '.join(lacking)}, "
-                f"which this {type(self).__name__} uses."
-            )
-        twin: nn.MultiheadAttention = make_twin(self, nn.MultiheadAttention)
-        return twin
+        return make_stock(self)
 
     @classmethod
     def from_torch(cls, module: nn.MultiheadAttention) -> "FlashMultiHeadAttention":
@@ -275,65 +277,5 @@ class FlashMultiHeadAttention(StockForward):
             ValueError: the module or the stock class has a forward of its own, or an attribute that would mean
                 something else.
         """
-        if cls.__init__ is not FlashMultiHeadAttention.__init__:
-            raise TypeError(
-                f"from_torch must be called on a class without an __init__ of its own, which would not run, got "
-                f"{cls.__name__}; build such a layer yourself and load the module's state_dict."
-            )
-        if type(module) is not nn.MultiheadAttention:
-            raise TypeError(f"module must be exactly an nn.MultiheadAttention, got {type(module).__name__}.")
-        why = why_not_ours(module)
-        if why is not None:
-            raise ValueError(f"module must lose nothing as a {cls.__name__}, got one that {why}.")
-        twin: FlashMultiHeadAttention = make_twin(module, cls)
+        twin: FlashMultiHeadAttention = make_layer(module, cls)
         return twin
-
-    @torch.jit.unused
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name == "window":
-            value = None if value is None else as_window(value)
-        if name in STOCK_VALUES:
-            check_features({name: value})
-        super().__setattr__(name, value)
-
-    @torch.jit.unused
-    def named_modules(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Module]]:
-        """As in ``nn.Module``; a layer that has to run is marked first, see ``features.mark``."""
-        if isinstance(self, FlashMultiHeadAttention):  # a scripted layer borrows this method
-            features.mark(self)
-        yield from nn.MultiheadAttention.named_modules(self, *args, **kwargs)
-
-
-STOCK_FORWARD = nn.MultiheadAttention.forward
-"""PyTorch's own, as it was when this package was imported."""
-
-
-def why_not_ours(module: nn.MultiheadAttention) -> Optional[str]:
-    """Why a stock module cannot be a layer of ours without losing something; ``None`` where it can."""
-    if nn.MultiheadAttention.forward is not STOCK_FORWARD:
-        return "runs a patched nn.MultiheadAttention.forward, which would not run after a swap"
-    own = find_shadows(module)
-    if own:
-        return f"has a {', '.join(own)} of its own on the instance, which would run in place of ours"
-    names = (*STOCK_VALUES, *HOPS, *EXTRA_KEYS, "to_torch", "from_torch", "_written", "_attend_as_stock")
-    used = [name for name in names if hasattr(module, name)]
-    if used:
-        return f"has an attribute {', '.join(used)} of its own, which would mean something else after a swap"
-    return None
-
-
-def make_twin(module: nn.MultiheadAttention, kind: type[Any]) -> Any:
-    """A module of another class with the same parameters, hooks and attributes; dicts are copied, tensors not."""
-    twin: Any = object.__new__(kind)
-    twin.__dict__.update({name: copy_containers(value) for name, value in vars(module).items()})
-    vars(twin).pop("_compiled_call_impl", None)  # what ``compile()`` made of the other module
-    if kind is nn.MultiheadAttention:
-        for name in (*STOCK_VALUES, *EXTRA_KEYS):
-            vars(twin).pop(name, None)
-        twin._forward_pre_hooks.pop(MARK, None)
-    return twin
-
-
-def copy_containers(value: Any) -> Any:
-    """A shallow copy of a dict or a set; anything else as it is."""
-    return value.copy() if isinstance(value, (dict, set)) else value

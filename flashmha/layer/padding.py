@@ -14,13 +14,16 @@ from ..problem.ragged import KeyPadding, Padding
 from ..problem.wording import dtype_name
 from .call import Reading, change_each_once
 from .checks import extra_columns
+from .demands import find_demands
 from .features import find_overridden
+from .options import counted_by, rule_of
+from .projection import sizes_of
 from .protocol import Layer
 
 
 def why_padding_stays(layer: Layer, call: Reading) -> str | None:
     """Why padding cannot be left out of a call, so that every row is computed; ``None`` where it can."""
-    return why_not_packable(layer, call) or why_holes_stay(call, layer.window)
+    return why_not_packable(layer, call) or why_holes_stay(call, layer)
 
 
 def why_not_packable(layer: Layer, call: Reading) -> str | None:
@@ -44,6 +47,8 @@ def why_not_packable(layer: Layer, call: Reading) -> str | None:
         return f"{', '.join(hops)} overridden, which may count positions"
     if call.bias is not None or any(not isinstance(part, (Padding, Window)) for part in parts_of(call.mask)):
         return "an attn_mask beside causality"
+    if layer.position_bias is not None and not getattr(layer.position_bias, "by_distance", False):
+        return "a position_bias that is not said to be by_distance"
     if call.query.is_cuda and preference(layer.backend) is None and not has_packed_kernel(layer, call):
         return (
             f"no kernel here for packed tokens in {dtype_name(computed_in(call.query))}: they would need a dense mask"
@@ -55,20 +60,29 @@ def why_not_packable(layer: Layer, call: Reading) -> str | None:
 RECORDED = "PyTorch records the call (compile, export, torch.func, a CUDA graph)"
 
 
-def why_holes_stay(call: Reading, *windows: Window | None) -> str | None:
+def why_holes_stay(call: Reading, *layers: Layer) -> str | None:
     """Why padding with holes has to stay: what a window sees would move. Causality alone minds no hole."""
-    bounded = [part for part in (*parts_of(call.mask), *windows) if part is not None and part.feature == "window"]
-    if bounded and call.padding is not None and call.padding.once("holes", lambda: has_holes(call.valid)):
-        return "a window over padding with holes"
-    return None
+    bounded = any(part.feature == "window" for part in parts_of(call.mask)) or any(map(is_windowed, layers))
+    biased = any(layer.position_bias is not None for layer in layers)
+    if not (bounded or biased) or call.padding is None:
+        return None
+    if not call.padding.once("holes", lambda: has_holes(call.valid)):
+        return None
+    return f"a {'window' if bounded else 'position_bias'} over padding with holes"
+
+
+def is_windowed(layer: Layer) -> bool:
+    """A layer sees no farther than some keys, which is more than causality."""
+    rule = rule_of(layer)
+    return rule is not None and rule.feature == "window"
 
 
 def why_order_counts(layer: Layer, call: Reading) -> str | None:
     """Why the order of a call's keys counts, or no kernel gains by another; ``None`` where real ones may come first."""
     if type(call.padding) is not KeyPadding or call.mask is not call.padding or call.bias is not None:
         return "something beside a padding mask"
-    if call.columns or layer.window is not None or find_overridden(layer):
-        return "a layer with a window, keys or methods of its own"
+    if call.columns or counted_by(layer) is not None or find_overridden(layer):
+        return "a layer that counts positions, or has keys or methods of its own"
     if not call.query.is_cuda or preference(layer.backend) is not None or not has_packed_kernel(layer, call):
         return "no kernel that keys would be moved for"
     return None
@@ -84,9 +98,11 @@ def same_memory(one: Tensor, two: Tensor) -> bool:
 
 def has_packed_kernel(layer: Layer, call: Reading) -> bool:
     """A kernel for packed documents runs on this GPU and in the dtype of the layer's heads."""
-    device, dtype, size = call.query.device, computed_in(call.query), layer.embed_dim // layer.num_heads
-    windowed = layer.window is not None or any(part.feature == "window" for part in parts_of(call.mask))
-    return any_backend(lambda one: one.runs_packed(dtype, size, device, windowed))
+    device, dtype, sizes = call.query.device, computed_in(call.query), sizes_of(layer)
+    size = max(sizes.head_dim, sizes.head_dim_v)
+    windowed = is_windowed(layer) or any(part.feature == "window" for part in parts_of(call.mask))
+    needed = find_demands(layer)
+    return any_backend(lambda one: one.runs_packed(dtype, size, device, windowed) and needed <= one.limits.features)
 
 
 def pack_inputs(query: Tensor, key: Tensor, value: Tensor, places: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -23,12 +23,14 @@ def weights_dtype(q: Tensor) -> torch.dtype:
 def computing_dtype(layer: Layer, call: Reading, wanted: Wanted) -> torch.dtype | None:
     """float32 where this CPU is slower in the half precision the layer is kept in; ``None`` for the layer's own.
 
-    Not for a layer that was told a backend or has hops of its own, which were written for the layer's dtype.
+    Not for a layer that was told a backend or has hops or norms of its own, which were written for the layer's dtype.
     """
     query, dtype = call.query, call.query.dtype
     if query.device.type != "cpu" or casts_to(query.device) is not None or not is_emulated(dtype):
         return None
-    if layer.call_out_proj or has_hops(layer) or preference(wanted) is not None or needs_aten(query):
+    if layer.call_out_proj or has_hops(layer) or layer.q_norm is not None or layer.k_norm is not None:
+        return None
+    if preference(wanted) is not None or needs_aten(query):
         return None
     weights = (layer.in_proj_weight, layer.q_proj_weight, layer.k_proj_weight, layer.v_proj_weight)
     tensors = (call.key, call.value, getattr(layer.out_proj, "weight", None), *weights)

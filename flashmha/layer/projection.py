@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -19,27 +19,68 @@ from .features import is_quantised
 from .protocol import Layer
 
 
+class Sizes(NamedTuple):
+    """How many heads a layer has, and how wide they are."""
+
+    heads: int
+    heads_kv: int
+    head_dim: int
+    head_dim_v: int
+
+    @property
+    def rows(self) -> tuple[int, int, int]:
+        """Features of all heads of queries, keys and values."""
+        return self.heads * self.head_dim, self.heads_kv * self.head_dim, self.heads_kv * self.head_dim_v
+
+
+def sizes_of(layer: Layer) -> Sizes:
+    """The heads of a layer."""
+    heads = layer.num_heads
+    head_dim = layer.free_head_dim or layer.embed_dim // heads
+    return Sizes(heads, layer.num_kv_heads or heads, head_dim, layer.value_head_dim or head_dim)
+
+
 def project_inputs(
     layer: Layer, query: Tensor, key: Tensor, value: Tensor, dtype: torch.dtype | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """q, k and v (batch, seqlen, heads, head_dim) of (batch, seqlen, features), computed in ``dtype``."""
-    heads = layer.num_heads
-    heads_kv = layer.num_kv_heads or heads
-    head_dim = layer.embed_dim // heads
+    """q, k and v (batch, seqlen, heads, head_dim) of (batch, seqlen, features), computed in ``dtype``.
+
+    ``None`` for what is ``None``: the query, or key and value.
+    """
     packed_weight, bias = parameters(layer, "in_proj_weight", "in_proj_bias")
     if not layer.batch_first:  # as the caller's tensors lie, so that a projection is one operator
         query, key, value = change_each_once(swap_axes, query, key, value)
-    if layer._qkv_same_embed_dim:  # which of the two sets of weights counts is the flag's to say
+    whole = layer.value_head_dim is None and query is not None and key is not None
+    if layer._qkv_same_embed_dim and whole:  # which of the two sets of weights counts is the flag's to say
         weight, bias = cast_weights(packed_weight, bias, dtype)
         if dtype is not None:
             query, key, value = change_each_once(lambda x: x.to(dtype), query, key, value)
+        heads = layer.num_heads
+        head_dim = layer.free_head_dim or layer.embed_dim // heads
+        heads_kv = layer.num_kv_heads or heads
         return by_one_matrix(query, key, value, weight, bias, heads, heads_kv, head_dim, layer.batch_first)
-    sizes = (heads, heads_kv, heads_kv)
-    biases = (None, None, None) if bias is None else bias.split([size * head_dim for size in sizes])
-    weights = (layer.q_proj_weight, layer.k_proj_weight, layer.v_proj_weight)
-    made = [apply_linear_in(*each, dtype) for each in zip((query, key, value), weights, biases)]
-    projected = [torch.unflatten(x, -1, (size, head_dim)) for x, size in zip(made, sizes)]
-    return tuple(projected) if layer.batch_first else tuple(map(swap_axes, projected))  # type: ignore[return-value]
+    sizes = sizes_of(layer)
+    made = project_apart(layer, sizes, (query, key, value), packed_weight, bias, dtype)
+    widths = ((sizes.heads, sizes.head_dim), (sizes.heads_kv, sizes.head_dim), (sizes.heads_kv, sizes.head_dim_v))
+    heads_of = [None if x is None else torch.unflatten(x, -1, width) for x, width in zip(made, widths)]
+    return tuple(heads_of) if layer.batch_first else tuple(map(swap_axes, heads_of))  # type: ignore
+
+
+def project_apart(
+    layer: Layer, sizes: Sizes, inputs: Any, packed_weight: Any, bias: Tensor | None, dtype: torch.dtype | None
+) -> Any:
+    """Features of the heads of queries, keys and values, each by its own matrix; one operator where it can be."""
+    query, key, value = inputs
+    rows = sizes.rows
+    if layer._qkv_same_embed_dim:
+        if query is not None and query is key and key is value:
+            packed: Any = apply_linear_in(query, packed_weight, bias, dtype)
+            return packed.split_with_sizes(rows, -1)
+        weights = packed_weight.split_with_sizes(rows)
+    else:
+        weights = (layer.q_proj_weight, layer.k_proj_weight, layer.v_proj_weight)
+    biases = (None, None, None) if bias is None else bias.split_with_sizes(rows)
+    return [None if x is None else apply_linear_in(x, w, b, dtype) for x, w, b in zip(inputs, weights, biases)]
 
 
 def by_one_matrix(
@@ -90,9 +131,9 @@ def may_join_gradients(packed: Tensor) -> bool:
     return spares(packed) and any_backend(lambda one: one.joins_gradients and one.why_not_here(packed.device) is None)
 
 
-def swap_axes(x: Tensor) -> Tensor:
-    """(seqlen, batch, ...) as (batch, seqlen, ...), and back."""
-    return x.transpose(0, 1)
+def swap_axes(x: Any) -> Any:
+    """(seqlen, batch, ...) as (batch, seqlen, ...), and back; ``None`` is ``None``."""
+    return None if x is None else x.transpose(0, 1)
 
 
 def merge_heads(layer: Layer, out: Tensor, dtype: torch.dtype | None = None) -> Tensor:
@@ -125,7 +166,8 @@ def merge_heads(layer: Layer, out: Tensor, dtype: torch.dtype | None = None) -> 
     if layer.batch_first:
         return apply_linear_in(out.flatten(2), weight, bias, dtype)
     # the layout of the output, so that neither it nor its gradient is copied once more
-    return swap_axes(apply_linear_in(swap_axes(out).contiguous().flatten(2), weight, bias, dtype))
+    turned: Tensor = swap_axes(apply_linear_in(swap_axes(out).contiguous().flatten(2), weight, bias, dtype))
+    return turned
 
 
 QUANTISE = "Quantise the stock layer: flashmha.restore_mha(model) comes before prepare and convert"
@@ -200,16 +242,29 @@ def cast_weights(weight: Tensor, bias: Tensor | None, dtype: torch.dtype | None)
     return weight, bias if bias is None or bias.dtype == weight.dtype else bias.to(weight.dtype)
 
 
-def shrink_kv(layer: Any) -> None:
-    """Give a new layer the smaller projections of grouped heads; the values are drawn afterwards."""
-    width = layer.embed_dim // layer.num_heads * (layer.num_kv_heads or layer.num_heads)
+def settle_parameters(layer: Any, bias: bool, device: Any, dtype: torch.dtype | None) -> None:
+    """Give a new layer projections of the sizes of its heads, drawn as the stock class draws its own; or none."""
+    sizes = sizes_of(layer)
+    rows_q, rows_k, rows_v = sizes.rows
+    if (rows_q, rows_k, rows_v) != (layer.embed_dim,) * 3:
 
-    def rows(parameter: Tensor | None, size: int) -> nn.Parameter | None:
-        return None if parameter is None else nn.Parameter(parameter.new_empty(size, *parameter.shape[1:]))
+        def resized(parameter: Tensor | None, *shape: int) -> nn.Parameter | None:
+            return None if parameter is None else nn.Parameter(parameter.new_empty(*shape))
 
-    layer.in_proj_weight = rows(layer.in_proj_weight, layer.embed_dim + 2 * width)
-    layer.in_proj_bias = rows(layer.in_proj_bias, layer.embed_dim + 2 * width)
-    layer.k_proj_weight = rows(layer.k_proj_weight, width)
-    layer.v_proj_weight = rows(layer.v_proj_weight, width)
-    if layer.bias_k is not None and layer.bias_v is not None:
-        layer.bias_k, layer.bias_v = (nn.Parameter(x.new_empty(1, 1, width)) for x in (layer.bias_k, layer.bias_v))
+        embed_dim = layer.embed_dim
+        layer.in_proj_weight = resized(layer.in_proj_weight, rows_q + rows_k + rows_v, embed_dim)
+        layer.in_proj_bias = resized(layer.in_proj_bias, rows_q + rows_k + rows_v)
+        layer.q_proj_weight = resized(layer.q_proj_weight, rows_q, embed_dim)
+        layer.k_proj_weight = resized(layer.k_proj_weight, rows_k, layer.kdim)
+        layer.v_proj_weight = resized(layer.v_proj_weight, rows_v, layer.vdim)
+        layer.bias_k = resized(layer.bias_k, 1, 1, rows_k)
+        layer.bias_v = resized(layer.bias_v, 1, 1, rows_v)
+        if sizes.heads * sizes.head_dim_v != embed_dim:
+            width = sizes.heads * sizes.head_dim_v
+            layer.out_proj = NonDynamicallyQuantizableLinear(width, embed_dim, bias=bias, device=device, dtype=dtype)
+        layer._reset_parameters()
+    if not layer.has_in_proj:
+        for name in ("in_proj_weight", "in_proj_bias", "q_proj_weight", "k_proj_weight", "v_proj_weight"):
+            setattr(layer, name, None)
+    if not layer.has_out_proj:
+        layer.out_proj = None

@@ -30,10 +30,11 @@ from ..problem.ragged import Documents, KeyLengths, KeyPadding, Padding, mark_pr
 from ..problem.spec import AttentionSpec
 from ..weights.attend import attention_with_weights
 from .features import SPECIAL
+from .options import PARTS
 from .projection import LINEARS, by_one_matrix
 from .protocol import Layer
 
-NOT_IN_LAYER = (*SPECIAL, "in_proj_weight", "in_proj_bias", "out_proj")
+NOT_IN_LAYER = (*SPECIAL, "position_bias", "in_proj_weight", "in_proj_bias", "out_proj")
 """What an instance must not have in its own dictionary: hops and features, and what belongs among its parameters."""
 
 NOT_IN_OUT_PROJ = ("weight", "bias", "forward")
@@ -54,7 +55,10 @@ def linears(layer: Layer, dtype: torch.dtype) -> Linears | None:
     if written.kind is not kind or written.read(kind) != written.whole:
         return None
     state = layer.__dict__
-    out_proj = state["_modules"].get("out_proj")
+    modules = state["_modules"]
+    out_proj = modules.get("out_proj")
+    if len(modules) > 1 and not modules.keys().isdisjoint(PARTS):
+        return None
     if type(out_proj) not in LINEARS or not state.keys().isdisjoint(NOT_IN_LAYER):
         return None
     if not state["_qkv_same_embed_dim"] or state["add_zero_attn"]:
@@ -66,6 +70,8 @@ def linears(layer: Layer, dtype: torch.dtype) -> Linears | None:
     if behind["_forward_hooks"] or behind["_forward_pre_hooks"] or not behind.keys().isdisjoint(NOT_IN_OUT_PROJ):
         return None
     inner, outer = state["_parameters"], behind["_parameters"]
+    if "sinks" in inner:
+        return None
     weight, bias = inner.get("in_proj_weight"), inner.get("in_proj_bias", state)
     weight_out, bias_out = outer.get("weight"), outer.get("bias", state)
     if not (type(weight) is type(weight_out) is Parameter and weight.dtype == weight_out.dtype == dtype):

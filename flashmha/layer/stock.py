@@ -12,7 +12,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..backends.choice.wishes import Wanted
 from ..host.torch_state import has_torch_function, overrides_functions
 from ..problem.masks import Mask
 from ..problem.ragged import Padding
@@ -142,9 +141,12 @@ def as_added_mask(mask: Tensor, query: Tensor) -> Tensor:
     return torch.zeros_like(mask, dtype=query.dtype).masked_fill(mask, float("-inf"))
 
 
-def refuse_torchscript(layer: Layer, backend: Wanted) -> None:
+def refuse_torchscript(layer: Layer, given: Arguments | None) -> None:
     """Raise where PyTorch's own function would lose what a layer or a call asks for."""
-    lost = find_beyond_stock(layer) + ([] if backend is None else [f"backend={backend!r}"])
+    lost = find_beyond_stock(layer)
+    if given is not None:
+        lost += [] if given.backend is None else [f"backend={given.backend!r}"]
+        lost += [name for name in ("positions", "key_positions", "kv") if getattr(given, name) is not None]
     if lost:
         raise RuntimeError(
             "TorchScript and tensors with __torch_function__ run F.multi_head_attention_forward, which has no "
@@ -170,7 +172,7 @@ def wants_torch_function(layer: Layer, *inputs: Tensor) -> bool:
 
 def as_stock(layer: Layer, given: Arguments) -> tuple[Tensor, Tensor | None]:
     """The call as ``F.multi_head_attention_forward``."""
-    query, key, value, key_padding_mask, need_weights, attn_mask, average, is_causal, _ = given
+    query, key, value, key_padding_mask, need_weights, attn_mask, average, is_causal, *_ = given
     if isinstance(attn_mask, Mask):
         attn_mask, is_causal = as_tensor(layer, attn_mask, query, key), False
     if isinstance(key_padding_mask, Padding):

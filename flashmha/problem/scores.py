@@ -20,7 +20,8 @@ from __future__ import annotations
 
 import abc
 import functools
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -31,14 +32,17 @@ from .positions import Restarts, by_index, check_broadcast, find_device, index_g
 from .wording import spell
 
 ScoreMod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+Rebuild = Callable[[Sequence[Tensor]], "Bias"]
 BIAS_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 """Of biases and sinks."""
 
 
 class Bias(abc.ABC):
-    """Something added to every score; biases add with ``+``."""
+    """Something added to every score; biases add with ``+``, also to a tensor or ``None``."""
 
     feature: ClassVar[str]
+    by_distance: bool = False
+    """It is the same wherever a query and a key stand that far apart, so that padding between items may be left out."""
 
     @abc.abstractmethod
     def bias_mod(self, seqlen_q: int, seqlen_k: int, documents: Restarts | None = None) -> ScoreMod:
@@ -50,6 +54,14 @@ class Bias(abc.ABC):
     def tensors(self) -> tuple[Tensor, ...]:
         """The tensors the bias holds."""
         return ()
+
+    def flatten(self) -> tuple[tuple[Tensor, ...], Rebuild]:
+        """The tensors the bias holds, and what makes the same bias of others like them and holds none.
+
+        A class whose constructor takes anything but its tensors, in their order, says more.
+        """
+        held, kind = self.tensors(), type(self)
+        return held, (lambda tensors: kind(*tensors)) if held else (lambda tensors: self)
 
     @property
     def parts(self) -> tuple[Bias, ...]:
@@ -64,10 +76,15 @@ class Bias(abc.ABC):
             names.append("bias_grad")
         return frozenset(names)
 
-    def __add__(self, other: Bias) -> Bias:
+    def __add__(self, other: Bias | Tensor | None) -> Bias:
+        if other is None:
+            return self
+        other = TensorBias(other) if isinstance(other, Tensor) else other
         if not isinstance(other, Bias):
             return NotImplemented
         return Sum((*self.parts, *other.parts))
+
+    __radd__ = __add__
 
     def materialize(
         self,
@@ -137,11 +154,13 @@ class TensorBias(Bias):
 class ALiBi(Bias):
     """``-slope[h] * |q_pos - k_pos|`` with ``slopes`` (heads,) or (batch, heads), float32 for flash-attn.
 
-    Source: Press, Smith, Lewis, "Train Short, Test Long" (2022); the distance is flash-attn's, bottom-right.
+    ``ALiBi.usual(heads)`` has the slopes of the paper. Source: Press, Smith, Lewis, "Train Short, Test Long" (2022);
+    the distance is flash-attn's, bottom-right.
     """
 
     __slots__ = ("slopes",)
     feature = "alibi"
+    by_distance = True
 
     def __init__(self, slopes: Tensor) -> None:
         if not is_dense(slopes) or slopes.dtype not in BIAS_DTYPES or slopes.dim() not in (1, 2):
@@ -149,6 +168,21 @@ class ALiBi(Bias):
                 f"slopes must be a floating point tensor of shape (heads,) or (batch, heads), got {spell(slopes)}."
             )
         self.slopes = slopes
+
+    @classmethod
+    def usual(
+        cls, heads: int, *, device: torch.device | str | None = None, dtype: torch.dtype = torch.float32
+    ) -> ALiBi:
+        """The slopes of the paper: ``2 ** (-8 * i / heads)`` for i from 1 on where ``heads`` is a power of two.
+
+        Else those of the largest power of two below, and then every other one of twice that many heads.
+        """
+        if not isinstance(heads, int) or heads < 1:
+            raise ValueError(f"heads must be a whole number of at least 1, got {heads!r}.")
+        power = 2 ** math.floor(math.log2(heads))
+        slopes = [2.0 ** (-8 * place / power) for place in range(1, power + 1)]
+        slopes += [2.0 ** (-4 * place / power) for place in range(1, 2 * (heads - power), 2)]
+        return cls(torch.tensor(slopes, device=device, dtype=dtype))
 
     def check(self, batch: int, heads: int, seqlen_q: int, seqlen_k: int) -> None:
         want = (heads,) if self.slopes.dim() == 1 else (batch, heads)
@@ -178,6 +212,7 @@ class RelativeBias(Bias):
 
     __slots__ = ("table",)
     feature = "bias"
+    by_distance = True
 
     def __init__(self, table: Tensor) -> None:
         if not is_dense(table) or table.dtype not in BIAS_DTYPES or table.dim() != 2 or table.shape[1] % 2 == 0:
@@ -201,6 +236,29 @@ class RelativeBias(Bias):
 
         return by_index(look_up, seqlen_q, seqlen_k, documents, "bottom_right")
 
+    def materialize(
+        self,
+        batch: int,
+        heads: int,
+        seqlen_q: int,
+        seqlen_k: int,
+        device: torch.device | str | None = None,
+        documents: Restarts | None = None,
+        queries: range | None = None,
+        keys: range | None = None,
+    ) -> Tensor:
+        if documents is not None:  # distances start again
+            return super().materialize(batch, heads, seqlen_q, seqlen_k, device, documents, queries, keys)
+        queries = range(seqlen_q) if queries is None else queries
+        keys = range(seqlen_k) if keys is None else keys
+        # a row is the one before it, one key further on: windows of one line of distances, which takes no index for
+        # every score, nor a sum by index in a backward
+        reach, rows, columns = self.table.shape[1] // 2, len(queries), len(keys)
+        first = keys.start - queries.stop - (seqlen_k - seqlen_q)
+        distances = torch.arange(first, first + rows + columns, device=self.table.device).clamp(-reach, reach)
+        line = self.table[:, distances + reach]
+        return line.unfold(-1, columns, 1)[None, :, 1:].flip(-2)
+
     def __repr__(self) -> str:
         return f"RelativeBias({tuple(self.table.shape)})"
 
@@ -217,12 +275,25 @@ class Sum(Bias):
     def parts(self) -> tuple[Bias, ...]:
         return self._parts
 
+    @property
+    def by_distance(self) -> bool:  # type: ignore[override]
+        return all(part.by_distance for part in self._parts)
+
     def check(self, batch: int, heads: int, seqlen_q: int, seqlen_k: int) -> None:
         for part in self._parts:
             part.check(batch, heads, seqlen_q, seqlen_k)
 
     def tensors(self) -> tuple[Tensor, ...]:
         return tuple(tensor for part in self._parts for tensor in part.tensors())
+
+    def flatten(self) -> tuple[tuple[Tensor, ...], Rebuild]:
+        held = [part.flatten() for part in self._parts]
+
+        def again(tensors: Sequence[Tensor]) -> Bias:
+            rest = iter(tensors)
+            return Sum(tuple(make([next(rest) for _ in of_part]) for of_part, make in held))
+
+        return self.tensors(), again
 
     def bias_mod(self, seqlen_q: int, seqlen_k: int, documents: Restarts | None = None) -> ScoreMod:
         mods = [part.bias_mod(seqlen_q, seqlen_k, documents) for part in self._parts]

@@ -15,16 +15,17 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-from ..layer.features import EXTRA_KEYS, MARK, STOCK_VALUES, check_features
 from ..layer.module import FlashMultiHeadAttention
+from ..layer.options import ALONE, STOCK_VALUES, check_options
+from ..layer.twin import forget
 from .encoder import FlashTransformerEncoder, FlashTransformerEncoderLayer, is_stock
 from .modules import CLASS, UNDO, check_model, holds, remember, set_class, walk, why_not_yet, why_stock_stays
 from .report import swap_report, why_silent
 
 Model = TypeVar("Model", bound=nn.Module)
 
-LAYER_OPTIONS = tuple(sorted(set(STOCK_VALUES) - {"num_kv_heads"}))
-"""What ``replace_mha`` can set on every layer; grouped heads would need other parameters."""
+LAYER_OPTIONS = tuple(sorted(set(STOCK_VALUES) - set(ALONE)))
+"""What ``replace_mha`` can set on every layer; the others would need other parameters."""
 
 
 Where = str | Iterable[str] | Callable[[str, nn.Module], bool] | None
@@ -47,8 +48,9 @@ def replace_mha(
             (name, module) -> bool. Default all.
         to: the class of the swapped layers, ``FlashMultiHeadAttention`` or a subclass without an ``__init__`` of its
             own. A layer that is exactly a ``FlashMultiHeadAttention`` already becomes one, too.
-        options: ``backend``, ``window``, ``call_out_proj``, ``need_weights``, ``skip_padding`` and
-            ``trust_is_causal`` of ``FlashMultiHeadAttention``, for every such layer.
+        options: ``backend``, ``window``, ``causal``, ``softcap``, ``softmax_scale``, ``call_out_proj``,
+            ``need_weights``, ``skip_padding`` and ``trust_is_causal`` of ``FlashMultiHeadAttention``, for every such
+            layer.
 
     Warns:
         UserWarning: the model has no ``nn.MultiheadAttention``; a layer's ``out_proj`` has hooks or an adapter that
@@ -63,7 +65,7 @@ def replace_mha(
     unknown = sorted(set(options) - set(LAYER_OPTIONS))
     if unknown:
         raise TypeError(f"options must be among {', '.join(LAYER_OPTIONS)}, got {', '.join(unknown)}.")
-    check_features(options)
+    check_options(options)
     layers = {id(module): name for name, module in chosen_layers(model, where)}
     with all_or_nothing(model):
         for _, module, fsdp in walk(model):
@@ -125,9 +127,7 @@ def restore_mha(model: Model) -> Model:
             else:
                 vars(module).pop(name, None)
         if kind is nn.MultiheadAttention:
-            for name in (*STOCK_VALUES, *EXTRA_KEYS):  # set by hand since the swap, and nothing to the stock class
-                vars(module).pop(name, None)
-            module._forward_pre_hooks.pop(MARK, None)  # type: ignore[call-overload]
+            forget(module)  # what was set by hand since the swap
         if kind is not None:
             module.__class__ = kind
     return model

@@ -18,8 +18,11 @@ from ..host.torch_state import autocast
 from ..layer import padding
 from ..layer.arguments import Arguments, check_kinds
 from ..layer.call import read_call
-from ..layer.forward import prepare
+from ..layer.features import is_ours
+from ..layer.forward import Prepared, prepare
+from ..layer.keys_values import with_stand_ins
 from ..layer.module import FlashMultiHeadAttention
+from ..layer.problems import Problems
 from ..problem.spec import AttentionSpec
 from ..problem.wording import dtype_name
 from ..weights.attend import is_defined
@@ -74,28 +77,39 @@ def explain_layer(layer: FlashMultiHeadAttention, *args: Any, **kwargs: Any) -> 
     """Which backend would serve a call of a layer, and what it does about padding and precision."""
     given = Arguments(*args, **kwargs)
     check_kinds(given)
+    given = given if given.kv is None else with_stand_ins(layer, given)
     wanted = layer.backend if given.backend is None else given.backend
     need_weights = given.need_weights and layer.need_weights
     call = read_call(layer, given._replace(need_weights=need_weights))
-    problem = prepare(layer, call, wanted, layer.skip_padding)
-    notes = []
+    problem = prepare(layer, call, given, wanted, layer.skip_padding)
+    spec, notes = find_problem(layer, problem, wanted)
     if problem.padded is not None:
         notes.append(f"skip_padding: {say_left_out(problem.q.shape[1], problem.padded.rows.numel())}")
     elif layer.skip_padding and given.key_padding_mask is not None:
         notes.append(f"skip_padding: every row is computed ({padding.why_padding_stays(layer, call)})")
     if problem.dtype is not None:
         notes.append(f"computed in {dtype_name(problem.dtype)}: this CPU is slower in {dtype_name(call.query.dtype)}")
-    elif problem.spec.dtype != call.query.dtype:
-        notes.append(
-            f"computed in {dtype_name(problem.spec.dtype)}: autocast takes {dtype_name(call.query.dtype)} there"
-        )
-    said = backends.explain(problem.spec, wanted)
+    elif spec.dtype != call.query.dtype:
+        notes.append(f"computed in {dtype_name(spec.dtype)}: autocast takes {dtype_name(call.query.dtype)} there")
+    said = backends.explain(spec, wanted)
     plain = need_weights and problem.padded is None and said.chosen is not None
-    if plain and is_defined(problem.spec, backends.get(str(said.chosen)), wanted):
+    if plain and is_defined(spec, backends.get(str(said.chosen)), wanted):
         rows = {**said.rows, str(said.chosen): "could serve", NAIVE: "chosen"}
         said = dataclasses.replace(said, chosen=NAIVE, rows=rows)
         notes.append("attention weights of a small problem: the definition makes them and the output in one pass")
     return dataclasses.replace(said, notes=(*said.notes, *notes))
+
+
+def find_problem(layer: FlashMultiHeadAttention, made: Prepared, wanted: Wanted) -> tuple[AttentionSpec, list[str]]:
+    """The problem of a layer's call, the first where its own ``attend`` runs several, and a note of the others."""
+    if is_ours(layer, "attend"):
+        return made.spec, []
+    problems = Problems(layer, wanted, None, True, dry=True)
+    layer.attend(made.q, made.k, made.v, **made.problem, call=problems)
+    if not problems.specs:
+        return made.spec, ["attend is overridden and runs none of the package's own: this is the problem it was given"]
+    first, *others = problems.specs
+    return first, [f"attend is overridden and then runs: {spec}" for spec in others]
 
 
 def explain_encoder(

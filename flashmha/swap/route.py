@@ -16,6 +16,7 @@ from ..layer.arguments import Arguments
 from ..layer.call import Reading, read_call
 from ..layer.features import HOPS
 from ..layer.module import FlashMultiHeadAttention
+from ..layer.options import owns_parts
 from ..layer.packed import Packed
 from ..problem import packing
 from ..problem.computed import make_plain
@@ -239,13 +240,16 @@ def why_rows_stay(attentions: list[FlashMultiHeadAttention], call: Reading) -> s
     first = attentions[0]
     if not call.batched:
         return "src without a batch axis"
-    for attention in find_different(attentions):
+    different = find_different(attentions)
+    for attention in different:
+        if attention.rotary is not None:
+            return "rotary, which turns a token by its slot"
         if (attention.batch_first, attention.trust_is_causal) != (first.batch_first, first.trust_is_causal):
             return "layers that differ in batch_first or trust_is_causal"
         why = padding.why_not_packable(attention, call)
         if why is not None:
             return why
-    return padding.why_holes_stay(call, *[attention.window for attention in attentions])
+    return padding.why_holes_stay(call, *different)
 
 
 def find_different(attentions: list[FlashMultiHeadAttention]) -> list[FlashMultiHeadAttention]:
@@ -256,13 +260,14 @@ def find_different(attentions: list[FlashMultiHeadAttention]) -> list[FlashMulti
 
 
 form_of = operator.attrgetter(
-    "batch_first", "trust_is_causal", "window", "backend", "num_heads", "embed_dim", "add_zero_attn"
+    *("batch_first", "trust_is_causal", "window", "causal", "softcap", "backend", "num_heads", "num_kv_heads"),
+    *("embed_dim", "free_head_dim", "value_head_dim", "add_zero_attn"),
 )
 
 
 def has_more(attention: FlashMultiHeadAttention) -> bool:
-    """Methods that are the instance's, or a learned key."""
-    return attention.bias_k is not None or not attention.__dict__.keys().isdisjoint(HOPS)
+    """Methods or parts that are the instance's, or a learned key."""
+    return owns_parts(attention) or attention.bias_k is not None or not attention.__dict__.keys().isdisjoint(HOPS)
 
 
 def hand_down(encoder: nn.TransformerEncoder, src: Tensor, mask: Any, padding: Any, known: bool) -> Any:

@@ -21,7 +21,8 @@ from .blocks import shape_weights
 from .cell import Cell, note_unread
 from .deferred import Deferred
 from .graph import Weights
-from .recipe import Recipe, replace_bias
+from .learned import held, replace_learned
+from .recipe import Recipe
 
 
 def attention_with_weights(
@@ -55,11 +56,9 @@ def attention_with_weights(
         return out, shape_weights(weights, average, batched, dtype, rows)
     free = (q.detach(), k.detach()) if q.requires_grad or k.requires_grad else (q, k)
     recipe = Recipe(*free, spec, None, average, batched, dtype, rows)
-    learned: Tensor | None = None
-    if spec.bias is not None:  # the caller's own tensor, which may change before the weights are read
-        bias = spec.bias.tensors()[0]
-        learned = bias if bias.requires_grad else None
-        recipe.spec = replace_bias(spec, bias.detach().clone())
+    learned = held(spec)
+    if learned:  # the caller's own tensors, which may change before the weights are read
+        recipe.spec = replace_learned(spec, [tensor.detach().clone() for tensor in learned])
     problem = recipe.spec
     result = serve(backend, q, k, v, request_with_lse(spec, backend), layer)
     out, lse = result if isinstance(result, tuple) else (result, None)
@@ -74,7 +73,8 @@ def attention_with_weights(
     make = Recipe.make if at_once else defer
     if spec.needs_grad:
         fused = None if spec.dropout_p > 0.0 or backend.holds_scores else v
-        out, weights = Weights.apply(out, q, k, fused, learned, problem, recipe, make)  # type: ignore[no-untyped-call]
+        wanted_of = [tensor if tensor.requires_grad else None for tensor in learned]
+        out, weights = Weights.apply(out, q, k, fused, problem, recipe, make, *wanted_of)  # type: ignore[no-untyped-call]
     else:
         with torch.no_grad():
             weights = make(recipe)
@@ -149,7 +149,7 @@ def is_recorded(spec: AttentionSpec) -> bool:
 
 def defer(recipe: Recipe) -> Deferred:
     """The weights of a recipe, computed when they are read."""
-    cell = Cell(recipe.make, recipe.spec.device, recipe.cost)
+    cell = Cell(recipe.make, recipe.spec.device, recipe.cost, recipe)
     made: Deferred = Deferred(cell, recipe.shape, recipe.dtype, recipe.spec.device)
     note_unread(cell)
     return made

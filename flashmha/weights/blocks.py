@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from ..problem.scores import TensorBias
 from ..problem.spec import AttentionSpec
 
 SCORES_IN_A_BLOCK = 2**19
@@ -16,75 +18,176 @@ SCORES_IN_A_BLOCK_ON_GPU = 2**26
 LOG2_E = 1.4426950408889634
 
 
-class Score:
-    """The weights of one problem, a block of rows of some heads at a time; everything is heads first.
+class Box(NamedTuple):
+    """Batch items, heads and queries of a problem, each some that follow one another."""
 
-    With a log-sum-exp, powers of two: they are computed faster than those of e.
+    batch: range
+    heads: range
+    rows: range
+
+    @classmethod
+    def whole(cls, spec: AttentionSpec) -> Box:
+        """All of a problem."""
+        return cls(range(spec.batch), range(spec.heads), range(spec.seqlen_q))
+
+    def of_query(self, q: Tensor) -> Tensor:
+        """The part of a tensor (batch, seqlen_q, heads, ...) that lies in the box."""
+        return q[as_slice(self.batch), as_slice(self.rows), as_slice(self.heads)]
+
+    def of_key(self, k: Tensor, heads: int) -> Tensor:
+        """The keys of the box's heads, (batch, seqlen_k, heads, head_dim), of the heads that ``heads`` heads share."""
+        k, group = self.of_grouped_key(k, heads)
+        return k if group == 1 else k.repeat_interleave(group, dim=2)
+
+    def of_grouped_key(self, k: Tensor, heads: int) -> tuple[Tensor, int]:
+        """The keys that the box's heads share, and how many heads share one."""
+        group = heads // k.shape[2]
+        first, last = self.heads.start // group, -(-self.heads.stop // group)
+        k = k[as_slice(self.batch), :, first:last]
+        start, count = self.heads.start - first * group, len(self.heads)
+        if count == (last - first) * group:
+            return k, group
+        if last - first == 1:
+            return k, count
+        return k.repeat_interleave(group, dim=2)[:, :, start : start + count], 1
+
+    def of_row(self, table: Tensor) -> Tensor:
+        """The part of a tensor (batch, heads, seqlen_q) that lies in the box."""
+        return table[as_slice(self.batch), as_slice(self.heads), as_slice(self.rows)]
+
+    def of_table(self, table: Tensor) -> Tensor:
+        """The part of one that broadcasts to (batch, heads, ...), which lies in the box's batch items and heads."""
+        table = table[as_slice(self.batch)] if table.shape[0] > 1 else table
+        return table[:, as_slice(self.heads)] if table.shape[1] > 1 else table
+
+    def expand(self, table: Tensor, spec: AttentionSpec, keys: range) -> Tensor:
+        """The part that lies in the box, and in some keys, of one that broadcasts to (batch, heads, queries, keys)."""
+        table = table.expand(spec.batch, spec.heads, spec.seqlen_q, spec.seqlen_k)
+        return table[as_slice(self.batch), as_slice(self.heads), as_slice(self.rows), as_slice(keys)]
+
+
+class Block(NamedTuple):
+    """Rows of some heads, as (heads, batch, rows, seqlen_k or 1); the next block may be made in the same memory.
+
+    Attributes:
+        numbers, share: two factors of the weights. The second makes a row's sum exactly 1, its sink's share with it,
+            where rounding of the log-sum-exp would move all weights of a row one way, and is 0 for a blind row.
+        sink: what the sink gets of a row; ``None`` without sinks.
+        slope: what a score moves by for each step of ``q @ k`` scaled; ``None`` without a softcap.
     """
 
-    def __init__(self, q: Tensor, k: Tensor, lse: Tensor | None, spec: AttentionSpec) -> None:
-        self.spec = spec
-        if spec.heads != spec.heads_kv:
-            k = k.repeat_interleave(spec.heads // spec.heads_kv, dim=2)
-        allowed, added = spec.allowed(), spec.added()
+    numbers: Tensor
+    share: Tensor
+    sink: Tensor | None
+    slope: Tensor | None
+
+
+class Score:
+    """The scores of a box of one problem; everything is heads first.
+
+    With a log-sum-exp, weights are powers of two: they are computed faster than those of e.
+    """
+
+    def __init__(self, q: Tensor, k: Tensor, lse: Tensor | None, spec: AttentionSpec, box: Box | None = None) -> None:
+        self.spec, self.box = spec, Box.whole(spec) if box is None else box
         dtype = at_least_float32(q.dtype)
-        if added is not None:
-            dtype = torch.promote_types(dtype, added.dtype)
+        held = () if spec.bias is None else spec.bias.tensors()
+        for tensor in held if spec.sinks is None else (*held, spec.sinks):
+            dtype = torch.promote_types(dtype, tensor.dtype)
+        q, k = self.box.of_query(q), self.box.of_key(k, spec.heads)
         self.q, self.k = (x.to(dtype).permute(2, 0, 1, 3) for x in (q, k))
         self.lse: Tensor | None = None
         if lse is not None:  # a blind row has no weights: exp(anything - inf) is 0
-            self.lse = (lse.to(dtype).masked_fill(lse == float("-inf"), float("inf")) * LOG2_E).transpose(0, 1)
+            lse = self.box.of_row(lse)
+            self.lse = lse.to(dtype).masked_fill(lse == float("-inf"), float("inf")).transpose(0, 1)[..., None]
+        self.sinks: Tensor | None = None
+        if spec.sinks is not None:
+            self.sinks = spec.sinks.detach()[as_slice(self.box.heads)].to(dtype).view(-1, 1, 1, 1)
         self.buffer = q.new_empty(0, dtype=dtype)
         self.block = SCORES_IN_A_BLOCK_ON_GPU if spec.device.type == "cuda" else SCORES_IN_A_BLOCK
-        self.hidden = None if allowed is None else ~allowed.transpose(0, 1)
-        self.bias = None if added is None else added.detach().to(dtype).transpose(0, 1)
 
-    def row_blocks(self) -> Iterator[slice]:
-        """Rows of one head that make a block."""
-        step = max(16, self.block // max(1, self.spec.batch * self.spec.seqlen_k))
-        if not self.spec.seqlen_k:
-            return iter(())
-        return (slice(start, start + step) for start in range(0, self.spec.seqlen_q, step))
+    def bands(self) -> Iterator[Band]:
+        """The rows that make blocks, from the first on."""
+        spec, rows = self.spec, self.box.rows
+        if not spec.seqlen_k:
+            return
+        made = spec.bias is not None and not isinstance(spec.bias, TensorBias)  # which is made for all heads at once
+        step = max(16, self.block // max(1, len(self.box.batch) * spec.seqlen_k * (spec.heads if made else 1)))
+        for start in range(rows.start, rows.stop, step):
+            yield Band(self, range(start, min(start + step, rows.stop)))
 
-    def head_blocks(self, rows: slice) -> Iterator[slice]:
-        """Heads whose rows make a block, at most half of all."""
-        count = min(rows.stop, self.spec.seqlen_q) - rows.start
-        step = max(1, min(self.spec.heads // 2, self.block // max(1, self.spec.batch * self.spec.seqlen_k * count)))
-        return (slice(start, start + step) for start in range(0, self.spec.heads, step))
 
-    def weights(self, heads: slice, rows: slice) -> tuple[Tensor, Tensor]:
-        """Two factors of the weights (heads, batch, rows, seqlen_k), the second (heads, batch, rows, 1).
+class Band:
+    """Rows of a score, with what hides and moves them."""
 
-        The next call writes over the first. The second makes a row's sum exactly 1, where rounding of the log-sum-exp
-        would move all weights of a row one way, and is 0 for a blind row.
-        """
-        q, k = self.q[heads, :, rows], self.k[heads]
+    def __init__(self, score: Score, rows: range) -> None:
+        self.score, self.rows = score, rows
+        allowed, added = score.spec.allowed(queries=rows), score.spec.added(queries=rows)
+        self.place = slice(rows.start - score.box.rows.start, rows.stop - score.box.rows.start)
+        self.hidden = None if allowed is None else ~score.box.of_table(allowed).transpose(0, 1)
+        self.bias = None if added is None else score.box.of_table(added.detach()).to(score.q.dtype).transpose(0, 1)
+
+    def head_blocks(self) -> Iterator[slice]:
+        """Heads of the box whose rows make a block, at most half of all."""
+        score, count = self.score, len(self.score.box.heads)
+        scores = len(score.box.batch) * score.spec.seqlen_k * len(self.rows)
+        step = max(1, min(count // 2, score.block // max(1, scores)))
+        return (slice(start, start + step) for start in range(0, count, step))
+
+    def block(self, heads: slice) -> Block:
+        """The weights of some heads of the box."""
+        score, spec, place = self.score, self.score.spec, self.place
+        q, k = score.q[heads, :, place], score.k[heads]
         shape = (*q.shape[:3], k.shape[2])
-        if self.buffer.shape != shape:
-            self.buffer = self.buffer.new_empty(shape)
-        score, hidden = self.buffer, None if self.hidden is None else part_of(self.hidden, heads, rows)
-        out, q, k = score.flatten(0, 1), q.flatten(0, 1), k.flatten(0, 1)
-        if self.lse is not None:
-            lse = self.lse[heads, :, rows].flatten(0, 1)[..., None]
-            torch.baddbmm(lse, q, k.mT, beta=-1, alpha=self.spec.scale * LOG2_E, out=out)
-            score.exp2_()
+        if score.buffer.shape != shape:
+            score.buffer = score.buffer.new_empty(shape)
+        made, slope = score.buffer, None
+        hidden = None if self.hidden is None else of_heads(self.hidden, heads)
+        lse = None if score.lse is None else score.lse[heads, :, place]
+        sinks = None if score.sinks is None else score.sinks[heads]
+        out, q, k = made.flatten(0, 1), q.flatten(0, 1), k.flatten(0, 1)
+        if lse is not None and spec.softcap is None:
+            flat = (lse * LOG2_E).flatten(0, 1)
+            torch.baddbmm(flat, q, k.mT, beta=-1, alpha=spec.scale * LOG2_E, out=out)
+        elif spec.softcap is None:
+            torch.baddbmm(out, q, k.mT, beta=0, alpha=spec.scale, out=out)
+        else:
+            torch.baddbmm(out, q, k.mT, beta=0, alpha=spec.scale / spec.softcap, out=out)
+            slope = 1 - made.tanh_().square()
+            made *= spec.softcap
+            if lse is not None:
+                made.sub_(lse).mul_(LOG2_E)
+        if lse is not None:
+            made.exp2_()
             if hidden is not None:
-                score.masked_fill_(hidden, 0.0)
-            total = score.sum(dim=-1, keepdim=True)
-            return score, total.reciprocal().masked_fill_(total == 0.0, 0.0)
-        torch.baddbmm(out, q, k.mT, beta=0, alpha=self.spec.scale, out=out)
+                made.masked_fill_(hidden, 0.0)
+            total = made.sum(dim=-1, keepdim=True)
+            sink = None if sinks is None else torch.exp(sinks - lse)
+            total = total if sink is None else total + sink
+            share = total.reciprocal().masked_fill_(total == 0.0, 0.0)
+            return Block(made, share, None if sink is None else sink * share, slope)
         if self.bias is not None:
-            score += part_of(self.bias, heads, rows)
+            made += of_heads(self.bias, heads)
         if hidden is not None:
-            score.masked_fill_(hidden, float("-inf"))
-        blind = score.amax(dim=-1, keepdim=True) == float("-inf")
-        return score.softmax(dim=-1).masked_fill_(blind, 0.0), (~blind).to(score.dtype)
+            made.masked_fill_(hidden, float("-inf"))
+        blind = made.amax(dim=-1, keepdim=True) == float("-inf")
+        if sinks is None:
+            return Block(made.softmax(dim=-1).masked_fill_(blind, 0.0), (~blind).to(made.dtype), None, slope)
+        above = made.logsumexp(dim=-1, keepdim=True) - sinks  # the softmax of keys beside that of all and the sink
+        made = made.softmax(dim=-1).masked_fill_(blind, 0.0)
+        gone = (sinks != float("-inf")).expand_as(blind).to(made.dtype)
+        share, sink = (torch.where(blind, rest, torch.sigmoid(x)) for x, rest in ((above, 0.0), (-above, gone)))
+        return Block(made, share, sink, slope)
 
 
-def part_of(table: Tensor, heads: slice, rows: slice) -> Tensor:
-    """Some heads and rows of a tensor that broadcasts to (heads, batch, seqlen_q, seqlen_k)."""
-    table = table[heads] if table.shape[0] > 1 else table
-    return table[:, :, rows] if table.shape[2] > 1 else table
+def as_slice(part: range) -> slice:
+    """A range of step 1 as an index."""
+    return slice(part.start, part.stop)
+
+
+def of_heads(table: Tensor, heads: slice) -> Tensor:
+    """Some heads of a table that broadcasts to (heads, ...)."""
+    return table[heads] if table.shape[0] > 1 else table
 
 
 def at_least_float32(dtype: torch.dtype) -> torch.dtype:

@@ -7,12 +7,23 @@ import contextlib
 import os
 import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from ..host.torch_state import is_inference, is_stream_capturing
+
+
+class Source(Protocol):
+    """What answers questions about values without making all of them."""
+
+    def reduce(self, kind: str, axes: Sequence[int]) -> Tensor:
+        """The ``"sum"`` or ``"amax"`` over some axes, which stay with size 1."""
+
+    def take(self, axis: int, places: Sequence[int]) -> Tensor | None:
+        """Some places of an axis, in their order; ``None`` where that would be no cheaper."""
 
 
 class Cell:
@@ -21,10 +32,17 @@ class Cell:
     ``cost`` is how many bytes the cell holds until then beyond those of the values.
     """
 
-    __slots__ = ("__weakref__", "cost", "inference", "lock", "made", "make", "process", "stream")
+    __slots__ = ("__weakref__", "cost", "inference", "lock", "made", "make", "process", "source", "stream")
 
-    def __init__(self, make: Callable[[], Tensor], device: torch.device, cost: int = 0) -> None:
+    def __init__(
+        self,
+        make: Callable[[], Tensor],
+        device: torch.device,
+        cost: int = 0,
+        source: Source | None = None,
+    ) -> None:
         self.make: Callable[[], Tensor] | None = make
+        self.source = source
         self.made: Tensor | None = None
         self.cost = cost
         self.inference = is_inference()
@@ -33,22 +51,42 @@ class Cell:
 
     def values(self) -> Tensor:
         """The values, outside autograd; several threads get one tensor."""
+        with self.computing():
+            first, made = self.made is None, self.made
+            if made is None:
+                assert self.make is not None
+                self.made = made = self.make()
+                self.make = self.source = None  # and with them everything they hold
+        return self.share(made) if first else made
+
+    def look(self, question: str, *args: Any) -> Tensor | None:
+        """What the source answers where the values are not there; ``None`` where they are, or it has no answer."""
+        with self.computing():
+            found: Tensor | None = None if self.source is None else getattr(self.source, question)(*args)
+        return None if found is None else self.share(found)
+
+    def share(self, made: Tensor) -> Tensor:
+        """Tell the memory of what was made that the current stream reads it."""
+        if self.stream is not None:
+            made.record_stream(torch.cuda.current_stream(made.device))
+        return made
+
+    @contextlib.contextmanager
+    def computing(self) -> Iterator[None]:
+        """Compute as at the call, one thread at a time."""
         forked = self.process != os.getpid()
         if forked:  # a lock that another thread held at the fork stays locked
             self.process, self.lock = os.getpid(), threading.RLock()
         with self.lock:
-            if self.made is None:
-                assert self.make is not None
-                with (
-                    torch.inference_mode(self.inference),
-                    torch.no_grad(),
-                    run_on_one_thread() if forked else run_on_stream(self.stream),
-                ):
-                    self.made = self.make()
-                self.make = None  # and with it everything it holds
-                if self.stream is not None:
-                    self.made.record_stream(torch.cuda.current_stream(self.made.device))
-            return self.made
+            if self.made is not None:
+                yield
+                return
+            with (
+                torch.inference_mode(self.inference),
+                torch.no_grad(),
+                run_on_one_thread() if forked else run_on_stream(self.stream),
+            ):
+                yield
 
 
 @contextlib.contextmanager

@@ -8,6 +8,7 @@ the memory itself, behind PyTorch, gets an error, but for ``other.data = unread`
 from __future__ import annotations
 
 import copy
+import math
 from typing import Any
 
 import torch
@@ -48,8 +49,15 @@ class Deferred(Tensor):
     ) -> Any:
         kwargs = kwargs or {}
         first = args[0] if args else None
-        if func is VIEW and type(first) is Deferred and first.cell is not None and list(args[1]) == list(first.shape):
+        if type(first) is Deferred and first.cell is not None and is_all(func, first, args):
             return Deferred(first.cell, first.shape, first.dtype, first.device)
+        if type(first) is Deferred and first.cell is not None:
+            if func in REDUCTIONS:
+                found = reduce_unread(func, first, args[1:], kwargs)
+            else:
+                found = take_unread(first, *args[1:]) if func in (INDEX, INDEX_SELECT) else None
+            if found is not None:
+                return found
         mine = [x for x in tree_leaves((args, kwargs)) if type(x) is Deferred]
         for x in mine:
             fill(x)
@@ -145,6 +153,78 @@ class Deferred(Tensor):
 
 VIEW = torch.ops.aten.view.default
 """The alias that a hook on the outputs of a module takes."""
+
+
+aten = torch.ops.aten
+
+
+def is_all(func: Any, tensor: Deferred, args: Any) -> bool:
+    """A view of all of a tensor as it is: a hook's, or the ``:`` of an index, by which torch 2.8 slices."""
+    if func is VIEW:
+        return list(args[1]) == list(tensor.shape)
+    if func is not aten.slice.Tensor or len(args) < 4:
+        return False
+    start, end, step = (*args[2:], 1)[:3]
+    return start == 0 and step == 1 and end is not None and end >= tensor.shape[args[1]]
+
+
+REDUCTIONS = {
+    aten.sum.default: "sum",
+    aten.sum.dim_IntList: "sum",
+    aten.mean.default: "sum",
+    aten.mean.dim: "sum",
+    aten.amax.default: "amax",
+    aten.max.default: "amax",
+}
+"""What is computed of values that are not there without making them."""
+
+
+def reduce_unread(func: Any, tensor: Deferred, args: Any, kwargs: Any) -> Tensor | None:
+    """A reduction of values that were not made; ``None`` where they are there, or wanted for it.
+
+    The gradient of a largest value looks for that value among all, bit by bit, so it wants them.
+    """
+    kind, cell = REDUCTIONS[func], tensor.cell
+    wanted = (kind == "amax" and tensor.requires_grad) or TracingContext.try_get() is not None
+    if cell is None or cell.made is not None or wanted or not tensor.numel():
+        return None
+    like = func(torch.empty(tensor.shape, dtype=tensor.dtype, device="meta"), *args, **kwargs)  # errors, shape, dtype
+    if not like.is_floating_point():
+        return None
+    dims = (args[0] if args else kwargs.get("dim")) or range(tensor.dim())
+    axes = sorted({axis % tensor.dim() for axis in dims})
+    found = cell.look("reduce", kind, axes)
+    if found is None:
+        return None
+    if func in (aten.mean.default, aten.mean.dim):
+        found = found / math.prod(tensor.shape[axis] for axis in axes)
+    return found.reshape(like.shape).to(like.dtype)
+
+
+INDEX, INDEX_SELECT = aten.index.Tensor, aten.index_select.default
+
+
+def take_unread(tensor: Deferred, dim: Any, index: Tensor | None = None) -> Tensor | None:
+    """Some places of an axis of values that were not made, which is a copy; ``None`` where the values are wanted.
+
+    Of ``tensor[:, [2, 5]]`` (``dim`` is a list of tensors then) or ``tensor.index_select(1, index)``.
+    """
+    from_end = index is None  # ``index_select`` counts from the first place alone
+    if index is None:
+        given = [(axis, one) for axis, one in enumerate(dim) if one is not None]
+        if len(given) != 1:
+            return None
+        dim, index = given[0]
+    cell = tensor.cell
+    plain = type(index) is Tensor and index.dtype == torch.int64 and index.dim() == 1
+    if cell is None or cell.made is not None or not plain or not tensor.numel() or TracingContext.try_get() is not None:
+        return None
+    size = tensor.shape[dim]
+    places = index.tolist()
+    least = -size if from_end else 0
+    if not all(least <= place < size for place in places) or len(places) > size:
+        return None  # whose error is PyTorch's
+    return cell.look("take", dim % tensor.dim(), [place % size for place in places])
 
 
 def make_blank(cls: type[Tensor], shape: torch.Size | tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Any:

@@ -40,7 +40,7 @@ def load_weights_and_gradient(
     rows, keys = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
     score = tl.dot(left, tl.trans(right))
     places = statistic + row + tl.minimum(rows, rows_left - 1)
-    made = exponentiate(score, shift, factor, places, bias, bias_strides, (rows_left, keys_left), scale)
+    made = exponentiate(score, shift, factor, places, bias, bias_strides, (rows_left, keys_left), scale, 0.0, False)
     seen = find_visible(first, sizes, window, valid, dense, dense_strides, WINDOW, BLOCK_M, BLOCK_N)
     grad_row, grad_key = grad_strides
     entries = grad + row * grad_row + key * grad_key + rows[:, None] * grad_row + keys[None, :] * grad_key

@@ -11,11 +11,12 @@ from torch import Tensor
 from ..backends.naive import probabilities, scores, weigh
 from ..host.torch_state import is_batched
 from ..problem.spec import AttentionSpec
-from .recipe import Recipe, replace_bias
+from .learned import replace_learned, take_apart_scores
+from .recipe import Recipe
 
 
 class Weights(torch.autograd.Function):
-    """A backend's output, and the weights of a recipe beside it, which are a function of q, k and the bias.
+    """A backend's output, and the weights of a recipe beside it, which are a function of q, k and learned scores.
 
     With v the output can be differentiated twice, which the stock layer's can with ``need_weights=True`` and no fused
     kernel's: a backward with ``create_graph`` takes the gradients of the definition and hands the backend none; a plain
@@ -29,18 +30,18 @@ class Weights(torch.autograd.Function):
         q: Tensor,
         k: Tensor,
         v: Tensor | None,
-        bias: Tensor | None,
         spec: AttentionSpec,
         recipe: Recipe,
         make: Callable[[Recipe], Tensor],
+        *learned: Tensor | None,
     ) -> Any:
         tensors, ctx.recipe_again = take_apart(recipe)
         masks, ctx.spec_again = ((), None) if recipe.places is None else take_tensors_out(spec)
-        ctx.save_for_backward(q, k, v, bias, *tensors, *masks)
-        ctx.count = len(tensors)
+        ctx.save_for_backward(q, k, v, *learned, *tensors, *masks)
+        ctx.counts = len(learned), len(tensors)
         ctx.set_materialize_grads(False)
         weights = make(recipe)
-        if not any(ctx.needs_input_grad[place] for place in (1, 2, 4)):
+        if not any(ctx.needs_input_grad[place] for place in (1, 2, *range(FIRST, FIRST + len(learned)))):
             ctx.mark_non_differentiable(weights)
         return out.detach(), weights  # an input returned as it is could not be written in place
 
@@ -48,41 +49,48 @@ class Weights(torch.autograd.Function):
     def backward(ctx: Any, *grads: Any) -> Any:
         of_out, of_weights = grads
         again = torch.is_grad_enabled()
-        rest = (None,) * 3
+        count, held = ctx.counts
+        nothing = (of_out, *(None,) * (FIRST - 1 + count))
         if of_weights is None and not again:
-            return of_out, None, None, None, None, *rest
-        needed = ctx.needs_input_grad[1:5]
-        q, k, v, bias, *tensors = ctx.saved_tensors
-        recipe = ctx.recipe_again(q, k, tensors[: ctx.count])
+            return nothing
+        q, k, v, *tensors = ctx.saved_tensors
+        learned, tensors = tensors[:count], tensors[count:]
+        recipe = ctx.recipe_again(q, k, tensors[:held])
+        needed = ctx.needs_input_grad
         if not (again or is_batched(of_weights)):
-            dq, dk, d_bias = recipe.gradients(of_weights, (needed[0], needed[1], needed[3]))
-            return of_out, dq, dk, None, d_bias, *rest
+            dq, dk, *rest = recipe.gradients(of_weights, (*needed[1:3], *needed[FIRST:]))
+            return of_out, dq, dk, *nothing[3:FIRST], *rest
         with torch.enable_grad():
-            defined = [] if of_weights is None else [(recipe.define(q, k, bias), of_weights)]
+            defined = [] if of_weights is None else [(recipe.define(q, k, learned), of_weights)]
             if v is not None and of_out is not None and again:
-                spec = recipe.spec if ctx.spec_again is None else ctx.spec_again(tensors[ctx.count :])
-                spec = replace_bias(spec, bias)
+                spec = recipe.spec if ctx.spec_again is None else ctx.spec_again(tensors[held:])
+                spec = replace_learned(spec, learned)
                 defined.append((weigh(probabilities(*scores(q, k, spec), spec), v, spec), of_out))
                 of_out = None
             if not defined:
-                return of_out, None, None, None, None, *rest
-            wanted = [x for x, need in zip((q, k, v, bias), needed) if need]
+                return nothing
+            inputs = (q, k, v, *nothing[4:FIRST], *learned)
+            wanted = [x for x, need in zip(inputs, needed[1:]) if need]
             outputs, gradients = zip(*defined)
             made = iter(torch.autograd.grad(outputs, wanted, gradients, create_graph=True, allow_unused=True))
-        return (of_out, *(next(made) if need else None for need in needed), *rest)
+        return (of_out, *(next(made) if need else None for need in needed[1:]))
+
+
+FIRST = 7
+"""The place of the first learned tensor among the inputs of ``Weights``."""
 
 
 def take_tensors_out(spec: AttentionSpec) -> tuple[tuple[Tensor, ...], Callable[[Sequence[Tensor]], AttentionSpec]]:
-    """The tensors that a problem's mask and bias hold, and what makes the problem of them again."""
+    """The tensors that a problem's mask and scores hold, and what makes the problem of them again."""
     masks, again = ((), None) if spec.mask is None else spec.mask.flatten()
-    biases = () if spec.bias is None else spec.bias.tensors()
-    bare, count = spec.changed(mask=None, bias=None), len(masks)
+    learned, over = take_apart_scores(spec)
+    bare, count = spec.changed(mask=None, bias=None, sinks=None), len(masks)
 
     def whole(tensors: Sequence[Tensor]) -> AttentionSpec:
         mask = None if again is None else again(tensors[:count])
-        return replace_bias(bare.changed(mask=mask), tensors[count] if len(tensors) > count else None)
+        return over(bare.changed(mask=mask), tensors[count:])
 
-    return (*masks, *biases), whole
+    return (*masks, *learned), whole
 
 
 def take_apart(recipe: Recipe) -> tuple[list[Tensor | None], Callable[..., Recipe]]:

@@ -110,6 +110,15 @@ def load_bias(
 
 
 @triton.jit
+def bend(score: tl.tensor, scale: tl.tensor, softcap: tl.tensor, SOFTCAP: tl.constexpr) -> tl.tensor:
+    """A product of q and k as a score: scaled, and kept below the softcap by a hyperbolic tangent."""
+    score *= scale
+    if SOFTCAP:
+        score = softcap * (1.0 - 2.0 / (tl.exp2(score * (2.0 * LOG2E / softcap)) + 1.0))
+    return score
+
+
+@triton.jit
 def exponentiate(
     score: tl.tensor,
     shift: tl.tensor,
@@ -119,6 +128,8 @@ def exponentiate(
     strides: tl.tuple,
     left: tl.tuple,
     scale: tl.tensor,
+    softcap: tl.tensor,
+    SOFTCAP: tl.constexpr,
 ) -> tl.tensor:
     """The weights of a tile before its mask, given ``q @ k.T`` and where its rows' statistics lie.
 
@@ -127,9 +138,12 @@ def exponentiate(
     moved = tl.load(shift + statistic)
     if factor is None:  # a blind row has no weights: exp(anything - inf) is 0
         moved = tl.where(moved == float("-inf"), float("inf"), moved * LOG2E)
-        made = tl.exp2(score * (scale * LOG2E) - moved[:, None])
+        if SOFTCAP:
+            made = tl.exp2(bend(score, scale, softcap, SOFTCAP) * LOG2E - moved[:, None])
+        else:
+            made = tl.exp2(score * (scale * LOG2E) - moved[:, None])
     else:
-        score = score * scale
+        score = bend(score, scale, softcap, SOFTCAP)
         if bias is not None:
             score += load_bias(bias, strides, left, score.shape[0], score.shape[1])
         made = tl.exp2((score - moved[:, None]) * LOG2E) * tl.load(factor + statistic)[:, None]
@@ -137,7 +151,7 @@ def exponentiate(
 
 
 UNSPECIALIZED = """
-    seqlen_q heads group count low high scale
+    seqlen_q heads group count low high scale softcap
     dense_batch dense_head dense_row dense_key bias_batch bias_head bias_row bias_key
 """.split()  # noqa: SIM905
 """Arguments whose value shall not make another kernel."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .kernel_parts import LOG2E, UNSPECIALIZED, exponentiate, find_visible, load_bias, multiply
+from .kernel_parts import LOG2E, UNSPECIALIZED, bend, exponentiate, find_visible, load_bias, multiply
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
@@ -18,6 +18,7 @@ def statistics_kernel(
     k: tl.tensor,
     shift: tl.tensor,
     factor: tl.tensor,
+    sinks: tl.tensor,
     valid: tl.tensor,
     dense: tl.tensor,
     bias: tl.tensor,
@@ -26,6 +27,7 @@ def statistics_kernel(
     heads: tl.tensor,
     group: tl.tensor,
     scale: tl.tensor,
+    softcap: tl.tensor,
     low: tl.tensor,
     high: tl.tensor,
     q_batch: tl.tensor,
@@ -43,6 +45,7 @@ def statistics_kernel(
     bias_row: tl.tensor,
     bias_key: tl.tensor,
     WINDOW: tl.constexpr,
+    SOFTCAP: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     CHUNK: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -50,7 +53,8 @@ def statistics_kernel(
 ) -> None:
     """Compute what makes weights of scores, ``factor * exp(score - shift)``: the largest one a row, and 1 / the sum.
 
-    One program a tile of rows of a head. A blind row has shift inf and factor 0.
+    One program a tile of rows of a head. The sum has the head's sink in it. A row that sees no key has shift inf and
+    factor 0.
     """
     tiles = tl.cdiv(seqlen_q, BLOCK_M)
     place = tl.program_id(0) // tiles
@@ -75,7 +79,7 @@ def statistics_kernel(
         key = tl.cast(first_key, tl.int64)
         left = (seqlen_q - first_row, seqlen_k - first_key)
         score = multiply(q, k + key * k_key, (q_row, k_key), left, HEAD_DIM, CHUNK, BLOCK_M, BLOCK_N)
-        score *= scale
+        score = bend(score, scale, softcap, SOFTCAP)
         if bias is not None:
             score += load_bias(bias + key * bias_key, (bias_row, bias_key), left, BLOCK_M, BLOCK_N)
         table = dense
@@ -100,6 +104,8 @@ def statistics_kernel(
     rows = first_row + tl.arange(0, BLOCK_M)
     places = place.to(tl.int64) * seqlen_q + rows
     blind = total == 0.0  # not by the largest, which a NaN leaves as it is
+    if sinks is not None:
+        total += tl.exp2((tl.load(sinks + head) - tl.where(blind, 0.0, largest)) * LOG2E)
     tl.store(shift + places, tl.where(blind, float("inf"), largest), mask=rows < seqlen_q)
     tl.store(factor + places, tl.where(blind, 0.0, 1.0 / total), mask=rows < seqlen_q)
 
@@ -120,6 +126,7 @@ def weights_kernel(
     group: tl.tensor,
     count: tl.tensor,
     scale: tl.tensor,
+    softcap: tl.tensor,
     low: tl.tensor,
     high: tl.tensor,
     q_batch: tl.tensor,
@@ -137,6 +144,7 @@ def weights_kernel(
     bias_row: tl.tensor,
     bias_key: tl.tensor,
     WINDOW: tl.constexpr,
+    SOFTCAP: tl.constexpr,
     BY_HEAD: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     CHUNK: tl.constexpr,
@@ -202,6 +210,8 @@ def weights_kernel(
             (bias_row, bias_key),
             (rows_left, keys_left),
             scale,
+            softcap,
+            SOFTCAP,
         )
         if BY_HEAD:
             seen = find_visible(

@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import functools
 import itertools
+import math
 import operator
 from typing import Any
 
@@ -18,13 +19,17 @@ from torch import Tensor
 
 from ..host.machine import has_triton
 from ..problem.masks import Dense, Window
+from ..problem.positions import index_grid
 from ..problem.ragged import KeyLengths, KeyPadding
-from ..problem.scores import TensorBias
+from ..problem.scores import ALiBi, RelativeBias, TensorBias
 from ..problem.spec import AttentionSpec
 from ..problem.wording import dtype_name
+from .blocks import Box, as_slice
 
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 LARGEST_HEAD_DIM = 256
+BY_DISTANCE = (ALiBi, RelativeBias)
+"""Biases that are one number for each head and distance, a line of numbers instead of a table."""
 KERNEL_MASKS = (Window, KeyPadding, KeyLengths, Dense)
 OLDEST = (8, 0)
 """The compute capability that has tensor cores for bfloat16."""
@@ -43,13 +48,14 @@ def why_not(spec: AttentionSpec) -> str | None:
     for part in () if spec.mask is None else spec.mask.parts:
         if not isinstance(part, KERNEL_MASKS):
             return f"no kernel has the mask {part!r}"
-    if spec.bias is not None and not isinstance(spec.bias, TensorBias):
+    parts = () if spec.bias is None else spec.bias.parts
+    if not (all(type(part) in BY_DISTANCE for part in parts) or isinstance(spec.bias, TensorBias)):
         return f"no kernel has the bias {spec.bias!r}"
-    if spec.bias is not None and spec.bias.tensor.dtype not in KERNEL_DTYPES:
-        return f"no kernel has a bias of {dtype_name(spec.bias.tensor.dtype)}"
-    if spec.softcap is not None:
-        return "no kernel has a softcap"
-    return None if spec.sinks is None else "no kernel has sinks"
+    for name, tensors in (("a bias", () if spec.bias is None else spec.bias.tensors()), ("sinks", (spec.sinks,))):
+        for tensor in tensors:
+            if tensor is not None and tensor.dtype not in KERNEL_DTYPES:
+                return f"no kernel has {name} of {dtype_name(tensor.dtype)}"
+    return None
 
 
 def no_gradients(spec: AttentionSpec) -> str | None:
@@ -58,7 +64,9 @@ def no_gradients(spec: AttentionSpec) -> str | None:
     A tile's gradient has the dtype of q on its way to the tensor cores. float16 has no room for numbers as small as
     those, and nothing multiplies float32 faster than PyTorch.
     """
-    return why_not(spec) if spec.dtype == torch.bfloat16 else f"dtype must be bfloat16, got {dtype_name(spec.dtype)}"
+    if spec.dtype != torch.bfloat16:
+        return f"dtype must be bfloat16, got {dtype_name(spec.dtype)}"
+    return why_not(spec) if spec.softcap is None else "no kernel has the gradient of a softcap"
 
 
 @functools.cache
@@ -149,12 +157,13 @@ def shared_memory(device: torch.device) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class Tables:
-    """A problem's mask and bias as the kernels read them.
+    """The mask and the bias of a box of a problem as the kernels read them.
 
     Attributes:
         bounds: keys from ``row + bounds[0]`` to ``row + bounds[1]`` are seen; ``None`` for all.
         valid: (batch, seqlen_k), of bytes.
-        dense, bias: (batch, heads, seqlen_q, seqlen_k), with a stride of 0 where they broadcast; the first of bytes.
+        dense: (batch, heads, seqlen_q, seqlen_k), with a stride of 0 where it broadcasts; of bytes.
+        bias: where its first entry lies; its ``bias_strides`` over the same axes.
         by_head: ``dense`` differs from head to head.
     """
 
@@ -162,10 +171,11 @@ class Tables:
     valid: Tensor | None
     dense: Tensor | None
     bias: Tensor | None
+    bias_strides: tuple[int, ...]
     by_head: bool
 
     @classmethod
-    def of(cls, spec: AttentionSpec) -> Tables:
+    def of(cls, spec: AttentionSpec, box: Box, keys: range) -> Tables:
         windows: list[Window] = []
         valid: list[Tensor] = []
         dense: list[Tensor] = []
@@ -179,13 +189,37 @@ class Tables:
             else:
                 assert isinstance(part, Dense)
                 dense.append(part.allowed)
-        shape = (spec.batch, spec.heads, spec.seqlen_q, spec.seqlen_k)
-        keys = functools.reduce(operator.and_, valid).contiguous().view(torch.uint8) if valid else None
+        bounds = window_bounds(windows, spec.seqlen_q, spec.seqlen_k)
+        if bounds is not None:  # in the box both are counted from its own first row and key
+            bounds = tuple(bound + box.rows.start - keys.start for bound in bounds)  # type: ignore[assignment]
+        real = functools.reduce(operator.and_, valid)[as_slice(box.batch), as_slice(keys)] if valid else None
         table = functools.reduce(operator.and_, dense) if dense else None
-        bias = None if spec.bias is None else spec.bias.tensors()[0].detach().expand(shape)
         by_head = table is not None and table.shape[1] > 1
-        pattern = None if table is None else table.view(torch.uint8).expand(shape)
-        return cls(window_bounds(windows, spec.seqlen_q, spec.seqlen_k), keys, pattern, bias, by_head)
+        pattern = None if table is None else box.expand(table.view(torch.uint8), spec, keys)
+        bias, strides = place_bias(spec, box, keys)
+        return cls(
+            bounds, None if real is None else real.contiguous().view(torch.uint8), pattern, bias, strides, by_head
+        )
+
+
+def place_bias(spec: AttentionSpec, box: Box, keys: range) -> tuple[Tensor | None, tuple[int, ...]]:
+    """The memory of a bias from its first entry in a box on, and its strides over (batch, heads, rows, keys).
+
+    One of ``BY_DISTANCE`` is a line of numbers a head, from the last query's distance to the first key on: a row is the
+    one before it, one number earlier.
+    """
+    if spec.bias is None:
+        return None, (0, 0, 0, 0)
+    if isinstance(spec.bias, TensorBias):
+        table = box.expand(spec.bias.tensor.detach(), spec, keys)
+        return table, table.stride()
+    last, longest = spec.seqlen_q - 1, spec.seqlen_q + spec.seqlen_k - 1
+    distances = spec.bias.bias_mod(spec.seqlen_q, spec.seqlen_k)(
+        *index_grid(spec.batch, spec.heads, spec.seqlen_q, longest, spec.device, range(last, spec.seqlen_q))
+    )
+    whole = distances.detach().to(torch.float32).expand(spec.batch, spec.heads, 1, longest)
+    held = whole[as_slice(box.batch), as_slice(box.heads), 0, last - box.rows.start + keys.start :]
+    return held, (held.stride(0), held.stride(1), -held.stride(2), held.stride(2))
 
 
 def window_bounds(windows: list[Window], seqlen_q: int, seqlen_k: int) -> tuple[int, int] | None:
@@ -200,23 +234,37 @@ def window_bounds(windows: list[Window], seqlen_q: int, seqlen_k: int) -> tuple[
 
 
 class KernelProblem:
-    """One problem as the kernels take it: its tensors, sizes and strides."""
+    """One box of a problem, or some of its keys, as the kernels take it: its tensors, sizes and strides."""
 
-    def __init__(self, q: Tensor, k: Tensor, lse: Tensor | None, spec: AttentionSpec) -> None:
+    def __init__(
+        self,
+        q: Tensor,
+        k: Tensor,
+        lse: Tensor | None,
+        spec: AttentionSpec,
+        box: Box | None = None,
+        keys: range | None = None,
+    ) -> None:
+        box = Box.whole(spec) if box is None else box
+        keys = range(spec.seqlen_k) if keys is None else keys
+        q, (k, group) = box.of_query(q), box.of_grouped_key(k, spec.heads)
+        k = k[:, as_slice(keys)]
         self.q, self.k = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k))
-        self.spec = spec
-        self.tables = tables = Tables.of(spec)
+        self.spec, self.box, self.shape = spec, box, (len(box.batch), len(box.heads), len(box.rows))
+        self.tables = tables = Tables.of(spec, box, keys)
         self.masks = (tables.valid, tables.dense, tables.bias)
-        self.sizes = (spec.seqlen_q, spec.seqlen_k, spec.heads, spec.heads // spec.heads_kv)
+        self.sizes = (len(box.rows), len(keys), len(box.heads), group)
+        self.softcap = 0.0 if spec.softcap is None else spec.softcap
         self.window = (0, 0) if tables.bounds is None else tables.bounds
-        strides = (self.q.stride()[:3], self.k.stride()[:3], strides_of(tables.dense), strides_of(tables.bias))
+        strides = (self.q.stride()[:3], self.k.stride()[:3], strides_of(tables.dense), tables.bias_strides)
         self.strides = tuple(itertools.chain(*strides))
         self.cut = choose_tiling(
             spec.head_dim, q.dtype, shared_memory(q.device), tables.by_head or tables.bias is not None
         )
         self.options = {"WINDOW": tables.bounds is not None, "HEAD_DIM": spec.head_dim}
+        self.bent = {"SOFTCAP": spec.softcap is not None, **self.options}
         exact = lse is None or spec.bias is not None or q.dtype == torch.float32
-        self.lse = None if exact or lse is None else lse.to(torch.float32).contiguous()
+        self.lse = None if exact or lse is None else box.of_row(lse).to(torch.float32).contiguous()
 
     def statistics(self) -> tuple[Tensor, Tensor | None]:
         """Compute what makes weights of scores: the log-sum-exp, or each row's largest score and 1 / its sum."""
@@ -224,17 +272,26 @@ class KernelProblem:
             return self.lse, None
         from .kernels import statistics_kernel
 
-        spec, cut = self.spec, self.cut
-        shift, factor = self.q.new_empty(2, spec.batch, spec.heads, spec.seqlen_q, dtype=torch.float32)
-        programs = spec.batch * spec.heads * -(-spec.seqlen_q // cut.rows)
-        tensors = (self.q, self.k, shift, factor, *self.masks)
-        numbers = (*self.sizes, spec.scale, *self.window, *self.strides)
-        statistics_kernel[(programs,)](*tensors, *numbers, **self.options, **cut.options())
+        cut, sinks = self.cut, self.spec.sinks
+        shift, factor = self.q.new_empty(2, *self.shape, dtype=torch.float32)
+        if sinks is not None:
+            sinks = sinks.detach()[as_slice(self.box.heads)].to(torch.float32).contiguous()
+        programs = math.prod(self.shape[:2]) * -(-self.sizes[0] // cut.rows)
+        tensors = (self.q, self.k, shift, factor, sinks, *self.masks)
+        numbers = (*self.sizes, self.spec.scale, self.softcap, *self.window, *self.strides)
+        statistics_kernel[(programs,)](*tensors, *numbers, **self.bent, **cut.options())
         return shift, factor
 
 
 def make_weights(
-    q: Tensor, k: Tensor, lse: Tensor | None, spec: AttentionSpec, average: bool, dtype: torch.dtype
+    q: Tensor,
+    k: Tensor,
+    lse: Tensor | None,
+    spec: AttentionSpec,
+    average: bool,
+    dtype: torch.dtype,
+    box: Box | None = None,
+    keys: range | None = None,
 ) -> Tensor:
     """The weights (batch, heads, seqlen_q, seqlen_k) of a supported problem, or their mean over heads.
 
@@ -242,24 +299,76 @@ def make_weights(
         q, k: (batch, seqlen, heads, head_dim), outside autograd.
         lse: (batch, heads, seqlen_q), float32, ``-inf`` in blind rows. Without it, beside a bias, and in float32, where
             its rounding would show, each row's largest score and sum are computed first.
-        average: (batch, seqlen_q, seqlen_k) instead.
+        average: (batch, 1, seqlen_q, seqlen_k) instead.
         dtype: of the weights.
+        box, keys: the part of the weights that is made, default all; a mean wants all heads.
     """
-    shape = (spec.batch, spec.seqlen_q) if average else (spec.batch, spec.heads, spec.seqlen_q)
-    made = torch.empty(*shape, spec.seqlen_k, dtype=dtype, device=q.device)
+    box = Box.whole(spec) if box is None else box
+    keys = range(spec.seqlen_k) if keys is None else keys
+    shape = (len(box.batch), 1 if average else len(box.heads), len(box.rows), len(keys))
+    made = torch.empty(shape, dtype=dtype, device=q.device)
     if not made.numel():
         return made
     from .kernels import weights_kernel
 
     with use_device(q.device):
-        problem = KernelProblem(q, k, lse, spec)
-        cut, count = problem.cut, spec.heads if average else 1
-        programs = spec.batch * (spec.heads // count) * -(-spec.seqlen_q // cut.rows) * -(-spec.seqlen_k // cut.keys)
-        tensors = (problem.q, problem.k, *problem.statistics(), *problem.masks, made)
-        numbers = (*problem.sizes, count, spec.scale, *problem.window, *problem.strides)
-        options = {**problem.options, **cut.options(), "BY_HEAD": problem.tables.by_head, "BAND": BAND}
+        problem = KernelProblem(q, k, lse, spec, box)
+        statistics = problem.statistics()
+        if len(keys) < spec.seqlen_k:
+            problem = KernelProblem(q, k, lse, spec, box, keys)
+        cut, count = problem.cut, len(box.heads) // shape[1]
+        programs = math.prod(shape[:2]) * -(-shape[2] // cut.rows) * -(-shape[3] // cut.keys)
+        tensors = (problem.q, problem.k, *statistics, *problem.masks, made)
+        numbers = (*problem.sizes, count, spec.scale, problem.softcap, *problem.window, *problem.strides)
+        options = {**problem.bent, **cut.options(), "BY_HEAD": problem.tables.by_head, "BAND": BAND}
         weights_kernel[(programs,)](*tensors, *numbers, **options)
     return made
+
+
+MOST_PROGRAMS = 512
+"""Programs that keep a GPU busy: more share the heads of a mean among them no further."""
+
+
+def sum_columns(
+    q: Tensor, k: Tensor, lse: Tensor | None, spec: AttentionSpec, average: bool, box: Box | None = None
+) -> Tensor:
+    """The weights of a supported problem summed over the queries of a box, float32; see ``make_weights``.
+
+    (batch, heads, 1, seqlen_k), or the mean over heads (batch, 1, 1, seqlen_k).
+    """
+    box = Box.whole(spec) if box is None else box
+    batch, heads = len(box.batch), len(box.heads)
+    if not (batch and heads and len(box.rows) and spec.seqlen_k):
+        return torch.zeros(batch, 1 if average else heads, 1, spec.seqlen_k, dtype=torch.float32, device=q.device)
+    from .column_kernel import columns_kernel
+
+    with use_device(q.device):
+        problem = KernelProblem(q, k, lse, spec, box)
+        cut, tables = problem.cut, problem.tables
+        tiles = -(-spec.seqlen_k // cut.keys)
+        shares = [n for n in range(1, heads + 1) if heads % n == 0 and batch * tiles * n >= MOST_PROGRAMS]
+        parts = min([*shares, heads]) if average else heads
+        made = q.new_empty(batch, parts, 1, spec.seqlen_k, dtype=torch.float32)
+        tensors = (problem.q, problem.k, *problem.statistics(), *problem.masks, made)
+        numbers = (*problem.sizes, heads // parts, spec.scale, problem.softcap, *problem.window, *problem.strides)
+        options = {**problem.bent, **cut.options(), "MASKED": tables.bounds is not None or tables.dense is not None}
+        columns_kernel[(batch * parts * tiles,)](*tensors, *numbers, **options)
+    return made.sum(dim=1, keepdim=True).div_(heads) if average else made
+
+
+def find_largest(q: Tensor, k: Tensor, spec: AttentionSpec, box: Box | None = None) -> Tensor:
+    """The largest weight of each row of a box of a supported problem, (batch, heads, seqlen_q, 1), float32.
+
+    It is that of the row's largest score: 1 / the sum of the exponentials of all scores less that one.
+    """
+    box = Box.whole(spec) if box is None else box
+    if not (len(box.batch) and len(box.heads) and len(box.rows) and spec.seqlen_k):
+        shape = (len(box.batch), len(box.heads), len(box.rows), 1)
+        return torch.zeros(shape, dtype=torch.float32, device=q.device)
+    with use_device(q.device):
+        factor = KernelProblem(q, k, None, spec, box).statistics()[1]
+    assert factor is not None
+    return factor[..., None]
 
 
 def make_gradients(

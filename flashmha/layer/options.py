@@ -1,0 +1,192 @@
+"""The options of a layer beyond ``nn.MultiheadAttention``: their names, the values that mean none, what they may be.
+
+There are four kinds: of heads, of positions, of scores, and switches. No annotation here may be postponed: TorchScript
+reads them.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..backends import expand
+from ..problem.masks import Window, causal
+from ..problem.scores import BIAS_DTYPES, Bias
+from ..problem.wording import spell
+from .protocol import Layer
+
+PARTS = ("q_norm", "k_norm", "rotary", "position_bias", "sinks")
+"""Options that a layer owns as a module or a parameter; a ``position_bias`` may be a plain object."""
+
+SWITCHES = ("call_out_proj", "need_weights", "trust_is_causal", "skip_padding")
+
+STOCK_VALUES: dict[str, Any] = {
+    "num_kv_heads": None,
+    "free_head_dim": None,  # the stock class has a head_dim of its own
+    "value_head_dim": None,
+    "window": None,
+    "causal": False,
+    "softcap": None,
+    "softmax_scale": None,
+    **dict.fromkeys(PARTS),
+    "backend": None,
+    "call_out_proj": False,
+    "need_weights": True,
+    "trust_is_causal": False,
+    "skip_padding": False,
+}
+"""Every option, and its value in a layer that has none."""
+
+ALONE = ("num_kv_heads", "free_head_dim", "value_head_dim", *PARTS)
+"""Options of one layer, which come with parameters or objects: a swap sets none of them."""
+
+
+def part(name: str) -> property:
+    """A part of a layer, ``None`` where it has none, as a layer has that was swapped in."""
+
+    def read(layer: Any) -> Any:
+        for held in (layer._modules, layer._parameters, layer.__dict__):
+            if name in held:
+                return held[name]
+        return None
+
+    return property(read)
+
+
+def set_part(layer: Any, name: str, value: Any) -> None:
+    """Put a part in its place, after the one before it was taken out."""
+    for held in (layer._modules, layer._parameters, layer.__dict__):
+        held.pop(name, None)
+    if isinstance(value, nn.Module):
+        layer._modules[name] = value
+    elif isinstance(value, nn.Parameter):
+        layer._parameters[name] = value
+    elif value is not None:
+        layer.__dict__[name] = value
+
+
+def is_set(layer: Layer, name: str) -> bool:
+    """An option of a layer is another than none."""
+    value, absent = getattr(layer, name), STOCK_VALUES[name]
+    return value is not None if absent is None else bool(value != absent)
+
+
+def owns_parts(layer: Layer) -> bool:
+    """A layer may have parts, as far as a quick look tells."""
+    return len(layer._modules) > 1 or "sinks" in layer._parameters or "position_bias" in layer.__dict__
+
+
+def rule_of(layer: Layer) -> Window | None:
+    """How far every query of a layer sees: its window and its causality in one."""
+    window: Window | None = layer.window
+    if not layer.causal:
+        return window
+    return causal() if window is None else Window(window.left, 0, align=window.align)
+
+
+def counted_by(layer: Layer) -> str | None:
+    """The option of a layer that counts positions; ``None`` where it has none."""
+    for name in ("window", "causal", "rotary", "position_bias"):
+        if is_set(layer, name):
+            return name
+    return None
+
+
+def describe(layer: Layer) -> str:
+    """The options that are set, but for those that are modules."""
+    words = []
+    for name in STOCK_VALUES:
+        value = getattr(layer, name)
+        if is_set(layer, name) and not isinstance(value, nn.Module):
+            value = tuple(value.shape) if isinstance(value, Tensor) else value
+            words.append(f"{name.removeprefix('free_')}={value!r}")
+    return ", ".join(words)
+
+
+def check_options(options: dict[str, Any]) -> None:
+    """Raise where the value of an option means nothing, before anything is changed."""
+    if options.get("backend") is not None:
+        expand(options["backend"])
+    if options.get("window") is not None:
+        as_window(options["window"])
+    for name in (*SWITCHES, "causal"):
+        if not isinstance(options.get(name, True), bool):
+            raise TypeError(f"{name} must be True or False, got {options[name]!r}.")
+    for name in ("softcap", "softmax_scale"):
+        check_number(name, options.get(name))
+    for name in ("head_dim", "value_head_dim"):
+        size = options.get(name)
+        if size is not None and (type(size) is not int or size < 1):
+            raise ValueError(f"{name} must be a whole number of at least 1, got {size!r}.")
+    for name in ("q_norm", "k_norm", "rotary"):
+        module = options.get(name)
+        if module is not None and not isinstance(module, nn.Module):
+            raise TypeError(f"{name} must be a module, or None, got {spell(module)}.")
+    bias = options.get("position_bias")
+    if bias is not None and not isinstance(bias, (nn.Module, Bias)):
+        hint = "; TensorBias makes a Bias of a tensor" if isinstance(bias, Tensor) else ""
+        raise TypeError(
+            f"position_bias must be a module called with q and k, such as AlibiBias, or a Bias, got {spell(bias)}"
+            f"{hint}."
+        )
+
+
+def check_number(name: str, number: Any) -> None:
+    """Raise where a softcap or a scale is none."""
+    if number is None:
+        return
+    if isinstance(number, bool) or not isinstance(number, (int, float)):
+        raise TypeError(f"{name} must be a number or None, got {spell(number)}.")
+    if not math.isfinite(number) or (name == "softcap" and number <= 0):
+        raise ValueError(f"{name} must be finite{' and greater than 0' * (name == 'softcap')}, got {number}.")
+
+
+def check_kv_heads(num_heads: int, num_kv_heads: int | None) -> None:
+    """Raise ``ValueError`` where query heads cannot share the heads of keys and values evenly."""
+    if num_kv_heads is not None and (num_kv_heads < 1 or num_heads % num_kv_heads):
+        raise ValueError(
+            f"num_kv_heads must be a divisor of num_heads, got num_heads={num_heads} and num_kv_heads={num_kv_heads}."
+        )
+
+
+def check_sinks(sinks: Any, num_heads: int, kind: type[Tensor] = Tensor) -> None:
+    """Raise where sinks are no number for each head."""
+    if sinks is None or (isinstance(sinks, kind) and sinks.dtype in BIAS_DTYPES and sinks.shape == (num_heads,)):
+        return
+    what = "tensor" if kind is Tensor else "nn.Parameter"
+    raise ValueError(
+        f"sinks must be a floating point {what} (num_heads,) = ({num_heads},), or None, got {spell(sinks)}."
+    )
+
+
+def check_rotary(rotary: Any, head_dim: int) -> None:
+    """Raise where a rotary turns heads of another size."""
+    size = getattr(rotary, "head_dim", head_dim)
+    if size != head_dim:
+        raise ValueError(f"rotary must turn heads of head_dim={head_dim}, got one of head_dim={size}.")
+
+
+def make_norms(qk_norm: Any, head_dim: int, device: Any, dtype: Any) -> tuple[nn.Module | None, nn.Module | None]:
+    """The norms of queries and keys that ``qk_norm`` names."""
+    kinds = {"rms": nn.RMSNorm, "layer": nn.LayerNorm}
+    if qk_norm is None:
+        return None, None
+    if isinstance(qk_norm, str) and qk_norm in kinds:
+        kind: Any = kinds[qk_norm]
+        return tuple(kind(head_dim, device=device, dtype=dtype) for _ in range(2))  # type: ignore[return-value]
+    if isinstance(qk_norm, (tuple, list)) and len(qk_norm) == 2 and all(isinstance(x, nn.Module) for x in qk_norm):
+        return qk_norm[0], qk_norm[1]
+    raise ValueError(
+        f"qk_norm must be 'rms', 'layer' or a pair of modules (q_norm, k_norm) over the last axis, got "
+        f"{spell(qk_norm)}."
+    )
+
+
+def as_window(window: Window | Sequence[int | None]) -> Window:
+    """A pair (left, right) as a ``Window``."""
+    if isinstance(window, Window):
+        return window
+    if not isinstance(window, tuple) or len(window) != 2:
+        raise ValueError(f"window must be a Window or a pair (left, right), got {window!r}.")
+    return Window(*window)

@@ -1,0 +1,1 @@
+"""What a layer may be given: objects that work on heads."""

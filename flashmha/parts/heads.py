@@ -1,0 +1,76 @@
+"""What happens to q and k between their projection and ``process_heads``: norms first, then the rotation."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from ..host.torch_state import eager, is_dual, is_inside_transform
+from ..weights.tiles import why_not_here
+from . import fused_heads
+from .norms import KnownNorm, know, normalize
+from .rotation import Rotation
+
+Norms = tuple[nn.Module | None, nn.Module | None]
+"""Of q and of k."""
+
+
+def prepare_heads(
+    q: Tensor | None,
+    k: Tensor | None,
+    *,
+    q_norm: nn.Module | None = None,
+    k_norm: nn.Module | None = None,
+    rotary: nn.Module | None = None,
+    positions_q: Tensor | None = None,
+    positions_k: Tensor | None = None,
+) -> tuple[Tensor | None, Tensor | None]:
+    """q and k (batch, seqlen, heads, head_dim), normalised and turned.
+
+    Args:
+        q_norm, k_norm: modules over head_dim.
+        rotary: a ``Rotary``, which turns q and k; it is called, so that its hooks run.
+        positions_q, positions_k: as ``Rotary`` takes them.
+    """
+    if rotary is None:
+        return prepare(q, k, (q_norm, k_norm), None)
+    made: tuple[Tensor | None, Tensor | None] = rotary(q, k, positions_q, positions_k, norms=(q_norm, k_norm))
+    return made
+
+
+def prepare(
+    q: Tensor | None, k: Tensor | None, norms: Norms, rotation: Rotation | None
+) -> tuple[Tensor | None, Tensor | None]:
+    """The same, given what turns the heads."""
+    q_norm, k_norm = norms
+    if (q is not None or k is not None) and is_fused(q) and is_fused(k):
+        device = (q if k is None else k).device  # type: ignore[union-attr]
+        known = [name(norm, x, device) for norm, x in ((q_norm, q), (k_norm, k))]
+        # a norm that must be called comes first, and the rotation alone is left to the kernel
+        if known[0] is CALLED:
+            q, known[0] = normalize(q_norm, q), None
+        if known[1] is CALLED:
+            k, known[1] = normalize(k_norm, k), None
+        return fused_heads.prepare(q, k, known[0], known[1], rotation)
+    q, k = normalize(q_norm, q), normalize(k_norm, k)
+    return (q, k) if rotation is None else rotation.apply(q, k)
+
+
+CALLED = KnownNorm(False, None, None, 0.0)
+"""Stands for a norm that no kernel knows."""
+
+
+def name(norm: nn.Module | None, x: Tensor | None, device: torch.device) -> KnownNorm | None:
+    """A norm as a kernel takes it; ``CALLED`` where none does."""
+    if norm is None or x is None:
+        return None
+    return know(norm, x.shape[-1], device) or CALLED
+
+
+def is_fused(x: Tensor | None) -> bool:
+    """A kernel prepares these heads, or there are none."""
+    if x is None:
+        return True
+    if why_not_here(x.device) is not None or not eager(x) or is_dual() or is_inside_transform():
+        return False
+    return fused_heads.why_not(x) is None

@@ -1,0 +1,666 @@
+"""A layer's options of heads, positions and scores, all of them composed, against the definition in ``plain_layer``."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from typing import Any, NamedTuple
+
+import plain_layer
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.utils.checkpoint import checkpoint
+
+import flashmha
+from flashmha import (
+    ALiBi,
+    Documents,
+    FlashMultiHeadAttention,
+    KeyLengths,
+    KeyPadding,
+    NoBackendError,
+    RelativeBias,
+    Rotary,
+    causal,
+    replace_mha,
+    swap_report,
+)
+from flashmha.testing import assert_same
+
+WIDTH, LONGEST = 12, 6
+
+
+class Table(nn.Module):
+    """A learned number for each head and distance."""
+
+    by_distance = True
+
+    def __init__(self, heads: int) -> None:
+        super().__init__()
+        self.table = nn.Parameter(torch.randn(heads, 5))
+
+    def forward(self, q: Tensor, k: Tensor) -> RelativeBias:
+        return RelativeBias(self.table)
+
+    def written(self, own: dict[str, Tensor], distance: Tensor) -> Tensor:
+        return own["position_bias.table"][:, distance.clamp(-2, 2) + 2].transpose(0, 1)
+
+
+class Slots(nn.Module):
+    """A learned number for each head, query and key, as a tensor."""
+
+    def __init__(self, heads: int) -> None:
+        super().__init__()
+        self.table = nn.Parameter(torch.randn(heads, LONGEST, LONGEST))
+
+    def forward(self, q: Tensor, k: Tensor) -> Tensor:
+        return self.table[:, : q.shape[1], : k.shape[1]]
+
+    def written(self, own: dict[str, Tensor], distance: Tensor) -> Tensor:
+        return own["position_bias.table"][None, :, : distance.shape[1], : distance.shape[2]]
+
+
+def alibi(bias: Any, distance: Tensor) -> Tensor:
+    """The bias of plain slopes (batch or 1, heads, seqlen_q, seqlen_k)."""
+    return -bias.slopes.double()[:, None, None] * distance.abs()[:, None]
+
+
+# What is drawn
+
+
+class Drawn(NamedTuple):
+    """A layer's options, and how it is called."""
+
+    heads: int
+    arguments: dict[str, Any]
+    positions: dict[str, Any]
+    scores: dict[str, Any]
+    batch: int
+    seqlens: tuple[int, int] | int
+    mask: str
+    named: bool
+    need_weights: bool
+    average: bool
+    training: bool
+    seed: int
+
+    def build(self, kind: type[FlashMultiHeadAttention] = FlashMultiHeadAttention, **more: Any) -> Any:
+        torch.manual_seed(self.seed)
+        made = {**self.arguments, **self.positions, **self.scores, **more}
+        dtype = made["dtype"]
+        if made.get("rotary"):
+            made["rotary"] = Rotary(made["head_dim"] or WIDTH // self.heads, **made["rotary"])
+        bias = made.get("position_bias")
+        if bias is not None:
+            made["position_bias"] = {
+                "alibi": lambda: ALiBi(torch.rand(self.heads, dtype=torch.float32)),
+                "table": lambda: Table(self.heads).to(dtype),
+                "slots": lambda: Slots(self.heads).to(dtype),
+            }[bias]()
+        if made.pop("sinks", False):
+            made["sinks"] = torch.randn(self.heads)
+        layer = kind(WIDTH, self.heads, **made).train(self.training)
+        with torch.no_grad():
+            for parameter in layer.parameters():  # none is left at zero or one, where bugs hide
+                parameter.add_(0.3 * torch.randn_like(parameter))
+        return layer
+
+
+@st.composite
+def drawn_layers(draw: st.DrawFn) -> Drawn:
+    heads = draw(st.sampled_from((1, 2, 4)))
+    head_dim = draw(st.sampled_from((None, None, 4, 5)))
+    seqlens = draw(st.one_of(st.integers(1, LONGEST), st.tuples(st.integers(1, LONGEST), st.integers(1, LONGEST))))
+    alone = isinstance(seqlens, int)
+    masks = ("none", "bool", "float", "causal", "padding", "lengths") + ("documents",) * alone
+    mask = draw(st.sampled_from(masks))
+    whole = {"dim": (head_dim or WIDTH // heads) // 2 * 2}
+    rotary = draw(st.sampled_from((None, whole, {"dim": 2})))
+    return Drawn(
+        heads=heads,
+        arguments={
+            "num_kv_heads": draw(st.sampled_from([n for n in (None, 1, 2) if n is None or heads % n == 0])),
+            "head_dim": head_dim,
+            "value_head_dim": draw(st.sampled_from((None, None, 3, 7))),
+            "qk_norm": draw(st.sampled_from((None, "rms", "layer"))),
+            "bias": draw(st.booleans()),
+            "add_bias_kv": draw(st.sampled_from((False, False, True))),
+            "add_zero_attn": draw(st.sampled_from((False, False, True))),
+            "kdim": None if alone else draw(st.sampled_from((None, 5))),
+            "batch_first": draw(st.booleans()),
+            "dtype": draw(st.sampled_from((torch.float64, torch.float64, torch.float32))),
+        },
+        positions={
+            "rotary": rotary,
+            "position_bias": draw(st.sampled_from((None, "alibi", "table", "slots"))),
+            "window": draw(st.sampled_from((None, (2, 0), (1, 1), (None, 1)))),
+            "causal": draw(st.booleans()),
+        },
+        scores={
+            "softcap": draw(st.sampled_from((None, 1.5))),
+            "sinks": draw(st.booleans()),
+            "softmax_scale": draw(st.sampled_from((None, 0.4))),
+            "skip_padding": draw(st.booleans()),
+            "backend": draw(st.sampled_from((None, None, "naive", "sdpa"))),
+        },
+        batch=1 if mask == "documents" else draw(st.integers(1, 3)),
+        seqlens=seqlens,
+        mask=mask,
+        named=rotary is not None and draw(st.booleans()),
+        need_weights=draw(st.booleans()),
+        average=draw(st.booleans()),
+        training=draw(st.booleans()),
+        seed=draw(st.integers(0, 2**16)),
+    )
+
+
+class Masked(NamedTuple):
+    """One mask of a call: as the layer is told, which pairs it allows, what it adds, and which rows are real."""
+
+    told: dict[str, Any]
+    allowed: Tensor
+    bias: Tensor
+    real: Tensor
+    slots: tuple[Tensor, Tensor]
+
+
+def mask_of(drawn: Drawn, seqlen_q: int, seqlen_k: int, dtype: torch.dtype) -> Masked:
+    """The mask of a call, told and written."""
+    shape = (drawn.batch, 1, seqlen_q, seqlen_k)
+    allowed, bias = torch.ones(shape, dtype=torch.bool), torch.zeros(shape).double()
+    real = torch.ones(drawn.batch, seqlen_q, dtype=torch.bool)
+    slots = torch.arange(seqlen_k - seqlen_q, seqlen_k)[None], torch.arange(seqlen_k)[None]
+    told: dict[str, Any] = {}
+    if drawn.mask == "bool":
+        hidden = torch.rand(seqlen_q, seqlen_k) < 0.4
+        told, allowed = {"attn_mask": hidden}, allowed & ~hidden
+    elif drawn.mask == "float":
+        bias = torch.randn(seqlen_q, seqlen_k).to(dtype).double().expand(shape)
+        told = {"attn_mask": bias[0, 0].to(dtype)}
+    elif drawn.mask == "causal":
+        future = torch.ones(seqlen_q, seqlen_k, dtype=torch.bool).triu(1)
+        told, allowed = {"attn_mask": future, "is_causal": True}, allowed & ~future
+    elif drawn.mask in ("padding", "lengths"):
+        lengths = torch.randint(0, seqlen_k + 1, (drawn.batch,))
+        valid = torch.arange(seqlen_k) < lengths[:, None]
+        if drawn.mask == "padding":
+            valid = torch.rand(valid.shape) < 0.6 if drawn.seed % 2 else valid
+            told = {"key_padding_mask": ~valid}
+        else:
+            told = {"key_padding_mask": KeyLengths(lengths)}
+        allowed = allowed & valid[:, None, None]
+        if isinstance(drawn.seqlens, int):
+            real = valid
+    elif drawn.mask == "documents":
+        cuts = [0, *sorted(torch.randint(0, seqlen_k + 1, (2,)).tolist()), seqlen_k]
+        told = {"attn_mask": Documents(torch.tensor(cuts))}
+        places = torch.bucketize(torch.arange(seqlen_k), torch.tensor(cuts)[1:], right=True)
+        allowed = allowed & (places[:, None] == places)
+        slots = ((torch.arange(seqlen_k) - torch.tensor(cuts)[places])[None],) * 2
+    return Masked(told, allowed, bias, real, slots)
+
+
+def compare(name: str, found: Tensor, wanted: Tensor, exact: bool) -> None:
+    close = {"rtol": 1e-6, "atol": 1e-7} if exact else {"rtol": 2e-4, "atol": 5e-5}
+    torch.testing.assert_close(found.double(), wanted, msg=lambda told: f"{name}: {told}", **close)
+
+
+def check(drawn: Drawn, **more: Any) -> None:
+    """Output, weights and every gradient of a call agree with the definition."""
+    try:
+        layer = drawn.build(**more)
+    except NoBackendError:
+        assert drawn.scores["backend"] == "sdpa"
+        return
+    alone = isinstance(drawn.seqlens, int)
+    seqlen_q, seqlen_k = (drawn.seqlens,) * 2 if alone else drawn.seqlens  # type: ignore[misc]
+    dtype = drawn.arguments["dtype"]
+    query = torch.randn(drawn.batch, seqlen_q, WIDTH, dtype=dtype)
+    key = query if alone else torch.randn(drawn.batch, seqlen_k, layer.kdim, dtype=dtype)
+    value = query if alone else torch.randn(drawn.batch, seqlen_k, layer.vdim, dtype=dtype)
+    masked = mask_of(drawn, seqlen_q, seqlen_k, dtype)
+    turned = masked.slots
+    told = dict(masked.told)
+    if drawn.named:
+        positions = (
+            torch.randint(0, 50, (drawn.batch, seqlen_q)) if drawn.seed % 3 else torch.randint(0, 50, (seqlen_q,))
+        )
+        told["positions"], turned = positions, (positions.reshape(-1, seqlen_q),) * 2
+        if not alone:
+            told["key_positions"] = torch.randint(0, 50, (drawn.batch, seqlen_k))
+            turned = turned[0], told["key_positions"]
+
+    given = [x.detach().requires_grad_() for x in ((query,) if alone else (query, key, value))]
+    ours = [x if layer.batch_first else x.transpose(0, 1) for x in given]
+    ours = ours * 3 if alone else ours
+    flags = {"need_weights": drawn.need_weights, "average_attn_weights": drawn.average}
+    try:
+        out, weights = layer(*ours, **told, **flags)
+    except NoBackendError:
+        assert layer.backend == "sdpa"
+        return
+    out = out if layer.batch_first else out.transpose(0, 1)
+
+    own = {name: p.detach().double().requires_grad_() for name, p in layer.named_parameters()}
+    exact = [x.detach().double().requires_grad_() for x in given]
+    distance = masked.slots[1][:, None, :] - masked.slots[0][:, :, None]
+    bias = masked.bias
+    if isinstance(layer.position_bias, ALiBi):
+        bias = bias + alibi(layer.position_bias, distance)
+    elif layer.position_bias is not None:
+        bias = bias + layer.position_bias.written(own, distance)
+    wanted, maps = plain_layer.answer(
+        layer, own, tuple(exact * 3 if alone else exact), masked.allowed, bias, masked.slots, turned
+    )
+    maps = maps.mean(1) if drawn.average else maps
+
+    rows = masked.real if layer.skip_padding else torch.ones_like(masked.real)
+    precise = dtype == torch.float64 and layer.rotary is None  # whose cos and sin are float32
+    compare("output", out[rows], wanted[rows], precise)
+    loss = (out * out.detach().cos() * rows[..., None]).sum()
+    loss_wanted = (wanted * out.detach().double().cos() * rows[..., None]).sum()
+    assert (weights is not None) == drawn.need_weights
+    if weights is not None:
+        shown = rows[..., None] if drawn.average else rows[:, None, :, None]
+        compare("weights", weights * shown, maps * shown, precise)
+        slope = torch.randn(weights.shape).double() * shown
+        loss, loss_wanted = loss + (weights * slope).sum(), loss_wanted + (maps * slope).sum()
+    names = [*own, *("query", "key", "value")[: len(given)]]
+    found = torch.autograd.grad(loss, [*layer.parameters(), *given], allow_unused=True, materialize_grads=True)
+    exactly = torch.autograd.grad(loss_wanted, [*own.values(), *exact], allow_unused=True, materialize_grads=True)
+    for name, one, two in zip(names, found, exactly, strict=True):
+        compare(f"gradient of {name}", one, two, precise)
+
+
+@given(drawn_layers())
+def test_options_of_a_layer_mean_what_they_say(drawn: Drawn) -> None:
+    check(drawn)
+
+
+@given(drawn_layers())
+def test_an_attend_that_hands_everything_on_changes_nothing(drawn: Drawn) -> None:
+    class Through(FlashMultiHeadAttention):
+        def attend(self, q: Tensor, k: Tensor, v: Tensor, **call: Any) -> Tensor:
+            return super().attend(q, k, v, **call)
+
+    check(drawn._replace(scores={**drawn.scores, "backend": None}), kind=Through)
+
+
+# Options that are absent, and the objects around a layer
+
+EVERY: dict[str, Any] = {
+    "num_kv_heads": 2,
+    "head_dim": 4,
+    "value_head_dim": 3,
+    "qk_norm": "rms",
+    "window": (3, 1),
+    "causal": True,
+    "softcap": 2.0,
+    "softmax_scale": 0.5,
+}
+
+
+def full(**more: Any) -> FlashMultiHeadAttention:
+    """A layer with every option."""
+    torch.manual_seed(0)
+    parts = {"rotary": Rotary(4), "position_bias": Table(4), "sinks": torch.randn(4)}
+    return FlashMultiHeadAttention(WIDTH, 4, batch_first=True, **{**EVERY, **parts, **more})
+
+
+def answers(layer: nn.Module, x: Tensor, **told: Any) -> list[Tensor]:
+    """Output, weights and gradients of a call."""
+    out, weights = layer(x, x, x, **told)
+    total = out.square().sum() + (0 if weights is None else weights.square().sum())
+    made = torch.autograd.grad(total, list(layer.parameters()), allow_unused=True, materialize_grads=True)
+    return [out.detach(), *([] if weights is None else [weights.detach()]), *made]
+
+
+ABSENT: dict[str, Any] = {
+    **dict.fromkeys(("num_kv_heads", "head_dim", "value_head_dim", "qk_norm", "rotary", "position_bias", "window")),
+    **dict.fromkeys(("softcap", "sinks", "softmax_scale")),
+    "causal": False,
+}
+
+
+@given(st.sampled_from([{}, {"head_dim": 3}, {"head_dim": 3, "value_head_dim": 3}, {"num_kv_heads": 4}]))
+def test_a_layer_whose_options_are_absent_is_the_plain_one(said: dict[str, Any]) -> None:
+    layers = []
+    for options in ({}, {**ABSENT, **said}):
+        torch.manual_seed(0)
+        layers.append(FlashMultiHeadAttention(WIDTH, 4, **options))
+    assert vars(layers[0]).keys() == vars(layers[1]).keys() and repr(layers[0]) == repr(layers[1])
+    x = torch.randn(3, 2, WIDTH)
+    for one, two in zip(answers(layers[0], x), answers(layers[1], x), strict=True):
+        assert torch.equal(one, two)
+    assert type(layers[1].to_torch()) is nn.MultiheadAttention
+
+
+def test_only_options_that_own_parameters_are_in_the_state_dict() -> None:
+    stock = nn.MultiheadAttention(WIDTH, 4)
+    own = {"num_kv_heads": 2, "head_dim": 4, "value_head_dim": 3}
+    free = {name: value for name, value in EVERY.items() if name not in own and name != "qk_norm"}
+    layer = FlashMultiHeadAttention(WIDTH, 4, rotary=Rotary(3, dim=2), position_bias=ALiBi(torch.rand(4)), **free)
+    layer.load_state_dict(stock.state_dict())
+    assert layer.state_dict().keys() == stock.state_dict().keys()
+    wide = FlashMultiHeadAttention(WIDTH, 4, **own, add_bias_kv=True)
+    assert wide.in_proj_weight.shape == (4 * 4 + 2 * 4 + 2 * 3, WIDTH) and wide.out_proj.weight.shape == (WIDTH, 4 * 3)
+    assert wide.bias_k.shape == (1, 1, 2 * 4) and wide.bias_v.shape == (1, 1, 2 * 3)  # type: ignore[union-attr]
+    assert full().state_dict().keys() - stock.state_dict().keys() == {
+        "q_norm.weight",
+        "k_norm.weight",
+        "position_bias.table",
+        "sinks",
+    }
+
+
+@pytest.mark.parametrize("again", [copy.deepcopy, lambda layer: pickle.loads(pickle.dumps(layer))])
+def test_a_copy_of_a_layer_has_its_options(again: Any) -> None:
+    layer, x = full(), torch.randn(2, 5, WIDTH)
+    other = again(layer)
+    assert repr(other) == repr(layer) and other.sinks is not layer.sinks and other.rotary is not layer.rotary
+    for one, two in zip(answers(layer, x), answers(other, x), strict=True):
+        assert torch.equal(one, two)
+
+
+def test_a_layer_shows_its_options_and_loses_none() -> None:
+    layer = full()
+    shown = repr(layer)
+    for name, value in EVERY.items():
+        assert name == "qk_norm" or name == "window" or f"{name}={value!r}" in shown
+    assert "window=Window(3, 1)" in shown and "sinks=(4,)" in shown and "(rotary): Rotary" in shown
+    with pytest.raises(ValueError, match=r"has no num_kv_heads, no head_dim, no value_head_dim.*no sinks"):
+        layer.to_torch()
+    with pytest.raises(RuntimeError, match=r"has no num_kv_heads"):
+        torch.jit.script(layer)
+    assert replace_mha(nn.Sequential(layer))[0] is layer and swap_report(layer)[0].swapped
+    assert layer.rotary is not None and layer.sinks is not None
+
+
+def test_a_layer_that_was_swapped_in_has_no_parts_and_takes_them() -> None:
+    model = replace_mha(nn.Sequential(nn.MultiheadAttention(WIDTH, 4, batch_first=True)), causal=True, softcap=3.0)
+    layer, x = model[0], torch.randn(2, 5, WIDTH)
+    assert all(getattr(layer, name) is None for name in ("rotary", "q_norm", "k_norm", "position_bias", "sinks"))
+    layer.rotary, layer.sinks, layer.position_bias = (
+        Rotary(3, dim=2),
+        nn.Parameter(torch.zeros(4)),
+        ALiBi(torch.ones(4)),
+    )
+    wanted = FlashMultiHeadAttention(
+        WIDTH, 4, batch_first=True, causal=True, softcap=3.0, rotary=Rotary(3, dim=2), sinks=torch.zeros(4)
+    )
+    wanted.position_bias = Table(4)
+    wanted.position_bias = layer.position_bias
+    wanted.rotary = layer.rotary
+    wanted.load_state_dict(layer.state_dict())
+    assert_same(layer(x, x, x)[0], wanted(x, x, x)[0])
+    layer.rotary = layer.sinks = layer.position_bias = None
+    assert layer.state_dict().keys() == nn.MultiheadAttention(WIDTH, 4).state_dict().keys()
+    flashmha.restore_mha(model)
+    assert type(layer) is nn.MultiheadAttention and not hasattr(layer, "causal") and not hasattr(layer, "rotary")
+
+
+REFUSED: list[tuple[dict[str, Any], type[Exception], str]] = [
+    ({"causal": 1}, TypeError, "causal must be True or False, got 1"),
+    ({"softcap": 0.0}, ValueError, "softcap must be finite and greater than 0, got 0.0"),
+    ({"softmax_scale": float("inf")}, ValueError, "softmax_scale must be finite, got inf"),
+    ({"softcap": "2"}, TypeError, "softcap must be a number or None, got str"),
+    ({"sinks": torch.zeros(3)}, ValueError, r"sinks must be a floating point tensor \(num_heads,\) = \(4,\)"),
+    ({"qk_norm": "batch"}, ValueError, "qk_norm must be 'rms', 'layer' or a pair of modules"),
+    ({"rotary": 3}, TypeError, "rotary must be a module, or None, got int 3"),
+    ({"rotary": Rotary(8)}, ValueError, "rotary must turn heads of head_dim=3, got one of head_dim=8"),
+    ({"position_bias": torch.zeros(3, 3)}, TypeError, "position_bias must be a module .* TensorBias"),
+    ({"head_dim": 0}, ValueError, "head_dim must be a whole number of at least 1, got 0"),
+    ({"value_head_dim": 2.0}, ValueError, "value_head_dim must be a whole number of at least 1, got 2.0"),
+    ({"backend": "flash2", "sinks": torch.zeros(4)}, NoBackendError, "flash2  no sinks"),
+    ({"backend": ("flash3", "flash2"), "value_head_dim": 300}, NoBackendError, "(?s)flash3 .*flash2 .*"),
+    ({"backend": "flash3", "position_bias": ALiBi(torch.ones(4))}, NoBackendError, "flash3  no alibi"),
+]
+
+
+@pytest.mark.parametrize(("options", "kind", "message"), REFUSED)
+def test_an_option_that_means_nothing_is_refused(options: dict[str, Any], kind: type[Exception], message: str) -> None:
+    with pytest.raises(kind, match=message):
+        FlashMultiHeadAttention(WIDTH, 4, **options)
+    name, value = list(options.items())[-1]
+    if kind is not NoBackendError and hasattr(FlashMultiHeadAttention, name) and not isinstance(value, Rotary):
+        layer = FlashMultiHeadAttention(WIDTH, 4)
+        before = repr(layer)
+        with pytest.raises((TypeError, ValueError)):
+            setattr(layer, name, value)
+        assert repr(layer) == before
+
+
+# Positions, and keys and values that come from elsewhere
+
+
+@given(drawn_layers(), st.booleans())
+def test_keys_and_values_that_were_made_before_are_those_of_the_call(drawn: Drawn, shared: bool) -> None:
+    layer = drawn.build(backend=None, kdim=None)
+    seqlen_q, seqlen_k = (drawn.seqlens,) * 2 if isinstance(drawn.seqlens, int) else drawn.seqlens
+    dtype = drawn.arguments["dtype"]
+    told = dict(mask_of(drawn, seqlen_q, seqlen_k, dtype).told)
+    axes = (lambda x: x) if layer.batch_first else (lambda x: x.transpose(0, 1))
+    query, memory = (axes(torch.randn(drawn.batch, n, WIDTH, dtype=dtype)) for n in (seqlen_q, seqlen_k))
+    if drawn.mask == "documents":
+        layer.rotary = None  # whose positions would restart in the call alone
+    wanted = layer(query, memory, memory, **told)
+    kv = layer.keys_values(memory)
+    found = layer(query, query, None if shared else memory, **told, kv=kv)
+    for one, two in zip(found, wanted):
+        torch.testing.assert_close(one, two)
+
+
+def test_positions_that_nothing_reads_or_that_are_none_are_refused() -> None:
+    x, y = torch.randn(2, 5, WIDTH), torch.randn(2, 3, WIDTH)
+    plain, turned = FlashMultiHeadAttention(WIDTH, 4, batch_first=True), full(position_bias=None)
+    at = torch.arange(5)
+    with pytest.raises(ValueError, match="positions must be None for a layer without rotary"):
+        plain(x, x, x, positions=at)
+    with pytest.raises(ValueError, match="key_positions must be given beside positions"):
+        turned(x, y, y, positions=at)
+    with pytest.raises(ValueError, match="positions must be given beside key_positions"):
+        turned(x, x, x, key_positions=at)
+    with pytest.raises(ValueError, match=r"positions must be \(seqlen,\) = \(5,\) or .*, got \(4,\)"):
+        turned(x, x, x, positions=at[:4])
+    with pytest.raises(TypeError, match="positions must be an integer tensor"):
+        turned(x, x, x, positions=at.float())
+    kv = turned.keys_values(y)
+    with pytest.raises(ValueError, match="key_positions must be None beside kv"):
+        turned(x, y, y, positions=at, key_positions=at[:3], kv=kv)
+    with pytest.raises(ValueError, match=r"kv must be keys and values \(batch=2"):
+        turned(x, y, y, kv=(kv[0][:1], kv[1]))
+    with pytest.raises(TypeError, match="kv must be the pair"):
+        turned(x, y, y, kv=kv[0])
+
+
+def test_rotary_alone_is_the_same_wherever_the_positions_start() -> None:
+    layer, x = full(window=None, position_bias=None).double(), torch.randn(2, 5, WIDTH).double()
+    for start in (0, 7):
+        out = layer(x, x, x, positions=torch.arange(start, start + 5))[0]
+        torch.testing.assert_close(out, layer(x, x, x)[0], rtol=1e-4, atol=1e-5)
+
+
+def test_the_items_of_a_nested_tensor_count_from_zero() -> None:
+    layer = full().double()
+    items = [torch.randn(n, WIDTH).double() for n in (4, 1, 3)]
+    nested = torch.nested.nested_tensor(items, layout=torch.jagged)
+    out = layer(nested, nested, nested, need_weights=False)[0]
+    for one, item in zip(out.unbind(), items):
+        torch.testing.assert_close(one, layer(item, item, item, need_weights=False)[0])
+    other = torch.nested.nested_tensor([torch.randn(n, WIDTH).double() for n in (2, 2, 3)], layout=torch.jagged)
+    for option in ({"causal": True}, {"window": (1, 0)}, {"rotary": Rotary(3, dim=2)}, {"position_bias": Table(4)}):
+        crossed = FlashMultiHeadAttention(WIDTH, 4, batch_first=True, **option).double()
+        with pytest.raises(AssertionError, match=f"{next(iter(option))} beside nested query and key"):
+            crossed(nested, other, other)
+
+
+# Graphs, transforms and encoders
+
+
+@pytest.mark.parametrize("kind", [FlashMultiHeadAttention, "attend"])
+def test_a_layer_with_every_option_compiles_whole(kind: Any) -> None:
+    layer = full() if kind is FlashMultiHeadAttention else Scaled.of(full)
+    x, hidden = torch.randn(2, 5, WIDTH), torch.tensor([[False] * 5, [False, False, False, True, True]])
+    for told in ({"key_padding_mask": hidden}, {"need_weights": False}):
+        torch._dynamo.reset()
+        compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+        for one, two in zip(answers(compiled, x, **told), answers(layer, x, **told), strict=True):
+            assert_same(one, two)
+
+
+class Scaled(FlashMultiHeadAttention):
+    """A learned scale for each head, and a bias of its own."""
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, *, bias: Any = None, **call: Any) -> Tensor:
+        mine = torch.linspace(-1, 1, k.shape[1], dtype=q.dtype)[None]
+        return super().attend(2 * q, k, v, bias=flashmha.TensorBias(mine) + bias, **call)
+
+    @classmethod
+    def of(cls, make: Any) -> FlashMultiHeadAttention:
+        layer: FlashMultiHeadAttention = make()
+        layer.__class__ = cls
+        return layer
+
+
+@pytest.mark.parametrize("make", [full, lambda: Scaled.of(full)])
+def test_export_checkpoints_and_transforms_see_the_same_layer(make: Any) -> None:
+    layer, x = make(), torch.randn(2, 5, WIDTH)
+    wanted = layer(x, x, x)
+    exported = torch.export.export(layer, (x, x, x), strict=False).module()(x, x, x)
+    own = dict(layer.named_parameters())
+    called = functional_call(layer, own, (x, x, x))
+    mapped = torch.func.vmap(lambda one: layer(one, one, one))(x)
+    again = checkpoint(layer, x, x, x, use_reentrant=False)
+    for found in (exported, called, mapped, again):
+        for one, two in zip(found, wanted):
+            torch.testing.assert_close(one, two)
+    again[0].sum().backward()
+    assert all(parameter.grad is not None for parameter in layer.parameters())
+
+
+@pytest.mark.parametrize("option", [{name: value} for name, value in EVERY.items()] + ["rotary", "bias", "sinks"])
+@torch.no_grad()
+def test_an_encoder_layer_in_eval_runs_its_attention(option: Any) -> None:
+    made: dict[str, Any] = (
+        {
+            "rotary": {"rotary": Rotary(3, dim=2)},
+            "bias": {"position_bias": ALiBi(torch.ones(4))},
+            "sinks": {"sinks": torch.ones(4)},
+        }.get(option, option)
+        if isinstance(option, str)
+        else option
+    )
+    encoder = nn.TransformerEncoderLayer(WIDTH, 4, 16, dropout=0.0, batch_first=True)
+    encoder.self_attn = FlashMultiHeadAttention(WIDTH, 4, batch_first=True, **made)
+    x = torch.randn(2, 5, WIDTH)
+    torch.testing.assert_close(encoder.eval()(x), encoder.train()(x))
+
+
+# An attend of a subclass's own
+
+
+class Twice(FlashMultiHeadAttention):
+    """Two maps of the halves of each head, one taken from the other."""
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, **call: Any) -> Tensor:
+        (q_one, q_two), (k_one, k_two) = q.chunk(2, -1), k.chunk(2, -1)
+        return super().attend(q_one, k_one, v, **call) - 0.5 * super().attend(q_two, k_two, v, **call)
+
+
+class TwiceSaid(Twice):
+    def process_weights(self, one: Tensor, two: Tensor) -> Tensor:  # type: ignore[override]
+        return one - 0.5 * two
+
+
+class Alone(FlashMultiHeadAttention):
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, **call: Any) -> Tensor:
+        return v
+
+
+class Forgetful(FlashMultiHeadAttention):
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, **call: Any) -> Tensor:
+        return super().attend(q, k, v)
+
+
+@given(st.booleans(), st.booleans(), st.sampled_from((None, causal(), KeyPadding(torch.rand(2, 5) < 0.7))))
+def test_an_attend_that_runs_twice_says_what_its_weights_are(average: bool, training: bool, mask: Any) -> None:
+    layer = TwiceSaid(16, 4, batch_first=True).double().train(training)
+    x = torch.randn(2, 5, 16).double()
+    out, weights = layer(x, x, x, attn_mask=mask, average_attn_weights=average)
+    _, heads = layer(x, x, x, attn_mask=mask, average_attn_weights=False)
+    torch.testing.assert_close(weights, heads.mean(1) if average else heads)
+    _, _, v = layer.project(x, x, x)
+    torch.testing.assert_close(layer.merge(torch.einsum("bhqk,bkhd->bqhd", heads, v), x), out)
+
+
+def test_weights_that_mean_nothing_are_refused() -> None:
+    x = torch.randn(2, 5, 16)
+    with pytest.raises(ValueError, match=r"its attend run attention more than once.*Override process_weights"):
+        Twice(16, 4, batch_first=True)(x, x, x)
+    with pytest.raises(ValueError, match="its attend ran no attention of the package's own"):
+        Alone(16, 4, batch_first=True)(x, x, x)
+    for kind in (Twice, Alone):
+        assert kind(16, 4, batch_first=True)(x, x, x, need_weights=False)[0].shape == x.shape
+    with pytest.raises(TypeError, match=r"attend must be called with what it was given.*Forgetful ends in"):
+        Forgetful(16, 4)(x, x, x)
+
+
+def test_what_an_attend_runs_is_explained() -> None:
+    x = torch.randn(2, 5, 16)
+    said = flashmha.explain(TwiceSaid(16, 4, batch_first=True), x, x, x, need_weights=False)
+    assert "head_dim=2" in str(said) and any("then runs" in note for note in said.notes)
+    said = flashmha.explain(Alone(16, 4, batch_first=True), x, x, x, need_weights=False)
+    assert any("runs none of the package's own" in note for note in said.notes)
+
+
+@pytest.mark.parametrize(
+    ("name", "hop", "message"),
+    [
+        ("merge", lambda self, out: out, r"merge must take \(self, out, query\) in Wrong, got \(self, out\)"),
+        ("attend", lambda self, q, k, v: v, r"attend must take \(self, q, k, v, \*, bias=None, \*\*call\)"),
+        ("process_heads", lambda self, q: q, r"process_heads must take \(self, q, k, v\)"),
+    ],
+)
+def test_a_hop_that_cannot_be_called_is_refused_where_it_is_written(name: str, hop: Any, message: str) -> None:
+    with pytest.raises(TypeError, match=message):
+        type("Wrong", (FlashMultiHeadAttention,), {name: hop})
+
+
+class Latent(FlashMultiHeadAttention):
+    """Keys and values out of a narrow latent, and a gate: no in_proj and no out_proj."""
+
+    has_in_proj = has_out_proj = False
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        rows = self.num_heads * self.head_dim
+        self.to_q, self.down, self.up = nn.Linear(WIDTH, rows), nn.Linear(WIDTH, 3), nn.Linear(3, 2 * rows)
+        self.gate, self.out = nn.Linear(WIDTH, rows), nn.Linear(rows, WIDTH)
+
+    def project(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        k, v = self.up(self.down(key)).chunk(2, -1)
+        made = (x.unflatten(-1, (self.num_heads, -1)) for x in (self.to_q(query), k, v))
+        return tuple(made)  # type: ignore[return-value]
+
+    def merge(self, out: Tensor, query: Tensor) -> Tensor:
+        gated: Tensor = self.out(out.flatten(2) * self.gate(query).sigmoid())
+        return gated
+
+
+@pytest.mark.parametrize("batch_first", [True, False])
+def test_a_layer_without_projections_has_none(batch_first: bool) -> None:
+    layer = Latent(WIDTH, 4, head_dim=5, batch_first=batch_first, rotary=Rotary(5, dim=4), causal=True)
+    assert {name.split(".")[0] for name in layer.state_dict()} == {"to_q", "down", "up", "gate", "out"}
+    x = torch.randn(2, 5, WIDTH)
+    assert layer(x, x, x)[0].shape == x.shape
+    encoder = nn.TransformerEncoderLayer(WIDTH, 4, 16, dropout=0.0, batch_first=batch_first)
+    encoder.self_attn = layer
+    with torch.no_grad():
+        torch.testing.assert_close(encoder.eval()(x), encoder.train()(x))
+    for name, hop in (("has_in_proj", "project"), ("has_out_proj", "merge")):
+        with pytest.raises(TypeError, match=f"{name} must be True unless {hop} is overridden"):
+            type("Without", (FlashMultiHeadAttention,), {name: False})(WIDTH, 4)
