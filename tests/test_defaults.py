@@ -254,10 +254,12 @@ IMPORTS = """
 import gc, pkgutil, torch
 torch.set_default_device("meta")
 import flashmha, flashmha.testing
-apart = (".__main__", ".flash4_masks", ".weights.kernels", ".kernel_parts", "t_kernels", "s_kernels", "t_kernel")
 for module in pkgutil.walk_packages(flashmha.__path__, "flashmha."):
-    if not module.name.endswith(apart):
-        __import__(module.name)
+    try:
+        if not module.name.endswith(".__main__"):
+            __import__(module.name)
+    except ModuleNotFoundError as error:  # kernels in a language that is not installed
+        assert error.name.split(".")[0] in ("triton", "cutlass"), error
 print([x for x in gc.get_objects() if isinstance(x, torch.Tensor) and x.is_meta])
 """
 

@@ -15,6 +15,7 @@ from test_docs import PYTHON, run
 from torch import Tensor, nn
 
 import flashmha
+from flashmha.testing import noise
 
 
 @functools.cache
@@ -201,7 +202,7 @@ def close(got: Tensor | None, want: Tensor | None, largest: float, name: str) ->
 def test_a_recipe_computes_what_its_formula_says(name: str, batch: int, seqlen: int, seed: int) -> None:
     layer = recipe(name)
     exact = copy.deepcopy(layer).double()
-    x = torch.randn(batch, seqlen, 64, generator=torch.Generator().manual_seed(seed)).requires_grad_()
+    x = noise(seed, batch, seqlen, 64, dtype=torch.float32).requires_grad_()
     y = x.detach().double().requires_grad_()
     out, want = called(layer, x), RECIPES[name](exact, y)
     close(out, want, max(1.0, want.abs().max().item()), "out")

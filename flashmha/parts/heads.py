@@ -43,6 +43,8 @@ def prepare(
 ) -> tuple[Tensor | None, Tensor | None]:
     """The same, given what turns the heads."""
     q_norm, k_norm = norms
+    if rotation is q_norm is k_norm is None:
+        return q, k
     if (q is not None or k is not None) and is_fused(q) and is_fused(k):
         device = (q if k is None else k).device  # type: ignore[union-attr]
         known = [name(norm, x, device) for norm, x in ((q_norm, q), (k_norm, k))]
@@ -71,6 +73,6 @@ def is_fused(x: Tensor | None) -> bool:
     """A kernel prepares these heads, or there are none."""
     if x is None:
         return True
-    if why_not_here(x.device) is not None or not eager(x) or is_dual() or is_inside_transform():
+    if not eager(x) or is_dual() or is_inside_transform():  # first, since a compiler cannot trace what comes next
         return False
-    return fused_heads.why_not(x) is None
+    return why_not_here(x.device) is None and fused_heads.why_not(x) is None
