@@ -43,7 +43,7 @@ def prepare(
 ) -> tuple[Tensor | None, Tensor | None]:
     """The same, given what turns the heads."""
     q_norm, k_norm = norms
-    if rotation is q_norm is k_norm is None:
+    if rotation is None and q_norm is None and k_norm is None:
         return q, k
     if (q is not None or k is not None) and is_fused(q) and is_fused(k):
         device = (q if k is None else k).device  # type: ignore[union-attr]
