@@ -199,6 +199,7 @@ class Model(nn.Module):
         return out
 
 
+@pytest.mark.cpu("the rules make tensors on a CPU while they are traced")
 @pytest.mark.parametrize("inside", (False, True), ids=("handed in", "made inside"))
 @pytest.mark.parametrize("name", ("a number", "a list", "a tensor", "a tensor of each item", "a method"))
 def test_a_compiled_model_compiles_nothing_anew_for_a_rule_made_anew(name: str, inside: bool) -> None:
