@@ -58,10 +58,10 @@ class Prepared(NamedTuple):
     padded: Padded | None = None
     custom: bool = False
 
-    @property
-    def spec(self) -> AttentionSpec:
-        """The problem that the heads make."""
-        return AttentionSpec.of(self.q, self.k, self.v, **self.problem)
+
+def spec_of(made: Prepared) -> AttentionSpec:
+    """The problem that the heads make; no property, which a graph of torch 2.8 cannot read."""
+    return AttentionSpec.of(made.q, made.k, made.v, **made.problem)
 
 
 def call_layer(
@@ -137,13 +137,13 @@ def attend_call(
         check_attended(layer, out, q.shape[0], q.shape[1])
         weights = problems.take_weights() if need_weights else weights
     elif weigh is None:
-        out = run(q, k, v, made.spec, wanted, layer)  # type: ignore[assignment]
+        out = run(q, k, v, spec_of(made), wanted, layer)  # type: ignore[assignment]
     else:
         if not says and q.shape[2] != layer.num_heads:
             refuse_weights(layer, say_heads(layer, q.shape[2]))
         weigh["dtype"] = weights_dtype(q) if dtype is None else call.query.dtype
         weigh["remade"] = custom and not (is_ours(layer, "project") and is_ours(layer, "process_heads"))
-        out, its = attention_with_weights(q, k, v, made.spec, wanted, layer, **weigh)
+        out, its = attention_with_weights(q, k, v, spec_of(made), wanted, layer, **weigh)
         weights = [its]
     shown = weights[0] if weights else None
     if says:

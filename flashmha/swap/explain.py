@@ -19,7 +19,7 @@ from ..layer import padding
 from ..layer.arguments import Arguments, check_kinds
 from ..layer.call import read_call
 from ..layer.features import is_ours
-from ..layer.forward import Prepared, prepare
+from ..layer.forward import Prepared, prepare, spec_of
 from ..layer.keys_values import with_stand_ins
 from ..layer.module import FlashMultiHeadAttention
 from ..layer.problems import Problems
@@ -103,11 +103,13 @@ def explain_layer(layer: FlashMultiHeadAttention, *args: Any, **kwargs: Any) -> 
 def find_problem(layer: FlashMultiHeadAttention, made: Prepared, wanted: Wanted) -> tuple[AttentionSpec, list[str]]:
     """The problem of a layer's call, the first where its own ``attend`` runs several, and a note of the others."""
     if is_ours(layer, "attend"):
-        return made.spec, []
+        return spec_of(made), []
     problems = Problems(layer, wanted, None, True, dry=True)
     layer.attend(made.q, made.k, made.v, **made.problem, call=problems)
     if not problems.specs:
-        return made.spec, ["attend is overridden and runs none of the package's own: this is the problem it was given"]
+        return spec_of(made), [
+            "attend is overridden and runs none of the package's own: this is the problem it was given"
+        ]
     first, *others = problems.specs
     return first, [f"attend is overridden and then runs: {spec}" for spec in others]
 
