@@ -21,6 +21,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 from hypothesis.internal.conjecture import engine
+from torch.utils._python_dispatch import TorchDispatchMode
 
 slow = (HealthCheck.too_slow, HealthCheck.data_too_large)
 settings.register_profile("default", max_examples=50, deadline=None, suppress_health_check=slow)
@@ -141,3 +142,19 @@ def versions() -> dict[str, Any]:
         except metadata.PackageNotFoundError:
             found[name] = None
     return found
+
+
+class Copies(TorchDispatchMode):
+    """Writes down operators that copy what they are given."""
+
+    NAMES = ("clone", "copy_", "_to_copy", "cat", "stack", "index_select", "gather", "where")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.made: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func._schema.name.removeprefix("aten::")
+        if name in self.NAMES:
+            self.made.append(name)
+        return func(*args, **(kwargs or {}))

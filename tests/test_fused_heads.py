@@ -2,12 +2,13 @@
 
 import pytest
 import torch
-from conftest import fewer
+from conftest import Copies, fewer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import flashmha
+from flashmha.backends.rewrites.heads import split
 from flashmha.parts import fused_heads
 from flashmha.parts.norms import know
 from flashmha.testing import noise, seeds
@@ -128,3 +129,43 @@ def test_positions_that_changed_before_the_backward_are_an_error(machine: torch.
     at += 1
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         made.sum().backward()
+
+
+@given(data=st.data(), kind=st.sampled_from((None, "rms", "layer")), seed=seeds())
+@settings(parent=fewer(3))
+def test_gradients_of_a_projection_lie_side_by_side(
+    machine: torch.device, data: st.DataObject, kind: str | None, seed: int
+) -> None:
+    """Those of q, k and v of one matrix are joined by no copy, and are right whatever else needs the heads."""
+    draw = data.draw
+    heads = draw(st.sampled_from(([2, 2, 2], [4, 1, 1], [1, 1])))
+    batch, seqlen, head_dim = draw(st.integers(1, 3)), draw(st.integers(1, 5)), 8
+    swapped, twice, before = draw(st.booleans()), draw(st.booleans()), draw(st.booleans())
+    shape = (seqlen, batch) if swapped else (batch, seqlen)
+    whole = noise(seed, *shape, sum(heads) * head_dim, dtype=torch.float32, device="cpu").to(machine).requires_grad_()
+    known = None if kind is None else know(norm_of(kind, head_dim, seed, machine), head_dim, whole.device)
+    rotary = flashmha.Rotary(head_dim).to(machine)
+    factors = [
+        noise(seed + i, batch, seqlen, n, head_dim, device="cpu").float().to(machine) for i, n in enumerate(heads)
+    ]
+
+    def loss(packed: Tensor, together: bool) -> tuple[Tensor, Tensor]:
+        parts = split(packed * 1.0, head_dim, heads, together)
+        *turned, v = [x.transpose(0, 1) for x in parts] if swapped else parts
+        q, k = turned if len(turned) == 2 else (None, turned[0])
+        made = fused_heads.prepare(q, k, None if q is None else known, known, rotary.rotation(q, k, None, None))
+        total = sum((x * factor).sum() for x, factor in zip([x for x in made if x is not None] + [v], factors))
+        return total + (k**2).sum() if twice else total, v
+
+    total, v = loss(whole, True)
+    kept = early = None
+    if before:
+        (kept,) = torch.autograd.grad(total, v, retain_graph=True)
+        early = kept.clone()
+    with Copies() as copies:
+        (found,) = torch.autograd.grad(total, whole)
+    assert ("cat" in copies.made) == twice  # an interpreter of kernels makes copies of its own
+    (right,) = torch.autograd.grad(loss(whole, False)[0], whole)
+    assert float((found - right).abs().max()) <= 1e-5 * max(1.0, float(right.abs().max()))
+    if kept is not None and early is not None:
+        assert torch.equal(kept, early)

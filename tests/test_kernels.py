@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import Copies
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from flashmha import FlashMultiHeadAttention, NoBackendError, record
 from flashmha.backends.choice.registry import instead
@@ -130,22 +130,6 @@ def test_no_call_waits_for_the_device(name: str | None, mask: str, training: boo
         step(module, x, given, training)
     finally:
         torch.cuda.set_sync_debug_mode("default")
-
-
-class Copies(TorchDispatchMode):
-    """Writes down operators that copy what they are given."""
-
-    NAMES = ("clone", "copy_", "_to_copy", "cat", "stack", "index_select", "gather", "where")
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.made: list[str] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = func._schema.name.removeprefix("aten::")
-        if name in self.NAMES:
-            self.made.append(name)
-        return func(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize("name", BACKENDS[:-1])

@@ -67,5 +67,6 @@ def with_stand_ins(layer: Layer, given: Arguments) -> Arguments:
     def stand_in(width: Any) -> Tensor:
         return torch.empty(1, dtype=query.dtype, device=query.device).expand(*shape, width or layer.embed_dim)
 
+    rest: list[Any]
     _, _, _, *rest = given  # a graph of torch 2.8 can hold neither _replace nor a slice
     return Arguments(query, stand_in(layer.kdim), stand_in(layer.vdim), *rest)

@@ -58,7 +58,10 @@ def project_inputs(
         heads = layer.num_heads
         head_dim = layer.free_head_dim or layer.embed_dim // heads
         heads_kv = layer.num_kv_heads or heads
-        return by_one_matrix(query, key, value, weight, bias, heads, heads_kv, head_dim, layer.batch_first)
+        turned = not (layer.rotary is None and layer.q_norm is None and layer.k_norm is None)
+        return by_one_matrix(
+            query, key, value, weight, bias, heads, heads_kv, head_dim, layer.batch_first, turned=turned
+        )
     sizes = sizes_of(layer)
     made = project_apart(layer, sizes, (query, key, value), packed_weight, bias, dtype)
     widths = ((sizes.heads, sizes.head_dim), (sizes.heads_kv, sizes.head_dim), (sizes.heads_kv, sizes.head_dim_v))
@@ -94,11 +97,12 @@ def by_one_matrix(
     head_dim: int,
     batch_first: bool,
     together: bool = True,
+    turned: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Heads (batch, seqlen, heads, head_dim) of features as the caller's tensors lie, ``batch_first`` or not.
 
-    What is one object is projected by one operator. ``together`` where a backend may write gradients of neighbouring
-    heads side by side.
+    What is one object is projected by one operator. ``together`` where gradients of neighbouring heads may be written
+    side by side, ``turned`` where they come from a norm or a rotation, which does so whatever the backend does.
     """
     outer, inner, _ = query.shape
     q: Tensor
@@ -107,7 +111,9 @@ def by_one_matrix(
         if heads == heads_kv and not packed.is_cuda:  # what ``split`` says, in fewer steps
             q, k, v = packed.view(outer, inner, 3, heads, head_dim).unbind(2)
         else:
-            q, k, v = split(packed, head_dim, [heads, heads_kv, heads_kv], together and may_join_gradients(packed))
+            q, k, v = split(
+                packed, head_dim, [heads, heads_kv, heads_kv], together and may_join_gradients(packed, turned)
+            )
     else:
         rows, rows_kv = heads * head_dim, heads_kv * head_dim
         sizes = [rows, 2 * rows_kv] if key is value else [rows, rows_kv, rows_kv]
@@ -117,7 +123,10 @@ def by_one_matrix(
         if key is value:
             packed = F.linear(key, weights[1], biases[1])
             k, v = split(
-                packed, head_dim, [heads_kv, heads_kv], together and packed.is_cuda and may_join_gradients(packed)
+                packed,
+                head_dim,
+                [heads_kv, heads_kv],
+                together and packed.is_cuda and may_join_gradients(packed, turned),
             )
         else:
             outer, inner, _ = key.shape
@@ -126,9 +135,13 @@ def by_one_matrix(
     return (q, k, v) if batch_first else (q.transpose(0, 1), k.transpose(0, 1), v.transpose(0, 1))
 
 
-def may_join_gradients(packed: Tensor) -> bool:
-    """Gradients of these heads may come side by side: a backend that writes them so is here, and it pays."""
-    return spares(packed) and any_backend(lambda one: one.joins_gradients and one.why_not_here(packed.device) is None)
+def may_join_gradients(packed: Tensor, turned: bool) -> bool:
+    """Gradients of these heads may come side by side: something that writes them so is here, and it pays."""
+    if not spares(packed):
+        return False
+    if turned and packed.is_cuda:
+        return True
+    return any_backend(lambda one: one.joins_gradients and one.why_not_here(packed.device) is None)
 
 
 def swap_axes(x: Any) -> Any:

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..backends.rewrites.heads import Slots, find_slots
 from ..host.torch_state import is_batched
 from ..weights.tiles import KERNEL_DTYPES, use_device
 from .norms import KnownNorm, normalize_as
@@ -21,6 +22,8 @@ HEADS = 4
 """Heads of a program."""
 TILE, BACKWARD_TILE = 1024, 512
 """Pairs of a program at a time, measured on an H200."""
+PROGRAMS = 2112
+"""Programs at most where each adds up gradients of weights: 16 on each of an H200's processors."""
 
 
 def why_not(x: Tensor) -> str | None:
@@ -161,9 +164,9 @@ def launch(xs: Sequence[Tensor], plan: Plan) -> tuple[Tensor, ...]:
 
 
 def launch_backward(
-    grads: Sequence[Tensor], xs: Sequence[Tensor], plan: Plan
+    grads: Sequence[Tensor], xs: Sequence[Tensor], plan: Plan, slots: Slots | None
 ) -> tuple[list[Tensor], list[tuple[Tensor | None, Tensor | None]]]:
-    """Gradients of what ``launch`` took; those of each norm's weight and bias.
+    """Gradients of what ``launch`` took, in their slots where they have some; those of each norm's weight and bias.
 
     ``xs`` are what it took where it normalises; elsewhere only their order of tokens counts.
     """
@@ -173,20 +176,22 @@ def launch_backward(
     of_grads, grad_strides = both([as_rows(grad, swapped) for grad in grads])
     of_xs, strides = both([as_rows(x, swapped) for x in xs]) if plan.norms else ([None, None], [0] * 4)
     heads = count_heads(xs)
-    out, made = empty_rows(xs, swapped)
+    made = empty_rows(xs, swapped)[1] if slots is None else slots.take(xs[0])
+    outs, out_strides = both([as_rows(x, swapped) for x in made])
     weights, bias = plan.of_both("weight"), plan.of_both("bias")[0]
     grid = plan.grid(xs, options)
     sums = None
     if weights[0] is not None:
-        sums = out.new_empty(*grid, 1 if bias is None else 2, xs[0].shape[-1], dtype=torch.float32)
+        grid = min(grid[0], -(-PROGRAMS // grid[1])), grid[1]
+        sums = xs[0].new_empty(*grid, 1 if bias is None else 2, xs[0].shape[-1], dtype=torch.float32)
     table, walk = plan.walk(xs[0], swapped)
     inv_freq = None if plan.rotation is None else plan.rotation.inv_freq
     options["BIAS"] = bias is not None
-    with use_device(out.device):
+    with use_device(xs[0].device):
         prepare_backward_kernel[grid](
             *of_grads,
             *of_xs,
-            out,
+            *outs,
             sums,
             table,
             inv_freq,
@@ -196,6 +201,7 @@ def launch_backward(
             *plan.numbers,
             *grad_strides,
             *strides,
+            *out_strides,
             **options,
         )
     return made, add_up(sums, plan.norms, heads)
@@ -220,9 +226,9 @@ class Prepare(torch.autograd.Function):
     """One launch with gradients: of the heads, and of the weights and biases of their norms."""
 
     @staticmethod
-    def forward(ctx: Any, plan: Plan, count: int, *given: Tensor | None) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, plan: Plan, count: int, slots: Slots | None, *given: Tensor | None) -> tuple[Tensor, ...]:
         xs = [x for x in given[:count] if x is not None]
-        ctx.plan, ctx.count = plan, count
+        ctx.plan, ctx.count, ctx.slots = plan, count, slots
         # positions too: torch says where one was written before the backward
         ctx.save_for_backward(*given, plan.at if isinstance(plan.at, Tensor) else None)
         return launch(xs, plan)
@@ -232,9 +238,9 @@ class Prepare(torch.autograd.Function):
         (*given, _), plan = ctx.saved_tensors, ctx.plan
         xs = given[: ctx.count]
         if torch.is_grad_enabled() or is_batched(grads[0]):  # differentiated again, or many at once
-            return None, None, *define_gradients(grads, given, xs, plan)
-        made, of_norms = launch_backward(grads, xs, plan)
-        return None, None, *made, *(one for pair in of_norms for one in pair)
+            return None, None, None, *define_gradients(grads, given, xs, plan)
+        made, of_norms = launch_backward(grads, xs, plan, ctx.slots)
+        return None, None, None, *made, *(one for pair in of_norms for one in pair)
 
 
 def define_gradients(
@@ -262,7 +268,7 @@ def run(xs: Sequence[Tensor], plan: Plan) -> tuple[Tensor, ...]:
     """One launch; differentiable where something wants gradients."""
     parameters = [one for norm in plan.norms for one in (norm.weight, norm.bias)]
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (*xs, *parameters)):
-        made: tuple[Tensor, ...] = Prepare.apply(plan, len(xs), *xs, *parameters)  # type: ignore[no-untyped-call]
+        made: tuple[Tensor, ...] = Prepare.apply(plan, len(xs), find_slots(xs), *xs, *parameters)  # type: ignore[no-untyped-call]
         return made
     return launch(xs, plan)
 

@@ -203,7 +203,8 @@ def prepare_backward_kernel(
     dk: tl.tensor,
     q: tl.tensor,
     k: tl.tensor,
-    out: tl.tensor,
+    out_q: tl.tensor,
+    out_k: tl.tensor,
     sums: tl.tensor,
     positions: tl.tensor,
     inv_freq: tl.tensor,
@@ -226,6 +227,10 @@ def prepare_backward_kernel(
     q_head: tl.tensor,
     k_token: tl.tensor,
     k_head: tl.tensor,
+    out_q_token: tl.tensor,
+    out_q_head: tl.tensor,
+    out_k_token: tl.tensor,
+    out_k_head: tl.tensor,
     NORM: tl.constexpr,
     LAYER: tl.constexpr,
     BIAS: tl.constexpr,
@@ -237,20 +242,20 @@ def prepare_backward_kernel(
     TOKENS: tl.constexpr,
     HEADS: tl.constexpr,
 ) -> None:
-    """Gradients of what ``prepare_kernel`` read, into ``out`` as it wrote, given those of what it wrote.
+    """Gradients of what ``prepare_kernel`` read, given those of what it wrote.
 
     ``sums`` (programs, programs, 1 or 2, HEAD_DIM) gets what each program adds to the gradient of a weight and a bias.
+    A program goes on to as many other tokens as there are programs, so that there are few sums.
     """
-    token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
-    row, inside = token.to(tl.int64)[:, None], (token < tokens)[:, None]
     chunks = tl.cdiv(heads_q, HEADS)
     second = tl.program_id(1) >= chunks
     first, last = tl.program_id(1) * HEADS, heads_q
     grad, grad_token, grad_head = dq, dq_token, dq_head
+    out, out_token, out_head = out_q, out_q_token, out_q_head
     if second:
         first, last = (tl.program_id(1) - chunks) * HEADS, heads_k
-        out += tl.cast(tokens, tl.int64) * heads_q * HEAD_DIM
         grad, grad_token, grad_head = dk, dk_token, dk_head
+        out, out_token, out_head = out_k, out_k_token, out_k_head
     every = tl.zeros((1, 1), tl.int32)
     if NORM:
         x, x_token, x_head = q, q_token, q_head
@@ -266,31 +271,34 @@ def prepare_backward_kernel(
     if BIAS:
         db_one, db_two = tl.zeros((TOKENS, PAIRS), tl.float32), tl.zeros((TOKENS, PAIRS), tl.float32)
         db_rest = tl.zeros((TOKENS, REST), tl.float32)
-    if inv_freq is not None:
-        walk = (inner, start, by_row, by_token)
-        cos, sin = make_table(positions, inv_freq, walk, token, tokens, scale, DIM, PAIRS)
-    for head in range(first, tl.minimum(first + HEADS, last)):
-        far = tl.cast(head, tl.int64)
-        places = grad + row * grad_token + far * grad_head
-        one, two, rest = load_head(places, inside, INTERLEAVED, HEAD_DIM, DIM, PAIRS, REST)
+    for block in range(tl.program_id(0), tl.cdiv(tokens, TOKENS), tl.num_programs(0)):
+        token = block * TOKENS + tl.arange(0, TOKENS)
+        row, inside = token.to(tl.int64)[:, None], (token < tokens)[:, None]
         if inv_freq is not None:
-            one, two = one * cos + two * sin, two * cos - one * sin
-        if BIAS:
-            db_one, db_two, db_rest = db_one + one, db_two + two, db_rest + rest
-        if NORM:
-            read = load_head(x + row * x_token + far * x_head, inside, INTERLEAVED, HEAD_DIM, DIM, PAIRS, REST)
-            n_one, n_two, n_rest, inverse = normalize(read, eps, LAYER, HEAD_DIM, DIM, PAIRS, REST)
-            if q_weight is not None:
-                dw_one, dw_two, dw_rest = dw_one + one * n_one, dw_two + two * n_two, dw_rest + rest * n_rest
-                one, two, rest = one * w_one, two * w_two, rest * w_rest
-            along = add_features(one * n_one, two * n_two, rest * n_rest) / HEAD_DIM
-            mean = 0.0
-            if LAYER:
-                mean = add_features(one, two, rest) / HEAD_DIM
-            one, two = (one - mean - n_one * along) * inverse, (two - mean - n_two * along) * inverse
-            rest = (rest - mean - n_rest * along) * inverse
-        target = out + (row * last + head) * HEAD_DIM
-        store_head(target, inside, (one, two, rest), INTERLEAVED, HEAD_DIM, DIM, PAIRS, REST)
+            walk = (inner, start, by_row, by_token)
+            cos, sin = make_table(positions, inv_freq, walk, token, tokens, scale, DIM, PAIRS)
+        for head in range(first, tl.minimum(first + HEADS, last)):
+            far = tl.cast(head, tl.int64)
+            places = grad + row * grad_token + far * grad_head
+            one, two, rest = load_head(places, inside, INTERLEAVED, HEAD_DIM, DIM, PAIRS, REST)
+            if inv_freq is not None:
+                one, two = one * cos + two * sin, two * cos - one * sin
+            if BIAS:
+                db_one, db_two, db_rest = db_one + one, db_two + two, db_rest + rest
+            if NORM:
+                read = load_head(x + row * x_token + far * x_head, inside, INTERLEAVED, HEAD_DIM, DIM, PAIRS, REST)
+                n_one, n_two, n_rest, inverse = normalize(read, eps, LAYER, HEAD_DIM, DIM, PAIRS, REST)
+                if q_weight is not None:
+                    dw_one, dw_two, dw_rest = dw_one + one * n_one, dw_two + two * n_two, dw_rest + rest * n_rest
+                    one, two, rest = one * w_one, two * w_two, rest * w_rest
+                along = add_features(one * n_one, two * n_two, rest * n_rest) / HEAD_DIM
+                mean = 0.0
+                if LAYER:
+                    mean = add_features(one, two, rest) / HEAD_DIM
+                one, two = (one - mean - n_one * along) * inverse, (two - mean - n_two * along) * inverse
+                rest = (rest - mean - n_rest * along) * inverse
+            target = out + row * out_token + far * out_head
+            store_head(target, inside, (one, two, rest), INTERLEAVED, HEAD_DIM, DIM, PAIRS, REST)
     if q_weight is not None:
         program = tl.program_id(0).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
         place = sums + program * ((1 + BIAS) * HEAD_DIM) + every

@@ -16,7 +16,7 @@ from ...host.torch_state import is_compiling
 from ...problem.spec import AttentionSpec
 from ..rewrites.block_tables import MIN_LENGTH, serves_tables
 from ..rewrites.compact import Mover, compact, move_back, move_rows
-from ..rewrites.heads import neighbours
+from ..rewrites.heads import find_slots, neighbours
 from .flash4_launches import is_contiguous, is_taken_as_it_is, launches, was_read
 from .package import FlashAttn, Functions, probed_packages
 
@@ -213,6 +213,7 @@ class Attend(torch.autograd.Function):
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, told: dict[str, Any]) -> Any:
         out, lse, *moved = forward(q, k, v, sinks, told)
         ctx.told, ctx.side_by_side = told, neighbours((q, k, v))
+        ctx.slots = [None] * 3 if ctx.side_by_side else [find_slots([x]) for x in (q, k, v)]
         ctx.save_for_backward(q, *(moved or (k, v)), sinks, out, lse)
         ctx.set_materialize_grads(False)
         return out, lse
@@ -225,7 +226,7 @@ class Attend(torch.autograd.Function):
         if ctx.side_by_side:
             grads = heads[0].new_empty(*heads[0].shape[:-2], sum(sizes), heads[0].shape[-1]).split(sizes, dim=-2)
         else:
-            grads = tuple(x.new_empty(x.shape) for x in heads)
+            grads = tuple(x.new_empty(x.shape) if at is None else at.take(x)[0] for x, at in zip(heads, ctx.slots))
         return (*grads, backward(d_out, d_lse, saved, ctx.told, grads), None)
 
 

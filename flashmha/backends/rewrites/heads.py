@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,25 +25,93 @@ def neighbours(heads: Sequence[Tensor]) -> bool:
     return True
 
 
+class Room:
+    """Memory for the gradients of all heads of one split, side by side.
+
+    What needs the heads writes their gradients here, each in its place, so that ``Heads`` has nothing to copy.
+    """
+
+    def __init__(self, like: Tensor, split: Any) -> None:
+        self.memory = like.new_empty_strided(split.shape, split.stride)
+        self.parts = self.memory.split_with_sizes(split.sizes, -2)
+        self.filled: set[int] = set()
+
+    def complete(self, grads: Sequence[Tensor]) -> bool:
+        """Copy the gradients that were made elsewhere; ``False`` where one is not what was written here."""
+        if not all(is_same(self.parts[place], grads[place]) for place in self.filled):
+            return False  # of another backward, or added to another
+        for place, (part, grad) in enumerate(zip(self.parts, grads)):
+            if place not in self.filled:
+                part.copy_(grad)
+        return True
+
+
+def is_same(part: Tensor, grad: Tensor) -> bool:
+    """Two tensors are the same numbers in memory."""
+    return part.data_ptr() == grad.data_ptr() and part.stride() == grad.stride() and part.shape == grad.shape
+
+
+class Slots(NamedTuple):
+    """Where the gradients of heads that came out of one split belong."""
+
+    split: Any
+    numbers: list[int]
+    swapped: bool
+
+    def take(self, like: Tensor) -> list[Tensor]:
+        """Memory for one gradient of each. What was written once is not written again: it may be in use."""
+        room: Room | None = self.split.room
+        if room is None or not room.filled.isdisjoint(self.numbers):
+            room = self.split.room = Room(like, self.split)
+        room.filled.update(self.numbers)
+        parts = [room.parts[number] for number in self.numbers]
+        return [part.transpose(0, 1) for part in parts] if self.swapped else parts
+
+
+def find_slots(heads: Sequence[Tensor]) -> Slots | None:
+    """The places of heads (batch, seqlen, heads, head_dim) that came as they are, or swapped, out of one ``Heads``."""
+    found = [origin(x) for x in heads]
+    split, _, swapped = found[0]
+    if getattr(split, "_forward_cls", None) is not Heads or any(one[0] is not split for one in found):
+        return None
+    if any(one[2] != swapped for one in found):
+        return None
+    return Slots(split, [number for _, number, _ in found], swapped)
+
+
+def origin(x: Tensor) -> tuple[Any, int, bool]:
+    """The node that made a tensor, as which of its outputs, and whether batch and seqlen changed places since."""
+    node = x.grad_fn
+    swap: Any = node if node is not None and node.name() == "TransposeBackward0" else None
+    if swap is not None and (swap._saved_dim0, swap._saved_dim1) == (0, 1):
+        return *swap.next_functions[0], True
+    return node, x.output_nr, False
+
+
 class Heads(torch.autograd.Function):
     """(..., heads, head_dim) split into heads of queries, keys and values, as views.
 
-    ``split`` copies three gradients into one. This takes them as they are where a backend wrote them side by side.
+    ``split`` copies three gradients into one. This takes them as they are where they were written side by side.
     """
 
     @staticmethod
     def forward(ctx: Any, packed: Tensor, sizes: list[int]) -> tuple[Tensor, ...]:
-        ctx.sizes = sizes
+        ctx.sizes, ctx.shape, ctx.stride, ctx.room = sizes, packed.shape, packed.stride(), None
         return packed.split_with_sizes(sizes, -2)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         first = grads[0]
+        room, ctx.room = ctx.room, None
         # a gradient that is differentiated again must not look like a view of one of the three
-        if torch.is_grad_enabled() or not neighbours(grads):
+        if torch.is_grad_enabled():
             return torch.cat(grads, dim=-2), None
-        shape = (*first.shape[:-2], sum(ctx.sizes), first.shape[-1])
-        return first.as_strided(shape, first.stride(), first.storage_offset()), None
+        if neighbours(grads):
+            shape = (*first.shape[:-2], sum(ctx.sizes), first.shape[-1])
+            return first.as_strided(shape, first.stride(), first.storage_offset()), None
+        if room is not None and room.complete(grads):
+            return room.memory, None
+        return torch.cat(grads, dim=-2), None
 
 
 MIN_ELEMENTS = 2**22
