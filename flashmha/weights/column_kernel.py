@@ -70,54 +70,68 @@ def columns_kernel(
     if WINDOW:
         start = tl.maximum(first_key - high, 0) // BLOCK_M * BLOCK_M
         stop = tl.minimum(tl.minimum(first_key + BLOCK_N, seqlen_k) - low, seqlen_q)
+    PIECES: tl.constexpr = 3 if WINDOW and dense is None else 1
+    whole, rest = start, start
+    if PIECES == 3:  # rows from which nothing in the tile is hidden need no mask, which takes as long as the product
+        whole = tl.cdiv(tl.maximum(first_key + BLOCK_N - 1 - high, start), BLOCK_M) * BLOCK_M
+        rest = tl.maximum(tl.minimum(first_key - low + 1, seqlen_q), 0) // BLOCK_M * BLOCK_M
+        rest = tl.maximum(rest, whole)
     rows = tl.arange(0, BLOCK_M)
     total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for number in range(first_head, first_head + count):
         head = tl.cast(number, tl.int64)
-        for first_row in range(start, stop, BLOCK_M):
-            row, rows_left = tl.cast(first_row, tl.int64), seqlen_q - first_row
-            score = multiply(
-                q + head * q_head + row * q_row,
-                k + head // group * k_head,
-                (q_row, k_key),
-                (rows_left, keys_left),
-                HEAD_DIM,
-                CHUNK,
-                BLOCK_M,
-                BLOCK_N,
-            )
-            added, table = bias, dense
-            if bias is not None:
-                added += head * bias_head + row * bias_row
-            part = exponentiate(
-                score,
-                shift,
-                factor,
-                (batch * heads + head) * seqlen_q + row + tl.minimum(rows, rows_left - 1),
-                added,
-                (bias_row, bias_key),
-                (rows_left, keys_left),
-                scale,
-                softcap,
-                SOFTCAP,
-            )
-            if MASKED:
-                if dense is not None:
-                    table += head * dense_head + row * dense_row
-                seen = find_visible(
-                    (first_row, first_key),
-                    (seqlen_q, seqlen_k),
-                    (low, high),
-                    None,
-                    table,
-                    (dense_row, dense_key),
-                    WINDOW,
+        for piece in tl.static_range(PIECES):
+            first, last = start, stop
+            if PIECES == 3 and piece == 0:
+                last = tl.minimum(whole, stop)
+            elif PIECES == 3 and piece == 1:
+                first, last = whole, rest
+            elif PIECES == 3:
+                first = rest
+            for first_row in range(first, last, BLOCK_M):
+                row, rows_left = tl.cast(first_row, tl.int64), seqlen_q - first_row
+                score = multiply(
+                    q + head * q_head + row * q_row,
+                    k + head // group * k_head,
+                    (q_row, k_key),
+                    (rows_left, keys_left),
+                    HEAD_DIM,
+                    CHUNK,
                     BLOCK_M,
                     BLOCK_N,
                 )
-                total += tl.where(seen, part, 0.0)
-            else:
-                total += tl.where((rows < rows_left)[:, None], part, 0.0)
+                added, table = bias, dense
+                if bias is not None:
+                    added += head * bias_head + row * bias_row
+                part = exponentiate(
+                    score,
+                    shift,
+                    factor,
+                    (batch * heads + head) * seqlen_q + row + tl.minimum(rows, rows_left - 1),
+                    added,
+                    (bias_row, bias_key),
+                    (rows_left, keys_left),
+                    scale,
+                    softcap,
+                    SOFTCAP,
+                )
+                if MASKED and not (PIECES == 3 and piece == 1):
+                    if dense is not None:
+                        table += head * dense_head + row * dense_row
+                    seen = find_visible(
+                        (first_row, first_key),
+                        (seqlen_q, seqlen_k),
+                        (low, high),
+                        None,
+                        table,
+                        (dense_row, dense_key),
+                        WINDOW,
+                        BLOCK_M,
+                        BLOCK_N,
+                    )
+                    total += tl.where(seen, part, 0.0)
+                else:
+                    total += tl.where((rows < rows_left)[:, None], part, 0.0)
     keys = tl.arange(0, BLOCK_N)
     sums = tl.sum(total, axis=0)
     if valid is not None:
