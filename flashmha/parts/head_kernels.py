@@ -1,4 +1,4 @@
-"""The Triton kernels of ``fused_heads``; importing this imports triton.
+"""The Triton kernels of ``head_launches``; importing this imports triton.
 
 A program takes ``TOKENS`` neighbouring tokens and up to ``HEADS`` heads of theirs, all of queries or all of keys. It
 makes cos and sin once and goes from head to head. A head is three tiles: the first members of its pairs, the second
