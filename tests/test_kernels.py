@@ -9,7 +9,7 @@ import torch
 from conftest import Copies
 from torch import Tensor
 
-from flashmha import FlashMultiHeadAttention, NoBackendError, record
+from flashmha import AlibiBias, FlashMultiHeadAttention, NoBackendError, Rotary, record
 from flashmha.backends.choice.registry import instead
 from flashmha.backends.flash_attn.flash4 import Flash4
 from flashmha.testing import assert_same, noise
@@ -37,12 +37,13 @@ def arguments(mask: str) -> dict[str, Any]:
     }[mask]
 
 
-def layer(name: str | None, training: bool, seqlen: int = SEQLEN) -> tuple[FlashMultiHeadAttention, Tensor]:
+def layer(
+    name: str | None, training: bool, seqlen: int = SEQLEN, **options: Any
+) -> tuple[FlashMultiHeadAttention, Tensor]:
     """A layer held to a backend, and its input."""
     torch.manual_seed(0)
-    made = FlashMultiHeadAttention(
-        HEADS * HEAD_DIM, HEADS, batch_first=True, need_weights=False, trust_is_causal=True, dtype=torch.bfloat16
-    ).train(training)
+    options |= {"batch_first": True, "need_weights": False, "trust_is_causal": True, "dtype": torch.bfloat16}
+    made = FlashMultiHeadAttention(HEADS * HEAD_DIM, HEADS, **options).train(training)
     made.backend = name
     return made, noise(1, BATCH, seqlen, HEADS * HEAD_DIM, dtype=torch.bfloat16).requires_grad_(training)
 
@@ -124,12 +125,36 @@ def test_no_call_waits_for_the_device(name: str | None, mask: str, training: boo
     given = arguments(mask)
     with refusing():
         step(module, x, given, training)
+    step_without_waiting(module, x, given, training)
+
+
+def step_without_waiting(module: Any, x: Tensor, given: dict[str, Any], training: bool) -> None:
+    """A step in which a wait for the device is an error."""
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
         step(module, x, given, training)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+LONGER = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
+"""A scaling that depends on the largest position."""
+
+
+@training
+@pytest.mark.parametrize("scores", ("plain", "alibi", "sinks"))
+def test_no_layer_with_parts_waits_for_the_device(scores: str, training: bool) -> None:
+    options: dict[str, Any] = {
+        "plain": {},
+        "alibi": {"position_bias": AlibiBias(HEADS)},
+        "sinks": {"sinks": torch.zeros(HEADS), "softcap": 20.0},
+    }[scores]
+    rotary = Rotary(HEAD_DIM, rope_parameters=LONGER, max_seqlen=SEQLEN // 2)
+    module, x = layer(None, training, rotary=rotary, qk_norm="rms", causal=True, **options)
+    given = {"positions": torch.arange(SEQLEN)[None].expand(BATCH, -1)}
+    step(module, x, given, training)
+    step_without_waiting(module, x, given, training)
 
 
 @pytest.mark.parametrize("name", BACKENDS[:-1])
@@ -144,15 +169,18 @@ def test_no_copy_stands_in_front_of_a_kernel_or_behind_it(name: str, mask: str) 
     assert copies.made == [] and calls[0].backend == name
 
 
-def test_gradients_of_one_projection_are_not_copied_together() -> None:
-    """flash4 writes them side by side; other kernels have them joined by one copy."""
-    module, x = layer("flash4", True, seqlen=2**22 // (3 * BATCH * HEADS * HEAD_DIM) + 1)
+@pytest.mark.parametrize("qk_norm", (None, "rms"))
+@pytest.mark.parametrize("turned", (False, True))
+def test_gradients_of_one_projection_are_not_copied_together(qk_norm: str | None, turned: bool) -> None:
+    """flash4 writes them side by side, and with it the norms and the rotation; other kernels' are joined by a copy."""
+    long = 2**22 // (3 * BATCH * HEADS * HEAD_DIM) + 1
+    module, x = layer("flash4", True, seqlen=long, qk_norm=qk_norm, rotary=Rotary(HEAD_DIM) if turned else None)
     with refusing():
         out = module(x, x, x)[0]
     toward = torch.ones_like(out)
     with Copies() as copies:
         torch.autograd.grad(out, (x, module.in_proj_weight), toward)
-    assert copies.made == []
+    assert set(copies.made) <= ({"_to_copy"} if qk_norm else set())  # a sum as a norm's weight has it
 
 
 def test_a_short_first_problem_waits_for_no_compiler() -> None:
