@@ -21,6 +21,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 from hypothesis.internal.conjecture import engine
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 slow = (HealthCheck.too_slow, HealthCheck.data_too_large)
@@ -158,3 +159,18 @@ class Copies(TorchDispatchMode):
         if name in self.NAMES:
             self.made.append(name)
         return func(*args, **(kwargs or {}))
+
+
+class Largest(TorchDispatchMode):
+    """The bytes of the largest memory that an operator gave."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for one in result if isinstance(result, (tuple, list)) else (result,):
+            if isinstance(one, Tensor):
+                self.seen = max(self.seen, one.untyped_storage().nbytes())
+        return result

@@ -10,13 +10,14 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import Largest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import flashmha
-from flashmha import FlashMultiHeadAttention, KeyLengths, KeyPadding, attention, backends, causal, explain
+from flashmha import FlashMultiHeadAttention, KeyLengths, KeyPadding, Window, attention, backends, causal, explain
 from flashmha.backends.choice.registry import instead
 from flashmha.backends.sdpa.backend import Sdpa
 from flashmha.backends.sdpa.pieces import Costs
@@ -110,10 +111,27 @@ def test_padding_is_cut_off_a_cpu_where_enough_is_left_out(lengths: list[int], g
     assert masked == [0 < hidden * (1 + grad) <= 2 * batch] * call.call_count
 
 
-@pytest.mark.parametrize("costs", (Costs(0, 0), Costs()))
+@pytest.mark.parametrize("costs", (Costs(0, 0, 1), Costs()))
 @given(spec=specs(limits=backends.get("sdpa").limits), seed=seeds())
-def test_padding_that_is_cut_off_gives_the_same_numbers(costs: Costs, spec: flashmha.AttentionSpec, seed: int) -> None:
+def test_problems_that_are_cut_up_give_the_same_numbers(costs: Costs, spec: flashmha.AttentionSpec, seed: int) -> None:
     assert_agrees(Sdpa(costs), spec, seed)
+
+
+@pytest.mark.cpu("a kernel of a GPU skips what a window hides")
+@given(left=st.integers(0, 60), right=st.integers(0, 60), padded=st.booleans(), fewer=st.integers(0, 300))
+def test_a_window_on_a_cpu_makes_nothing_as_large_as_all_scores(
+    left: int, right: int, padded: bool, fewer: int
+) -> None:
+    """Gradients neither: they are as local as the window."""
+    seqlen = 1024
+    q, k, v = (noise(i, 1, seqlen - fewer * (i == 0), 2, 32, dtype=torch.float32).requires_grad_() for i in range(3))
+    mask = Window(left, right)
+    if padded:
+        mask = mask & KeyPadding(torch.arange(seqlen)[None] % 7 != 3)
+    with Largest() as largest:
+        out = attention(q, k, v, mask=mask, backend="sdpa")
+        torch.autograd.grad(out, (q, k, v), torch.ones_like(out))
+    assert largest.seen <= q.element_size() * seqlen * 2 * 32  # the heads themselves
 
 
 @given(batch=batches(window=None), need_weights=st.booleans())

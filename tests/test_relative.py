@@ -5,11 +5,10 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import fewer
+from conftest import Largest, fewer
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from flashmha import ALiBi, AlibiBias, AttentionSpec, Bias, RelativeBias, RelativePositionBias, attention, causal
 from flashmha.backends import get, names
@@ -147,21 +146,6 @@ def test_every_backend_that_claims_it_agrees(
         for one in serving:
             if one != "naive":
                 assert_agrees(get(one), spec, seed)
-
-
-class Largest(TorchDispatchMode):
-    """The bytes of the largest memory that an operator gave."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        for one in result if isinstance(result, (tuple, list)) else (result,):
-            if isinstance(one, Tensor):
-                self.seen = max(self.seen, one.untyped_storage().nbytes())
-        return result
 
 
 @pytest.mark.cpu("on a GPU the kernel's own memory shows in no operator")

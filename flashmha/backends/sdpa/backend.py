@@ -14,6 +14,7 @@ from ...problem.scores import narrow_bias
 from ...problem.spec import AttentionSpec
 from ..base import FEATURES, HALF, Backend, Limits, Serve
 from ..rewrites.grouped import fold, fold_table, folds, unfold
+from .bands import Bands, cut_into_bands, make_tables
 from .packed import attend_in_place, attend_packed, packs_here, runs_packed, takes_packed
 from .pieces import Costs, Item, cut_up, keep_all, slices
 from .switches import by_math, kernels_for_masks, only, switches, without_cudnn
@@ -33,8 +34,9 @@ def top_left_causal(spec: AttentionSpec) -> bool:
 class Sdpa(Backend):
     """``F.scaled_dot_product_attention``; masks and biases become one dense tensor, top-left causality none.
 
-    On a CPU padding is cut off and documents run one by one; and its kernel there returns the log-sum-exp. On a GPU
-    of NVIDIA's documents, and padding as documents, go to torch's own flash-attn 2 in half precision.
+    On a CPU padding is cut off, windows run in blocks and documents one by one; and its kernel there returns the
+    log-sum-exp. On a GPU of NVIDIA's documents, and padding as documents, go to torch's own flash-attn 2 in half
+    precision.
     """
 
     name = measured_as = "sdpa"
@@ -92,6 +94,9 @@ class Sdpa(Backend):
         items = cut_up(spec, self.costs)
         if items is not None:
             return attend_cut(q, k, v, items, spec)
+        bands = cut_into_bands(spec, self.costs.rows, self.costs.item)
+        if bands is not None:
+            return attend_bands(q, k, v, bands, spec)
         if padding is None:
             return call_sdpa(q, k, v, spec.allowed() if q.is_cpu else dense_mask(spec), spec)
         if q.is_cpu and not (is_compiling() or padding.lasts):
@@ -317,13 +322,37 @@ def attend_items(
     return (out, torch.cat(lses)) if spec.need_lse else out
 
 
+def attend_bands(q: Tensor, k: Tensor, v: Tensor, bands: Bands, spec: AttentionSpec) -> Tensor | tuple[Tensor, Tensor]:
+    """SDPA of every block of a window."""
+    outs, lses = [], []
+    ks, vs = bands.cut(k), bands.cut(v)
+    queries = q.split([len(block.queries) for block in bands.blocks], dim=1)
+    for rows, block, table in zip(queries, bands.blocks, make_tables(spec, bands)):
+        if not block.parts:
+            out, lse = make_blind(rows, spec)
+        else:
+            one, many = block.parts.start, slice(block.parts.start, block.parts.stop)
+            k, v = (x[one] if len(block.parts) == 1 else torch.cat(x[many], dim=1) for x in (ks, vs))
+            result = call_sdpa(rows, k, v, table, spec)
+            out, lse = result if isinstance(result, tuple) else (result, result)
+        outs.append(out)
+        lses.append(lse)
+    out = torch.cat(outs, dim=1)
+    return (out, torch.cat(lses, dim=2)) if spec.need_lse else out
+
+
+def make_blind(q: Tensor, spec: AttentionSpec) -> tuple[Tensor, Tensor]:
+    """out and lse of queries that look at no key."""
+    blank = q.new_zeros(*q.shape[:3], spec.head_dim_v)
+    return blank, blank.new_full((q.shape[0], spec.heads, q.shape[1]), float("-inf"))
+
+
 def attend_piece(
     q: Tensor, ks: tuple[Tensor, ...], vs: tuple[Tensor, ...], where: int | None, how: bool | Mask, spec: AttentionSpec
 ) -> tuple[Tensor, Tensor]:
     """One piece: out and lse, which is empty where it is not asked for."""
     if where is None:
-        blank = q.new_zeros(*q.shape[:3], spec.head_dim_v)
-        return blank, blank.new_full((1, spec.heads, q.shape[1]), float("-inf"))
+        return make_blind(q, spec)
     k, v = ks[where], vs[where]
     if isinstance(how, Mask):
         result = call_sdpa(q, k, v, how.materialize(1, 1, q.shape[1], k.shape[1], q.device), spec)

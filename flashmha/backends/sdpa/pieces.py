@@ -26,10 +26,14 @@ SHARE = 2**17
 
 
 class Costs(NamedTuple):
-    """What a call costs beside what it spares: a padded item's, a document's."""
+    """What a call costs beside what it spares: a padded item's or a window's block's, a document's.
+
+    ``rows`` are the fewest queries of such a block.
+    """
 
     item: int = MIN_MULTIPLICATIONS
     document: int = SHARE
+    rows: int = 64
 
 
 Piece = tuple[int, int | None, bool | Mask]
