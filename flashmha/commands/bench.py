@@ -43,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         choices=SUITES,
         metavar="SUITE",
-        help=f"only these ({suites}); default all but {' and '.join(ON_REQUEST)}",
+        help=f"only these ({suites}); default all but {', '.join(ON_REQUEST)}",
     )
     parser.add_argument("--case", nargs="+", metavar="GLOB", help="only cases whose id fits one, as 'dense/*/train/*'")
     parser.add_argument("--level", nargs="+", choices=LEVELS, help="only these: whole layers, or attention alone")
@@ -137,8 +137,9 @@ def plan_from_flags(options: argparse.Namespace) -> Plan:
         if not any(character in name for character in "*?[") and name not in (*known, "all"):
             raise ValueError(f"peers must be among {', '.join(known)}, all, or globs, got {name!r}.")
     every = every_case(where.type)
-    if not (options.list or options.suites or options.case or options.level):
-        every = [case for case in every if case.suite not in ON_REQUEST]
+    if not (options.list or options.suites or options.case):
+        asked = options.level or ()
+        every = [case for case in every if case.suite not in ON_REQUEST or ON_REQUEST[case.suite] in asked]
     return Plan(
         cases=select(every, options.suites, options.case, options.level, options.passes),
         device=where,
