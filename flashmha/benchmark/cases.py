@@ -115,6 +115,13 @@ class Case:
         return dataclasses.replace(self, rotary=False, qk_norm=None, window=None)
 
     @property
+    def yardstick(self) -> str:
+        """The contestant that ``target`` is about."""
+        if self == self.bare:
+            return "linear_sdpa"
+        return "attention_without" if self.level == "core" else "flashmha_without"
+
+    @property
     def own_heads(self) -> bool:
         """It is about a layer that stock cannot be."""
         return self.level == "layer" and (self.rotary or self.qk_norm is not None or self.heads_kv != self.heads)

@@ -224,6 +224,6 @@ def find_faults(
         length = exact.double().norm().item()
         relative = (actual.double() - exact).norm().item() / max(length, 1e-30)
         # else it is among the faults, and JSON knows no such number; nothing is relative to a gradient that cancels
-        if math.isfinite(relative) and length > reference.eps**2 * largest:
+        if math.isfinite(relative) and length > 1e-12 * largest:
             errors[short] = max(errors.get(short, 0.0), float(f"{relative:.3g}"))
     return faults, errors

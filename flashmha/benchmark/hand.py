@@ -54,7 +54,7 @@ def make_norm(case: Case) -> nn.Module | None:
 def tabulate_angles(seqlen: int, head_dim: int) -> tuple[Tensor, Tensor]:
     """cos and sin (seqlen, 1, head_dim), each angle in both halves, as models keep them for all their layers."""
     slower = 1.0 / 10000.0 ** (torch.arange(0, head_dim, 2).float() / head_dim)
-    angles = torch.arange(seqlen).float()[:, None] * slower
+    angles = (torch.arange(seqlen).float()[:, None] * slower).double()  # rounded once, to the dtype of the layer
     both = torch.cat((angles, angles), dim=-1)[:, None]
     return both.cos(), both.sin()
 

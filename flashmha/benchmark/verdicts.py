@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .cases import Case
 from .peers import CONTROL, HEADLINES, how
 
 RESAMPLES = 1000
@@ -96,18 +97,9 @@ def judge_cases(cases: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-YARDSTICK = "linear_sdpa"
-"""What a case is held to that is no more than itself without its options."""
-
-
-def yardstick(case: dict[str, Any]) -> str:
-    """The contestant that the target of a case is about."""
-    return next((name for name, row in case["contestants"].items() if row.get("yardstick")), YARDSTICK)
-
-
 def judge_target(case: dict[str, Any], floor: float) -> str | None:
     """``met``, ``missed`` or ``within the noise``; ``None`` without a target, or where one of the two was not timed."""
-    bound, beside = case["case"].get("target"), yardstick(case)
+    bound, beside = case["case"].get("target"), Case.of(case["case"]).yardstick
     eager = [one for one in case["ratios"] if one in HEADLINES and how(one) == "eager"]
     found = [case["ratios"][one][beside] for one in eager if beside in case["ratios"][one]]
     if bound is None or not found:

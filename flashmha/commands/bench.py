@@ -8,8 +8,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 from ..benchmark.cases import LEVELS, PASSES, select
+from ..benchmark.costs import cost_table
 from ..benchmark.lineup import all_contestants, contestants
-from ..benchmark.report import faults, markdown, origin_line, summary_lines, verdict_table
+from ..benchmark.page import markdown
+from ..benchmark.report import faults, origin_line, summary_lines, verdict_table
 from ..benchmark.rounds import FEWEST
 from ..benchmark.run_file import Run, levels, load, save
 from ..benchmark.runner import Plan, run
@@ -190,6 +192,10 @@ def show_run(found: Run, json: bool) -> int:
     else:
         for level in levels(found):
             print_table(*verdict_table(found, level))
+            print()
+        columns, rows = cost_table(found)
+        if rows:
+            print_table(columns, rows)
             print()
         print("\n".join([*summary_lines(found), origin_line(found)]))
     if found.get("stopped"):
