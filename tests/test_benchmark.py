@@ -722,12 +722,17 @@ class Mha(torch.nn.Module):
 def packages(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """flash-attn packages on a CPU, all of one kind."""
 
-    def dense(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> tuple[Tensor, Tensor | None]:
+    def dense(
+        q: Tensor, k: Tensor, v: Tensor, causal: bool, window_size: tuple[int, int] = (-1, -1)
+    ) -> tuple[Tensor, Tensor | None]:
         if request.param == "refuses":
             raise RuntimeError("this build has no such head_dim")
         if request.param == "starves":
             raise torch.OutOfMemoryError("tried to allocate everything")
-        return sdpa(q, k, v, None, causal) * (1.2 if request.param == "wrong" else 1.0), None
+        mask = None
+        if window_size != (-1, -1):
+            mask = torch.ones(q.shape[1], k.shape[1], dtype=torch.bool).tril(window_size[1]).triu(-window_size[0])
+        return sdpa(q, k, v, mask, causal and mask is None) * (1.2 if request.param == "wrong" else 1.0), None
 
     here = [answering(kind, why_not_here=nothing, public=lambda: dense) for kind in (Flash4, Flash3, Flash2)]
     monkeypatch.setitem(sys.modules, "flash_attn.modules.mha", types.SimpleNamespace(MHA=Mha))  # type: ignore[arg-type]
@@ -745,7 +750,7 @@ def test_a_package_called_by_hand_is_timed_if_right_and_else_says_why(packages: 
     every, absent = all_contestants(CPU)
     assert not absent.keys() & {*by_hand, "flash_attn_mha", "flash_attn_3_kvcache"}
     for one in contestants(every, case, CPU, peers=[*by_hand, "flash_attn_mha"], backends=[]):
-        if one.ours:
+        if one.ours or one.yardstick:
             continue
         row = admit(one, inputs, reference)[1]
         plain = case.seqlen_q == case.seqlen_k and case.batch_first and case.qk_norm is None

@@ -48,7 +48,9 @@ def make_norm(case: Case) -> nn.Module | None:
     """The norm of heads that a case has."""
     if case.qk_norm is None:
         return None
-    return nn.RMSNorm(case.head_dim) if case.qk_norm == "rms" else nn.LayerNorm(case.head_dim)
+    if case.qk_norm == "layer":
+        return nn.LayerNorm(case.head_dim)
+    return nn.RMSNorm(case.head_dim, eps=torch.finfo(torch.float32).eps)  # torch's default in every dtype but float64
 
 
 def tabulate_angles(seqlen: int, head_dim: int) -> tuple[Tensor, Tensor]:

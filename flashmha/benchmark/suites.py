@@ -148,7 +148,7 @@ CPU_CASES = [
     *encoder_cases("train eval", 4, (16, 256, 256, 4), 0.54, holes=True),
     *encoder_cases("train eval", 4, (16, 256, 256, 4), 0.54, batch_first=False),
     *encoder_cases("train eval", 4, (16, 256, 256, 4), headline=True),
-    *heads_cases((1, 2048, 512, 8), 2, (1, 4096, 512, 8)),
+    *heads_cases((1, 2048, 256, 4), 2, (1, 4096, 256, 4)),
 ]
 
 ENCODERS = (
