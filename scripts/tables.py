@@ -117,6 +117,7 @@ def heads_figures(run: Run) -> str:
 
 
 def cost_name(case: Case) -> str:
+    """A case of suite heads for a reader."""
     return ("attention alone, " if case.level == "core" else "") + case.words
 
 

@@ -162,6 +162,8 @@ class Linear(Contestant):
             return super().refuses(case)
         if case.weights:
             return "its kernel returns no weights"
+        if case.own_heads and (case.seqlen_q != case.seqlen_k or not case.batch_first):
+            return "with heads of its own it is for self-attention, batch first"
         return None if self.takes_masks or case.lengths is None else "its kernel takes no padding mask"
 
     def build(self, case: Case) -> nn.Module:
