@@ -20,6 +20,7 @@ from typing import Any
 
 from flashmha.backends import FEATURES, Backend, get, names, origin
 from flashmha.benchmark.cases import Case
+from flashmha.benchmark.costs import COST_LEGEND, SUITE, cost_table
 from flashmha.benchmark.peers import HEADLINES
 from flashmha.benchmark.report import (
     ENCODER_LEGEND,
@@ -42,7 +43,14 @@ from flashmha.benchmark.verdicts import best_peer, share_of_gemm
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-RUNS = {"cpu": "cpu", "gpu": "gpu", "model": "model_gpu", "compiled": "compiled_gpu", "model_cpu": "model_cpu"}
+RUNS = {
+    "cpu": "cpu",
+    "gpu": "gpu",
+    "model": "model_gpu",
+    "compiled": "compiled_gpu",
+    "model_cpu": "model_cpu",
+    "heads_cpu": "heads_cpu",
+}
 """Section -> the run it shows, a file of the results."""
 
 
@@ -89,6 +97,8 @@ Pair = tuple[str, str] | None
 
 def figures(run: Run) -> str:
     """The headline cases of a run, every case of attention alone, and what is said of them all."""
+    if {case["case"]["suite"] for case in run["cases"]} == {SUITE}:
+        return heads_figures(run)
     parts = []
     if "layer" in levels(run):
         parts += [layer_table(run), " ".join(layer_words(run))]
@@ -98,6 +108,17 @@ def figures(run: Run) -> str:
     if "core" in levels(run):
         parts += ["Attention alone, without projections:", markdown_table(*verdict_table(run, "core"))]
     return "\n\n".join([*parts, "\n".join(f"- {line}" for line in summary(run)), origin_line(run)])
+
+
+def heads_figures(run: Run) -> str:
+    """What options of heads cost, each case by its words; the lost ones by their names."""
+    table = markdown_table(*cost_table(run, lambda case: cost_name(Case.of(case["case"]))))
+    return "\n\n".join([table, COST_LEGEND, "\n".join(f"- {line}" for line in summary(run)), origin_line(run)])
+
+
+def cost_name(case: Case) -> str:
+    """A case of suite heads for a reader."""
+    return ("attention alone, " if case.level == "core" else "") + case.words
 
 
 def layer_table(run: Run) -> str:

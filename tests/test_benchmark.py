@@ -22,7 +22,7 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounter
 from torch.utils.flop_counter import FlopCounterMode
 
-from flashmha import Backend, Limits, register
+from flashmha import Backend, Limits, Rotary, register
 from flashmha.__main__ import main
 from flashmha.backends import unregister
 from flashmha.backends.choice.registry import instead
@@ -30,18 +30,19 @@ from flashmha.backends.flash_attn.flash2 import Flash2
 from flashmha.backends.flash_attn.flash3 import Flash3
 from flashmha.backends.flash_attn.flash4 import Flash4
 from flashmha.backends.naive import Naive
-from flashmha.benchmark import Case, Plan, every_case, run, runner, select
+from flashmha.benchmark import SUITES, Case, Plan, every_case, run, runner, select
 from flashmha.benchmark.encoders import FlashmhaEncoder, HandEncoder, PackedEncoder, StockEncoder
 from flashmha.benchmark.gate import Seat, admit, find_faults
 from flashmha.benchmark.inputs import draw_inputs
 from flashmha.benchmark.kernels import ByHand, Linear, sdpa
 from flashmha.benchmark.lineup import all_contestants, contestants
+from flashmha.benchmark.page import markdown
 from flashmha.benchmark.peers import CONTROL, Contestant, Flashmha, StockBest, Through, how
 from flashmha.benchmark.reference import Reference, compute_definition
-from flashmha.benchmark.report import absences_table, markdown
+from flashmha.benchmark.report import absences_table
 from flashmha.benchmark.rounds import FEWEST, take_turns
 from flashmha.benchmark.run_file import load, save
-from flashmha.benchmark.suites import lengths_of
+from flashmha.benchmark.suites import ON_REQUEST, lengths_of
 from flashmha.benchmark.verdicts import judge_cases, middle, noise_floor, ratio, share_of_gemm, verdict
 from flashmha.host.clock import peak_bytes
 
@@ -158,6 +159,20 @@ small = st.builds(
 crossed = small.map(lambda case: dataclasses.replace(case, seqlen_k=9, causal=False, lengths=None))
 weighed = small.map(lambda case: dataclasses.replace(case, level="layer", weights=True))
 turned = small.map(lambda case: dataclasses.replace(case, level="layer", batch_first=False))
+windowed = st.builds(
+    lambda case, window: dataclasses.replace(case, level="core", causal=True, lengths=None, window=window),
+    small,
+    st.integers(1, 8),
+)
+own_heads = st.builds(
+    lambda case, **fields: dataclasses.replace(case, level="layer", lengths=None, embed_dim=16, heads=4, **fields),
+    small,
+    heads_kv=st.sampled_from((1, 2, 4)),
+    bias=st.booleans(),
+    rotary=st.booleans(),
+    qk_norm=st.sampled_from((None, "rms", "layer")),
+)
+"""Layers that stock cannot be, most of them."""
 padded_cross = crossed.map(lambda case: dataclasses.replace(case, level="layer", lengths=(4, 9), batch_first=False))
 
 
@@ -175,7 +190,10 @@ def encoder(case: Case, kind: dict[str, Any], autocast: bool) -> Case:
 
 KINDS = ({}, {"holes": True}, {"causal": True}, {"batch_first": False}, {"holes": True, "batch_first": False})
 stacked = st.builds(encoder, small, st.sampled_from(KINDS), st.booleans())
-drawn = st.one_of(small, crossed, weighed, turned, padded_cross, stacked.filter(lambda case: stock_computes(case)))
+drawn = st.one_of(
+    *(small, crossed, weighed, turned, padded_cross, windowed, own_heads),
+    stacked.filter(lambda case: stock_computes(case)),
+)
 
 
 def stock_computes(case: Case) -> bool:
@@ -284,7 +302,7 @@ def test_the_exact_answer_passes_the_gate(case: Case) -> None:
 @given(drawn, st.integers(1, 400), st.integers(0, 9))
 def test_the_reference_is_stocks_answer_whatever_its_blocks(case: Case, block: int, seed: int) -> None:
     inputs = draw_inputs(case, CPU, seed).to(torch.float64)
-    stock = {"layer": StockBest, "core": ByHand, "encoder": StockEncoder}[case.level]()
+    stock = Linear() if case.own_heads else {"layer": StockBest, "core": ByHand, "encoder": StockEncoder}[case.level]()
     seat = Seat(stock, inputs)
     seat.module.train()  # off the fast path
     with torch.inference_mode(not seat.leaves):
@@ -402,7 +420,10 @@ def runs(draw: st.DrawFn) -> dict[str, Any]:
     cases = []
     for case in chosen:
         names = ["stock", "stock_best", "linear_sdpa", "flashmha", "flashmha_best"]
-        if case.level == "core":
+        if case.suite == "heads":
+            one, beside = ("attention", "sdpa") if case.level == "core" else ("flashmha_best", "linear_sdpa")
+            names = [one, beside] + [f"{one.removesuffix('_best')}_without"] * (case != case.bare)
+        elif case.level == "core":
             names = ["sdpa", "attention"]
         elif case.level == "encoder":
             names = ["stock_encoder", "hand_encoder", "packed_encoder", "flashmha_encoder", "flashmha_encoder_skip"]
@@ -412,7 +433,8 @@ def runs(draw: st.DrawFn) -> dict[str, Any]:
         rounds = draw(st.integers(1, 5))
         for name in [*names, CONTROL]:
             rows[name] = {
-                "ours": name.startswith(("flashmha", "attention", CONTROL)),
+                "ours": name.startswith(("flashmha", "attention", CONTROL)) and not name.endswith("_without"),
+                "yardstick": name.endswith("_without"),
                 "status": "ok",
                 "error": {"out": 1e-7},
                 "peak_bytes": draw(st.integers(1, 2**30)),
@@ -457,7 +479,8 @@ def test_a_report_hides_no_case_and_no_loss(found: dict[str, Any]) -> None:
         assert f"| {case['id']} |" in page
         for kind, best in case["best_peers"].items():
             alike = [name for name in case["contestants"] if how(name) == kind and name in times_of(case)]
-            peers = [times_of(case)[name] for name in alike if not case["contestants"][name]["ours"]]
+            rows = case["contestants"]
+            peers = [times_of(case)[name] for name in alike if not rows[name]["ours"] | rows[name]["yardstick"]]
             assert middle(times_of(case)[best]) == min(map(middle, peers))
         for one in case["verdicts"]:
             assert how(case["best_peers"][how(one)]) == how(one)
@@ -671,14 +694,27 @@ def flash_attn_with_kvcache(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Te
 class Mha(torch.nn.Module):
     """``flash_attn.modules.mha.MHA`` on a CPU: its constructor, its parameters and its answer."""
 
-    def __init__(self, embed_dim: int, heads: int, causal: bool, use_flash_attn: bool) -> None:
+    def __init__(
+        self,
+        embed_dim: int,
+        heads: int,
+        num_heads_kv: int,
+        qkv_proj_bias: bool,
+        out_proj_bias: bool,
+        rotary_emb_dim: int,
+        causal: bool,
+        use_flash_attn: bool,
+    ) -> None:
         super().__init__()
-        self.heads, self.causal = heads, causal
-        self.Wqkv = torch.nn.Linear(embed_dim, 3 * embed_dim)
-        self.out_proj = torch.nn.Linear(embed_dim, embed_dim)
+        self.heads, self.causal, self.dim = (heads, num_heads_kv, num_heads_kv), causal, rotary_emb_dim
+        rows = embed_dim // heads * sum(self.heads)
+        self.Wqkv = torch.nn.Linear(embed_dim, rows, bias=qkv_proj_bias)
+        self.out_proj = torch.nn.Linear(embed_dim, embed_dim, bias=out_proj_bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        q, k, v = self.Wqkv(x).unflatten(-1, (3, self.heads, -1)).unbind(2)
+        q, k, v = self.Wqkv(x).unflatten(-1, (sum(self.heads), -1)).split(self.heads, dim=2)
+        if self.dim:
+            q, k = Rotary(self.dim)(q, k)
         return self.out_proj(sdpa(q, k, v, None, self.causal).flatten(2))
 
 
@@ -686,12 +722,17 @@ class Mha(torch.nn.Module):
 def packages(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """flash-attn packages on a CPU, all of one kind."""
 
-    def dense(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> tuple[Tensor, Tensor | None]:
+    def dense(
+        q: Tensor, k: Tensor, v: Tensor, causal: bool, window_size: tuple[int, int] = (-1, -1)
+    ) -> tuple[Tensor, Tensor | None]:
         if request.param == "refuses":
             raise RuntimeError("this build has no such head_dim")
         if request.param == "starves":
             raise torch.OutOfMemoryError("tried to allocate everything")
-        return sdpa(q, k, v, None, causal) * (1.2 if request.param == "wrong" else 1.0), None
+        mask = None
+        if window_size != (-1, -1):
+            mask = torch.ones(q.shape[1], k.shape[1], dtype=torch.bool).tril(window_size[1]).triu(-window_size[0])
+        return sdpa(q, k, v, mask, causal and mask is None) * (1.2 if request.param == "wrong" else 1.0), None
 
     here = [answering(kind, why_not_here=nothing, public=lambda: dense) for kind in (Flash4, Flash3, Flash2)]
     monkeypatch.setitem(sys.modules, "flash_attn.modules.mha", types.SimpleNamespace(MHA=Mha))  # type: ignore[arg-type]
@@ -709,10 +750,10 @@ def test_a_package_called_by_hand_is_timed_if_right_and_else_says_why(packages: 
     every, absent = all_contestants(CPU)
     assert not absent.keys() & {*by_hand, "flash_attn_mha", "flash_attn_3_kvcache"}
     for one in contestants(every, case, CPU, peers=[*by_hand, "flash_attn_mha"], backends=[]):
-        if one.ours:
+        if one.ours or one.yardstick:
             continue
         row = admit(one, inputs, reference)[1]
-        plain = case.seqlen_q == case.seqlen_k and case.batch_first
+        plain = case.seqlen_q == case.seqlen_k and case.batch_first and case.qk_norm is None
         if case.lengths or case.weights or (one.name == "flash_attn_mha" and not plain):
             assert row["status"] == "refused" and "raised" not in row
         elif packages == "right" or one.name == "flash_attn_mha":
@@ -747,8 +788,21 @@ def test_an_encoder_is_run_as_its_case_says() -> None:
     assert {"stock_encoder_reduced", "flashmha_encoder_reduced"} <= absent.keys()
 
 
-@pytest.mark.parametrize("asked", ([], ["--level", "encoder"], ["--suites", "model"], ["--case", "model/*"]))
-def test_encoders_run_where_they_are_named(asked: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("asked", "suites"),
+    (
+        ([], set(SUITES) - {*ON_REQUEST}),
+        (["--level", "encoder"], {"model"}),
+        (["--level", "layer"], set(SUITES) - {*ON_REQUEST, "overhead", "decode", "odd"}),
+        (["--suites", "model"], {"model"}),
+        (["--case", "model/*"], {"model"}),
+        (["--suites", "heads"], {"heads"}),
+        (["--case", "heads/core/*"], {"heads"}),
+    ),
+)
+def test_what_takes_long_runs_where_it_is_named(
+    asked: list[str], suites: set[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     plans: list[Plan] = []
 
     def no_run(plan: Plan, tell: Any) -> dict[str, Any]:
@@ -758,8 +812,7 @@ def test_encoders_run_where_they_are_named(asked: list[str], monkeypatch: pytest
     monkeypatch.setattr("flashmha.commands.bench.run", no_run)
     with pytest.raises(SystemExit):
         main(["bench", "--no-plots", "--out", str(tmp_path), *asked])
-    levels = {case.level for case in plans[0].cases}
-    assert levels == ({"encoder"} if asked else {"layer", "core"})
+    assert {case.suite for case in plans[0].cases} == suites - {"odd"}  # which is for GPUs
 
 
 def test_what_is_compiled_is_compiled_and_has_itself_as_a_twin(monkeypatch: pytest.MonkeyPatch) -> None:

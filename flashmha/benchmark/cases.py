@@ -37,6 +37,12 @@ class Case:
         how: the way to run that the case is about, out of ``HOW``.
         weights: the averaged attention weights are read.
         headline: the README and the site show the case, and it runs before those that a short budget may drop.
+        bias: the projections have biases, as stock's do by default.
+        rotary: queries and keys of a layer turn by their positions, which all its features take part in.
+        qk_norm: ``"rms"`` or ``"layer"``: heads of queries and keys are normalised first.
+        window: how many keys a query of a causal case sees, its own the last of them; at level core.
+        target: how many times as fast as its yardstick ours has to be: as itself without rotary, norms and window, or
+            where it has none of them as the layer written by hand.
     """
 
     suite: str
@@ -58,6 +64,11 @@ class Case:
     autocast: str | None = None
     how: str = "eager"
     headline: bool = False
+    bias: bool = True
+    rotary: bool = False
+    qk_norm: str | None = None
+    window: int | None = None
+    target: float | None = None
 
     @property
     def id(self) -> str:
@@ -74,7 +85,9 @@ class Case:
             shape += "c"
         kinds = [kind for kind in ("holes", "autocast") if getattr(self, kind)]
         kinds += ["seqfirst"] * (not self.batch_first and self.suite != "seqfirst")
-        kinds += ["reduced"] * (self.how == "reduced")
+        kinds += ["reduced"] * (self.how == "reduced") + ["rotary"] * self.rotary
+        kinds += [self.qk_norm] if self.qk_norm else []
+        kinds += [f"window{self.window}"] if self.window else []
         return f"{self.suite}/{self.level}/{self.mode}/{'-'.join([shape, *kinds])}"
 
     @property
@@ -85,13 +98,33 @@ class Case:
         if self.lengths is not None:
             kinds.append(f"padded, {self.fill:.0%} real{' with holes' * self.holes}")
         kinds += ["`batch_first=False`"] * (not self.batch_first) + ["autocast"] * (self.autocast is not None)
-        kinds += [f"{self.layers} layers"] * (self.layers > 0)
+        kinds += [f"{self.layers} layers"] * (self.layers > 0) + ["rotary"] * self.rotary
+        kinds += [f"qk_norm {self.qk_norm}"] if self.qk_norm else []
+        kinds += [f"window {self.window}"] if self.window else []
         seqlens = str(self.seqlen_k) if self.seqlen_q == self.seqlen_k else f"{self.seqlen_q} on {self.seqlen_k}"
-        return f"{', '.join(kinds)}: {self.batch} × {seqlens}, E{self.embed_dim} H{self.heads}"
+        shared = f" on {self.heads_kv}" if self.heads_kv != self.heads else ""
+        return f"{', '.join(kinds)}: {self.batch} × {seqlens}, E{self.embed_dim} H{self.heads}{shared}"
 
     @property
     def head_dim(self) -> int:
         return self.embed_dim // self.heads
+
+    @property
+    def bare(self) -> Case:
+        """The same without rotary, norms and window."""
+        return dataclasses.replace(self, rotary=False, qk_norm=None, window=None)
+
+    @property
+    def yardstick(self) -> str:
+        """The contestant that ``target`` is about."""
+        if self == self.bare:
+            return "linear_sdpa"
+        return "attention_without" if self.level == "core" else "flashmha_without"
+
+    @property
+    def own_heads(self) -> bool:
+        """It is about a layer that stock cannot be."""
+        return self.level == "layer" and (self.rotary or self.qk_norm is not None or self.heads_kv != self.heads)
 
     @property
     def fill(self) -> float:
@@ -104,7 +137,10 @@ class Case:
         lengths = self.lengths or (self.seqlen_k,) * self.batch
         if self.seqlen_q != self.seqlen_k:
             return sum(self.seqlen_q * length for length in lengths)
-        return sum(length * (length + 1) // 2 if self.causal else length * length for length in lengths)
+        if not self.causal:
+            return sum(length * length for length in lengths)
+        beyond = [max(0, length - self.window) if self.window else 0 for length in lengths]
+        return sum((n * (n + 1) - far * (far + 1)) // 2 for n, far in zip(lengths, beyond))
 
     @property
     def flop(self) -> float:
@@ -116,7 +152,8 @@ class Case:
         attention = 4 * self.embed_dim * self.pairs
         keys = sum(self.lengths) if self.lengths else self.batch * self.seqlen_k
         queries = keys if self.seqlen_q == self.seqlen_k else self.batch * self.seqlen_q
-        projections = 4 * (queries + keys) * self.embed_dim**2 if self.level != "core" else 0
+        wide = self.embed_dim * self.head_dim
+        projections = 4 * (queries * self.heads + keys * self.heads_kv) * wide if self.level != "core" else 0
         if self.layers:  # two more matrices of 4 x embed_dim rows, and all of it once a layer
             projections, attention = 3 * projections * self.layers, attention * self.layers
         return float(3 * projections + 3.5 * attention if self.mode == "train" else projections + attention)
@@ -140,17 +177,17 @@ def select(
     Raises:
         ValueError: nothing is left.
     """
-    chosen = [
+    near = [
         case
         for case in every
         if (suites is None or case.suite in suites)
         and (levels is None or case.level in levels)
         and (modes is None or case.mode in modes)
-        and (globs is None or any(fnmatchcase(case.id, glob) for glob in globs))
     ]
+    chosen = [case for case in near if globs is None or any(fnmatchcase(case.id, glob) for glob in globs)]
     if not chosen:
-        raise ValueError(
-            f"suites, levels, passes and case globs must leave a case, got {suites}, {levels}, {modes} and {globs}; "
-            "--list shows the cases there are."
-        )
+        asked = {"suites": suites, "case globs": globs, "levels": levels, "passes": modes}
+        got = "; ".join(f"{name} {', '.join(wanted)}" for name, wanted in asked.items() if wanted is not None)
+        there_are = ", ".join(case.id for case in near or every)
+        raise ValueError(f"suites, case globs, levels and passes must leave a case, got {got}; there are {there_are}.")
     return chosen

@@ -48,7 +48,7 @@ def environment(device: torch.device) -> dict[str, Any]:
         "system": platform.system(),
         "python": platform.python_version(),
         "torch": str(torch.__version__),
-        "packages": installed_versions(("einops", *KERNEL_PACKAGES)),
+        "packages": installed_versions(("einops", "x-transformers", "torchtune", *KERNEL_PACKAGES)),
     }
     if device.type == "cuda":
         found |= {

@@ -35,12 +35,12 @@ class Seat:
         self.contestant, self.inputs = contestant, inputs.to(inputs.query.dtype)
         with inputs.query.device:  # parameters are drawn ten times faster on a GPU
             self.module = contestant.build(case).to(inputs.query.device, inputs.query.dtype)
-        names = {name: contestant.renamed.get(name, name) for name in self.module.state_dict()}
-        self.module.load_state_dict({name: inputs.state[known] for name, known in names.items()})
+        self.module.load_state_dict(contestant.translate(inputs.state, case))
         self.module.train(case.mode == "train")
         self.leaves: dict[str, Tensor] = {}
+        self.parameters: dict[str, Tensor] = {}
         if case.mode == "train":
-            self.leaves = self.inputs.leaves() | {names[name]: x for name, x in self.module.named_parameters()}
+            self.leaves, self.parameters = self.inputs.leaves(), dict(self.module.named_parameters())
         called: Any = self.module  # ``module.compile()`` leaves a module of torch's own, such as stock, as it is
         if contestant.how == "compiled":
             called = torch.compile(self.module, dynamic=False)
@@ -100,19 +100,33 @@ class Seat:
         self.graph = graph
 
     def clear(self) -> None:
-        for leaf in self.leaves.values():
+        for leaf in (*self.leaves.values(), *self.parameters.values()):
             leaf.grad = None
 
     def collect(self, named: NamedTensors) -> NamedTensors:
         """The results of ``run``: plain tensors, the gradients among them."""
         plain = {name: x.detach() + 0.0 for name, x in named.items()}
-        for name, leaf in self.leaves.items():
-            gradient = torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
-            # the next call may write into memory of its graphs
-            plain[f"gradient of {name}"] = gradient.clone() if self.contestant.how == "reduced" else gradient
+        gradients = {name: self.gradient(leaf) for name, leaf in self.leaves.items()}
+        gradients |= self.translate_back({name: self.gradient(x) for name, x in self.parameters.items()})
+        plain |= {f"gradient of {name}": gradient for name, gradient in gradients.items()}
         if self.graph is None:
             self.clear()
         return plain
+
+    def gradient(self, leaf: Tensor) -> Tensor:
+        if leaf.grad is None:
+            return torch.zeros_like(leaf)
+        # the next call may write into memory of its graphs
+        return leaf.grad.clone() if self.contestant.how == "reduced" else leaf.grad
+
+    def translate_back(self, gradients: NamedTensors) -> NamedTensors:
+        """The gradients of the parameters by which the case knows them, from those of the contestant's own."""
+        if not gradients:
+            return {}
+        known = {name: x.detach().requires_grad_() for name, x in self.inputs.state.items()}
+        own = self.contestant.translate(known, self.inputs.case)
+        back = torch.autograd.grad([own[name] for name in gradients], list(known.values()), list(gradients.values()))
+        return dict(zip(known, back))
 
 
 def admit(contestant: Contestant, inputs: Inputs, reference: Reference) -> tuple[Seat | None, dict[str, Any]]:
@@ -123,6 +137,8 @@ def admit(contestant: Contestant, inputs: Inputs, reference: Reference) -> tuple
     ``refused``, with ``raised``. One of ours that raises has ``failed``.
     """
     row: dict[str, Any] = {"ours": contestant.ours, "status": "refused"}
+    if contestant.yardstick:
+        row["yardstick"] = True
     why = contestant.refuses(inputs.case)
     if why is not None:
         return None, {**row, "reason": why}
@@ -190,6 +206,7 @@ def find_faults(
     """
     faults: list[str] = []
     errors: dict[str, float] = {}
+    largest = max(exact.norm().item() for exact in reference.exact.values())
     for name, exact in reference.exact.items():
         actual, plain = named[name], reference.plain[name]
         if real and name in real:
@@ -204,7 +221,9 @@ def find_faults(
         if not off.abs().max().item() <= bound:  # a NaN is not
             faults.append(f"{name} is off by {off.abs().max().item():.3g}, at most {bound:.3g} allowed")
         short = "gradient" if gradient else name
-        relative = ((actual.double() - exact).norm() / exact.double().norm().clamp_min(1e-30)).item()
-        if math.isfinite(relative):  # else it is among the faults, and JSON knows no such number
+        length = exact.double().norm().item()
+        relative = (actual.double() - exact).norm().item() / max(length, 1e-30)
+        # else it is among the faults, and JSON knows no such number; nothing is relative to a gradient that cancels
+        if math.isfinite(relative) and length > 1e-12 * largest:
             errors[short] = max(errors.get(short, 0.0), float(f"{relative:.3g}"))
     return faults, errors

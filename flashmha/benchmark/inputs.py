@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..layer.module import FlashMultiHeadAttention
+from ..parts.rotary import Rotary
 from .cases import Case
 
 
@@ -23,7 +26,8 @@ class Inputs:
         cotangent: of the output; zero where a query is padding, as with a loss over real tokens.
         attn_mask: (seqlen_q, seqlen_k) bool, ``True`` = hidden, for causal cases.
         hidden: (batch, seqlen_k) bool, ``True`` = hidden, for padded cases; see ``padding``.
-        state: the parameters, named as in ``nn.MultiheadAttention`` or ``nn.TransformerEncoder``; empty at level core.
+        state: the parameters, named as in ``FlashMultiHeadAttention``, which are stock's names where stock has them, or
+            as in ``nn.TransformerEncoder``; empty at level core.
     """
 
     case: Case
@@ -38,6 +42,11 @@ class Inputs:
     def padding(self) -> Tensor | None:
         """The padding mask, a new tensor every time: each batch of a training brings its own."""
         return None if self.hidden is None else self.hidden.clone()
+
+    @functools.cached_property
+    def seen(self) -> Tensor | None:
+        """``attn_mask`` the other way round, made once, as by a program whose mask stays."""
+        return None if self.attn_mask is None else ~self.attn_mask
 
     def turned(self, x: Tensor) -> Tensor:
         """Between the layout of the case and (batch, seqlen, ...), either way."""
@@ -92,13 +101,13 @@ def draw_inputs(case: Case, device: torch.device, seed: int, one_projection: boo
         value = key
         with torch.random.fork_rng(devices=[] if device.type == "cpu" else [device]), device:
             torch.manual_seed(seed)
-            stock = stock_module(case)
-            for name, parameter in stock.named_parameters():
-                if name.endswith("bias") or "norm" in name:  # stock's zeros and ones would hide one that is forgotten
+            module = layer_module(case) if case.own_heads else stock_module(case)
+            for name, parameter in module.named_parameters():
+                if name.endswith("bias") or "norm" in name:  # zeros and ones would hide one that is forgotten
                     nn.init.normal_(parameter, mean=float(name.endswith("weight")), std=0.1)
                 elif case.layers:  # stock makes copies of one layer
                     nn.init.xavier_uniform_(parameter)
-        state = {name: x.to(device, dtype) for name, x in stock.state_dict().items()}
+        state = {name: x.to(device, dtype) for name, x in module.state_dict().items()}
     elif one_projection and case.seqlen_q == case.seqlen_k:
         packed = normal(case.batch, case.seqlen_k, case.heads + 2 * case.heads_kv, case.head_dim)
         query, key, value = (x.detach() for x in packed.split((case.heads, case.heads_kv, case.heads_kv), dim=2))
@@ -112,7 +121,9 @@ def draw_inputs(case: Case, device: torch.device, seed: int, one_projection: boo
     cotangent = normal(*query.shape)
     attn_mask = hidden = None
     if case.causal:
-        attn_mask = torch.ones(case.seqlen_q, case.seqlen_k, dtype=torch.bool, device=device).triu(1)
+        attn_mask = torch.ones(case.seqlen_q, case.seqlen_k, dtype=torch.bool, device=device).triu_(1)
+        if case.window is not None:
+            attn_mask |= torch.ones_like(attn_mask).tril_(-case.window)
     if case.lengths is not None:
         hidden = torch.arange(case.seqlen_k)[None, :] >= torch.tensor(case.lengths)[:, None]
         if case.holes:
@@ -134,8 +145,16 @@ def draw_inputs(case: Case, device: torch.device, seed: int, one_projection: boo
 def stock_module(case: Case) -> nn.Module:
     """The stock layer or encoder that a case is about, without dropout."""
     if not case.layers:
-        return nn.MultiheadAttention(case.embed_dim, case.heads, batch_first=case.batch_first)
+        return nn.MultiheadAttention(case.embed_dim, case.heads, bias=case.bias, batch_first=case.batch_first)
     layer = nn.TransformerEncoderLayer(
         case.embed_dim, case.heads, 4 * case.embed_dim, dropout=0.0, batch_first=case.batch_first
     )
     return nn.TransformerEncoder(layer, case.layers, enable_nested_tensor=case.batch_first)
+
+
+def layer_module(case: Case, **options: Any) -> FlashMultiHeadAttention:
+    """Our layer of a case, with what the case says of heads and positions."""
+    if case.own_heads:
+        options |= {"num_kv_heads": case.heads_kv, "qk_norm": case.qk_norm, "causal": case.causal}
+        options["rotary"] = Rotary(case.head_dim) if case.rotary else None
+    return FlashMultiHeadAttention(case.embed_dim, case.heads, bias=case.bias, batch_first=case.batch_first, **options)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import sys
 from collections.abc import Callable
@@ -16,6 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from ..backends import get
 from ..backends.flash_attn.package import FlashAttn
 from .cases import Case
+from .hand import HandLayer
 from .inputs import Inputs
 from .peers import Contestant, OutAndWeights
 
@@ -42,8 +44,11 @@ def flash_attn(backend: str) -> KernelFunction:
     """The dense function of a flash-attn package that is here."""
     dense = function(backend)
 
-    def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool) -> Tensor:
-        return first(dense(q, k, v, causal=is_causal))
+    def attend(
+        q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool, window: int | None = None
+    ) -> Tensor:
+        narrow = {} if window is None else {"window_size": (window - 1, 0)}
+        return first(dense(q, k, v, causal=is_causal, **narrow))
 
     return attend
 
@@ -106,10 +111,14 @@ class ByHand(Contestant):
         return "for the suite decode" if self.decodes and case.suite != "decode" else None
 
     def build(self, case: Case) -> nn.Module:
-        return self.Module(self.kernel)
+        if case.window is None or self.takes_masks:
+            return self.Module(self.kernel)
+        narrow: Callable[..., Tensor] = self.kernel
+        return self.Module(functools.partial(narrow, window=case.window))
 
     def call(self, module: nn.Module, inputs: Inputs) -> OutAndWeights:
-        return module(inputs.query, inputs.key, inputs.value, *mask_of(inputs)), None
+        told = mask_of(inputs) if self.takes_masks else (None, inputs.case.causal)
+        return module(inputs.query, inputs.key, inputs.value, *told), None
 
     def setting(self) -> contextlib.AbstractContextManager[None]:
         return contextlib.nullcontext() if self.forced is None else sdpa_kernel(self.forced)
@@ -119,20 +128,23 @@ class Linear(Contestant):
     """The layer a good engineer writes around a kernel, for one shape of problem, without options."""
 
     class Module(nn.Module):
-        def __init__(self, embed_dim: int, heads: int, kernel: KernelFunction, batch_first: bool = True) -> None:
+        def __init__(
+            self, embed_dim: int, heads: int, kernel: KernelFunction, batch_first: bool = True, bias: bool = True
+        ) -> None:
             super().__init__()
             self.heads, self.kernel, self.batch_first = heads, kernel, batch_first
             self.in_proj_weight = nn.Parameter(torch.empty(3 * embed_dim, embed_dim))
-            self.in_proj_bias = nn.Parameter(torch.empty(3 * embed_dim))
-            self.out_proj = nn.Linear(embed_dim, embed_dim)
+            self.in_proj_bias = nn.Parameter(torch.empty(3 * embed_dim)) if bias else None
+            self.out_proj = nn.Linear(embed_dim, embed_dim, bias=bias)
 
         def forward(self, query: Tensor, key: Tensor, mask: Any, is_causal: bool) -> Tensor:
             weight, bias, embed_dim = self.in_proj_weight, self.in_proj_bias, query.shape[-1]
             if query is key:
                 q, k, v = F.linear(query, weight, bias).unflatten(-1, (3, self.heads, -1)).unbind(2)
             else:
-                q = F.linear(query, weight[:embed_dim], bias[:embed_dim]).unflatten(-1, (self.heads, -1))
-                kv = F.linear(key, weight[embed_dim:], bias[embed_dim:])
+                q_bias, kv_bias = (None, None) if bias is None else (bias[:embed_dim], bias[embed_dim:])
+                q = F.linear(query, weight[:embed_dim], q_bias).unflatten(-1, (self.heads, -1))
+                kv = F.linear(key, weight[embed_dim:], kv_bias)
                 k, v = kv.unflatten(-1, (2, self.heads, -1)).unbind(2)
             if self.batch_first:
                 out = self.kernel(q, k, v, mask, is_causal)
@@ -150,10 +162,14 @@ class Linear(Contestant):
             return super().refuses(case)
         if case.weights:
             return "its kernel returns no weights"
+        if case.own_heads and (case.seqlen_q != case.seqlen_k or not case.batch_first):
+            return "with heads of its own it is for self-attention, batch first"
         return None if self.takes_masks or case.lengths is None else "its kernel takes no padding mask"
 
     def build(self, case: Case) -> nn.Module:
-        return self.Module(case.embed_dim, case.heads, self.kernel, case.batch_first)
+        if case.own_heads:
+            return HandLayer(case, self.kernel)
+        return self.Module(case.embed_dim, case.heads, self.kernel, case.batch_first, case.bias)
 
     def call(self, module: nn.Module, inputs: Inputs) -> OutAndWeights:
         return module(inputs.query, inputs.key, *mask_of(inputs)), None
@@ -163,7 +179,6 @@ class FlashAttnMha(Contestant):
     """``flash_attn.modules.mha.MHA``, the layer that comes with flash-attn 2."""
 
     name = "flash_attn_mha"
-    renamed = {"Wqkv.weight": "in_proj_weight", "Wqkv.bias": "in_proj_bias"}
 
     def refuses(self, case: Case) -> str | None:
         if case.level != self.level:
@@ -176,21 +191,35 @@ class FlashAttnMha(Contestant):
             return "returns no weights"
         if not case.batch_first:
             return "takes the batch first"
+        if case.qk_norm is not None:
+            return "has no norms of heads"
         return "takes no padding mask" if case.lengths is not None else None
 
     def build(self, case: Case) -> nn.Module:
         kind = importlib.import_module("flash_attn.modules.mha").MHA
-        module: nn.Module = kind(case.embed_dim, case.heads, causal=case.causal, use_flash_attn=True)
+        module: nn.Module = kind(
+            case.embed_dim,
+            case.heads,
+            num_heads_kv=case.heads_kv,
+            qkv_proj_bias=case.bias,
+            out_proj_bias=case.bias,
+            rotary_emb_dim=case.head_dim if case.rotary else 0,
+            causal=case.causal,
+            use_flash_attn=True,
+        )
         return module
+
+    def translate(self, state: dict[str, Tensor], case: Case) -> dict[str, Tensor]:
+        return {name.replace("in_proj_", "Wqkv."): x for name, x in state.items()}
 
     def call(self, module: nn.Module, inputs: Inputs) -> OutAndWeights:
         return module(inputs.query), None
 
 
 def mask_of(inputs: Inputs) -> tuple[Tensor | None, bool]:
-    """``attn_mask`` and ``is_causal`` of SDPA, which takes one of them: causality beside padding joins the mask."""
+    """``attn_mask`` and ``is_causal`` of SDPA, which takes one of them: causality beside more joins the mask."""
     hidden = inputs.padding()
     if hidden is None:
-        return None, inputs.case.causal
+        return (None, inputs.case.causal) if inputs.case.window is None else (inputs.seen, False)
     mask = ~hidden[:, None, None, :]
     return (mask if inputs.attn_mask is None else mask & ~inputs.attn_mask), False

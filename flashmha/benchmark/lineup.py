@@ -13,7 +13,8 @@ from ..backends import get, names, origin
 from .cases import Case
 from .encoders import FlashmhaEncoder, HandEncoder, PackedEncoder, StockEncoder
 from .kernels import FORCED, ByHand, FlashAttnMha, Linear, flash_attn, with_kvcache
-from .peers import CONTROL, AttentionFunction, Contestant, Flashmha, Stock, StockBest, StockSlow, Through
+from .libraries import Library, Torchtune, XTransformers
+from .peers import CONTROL, AttentionFunction, Contestant, Flashmha, Stock, StockBest, StockSlow, Through, Without
 
 CONTESTANTS_OF_PACKAGES = {
     "flash4": ("flash_attn_4", "linear_flash_attn_4"),
@@ -58,17 +59,20 @@ def all_contestants(device: torch.device) -> tuple[list[Contestant], dict[str, s
         StockSlow(),
         linear,
         *package_contestants(device, absent),
+        *library_contestants(absent),
         # named ones come first: automatic choice gives a short problem to a kernel that is compiled
         *(Flashmha(f"flashmha:{name}", best, trust_is_causal=True, backend=name) for name in present),
         Flashmha("flashmha", stock),
         ours,
         Flashmha("flashmha_skip", best, every_row=False, trust_is_causal=True, skip_padding=True),
         Flashmha(CONTROL, best, trust_is_causal=True),
+        Without("flashmha", ours),
         sdpa,
         *forced(device, absent),
         *(AttentionFunction(f"attention:{name}", name) for name in present),
         automatic,
         AttentionFunction(CONTROL),
+        Without("attention", automatic),
         *encoder_contestants(),
         *others,
     ], absent
@@ -114,6 +118,14 @@ def package_contestants(device: torch.device, absent: dict[str, str]) -> list[Co
     return found
 
 
+def library_contestants(absent: dict[str, str]) -> list[Contestant]:
+    """The layers of other libraries; what is not installed joins ``absent``."""
+    every: tuple[Library, ...] = (XTransformers(), Torchtune())
+    reasons = {one.name: why for one in every if (why := one.why_not_here()) is not None}
+    absent |= reasons
+    return [one for one in every if one.name not in reasons]
+
+
 def no_compiler(device: torch.device) -> str | None:
     """The reason why ``torch.compile`` cannot make code for a device here."""
     if device.type == "cuda":
@@ -139,6 +151,8 @@ def contestants(
         _, colon, backend = one.name.partition(":")
         if one.level != case.level or (one.level == "encoder" and one.how != case.how):
             return False
+        if one.yardstick:
+            return case != case.bare
         if colon:
             return backend in backends if backends is not None else not hidden(backend, case, device)
         if one.how not in ("eager", case.how) and (peers is None or "all" in peers):
@@ -155,10 +169,12 @@ def hidden(backend: str, case: Case, device: torch.device) -> bool:
     """A backend of this package takes no part by name unless it is asked for.
 
     On a CPU at level core alone, where nothing else hides it; on a GPU the definition never, and flex, which is
-    compiled for every shape, in few cases.
+    compiled for every shape, in few cases. In suite heads never.
     """
     if origin(backend) != "flashmha":
         return False
+    if case.suite == "heads":
+        return True
     if device.type == "cpu":
         return case.level != "core"
     return backend == "naive" or (backend == "flex" and not matches(case, FEW_COMPILED["cuda"]))

@@ -12,11 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from ..functional import attention
-from ..layer.module import FlashMultiHeadAttention
-from ..problem.masks import Mask, causal
+from ..problem.masks import Mask, Window, causal
 from ..problem.ragged import KeyPadding
 from .cases import HOW, Case
-from .inputs import Inputs, stock_module
+from .inputs import Inputs, layer_module, stock_module
 
 OutAndWeights = tuple[Tensor, Tensor | None]
 """The output, and the attention weights where the case reads them."""
@@ -54,7 +53,7 @@ class Contestant(abc.ABC):
         ours: it is flashmha.
         every_row: the rows of padded queries hold what stock computes there; else the real rows alone do.
         how: out of ``HOW``.
-        renamed: the names of its parameters that differ from stock's, and what stock calls them.
+        yardstick: it is ours, but not in the race: what it computes is less, see ``problem``.
     """
 
     name: str
@@ -62,7 +61,11 @@ class Contestant(abc.ABC):
     ours = False
     every_row = True
     how = "eager"
-    renamed: dict[str, str] = {}
+    yardstick = False
+
+    def problem(self, case: Case) -> Case:
+        """What it computes where a case is timed."""
+        return case
 
     def refuses(self, case: Case) -> str | None:
         """The reason why it does not compute a case."""
@@ -70,7 +73,14 @@ class Contestant(abc.ABC):
 
     @abc.abstractmethod
     def build(self, case: Case) -> nn.Module:
-        """A module with the parameter names of ``nn.MultiheadAttention``, or with none at level core."""
+        """A module of its own kind, without parameters at level core."""
+
+    def translate(self, state: dict[str, Tensor], case: Case) -> dict[str, Tensor]:
+        """The module's state_dict out of the parameters of a case.
+
+        PyTorch differentiates it: gradients of the module's own parameters go back the same way.
+        """
+        return state
 
     def call(self, module: nn.Module, inputs: Inputs) -> OutAndWeights:
         """One forward."""
@@ -89,6 +99,9 @@ class Stock(Contestant):
     """``nn.MultiheadAttention`` as most programs call it: the masks as tensors, the weights computed."""
 
     name = "stock"
+
+    def refuses(self, case: Case) -> str | None:
+        return "for what stock computes" if case.own_heads else super().refuses(case)
 
     def build(self, case: Case) -> nn.Module:
         return stock_module(case)
@@ -148,15 +161,19 @@ class Flashmha(Contestant):
         self.name, self.style, self.every_row, self.options = name, style, every_row, options
 
     def refuses(self, case: Case) -> str | None:
+        if case.own_heads and type(self.style) is Stock:
+            return "for what stock computes"
         padded = case.lengths is not None and case.seqlen_q == case.seqlen_k
         if case.level == self.level and not self.every_row and not padded:
             return "for padded self-attention"
         return super().refuses(case)
 
     def build(self, case: Case) -> nn.Module:
-        return FlashMultiHeadAttention(case.embed_dim, case.heads, batch_first=case.batch_first, **self.options)
+        return layer_module(case, **self.options)
 
     def bind(self, module: nn.Module, inputs: Inputs) -> Callable[[], OutAndWeights]:
+        if inputs.case.own_heads:  # which know of causality themselves
+            return functools.partial(module, inputs.query, inputs.key, inputs.value, need_weights=False)
         return self.style.bind(module, inputs)
 
 
@@ -166,12 +183,13 @@ class AttentionFunction(Contestant):
     level, ours = "core", True
 
     class Module(nn.Module):
-        def __init__(self, backend: str | None) -> None:
+        def __init__(self, backend: str | None, window: int | None) -> None:
             super().__init__()
             self.backend = backend
+            self.seen = causal() if window is None else Window(window - 1, 0)
 
         def forward(self, q: Tensor, k: Tensor, v: Tensor, hidden: Tensor | None, is_causal: bool) -> Tensor:
-            mask: Mask | None = causal() if is_causal else None
+            mask: Mask | None = self.seen if is_causal else None
             if hidden is not None:
                 real = KeyPadding(~hidden)
                 mask = real if mask is None else mask & real
@@ -183,19 +201,19 @@ class AttentionFunction(Contestant):
         self.name, self.backend = name, backend
 
     def build(self, case: Case) -> nn.Module:
-        return self.Module(self.backend)
+        return self.Module(self.backend, case.window)
 
     def call(self, module: nn.Module, inputs: Inputs) -> OutAndWeights:
         case = inputs.case
         return module(inputs.query, inputs.key, inputs.value, inputs.padding(), case.causal), None
 
 
-class Through(Contestant):
-    """Another contestant, its module through ``torch.compile`` or its call through a CUDA graph."""
+class Around(Contestant):
+    """Another contestant, run otherwise."""
 
-    def __init__(self, name: str, inner: Contestant, how: str) -> None:
-        self.name, self.inner, self.how = f"{name}_{how}", inner, how
-        self.level, self.ours, self.every_row, self.renamed = inner.level, inner.ours, inner.every_row, inner.renamed
+    def __init__(self, name: str, inner: Contestant) -> None:
+        self.name, self.inner = name, inner
+        self.level, self.ours, self.every_row = inner.level, inner.ours, inner.every_row
 
     def refuses(self, case: Case) -> str | None:
         return self.inner.refuses(case)
@@ -203,8 +221,32 @@ class Through(Contestant):
     def build(self, case: Case) -> nn.Module:
         return self.inner.build(case)
 
+    def translate(self, state: dict[str, Tensor], case: Case) -> dict[str, Tensor]:
+        return self.inner.translate(state, case)
+
     def bind(self, module: nn.Module, inputs: Inputs) -> Callable[[], OutAndWeights]:
         return self.inner.bind(module, inputs)
 
     def setting(self) -> contextlib.AbstractContextManager[None]:
         return self.inner.setting()
+
+
+class Through(Around):
+    """Its module through ``torch.compile``, or its call through a CUDA graph."""
+
+    def __init__(self, name: str, inner: Contestant, how: str) -> None:
+        super().__init__(f"{name}_{how}", inner)
+        self.how = how
+
+
+class Without(Around):
+    """On the case without rotary, norms and window: what these cost is measured by it."""
+
+    yardstick = True
+
+    def __init__(self, name: str, inner: Contestant) -> None:
+        super().__init__(f"{name}_without", inner)
+        self.ours = False
+
+    def problem(self, case: Case) -> Case:
+        return case.bare

@@ -27,6 +27,9 @@ PAIRS = {
         "linear\n+ SDPA": ("flashmha_best", "linear_sdpa"),
         "linear\n+ FA4": ("flashmha_best", "linear_flash_attn_4"),
         "flash_attn\n.MHA": ("flashmha_best", "flash_attn_mha"),
+        "x-trans-\nformers": ("flashmha_best", "x_transformers"),
+        "torchtune": ("flashmha_best", "torchtune"),
+        "itself\nwithout": ("flashmha_best", "flashmha_without"),
         "stock,\nboth compiled": ("flashmha_compiled", "stock_compiled"),
         "linear + SDPA,\nboth compiled": ("flashmha_compiled", "linear_sdpa_compiled"),
         "stock, both in\nCUDA graphs": ("flashmha_graph", "stock_graph"),
@@ -45,6 +48,7 @@ PAIRS = {
         "flash-attn 3\nwith_kvcache": ("attention", "flash_attn_3_kvcache"),
         "flash-attn 2\nwith_kvcache": ("attention", "flash_attn_2_kvcache"),
         "SDPA,\nboth compiled": ("attention_compiled", "sdpa_compiled"),
+        "itself\nwithout": ("attention", "attention_without"),
     },
     "encoder": {
         "stock": ("flashmha_encoder", "stock_encoder"),

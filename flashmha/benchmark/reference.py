@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from ..backends.parity import moved
+from .cases import Case
 from .inputs import Inputs
 
 NamedTensors = dict[str, Tensor]
@@ -83,7 +84,7 @@ def encode(x: Tensor, inputs: Inputs, state: NamedTensors, block: int) -> tuple[
 
 def layer(sources: list[Tensor], inputs: Inputs, state: NamedTensors, block: int) -> tuple[Tensor, Tensor]:
     """A layer of attention on query, key and value."""
-    heads, weights = attend_in_blocks(project_heads(sources, inputs.case.heads, state), inputs, block)
+    heads, weights = attend_in_blocks(project_heads(sources, inputs.case, state), inputs, block)
     return apply_linear(heads.flatten(2), under("out_proj", state)), weights
 
 
@@ -93,17 +94,47 @@ def under(name: str, state: NamedTensors) -> NamedTensors:
 
 
 def apply_linear(x: Tensor, state: NamedTensors) -> Tensor:
-    return F.linear(x, state["weight"], state["bias"])
+    return F.linear(x, state["weight"], state.get("bias"))
 
 
 def apply_norm(x: Tensor, state: NamedTensors) -> Tensor:
     return F.layer_norm(x, x.shape[-1:], state["weight"], state["bias"])
 
 
-def project_heads(sources: list[Tensor], heads: int, state: NamedTensors) -> list[Tensor]:
-    """The heads (batch, seqlen, heads, head_dim) of a layer's query, key and value."""
-    matrices, biases = (state[f"in_proj_{name}"].chunk(3) for name in ("weight", "bias"))
-    return [F.linear(x, matrix, bias).unflatten(-1, (heads, -1)) for x, matrix, bias in zip(sources, matrices, biases)]
+def project_heads(sources: list[Tensor], case: Case, state: NamedTensors) -> list[Tensor]:
+    """The heads (batch, seqlen, heads, head_dim) of a layer's query, key and value, normalised and turned."""
+    heads = (case.heads, case.heads_kv, case.heads_kv)
+    rows = [each * case.head_dim for each in heads]
+    matrices = state["in_proj_weight"].split(rows)
+    biases = state["in_proj_bias"].split(rows) if case.bias else (None, None, None)
+    made = [
+        F.linear(x, matrix, bias).unflatten(-1, (each, -1))
+        for x, matrix, bias, each in zip(sources, matrices, biases, heads)
+    ]
+    for place, name in enumerate(("q_norm", "k_norm")):
+        if case.qk_norm is not None:
+            made[place] = normalize_heads(made[place], case.qk_norm, under(name, state))
+        if case.rotary:
+            made[place] = rotate(made[place])
+    return made
+
+
+def normalize_heads(x: Tensor, kind: str, state: NamedTensors) -> Tensor:
+    """Heads over the root of their mean square, or less their mean and over their deviation."""
+    if kind == "layer":
+        return F.layer_norm(x, x.shape[-1:], state["weight"], state["bias"])
+    return F.rms_norm(x, x.shape[-1:], state["weight"], torch.finfo(torch.float32).eps)
+
+
+def rotate(x: Tensor) -> Tensor:
+    """Features i and i + head_dim / 2 of every head, turned by its position over 10000 ** (2i / head_dim)."""
+    half = x.shape[-1] // 2
+    # the angles in float32, as everywhere: their rounding is part of what is computed
+    slower = 1.0 / 10000.0 ** (torch.arange(half, device=x.device).float() / half)
+    angles = (torch.arange(x.shape[1], device=x.device).float()[:, None, None] * slower).double()
+    cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
+    first, second = x[..., :half], x[..., half:]
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
 
 
 def attend_in_blocks(heads: list[Tensor], inputs: Inputs, block: int) -> tuple[Tensor, Tensor]:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from .peers import HEADLINES, how
-from .run_file import Run, levels
+from .run_file import Run
 from .verdicts import best_peer, middle, share_of_gemm, verdict
 
 TextTable = tuple[Sequence[str], list[Sequence[str]]]
@@ -224,19 +224,6 @@ def canary_words(run: Run) -> str:
     return "; a matrix product ran at {gemm_tflops:.0f} TFLOP/s, a copy at {copy_tbs:.1f} TB/s".format(
         **run["canaries"]
     )
-
-
-def markdown(run: Run) -> str:
-    """The whole report as a page."""
-    parts = ["# Benchmark", origin_line(run), "\n".join(f"- {line}" for line in summary_lines(run)), LEGEND]
-    for level in levels(run):
-        parts += [f"## Level {level}", *[ENCODER_LEGEND] * (level == "encoder")]
-        parts.append(markdown_table(*verdict_table(run, level)))
-    for title, (columns, rows) in (("All that took part", contestants_table(run)), ("Not timed", absences_table(run))):
-        parts += [f"## {title}", markdown_table(columns, rows)] if rows else []
-    if run["absent"]:
-        parts += ["Not here: " + "; ".join(f"`{name}` ({why})" for name, why in run["absent"].items()) + "."]
-    return "\n\n".join(parts) + "\n"
 
 
 def markdown_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

@@ -17,7 +17,7 @@ from ..version import __version__
 from .cases import Case
 from .environment import Canary, commit, environment
 from .gate import Seat, admit, sweep
-from .inputs import draw_inputs
+from .inputs import Inputs, draw_inputs
 from .lineup import all_contestants, contestants, shown_by_name
 from .peers import CONTROL, HEADLINES, Contestant
 from .reference import Reference
@@ -137,15 +137,18 @@ def measure(
     case: Case, taking_part: Sequence[Contestant], plan: Plan, canary: Canary, end: float, share: float
 ) -> dict[str, Any]:
     """One case: every contestant through the gate, then the rounds, for a share of what is left until ``end``."""
-    inputs = draw_inputs(case, plan.device, plan.seed)
-    reference = Reference.of(inputs)
+    problems: dict[Case, tuple[Inputs, Reference]] = {}
     rows: dict[str, dict[str, Any]] = {}
     seats: dict[str, Seat] = {}
     for contestant in taking_part:
-        seat, rows[contestant.name] = admit(contestant, inputs, reference)
+        problem = contestant.problem(case)
+        if problem not in problems:
+            inputs = draw_inputs(problem, plan.device, plan.seed)
+            problems[problem] = inputs, Reference.of(inputs)
+        seat, rows[contestant.name] = admit(contestant, *problems[problem])
         if seat is not None:
             seats[contestant.name] = seat
-    del reference
+    problems.clear()
     if case.how != "eager":  # compiling a twin takes too long: the first of ours takes two turns a round instead
         for name in [one for one in HEADLINES if one in seats][:1]:
             seats[CONTROL], rows[CONTROL] = seats[name], dict(rows[name])
@@ -158,7 +161,6 @@ def measure(
     seats.clear()
     if any(one.how in ("compiled", "reduced") or one.name.endswith(":flex") for one in taking_part):
         torch.compiler.reset()
-    del inputs
     sweep(plan.device)
     row = {"id": case.id, "case": dataclasses.asdict(case), "flop": case.flop, "drifted": drifted, "canaries": songs}
     return {**row, "contestants": rows}

@@ -23,10 +23,11 @@ SUITES = {
     "seqfirst": "batch_first=False, stock's default: self- and cross-attention, padded and not",
     "model": "whole encoders, most of them padded",
     "compiled": "whole encoders through torch.compile",
+    "heads": "rotary, norms of heads, grouped heads and a window: what they cost, and beside other libraries",
 }
 
-ON_REQUEST = ("model", "compiled")
-"""Suites that run where they, their level or a case of theirs are named: they take as long as all others together."""
+ON_REQUEST = {"model": "encoder", "compiled": "encoder", "heads": None}
+"""Suites that run where they or a case of theirs are named, or the level that only they have: they take long."""
 
 
 def make(suite: str, level: str, modes: str, shape: tuple[int, ...], **fields: Any) -> list[Case]:
@@ -89,6 +90,27 @@ def seqfirst(modes: str) -> list[Case]:
     return cases
 
 
+FORWARD, STEP, NARROW = 1 / 1.08, 1 / 1.05, 8.0
+"""Targets: rotary or a norm takes at most 8% of a forward and 5% of a training step, a window of 512 makes attention on
+32768 tokens 8 times as fast."""
+
+
+def heads_cases(shape: tuple[int, ...], heads_kv: int, windowed: tuple[int, ...], **fields: Any) -> list[Case]:
+    """Layers of one shape with each option, and with all that a language model has; the core with a window."""
+    fields = {"bias": False, "headline": True, **fields}
+    options: list[dict[str, Any]] = [{"rotary": True}, {"qk_norm": "rms"}, {"qk_norm": "layer"}]
+    options.append({"rotary": True, "qk_norm": "rms"})
+    cases: list[Case] = []
+    for each in options:
+        for mode, target in (("train", STEP), ("eval", FORWARD)):
+            cases += make("heads", "layer", mode, shape, target=target, **each, **fields)
+    cases += make("heads", "layer", "train eval", shape, heads_kv=heads_kv, target=1.0, **fields)
+    everything = {"rotary": True, "qk_norm": "rms", "causal": True, "heads_kv": heads_kv}
+    cases += make("heads", "layer", "train eval", shape, **everything, **fields)
+    narrow = {"window": 512, "causal": True, "target": NARROW if windowed[1] >= 32768 else None}
+    return cases + make("heads", "core", "train eval", windowed, **narrow, **fields)
+
+
 F41, F47 = (99, 256, 25, 160, 76, 42, 125, 57), (473, 1024, 127, 301)
 """Real tokens of 8 sequences of up to 256 and of 4 of up to 1024."""
 
@@ -126,6 +148,7 @@ CPU_CASES = [
     *encoder_cases("train eval", 4, (16, 256, 256, 4), 0.54, holes=True),
     *encoder_cases("train eval", 4, (16, 256, 256, 4), 0.54, batch_first=False),
     *encoder_cases("train eval", 4, (16, 256, 256, 4), headline=True),
+    *heads_cases((1, 2048, 256, 4), 2, (1, 4096, 256, 4)),
 ]
 
 ENCODERS = (
@@ -166,6 +189,7 @@ PADDED_SHAPES = (((32, 512, 1024, 16), 0.59), ((8, 2048, 2048, 16), 0.62), ((4, 
 
 CUDA = [
     *CUDA_ENCODERS,
+    *heads_cases((4, 2048, 2048, 16), 4, (1, 32768, 2048, 16), dtype="bfloat16"),
     *(
         dataclasses.replace(case, dtype="bfloat16")
         for case in (

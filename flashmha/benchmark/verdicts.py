@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .cases import Case
 from .peers import CONTROL, HEADLINES, how
 
 RESAMPLES = 1000
@@ -71,8 +72,9 @@ def judge_cases(cases: list[dict[str, Any]]) -> dict[str, Any]:
     for case in cases:
         timed = {name: row["seconds"] for name, row in case["contestants"].items() if "seconds" in row}
         ours = [name for name in timed if case["contestants"][name]["ours"] and name != CONTROL]
-        peers = [name for name in timed if not case["contestants"][name]["ours"]]
-        case["ratios"] = {one: {peer: ratio(timed[peer], timed[one]) for peer in peers} for one in ours}
+        others = [name for name in timed if not case["contestants"][name]["ours"]]
+        peers = [name for name in others if not case["contestants"][name].get("yardstick")]
+        case["ratios"] = {one: {other: ratio(timed[other], timed[one]) for other in others} for one in ours}
         case["best_peers"] = {}
         for peer in sorted(peers, key=lambda peer: middle(timed[peer])):
             case["best_peers"].setdefault(how(peer), peer)
@@ -86,12 +88,24 @@ def judge_cases(cases: list[dict[str, Any]]) -> dict[str, Any]:
             for one, peers in case["ratios"].items()
             if (best := case["best_peers"].get(how(one))) is not None
         }
+        case["target"] = judge_target(case, floor)
     summary = {one: summarize(cases, one) for one in HEADLINES}
     return {
         "noise_floor": floor,
         "canaries": canaries(cases),
         "summary": {one: found for one, found in summary.items() if found["cases"]},
     }
+
+
+def judge_target(case: dict[str, Any], floor: float) -> str | None:
+    """``met``, ``missed`` or ``within the noise``; ``None`` without a target, or where one of the two was not timed."""
+    bound, beside = case["case"].get("target"), Case.of(case["case"]).yardstick
+    eager = [one for one in case["ratios"] if one in HEADLINES and how(one) == "eager"]
+    found = [case["ratios"][one][beside] for one in eager if beside in case["ratios"][one]]
+    if bound is None or not found:
+        return None
+    words = {"WIN": "met", "TIE": "within the noise", "LOSS": "missed"}
+    return words[verdict({name: each / bound for name, each in found[0].items()}, floor)]
 
 
 def canaries(cases: list[dict[str, Any]]) -> dict[str, float]:

@@ -8,8 +8,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 from ..benchmark.cases import LEVELS, PASSES, select
+from ..benchmark.costs import cost_table
 from ..benchmark.lineup import all_contestants, contestants
-from ..benchmark.report import faults, markdown, origin_line, summary_lines, verdict_table
+from ..benchmark.page import markdown
+from ..benchmark.report import faults, origin_line, summary_lines, verdict_table
 from ..benchmark.rounds import FEWEST
 from ..benchmark.run_file import Run, levels, load, save
 from ..benchmark.runner import Plan, run
@@ -43,7 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         choices=SUITES,
         metavar="SUITE",
-        help=f"only these ({suites}); default all but {' and '.join(ON_REQUEST)}",
+        help=f"only these ({suites}); default all but {', '.join(ON_REQUEST)}",
     )
     parser.add_argument("--case", nargs="+", metavar="GLOB", help="only cases whose id fits one, as 'dense/*/train/*'")
     parser.add_argument("--level", nargs="+", choices=LEVELS, help="only these: whole layers, or attention alone")
@@ -137,8 +139,9 @@ def plan_from_flags(options: argparse.Namespace) -> Plan:
         if not any(character in name for character in "*?[") and name not in (*known, "all"):
             raise ValueError(f"peers must be among {', '.join(known)}, all, or globs, got {name!r}.")
     every = every_case(where.type)
-    if not (options.list or options.suites or options.case or options.level):
-        every = [case for case in every if case.suite not in ON_REQUEST]
+    if not (options.list or options.suites or options.case):
+        asked = options.level or ()
+        every = [case for case in every if case.suite not in ON_REQUEST or ON_REQUEST[case.suite] in asked]
     return Plan(
         cases=select(every, options.suites, options.case, options.level, options.passes),
         device=where,
@@ -189,6 +192,10 @@ def show_run(found: Run, json: bool) -> int:
     else:
         for level in levels(found):
             print_table(*verdict_table(found, level))
+            print()
+        columns, rows = cost_table(found)
+        if rows:
+            print_table(columns, rows)
             print()
         print("\n".join([*summary_lines(found), origin_line(found)]))
     if found.get("stopped"):
