@@ -135,7 +135,7 @@ def by_one_matrix(
     return (q, k, v) if batch_first else (q.transpose(0, 1), k.transpose(0, 1), v.transpose(0, 1))
 
 
-def may_join_gradients(packed: Tensor, turned: bool) -> bool:
+def may_join_gradients(packed: Tensor, turned: bool = False) -> bool:
     """Gradients of these heads may come side by side: something that writes them so is here, and it pays."""
     if not spares(packed):
         return False
