@@ -26,7 +26,7 @@ from flashmha.layer.features import STOCK_VALUES
 from flashmha.testing import assert_drop_in, assert_same, judge, noise, randomized, seeds
 from flashmha.testing.models import Architecture, Tree, anatomy, architectures, trees
 from flashmha.testing.models.encoder import fused_architectures, without_warnings
-from flashmha.testing.models.tree import WIDTH, Block, Leaf, ModuleGroup
+from flashmha.testing.models.tree import WIDTH, Leaf, ModuleGroup, TreeBlock
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16)
 
@@ -378,7 +378,7 @@ def test_tied_projections_stay_one_parameter_and_get_both_gradients() -> None:
     assert_drop_in(stock, model, (inputs().float(),))
 
 
-def build_all(leaves: tuple[Leaf, ...]) -> list[Block]:
+def build_all(leaves: tuple[Leaf, ...]) -> list[TreeBlock]:
     earlier: list[nn.MultiheadAttention] = []
     return [leaf.build(earlier) for leaf in leaves]
 

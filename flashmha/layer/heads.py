@@ -158,7 +158,7 @@ class CustomHeads(StockForward):
     @torch.jit.unused
     def extra_repr(self) -> str:
         """The options that are set, as ``repr`` shows them; parts that are modules follow as such."""
-        return options.describe(self)
+        return options.describe_options(self)
 
     @torch.jit.unused
     def __prepare_scriptable__(self) -> "CustomHeads":

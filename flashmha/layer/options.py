@@ -38,7 +38,7 @@ STOCK_VALUES: dict[str, Any] = {
 }
 """Every option, and its value in a layer that has none."""
 
-ALONE = ("num_kv_heads", "free_head_dim", "value_head_dim", *PARTS)
+CONSTRUCTOR_ONLY = ("num_kv_heads", "free_head_dim", "value_head_dim", *PARTS)
 """Options of one layer, which come with parameters or objects: a swap sets none of them."""
 
 
@@ -93,7 +93,7 @@ def counted_by(layer: Layer) -> str | None:
     return None
 
 
-def describe(layer: Layer) -> str:
+def describe_options(layer: Layer) -> str:
     """The options that are set, but for those that are modules."""
     words = []
     for name in STOCK_VALUES:

@@ -19,7 +19,7 @@ from ..layer import padding
 from ..layer.arguments import Arguments, check_kinds
 from ..layer.call import read_call
 from ..layer.features import is_ours
-from ..layer.forward import Prepared, prepare
+from ..layer.forward import Prepared, prepare_call
 from ..layer.keys_values import with_stand_ins
 from ..layer.module import FlashMultiHeadAttention
 from ..layer.problems import Problems
@@ -81,7 +81,7 @@ def explain_layer(layer: FlashMultiHeadAttention, *args: Any, **kwargs: Any) -> 
     wanted = layer.backend if given.backend is None else given.backend
     need_weights = given.need_weights and layer.need_weights
     call = read_call(layer, given._replace(need_weights=need_weights))
-    problem = prepare(layer, call, given, wanted, layer.skip_padding)
+    problem = prepare_call(layer, call, given, wanted, layer.skip_padding)
     spec, notes = find_problem(layer, problem, wanted)
     if problem.padded is not None:
         notes.append(f"skip_padding: {say_left_out(problem.q.shape[1], problem.padded.rows.numel())}")

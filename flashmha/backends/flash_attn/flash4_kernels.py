@@ -174,13 +174,13 @@ def options(told: dict[str, Any], tables: Any) -> dict[str, Any]:
         found["seqused_k"] = told["lengths"]
     # a mask of one's own makes the kernel forget causality and windows: it holds both
     if told["first"] is not None:
-        found |= {"mask_mod": masks(told).is_in_interval, "aux_tensors": [told["first"], told["last"]]}
+        found |= {"mask_mod": masks_for(told).is_in_interval, "aux_tensors": [told["first"], told["last"]]}
     elif told["table"] is not None:
-        found |= {"mask_mod": masks(told).is_in_table, "aux_tensors": [told["table"], told["items"]]}
+        found |= {"mask_mod": masks_for(told).is_in_table, "aux_tensors": [told["table"], told["items"]]}
     return found if tables is None else {**found, "block_sparse_tensors": tables}
 
 
-def masks(told: dict[str, Any]) -> Any:
+def masks_for(told: dict[str, Any]) -> Any:
     """``flash4_masks``, or what a test has in its place."""
     package: Any = probed_packages[told["package"]]
     return package.tools.masks()
@@ -198,7 +198,7 @@ def tiles_to_visit(told: dict[str, Any], q: Tensor, k: Tensor, *, backward: bool
     if not tools.takes_tables(q.device):
         return None
     with package.machine.on(q.device):
-        return masks(told).blocks(told, q, k, backward=backward)
+        return masks_for(told).blocks(told, q, k, backward=backward)
 
 
 def package_kernels(package: FlashAttn) -> Functions:

@@ -17,7 +17,7 @@ WIDTH = 8
 """embed_dim of every model: 1, 2, 4 and 8 heads fit."""
 
 
-class Block(nn.Module):
+class TreeBlock(nn.Module):
     """One attention layer, known under several names, and the input beside it.
 
     ``key`` and ``value`` are the input, cut to kdim and vdim. The weights enter the output where they are asked for.
@@ -97,9 +97,9 @@ class Leaf(Record):
     again: bool = False
     tied: bool = False
 
-    def build(self, earlier: list[nn.MultiheadAttention]) -> Block:
+    def build(self, earlier: list[nn.MultiheadAttention]) -> TreeBlock:
         if self.again and earlier:
-            return Block(earlier[-1], self.mask, self.need_weights)
+            return TreeBlock(earlier[-1], self.mask, self.need_weights)
         layer = nn.MultiheadAttention(
             WIDTH,
             self.num_heads,
@@ -116,7 +116,7 @@ class Leaf(Record):
         if self.frozen:
             layer.out_proj.requires_grad_(False)
         earlier.append(layer)
-        return Block(layer, self.mask, self.need_weights)
+        return TreeBlock(layer, self.mask, self.need_weights)
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
