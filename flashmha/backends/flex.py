@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from ..host.torch_state import is_compiling
+from ..problem.bias_values import level_bias, narrow_bias
 from ..problem.masks import Dense
-from ..problem.scores import Bias, TensorBias, level_bias, narrow_bias
+from ..problem.scores import Bias, TensorBias
 from ..problem.spec import AttentionSpec
 from .base import FEATURES, Backend, Limits
 from .flex_kernels import Kernels, problem_key, tensors_key

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..host.torch_state import is_compiling, readable
-from ..problem.scores import narrow_bias
+from ..problem.bias_values import narrow_bias
 from ..problem.spec import AttentionSpec
 from .base import FEATURES, Backend, Limits
 

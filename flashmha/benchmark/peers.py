@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from ..functional import attention
 from ..layer.module import FlashMultiHeadAttention
-from ..problem.masks import Mask, causal
+from ..problem.masks import Mask
 from ..problem.ragged import KeyPadding
+from ..problem.windows import causal
 from .cases import HOW, Case
 from .inputs import Inputs, stock_module
 

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from ..host.torch_state import readable
-from ..problem.masks import Dense, Mask, causal, join_masks
+from ..problem.bias_values import add_biases
+from ..problem.masks import Dense, Mask, join_masks
 from ..problem.ragged import KeyPadding, Padding, mark_private
-from ..problem.scores import add_biases
+from ..problem.windows import causal
 from .arguments import Arguments
 from .checks import check_attn_mask_shape, check_float_mask, check_inputs, check_masks, extra_columns, four_axes
 from .protocol import Layer

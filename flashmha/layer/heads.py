@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..problem.masks import Mask, Window
+from ..problem.masks import Mask
 from ..problem.scores import Bias
+from ..problem.windows import Window
 from . import features, options, projection
 from .features import find_replaced
 from .hops import check_signatures

@@ -11,8 +11,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..backends import expand
-from ..problem.masks import Window, causal
 from ..problem.scores import BIAS_DTYPES, Bias
+from ..problem.windows import Window, causal
 from ..problem.wording import spell
 from .protocol import Layer
 

@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from ..problem.masks import Window
+from ..problem.windows import Window
 
 
 class Layer(Protocol):

@@ -25,9 +25,11 @@ from ..host.torch_state import (
     is_transforming,
     tracing_state,
 )
-from ..problem.masks import Mask, causal
-from ..problem.ragged import Documents, KeyLengths, KeyPadding, Padding, mark_private
+from ..problem.documents import Documents
+from ..problem.masks import Mask
+from ..problem.ragged import KeyLengths, KeyPadding, Padding, mark_private
 from ..problem.spec import AttentionSpec
+from ..problem.windows import causal
 from ..weights.attend import attention_with_weights
 from .features import SPECIAL
 from .options import PARTS

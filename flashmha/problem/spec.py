@@ -21,11 +21,13 @@ from ..host.torch_state import (
     is_deterministic,
     needs_aten,
 )
-from .masks import Dense, Mask, Window, find_rule, normalize
+from .documents import Documents
+from .masks import Dense, Mask, find_rule
 from .positions import check_range
-from .ragged import Documents, KeyLengths, KeyPadding, Padding, mark_private
+from .ragged import KeyLengths, KeyPadding, Padding, mark_private
 from .scores import BIAS_DTYPES, Bias
 from .tensors import check_tensors, refuse_device
+from .windows import Window, normalize
 from .wording import dtype_name, spell
 
 DEFAULT_DEVICE = torch.device("cpu")
@@ -36,7 +38,7 @@ NUMBER = (int, float, torch.SymFloat, Tensor)
 class AttentionSpec:
     """One attention problem: sizes, dtype, device, mask, scores, and what the answer must have.
 
-    ``mask`` is normalised (see ``masks.normalize``); ``softmax_scale`` is always a number. ``aten_only`` is set
+    ``mask`` is normalised (see ``windows.normalize``); ``softmax_scale`` is always a number. ``aten_only`` is set
     where PyTorch needs its own operators: while exporting, under torch.func, for tensor subclasses. ``shared`` is set
     where later calls get the same object, so that what is found out about it may be remembered. So is a ``form``,
     which problems share that differ in the tensors of their padding or documents alone.

@@ -10,9 +10,10 @@ import torch
 from hypothesis import strategies as st
 
 from ..backends.base import Backend, Limits
-from ..problem.masks import Window, causal, join_masks
-from ..problem.ragged import Documents
+from ..problem.documents import Documents
+from ..problem.masks import join_masks
 from ..problem.spec import AttentionSpec
+from ..problem.windows import Window, causal
 from .attention import DrawnSpec, sink_values, specs
 from .choice import Choices, Choose
 from .drawn_biases import drawn_bias

@@ -14,9 +14,9 @@ from ..backends.choice.wishes import Wanted, preference
 from ..backends.naive import Naive, probabilities, scores, weigh
 from ..functional import run_attention
 from ..host.torch_state import is_capturing, is_compiling, is_dual, traced, without_autocast
-from ..problem.masks import normalize
 from ..problem.packing import Padded
 from ..problem.spec import AttentionSpec
+from ..problem.windows import normalize
 from .blocks import shape_weights
 from .cell import Cell, note_unread
 from .deferred import Deferred

@@ -8,9 +8,9 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend
 
 from ...host.torch_state import eager, is_compiling, readable
+from ...problem.bias_values import narrow_bias
 from ...problem.masks import Mask
 from ...problem.ragged import Padding
-from ...problem.scores import narrow_bias
 from ...problem.spec import AttentionSpec
 from ..base import FEATURES, HALF, Backend, Limits, Serve
 from ..rewrites.grouped import fold, fold_table, folds, unfold

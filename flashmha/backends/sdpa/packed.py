@@ -7,8 +7,8 @@ import functools
 import torch
 from torch import Tensor
 
-from ...problem.masks import Window
 from ...problem.spec import AttentionSpec
+from ...problem.windows import Window
 from ..base import HALF, Serve
 from ..rewrites.documents import PADDING, offsets_in_place, pack_batch, unpack_batch, worth_moving
 from ..rewrites.grouped import MOST_FOLDED_QUERIES
