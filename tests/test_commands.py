@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import dataclasses
 import io
@@ -27,7 +28,18 @@ from test_ranking import answering, nothing
 from torch import Tensor
 
 import flashmha
-from flashmha import ALiBi, AttentionSpec, Backend, KeyLengths, Limits, Mask, Window, backends
+from flashmha import (
+    ALiBi,
+    AttentionSpec,
+    Backend,
+    KeyLengths,
+    Limits,
+    Mask,
+    NoBackendError,
+    Window,
+    attention,
+    backends,
+)
 from flashmha.__main__ import COMMANDS, main
 from flashmha.backends import get, names
 from flashmha.backends.choice import builtin, ranking, tuned
@@ -37,7 +49,7 @@ from flashmha.backends.choice.registry import instead
 from flashmha.backends.flash_attn.flash4 import Flash4
 from flashmha.benchmark import runner, tuning
 from flashmha.benchmark.grid import GRIDS, grid_cells
-from flashmha.commands import tune
+from flashmha.commands import tune, verify
 from flashmha.commands.destination import check_file, check_folder
 
 ROOT = Path(flashmha.__file__).parents[1]
@@ -97,6 +109,26 @@ def test_info_says_what_every_backend_says_of_every_device(terminal: bool) -> No
     status, out, _ = run("info", out=Terminal() if terminal else None)
     assert status == 0
     assert all(name in out for name in names()) and torch.__version__ in out
+
+
+@given(named=st.lists(st.sampled_from(names()), min_size=1, max_size=3, unique=True))
+def test_info_says_where_every_call_raises(named: list[str]) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FLASHMHA_BACKEND", ",".join(named))
+        said = answer("info")
+        _, out, _ = run("info")
+    for device in said["devices"]:
+        there = [name for name in named if device["backends"][name]["available"]]
+        raises = device["calls_raise"]
+        assert (raises is None) == bool(there)
+        if raises is not None:
+            assert raises in out and raises.startswith(f"FLASHMHA_BACKEND={','.join(named)}: every call on this device")
+            assert all(f"{name}: {device['backends'][name]['reason']}" in raises for name in named)
+    q = torch.zeros(1, 2, 1, 8, device="cpu")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FLASHMHA_BACKEND", ",".join(named))
+        with contextlib.nullcontext() if said["devices"][0]["calls_raise"] is None else pytest.raises(NoBackendError):
+            attention(q, q, q)
 
 
 def test_info_says_where_compiled_kernels_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -827,7 +859,7 @@ WRONG = {
     "explain --heads 0": "must be a whole number of at least 1, got '0'",
     "explain --align top_left": "--align must come with --causal or --window",
     "explain --window 3": "expected 2 arguments",
-    "explain --window none x": "must be a whole number of at least 0, got 'x'",
+    "explain --window none x": "must be a whole number of at least 0, got 'x'; none for no bound",
     "explain --documents 3,4 --batch 2": "batch must be 1 with Documents",
     "explain --documents 3,4 --seqlen-q 5": "must rise from 0 to at most 5",
     "explain --key-lengths 5,3 --batch 3": "lengths must have shape (batch,) = (3,)",
@@ -846,7 +878,7 @@ WRONG = {
     "bench --budget nan": "rounds and budget must be positive",
     "verify --backend falsh": "backend must be one of sdpa, ",
     "verify --device cpu,cuda:99": "device must be one of cpu",
-    "verify --examples 0": "--examples must be at least 1, got 0.",
+    "verify --examples 0": "--examples: must be a whole number of at least 1, got '0'",
     "bench --device cuda:99": "device must be one of cpu",
     "bench --suites nothing": "invalid choice: 'nothing'",
     "bench --report . --no-plots": ". must be a file that can be read",
@@ -863,6 +895,22 @@ WRONG = {
     "tune --save nowhere/at/all.json --device cpu": "--save must name a file in a folder that exists",
     "tune --rows nowhere.json": "nowhere.json must be a file that can be read",
 }
+
+
+@given(sizes=st.lists(st.integers(1, 300), min_size=1, max_size=6), data=st.data())
+@pytest.mark.parametrize("room", (tune, verify))
+def test_sizes_come_between_commas_or_spaces(room: Any, sizes: list[int], data: st.DataObject) -> None:
+    marks = [data.draw(st.sampled_from((",", " "))) for _ in sizes[1:]]
+    words = "".join(f"{size}{mark}" for size, mark in zip(sizes, [*marks, ""])).split()
+    parser = argparse.ArgumentParser()
+    room.add_arguments(parser)
+    assert parser.parse_args(["--head-dims", *words]).head_dims == sizes
+
+
+@pytest.mark.parametrize("word", ("none", "None", "NONE"))
+def test_a_side_of_a_window_without_a_bound_is_none(word: str) -> None:
+    said = answer("explain", "--window", word, "0", "--device", "cpu")
+    assert said["mask"]["rule"] == "causal()"
 
 
 @pytest.mark.parametrize("call", WRONG)

@@ -227,7 +227,8 @@ def test_options_reach_layers_that_were_built_as_flashmha_s_and_restoring_brings
     for name in STOCK_VALUES:
         assert repr(getattr(model["built"], name)) == repr(getattr(alike, name)), name
     told = {row.name: row.why for row in swap_report(model)}
-    assert "built" in told["built"] and all(name in told["built"] for name in options)
+    assert "built" in told["built"]
+    assert all(f"{name}={getattr(model['built'], name)!r}" in told["built"] for name in options)
     restore_mha(model)
     assert anatomy(model) == before
 

@@ -1,7 +1,7 @@
 """What a call of ``nn.MultiheadAttention`` means: its arguments read and checked, once.
 
-``True`` in a mask of ``nn.MultiheadAttention`` *hides*; in everything behind this file it *may attend*. The errors are
-the stock module's own, text included, since programs match on them.
+``True`` in a mask of ``nn.MultiheadAttention`` *hides*; in everything behind this file it *may attend*. The errors
+begin with the stock module's own text, since programs match on it, and go on where that names no fix.
 """
 
 from __future__ import annotations

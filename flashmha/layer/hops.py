@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import difflib
 import inspect
+import warnings
 from typing import Any
 
 from torch import Tensor
 
-from .features import find_overridden, is_ours, is_written
+from .features import HOPS, find_overridden, is_ours, is_written
 from .protocol import Layer
 
 TAKEN = {
@@ -34,6 +36,30 @@ def check_signatures(kind: type[Any]) -> None:
                 f"{name} must take (self, {', '.join(taken)}{keywords}) in {kind.__name__}, got "
                 f"{inspect.signature(hop)}: {error}."
             ) from None
+
+
+ALIKE, LETTERS = 0.8, 2
+"""How alike two names are of which one is taken for a misspelling, and by how many letters one may be the longer."""
+
+
+def warn_of_misspelled_hops(kind: type[Any]) -> None:
+    """Warn of a public method that is called nearly as a hop which the class leaves as it is, since it never runs."""
+    for name, method in vars(kind).items():
+        if name.startswith("_") or name in HOPS or not inspect.isfunction(method):
+            continue
+        for hop in difflib.get_close_matches(name, HOPS, n=1, cutoff=ALIKE):
+            near = abs(len(name) - len(hop)) <= LETTERS
+            if near and is_left(kind, hop) and not any(name in vars(above) for above in kind.__mro__[1:]):
+                warnings.warn(
+                    f"{kind.__name__}.{name} is no hop, so that no call of the layer runs it; the hop is {hop}.",
+                    stacklevel=3,
+                )
+
+
+def is_left(kind: type[Any], hop: str) -> bool:
+    """A class has the hop of the package's own."""
+    written = getattr(kind, "_written", None)  # the package's own class is being made while it has none
+    return written is not None and getattr(kind, hop) is written.values[hop]
 
 
 def check_projections(layer: Layer) -> None:

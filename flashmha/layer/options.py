@@ -95,13 +95,20 @@ def counted_by(layer: Layer) -> str | None:
 
 def describe_options(layer: Layer) -> str:
     """The options that are set, but for those that are modules."""
-    words = []
-    for name in STOCK_VALUES:
-        value = getattr(layer, name)
-        if is_set(layer, name) and not isinstance(value, nn.Module):
-            value = tuple(value.shape) if isinstance(value, Tensor) else value
-            words.append(f"{name.removeprefix('free_')}={value!r}")
-    return ", ".join(words)
+    names = [name for name in find_set(layer) if not isinstance(getattr(layer, name), nn.Module)]
+    return ", ".join(spell_option(layer, name) for name in names)
+
+
+def find_set(layer: Layer) -> list[str]:
+    """The names of the options that are set."""
+    return [name for name in STOCK_VALUES if is_set(layer, name)]
+
+
+def spell_option(layer: Layer, name: str) -> str:
+    """An option and its value: the shape of a tensor, the class of a module."""
+    value = getattr(layer, name)
+    said = type(value).__name__ if isinstance(value, nn.Module) else repr(value)
+    return f"{name.removeprefix('free_')}={tuple(value.shape) if isinstance(value, Tensor) else said}"
 
 
 def check_options(options: dict[str, Any]) -> None:

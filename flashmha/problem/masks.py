@@ -214,10 +214,26 @@ class Rule(Mask):
         self.fn, self.align = fn, align
 
     def mask_mod(self, seqlen_q: int, seqlen_k: int, documents: Restarts | None = None) -> MaskMod:
-        return by_index(self.fn, seqlen_q, seqlen_k, documents, self.align)
+        return by_index(answering(self), seqlen_q, seqlen_k, documents, self.align)
 
     def __repr__(self) -> str:
         return f"Rule({getattr(self.fn, '__name__', 'fn')})"
+
+
+def answering(rule: Rule) -> MaskMod:
+    """The function of a rule, which raises where its answer is no bool tensor: a number is no mask."""
+    fn, name = rule.fn, repr(rule)
+
+    def ask(batch: Tensor, head: Tensor, q_pos: Tensor, k_pos: Tensor) -> Tensor:
+        allowed = fn(batch, head, q_pos, k_pos)
+        if not isinstance(allowed, Tensor) or allowed.dtype != torch.bool:
+            raise TypeError(
+                f"fn of {name} must return a bool tensor, True = may attend (what is added to the scores goes to "
+                f"bias=), got {spell(allowed)}."
+            )
+        return allowed
+
+    return ask
 
 
 class Intersection(Mask):
