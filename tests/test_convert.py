@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 import flashmha
 from flashmha import FlashMultiHeadAttention, Window, replace_mha, restore_mha, swap_report
-from flashmha.layer.features import STOCK_VALUES
+from flashmha.layer.options import STOCK_VALUES
 from flashmha.testing import assert_drop_in, assert_same, judge, noise, randomized, seeds
 from flashmha.testing.models import Architecture, Tree, anatomy, architectures, trees
 from flashmha.testing.models.encoder import fused_architectures, without_warnings
