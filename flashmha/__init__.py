@@ -11,8 +11,9 @@ from .parts.relative import AlibiBias, RelativePositionBias
 from .parts.rotary import Rotary
 from .problem.documents import Documents
 from .problem.errors import NoBackendError
-from .problem.masks import Dense, Mask, Rule
+from .problem.masks import Dense, Mask
 from .problem.ragged import KeyLengths, KeyPadding
+from .problem.rules import Rule
 from .problem.scores import ALiBi, Bias, RelativeBias, TensorBias
 from .problem.spec import AttentionSpec
 from .problem.windows import Window, causal

@@ -16,8 +16,9 @@ from ..problem.bias_values import level_bias, narrow_bias
 from ..problem.masks import Dense
 from ..problem.scores import Bias, TensorBias
 from ..problem.spec import AttentionSpec
-from .base import FEATURES, Backend, Limits
+from .base import Backend
 from .flex_kernels import Kernels, problem_key, tensors_key
+from .limits import FEATURES, Limits
 
 Question = Callable[[AttentionSpec], bool]
 

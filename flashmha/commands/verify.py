@@ -8,7 +8,7 @@ import dataclasses
 import torch
 
 from ..backends import Backend, expand, get, names
-from ..backends.base import FEATURES
+from ..backends.limits import FEATURES
 from ..host.extras import wanted_by
 from ..problem.spec import AttentionSpec
 from ..problem.wording import summarize_error

@@ -5,8 +5,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..backends.base import HALF
 from ..backends.choice.wishes import Wanted
+from ..backends.limits import HALF
 from ..functional import as_bias, run_attention
 from ..host.torch_state import autocast, is_autocasting, tracing_state
 from ..parts.heads import prepare_heads

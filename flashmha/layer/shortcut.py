@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from ..backends import choose
-from ..backends.base import HALF
 from ..backends.choice.serve import serve
+from ..backends.limits import HALF
 from ..host.torch_state import (
     casts_to,
     computed_in,

@@ -26,17 +26,7 @@ import torch
 from torch import Tensor
 
 from ..host.torch_state import is_dense
-from .positions import (
-    ALIGNMENTS,
-    Grid,
-    MaskMod,
-    Restarts,
-    by_index,
-    check_broadcast,
-    find_device,
-    look_up_in,
-    narrowed_to,
-)
+from .positions import Grid, MaskMod, Restarts, check_broadcast, find_device, look_up_in, narrowed_to
 from .rebuilding import Rebuild, flatten_parts
 from .wording import spell
 
@@ -195,45 +185,6 @@ class Dense(Mask):
 
     def __repr__(self) -> str:
         return f"Dense({tuple(self.allowed.shape)})"
-
-
-class Rule(Mask):
-    """Your own rule: ``fn(batch, head, q_pos, k_pos) -> bool``, on integer tensors that broadcast.
-
-    Written with tensor operators (``&``, ``|``, ``~``, comparisons), as flex_attention wants it.
-    """
-
-    __slots__ = ("align", "fn")
-    feature = "rule"
-
-    def __init__(self, fn: MaskMod, *, align: str = "bottom_right") -> None:
-        if align not in ALIGNMENTS:
-            raise ValueError(f"align must be one of {ALIGNMENTS}, got {align!r}.")
-        if not callable(fn):
-            raise TypeError(f"fn must be a function of (batch, head, q_pos, k_pos), got {spell(fn)}.")
-        self.fn, self.align = fn, align
-
-    def mask_mod(self, seqlen_q: int, seqlen_k: int, documents: Restarts | None = None) -> MaskMod:
-        return by_index(answering(self), seqlen_q, seqlen_k, documents, self.align)
-
-    def __repr__(self) -> str:
-        return f"Rule({getattr(self.fn, '__name__', 'fn')})"
-
-
-def answering(rule: Rule) -> MaskMod:
-    """The function of a rule, which raises where its answer is no bool tensor: a number is no mask."""
-    fn, name = rule.fn, repr(rule)
-
-    def ask(batch: Tensor, head: Tensor, q_pos: Tensor, k_pos: Tensor) -> Tensor:
-        allowed = fn(batch, head, q_pos, k_pos)
-        if not isinstance(allowed, Tensor) or allowed.dtype != torch.bool:
-            raise TypeError(
-                f"fn of {name} must return a bool tensor, True = may attend (what is added to the scores goes to "
-                f"bias=), got {spell(allowed)}."
-            )
-        return allowed
-
-    return ask
 
 
 class Intersection(Mask):

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from ..backends import get
-from ..backends.base import Limits
+from ..backends.limits import Limits
 from ..problem.spec import AttentionSpec
 from ..problem.wording import spell
 from .choice import Choices, Choose

@@ -8,11 +8,12 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from ..backends.base import FEATURES
+from ..backends.limits import FEATURES
 from ..problem.documents import Documents
-from ..problem.masks import Dense, Mask, Rule, join_masks
+from ..problem.masks import Dense, Mask, join_masks
 from ..problem.positions import ALIGNMENTS, MaskMod
 from ..problem.ragged import KeyLengths, KeyPadding
+from ..problem.rules import Rule
 from ..problem.windows import Window, causal
 from .choice import Choices, Choose
 from .record import placed

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from hypothesis import strategies as st
 
-from ..backends.base import Backend, Limits
+from ..backends.base import Backend
+from ..backends.limits import Limits
 from ..problem.documents import Documents
 from ..problem.masks import join_masks
 from ..problem.spec import AttentionSpec

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from ..problem.documents import Documents
-from ..problem.masks import Dense, Mask, Rule
+from ..problem.masks import Dense, Mask
 from ..problem.ragged import KeyLengths, KeyPadding
+from ..problem.rules import Rule
 from ..problem.scores import ALiBi, Bias, RelativeBias, TensorBias
 from ..problem.spec import AttentionSpec
 from ..problem.windows import Window

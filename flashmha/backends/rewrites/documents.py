@@ -19,7 +19,7 @@ from ...host.torch_state import is_capturing, is_compiling, surely
 from ...problem.documents import Documents
 from ...problem.ragged import KeyPadding, Padding
 from ...problem.spec import AttentionSpec
-from ..base import FEATURES
+from ..limits import FEATURES
 from .order import Order, permute_rows, real_first
 
 PADDING = ("key_lengths", "key_padding")

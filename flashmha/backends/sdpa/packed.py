@@ -9,7 +9,8 @@ from torch import Tensor
 
 from ...problem.spec import AttentionSpec
 from ...problem.windows import Window
-from ..base import HALF, Serve
+from ..base import Serve
+from ..limits import HALF
 from ..rewrites.documents import PADDING, offsets_in_place, pack_batch, unpack_batch, worth_moving
 from ..rewrites.grouped import MOST_FOLDED_QUERIES
 from .switches import by_math, switches
