@@ -58,11 +58,6 @@ class Prepared(NamedTuple):
     padded: Padded | None = None
     custom: bool = False
 
-    @property
-    def spec(self) -> AttentionSpec:
-        """The problem that the heads make."""
-        return AttentionSpec.of(self.q, self.k, self.v, **self.problem)
-
 
 def call_layer(
     layer: Layer,
@@ -137,13 +132,13 @@ def attend_call(
         check_attended(layer, out, q.shape[0], q.shape[1])
         weights = problems.take_weights() if need_weights else weights
     elif weigh is None:
-        out = run_attention(q, k, v, made.spec, wanted, layer)  # type: ignore[assignment]
+        out = run_attention(q, k, v, AttentionSpec.of(q, k, v, **problem), wanted, layer)  # type: ignore[assignment]
     else:
         if not says and q.shape[2] != layer.num_heads:
             refuse_weights(layer, say_heads(layer, q.shape[2]))
         weigh["dtype"] = weights_dtype(q) if dtype is None else call.query.dtype
         weigh["remade"] = custom and not (is_ours(layer, "project") and is_ours(layer, "process_heads"))
-        out, its = attention_with_weights(q, k, v, made.spec, wanted, layer, **weigh)
+        out, its = attention_with_weights(q, k, v, AttentionSpec.of(q, k, v, **problem), wanted, layer, **weigh)
         weights = [its]
     shown = weights[0] if weights else None
     if says:

@@ -102,12 +102,14 @@ def explain_layer(layer: FlashMultiHeadAttention, *args: Any, **kwargs: Any) -> 
 
 def find_problem(layer: FlashMultiHeadAttention, made: Prepared, wanted: Wanted) -> tuple[AttentionSpec, list[str]]:
     """The problem of a layer's call, the first where its own ``attend`` runs several, and a note of the others."""
+    heads = made.q, made.k, made.v
     if is_ours(layer, "attend"):
-        return made.spec, []
+        return AttentionSpec.of(*heads, **made.problem), []
     problems = Problems(layer, wanted, None, True, dry=True)
-    layer.attend(made.q, made.k, made.v, **made.problem, call=problems)
+    layer.attend(*heads, **made.problem, call=problems)
     if not problems.specs:
-        return made.spec, ["attend is overridden and runs none of the package's own: this is the problem it was given"]
+        note = "attend is overridden and runs none of the package's own: this is the problem it was given"
+        return AttentionSpec.of(*heads, **made.problem), [note]
     first, *others = problems.specs
     return first, [f"attend is overridden and then runs: {spec}" for spec in others]
 
