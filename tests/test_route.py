@@ -19,10 +19,11 @@ from torch import Tensor, nn
 
 import flashmha
 from flashmha import FlashMultiHeadAttention, Window, causal, explain, replace_mha, swap_report
+from flashmha.host.torch_state import without_fast_path
 from flashmha.swap import route
 from flashmha.testing import assert_same, noise
 from flashmha.testing.models import Architecture, EncoderMasks, architectures, encoder_masks
-from flashmha.testing.models.encoder import fused_architectures, without_fast_path
+from flashmha.testing.models.encoder import fused_architectures
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Support for mismatched:UserWarning"),

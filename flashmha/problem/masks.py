@@ -27,7 +27,7 @@ from torch import Tensor
 
 from ..host.torch_state import is_dense
 from .positions import Grid, MaskMod, Restarts, check_broadcast, find_device, look_up_in, narrowed_to
-from .rebuilding import Rebuild, flatten_parts
+from .rebuilding import Rebuild, Several
 from .wording import spell
 
 Kind = TypeVar("Kind", bound="Mask")
@@ -187,17 +187,8 @@ class Dense(Mask):
         return f"Dense({tuple(self.allowed.shape)})"
 
 
-class Intersection(Mask):
+class Intersection(Several[Mask], Mask):
     """Several rules that all have to hold; made by ``&``."""
-
-    __slots__ = ("_parts",)
-
-    def __init__(self, parts: tuple[Mask, ...]) -> None:
-        self._parts = parts
-
-    @property
-    def parts(self) -> tuple[Mask, ...]:
-        return self._parts
 
     @property
     def documents(self) -> Restarts | None:  # type: ignore[override]
@@ -205,16 +196,6 @@ class Intersection(Mask):
             if part.documents is not None:
                 return part.documents
         return None
-
-    def check(self, batch: int, heads: int, seqlen_q: int, seqlen_k: int) -> None:
-        for part in self._parts:
-            part.check(batch, heads, seqlen_q, seqlen_k)
-
-    def tensors(self) -> tuple[Tensor, ...]:
-        return tuple(tensor for part in self._parts for tensor in part.tensors())
-
-    def flatten(self) -> tuple[tuple[Tensor, ...], Rebuild[Mask]]:
-        return flatten_parts(self._parts, Intersection)
 
     def mask_mod(self, seqlen_q: int, seqlen_k: int, documents: Restarts | None = None) -> MaskMod:
         documents = self.documents

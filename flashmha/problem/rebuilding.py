@@ -3,32 +3,46 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Protocol, TypeVar
+from typing import Any, Generic, TypeVar
 
 from torch import Tensor
 
-Whole = TypeVar("Whole", covariant=True)
+Whole = TypeVar("Whole")
+Part = TypeVar("Part", bound=Any)
 Rebuild = Callable[[Sequence[Tensor]], Whole]
 """What makes a mask or a bias again."""
 
 
-class Flat(Protocol[Whole]):
-    """A mask or a bias, which can be taken apart."""
+class Several(Generic[Part]):
+    """Masks in one, or biases."""
 
-    def flatten(self) -> tuple[tuple[Tensor, ...], Rebuild[Whole]]:
-        """The tensors it holds, and what makes the same of others like them."""
+    __slots__ = ("_parts",)
 
+    def __init__(self, parts: tuple[Part, ...]) -> None:
+        self._parts = parts
 
-def flatten_parts(
-    parts: Sequence[Flat[Whole]], join: Callable[[tuple[Whole, ...]], Whole]
-) -> tuple[tuple[Tensor, ...], Rebuild[Whole]]:
-    """What several parts hold, one after another, and what makes the whole of them again."""
-    held = [part.flatten() for part in parts]
-    counts = [len(tensors) for tensors, _ in held]
-    rebuilds = [rebuild for _, rebuild in held]
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        """Those that it is of."""
+        return self._parts
 
-    def again(tensors: Sequence[Tensor]) -> Whole:
-        rest = iter(tensors)
-        return join(tuple(make([next(rest) for _ in range(count)]) for make, count in zip(rebuilds, counts)))
+    def check(self, batch: int, heads: int, seqlen_q: int, seqlen_k: int) -> None:
+        """Raise ``ValueError`` where the tensors of one do not fit the problem."""
+        for part in self._parts:
+            part.check(batch, heads, seqlen_q, seqlen_k)
 
-    return tuple(tensor for tensors, _ in held for tensor in tensors), again
+    def tensors(self) -> tuple[Tensor, ...]:
+        """The tensors of all, one after another."""
+        return tuple(tensor for part in self._parts for tensor in part.tensors())
+
+    def flatten(self) -> tuple[tuple[Tensor, ...], Any]:
+        """The tensors of all, and what makes the whole of them again."""
+        held = [part.flatten() for part in self._parts]
+        counts, rebuilds = [len(tensors) for tensors, _ in held], [rebuild for _, rebuild in held]
+        join = type(self)
+
+        def again(tensors: Sequence[Tensor]) -> Several[Part]:
+            rest = iter(tensors)
+            return join(tuple(make([next(rest) for _ in range(count)]) for make, count in zip(rebuilds, counts)))
+
+        return tuple(tensor for tensors, _ in held for tensor in tensors), again

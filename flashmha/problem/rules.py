@@ -35,13 +35,13 @@ class Rule(Mask):
 
 def answering(rule: Rule) -> MaskMod:
     """The function of a rule, which raises where its answer is no bool tensor: a number is no mask."""
-    fn, name = rule.fn, repr(rule)
+    fn = rule.fn
 
     def ask(batch: Tensor, head: Tensor, q_pos: Tensor, k_pos: Tensor) -> Tensor:
         allowed = fn(batch, head, q_pos, k_pos)
         if not isinstance(allowed, Tensor) or allowed.dtype != torch.bool:
             raise TypeError(
-                f"fn of {name} must return a bool tensor, True = may attend (what is added to the scores goes to "
+                f"fn of {rule!r} must return a bool tensor, True = may attend (what is added to the scores goes to "
                 f"bias=), got {spell(allowed)}."
             )
         return allowed

@@ -30,7 +30,7 @@ from torch import Tensor
 from ..host.torch_state import is_dense
 from .bias_values import add_biases
 from .positions import Grid, Restarts, by_index, check_broadcast, find_device, look_up_in, narrowed_to
-from .rebuilding import Rebuild, flatten_parts
+from .rebuilding import Rebuild, Several
 from .wording import spell
 
 ScoreMod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
@@ -248,31 +248,12 @@ class RelativeBias(Bias):
         return f"RelativeBias({tuple(self.table.shape)})"
 
 
-class Sum(Bias):
+class Sum(Several[Bias], Bias):
     """Several biases added; made by ``+``."""
-
-    __slots__ = ("_parts",)
-
-    def __init__(self, parts: tuple[Bias, ...]) -> None:
-        self._parts = parts
-
-    @property
-    def parts(self) -> tuple[Bias, ...]:
-        return self._parts
 
     @property
     def by_distance(self) -> bool:  # type: ignore[override]
         return all(part.by_distance for part in self._parts)
-
-    def check(self, batch: int, heads: int, seqlen_q: int, seqlen_k: int) -> None:
-        for part in self._parts:
-            part.check(batch, heads, seqlen_q, seqlen_k)
-
-    def tensors(self) -> tuple[Tensor, ...]:
-        return tuple(tensor for part in self._parts for tensor in part.tensors())
-
-    def flatten(self) -> tuple[tuple[Tensor, ...], Rebuild[Bias]]:
-        return flatten_parts(self._parts, Sum)
 
     def bias_mod(self, seqlen_q: int, seqlen_k: int, documents: Restarts | None = None) -> ScoreMod:
         mods = [part.bias_mod(seqlen_q, seqlen_k, documents) for part in self._parts]

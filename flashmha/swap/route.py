@@ -62,29 +62,17 @@ def enter(
             key_padding_mask = hand_down(encoder, src, mask, key_padding_mask, False)
         return Route(src, mask, key_padding_mask, is_causal)
     strange = find_unknown_layers(encoder)
-    way = Route(src, mask, None, is_causal)
-    if key_padding_mask is not None:
-        way = route_beside_padding(encoder, src, mask, key_padding_mask, is_causal, strange)
-    return way._replace(straight=strange is None)
-
-
-def route_beside_padding(
-    encoder: nn.TransformerEncoder,
-    src: Tensor,
-    mask: Mask | Tensor | None,
-    key_padding_mask: Tensor,
-    is_causal: bool,
-    strange: str | None,
-) -> Route:
-    """The route beside padding. ``strange`` is what in a layer may count on (batch, seqlen)."""
+    known = strange is None
+    if key_padding_mask is None:
+        return Route(src, mask, None, is_causal, straight=known)
     way, why = route_without_padding(encoder, src, mask, key_padding_mask, is_causal, strange)
-    if way is not None:
-        return way
-    rule = hand_down(encoder, src, mask, key_padding_mask, strange is None)
-    first = route_real_first(encoder, src, mask, rule, is_causal) if strange is None else None
-    if first is not None:
-        return Route(first.tokens, None, first.padding, False, first, None, True, why)
-    return Route(src, mask, rule, is_causal, why=why)
+    if way is None:
+        rule = hand_down(encoder, src, mask, key_padding_mask, known)
+        first = route_real_first(encoder, src, mask, rule, is_causal) if known else None
+        way = Route(src, mask, rule, is_causal, why=why)
+        if first is not None:
+            way = Route(first.tokens, None, first.padding, False, first, None, True, why)
+    return way._replace(straight=known)
 
 
 def route_without_padding(

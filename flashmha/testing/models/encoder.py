@@ -215,17 +215,6 @@ def encoder_masks(
 
 
 @contextlib.contextmanager
-def without_fast_path() -> Iterator[None]:
-    """Stock as it computes in training: no fused operator, no nested tensors."""
-    before = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(before)
-
-
-@contextlib.contextmanager
 def without_warnings() -> Iterator[None]:
     """Without the warnings of constructors and of masks of two types, which are stock's own."""
     with warnings.catch_warnings():

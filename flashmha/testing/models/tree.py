@@ -100,16 +100,9 @@ class Leaf(Record):
     def build(self, earlier: list[nn.MultiheadAttention]) -> TreeBlock:
         if self.again and earlier:
             return TreeBlock(earlier[-1], self.mask, self.need_weights)
-        layer = nn.MultiheadAttention(
-            WIDTH,
-            self.num_heads,
-            bias=self.bias,
-            add_bias_kv=self.add_bias_kv,
-            add_zero_attn=self.add_zero_attn,
-            kdim=self.kdim,
-            vdim=self.vdim,
-            batch_first=self.batch_first,
-        )
+        names = ("bias", "add_bias_kv", "add_zero_attn", "kdim", "vdim", "batch_first")
+        options: dict[str, Any] = {name: getattr(self, name) for name in names}
+        layer = nn.MultiheadAttention(WIDTH, self.num_heads, **options)
         packed = [other.in_proj_weight for other in earlier if other.in_proj_weight is not None]
         if self.tied and packed and layer.in_proj_weight is not None:
             layer.in_proj_weight = packed[-1]
