@@ -129,7 +129,7 @@ def attend_call(
     if custom and not is_ours(layer, "attend"):
         problems = Problems(layer, wanted, weigh, says)
         out = layer.attend(q, k, v, **problem, call=problems)
-        check_attended(layer, out, q.shape[0], q.shape[1])
+        check_attended(out, q.shape[0], q.shape[1])
         weights = problems.take_weights() if need_weights else weights
     elif weigh is None:
         out = run_attention(q, k, v, AttentionSpec.of(q, k, v, **problem), wanted, layer)  # type: ignore[assignment]
@@ -162,7 +162,7 @@ def say_weights(layer: Layer, weights: list[Tensor], average: bool, batched: boo
     """The weights of a layer, as it makes them of those of its problems."""
     first = weights[0]
     made = layer.process_weights(*weights)
-    check_weights(layer, made, (first.shape[0], first.shape[2], first.shape[3]))
+    check_weights(made, (first.shape[0], first.shape[2], first.shape[3]))
     made = made.mean(dim=1) if average else made
     return made if batched else made.squeeze(0)
 

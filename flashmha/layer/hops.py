@@ -107,7 +107,7 @@ def are_heads(heads: Any, batch: int, seqlen_q: int) -> bool:
     return bool(q.shape[1] == seqlen_q and k.shape[1:3] == v.shape[1:3] and q.shape[3] == k.shape[3])
 
 
-def check_attended(layer: Layer, out: Any, batch: int, seqlen_q: int) -> None:
+def check_attended(out: Any, batch: int, seqlen_q: int) -> None:
     """Raise where ``attend`` returned no heads."""
     if not isinstance(out, Tensor) or out.dim() != 4 or out.shape[:2] != (batch, seqlen_q):
         raise ValueError(
@@ -128,7 +128,7 @@ def check_output(layer: Layer, output: Any, batch: int, seqlen_q: int) -> None:
     raise ValueError(f"{name} must return (batch={batch}, seqlen_q={seqlen_q}, {width}), got {describe_shape(output)}.")
 
 
-def check_weights(layer: Layer, weights: Any, sizes: tuple[int, int, int]) -> None:
+def check_weights(weights: Any, sizes: tuple[int, int, int]) -> None:
     """Raise where ``process_weights`` returned no weights; ``sizes`` is (batch, seqlen_q, seqlen_k)."""
     right = isinstance(weights, Tensor) and weights.dim() == 4
     if not right or (weights.shape[0], weights.shape[2], weights.shape[3]) != sizes:

@@ -50,15 +50,15 @@ class Told(NamedTuple):
             raise ValueError(f"rope_parameters[{name!r}] must be a positive number, got {spell(value)}.")
         return value
 
-    def length(self, name: str = "original_max_position_embeddings") -> int:
+    def length(self) -> int:
         """The length that a model was trained for, by default ``max_seqlen``."""
-        value = self.given.get(name, self.max_seqlen)
+        value = self.given.get(LENGTH, self.max_seqlen)
         if value is None:
             raise ValueError(
-                f"rope_parameters must have {name!r} for {self.kind!r}, or max_seqlen be given, got neither."
+                f"rope_parameters must have {LENGTH!r} for {self.kind!r}, or max_seqlen be given, got neither."
             )
         if isinstance(value, bool) or not isinstance(value, int) or value < 2:
-            raise ValueError(f"rope_parameters[{name!r}] must be an int above 1, got {spell(value)}.")
+            raise ValueError(f"rope_parameters[{LENGTH!r}] must be an int above 1, got {spell(value)}.")
         return value
 
     def growth(self) -> float:
