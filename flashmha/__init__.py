@@ -9,11 +9,14 @@ from .layer.packed import Packed, pack
 from .layer.state import fuse_projections, group_heads, repeat_heads, separate_projections
 from .parts.relative import AlibiBias, RelativePositionBias
 from .parts.rotary import Rotary
+from .problem.documents import Documents
 from .problem.errors import NoBackendError
-from .problem.masks import Dense, Mask, Rule, Window, causal
-from .problem.ragged import Documents, KeyLengths, KeyPadding
+from .problem.masks import Dense, Mask
+from .problem.ragged import KeyLengths, KeyPadding
+from .problem.rules import Rule
 from .problem.scores import ALiBi, Bias, RelativeBias, TensorBias
 from .problem.spec import AttentionSpec
+from .problem.windows import Window, causal
 from .swap.convert import replace_mha, restore_mha
 from .swap.encoder import FlashTransformerEncoder, FlashTransformerEncoderLayer
 from .swap.explain import explain

@@ -79,10 +79,10 @@ def attention(
         need_lse=return_lse,
         deterministic=deterministic,
     )
-    return run(q, k, v, spec, backend)
+    return run_attention(q, k, v, spec, backend)
 
 
-NUMBER_KINDS = (float, int, torch.SymFloat, torch.SymInt)
+NUMBERS = (float, int, torch.SymFloat, torch.SymInt)
 
 
 def check_arguments(
@@ -101,7 +101,7 @@ def check_arguments(
         if not is_dense(tensor) and (tensor is not None or name != "sinks"):
             raise TypeError(f"{name} must be a dense tensor, got {spell(tensor)}.")
     for name, number in (("softcap", softcap), ("softmax_scale", softmax_scale), ("dropout_p", dropout_p)):
-        if not isinstance(number, NUMBER_KINDS) and (number is not None or name == "dropout_p"):
+        if not isinstance(number, NUMBERS) and (number is not None or name == "dropout_p"):
             hint = "; multiply q by a tensor instead" if name == "softmax_scale" else ""
             raise TypeError(f"{name} must be a number, got {spell(number)}{hint}.")
     for name, said in (("deterministic", deterministic), ("return_lse", return_lse)):
@@ -128,7 +128,7 @@ def as_bias(bias: Bias | Tensor | None) -> Bias | None:
     raise TypeError(f"bias must be a Bias, such as ALiBi(slopes), or a floating point tensor, got {spell(bias)}.")
 
 
-def run(
+def run_attention(
     q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, wanted: Wanted = None, layer: Any = None
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Choose a backend for a problem and let it serve."""

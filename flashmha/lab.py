@@ -17,7 +17,7 @@ from .backends import Backend, expand, get, record
 from .backends.parity import AGAIN, allowed_error, moved
 from .functional import attention
 from .host.torch_state import computed_in
-from .problem.masks import causal
+from .problem.windows import causal
 from .problem.wording import dtype_name
 
 

@@ -104,6 +104,12 @@ def machine(device: torch.device) -> torch.device:
     return device
 
 
+@pytest.fixture
+def every_map_is_deferred(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Attention weights are deferred, also small ones, which are ordinary tensors otherwise."""
+    monkeypatch.setattr("flashmha.weights.attend.FEW_SCORES", 0)
+
+
 class Report:
     """What came of a run and on what, as a JSON file."""
 

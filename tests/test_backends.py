@@ -12,7 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from flashmha import AttentionSpec, Dense, KeyPadding, NoBackendError, attention, backends, causal
 from flashmha.backends import get, names
-from flashmha.backends.base import HALF
+from flashmha.backends.limits import HALF
 from flashmha.testing import answer, assert_agrees, noise, seeds, served, specs, tensors
 from flashmha.testing.grid import KERNELS_BY_KIND, KERNELS_BY_SHAPE, DrawnKernel, built, drawn
 

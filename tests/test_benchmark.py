@@ -1,11 +1,14 @@
 """The benchmark: verdicts, the gate, the contestants, and a small run from the command to its files."""
 
+import argparse
+import contextlib
 import dataclasses
 import functools
 import itertools
 import json
 import math
 import sys
+import time
 import types
 from collections.abc import Iterator
 from pathlib import Path
@@ -44,6 +47,7 @@ from flashmha.benchmark.rounds import FEWEST, take_turns
 from flashmha.benchmark.run_file import load, save
 from flashmha.benchmark.suites import ON_REQUEST, lengths_of
 from flashmha.benchmark.verdicts import judge_cases, middle, noise_floor, ratio, share_of_gemm, verdict
+from flashmha.commands import bench
 from flashmha.host.clock import peak_bytes
 
 CPU = torch.device("cpu")
@@ -611,7 +615,7 @@ def test_a_run_on_a_gpu_has_one_more_plot(tmp_path: Path) -> None:
 
 def test_a_spent_budget_drops_cases_and_says_which(monkeypatch: pytest.MonkeyPatch) -> None:
     ticks = itertools.count()
-    monkeypatch.setattr(runner.time, "monotonic", lambda: float(next(ticks)))
+    monkeypatch.setattr(time, "monotonic", lambda: float(next(ticks)))
     cases = select(every_case(), ["small", "overhead"])
     found = run(Plan(cases, CPU, budget=0.5, peers=["sdpa"], backends=[]), lambda line: None)
     assert sorted(found["dropped"]) == sorted(case.id for case in cases)
@@ -800,19 +804,11 @@ def test_an_encoder_is_run_as_its_case_says() -> None:
         (["--case", "heads/core/*"], {"heads"}),
     ),
 )
-def test_what_takes_long_runs_where_it_is_named(
-    asked: list[str], suites: set[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    plans: list[Plan] = []
-
-    def no_run(plan: Plan, tell: Any) -> dict[str, Any]:
-        plans.append(plan)
-        raise ValueError("not today")
-
-    monkeypatch.setattr("flashmha.commands.bench.run", no_run)
-    with pytest.raises(SystemExit):
-        main(["bench", "--no-plots", "--out", str(tmp_path), *asked])
-    assert {case.suite for case in plans[0].cases} == suites - {"odd"}  # which is for GPUs
+def test_what_takes_long_runs_where_it_is_named(asked: list[str], suites: set[str]) -> None:
+    parser = argparse.ArgumentParser()
+    bench.add_arguments(parser)
+    cases = bench.plan_from_flags(parser.parse_args(asked)).cases
+    assert {case.suite for case in cases} == suites - {"odd"}  # which is for GPUs
 
 
 def test_what_is_compiled_is_compiled_and_has_itself_as_a_twin(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -828,26 +824,39 @@ def test_what_is_compiled_is_compiled_and_has_itself_as_a_twin(monkeypatch: pyte
 
     monkeypatch.setattr(torch, "compile", traces)
     inner = [StockEncoder(), HandEncoder(), FlashmhaEncoder()]
-    monkeypatch.setattr(runner, "contestants", lambda *given: [Through(one.name, one, "compiled") for one in inner])
-    found = run(Plan([case], CPU, rounds=2, budget=1e9), lambda line: None)["cases"][0]
+    taking_part = [Through(one.name, one, "compiled") for one in inner]
+    plan = Plan([case], CPU, rounds=2, budget=1e9)
+    found = runner.measure(case, taking_part, plan, runner.Canary(CPU), math.inf, 1.0)
+    judge_cases([found])
     assert len(traced) == 3 and all(counter.op_count > 0 for counter in traced)
     assert found["control"]["median"] > 0 and len(found["contestants"][CONTROL]["seconds"]) == 2
     assert {row["status"] for row in found["contestants"].values()} == {"ok"}
 
 
-def test_who_finds_no_memory_beside_the_others_takes_no_part(monkeypatch: pytest.MonkeyPatch) -> None:
-    plain = runner.turn_of
+class Seated:
+    """A contestant at no tensors, which finds memory for them or does not."""
 
-    def starving(seat: Any, *arguments: Any) -> float:
-        if seat.contestant.name == "stock":
+    def __init__(self, starves: bool) -> None:
+        self.contestant, self.starves = self, starves
+
+    def setting(self) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext()
+
+    def __call__(self) -> None:
+        if self.starves:
             raise torch.OutOfMemoryError("tried to allocate everything")
-        return plain(seat, *arguments)
 
-    monkeypatch.setattr(runner, "turn_of", starving)
-    plan = Plan(select(every_case(), globs=[TINY])[:1], CPU, rounds=1, budget=1e9, peers=["stock*"], backends=[])
-    rows = run(plan, lambda line: None)["cases"][0]["contestants"]
-    assert rows["stock"]["status"] == "refused" and "seconds" not in rows["stock"]
-    assert "OutOfMemoryError: tried" in rows["stock"]["reason"] and "seconds" in rows["stock_best"]
+
+@given(starving=st.lists(st.booleans(), min_size=1, max_size=4))
+def test_what_finds_no_memory_beside_the_others_takes_no_part(starving: list[bool]) -> None:
+    seats: Any = {f"peer {place}": Seated(starves) for place, starves in enumerate(starving)}
+    rows: dict[str, dict[str, Any]] = {name: {"status": "ok"} for name in seats}
+    plan = Plan([], CPU, rounds=1)
+    samples, _, _ = runner.race(dict(seats), rows, plan, runner.Canary(CPU), math.inf)
+    for name, seat in seats.items():
+        assert rows[name]["status"] == ("refused" if seat.starves else "ok")
+        assert bool(samples.get(name)) is not seat.starves
+        assert not seat.starves or "OutOfMemoryError: tried" in rows[name]["reason"]
 
 
 def test_ours_that_raises_has_failed_and_a_peer_is_refused() -> None:

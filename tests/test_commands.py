@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import dataclasses
 import io
@@ -13,10 +14,11 @@ import shutil
 import site
 import subprocess
 import sys
+import time
 import venv
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 from unittest import mock
 
 import pytest
@@ -27,7 +29,18 @@ from test_ranking import answering, nothing
 from torch import Tensor
 
 import flashmha
-from flashmha import ALiBi, AttentionSpec, Backend, KeyLengths, Limits, Mask, Window, backends
+from flashmha import (
+    ALiBi,
+    AttentionSpec,
+    Backend,
+    KeyLengths,
+    Limits,
+    Mask,
+    NoBackendError,
+    Window,
+    attention,
+    backends,
+)
 from flashmha.__main__ import COMMANDS, main
 from flashmha.backends import get, names
 from flashmha.backends.choice import builtin, ranking, tuned
@@ -35,9 +48,9 @@ from flashmha.backends.choice import rows as derived
 from flashmha.backends.choice.ranking import KINDS, MODES, Row
 from flashmha.backends.choice.registry import instead
 from flashmha.backends.flash_attn.flash4 import Flash4
-from flashmha.benchmark import runner, tuning
+from flashmha.benchmark import tuning
 from flashmha.benchmark.grid import GRIDS, grid_cells
-from flashmha.commands import tune
+from flashmha.commands import tune, verify
 from flashmha.commands.destination import check_file, check_folder
 
 ROOT = Path(flashmha.__file__).parents[1]
@@ -97,6 +110,26 @@ def test_info_says_what_every_backend_says_of_every_device(terminal: bool) -> No
     status, out, _ = run("info", out=Terminal() if terminal else None)
     assert status == 0
     assert all(name in out for name in names()) and torch.__version__ in out
+
+
+@given(named=st.lists(st.sampled_from(names()), min_size=1, max_size=3, unique=True))
+def test_info_says_where_every_call_raises(named: list[str]) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FLASHMHA_BACKEND", ",".join(named))
+        said = answer("info")
+        _, out, _ = run("info")
+    for device in said["devices"]:
+        there = [name for name in named if device["backends"][name]["available"]]
+        raises = device["calls_raise"]
+        assert (raises is None) == bool(there)
+        if raises is not None:
+            assert raises in out and raises.startswith(f"FLASHMHA_BACKEND={','.join(named)}: every call on this device")
+            assert all(f"{name}: {device['backends'][name]['reason']}" in raises for name in named)
+    q = torch.zeros(1, 2, 1, 8, device="cpu")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FLASHMHA_BACKEND", ",".join(named))
+        with contextlib.nullcontext() if said["devices"][0]["calls_raise"] is None else pytest.raises(NoBackendError):
+            attention(q, q, q)
 
 
 def test_info_says_where_compiled_kernels_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -346,6 +379,17 @@ class Right(Backend):
         return out
 
 
+class Counting(Right):
+    """The definition, with the problems it was called for and the threads it had."""
+
+    name = "counting"
+    seen: ClassVar[dict[tuple[Any, ...], int]] = {}
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> Tensor:
+        self.seen[(spec.seqlen_q, spec.seqlen_k, spec.needs_grad)] = torch.get_num_threads()
+        return super().__call__(q, k, v, spec)
+
+
 class Larger(Right):
     """Wrong where there is more than one key."""
 
@@ -515,22 +559,16 @@ def test_equal_times_keep_the_order_of_the_list_and_clear_ones_do_not() -> None:
 
 
 @pytest.mark.parametrize("threads", (1, 2))
-def test_tune_records_the_threads_it_times_with(threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: set[int] = set()
-    plain = tuning.seconds
-
-    def seconds(*arguments: Any) -> float:
-        seen.add(torch.get_num_threads())
-        return plain(*arguments)
-
-    monkeypatch.setattr(tuning, "seconds", seconds)
+def test_tune_records_the_threads_it_times_with(threads: int) -> None:
+    Counting.seen.clear()
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        said = answer("tune", *TINY, "--kinds", "dense", "--rounds", 3)
+        with registered(Counting):
+            said = answer("tune", *TINY, "--kinds", "dense", "--rounds", 3, "--backends", "sdpa", Counting.name)
     finally:
         torch.set_num_threads(before)
-    assert seen == {said["env"]["threads"]} == {threads}
+    assert set(Counting.seen.values()) == {said["env"]["threads"]} == {threads}
     for cell in said["cells"]:
         assert cell["spread"].keys() == cell["us"].keys() and min(cell["spread"].values()) >= 0.0
 
@@ -600,7 +638,7 @@ def test_the_definition_of_a_cell_is_that_of_its_last_queries(kind: str, seqlen:
 
 def test_a_budget_drops_the_last_cells_and_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ticks = itertools.count()
-    monkeypatch.setattr(tuning.time, "monotonic", lambda: float(next(ticks)))
+    monkeypatch.setattr(time, "monotonic", lambda: float(next(ticks)))
     status, out, err = run("tune", *TINY, "--budget", "0.5")
     assert status == 0 and "problems were dropped: the budget is spent" in err
     assert len(out.splitlines()) == 1
@@ -750,11 +788,12 @@ def bad_destinations(kind: str, folder: Path) -> dict[str, Path]:
 def test_nothing_is_measured_for_a_destination_that_cannot_be_written(writer: str, tmp_path: Path) -> None:
     arguments, kind = WRITERS[writer]
     flag = writer.split()[1]
-    measured = mock.Mock(side_effect=AssertionError("measured"))
     for what, path in bad_destinations(kind, tmp_path).items():
         before = sorted(tmp_path.rglob("*"))
-        with mock.patch.object(tune, "tune", measured), mock.patch("flashmha.commands.bench.run", measured):
-            status, out, err = run(*arguments, flag, path)
+        Counting.seen.clear()
+        with registered(Counting):
+            status, out, err = run(*arguments, "--backends", Counting.name, flag, path)
+        assert not Counting.seen, f"{what}: something was measured"
         assert (status, out, err.count("\n")) == (2, "", 1) and "Traceback" not in err, (what, err)
         assert sorted(tmp_path.rglob("*")) == before, f"{what}: something was left behind"
     assert (tmp_path / "file").read_text() == "kept"
@@ -771,27 +810,32 @@ def test_a_destination_is_tried_and_left_as_it_was(tmp_path: Path) -> None:
     assert list(made.iterdir()) == []
 
 
-def stopping(measure: Any, after: int) -> Any:
-    """A function that is interrupted from the keyboard at a later call."""
-    calls = itertools.count(1)
+class Stopped(Counting):
+    """Interrupted from the keyboard at the first problem beyond some."""
 
-    def measured(*arguments: Any) -> Any:
-        if next(calls) > after:
+    name = "stopped"
+    after = 2
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> Tensor:
+        out = super().__call__(q, k, v, spec)
+        if len(self.seen) > self.after:
             raise KeyboardInterrupt
-        return measure(*arguments)
-
-    return measured
+        return out
 
 
 def test_a_run_that_is_stopped_keeps_what_was_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tuning, "measure_cell", stopping(tuning.measure_cell, 2))
-    status, out, err = run("tune", *TINY, "--kinds", "dense", "--save", tmp_path / "tuned.json")
+    Counting.seen.clear()
+    with registered(Stopped):
+        call: tuple[Any, ...] = ("tune", *TINY, "--kinds", "dense", "--backends", Stopped.name)
+        status, out, err = run(*call, "--save", tmp_path / "tuned.json")
     found = json.loads((tmp_path / "tuned.json").read_text())
     assert status == 1 and len(found["cells"]) == 2 and set(found["dropped"].values()) == {tuning.STOPPED}
     assert len(found["cells"]) + len(found["dropped"]) == 4 and tuning.STOPPED in err
-    monkeypatch.setattr(runner, "measure", stopping(runner.measure, 1))
-    call = ("bench", "--case", SMALLEST_CASE, "small/layer/train/b1s8e64h4", *SMALLEST_BENCH[3:], "--no-plots")
-    status, out, _ = run(*call, "--out", tmp_path / "made")
+    Counting.seen.clear()
+    monkeypatch.setattr(Stopped, "after", 1)
+    call = ("bench", "--case", SMALLEST_CASE, "decode/core/eval/b1q1k4096e512h8kv2", *SMALLEST_BENCH[3:], "--no-plots")
+    with registered(Stopped):
+        status, out, _ = run(*call, "--backends", Stopped.name, "--out", tmp_path / "made")
     found = json.loads((tmp_path / "made" / "run.json").read_text())
     assert status == 1 and len(found["cases"]) == len(found["dropped"]) == 1
     assert "Dropped, since the run was stopped" in out
@@ -810,7 +854,7 @@ def test_a_disk_that_is_full_at_the_end_loses_no_measurement(tmp_path: Path, mon
 
 
 def test_a_plot_that_fails_loses_no_measurement(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("flashmha.benchmark.plots.draw_plots", mock.Mock(side_effect=RuntimeError("no fonts")))
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", mock.Mock(side_effect=RuntimeError("no fonts")))
     status, out, err = run(*SMALLEST_BENCH, "--out", tmp_path)
     assert status == 1 and SMALLEST_CASE in out and "no fonts" in err and str(tmp_path / "run.json") in err
     assert json.loads((tmp_path / "run.json").read_text())["cases"] and (tmp_path / "table.md").exists()
@@ -827,7 +871,7 @@ WRONG = {
     "explain --heads 0": "must be a whole number of at least 1, got '0'",
     "explain --align top_left": "--align must come with --causal or --window",
     "explain --window 3": "expected 2 arguments",
-    "explain --window none x": "must be a whole number of at least 0, got 'x'",
+    "explain --window none x": "must be a whole number of at least 0, got 'x'; none for no bound",
     "explain --documents 3,4 --batch 2": "batch must be 1 with Documents",
     "explain --documents 3,4 --seqlen-q 5": "must rise from 0 to at most 5",
     "explain --key-lengths 5,3 --batch 3": "lengths must have shape (batch,) = (3,)",
@@ -846,7 +890,7 @@ WRONG = {
     "bench --budget nan": "rounds and budget must be positive",
     "verify --backend falsh": "backend must be one of sdpa, ",
     "verify --device cpu,cuda:99": "device must be one of cpu",
-    "verify --examples 0": "--examples must be at least 1, got 0.",
+    "verify --examples 0": "--examples: must be a whole number of at least 1, got '0'",
     "bench --device cuda:99": "device must be one of cpu",
     "bench --suites nothing": "invalid choice: 'nothing'",
     "bench --report . --no-plots": ". must be a file that can be read",
@@ -863,6 +907,22 @@ WRONG = {
     "tune --save nowhere/at/all.json --device cpu": "--save must name a file in a folder that exists",
     "tune --rows nowhere.json": "nowhere.json must be a file that can be read",
 }
+
+
+@given(sizes=st.lists(st.integers(1, 300), min_size=1, max_size=6), data=st.data())
+@pytest.mark.parametrize("room", (tune, verify))
+def test_sizes_come_between_commas_or_spaces(room: Any, sizes: list[int], data: st.DataObject) -> None:
+    marks = [data.draw(st.sampled_from((",", " "))) for _ in sizes[1:]]
+    words = "".join(f"{size}{mark}" for size, mark in zip(sizes, [*marks, ""])).split()
+    parser = argparse.ArgumentParser()
+    room.add_arguments(parser)
+    assert parser.parse_args(["--head-dims", *words]).head_dims == sizes
+
+
+@pytest.mark.parametrize("word", ("none", "None", "NONE"))
+def test_a_side_of_a_window_without_a_bound_is_none(word: str) -> None:
+    said = answer("explain", "--window", word, "0", "--device", "cpu")
+    assert said["mask"]["rule"] == "causal()"
 
 
 @pytest.mark.parametrize("call", WRONG)

@@ -22,11 +22,11 @@ from torch import Tensor, nn
 
 import flashmha
 from flashmha import FlashMultiHeadAttention, Window, replace_mha, restore_mha, swap_report
-from flashmha.layer.features import STOCK_VALUES
+from flashmha.layer.options import STOCK_VALUES
 from flashmha.testing import assert_drop_in, assert_same, judge, noise, randomized, seeds
 from flashmha.testing.models import Architecture, Tree, anatomy, architectures, trees
 from flashmha.testing.models.encoder import fused_architectures, without_warnings
-from flashmha.testing.models.tree import WIDTH, Block, Leaf, ModuleGroup
+from flashmha.testing.models.tree import WIDTH, Leaf, ModuleGroup, TreeBlock
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16)
 
@@ -227,7 +227,8 @@ def test_options_reach_layers_that_were_built_as_flashmha_s_and_restoring_brings
     for name in STOCK_VALUES:
         assert repr(getattr(model["built"], name)) == repr(getattr(alike, name)), name
     told = {row.name: row.why for row in swap_report(model)}
-    assert "built" in told["built"] and all(name in told["built"] for name in options)
+    assert "built" in told["built"]
+    assert all(f"{name}={getattr(model['built'], name)!r}" in told["built"] for name in options)
     restore_mha(model)
     assert anatomy(model) == before
 
@@ -378,7 +379,7 @@ def test_tied_projections_stay_one_parameter_and_get_both_gradients() -> None:
     assert_drop_in(stock, model, (inputs().float(),))
 
 
-def build_all(leaves: tuple[Leaf, ...]) -> list[Block]:
+def build_all(leaves: tuple[Leaf, ...]) -> list[TreeBlock]:
     earlier: list[nn.MultiheadAttention] = []
     return [leaf.build(earlier) for leaf in leaves]
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from flashmha import AttentionSpec, Dense, KeyLengths, KeyPadding, Mask, Window, causal
 from flashmha.backends.flash_attn.flash4 import Flash4, kernel_kind
-from flashmha.backends.flash_attn.flash4_kernels import Tools
+from flashmha.backends.flash_attn.flash4_tools import Tools
 from flashmha.backends.rewrites import block_tables, compact
 from flashmha.testing import assert_agrees, noise, seeds, specs
 from flashmha.testing.grid import KERNELS_BY_KIND, drawn

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from flashmha.backends.flash_attn import flash4_launches
 from flashmha.backends.flash_attn.flash4 import Flash4
-from flashmha.backends.flash_attn.flash4_kernels import UNTOLD, Tools, backward, forward
+from flashmha.backends.flash_attn.flash4_kernels import UNTOLD, backward, forward
+from flashmha.backends.flash_attn.flash4_tools import Tools
 from flashmha.backends.rewrites.block_tables import edged
 
 pytestmark = [

@@ -11,8 +11,10 @@ from torch import Tensor
 
 from flashmha import AttentionSpec, FlashMultiHeadAttention, KeyPadding, attention, causal
 from flashmha.backends import get, names
-from flashmha.backends.sdpa.backend import attend_on_cuda, dense_mask
-from flashmha.problem.scores import ALiBi, Bias, RelativeBias, TensorBias, add_biases, narrow_bias
+from flashmha.backends.sdpa.backend import attend_on_cuda
+from flashmha.backends.sdpa.mask_tensors import dense_mask
+from flashmha.problem.bias_values import add_biases, narrow_bias
+from flashmha.problem.scores import ALiBi, Bias, RelativeBias, TensorBias
 from flashmha.testing import assert_agrees, noise, seeds
 from flashmha.testing.judge import answer
 from flashmha.weights.attend import attention_with_weights

@@ -21,7 +21,7 @@ from flashmha import (
     Window,
     causal,
 )
-from flashmha.problem.masks import normalize
+from flashmha.problem.windows import normalize
 from flashmha.testing import masks, seeds
 
 sizes = st.tuples(st.integers(1, 3), st.integers(1, 3), st.integers(1, 9), st.integers(1, 9)).map(

@@ -365,7 +365,7 @@ def test_the_causal_mask_is_recognised(seqlen_q: int, seqlen_k: int, floating: b
             place = (flip % seqlen_q, flip // seqlen_q % seqlen_k)
             mask[place] = (0.0 if future[place] else -1.0) if floating else not future[place]
             layer(query, key, key, attn_mask=mask, need_weights=False)
-    expected = flashmha.problem.masks.normalize(causal(align="top_left"), seqlen_q, seqlen_k)
+    expected = flashmha.problem.windows.normalize(causal(align="top_left"), seqlen_q, seqlen_k)
     assert repr(calls[0].spec.mask) == repr(expected) and calls[0].spec.bias is None
     if flip is not None:
         assert "dense_mask" in calls[1].spec.features or "bias" in calls[1].spec.features

@@ -15,7 +15,7 @@ from flashmha import ALiBi, AttentionSpec, RelativeBias, TensorBias, register
 from flashmha.backends import get, unregister
 from flashmha.backends.naive import Naive, probabilities, scores
 from flashmha.testing import assert_close, noise, seeds, specs, tensors
-from flashmha.weights import attend, blocks
+from flashmha.weights import blocks
 from flashmha.weights.attend import attention_with_weights
 from flashmha.weights.learned import held, replace_learned
 from flashmha.weights.recipe import Recipe
@@ -31,12 +31,10 @@ class WithoutLse(Naive):
 
 
 @pytest.fixture(autouse=True)
-def every_map_is_deferred() -> Iterator[None]:
-    """Also the small ones, which are ordinary tensors otherwise."""
+def without_lse(every_map_is_deferred: None) -> Iterator[None]:
+    """A backend more."""
     register(WithoutLse)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(attend, "FEW_SCORES", 0)
-        yield
+    yield
     unregister("without_lse")
 
 
@@ -44,8 +42,7 @@ def every_map_is_deferred() -> Iterator[None]:
 def blocks_of(size: int) -> Iterator[None]:
     """So many scores at a time."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(blocks, "SCORES_IN_A_BLOCK", size)
-        patch.setattr(blocks, "SCORES_IN_A_BLOCK_ON_GPU", size)
+        patch.setattr(blocks, "SCORES_IN_A_BLOCK", dict.fromkeys(blocks.SCORES_IN_A_BLOCK, size))
         yield
 
 

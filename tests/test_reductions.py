@@ -1,6 +1,5 @@
 """Sums, means and largest values of a map that was not made yet: the same numbers, and never the map."""
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -14,19 +13,13 @@ from torch import Tensor
 
 from flashmha import AttentionSpec, Window
 from flashmha.testing import noise, seeds, tensors
-from flashmha.weights import attend
 from flashmha.weights.attend import attention_with_weights
 from flashmha.weights.deferred import Deferred
 
 FUNCTIONS = {"sum": torch.sum, "mean": torch.mean, "amax": torch.amax}
 
 
-@pytest.fixture(autouse=True)
-def every_map_is_deferred() -> Iterator[None]:
-    """Also the small ones, which are ordinary tensors otherwise."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(attend, "FEW_SCORES", 0)
-        yield
+pytestmark = pytest.mark.usefixtures("every_map_is_deferred")
 
 
 def outcome(name: str, weights: Tensor, dims: Any, keepdim: bool, wide: bool) -> Any:

@@ -19,10 +19,11 @@ from torch import Tensor, nn
 
 import flashmha
 from flashmha import FlashMultiHeadAttention, Window, causal, explain, replace_mha, swap_report
+from flashmha.host.torch_state import without_fast_path
 from flashmha.swap import route
 from flashmha.testing import assert_same, noise
 from flashmha.testing.models import Architecture, EncoderMasks, architectures, encoder_masks
-from flashmha.testing.models.encoder import fused_architectures, without_fast_path
+from flashmha.testing.models.encoder import fused_architectures
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Support for mismatched:UserWarning"),
@@ -235,7 +236,7 @@ def test_what_may_count_on_the_padded_form_keeps_it_and_the_report_says_why(kind
 
 
 def test_little_padding_is_zeroed_and_explain_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(route, "ITEM", 2**20)
+    monkeypatch.undo()  # packing pays where it does
     model = replace_mha(Architecture(norm=True).encoder(), skip_padding=True)
     x, hidden = Architecture().inputs(3, 4), torch.arange(4) >= torch.tensor([[2], [4], [3]])
     out = model(x, src_key_padding_mask=hidden)

@@ -38,11 +38,11 @@ from flashmha import (
     use_backend,
 )
 from flashmha.backends import choose, get, names, order, register
-from flashmha.backends.base import FEATURES
 from flashmha.backends.choice.choose import reason as reason_against
 from flashmha.backends.flash_attn.flash2 import Flash2
 from flashmha.backends.flash_attn.flash3 import Flash3
 from flashmha.backends.flash_attn.flash4 import Flash4
+from flashmha.backends.limits import FEATURES
 from flashmha.backends.sdpa.switches import by_math
 from flashmha.host.machine import Machine
 from flashmha.host.torch_state import is_deterministic
@@ -555,7 +555,8 @@ def test_a_range_is_a_part_of_the_whole_and_makes_no_more(spec: AttentionSpec, d
         ranges.append(data.draw(st.sampled_from((None, range(start, data.draw(st.integers(start, size)))))))
     rows, keys = (range(size) if part is None else part for part, size in zip(ranges, spec_lengths(spec)))
     batch, queries, seen = (max(size, 1) for size in (spec.batch, len(rows), len(keys)))  # what broadcasts has one
-    bound = batch * max(spec.heads * queries * seen, *spec_lengths(spec))
+    # a bias by distance is made of one line of distances, as long as queries and keys together
+    bound = batch * max(spec.heads * max(queries * seen, queries + seen), *spec_lengths(spec))
     for ask in (spec.allowed, spec.added):
         whole = ask()
         with Sizes() as sizes:

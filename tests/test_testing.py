@@ -21,7 +21,7 @@ from torch import Tensor, nn
 import flashmha
 from flashmha import AttentionSpec, Backend, Dense, Documents, KeyLengths, KeyPadding, Limits, Mask, Window, testing
 from flashmha.backends import get
-from flashmha.backends.base import FEATURES
+from flashmha.backends.limits import FEATURES
 from flashmha.commands import verify
 from flashmha.testing import definitions, dropout
 from flashmha.testing.drawn_masks import MASK_KINDS

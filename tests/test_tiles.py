@@ -16,12 +16,13 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from flashmha.backends import get
-from flashmha.backends.base import FEATURES, Limits
+from flashmha.backends.limits import FEATURES, Limits
 from flashmha.backends.naive import log_sum_exp, probabilities, scores
-from flashmha.problem.masks import Rule, Window
-from flashmha.problem.ragged import Documents
+from flashmha.problem.documents import Documents
+from flashmha.problem.rules import Rule
 from flashmha.problem.scores import TensorBias
 from flashmha.problem.spec import AttentionSpec
+from flashmha.problem.windows import Window
 from flashmha.testing import assert_close, seeds, specs, tensors
 from flashmha.weights import recipe as weights
 from flashmha.weights import tiles

@@ -36,12 +36,12 @@ from flashmha import (
     causal,
 )
 from flashmha.backends import get, names
-from flashmha.backends.base import HALF
 from flashmha.backends.choice.registry import instead
 from flashmha.backends.flash_attn.flash2 import Flash2
 from flashmha.backends.flash_attn.flash3 import Flash3
 from flashmha.backends.flash_attn.flash4 import Flash4
-from flashmha.backends.flash_attn.flash4_kernels import Tools
+from flashmha.backends.flash_attn.flash4_tools import Tools
+from flashmha.backends.limits import HALF
 from flashmha.backends.rewrites.grouped import MOST_FOLDED_QUERIES
 from flashmha.backends.sdpa import backend as sdpa
 from flashmha.backends.sdpa.backend import attend_on_cuda

@@ -6,7 +6,7 @@ short problem to the first that need not compile. A backend that was named and c
 in silence.
 """
 
-from .base import FEATURES, Backend, Limits
+from .base import Backend
 from .choice.builtin import BUILT_IN
 from .choice.choose import choose
 from .choice.explanation import Explanation, explain
@@ -15,6 +15,7 @@ from .choice.record import Call, note, record
 from .choice.registry import FAMILIES, expand, get, names, origin, prefer, register, unregister
 from .choice.tuned import load_tuned
 from .choice.wishes import use_backend
+from .limits import FEATURES, Limits
 
 __all__ = [
     "FAMILIES",

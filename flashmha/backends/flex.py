@@ -12,11 +12,13 @@ import torch
 from torch import Tensor
 
 from ..host.torch_state import is_compiling
+from ..problem.bias_values import level_bias, narrow_bias
 from ..problem.masks import Dense
-from ..problem.scores import Bias, TensorBias, level_bias, narrow_bias
+from ..problem.scores import Bias, TensorBias
 from ..problem.spec import AttentionSpec
-from .base import FEATURES, Backend, Limits
+from .base import Backend
 from .flex_kernels import Kernels, problem_key, tensors_key
+from .limits import FEATURES, Limits
 
 Question = Callable[[AttentionSpec], bool]
 

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from ..host.torch_state import is_inference
 from ..problem.likeness import likeness
-from ..problem.masks import Mask, Rule
+from ..problem.masks import Mask
+from ..problem.rules import Rule
 from ..problem.scores import Bias
 from ..problem.spec import AttentionSpec
 from .compiling import waits

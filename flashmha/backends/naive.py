@@ -7,9 +7,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..host.torch_state import is_compiling, readable
-from ..problem.scores import narrow_bias
+from ..problem.bias_values import narrow_bias
 from ..problem.spec import AttentionSpec
-from .base import FEATURES, Backend, Limits
+from .base import Backend
+from .limits import FEATURES, Limits
 
 
 def scores(q: Tensor, k: Tensor, spec: AttentionSpec) -> tuple[Tensor, Tensor | None]:

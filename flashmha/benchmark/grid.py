@@ -8,8 +8,10 @@ from collections.abc import Sequence
 
 import torch
 
-from ..problem.masks import Dense, Mask, Window, causal
-from ..problem.ragged import Documents, KeyPadding
+from ..problem.documents import Documents
+from ..problem.masks import Dense, Mask
+from ..problem.ragged import KeyPadding
+from ..problem.windows import Window, causal
 from .cases import Case
 
 

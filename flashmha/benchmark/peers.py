@@ -5,15 +5,16 @@ from __future__ import annotations
 import abc
 import contextlib
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from ..functional import attention
-from ..problem.masks import Mask, Window, causal
+from ..host.torch_state import without_fast_path
+from ..problem.masks import Mask
 from ..problem.ragged import KeyPadding
+from ..problem.windows import Window, causal
 from .cases import HOW, Case
 from .inputs import Inputs, layer_module, stock_module
 
@@ -142,14 +143,8 @@ class StockSlow(Stock):
             return "for weights that are read in eval"
         return super().refuses(case)
 
-    @contextlib.contextmanager
-    def setting(self) -> Iterator[None]:
-        before = torch.backends.mha.get_fastpath_enabled()
-        torch.backends.mha.set_fastpath_enabled(False)
-        try:
-            yield
-        finally:
-            torch.backends.mha.set_fastpath_enabled(before)
+    def setting(self) -> contextlib.AbstractContextManager[None]:
+        return without_fast_path()
 
 
 class Flashmha(Contestant):

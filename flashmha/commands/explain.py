@@ -11,11 +11,13 @@ from torch import Tensor
 from ..backends import explain, origin
 from ..backends.choice.explanation import BY_LIMITS
 from ..backends.choice.wishes import asked
-from ..problem.masks import Dense, Mask, Window, causal
+from ..problem.documents import Documents
+from ..problem.masks import Dense, Mask
 from ..problem.positions import ALIGNMENTS
-from ..problem.ragged import Documents, KeyLengths, KeyPadding
+from ..problem.ragged import KeyLengths, KeyPadding
 from ..problem.scores import ALiBi, Bias, TensorBias
 from ..problem.spec import AttentionSpec
+from ..problem.windows import Window, causal
 from ..problem.wording import dtype_name
 from .devices import device
 from .flags import DTYPE_NAMES, at_least, bound, version, whole_numbers

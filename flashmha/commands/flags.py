@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from typing import Any
 
 DTYPE_NAMES = ("float32", "float64", "bfloat16", "float16")
 
@@ -49,4 +50,26 @@ def whole_numbers(text: str) -> list[int]:
 
 def bound(text: str) -> int | None:
     """Reads a side of a window."""
-    return None if text == "none" else at_least(0)(text)
+    if text.lower() == "none":
+        return None
+    try:
+        return at_least(0)(text)
+    except argparse.ArgumentTypeError as error:
+        raise argparse.ArgumentTypeError(f"{error}; none for no bound") from None
+
+
+def add_sizes(parser: argparse.ArgumentParser, flag: str, text: str) -> None:
+    """A flag that takes sizes between commas, between spaces, or both: ``64,128`` or ``64 128``."""
+    parser.add_argument(flag, nargs="+", type=sizes, action=Joined, metavar="N", help=text)
+
+
+def sizes(text: str) -> list[int]:
+    """Reads sizes between commas."""
+    return [at_least(1)(one) for one in text.split(",")]
+
+
+class Joined(argparse.Action):
+    """The lists that the words of a flag were read to, as one."""
+
+    def __call__(self, parser: Any, options: Any, values: Any, flag: str | None = None) -> None:
+        setattr(options, self.dest, [one for part in values for one in part])

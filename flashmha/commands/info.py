@@ -9,9 +9,9 @@ from importlib import metadata
 
 import torch
 
-from ..backends import get, names, origin
+from ..backends import expand, get, names, origin
 from ..backends.choice import tuned, waiting
-from ..backends.choice.wishes import BACKEND_VARIABLE
+from ..backends.choice.wishes import BACKEND_VARIABLE, read_variable
 from ..problem.wording import tabulate
 from ..version import __version__
 from .devices import description, devices
@@ -57,6 +57,7 @@ def show_devices(here: list[torch.device], json: bool) -> None:
                 "device": device,
                 "description": titles[device],
                 "measured": followed(torch.device(device)),
+                "calls_raise": why_calls_raise(rows),
                 "backends": {
                     name: {"available": reason is None, "reason": reason, "on_disk": kept.get((device, name))}
                     for name, reason in rows.items()
@@ -77,9 +78,24 @@ def show_devices(here: list[torch.device], json: bool) -> None:
             ("backend", "registered by", "on this device"),
             [(name, origin(name), reason or "available") for name, reason in answers.items()],
         )
+        if (why := why_calls_raise(answers)) is not None:
+            print(why)
         for name in answers:
             if (said := kept.get((str(device), name))) is not None:
                 print(f"{name}: {said}")
+
+
+def why_calls_raise(reasons: dict[str, str | None]) -> str | None:
+    """Why every call on a device raises: no backend that the environment names is available there."""
+    try:
+        named = read_variable()
+        wanted = () if named is None else expand(named, BACKEND_VARIABLE)
+    except ValueError:  # a name that is no backend's, which is said below
+        return None
+    if not wanted or any(reasons[name] is None for name in wanted):
+        return None
+    there = "; ".join(f"{name}: {reasons[name]}" for name in wanted)
+    return f"{BACKEND_VARIABLE}={','.join(named or ())}: every call on this device raises ({there})"
 
 
 def followed(device: torch.device) -> list[str]:

@@ -21,7 +21,7 @@ from ..benchmark.grid import GRIDS, GridCell, grid_cells
 from ..benchmark.tuning import STOPPED, Tuning, measure_grid
 from .destination import check_file
 from .devices import device
-from .flags import DTYPE_NAMES, at_least
+from .flags import DTYPE_NAMES, add_sizes, at_least
 from .screen import add_json, print_json, print_table, progress
 
 LEFT_OUT = {"cpu": frozenset(("flex",)), "cuda": frozenset(("flex", LAST))}
@@ -34,8 +34,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", help="default: the first accelerator, or cpu")
     parser.add_argument("--dtype", choices=DTYPE_NAMES, help="default bfloat16, on a CPU float32")
     size = at_least(1)
-    parser.add_argument("--head-dims", nargs="+", type=size, metavar="N", help="default 64 128 256, on a CPU 64")
-    parser.add_argument("--seqlens", nargs="+", type=size, metavar="N", help="default 512 to 16384, on a CPU 128 512")
+    add_sizes(parser, "--head-dims", "default 64 128 256, on a CPU 64")
+    add_sizes(parser, "--seqlens", "default 512 to 16384, on a CPU 128 512")
     parser.add_argument("--kinds", nargs="+", choices=KINDS, metavar="KIND", help=f"among {', '.join(KINDS)}")
     parser.add_argument("--pass", nargs="+", choices=MODES, dest="modes", help="only these")
     parser.add_argument("--backends", nargs="+", metavar="NAME", help="default: ours, but flex, and on a GPU naive")

@@ -8,12 +8,13 @@ import dataclasses
 import torch
 
 from ..backends import Backend, expand, get, names
-from ..backends.base import FEATURES
+from ..backends.limits import FEATURES
 from ..host.extras import wanted_by
 from ..problem.spec import AttentionSpec
 from ..problem.wording import summarize_error
 from ..testing.values import DRAWN_HEAD_DIMS, LONGEST
 from .devices import device, devices
+from .flags import add_sizes, at_least
 from .screen import Advance, add_json, print_json, print_table, progress
 
 AGREES, FAILS, NOT_AVAILABLE = "agrees", "FAILS", "not available"
@@ -23,13 +24,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--backend", metavar="NAME[,NAME]", help="default: every backend on the list")
     parser.add_argument("--device", metavar="NAME[,NAME]", help="default: every device of this machine")
     parser.add_argument(
-        "--examples", type=int, default=100, help="problems to serve, a backend and device, default 100"
+        "--examples", type=at_least(1), default=100, help="problems to serve, a backend and device, default 100"
     )
-    parser.add_argument("--longest", type=int, help=f"the most queries and keys, default {LONGEST}, more on a GPU")
-    parser.add_argument(
+    parser.add_argument("--longest", type=at_least(1), help=f"the most queries and keys, default {LONGEST}, a GPU more")
+    add_sizes(
+        parser,
         "--head-dims",
-        metavar="D[,D]",
-        help=f"default {','.join(map(str, DRAWN_HEAD_DIMS))}, as far as the backend takes them, and others on a GPU; a "
+        f"default {','.join(map(str, DRAWN_HEAD_DIMS))}, as far as the backend takes them, and others on a GPU; a "
         "backend that compiles has fixed problems there, whatever these two say",
     )
     parser.add_argument("--seed", type=int, default=0, help="another seed draws other problems, default 0")
@@ -92,13 +93,8 @@ class DrawnProblems:
     @classmethod
     def of(cls, options: argparse.Namespace) -> DrawnProblems:
         """The problems that the flags ask for."""
-        sizes = None if options.head_dims is None else tuple(map(read_head_dim, options.head_dims.split(",")))
-        drawn = cls(options.examples, options.seed, options.longest, sizes)
-        smallest = None if sizes is None else min(sizes)
-        for name, least in (("examples", drawn.examples), ("longest", drawn.longest), ("head-dims", smallest)):
-            if least is not None and least < 1:
-                raise ValueError(f"--{name} must be at least 1, got {least}.")
-        return drawn
+        sizes = None if options.head_dims is None else tuple(options.head_dims)
+        return cls(options.examples, options.seed, options.longest, sizes)
 
     @property
     def flags(self) -> str:
@@ -106,12 +102,6 @@ class DrawnProblems:
         more = "" if self.longest is None else f" --longest {self.longest}"
         more += "" if self.head_dims is None else f" --head-dims {','.join(map(str, self.head_dims))}"
         return f"--examples {self.examples} --seed {self.seed}{more}"
-
-
-def read_head_dim(word: str) -> int:
-    if not word.strip().isdecimal():
-        raise ValueError(f"--head-dims must be whole numbers, separated by commas, got {word!r}.")
-    return int(word)
 
 
 def verify_backend(backend: Backend, where: torch.device, drawn: DrawnProblems, advance: Advance) -> Verdict:

@@ -6,7 +6,7 @@ Where a question is PyTorch's own function under a plainer name, asking it costs
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -219,3 +219,14 @@ graph_task: Any = getattr(torch._C, "_current_graph_task_id", None)
 def in_backward() -> bool:
     """The autograd engine runs on this thread."""
     return graph_task is not None and graph_task() != -1
+
+
+@contextlib.contextmanager
+def without_fast_path() -> Iterator[None]:
+    """Stock as it computes in training: no fused operator, no nested tensors."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)

@@ -1,7 +1,7 @@
 """What a call of ``nn.MultiheadAttention`` means: its arguments read and checked, once.
 
-``True`` in a mask of ``nn.MultiheadAttention`` *hides*; in everything behind this file it *may attend*. The errors are
-the stock module's own, text included, since programs match on them.
+``True`` in a mask of ``nn.MultiheadAttention`` *hides*; in everything behind this file it *may attend*. The errors
+begin with the stock module's own text, since programs match on it, and go on where that names no fix.
 """
 
 from __future__ import annotations
@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from ..host.torch_state import readable
-from ..problem.masks import Dense, Mask, causal, join_masks
+from ..problem.bias_values import add_biases
+from ..problem.masks import Dense, Mask, join_masks
 from ..problem.ragged import KeyPadding, Padding, mark_private
-from ..problem.scores import add_biases
+from ..problem.windows import causal
 from .arguments import Arguments
 from .checks import check_attn_mask_shape, check_float_mask, check_inputs, check_masks, extra_columns, four_axes
 from .protocol import Layer

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
 
-from ..host.torch_state import casts_to
+from ..host.torch_state import casts_to, is_autocasting
+from ..problem.wording import dtype_name
 from .protocol import Layer
 
 
@@ -31,12 +33,16 @@ def check_inputs(layer: Layer, query: Tensor, key: Tensor, value: Tensor) -> Non
             f" but found {key.dim()}-D and {value.dim()}-D tensors respectively"
         )
     if query.shape[-1] != embed_dim:
-        raise AssertionError(f"was expecting embedding dimension of {embed_dim}, but got {query.shape[-1]}")
+        raise AssertionError(
+            f"was expecting embedding dimension of {embed_dim}, but got {query.shape[-1]}; "
+            f"query must have embed_dim={embed_dim} features, got shape {tuple(query.shape)}: "
+            f"build the layer with embed_dim={query.shape[-1]}, or project query before it."
+        )
     if not free and embed_dim % layer.num_heads:
         raise AssertionError(f"embed_dim {embed_dim} not divisible by num_heads {layer.num_heads}")
     if layer._qkv_same_embed_dim:
         if key.shape != value.shape:
-            raise AssertionError(f"key shape {key.shape} does not match value shape {value.shape}")
+            raise AssertionError(f"key shape {key.shape} does not match value shape {value.shape}{APART}")
         if key.shape[-1] != embed_dim:
             raise RuntimeError(
                 f"key and value must have embedding dimension {embed_dim}, got {key.shape[-1]}; "
@@ -45,7 +51,7 @@ def check_inputs(layer: Layer, query: Tensor, key: Tensor, value: Tensor) -> Non
     else:
         if key.shape[:-1] != value.shape[:-1]:
             raise AssertionError(
-                f"key's sequence and batch dims {key.shape[:-1]} do not match value's {value.shape[:-1]}"
+                f"key's sequence and batch dims {key.shape[:-1]} do not match value's {value.shape[:-1]}{APART}"
             )
         if not layer.has_in_proj:
             return check_batch(layer, query, key)
@@ -55,8 +61,37 @@ def check_inputs(layer: Layer, query: Tensor, key: Tensor, value: Tensor) -> Non
         for name, x, weight in (("key", key, layer.k_proj_weight), ("value", value, layer.v_proj_weight)):
             if weight.shape[1] != x.shape[-1]:
                 want = (weight.shape[0], x.shape[-1])
-                raise AssertionError(f"expecting {name} weights shape of {want}, but got {weight.shape}")
+                raise AssertionError(
+                    f"expecting {name} weights shape of {want}, but got {weight.shape}; "
+                    f"{name} must have {name[0]}dim={weight.shape[1]} features, got shape {tuple(x.shape)}: "
+                    f"build the layer with {name[0]}dim={x.shape[-1]}."
+                )
     check_batch(layer, query, key)
+
+
+APART = (
+    "; key and value must have one batch and seqlen, and one width unless kdim= and vdim= of the constructor differ: "
+    "give one value for each key."
+)
+
+
+def check_dtypes(layer: Layer, inputs: Iterable[Tensor | None], error: RuntimeError) -> None:
+    """Say of a projection that failed which input is of another dtype than its weights, if one is.
+
+    Looked at behind the failure, so that a call that works pays nothing for it.
+    """
+    if type(error) is not RuntimeError or is_autocasting():
+        return
+    weights = (layer.in_proj_weight,) * 3
+    if not layer._qkv_same_embed_dim:
+        weights = (layer.q_proj_weight, layer.k_proj_weight, layer.v_proj_weight)
+    for name, x, weight in zip(("query", "key", "value"), inputs, weights):
+        if x is not None and isinstance(weight, Tensor) and x.dtype != weight.dtype:
+            found, wanted = dtype_name(x.dtype), dtype_name(weight.dtype)
+            raise RuntimeError(
+                f"{name} must have the dtype of the layer's weights, {wanted}, got {found}: "
+                f"{name}.to(torch.{wanted}), or layer.to(torch.{found})."
+            ) from error
 
 
 def check_batch(layer: Layer, query: Tensor, key: Tensor) -> None:

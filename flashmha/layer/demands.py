@@ -18,7 +18,7 @@ from .protocol import Layer
 
 def find_demands(layer: Layer) -> frozenset[str]:
     """The features that every problem of a layer needs, but for its window."""
-    found = on_paper(layer).features | find_bias_demands(layer)
+    found = problem_on_paper(layer).features | find_bias_demands(layer)
     return frozenset(name for name in found if name not in ("causal", "window"))
 
 
@@ -29,7 +29,7 @@ def find_bias_demands(layer: Layer) -> frozenset[str]:
     return bias.features if isinstance(bias, Bias) else frozenset()
 
 
-def on_paper(
+def problem_on_paper(
     layer: Layer, dtype: torch.dtype = torch.float32, device: str = "cpu", batch: int = 1, seqlen: int = 1024
 ) -> AttentionSpec:
     """A problem of a layer without its bias and without a gradient."""
@@ -47,7 +47,7 @@ def on_paper(
     )
 
 
-LENGTHS = (1024, 1)
+SEQLENS = (1024, 1)
 """Of long and of short calls: a kernel may be made for either."""
 
 
@@ -61,7 +61,7 @@ def check_served(layer: Layer) -> None:
         if why is None:
             return
         reasons[name] = why
-    raise NoBackendError(on_paper(layer), reasons, f"backend={layer.backend!r}")
+    raise NoBackendError(problem_on_paper(layer), reasons, f"backend={layer.backend!r}")
 
 
 def why_never(backend: Backend, layer: Layer) -> str | None:
@@ -70,8 +70,8 @@ def why_never(backend: Backend, layer: Layer) -> str | None:
     lost = find_bias_demands(layer) - limits.features
     if lost:
         return f"no {', no '.join(sorted(lost))}"
-    for device, dtype, seqlen in itertools.product(limits.devices or ("cpu", "cuda"), limits.dtypes, LENGTHS):
-        why = backend.why_not(on_paper(layer, dtype, device, max(1, limits.batch_min), seqlen))
+    for device, dtype, seqlen in itertools.product(limits.devices or ("cpu", "cuda"), limits.dtypes, SEQLENS):
+        why = backend.why_not(problem_on_paper(layer, dtype, device, max(1, limits.batch_min), seqlen))
         if why is None:
             return None
         reasons.append(why)

@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from ..backends.choice.wishes import preference
-from .options import STOCK_VALUES, is_set
+from .options import find_set
 from .protocol import Layer
 
 HOPS = ("project", "process_heads", "attend", "process_weights", "merge")
@@ -58,7 +58,7 @@ def find_overridden(layer: Layer) -> list[str]:
 
 def find_beyond_stock(layer: Layer) -> list[str]:
     """List the options set and the hops overridden, which ``nn.MultiheadAttention`` has not."""
-    return [name.removeprefix("free_") for name in STOCK_VALUES if is_set(layer, name)] + find_overridden(layer)
+    return [name.removeprefix("free_") for name in find_set(layer)] + find_overridden(layer)
 
 
 def find_replaced(layer: Layer) -> list[str]:

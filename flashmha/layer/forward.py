@@ -5,9 +5,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..backends.base import HALF
 from ..backends.choice.wishes import Wanted
-from ..functional import as_bias, run
+from ..backends.limits import HALF
+from ..functional import as_bias, run_attention
 from ..host.torch_state import autocast, is_autocasting, tracing_state
 from ..parts.heads import prepare_heads
 from ..problem import packing
@@ -57,11 +57,6 @@ class Prepared(NamedTuple):
     dtype: torch.dtype | None = None
     padded: Padded | None = None
     custom: bool = False
-
-
-def spec_of(made: Prepared) -> AttentionSpec:
-    """The problem that the heads make; no property, which a graph of torch 2.8 cannot read."""
-    return AttentionSpec.of(made.q, made.k, made.v, **made.problem)
 
 
 def call_layer(
@@ -124,7 +119,7 @@ def attend_call(
     """A call that was read: hops 2 to 5. Weights count for ``rows`` (batch, seqlen_q) alone."""
     wanted = layer.backend if given.backend is None else given.backend
     need_weights, average = given.need_weights, given.average_attn_weights
-    made = prepare(layer, call, given, wanted, skip_padding)
+    made = prepare_call(layer, call, given, wanted, skip_padding)
     query, q, k, v, problem, dtype, padded, custom = made
     says = need_weights and custom and not is_ours(layer, "process_weights")
     weigh: dict[str, Any] | None = None
@@ -134,16 +129,16 @@ def attend_call(
     if custom and not is_ours(layer, "attend"):
         problems = Problems(layer, wanted, weigh, says)
         out = layer.attend(q, k, v, **problem, call=problems)
-        check_attended(layer, out, q.shape[0], q.shape[1])
+        check_attended(out, q.shape[0], q.shape[1])
         weights = problems.take_weights() if need_weights else weights
     elif weigh is None:
-        out = run(q, k, v, spec_of(made), wanted, layer)  # type: ignore[assignment]
+        out = run_attention(q, k, v, AttentionSpec.of(q, k, v, **problem), wanted, layer)  # type: ignore[assignment]
     else:
         if not says and q.shape[2] != layer.num_heads:
             refuse_weights(layer, say_heads(layer, q.shape[2]))
         weigh["dtype"] = weights_dtype(q) if dtype is None else call.query.dtype
         weigh["remade"] = custom and not (is_ours(layer, "project") and is_ours(layer, "process_heads"))
-        out, its = attention_with_weights(q, k, v, spec_of(made), wanted, layer, **weigh)
+        out, its = attention_with_weights(q, k, v, AttentionSpec.of(q, k, v, **problem), wanted, layer, **weigh)
         weights = [its]
     shown = weights[0] if weights else None
     if says:
@@ -167,12 +162,12 @@ def say_weights(layer: Layer, weights: list[Tensor], average: bool, batched: boo
     """The weights of a layer, as it makes them of those of its problems."""
     first = weights[0]
     made = layer.process_weights(*weights)
-    check_weights(layer, made, (first.shape[0], first.shape[2], first.shape[3]))
+    check_weights(made, (first.shape[0], first.shape[2], first.shape[3]))
     made = made.mean(dim=1) if average else made
     return made if batched else made.squeeze(0)
 
 
-def prepare(layer: Layer, call: Reading, given: Arguments, wanted: Wanted, skip_padding: bool) -> Prepared:
+def prepare_call(layer: Layer, call: Reading, given: Arguments, wanted: Wanted, skip_padding: bool) -> Prepared:
     """Hops 2 and 3: the heads projected and processed, and the problem they make."""
     query, key, value, mask, bias, _, columns, rule = call
     sizes = query.shape[0], query.shape[1], key.shape[1]
@@ -202,7 +197,7 @@ def prepare(layer: Layer, call: Reading, given: Arguments, wanted: Wanted, skip_
     if owns_parts(layer):
         sinks, position_bias = layer.sinks, layer.position_bias
         real_places = None if padded is None else padded.places
-        heads = turn(layer, heads, *find_places(named, mask, sizes, real_places, kv is not None, query.device))
+        heads = turn_heads(layer, heads, *find_places(named, mask, sizes, real_places, kv is not None, query.device))
     if dtype is None:
         before_hop, heads = heads, layer.process_heads(*heads)
         if custom:
@@ -237,7 +232,7 @@ def prepare(layer: Layer, call: Reading, given: Arguments, wanted: Wanted, skip_
     return Prepared(query, q, k, v, problem, dtype, padded, custom)
 
 
-def turn(layer: Layer, heads: Any, positions_q: Tensor | None, positions_k: Tensor | None) -> Any:
+def turn_heads(layer: Layer, heads: Any, positions_q: Tensor | None, positions_k: Tensor | None) -> Any:
     """Heads with the norms and the rotary of a layer."""
     q, k, v = heads
     q, k = prepare_heads(

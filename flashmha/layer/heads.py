@@ -9,11 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..problem.masks import Mask, Window
+from ..problem.masks import Mask
 from ..problem.scores import Bias
+from ..problem.windows import Window
 from . import features, options, projection
+from .checks import check_dtypes
 from .features import find_replaced
-from .hops import check_signatures
+from .hops import check_signatures, warn_of_misspelled_hops
 from .options import PARTS, STOCK_VALUES, part
 from .problems import Problems, run_problem
 from .stock import StockForward, refuse_torchscript
@@ -58,6 +60,7 @@ class CustomHeads(StockForward):
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         check_signatures(cls)
+        warn_of_misspelled_hops(cls)
 
     @torch.jit.unused
     def project(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -67,7 +70,11 @@ class CustomHeads(StockForward):
         head_dim) out. The inputs are one object where the caller passed one. Beside ``kv`` key and value are ``None``,
         in ``keys_values`` query is; then so is what is made of them.
         """
-        return projection.project_inputs(self, query, key, value)
+        try:
+            return projection.project_inputs(self, query, key, value)
+        except RuntimeError as error:
+            check_dtypes(self, (query, key, value), error)
+            raise
 
     @torch.jit.unused
     def process_heads(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -158,7 +165,7 @@ class CustomHeads(StockForward):
     @torch.jit.unused
     def extra_repr(self) -> str:
         """The options that are set, as ``repr`` shows them; parts that are modules follow as such."""
-        return options.describe(self)
+        return options.describe_options(self)
 
     @torch.jit.unused
     def __prepare_scriptable__(self) -> "CustomHeads":

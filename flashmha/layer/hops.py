@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import difflib
 import inspect
+import warnings
 from typing import Any
 
 from torch import Tensor
 
-from .features import find_overridden, is_ours, is_written
+from .features import HOPS, find_overridden, is_ours, is_written
 from .protocol import Layer
 
 TAKEN = {
@@ -34,6 +36,30 @@ def check_signatures(kind: type[Any]) -> None:
                 f"{name} must take (self, {', '.join(taken)}{keywords}) in {kind.__name__}, got "
                 f"{inspect.signature(hop)}: {error}."
             ) from None
+
+
+ALIKE, LETTERS = 0.8, 2
+"""How alike two names are of which one is taken for a misspelling, and by how many letters one may be the longer."""
+
+
+def warn_of_misspelled_hops(kind: type[Any]) -> None:
+    """Warn of a public method that is called nearly as a hop which the class leaves as it is, since it never runs."""
+    for name, method in vars(kind).items():
+        if name.startswith("_") or name in HOPS or not inspect.isfunction(method):
+            continue
+        for hop in difflib.get_close_matches(name, HOPS, n=1, cutoff=ALIKE):
+            near = abs(len(name) - len(hop)) <= LETTERS
+            if near and is_left(kind, hop) and not any(name in vars(above) for above in kind.__mro__[1:]):
+                warnings.warn(
+                    f"{kind.__name__}.{name} is no hop, so that no call of the layer runs it; the hop is {hop}.",
+                    stacklevel=3,
+                )
+
+
+def is_left(kind: type[Any], hop: str) -> bool:
+    """A class has the hop of the package's own."""
+    written = getattr(kind, "_written", None)  # the package's own class is being made while it has none
+    return written is not None and getattr(kind, hop) is written.values[hop]
 
 
 def check_projections(layer: Layer) -> None:
@@ -81,7 +107,7 @@ def are_heads(heads: Any, batch: int, seqlen_q: int) -> bool:
     return bool(q.shape[1] == seqlen_q and k.shape[1:3] == v.shape[1:3] and q.shape[3] == k.shape[3])
 
 
-def check_attended(layer: Layer, out: Any, batch: int, seqlen_q: int) -> None:
+def check_attended(out: Any, batch: int, seqlen_q: int) -> None:
     """Raise where ``attend`` returned no heads."""
     if not isinstance(out, Tensor) or out.dim() != 4 or out.shape[:2] != (batch, seqlen_q):
         raise ValueError(
@@ -102,7 +128,7 @@ def check_output(layer: Layer, output: Any, batch: int, seqlen_q: int) -> None:
     raise ValueError(f"{name} must return (batch={batch}, seqlen_q={seqlen_q}, {width}), got {describe_shape(output)}.")
 
 
-def check_weights(layer: Layer, weights: Any, sizes: tuple[int, int, int]) -> None:
+def check_weights(weights: Any, sizes: tuple[int, int, int]) -> None:
     """Raise where ``process_weights`` returned no weights; ``sizes`` is (batch, seqlen_q, seqlen_k)."""
     right = isinstance(weights, Tensor) and weights.dim() == 4
     if not right or (weights.shape[0], weights.shape[2], weights.shape[3]) != sizes:

@@ -12,8 +12,8 @@ import torch
 import torch.fx
 from torch import Tensor, nn
 
-from ..problem.masks import Window
 from ..problem.scores import Bias
+from ..problem.windows import Window
 from . import demands, keys_values, options, projection
 from .features import EXTRA_KEYS, OWN_PROJECTIONS, SPECIAL
 from .forward import call_layer

@@ -11,8 +11,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..backends import expand
-from ..problem.masks import Window, causal
 from ..problem.scores import BIAS_DTYPES, Bias
+from ..problem.windows import Window, causal
 from ..problem.wording import spell
 from .protocol import Layer
 
@@ -38,7 +38,7 @@ STOCK_VALUES: dict[str, Any] = {
 }
 """Every option, and its value in a layer that has none."""
 
-ALONE = ("num_kv_heads", "free_head_dim", "value_head_dim", *PARTS)
+CONSTRUCTOR_ONLY = ("num_kv_heads", "free_head_dim", "value_head_dim", *PARTS)
 """Options of one layer, which come with parameters or objects: a swap sets none of them."""
 
 
@@ -93,15 +93,22 @@ def counted_by(layer: Layer) -> str | None:
     return None
 
 
-def describe(layer: Layer) -> str:
+def describe_options(layer: Layer) -> str:
     """The options that are set, but for those that are modules."""
-    words = []
-    for name in STOCK_VALUES:
-        value = getattr(layer, name)
-        if is_set(layer, name) and not isinstance(value, nn.Module):
-            value = tuple(value.shape) if isinstance(value, Tensor) else value
-            words.append(f"{name.removeprefix('free_')}={value!r}")
-    return ", ".join(words)
+    names = [name for name in find_set(layer) if not isinstance(getattr(layer, name), nn.Module)]
+    return ", ".join(spell_option(layer, name) for name in names)
+
+
+def find_set(layer: Layer) -> list[str]:
+    """The names of the options that are set."""
+    return [name for name in STOCK_VALUES if is_set(layer, name)]
+
+
+def spell_option(layer: Layer, name: str) -> str:
+    """An option and its value: the shape of a tensor, the class of a module."""
+    value = getattr(layer, name)
+    said = type(value).__name__ if isinstance(value, nn.Module) else repr(value)
+    return f"{name.removeprefix('free_')}={tuple(value.shape) if isinstance(value, Tensor) else said}"
 
 
 def check_options(options: dict[str, Any]) -> None:

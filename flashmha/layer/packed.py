@@ -7,7 +7,8 @@ from torch import Tensor
 
 from ..host.torch_state import is_dense
 from ..problem import packing
-from ..problem.ragged import Documents, KeyLengths, KeyPadding
+from ..problem.documents import Documents
+from ..problem.ragged import KeyLengths, KeyPadding
 from ..problem.wording import spell
 from . import nested
 from .call import hides_alone

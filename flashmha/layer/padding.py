@@ -8,9 +8,9 @@ from torch import Tensor
 from ..backends.choice.registry import any_backend
 from ..backends.choice.wishes import preference
 from ..host.torch_state import computed_in, eager, is_capturing
-from ..problem.masks import Window
 from ..problem.packing import has_holes, parts_of, take_real
 from ..problem.ragged import KeyPadding, Padding
+from ..problem.windows import Window
 from ..problem.wording import dtype_name
 from .call import Reading, change_each_once
 from .checks import extra_columns

@@ -5,8 +5,8 @@ import platform
 import torch
 from torch import Tensor
 
-from ..backends.base import HALF
 from ..backends.choice.wishes import Wanted, preference
+from ..backends.limits import HALF
 from ..host.torch_state import casts_to, needs_aten
 from .call import Reading
 from .features import has_hops

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from ..backends.choice.wishes import Wanted
-from ..functional import as_bias, as_mask, check_arguments, run
+from ..functional import as_bias, as_mask, check_arguments, run_attention
 from ..host.torch_state import autocast
 from ..problem.spec import AttentionSpec
 from ..weights.attend import attention_with_weights
@@ -36,7 +36,7 @@ class Problems:
         if self.dry:
             return q.new_zeros(spec.batch, spec.seqlen_q, spec.heads, spec.head_dim_v)
         if self.weigh is None:
-            out = run(q, k, v, spec, self.wanted, self.layer)
+            out = run_attention(q, k, v, spec, self.wanted, self.layer)
             assert isinstance(out, Tensor)
             return out
         if not self.several:

@@ -7,64 +7,42 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from ..problem.masks import Window
+from ..problem.windows import Window
 
 
 class Layer(Protocol):
     """A ``FlashMultiHeadAttention`` as functions of it may touch it: attributes to read and hops to call."""
 
-    @property
-    def embed_dim(self) -> int: ...
-    @property
-    def kdim(self) -> int: ...
-    @property
-    def vdim(self) -> int: ...
-    @property
-    def num_heads(self) -> int: ...
-    @property
-    def dropout(self) -> float: ...
-    @property
-    def training(self) -> bool: ...
-    @property
-    def batch_first(self) -> bool: ...
-    @property
-    def add_zero_attn(self) -> bool: ...
-    @property
-    def _qkv_same_embed_dim(self) -> bool: ...
+    embed_dim: int
+    kdim: int
+    vdim: int
+    num_heads: int
+    dropout: float
+    training: bool
+    batch_first: bool
+    add_zero_attn: bool
+    _qkv_same_embed_dim: bool
 
     # parameters, or what a parametrization or an adapter put in their place
-    @property
-    def in_proj_weight(self) -> Any: ...
-    @property
-    def in_proj_bias(self) -> Any: ...
-    @property
-    def q_proj_weight(self) -> Any: ...
-    @property
-    def k_proj_weight(self) -> Any: ...
-    @property
-    def v_proj_weight(self) -> Any: ...
-    @property
-    def bias_k(self) -> Tensor | None: ...
-    @property
-    def bias_v(self) -> Tensor | None: ...
-    @property
-    def out_proj(self) -> Any: ...
-    @property
-    def _parameters(self) -> dict[str, Any]: ...
+    in_proj_weight: Any
+    in_proj_bias: Any
+    q_proj_weight: Any
+    k_proj_weight: Any
+    v_proj_weight: Any
+    bias_k: Tensor | None
+    bias_v: Tensor | None
+    out_proj: Any
+    _parameters: dict[str, Any]
 
-    @property
-    def _forward_pre_hooks(self) -> dict[Any, Any]: ...
+    _forward_pre_hooks: dict[Any, Any]
 
-    @property
-    def _modules(self) -> dict[str, Any]: ...
+    _modules: dict[str, Any]
 
     # options
-    @property
-    def num_kv_heads(self) -> int | None: ...
-    @property
-    def free_head_dim(self) -> int | None: ...
-    @property
-    def value_head_dim(self) -> int | None: ...
+    num_kv_heads: int | None
+    free_head_dim: int | None
+    value_head_dim: int | None
+
     @property
     def q_norm(self) -> Any: ...
     @property
@@ -73,34 +51,24 @@ class Layer(Protocol):
     def rotary(self) -> Any: ...
     @property
     def position_bias(self) -> Any: ...
-    @property
-    def causal(self) -> bool: ...
-    @property
-    def softcap(self) -> float | None: ...
+
+    causal: bool
+    softcap: float | None
+
     @property
     def sinks(self) -> Any: ...
-    @property
-    def softmax_scale(self) -> float | None: ...
-    @property
-    def window(self) -> Window | None: ...
-    @property
-    def backend(self) -> str | Sequence[str] | None: ...
-    @property
-    def call_out_proj(self) -> bool: ...
-    @property
-    def need_weights(self) -> bool: ...
-    @property
-    def trust_is_causal(self) -> bool: ...
-    @property
-    def skip_padding(self) -> bool: ...
-    @property
-    def keys_before(self) -> int: ...
-    @property
-    def keys_after(self) -> int: ...
-    @property
-    def has_in_proj(self) -> bool: ...
-    @property
-    def has_out_proj(self) -> bool: ...
+
+    softmax_scale: float | None
+    window: Window | None
+    backend: str | Sequence[str] | None
+    call_out_proj: bool
+    need_weights: bool
+    trust_is_causal: bool
+    skip_padding: bool
+    keys_before: int
+    keys_after: int
+    has_in_proj: bool
+    has_out_proj: bool
 
     # hops
     def project(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]: ...

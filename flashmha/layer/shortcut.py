@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from ..backends import choose
-from ..backends.base import HALF
 from ..backends.choice.serve import serve
+from ..backends.limits import HALF
 from ..host.torch_state import (
     casts_to,
     computed_in,
@@ -25,9 +25,11 @@ from ..host.torch_state import (
     is_transforming,
     tracing_state,
 )
-from ..problem.masks import Mask, causal
-from ..problem.ragged import Documents, KeyLengths, KeyPadding, Padding, mark_private
+from ..problem.documents import Documents
+from ..problem.masks import Mask
+from ..problem.ragged import KeyLengths, KeyPadding, Padding, mark_private
 from ..problem.spec import AttentionSpec
+from ..problem.windows import causal
 from ..weights.attend import attention_with_weights
 from .features import SPECIAL
 from .options import PARTS

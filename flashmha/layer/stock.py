@@ -124,7 +124,7 @@ def sum_masks(
 
 
 def centre(total: Tensor, query: Tensor) -> Tensor:
-    """A mask without blind rows as heads of half precision can be told it; see ``scores.narrow_bias``."""
+    """A mask without blind rows as heads of half precision can be told it; see ``bias_values.narrow_bias``."""
     one = torch.zeros(1, 1, dtype=query.dtype, device=query.device)
     dtype = torch.matmul(one, one).dtype  # autocast may choose another than the query's
     if dtype == total.dtype or (dtype != torch.float16 and dtype != torch.bfloat16) or total.size(-1) == 0:

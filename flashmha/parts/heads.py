@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from ..host.torch_state import eager, is_dual, is_inside_transform
 from ..weights.tiles import why_not_here
 from . import fused_heads
-from .norms import KnownNorm, know, normalize
+from .norms import KnownNorm, call_norm, know
 from .rotation import Rotation
 
 Norms = tuple[nn.Module | None, nn.Module | None]
@@ -50,11 +50,11 @@ def prepare(
         known = [name(norm, x, device) for norm, x in ((q_norm, q), (k_norm, k))]
         # a norm that must be called comes first, and the rotation alone is left to the kernel
         if known[0] is CALLED:
-            q, known[0] = normalize(q_norm, q), None
+            q, known[0] = call_norm(q_norm, q), None
         if known[1] is CALLED:
-            k, known[1] = normalize(k_norm, k), None
+            k, known[1] = call_norm(k_norm, k), None
         return fused_heads.prepare(q, k, known[0], known[1], rotation)
-    q, k = normalize(q_norm, q), normalize(k_norm, k)
+    q, k = call_norm(q_norm, q), call_norm(k_norm, k)
     return (q, k) if rotation is None else rotation.apply(q, k)
 
 

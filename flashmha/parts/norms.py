@@ -12,7 +12,7 @@ from torch.nn.modules.module import _has_any_global_hook
 from ..problem.wording import spell
 
 
-def normalize(norm: nn.Module | None, x: Tensor | None) -> Tensor | None:
+def call_norm(norm: nn.Module | None, x: Tensor | None) -> Tensor | None:
     """A module over head_dim, called on heads; they keep their dtype, whatever the module computes in."""
     if norm is None or x is None:
         return x
@@ -49,17 +49,17 @@ def dtype_of(parameter: Tensor | None) -> torch.dtype | None:
     return None if parameter is None else parameter.dtype
 
 
-FORWARDS = {nn.RMSNorm: nn.RMSNorm.forward, nn.LayerNorm: nn.LayerNorm.forward}
+NORM_FORWARDS = {nn.RMSNorm: nn.RMSNorm.forward, nn.LayerNorm: nn.LayerNorm.forward}
 """The modules that a kernel can compute, as torch wrote them."""
 PARAMETER_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 CHANGES = ("forward", "weight", "bias", "_call_impl")
-"""What an instance has in its own dictionary only where somebody's code put it there."""
+"""What an instance has in its own dictionary only where code outside the class put it there."""
 
 
 def know(norm: nn.Module, head_dim: int, device: torch.device) -> KnownNorm | None:
     """A norm as numbers; ``None`` where the module has to be called: another class, hooks, other parameters."""
     kind, own = type(norm), norm.__dict__
-    if kind.forward is not FORWARDS.get(kind) or kind.__call__ is not nn.Module.__call__ or is_hooked(norm):
+    if kind.forward is not NORM_FORWARDS.get(kind) or kind.__call__ is not nn.Module.__call__ or has_hooks(norm):
         return None
     if not own.keys().isdisjoint(CHANGES) or own["normalized_shape"] != (head_dim,):
         return None
@@ -77,7 +77,7 @@ def know(norm: nn.Module, head_dim: int, device: torch.device) -> KnownNorm | No
     return KnownNorm(kind is nn.LayerNorm, weight, bias, eps)
 
 
-def is_hooked(module: nn.Module) -> bool:
+def has_hooks(module: nn.Module) -> bool:
     """Something runs around a module, or a compiled form in its place."""
     if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
         return True

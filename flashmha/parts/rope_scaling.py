@@ -50,15 +50,15 @@ class Told(NamedTuple):
             raise ValueError(f"rope_parameters[{name!r}] must be a positive number, got {spell(value)}.")
         return value
 
-    def length(self, name: str = "original_max_position_embeddings") -> int:
+    def length(self) -> int:
         """The length that a model was trained for, by default ``max_seqlen``."""
-        value = self.given.get(name, self.max_seqlen)
+        value = self.given.get(LENGTH, self.max_seqlen)
         if value is None:
             raise ValueError(
-                f"rope_parameters must have {name!r} for {self.kind!r}, or max_seqlen be given, got neither."
+                f"rope_parameters must have {LENGTH!r} for {self.kind!r}, or max_seqlen be given, got neither."
             )
         if isinstance(value, bool) or not isinstance(value, int) or value < 2:
-            raise ValueError(f"rope_parameters[{name!r}] must be an int above 1, got {spell(value)}.")
+            raise ValueError(f"rope_parameters[{LENGTH!r}] must be an int above 1, got {spell(value)}.")
         return value
 
     def growth(self) -> float:
@@ -184,7 +184,7 @@ def divide(told: Told, name: str) -> Tensor:
     return torch.tensor(factors, dtype=torch.float32, device="cpu")
 
 
-class Kind(NamedTuple):
+class RopeType(NamedTuple):
     """A kind of scaling, and the keys it must and may have."""
 
     read: Callable[[Told], Frequencies]
@@ -193,12 +193,12 @@ class Kind(NamedTuple):
 
 
 LENGTH = "original_max_position_embeddings"
-KINDS = {
-    "default": Kind(unscaled),
-    "linear": Kind(linear, ("factor",)),
-    "ntk": Kind(ntk, ("factor",)),
-    "dynamic": Kind(dynamic, ("factor",), (LENGTH,)),
-    "yarn": Kind(
+ROPE_TYPES = {
+    "default": RopeType(unscaled),
+    "linear": RopeType(linear, ("factor",)),
+    "ntk": RopeType(ntk, ("factor",)),
+    "dynamic": RopeType(dynamic, ("factor",), (LENGTH,)),
+    "yarn": RopeType(
         yarn,
         optional=(
             "factor",
@@ -211,8 +211,8 @@ KINDS = {
             "truncate",
         ),
     ),
-    "llama3": Kind(llama3, ("factor", "low_freq_factor", "high_freq_factor"), (LENGTH,)),
-    "longrope": Kind(longrope, ("short_factor", "long_factor"), ("factor", LENGTH, "attention_factor")),
+    "llama3": RopeType(llama3, ("factor", "low_freq_factor", "high_freq_factor"), (LENGTH,)),
+    "longrope": RopeType(longrope, ("short_factor", "long_factor"), ("factor", LENGTH, "attention_factor")),
 }
 """The kinds that transformers has, by ``rope_type``, and ``ntk``, which keeps its factor at every length."""
 COMMON = ("rope_type", "type", "rope_theta", "partial_rotary_factor")
@@ -228,22 +228,22 @@ def read_rope(
         raise ValueError(f"rope_parameters must be a dict, got {spell(rope_parameters)}.")
     given = {name: value for name, value in (rope_parameters or {}).items() if value is not None}
     kind = given.setdefault("rope_type", given.get("type", "default"))
-    if not isinstance(kind, str) or kind not in KINDS:
-        raise ValueError(f"rope_type must be one of {', '.join(KINDS)}, got {kind!r}.")
-    known = (*COMMON, *KINDS[kind].required, *KINDS[kind].optional)
+    if not isinstance(kind, str) or kind not in ROPE_TYPES:
+        raise ValueError(f"rope_type must be one of {', '.join(ROPE_TYPES)}, got {kind!r}.")
+    known = (*COMMON, *ROPE_TYPES[kind].required, *ROPE_TYPES[kind].optional)
     unknown = [str(name) for name in given if name not in known]
     if unknown:
         raise ValueError(
             f"rope_parameters of {kind!r} must have no other keys than {', '.join(known)}, got {', '.join(unknown)}."
         )
-    missing = [name for name in KINDS[kind].required if name not in given]
+    missing = [name for name in ROPE_TYPES[kind].required if name not in given]
     if missing:
         raise ValueError(f"rope_parameters of {kind!r} must have {', '.join(missing)}, got {', '.join(given)}.")
     if max_seqlen is not None and (not isinstance(max_seqlen, int) or max_seqlen < 1):
         raise ValueError(f"max_seqlen must be a positive int, got {spell(max_seqlen)}.")
     base = read_base(base, given)
     dim = read_dim(head_dim, dim, given)
-    return dim, KINDS[kind].read(Told(dim, base, given, max_seqlen))
+    return dim, ROPE_TYPES[kind].read(Told(dim, base, given, max_seqlen))
 
 
 def read_base(base: float, given: Mapping[str, Any]) -> float:

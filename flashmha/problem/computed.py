@@ -16,15 +16,16 @@ Made = TypeVar("Made")
 class Computed:
     """Results computed of a tensor, with what tells whether the tensor has changed since."""
 
-    __slots__ = ("seen", "stream", "values", "version")
+    __slots__ = ("by_values", "seen", "stream", "values", "version")
 
-    def __init__(self, held: Tensor, stream: int, private: bool) -> None:
+    def __init__(self, held: Tensor, stream: int, private: bool, by_values: bool | None = None) -> None:
         self.values: dict[Hashable, Any] = {}
         self.stream, self.version = stream, 0
+        self.by_values = tells_by_values(held) if by_values is None else by_values
         self.seen: Tensor | None = None
         if private:
             return
-        if tells_by_values(held):
+        if self.by_values:
             self.seen = make_plain(held.clone)
         else:  # an alias, so that no other tensor gets this address
             self.seen, self.version = held.detach(), held._version
@@ -41,7 +42,7 @@ class Computed:
         seen = self.seen
         if seen is None or seen.shape != held.shape or seen.device != held.device:
             return False
-        if tells_by_values(held):
+        if self.by_values:
             return torch.equal(seen, held)
         return not held.is_inference() and held._version == self.version and held.data_ptr() == seen.data_ptr()
 

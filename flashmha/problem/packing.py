@@ -8,8 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .masks import Mask, Window, join_masks
-from .ragged import Documents, Padding
+from .documents import Documents
+from .masks import Mask, join_masks
+from .ragged import Padding
+from .windows import Window
 
 
 class Tokens(NamedTuple):

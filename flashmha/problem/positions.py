@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -38,6 +38,24 @@ def check_broadcast(name: str, tensor: Tensor, want: tuple[int, ...], hint: str 
 def find_device(tensors: tuple[Tensor, ...]) -> torch.device | None:
     """Where tensors are; ``None`` where there are none."""
     return tensors[0].device if tensors else None
+
+
+class Grid(NamedTuple):
+    """The indices that a mask or a bias is evaluated on: all of a problem, or a range of its queries and keys."""
+
+    batch: int
+    heads: int
+    seqlen_q: int
+    seqlen_k: int
+    device: torch.device | str | None = None
+    documents: Restarts | None = None
+    queries: range | None = None
+    keys: range | None = None
+
+    def indices(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The indices of every axis; see ``index_grid``."""
+        batch, heads, seqlen_q, seqlen_k, device, _, queries, keys = self
+        return index_grid(batch, heads, seqlen_q, seqlen_k, device, queries, keys)
 
 
 def index_grid(

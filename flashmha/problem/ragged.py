@@ -1,4 +1,4 @@
-"""Rows of several lengths: padding and packed documents, as rules."""
+"""Rows of several lengths in one batch: padding, as rules."""
 
 from __future__ import annotations
 
@@ -11,8 +11,10 @@ from torch import Tensor
 
 from ..host.torch_state import eager, is_compiling, is_dense, readable
 from .computed import Computed, Made, hides_changes, make_plain, stream_of
-from .masks import Mask, Rebuild
-from .positions import MaskMod, Restarts, narrowed_to
+from .masks import Mask
+from .positions import Grid, MaskMod, Restarts, narrowed_to
+from .rebuilding import Rebuild
+from .tensors import is_vector_of_integers
 from .wording import spell
 
 
@@ -107,7 +109,7 @@ class KeyPadding(Padding):
     def tensors(self) -> tuple[Tensor, ...]:
         return (self.valid,)
 
-    def flatten(self) -> tuple[tuple[Tensor, ...], Rebuild]:
+    def flatten(self) -> tuple[tuple[Tensor, ...], Rebuild[Mask]]:
         return (self.valid,), lambda tensors: KeyPadding(*tensors)
 
     def mask_mod(self, seqlen_q: int, seqlen_k: int, documents: Restarts | None = None) -> MaskMod:
@@ -124,8 +126,8 @@ class KeyPadding(Padding):
         table = self.valid.view(batch, 1, 1, seqlen_k)
         return table if keys is None else narrowed_to(table, None, keys)
 
-    def dense(self, *grid: Any) -> Tensor:
-        return self.materialize(keys=grid[-1])
+    def dense(self, grid: Grid) -> Tensor:
+        return self.materialize(keys=grid.keys)
 
     def __repr__(self) -> str:
         return f"KeyPadding({tuple(self.valid.shape)})"
@@ -161,7 +163,7 @@ class KeyLengths(Padding):
     def tensors(self) -> tuple[Tensor, ...]:
         return (self.lengths,)
 
-    def flatten(self) -> tuple[tuple[Tensor, ...], Rebuild]:
+    def flatten(self) -> tuple[tuple[Tensor, ...], Rebuild[Mask]]:
         return (self.lengths,), lambda tensors: KeyLengths(*tensors)
 
     def mask_mod(self, seqlen_q: int, seqlen_k: int, documents: Restarts | None = None) -> MaskMod:
@@ -175,140 +177,3 @@ class KeyLengths(Padding):
 
     def __repr__(self) -> str:
         return f"KeyLengths({tuple(self.lengths.shape)})"
-
-
-class Documents(Mask):
-    """Documents packed end to end into one row (batch 1): a query sees its own document alone ("varlen").
-
-    ``cu_seqlens`` (documents + 1,) holds where each document starts, and the total at the end; ``cu_seqlens_k``
-    does so for the keys where they differ. Tokens past the last offset belong to no document and see nothing.
-    ``max_seqlen`` (``max_seqlen_k``) is the longest document as a host integer; kernels need it, and without it
-    they have to ask the device. ``total`` (``total_k``) is the last offset as a host integer: where it is the number of
-    tokens, nothing has to be done about tokens of no document, which takes ten operators on a GPU.
-    """
-
-    __slots__ = ("cu_seqlens", "cu_seqlens_k", "max_seqlen", "max_seqlen_k", "total", "total_k")
-    feature = "documents"
-
-    def __init__(
-        self,
-        cu_seqlens: Tensor,
-        cu_seqlens_k: Tensor | None = None,
-        *,
-        max_seqlen: int | None = None,
-        max_seqlen_k: int | None = None,
-        total: int | None = None,
-        total_k: int | None = None,
-    ) -> None:
-        both = (("cu_seqlens", cu_seqlens), ("cu_seqlens_k", cu_seqlens if cu_seqlens_k is None else cu_seqlens_k))
-        for name, offsets in both:
-            if not is_vector_of_integers(offsets) or offsets.shape[0] < 2:
-                raise ValueError(
-                    f"{name} must be an int32 or int64 tensor of shape (documents + 1,), at least (2,), "
-                    f"got {spell(offsets)}."
-                )
-        if cu_seqlens_k is not None and cu_seqlens_k.shape != cu_seqlens.shape:
-            raise ValueError(
-                f"cu_seqlens_k must name as many documents as cu_seqlens, {tuple(cu_seqlens.shape)}, "
-                f"got {tuple(cu_seqlens_k.shape)}."
-            )
-        self.cu_seqlens = cu_seqlens
-        self.cu_seqlens_k = cu_seqlens if cu_seqlens_k is None else cu_seqlens_k
-        self.max_seqlen = max_seqlen
-        self.max_seqlen_k = max_seqlen if cu_seqlens_k is None else max_seqlen_k
-        self.total = total
-        self.total_k = total if cu_seqlens_k is None else total_k
-
-    def check(self, batch: int, heads: int, seqlen_q: int, seqlen_k: int) -> None:
-        if batch != 1:
-            raise ValueError(
-                f"batch must be 1 with Documents, which are packed end to end into one item, got {batch}; a layer "
-                "wants (1, total, embed_dim), with batch_first=False (total, 1, embed_dim)."
-            )
-        if self.total is not None and self.total > seqlen_q:
-            raise ValueError(f"total must be at most the {seqlen_q} queries, got {self.total}.")
-        if self.total_k is not None and self.total_k > seqlen_k:
-            raise ValueError(f"total_k must be at most the {seqlen_k} keys, got {self.total_k}.")
-        if not readable(self.cu_seqlens):
-            return
-        for name, offsets, said, size in (
-            ("cu_seqlens", self.cu_seqlens, self.total, seqlen_q),
-            ("cu_seqlens_k", self.cu_seqlens_k, self.total_k, seqlen_k),
-        ):
-            steps = offsets.tolist()
-            if steps[0] != 0 or steps != sorted(steps) or steps[-1] > size:
-                raise ValueError(f"{name} must rise from 0 to at most {size}, got {steps}.")
-            if said is not None and said != steps[-1]:
-                raise ValueError(f"{name} must end at its total, {said}, got {steps}.")
-
-    def tensors(self) -> tuple[Tensor, ...]:
-        return (self.cu_seqlens, self.cu_seqlens_k)
-
-    def flatten(self) -> tuple[tuple[Tensor, ...], Rebuild]:
-        said: dict[str, Any] = {"max_seqlen": self.max_seqlen, "total": self.total}
-        if self.aligned:
-            return (self.cu_seqlens,), lambda tensors: Documents(*tensors, **said)
-        said |= {"max_seqlen_k": self.max_seqlen_k, "total_k": self.total_k}
-        return (self.cu_seqlens, self.cu_seqlens_k), lambda tensors: Documents(*tensors, **said)
-
-    @property
-    def documents(self) -> Documents:  # type: ignore[override]
-        return self
-
-    def merged(self, other: Mask) -> None:
-        if isinstance(other, Documents):
-            raise ValueError(f"a mask must hold at most one Documents, got {self!r} & {other!r}.")
-
-    @property
-    def sizes(self) -> tuple[Any, ...]:
-        """All that is known of the documents but their tensors' values."""
-        return (
-            self.aligned,
-            self.cu_seqlens.shape,
-            self.max_seqlen,
-            self.max_seqlen_k,
-            self.total,
-            self.total_k,
-        )
-
-    @property
-    def aligned(self) -> bool:
-        """Queries and keys have the same offsets, so that both alignments are one."""
-        return self.cu_seqlens is self.cu_seqlens_k
-
-    def membership(self, seqlen_q: int, seqlen_k: int) -> tuple[Tensor, Tensor]:
-        """The document of every query and of every key; the number of documents where a token is in none."""
-        device = self.cu_seqlens.device
-        q_doc = torch.bucketize(torch.arange(seqlen_q, device=device), self.cu_seqlens[1:], right=True)
-        k_doc = torch.bucketize(torch.arange(seqlen_k, device=device), self.cu_seqlens_k[1:], right=True)
-        return q_doc, k_doc
-
-    def positions(self, seqlen_q: int, seqlen_k: int, align: str) -> tuple[Tensor, Tensor]:
-        """The position of every query and of every key inside the own document."""
-        q_doc, k_doc = self.membership(seqlen_q, seqlen_k)
-        last = self.cu_seqlens.shape[0] - 2  # tokens in no document see nothing: their position does not matter
-        q_doc, k_doc = q_doc.clamp(max=last), k_doc.clamp(max=last)
-        q_pos = torch.arange(seqlen_q, device=q_doc.device) - self.cu_seqlens[q_doc]
-        k_pos = torch.arange(seqlen_k, device=k_doc.device) - self.cu_seqlens_k[k_doc]
-        if align == "bottom_right" and not self.aligned:
-            q_pos = q_pos + (self.cu_seqlens_k.diff() - self.cu_seqlens.diff())[q_doc]
-        return q_pos, k_pos
-
-    def mask_mod(self, seqlen_q: int, seqlen_k: int, documents: Restarts | None = None) -> MaskMod:
-        last = self.cu_seqlens.shape[0] - 1
-        q_doc, k_doc = self.membership(seqlen_q, seqlen_k)
-
-        def same_document(batch: Tensor, head: Tensor, q_idx: Tensor, k_idx: Tensor) -> Tensor:
-            return (q_doc[q_idx] == k_doc[k_idx]) & (q_doc[q_idx] < last)
-
-        return same_document
-
-    def __repr__(self) -> str:
-        return f"Documents({self.cu_seqlens.shape[0] - 1})"
-
-
-def is_vector_of_integers(thing: object) -> bool:
-    """Whether a thing is a dense tensor of one axis, int32 or int64."""
-    return (
-        isinstance(thing, Tensor) and is_dense(thing) and thing.dtype in (torch.int32, torch.int64) and thing.dim() == 1
-    )

@@ -21,18 +21,19 @@ from __future__ import annotations
 import abc
 import functools
 import math
-from collections.abc import Callable, Sequence
-from typing import Any, ClassVar
+from collections.abc import Callable
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from ..host.torch_state import is_dense
-from .positions import Restarts, by_index, check_broadcast, find_device, index_grid, look_up_in, narrowed_to
+from .bias_values import add_biases
+from .positions import Grid, Restarts, by_index, check_broadcast, find_device, look_up_in, narrowed_to
+from .rebuilding import Rebuild, Several
 from .wording import spell
 
 ScoreMod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
-Rebuild = Callable[[Sequence[Tensor]], "Bias"]
 BIAS_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 """Of biases and sinks."""
 
@@ -55,7 +56,7 @@ class Bias(abc.ABC):
         """The tensors the bias holds."""
         return ()
 
-    def flatten(self) -> tuple[tuple[Tensor, ...], Rebuild]:
+    def flatten(self) -> tuple[tuple[Tensor, ...], Rebuild[Bias]]:
         """The tensors the bias holds, and what makes the same bias of others like them and holds none.
 
         A class whose constructor takes anything but its tensors, in their order, says more.
@@ -102,8 +103,11 @@ class Bias(abc.ABC):
         Of a range of queries or keys no more is made than broadcasts to it.
         """
         device = find_device(self.tensors()) if device is None else device
-        grid = index_grid(batch, heads, seqlen_q, seqlen_k, device, queries, keys)
-        made = self.bias_mod(seqlen_q, seqlen_k, documents)(*grid)
+        return self.dense(Grid(batch, heads, seqlen_q, seqlen_k, device, documents, queries, keys))
+
+    def dense(self, grid: Grid) -> Tensor:
+        """The bias evaluated on a grid of indices."""
+        made = self.bias_mod(grid.seqlen_q, grid.seqlen_k, grid.documents)(*grid.indices())
         return made if made.dim() else made.view(1, 1, 1, 1)  # the sum of single numbers
 
 
@@ -134,18 +138,8 @@ class TensorBias(Bias):
     def bias_mod(self, seqlen_q: int, seqlen_k: int, documents: Restarts | None = None) -> ScoreMod:
         return look_up_in(self.tensor)
 
-    def materialize(
-        self,
-        batch: int,
-        heads: int,
-        seqlen_q: int,
-        seqlen_k: int,
-        device: torch.device | str | None = None,
-        documents: Restarts | None = None,
-        queries: range | None = None,
-        keys: range | None = None,
-    ) -> Tensor:
-        return narrowed_to(self.tensor, queries, keys)
+    def dense(self, grid: Grid) -> Tensor:
+        return narrowed_to(self.tensor, grid.queries, grid.keys)
 
     def __repr__(self) -> str:
         return f"TensorBias({tuple(self.tensor.shape)})"
@@ -236,19 +230,10 @@ class RelativeBias(Bias):
 
         return by_index(look_up, seqlen_q, seqlen_k, documents, "bottom_right")
 
-    def materialize(
-        self,
-        batch: int,
-        heads: int,
-        seqlen_q: int,
-        seqlen_k: int,
-        device: torch.device | str | None = None,
-        documents: Restarts | None = None,
-        queries: range | None = None,
-        keys: range | None = None,
-    ) -> Tensor:
+    def dense(self, grid: Grid) -> Tensor:
+        _, _, seqlen_q, seqlen_k, _, documents, queries, keys = grid
         if documents is not None:  # distances start again
-            return super().materialize(batch, heads, seqlen_q, seqlen_k, device, documents, queries, keys)
+            return super().dense(grid)
         queries = range(seqlen_q) if queries is None else queries
         keys = range(seqlen_k) if keys is None else keys
         # a row is the one before it, one key further on: windows of one line of distances, which takes no index for
@@ -263,37 +248,12 @@ class RelativeBias(Bias):
         return f"RelativeBias({tuple(self.table.shape)})"
 
 
-class Sum(Bias):
+class Sum(Several[Bias], Bias):
     """Several biases added; made by ``+``."""
-
-    __slots__ = ("_parts",)
-
-    def __init__(self, parts: tuple[Bias, ...]) -> None:
-        self._parts = parts
-
-    @property
-    def parts(self) -> tuple[Bias, ...]:
-        return self._parts
 
     @property
     def by_distance(self) -> bool:  # type: ignore[override]
         return all(part.by_distance for part in self._parts)
-
-    def check(self, batch: int, heads: int, seqlen_q: int, seqlen_k: int) -> None:
-        for part in self._parts:
-            part.check(batch, heads, seqlen_q, seqlen_k)
-
-    def tensors(self) -> tuple[Tensor, ...]:
-        return tuple(tensor for part in self._parts for tensor in part.tensors())
-
-    def flatten(self) -> tuple[tuple[Tensor, ...], Rebuild]:
-        held = [part.flatten() for part in self._parts]
-
-        def again(tensors: Sequence[Tensor]) -> Bias:
-            rest = iter(tensors)
-            return Sum(tuple(make([next(rest) for _ in of_part]) for of_part, make in held))
-
-        return self.tensors(), again
 
     def bias_mod(self, seqlen_q: int, seqlen_k: int, documents: Restarts | None = None) -> ScoreMod:
         mods = [part.bias_mod(seqlen_q, seqlen_k, documents) for part in self._parts]
@@ -306,39 +266,8 @@ class Sum(Bias):
 
         return total
 
-    def materialize(self, *problem: Any) -> Tensor:
-        return functools.reduce(add_biases, [part.materialize(*problem) for part in self._parts])
+    def dense(self, grid: Grid) -> Tensor:
+        return functools.reduce(add_biases, [part.materialize(*grid) for part in self._parts])
 
     def __repr__(self) -> str:
         return " + ".join(map(repr, self._parts))
-
-
-def add_biases(one: Tensor, two: Tensor) -> Tensor:
-    """Two biases added, in float32 at least; what neither hides stays finite, as the lowest number twice would not."""
-    dtype = torch.promote_types(torch.promote_types(one.dtype, two.dtype), torch.float32)
-    total = one.to(dtype) + two
-    hidden = (one == float("-inf")) | (two == float("-inf"))
-    return torch.where(hidden, float("-inf"), total.clamp(min=torch.finfo(dtype).min))
-
-
-def narrow_bias(bias: Tensor, dtype: torch.dtype, *, level: bool = False) -> Tensor:
-    """A bias in the dtype that a kernel takes, which hides what it hid and no more; ``level``: see ``level_bias``."""
-    moved = level_bias(bias.to(torch.promote_types(bias.dtype, dtype)))[0] if level else bias
-    if torch.promote_types(moved.dtype, dtype) == dtype:
-        return moved.to(dtype)
-    moved, limits = moved.to(torch.promote_types(moved.dtype, torch.float32)), torch.finfo(dtype)
-    return moved.clamp(limits.min, limits.max).masked_fill(bias == float("-inf"), float("-inf")).to(dtype)
-
-
-def level_bias(bias: Tensor) -> tuple[Tensor, Tensor]:
-    """A bias, in float32 at least, each of whose rows was moved so that its largest number is 0; and what that was.
-
-    A softmax does not notice. The numbers that matter are then those that a narrow dtype holds best, and the
-    log-sum-exp that a kernel's backward starts from is small: float32 has no room for a logarithm beside -1e9.
-    """
-    bias = bias.to(torch.promote_types(bias.dtype, torch.float32))
-    if not bias.shape[-1]:
-        return bias, bias.new_zeros(*bias.shape[:-1], 1)
-    largest = bias.detach().amax(dim=-1, keepdim=True)
-    largest = largest.masked_fill(largest == float("-inf"), 0.0)
-    return add_biases(bias, -largest), largest

@@ -1,4 +1,4 @@
-"""Checks of the tensors of one problem: shapes, dtypes, devices."""
+"""Checks of tensors: shapes, dtypes, devices."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from typing import NoReturn
 
 import torch
 from torch import Tensor
+
+from ..host.torch_state import is_dense
 
 
 def check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
@@ -42,3 +44,10 @@ def refuse_tensors(q: Tensor, k: Tensor, v: Tensor) -> NoReturn:
 def refuse_device(name: str, holder: object, tensors: Sequence[Tensor], device: torch.device) -> NoReturn:
     """Say where a mask or a bias is, which is not where q is."""
     raise ValueError(f"{name} must be on the device of q, {device}, got {tensors[0].device}: {holder!r}.")
+
+
+def is_vector_of_integers(thing: object) -> bool:
+    """Whether a thing is a dense tensor of one axis, int32 or int64."""
+    return (
+        isinstance(thing, Tensor) and is_dense(thing) and thing.dtype in (torch.int32, torch.int64) and thing.dim() == 1
+    )

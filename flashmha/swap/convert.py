@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 from torch import nn
 
 from ..layer.module import FlashMultiHeadAttention
-from ..layer.options import ALONE, STOCK_VALUES, check_options
+from ..layer.options import CONSTRUCTOR_ONLY, STOCK_VALUES, check_options
 from ..layer.twin import forget
 from .encoder import FlashTransformerEncoder, FlashTransformerEncoderLayer, is_stock
 from .modules import CLASS, UNDO, check_model, holds, remember, set_class, walk, why_not_yet, why_stock_stays
@@ -24,7 +24,7 @@ from .report import swap_report, why_silent
 
 Model = TypeVar("Model", bound=nn.Module)
 
-LAYER_OPTIONS = tuple(sorted(set(STOCK_VALUES) - set(ALONE)))
+LAYER_OPTIONS = tuple(sorted(set(STOCK_VALUES) - set(CONSTRUCTOR_ONLY)))
 """What ``replace_mha`` can set on every layer; the others would need other parameters."""
 
 

@@ -19,7 +19,7 @@ from ..layer import padding
 from ..layer.arguments import Arguments, check_kinds
 from ..layer.call import read_call
 from ..layer.features import is_ours
-from ..layer.forward import Prepared, prepare, spec_of
+from ..layer.forward import Prepared, prepare_call
 from ..layer.keys_values import with_stand_ins
 from ..layer.module import FlashMultiHeadAttention
 from ..layer.problems import Problems
@@ -81,7 +81,7 @@ def explain_layer(layer: FlashMultiHeadAttention, *args: Any, **kwargs: Any) -> 
     wanted = layer.backend if given.backend is None else given.backend
     need_weights = given.need_weights and layer.need_weights
     call = read_call(layer, given._replace(need_weights=need_weights))
-    problem = prepare(layer, call, given, wanted, layer.skip_padding)
+    problem = prepare_call(layer, call, given, wanted, layer.skip_padding)
     spec, notes = find_problem(layer, problem, wanted)
     if problem.padded is not None:
         notes.append(f"skip_padding: {say_left_out(problem.q.shape[1], problem.padded.rows.numel())}")
@@ -102,14 +102,14 @@ def explain_layer(layer: FlashMultiHeadAttention, *args: Any, **kwargs: Any) -> 
 
 def find_problem(layer: FlashMultiHeadAttention, made: Prepared, wanted: Wanted) -> tuple[AttentionSpec, list[str]]:
     """The problem of a layer's call, the first where its own ``attend`` runs several, and a note of the others."""
+    heads = made.q, made.k, made.v
     if is_ours(layer, "attend"):
-        return spec_of(made), []
+        return AttentionSpec.of(*heads, **made.problem), []
     problems = Problems(layer, wanted, None, True, dry=True)
-    layer.attend(made.q, made.k, made.v, **made.problem, call=problems)
+    layer.attend(*heads, **made.problem, call=problems)
     if not problems.specs:
-        return spec_of(made), [
-            "attend is overridden and runs none of the package's own: this is the problem it was given"
-        ]
+        note = "attend is overridden and runs none of the package's own: this is the problem it was given"
+        return AttentionSpec.of(*heads, **made.problem), [note]
     first, *others = problems.specs
     return first, [f"attend is overridden and then runs: {spec}" for spec in others]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import operator
 import sys
 from typing import Any
 
@@ -12,8 +13,9 @@ from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.modules.module import _has_any_global_hook
 
-from ..layer.features import MARK, find_replaced
+from ..layer.features import HOPS, MARK, find_replaced
 from ..layer.module import FlashMultiHeadAttention
+from ..layer.options import owns_parts
 
 MODULE_CALLS = ("forward", "_call_impl")
 """The methods of any module that run."""
@@ -135,3 +137,21 @@ def is_hooked(module: nn.Module) -> bool:
     if len(before) > (MARK in before) or module._forward_hooks or module._backward_hooks or module._backward_pre_hooks:
         return True
     return module._compiled_call_impl is not None
+
+
+def find_different(attentions: list[FlashMultiHeadAttention]) -> list[FlashMultiHeadAttention]:
+    """The first layer, and those that are not like it in all that decides whether padding may go."""
+    first = attentions[0]
+    kind, form = type(first), form_of(first)
+    return [first, *(x for x in attentions[1:] if type(x) is not kind or has_more(x) or form_of(x) != form)]
+
+
+form_of = operator.attrgetter(
+    *("batch_first", "trust_is_causal", "window", "causal", "softcap", "backend", "num_heads", "num_kv_heads"),
+    *("embed_dim", "free_head_dim", "value_head_dim", "add_zero_attn"),
+)
+
+
+def has_more(attention: FlashMultiHeadAttention) -> bool:
+    """Methods or parts that are the instance's, or a learned key."""
+    return owns_parts(attention) or attention.bias_k is not None or not attention.__dict__.keys().isdisjoint(HOPS)

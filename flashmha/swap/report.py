@@ -6,8 +6,9 @@ import dataclasses
 
 from torch import nn
 
-from ..layer.features import find_beyond_stock, is_ours
+from ..layer.features import find_overridden, is_ours
 from ..layer.module import FlashMultiHeadAttention
+from ..layer.options import find_set, spell_option
 from ..layer.projection import why_unheard
 from .encoder import FlashTransformerEncoder
 from .known import find_unknown
@@ -42,8 +43,9 @@ def swap_report(model: nn.Module) -> SwapReport:
         kind, undo = type(module).__name__, vars(module).get(UNDO, {})
         if isinstance(module, FlashMultiHeadAttention):
             why = "by replace_mha" if CLASS in undo else "built as one"
-            if find_beyond_stock(module):
-                why += f", with {', '.join(find_beyond_stock(module))}"
+            more = [spell_option(module, option) for option in find_set(module)] + find_overridden(module)
+            if more:
+                why += f", with {', '.join(more)}"
             notes = [
                 note
                 for note in (why_not_yet(module), why_own_forward(module), why_silent(name, module))

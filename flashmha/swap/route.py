@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from typing import Any, NamedTuple
 
 import torch
@@ -14,15 +13,13 @@ from ..host.torch_state import eager, is_autocast_enabled, is_compiling
 from ..layer import padding
 from ..layer.arguments import Arguments
 from ..layer.call import Reading, read_call
-from ..layer.features import HOPS
 from ..layer.module import FlashMultiHeadAttention
-from ..layer.options import owns_parts
 from ..layer.packed import Packed
 from ..problem import packing
 from ..problem.computed import make_plain
 from ..problem.masks import Mask, join_masks
 from ..problem.ragged import KeyPadding, Padding, mark_private
-from .known import find_unknown_call, find_unknown_layers, find_unknown_norm
+from .known import find_different, find_unknown_call, find_unknown_layers, find_unknown_norm
 
 
 class Route(NamedTuple):
@@ -65,29 +62,17 @@ def enter(
             key_padding_mask = hand_down(encoder, src, mask, key_padding_mask, False)
         return Route(src, mask, key_padding_mask, is_causal)
     strange = find_unknown_layers(encoder)
-    way = Route(src, mask, None, is_causal)
-    if key_padding_mask is not None:
-        way = route_beside_padding(encoder, src, mask, key_padding_mask, is_causal, strange)
-    return way._replace(straight=strange is None)
-
-
-def route_beside_padding(
-    encoder: nn.TransformerEncoder,
-    src: Tensor,
-    mask: Mask | Tensor | None,
-    key_padding_mask: Tensor,
-    is_causal: bool,
-    strange: str | None,
-) -> Route:
-    """The route beside padding. ``strange`` is what in a layer may count on (batch, seqlen)."""
+    known = strange is None
+    if key_padding_mask is None:
+        return Route(src, mask, None, is_causal, straight=known)
     way, why = route_without_padding(encoder, src, mask, key_padding_mask, is_causal, strange)
-    if way is not None:
-        return way
-    rule = hand_down(encoder, src, mask, key_padding_mask, strange is None)
-    first = route_real_first(encoder, src, mask, rule, is_causal) if strange is None else None
-    if first is not None:
-        return Route(first.tokens, None, first.padding, False, first, None, True, why)
-    return Route(src, mask, rule, is_causal, why=why)
+    if way is None:
+        rule = hand_down(encoder, src, mask, key_padding_mask, known)
+        first = route_real_first(encoder, src, mask, rule, is_causal) if known else None
+        way = Route(src, mask, rule, is_causal, why=why)
+        if first is not None:
+            way = Route(first.tokens, None, first.padding, False, first, None, True, why)
+    return way._replace(straight=known)
 
 
 def route_without_padding(
@@ -250,24 +235,6 @@ def why_rows_stay(attentions: list[FlashMultiHeadAttention], call: Reading) -> s
         if why is not None:
             return why
     return padding.why_holes_stay(call, *different)
-
-
-def find_different(attentions: list[FlashMultiHeadAttention]) -> list[FlashMultiHeadAttention]:
-    """The first layer, and those that are not like it in all that decides whether padding may go."""
-    first = attentions[0]
-    kind, form = type(first), form_of(first)
-    return [first, *(x for x in attentions[1:] if type(x) is not kind or has_more(x) or form_of(x) != form)]
-
-
-form_of = operator.attrgetter(
-    *("batch_first", "trust_is_causal", "window", "causal", "softcap", "backend", "num_heads", "num_kv_heads"),
-    *("embed_dim", "free_head_dim", "value_head_dim", "add_zero_attn"),
-)
-
-
-def has_more(attention: FlashMultiHeadAttention) -> bool:
-    """Methods or parts that are the instance's, or a learned key."""
-    return owns_parts(attention) or attention.bias_k is not None or not attention.__dict__.keys().isdisjoint(HOPS)
 
 
 def hand_down(encoder: nn.TransformerEncoder, src: Tensor, mask: Any, padding: Any, known: bool) -> Any:

@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from ..backends import get
-from ..backends.base import Limits
+from ..backends.limits import Limits
 from ..problem.spec import AttentionSpec
+from ..problem.wording import spell
 from .choice import Choices, Choose
 from .drawn_biases import biases
 from .drawn_masks import masks
@@ -42,15 +43,13 @@ class DrawnSpec(AttentionSpec):
         printer.text(repr(self))
 
 
-@st.composite
 def specs(
-    draw: st.DrawFn,
     *,
     limits: Limits | None = None,
     device: torch.device | str | None = None,
     head_dims: Sequence[int] = DRAWN_HEAD_DIMS,
     longest: int = LONGEST,
-) -> AttentionSpec:
+) -> st.SearchStrategy[AttentionSpec]:
     """Problems: sizes (0 and 1 among them), dtypes, grouped heads, masks, biases, softcap, sinks, dropout, gradients.
 
     Args:
@@ -58,10 +57,26 @@ def specs(
         device: where the problems live.
         head_dims: the head dims that are drawn, as far as the limits take them; those beyond 64 now and then.
         longest: the most queries and keys. Most problems have at most 24.
+
+    Raises:
+        TypeError, ValueError: an argument that nothing can be drawn of.
     """
+    if limits is not None and not isinstance(limits, Limits):
+        raise TypeError(f"limits must be a Limits, such as get(name).limits, or None, got {spell(limits)}.")
+    if type(longest) is not int or longest < 1:
+        raise ValueError(f"longest must be a whole number of at least 1, got {longest!r}.")
+    head_dims = tuple(head_dims)
+    if not head_dims or not all(type(size) is int and size > 0 for size in head_dims):
+        raise ValueError(f"head_dims must be whole numbers of at least 1, got {head_dims!r}.")
+    return drawn_specs(get("naive").limits if limits is None else limits, placed(device), head_dims, longest)
+
+
+@st.composite
+def drawn_specs(
+    draw: st.DrawFn, limits: Limits, device: torch.device, head_dims: Sequence[int], longest: int
+) -> AttentionSpec:
+    """The same, given everything."""
     choose = Choices(draw, "problem")
-    limits = get("naive").limits if limits is None else limits
-    device = placed(device)
     features = limits.features - limits.not_on.get(device.type, frozenset())
     stretched = choose(STRETCHED)
     sizes = drawn_sizes(choose, limits, "gqa" in features, stretched, longest, cheap=device.type != "cpu")

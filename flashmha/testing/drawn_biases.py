@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from hypothesis import strategies as st
 
-from ..backends.base import FEATURES, HALF
+from ..backends.limits import FEATURES, HALF
 from ..problem.scores import ALiBi, Bias, RelativeBias, TensorBias
 from .choice import Choices, Choose
 from .values import NUMBER_KINDS, SEEDS, TILE_SIZE, numbers

@@ -8,10 +8,13 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from ..backends.base import FEATURES
-from ..problem.masks import Dense, Mask, Rule, Window, causal, join_masks
+from ..backends.limits import FEATURES
+from ..problem.documents import Documents
+from ..problem.masks import Dense, Mask, join_masks
 from ..problem.positions import ALIGNMENTS, MaskMod
-from ..problem.ragged import Documents, KeyLengths, KeyPadding
+from ..problem.ragged import KeyLengths, KeyPadding
+from ..problem.rules import Rule
+from ..problem.windows import Window, causal
 from .choice import Choices, Choose
 from .record import placed
 from .values import SEEDS, TILE_SIZE, coins, generator

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import TreeSpec, keystr, tree_flatten_with_path, tree_unflatten
 
 from ..backends.parity import AGAIN
+from ..problem.wording import spell
 from .closeness import assert_close, is_floating
 from .judge import gradients_of, nudged
 
@@ -44,12 +45,16 @@ def assert_drop_in(
     Raises:
         AssertionError: ours differs; the text names the output, the parameter or the input.
         ValueError: stock draws random numbers, as dropout does, so that there is nothing to compare with.
-        TypeError: one of the two is no module, or an output is neither a tensor nor a number, a text, ``None`` or a
-            container of them.
+        TypeError: one of the two is no module, the arguments are no tuple or no dict, or an output is neither a tensor
+            nor a number, a text, ``None`` or a container of them.
     """
     for name, module in (("stock", stock), ("ours", ours)):
         if not isinstance(module, nn.Module):
             raise TypeError(f"{name} must be an nn.Module, got {module!r}.")
+    if isinstance(args, (str, Tensor)) or not isinstance(args, Sequence):
+        raise TypeError(f"args must be the arguments of a call in a tuple, such as (x, x, x), got {spell(args)}.")
+    if kwargs is not None and not isinstance(kwargs, Mapping):
+        raise TypeError(f"kwargs must be a dict of arguments by name, or None, got {spell(kwargs)}.")
     assert_same_state(stock, ours)
     copied = copy.deepcopy(stock).double()
     call = (tuple(args), dict(kwargs or {}))

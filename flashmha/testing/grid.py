@@ -9,10 +9,12 @@ from typing import Any
 import torch
 from hypothesis import strategies as st
 
-from ..backends.base import Backend, Limits
-from ..problem.masks import Window, causal, join_masks
-from ..problem.ragged import Documents
+from ..backends.base import Backend
+from ..backends.limits import Limits
+from ..problem.documents import Documents
+from ..problem.masks import join_masks
 from ..problem.spec import AttentionSpec
+from ..problem.windows import Window, causal
 from .attention import DrawnSpec, sink_values, specs
 from .choice import Choices, Choose
 from .drawn_biases import drawn_bias

@@ -18,7 +18,8 @@ from ..backends import get, names
 from ..backends.base import Backend
 from ..backends.parity import AGAIN, moved
 from ..host.extras import wanted_by
-from ..problem.scores import TensorBias, narrow_bias
+from ..problem.bias_values import narrow_bias
+from ..problem.scores import TensorBias
 from ..problem.spec import AttentionSpec
 from .closeness import assert_close, is_floating
 from .definitions import FromOutput, OneByOne

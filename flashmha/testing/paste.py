@@ -11,10 +11,13 @@ import re
 import torch
 from torch import Tensor
 
-from ..problem.masks import Dense, Mask, Rule, Window
-from ..problem.ragged import Documents, KeyLengths, KeyPadding
+from ..problem.documents import Documents
+from ..problem.masks import Dense, Mask
+from ..problem.ragged import KeyLengths, KeyPadding
+from ..problem.rules import Rule
 from ..problem.scores import ALiBi, Bias, RelativeBias, TensorBias
 from ..problem.spec import AttentionSpec
+from ..problem.windows import Window
 from .values import device_argument, expression
 
 SHORT, LONG = 24, 4096

@@ -12,11 +12,11 @@ from ..backends.choice.record import note
 from ..backends.choice.serve import serve
 from ..backends.choice.wishes import Wanted, preference
 from ..backends.naive import Naive, probabilities, scores, weigh
-from ..functional import run
+from ..functional import run_attention
 from ..host.torch_state import is_capturing, is_compiling, is_dual, traced, without_autocast
-from ..problem.masks import normalize
 from ..problem.packing import Padded
 from ..problem.spec import AttentionSpec
+from ..problem.windows import normalize
 from .blocks import shape_weights
 from .cell import Cell, note_unread
 from .deferred import Deferred
@@ -120,7 +120,7 @@ def define_both(
         if preference(wanted) is None and not is_compiling():
             note(layer, spec, DEFINITION)
             return weigh(weights, v, spec), weights
-    out = run(q, k, v, spec, wanted, layer)
+    out = run_attention(q, k, v, spec, wanted, layer)
     assert isinstance(out, Tensor)
     return out, weights
 

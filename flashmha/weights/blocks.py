@@ -11,10 +11,8 @@ from torch import Tensor
 from ..problem.scores import TensorBias
 from ..problem.spec import AttentionSpec
 
-SCORES_IN_A_BLOCK = 2**19
-"""Scores computed at a time: about what a core's cache holds."""
-SCORES_IN_A_BLOCK_ON_GPU = 2**26
-"""The same on a GPU, which a small block leaves idle."""
+SCORES_IN_A_BLOCK = {"cpu": 2**19, "cuda": 2**26}
+"""Scores computed at a time: about what a core's cache holds, and more on a GPU, which a small block leaves idle."""
 LOG2_E = 1.4426950408889634
 
 
@@ -104,7 +102,7 @@ class Score:
         if spec.sinks is not None:
             self.sinks = spec.sinks.detach()[as_slice(self.box.heads)].to(dtype).view(-1, 1, 1, 1)
         self.buffer = q.new_empty(0, dtype=dtype)
-        self.block = SCORES_IN_A_BLOCK_ON_GPU if spec.device.type == "cuda" else SCORES_IN_A_BLOCK
+        self.block = SCORES_IN_A_BLOCK.get(spec.device.type, SCORES_IN_A_BLOCK["cpu"])
 
     def bands(self) -> Iterator[Band]:
         """The rows that make blocks, from the first on."""

@@ -9,8 +9,9 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
+from ..problem.bias_values import add_biases
 from ..problem.positions import narrowed_to
-from ..problem.scores import TensorBias, add_biases
+from ..problem.scores import TensorBias
 from ..problem.spec import AttentionSpec
 
 Put = Callable[[AttentionSpec, Sequence[Tensor]], AttentionSpec]

@@ -18,11 +18,12 @@ import torch
 from torch import Tensor
 
 from ..host.machine import has_triton
-from ..problem.masks import Dense, Window
+from ..problem.masks import Dense
 from ..problem.positions import index_grid
 from ..problem.ragged import KeyLengths, KeyPadding
 from ..problem.scores import ALiBi, RelativeBias, TensorBias
 from ..problem.spec import AttentionSpec
+from ..problem.windows import Window
 from ..problem.wording import dtype_name
 from .blocks import Box, as_slice
 

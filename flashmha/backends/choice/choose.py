@@ -35,6 +35,10 @@ class Choice(NamedTuple):
     wait: Wait | None
     loss: float
 
+    def holds(self, spec: AttentionSpec) -> bool:
+        """It is still the choice: no kernel that it waits for has become worth compiling."""
+        return self.wait is None or not (self.wait.over and may_move(spec))
+
 
 choices: Memory[Choice] = Memory()
 """Spares an attention on a CPU 4.5 us of 22, a padded one 10 of 58."""
@@ -56,9 +60,9 @@ def choose(spec: AttentionSpec, wanted: Wanted = None, calls: int = 1) -> Backen
         said, named = asked(wanted)
         if named is not None:
             return choose_among(spec, expand(named, said), f"{said}={named!r}")
-    key = spec if spec.shared else spec.form or key_of(spec)
+    key = spec if spec.shared else spec.form or spec.outline  # ``key_of``, without a call for it
     before = None if key is None else choices.get(key)
-    if before is not None and (before.wait is None or not (before.wait.over and may_move(spec))):
+    if before is not None and (before.wait is None or before.holds(spec)):  # the first spares a call
         if before.wait is not None:
             before.wait.lose(before.loss * calls)
         return before.backend
@@ -97,9 +101,7 @@ def chosen_before(spec: AttentionSpec) -> Choice | None:
     """The choice that was made for a problem before, where it still holds."""
     key = key_of(spec)
     before = None if key is None else choices.get(key)
-    if before is not None and before.wait is not None and before.wait.over and may_move(spec):
-        return None
-    return before
+    return before if before is not None and before.holds(spec) else None
 
 
 def is_kept(spec: AttentionSpec, backend: Backend, reasons: dict[str, str], wait: Wait | None) -> bool:

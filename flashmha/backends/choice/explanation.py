@@ -6,7 +6,8 @@ import dataclasses
 
 from ...problem.spec import AttentionSpec
 from ...problem.wording import tabulate
-from ..base import Backend, written
+from ..base import Backend
+from ..limits import written
 from . import registry, tuned
 from .choose import chosen_before, pick, reason
 from .order import order

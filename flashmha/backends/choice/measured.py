@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..base import HALF
+from ..limits import HALF
 from .ranking import Row, Table
 
 ON_H100 = "benchmarks/results/ranking_h100.json"

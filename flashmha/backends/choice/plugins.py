@@ -16,7 +16,8 @@ from torch import Tensor
 
 from ...problem.spec import AttentionSpec
 from ...problem.wording import summarize_error
-from ..base import Backend, Limits
+from ..base import Backend
+from ..limits import Limits
 
 GROUP = "flashmha.backends"
 Load = Callable[[], object]

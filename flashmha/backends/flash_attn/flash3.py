@@ -13,7 +13,7 @@ from torch import Tensor
 from ...host.machine import HERE, Machine
 from ...host.torch_state import is_compiling
 from ...problem.spec import AttentionSpec
-from ..base import HALF, Limits
+from ..limits import HALF, Limits
 from ..rewrites.documents import (
     is_cache,
     needs_packing,

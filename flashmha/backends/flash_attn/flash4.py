@@ -15,12 +15,13 @@ from torch import Tensor
 from ...host.machine import HERE, Machine
 from ...host.torch_state import is_compiling
 from ...problem.spec import AttentionSpec
-from ..base import HALF, Limits
 from ..compiling import waits
+from ..limits import HALF, Limits
 from ..rewrites.block_tables import edged, has_tiles_to_skip
 from ..rewrites.compact import intervals, why_no_moves
 from ..rewrites.documents import pack_batch, unpack_batch, unpack_batch_lse
-from .flash4_kernels import Tools, call_kernels
+from .flash4_kernels import call_kernels
+from .flash4_tools import Tools
 from .package import EVERY_VERSION, FlashAttn, Functions, probed_packages
 from .windows import normal_lse, trimmed
 

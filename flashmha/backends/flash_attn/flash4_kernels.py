@@ -5,7 +5,6 @@ Not a backend: ``flash4`` says what a problem needs, and this file calls the pac
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -14,10 +13,10 @@ from torch import Tensor
 
 from ...host.torch_state import is_compiling
 from ...problem.spec import AttentionSpec
-from ..rewrites.block_tables import MIN_LENGTH, serves_tables
-from ..rewrites.compact import Mover, compact, move_back, move_rows
+from ..rewrites.compact import compact, move_back
 from ..rewrites.heads import find_slots, neighbours
-from .flash4_launches import is_contiguous, is_taken_as_it_is, launches, was_read
+from .flash4_launches import launches
+from .flash4_tensors import is_contiguous, is_taken_as_it_is
 from .package import FlashAttn, Functions, probed_packages
 
 TOLD: dict[str, tuple[str, Any]] = {
@@ -46,32 +45,6 @@ TOLD: dict[str, tuple[str, Any]] = {
 ``items`` (batch,) say which of its items counts for each of the batch; both bounds of a window are ``None`` where it is
 causal or there is none.
 """
-
-
-def own_masks() -> Any:
-    """``flash4_masks``, which needs the package."""
-    from . import flash4_masks
-
-    return flash4_masks
-
-
-@dataclasses.dataclass(frozen=True)
-class Tools:
-    """What serves the package's kernels on a GPU; a test on a CPU makes a backend with its own.
-
-    Attributes:
-        move: moves real keys to the front and back, as ``compact.move_rows``.
-        masks: gives ``flash4_masks``.
-        takes_tables: tables of tiles are made and taken on a device.
-        least: sequences as long as this have tiles to skip.
-        was_read: the package's launches are known on a device.
-    """
-
-    move: Mover = move_rows
-    masks: Callable[[], Any] = own_masks
-    takes_tables: Callable[[torch.device], bool] = serves_tables
-    least: int = MIN_LENGTH
-    was_read: Callable[[torch.device], bool] = was_read
 
 
 UNTOLD = {name: default for name, (_, default) in TOLD.items()}
@@ -174,13 +147,13 @@ def options(told: dict[str, Any], tables: Any) -> dict[str, Any]:
         found["seqused_k"] = told["lengths"]
     # a mask of one's own makes the kernel forget causality and windows: it holds both
     if told["first"] is not None:
-        found |= {"mask_mod": masks(told).is_in_interval, "aux_tensors": [told["first"], told["last"]]}
+        found |= {"mask_mod": masks_for(told).is_in_interval, "aux_tensors": [told["first"], told["last"]]}
     elif told["table"] is not None:
-        found |= {"mask_mod": masks(told).is_in_table, "aux_tensors": [told["table"], told["items"]]}
+        found |= {"mask_mod": masks_for(told).is_in_table, "aux_tensors": [told["table"], told["items"]]}
     return found if tables is None else {**found, "block_sparse_tensors": tables}
 
 
-def masks(told: dict[str, Any]) -> Any:
+def masks_for(told: dict[str, Any]) -> Any:
     """``flash4_masks``, or what a test has in its place."""
     package: Any = probed_packages[told["package"]]
     return package.tools.masks()
@@ -198,7 +171,7 @@ def tiles_to_visit(told: dict[str, Any], q: Tensor, k: Tensor, *, backward: bool
     if not tools.takes_tables(q.device):
         return None
     with package.machine.on(q.device):
-        return masks(told).blocks(told, q, k, backward=backward)
+        return masks_for(told).blocks(told, q, k, backward=backward)
 
 
 def package_kernels(package: FlashAttn) -> Functions:

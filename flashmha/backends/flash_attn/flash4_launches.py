@@ -13,23 +13,28 @@ import functools
 import sys
 import threading
 from collections.abc import Callable
-from importlib import metadata
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-READ_RELEASES = ("4.0.0b36",)
-"""The releases of the package whose workspaces hold at first what ``backward_calls`` puts there, as their source says:
-no look at the arguments of a kernel would tell."""
+from .flash4_tensors import (
+    Tile,
+    detached,
+    is_contiguous,
+    is_taken_as_it_is,
+    rules,
+    tables_for_heads,
+    workspace_rows,
+    workspace_shape,
+)
+from .flash4_watch import LaunchArguments, Watched, is_same
+
 SHORT_LENGTHS = 256
 """Lengths that a kernel may be compiled for, since its tiles are smaller: longer ones share theirs."""
 MOST_KINDS = 1024
 """The most kinds that are kept."""
-POINTER_ALIGNMENT = 16
-"""Bytes that the kernels load at once: pointers and strides are multiples of it, or the package makes a copy."""
 
-LaunchArguments = tuple[Any, ...]
 Saved = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor, Tensor]
 """q, k, v, sinks, out and lse."""
 
@@ -39,14 +44,6 @@ class Noted(NamedTuple):
 
     kernels: tuple[Callable[..., Any], ...]
     tile: Tile | None
-
-
-class Tile(NamedTuple):
-    """Queries and keys of a backward's tile, and what head dims are rounded up to in its sums."""
-
-    queries: int
-    keys: int
-    width: int
 
 
 UNKNOWN = Noted((), None)
@@ -281,35 +278,6 @@ OWNERS = ("_flash_attn_fwd", "_bwd_preprocess", "_flash_attn_bwd", "_bwd_postpro
 NEEDED = (*OWNERS, "AuxData", "LearnableSinkBwdTensors", "_tile_size_bwd_sm90", "BIN_BATCH_SEARCH_THRESH")
 
 
-class Watched:
-    """A cache of compiled kernels that lists what its thread calls."""
-
-    calls: list[tuple[Callable[..., Any], LaunchArguments]]
-
-    def __init__(self, own: Any) -> None:
-        self.own, self.thread = own, threading.get_ident()
-
-    def __contains__(self, key: Any) -> bool:
-        return key in self.own
-
-    def __setitem__(self, key: Any, kernel: Any) -> None:
-        self.own[key] = kernel
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.own, name)
-
-    def __getitem__(self, key: Any) -> Callable[..., Any]:
-        kernel: Callable[..., Any] = self.own[key]
-        if threading.get_ident() != self.thread:
-            return kernel
-
-        def call(*arguments: Any) -> Any:
-            self.calls.append((kernel, arguments))
-            return kernel(*arguments)
-
-        return call
-
-
 @functools.lru_cache(maxsize=8)
 def launches(
     forward: Callable[..., Any],
@@ -327,77 +295,3 @@ def launches(
     if not all(hasattr(package, name) for name in NEEDED) or not known(device):
         return None
     return Launches(forward) if all(hasattr(getattr(package, name), "compile_cache") for name in OWNERS) else None
-
-
-def was_read(device: torch.device) -> bool:
-    """The installed release is one of ``READ_RELEASES``, and its kernels for a device are those of Hopper."""
-    try:
-        version = metadata.version("flash-attn-4")
-    except metadata.PackageNotFoundError:
-        return False
-    return version in READ_RELEASES and torch.cuda.get_device_capability(device)[0] == 9
-
-
-def rules(told: dict[str, Any]) -> list[Tensor] | None:
-    """The tensors that a mask of one's own reads."""
-    if told["first"] is not None:
-        return [told["first"], told["last"]]
-    return None if told["table"] is None else [told["table"], told["items"]]
-
-
-def tables_for_heads(tables: Any, heads: int) -> LaunchArguments | None:
-    """The blocks to look at as kernels take them: for every head, and without the tables of other problems."""
-    if tables is None:
-        return None
-    found = [x if heads == 1 else x.expand(x.shape[0], heads, *x.shape[2:]) for x in tables[:4]]
-    return (*found, None, None, None, None)
-
-
-def detached(x: Any) -> Any:
-    """A tensor without its graph, which kernels refuse."""
-    return x.detach() if x is not None and x.requires_grad else x
-
-
-def is_taken_as_it_is(x: Tensor) -> bool:
-    """The package hands a tensor of half precision to its kernels as it is, and no two of its rows lie in one place."""
-    strides = x.stride()
-    if 0 in strides or x.data_ptr() % POINTER_ALIGNMENT:
-        return False
-    if x.is_contiguous():
-        return True
-    if strides[-1] != 1:
-        return False
-    return not any(stride % (POINTER_ALIGNMENT // 2) for stride in strides[:-1])
-
-
-def is_contiguous(x: Tensor | None) -> bool:
-    """The same of any other tensor, where there is one."""
-    return x is None or (x.is_contiguous() and not x.data_ptr() % POINTER_ALIGNMENT)
-
-
-def workspace_rows(x: Tensor, offsets: Tensor | None, size: int) -> tuple[int, ...]:
-    """The shape of a workspace with a number a row: rows in whole tiles, behind batch and heads."""
-    if offsets is None:
-        return x.shape[0], x.shape[2], -(-x.shape[1] // size) * size
-    return x.shape[1], (x.shape[0] + offsets.shape[0] * size - 1) // size * size
-
-
-def workspace_shape(shape: tuple[int, ...], head_dim: int, tile: Tile) -> tuple[int, ...]:
-    """The shape of a workspace with a number for each of a row's."""
-    return (*shape[:-1], shape[-1] * (-(-head_dim // tile.width) * tile.width))
-
-
-def is_same(mine: Any, theirs: Any, places: dict[int, int]) -> bool:
-    """Two arguments are the same; two workspaces wherever each of them is one throughout."""
-    if isinstance(mine, Tensor):
-        if not isinstance(theirs, Tensor) or mine.dtype != theirs.dtype:
-            return False
-        if mine.shape != theirs.shape or mine.stride() != theirs.stride():
-            return False
-        place = theirs.data_ptr()
-        return (places.setdefault(id(mine), place) if mine.is_meta else mine.data_ptr()) == place
-    if isinstance(mine, (tuple, list)):
-        if type(mine) is not type(theirs) or len(mine) != len(theirs):
-            return False
-        return all(is_same(one, other, places) for one, other in zip(mine, theirs))
-    return type(mine) is type(theirs) and bool(mine == theirs)

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from ...host.machine import HERE, Machine
-from ...problem.masks import Window
 from ...problem.spec import AttentionSpec
+from ...problem.windows import Window
 from ...problem.wording import first_line, summarize_error
 from ..base import Backend
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ...host.machine import has_triton
-from ...problem.masks import Window
+from ...problem.windows import Window
 
 LARGEST_TILE = 256
 """At least as many keys as a kernel loads at a time. What it loads behind the last real key must be finite: a weight of

@@ -16,9 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...host.torch_state import is_capturing, is_compiling, surely
-from ...problem.ragged import Documents, KeyPadding, Padding
+from ...problem.documents import Documents
+from ...problem.ragged import KeyPadding, Padding
 from ...problem.spec import AttentionSpec
-from ..base import FEATURES
+from ..limits import FEATURES
 from .order import Order, permute_rows, real_first
 
 PADDING = ("key_lengths", "key_padding")

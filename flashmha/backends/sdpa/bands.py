@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from ...host.torch_state import is_compiling, readable
-from ...problem.masks import Window
 from ...problem.spec import AttentionSpec
+from ...problem.windows import Window
 
 MOST_ROWS = 1024
 """Queries of a block at most."""

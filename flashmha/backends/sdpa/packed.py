@@ -7,9 +7,10 @@ import functools
 import torch
 from torch import Tensor
 
-from ...problem.masks import Window
 from ...problem.spec import AttentionSpec
-from ..base import HALF, Serve
+from ...problem.windows import Window
+from ..base import Serve
+from ..limits import HALF
 from ..rewrites.documents import PADDING, offsets_in_place, pack_batch, unpack_batch, worth_moving
 from ..rewrites.grouped import MOST_FOLDED_QUERIES
 from .switches import by_math, switches

@@ -13,9 +13,11 @@ import torch
 from torch import Tensor
 
 from ...host.torch_state import readable
-from ...problem.masks import Mask, Window, join_masks
-from ...problem.ragged import Documents, KeyLengths, KeyPadding
+from ...problem.documents import Documents
+from ...problem.masks import Mask, join_masks
+from ...problem.ragged import KeyLengths, KeyPadding
 from ...problem.spec import AttentionSpec
+from ...problem.windows import Window
 
 MIN_MULTIPLICATIONS = 2**21
 """Multiplications in the scores of a padded problem that cost as much as a call: below, one call with a mask beats one

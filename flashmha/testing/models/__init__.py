@@ -5,8 +5,9 @@ A failure of ``models`` prints a line that builds the same model again after
 """
 
 from ...host.public import publish as _publish
+from ...host.torch_state import without_fast_path
 from .anatomy import anatomy
-from .encoder import Architecture, EncoderMasks, architectures, encoder_masks, without_fast_path
+from .encoder import Architecture, EncoderMasks, architectures, encoder_masks
 from .transformer import Transformer, models, transformers
 from .tree import Leaf, ModuleGroup, Tree, trees
 

@@ -179,10 +179,10 @@ class EncoderMasks(Record):
             return torch.zeros(self.padded().shape, dtype=torch.float64).masked_fill(self.padded(), -math.inf)
         return self.padded()
 
-    def arguments(self, num_heads: int, mask: str = "mask", causal: str = "is_causal") -> dict[str, Any]:
+    def arguments(self, num_heads: int, mask: str = "mask") -> dict[str, Any]:
         """Keywords of nn.TransformerEncoder, or of a layer with ``mask="src_mask"``."""
         given = {mask: self.attention_mask(num_heads), "src_key_padding_mask": self.padding_mask()}
-        return {**given, causal: True} if self.hinted else given
+        return {**given, "is_causal": True} if self.hinted else given
 
     @property
     def hinted(self) -> bool:
@@ -212,17 +212,6 @@ def encoder_masks(
         hint=st.booleans(),
         seed=seeds(),
     )
-
-
-@contextlib.contextmanager
-def without_fast_path() -> Iterator[None]:
-    """Stock as it computes in training: no fused operator, no nested tensors."""
-    before = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(before)
 
 
 @contextlib.contextmanager

@@ -17,7 +17,7 @@ WIDTH = 8
 """embed_dim of every model: 1, 2, 4 and 8 heads fit."""
 
 
-class Block(nn.Module):
+class TreeBlock(nn.Module):
     """One attention layer, known under several names, and the input beside it.
 
     ``key`` and ``value`` are the input, cut to kdim and vdim. The weights enter the output where they are asked for.
@@ -97,26 +97,19 @@ class Leaf(Record):
     again: bool = False
     tied: bool = False
 
-    def build(self, earlier: list[nn.MultiheadAttention]) -> Block:
+    def build(self, earlier: list[nn.MultiheadAttention]) -> TreeBlock:
         if self.again and earlier:
-            return Block(earlier[-1], self.mask, self.need_weights)
-        layer = nn.MultiheadAttention(
-            WIDTH,
-            self.num_heads,
-            bias=self.bias,
-            add_bias_kv=self.add_bias_kv,
-            add_zero_attn=self.add_zero_attn,
-            kdim=self.kdim,
-            vdim=self.vdim,
-            batch_first=self.batch_first,
-        )
+            return TreeBlock(earlier[-1], self.mask, self.need_weights)
+        names = ("bias", "add_bias_kv", "add_zero_attn", "kdim", "vdim", "batch_first")
+        options: dict[str, Any] = {name: getattr(self, name) for name in names}
+        layer = nn.MultiheadAttention(WIDTH, self.num_heads, **options)
         packed = [other.in_proj_weight for other in earlier if other.in_proj_weight is not None]
         if self.tied and packed and layer.in_proj_weight is not None:
             layer.in_proj_weight = packed[-1]
         if self.frozen:
             layer.out_proj.requires_grad_(False)
         earlier.append(layer)
-        return Block(layer, self.mask, self.need_weights)
+        return TreeBlock(layer, self.mask, self.need_weights)
 
 
 @dataclasses.dataclass(frozen=True, repr=False)

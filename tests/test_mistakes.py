@@ -1,0 +1,173 @@
+"""Mistakes that callers make, drawn: each is told where it is made, with the value, the limit and the fix."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from flashmha import FlashMultiHeadAttention, Rule, Window, attention, causal, replace_mha
+from flashmha.backends import get, names
+from flashmha.layer.features import HOPS
+from flashmha.testing import assert_drop_in, noise, seeds, specs
+
+sizes = st.integers(1, 6)
+
+
+@pytest.mark.parametrize("name", names())
+@given(
+    dtype=st.sampled_from((torch.float32, torch.int64, torch.uint8)),
+    beside=st.booleans(),
+    shape=st.tuples(sizes, sizes),
+)
+def test_a_rule_that_gives_numbers_is_named(
+    name: str, dtype: torch.dtype, beside: bool, shape: tuple[int, int]
+) -> None:
+    if get(name).why_not_here(torch.device("cpu")) is not None:
+        pytest.skip(f"needs a machine on which {name} runs on a CPU")
+
+    def earlier(batch: Tensor, head: Tensor, q_pos: Tensor, k_pos: Tensor) -> Tensor:
+        return (k_pos <= q_pos).to(dtype)
+
+    mask = Rule(earlier) & Window(2, 2) if beside else Rule(earlier)
+    q, k = (noise(seed, 1, size, 1, 8).float() for seed, size in enumerate(shape))
+    said = str(dtype).removeprefix("torch.")
+    with pytest.raises(TypeError, match=rf"fn of Rule\(earlier\) must return a bool tensor, .* got {said} of shape"):
+        attention(q, k, k, mask=mask, backend=name)
+    with pytest.raises(TypeError, match=r"fn of Rule\(earlier\) must return a bool tensor"):
+        mask.picture(*shape)
+
+
+def altered(word: str, way: str, place: int) -> str:
+    """A word with one letter doubled, left out or changed."""
+    place %= len(word)
+    middle = {"doubled": 2 * word[place], "left out": "", "changed": "x"}[way]
+    return word[:place] + middle + word[place + 1 :]
+
+
+@given(hop=st.sampled_from(HOPS), way=st.sampled_from(("doubled", "left out", "changed")), place=st.integers(1, 20))
+def test_a_misspelled_hop_is_told_where_its_class_is_written(hop: str, way: str, place: int) -> None:
+    name = altered(hop, way, place)
+    with pytest.warns(UserWarning, match=rf"Mine\.{name} is no hop, .* the hop is {hop}\.") as told:
+        type("Mine", (FlashMultiHeadAttention,), {name: lambda self, *heads: heads})
+    assert told[0].filename == __file__
+
+
+INNOCENT: dict[str, dict[str, Any]] = {
+    "beside the hop": {"merge": lambda self, out, query: out, "merged": lambda self, out: out},
+    "another word": {"projection": lambda self: None, "attention": lambda self: None, "weights": lambda self: None},
+    "private": {"_attent": lambda self: None},
+    "no method": {"attent": 3, "merges": property(lambda self: 3)},
+    "every hop": {
+        "project": lambda self, query, key, value: (query, key, value),
+        "process_heads": lambda self, q, k, v: (q, k, v),
+        "attend": lambda self, q, k, v, **call: q,
+        "process_weights": lambda self, *weights: weights[0],
+        "merge": lambda self, out, query: out,
+    },
+}
+
+
+@pytest.mark.parametrize("body", INNOCENT.values(), ids=INNOCENT.keys())
+def test_a_class_without_a_misspelled_hop_is_written_in_silence(body: dict[str, Any]) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        type("Mine", (FlashMultiHeadAttention,), body)
+
+
+@given(
+    other=st.sampled_from((torch.float64, torch.bfloat16)),
+    which=st.sampled_from(("query", "key", "value", "all")),
+    own=st.booleans(),
+    batch_first=st.booleans(),
+)
+def test_an_input_of_another_dtype_is_named(other: torch.dtype, which: str, own: bool, batch_first: bool) -> None:
+    more: dict[str, Any] = {"kdim": 4, "vdim": 6} if own else {}
+    stock = nn.MultiheadAttention(8, 2, batch_first=batch_first, **more)
+    ours = FlashMultiHeadAttention.from_torch(nn.MultiheadAttention(8, 2, batch_first=batch_first, **more))
+    given_tensors = {"query": noise(0, 3, 3, 8).float(), "key": noise(1, 3, 3, 4 if own else 8).float()}
+    given_tensors["value"] = noise(2, 3, 3, 6 if own else 8).float()
+    for name in given_tensors:
+        if which in (name, "all"):
+            given_tensors[name] = given_tensors[name].to(other)
+    with pytest.raises(RuntimeError) as theirs:
+        stock(**given_tensors)
+    first, found = "query" if which == "all" else which, str(other)
+    with pytest.raises(RuntimeError) as mine:
+        ours(**given_tensors)
+    assert type(mine.value) is type(theirs.value)
+    assert str(mine.value) == (
+        f"{first} must have the dtype of the layer's weights, float32, got {found.removeprefix('torch.')}: "
+        f"{first}.to(torch.float32), or layer.to({found})."
+    )
+
+
+@given(width=st.integers(1, 30).filter(lambda width: width != 8), which=st.sampled_from(("query", "key", "value")))
+def test_another_width_is_named_behind_the_words_of_stock(width: int, which: str) -> None:
+    options: dict[str, Any] = {} if which == "query" else {"kdim": 8, "vdim": 8, "embed_dim": 4, "num_heads": 2}
+    options = {"embed_dim": 8, "num_heads": 2, "batch_first": True, **options}
+    right = {"query": noise(0, 2, 3, options["embed_dim"]), "key": noise(1, 2, 3, 8), "value": noise(2, 2, 3, 8)}
+    right[which] = noise(3, 2, 3, width)
+    with pytest.raises(AssertionError) as theirs:
+        nn.MultiheadAttention(**options)(**right)
+    with pytest.raises(AssertionError) as mine:
+        FlashMultiHeadAttention(**options)(**right)
+    name = {"query": "embed_dim", "key": "kdim", "value": "vdim"}[which]
+    said = str(mine.value).removeprefix(str(theirs.value))
+    assert said.startswith(f"; {which} must have {name}=8 features, got shape (2, 3, {width}): build the layer with ")
+    assert f"{name}={width}" in said
+
+
+@given(seed=seeds(), seqlen=sizes, cross=sizes, norm_first=st.booleans(), whole=st.booleans())
+def test_a_mask_goes_through_torchs_look_for_causality(
+    seed: int, seqlen: int, cross: int, norm_first: bool, whole: bool
+) -> None:
+    torch.manual_seed(seed)
+    options: dict[str, Any] = {"dropout": 0.0, "batch_first": True, "norm_first": norm_first}
+    x, memory = noise(seed, 2, seqlen, 8).float(), noise(seed + 1, 2, cross, 8).float()
+    model: nn.Module
+    if whole:
+        model = nn.Transformer(8, 2, 1, 1, 16, **options)
+    else:
+        model = nn.TransformerDecoder(nn.TransformerDecoderLayer(8, 2, 16, **options), 2)
+    inputs = (memory, x) if whole else (x, memory)
+    hidden = ~causal().materialize(1, 1, seqlen, seqlen)[0, 0]
+    expected = model(*inputs, tgt_mask=hidden, memory_mask=torch.zeros(seqlen, cross, dtype=torch.bool))
+    found = replace_mha(model)(*inputs, tgt_mask=causal(), memory_mask=Window(None, None))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+WRONG_DRAWS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
+    "no length": ({"longest": 0}, ValueError, "longest must be a whole number of at least 1, got 0."),
+    "half a length": ({"longest": 1.5}, ValueError, "longest must be a whole number of at least 1, got 1.5."),
+    "a class": ({"limits": type(get("sdpa"))}, TypeError, "limits must be a Limits, such as get(name).limits, or None"),
+    "no head dims": ({"head_dims": ()}, ValueError, "head_dims must be whole numbers of at least 1, got ()."),
+    "a head dim of 0": (
+        {"head_dims": [8, 0]},
+        ValueError,
+        "head_dims must be whole numbers of at least 1, got (8, 0).",
+    ),
+}
+
+
+@pytest.mark.parametrize(("options", "kind", "words"), WRONG_DRAWS.values(), ids=WRONG_DRAWS.keys())
+def test_a_draw_of_nothing_is_refused_where_it_is_asked_for(
+    options: dict[str, Any], kind: type[Exception], words: str
+) -> None:
+    with pytest.raises(kind, match=re.escape(words)):
+        specs(**options)
+
+
+@pytest.mark.parametrize("args", [noise(0, 2, 3, 8), "xxx", 3, {"query": 1}])
+def test_arguments_that_are_no_tuple_are_refused(args: Any) -> None:
+    stock, ours = nn.MultiheadAttention(8, 2), FlashMultiHeadAttention(8, 2)
+    with pytest.raises(TypeError, match=r"args must be the arguments of a call in a tuple, such as \(x, x, x\), got "):
+        assert_drop_in(stock, ours, args)
+    with pytest.raises(TypeError, match="kwargs must be a dict of arguments by name, or None, got "):
+        assert_drop_in(stock, ours, (), [args])  # type: ignore[arg-type]
