@@ -484,6 +484,52 @@ def test_rotary_alone_is_the_same_wherever_the_positions_start() -> None:
         torch.testing.assert_close(out, layer(x, x, x)[0], rtol=1e-4, atol=1e-5)
 
 
+SCALED: dict[str, dict[str, Any]] = {
+    "dynamic": {"rope_type": "dynamic", "rope_theta": 100.0, "factor": 4.0},
+    "longrope": {
+        "rope_type": "longrope",
+        "rope_theta": 100.0,
+        "factor": 4.0,
+        "short_factor": [1.0, 1.0],
+        "long_factor": [4.0, 2.0],
+        "original_max_position_embeddings": 4,
+    },
+}
+"""Scalings whose angles depend on the length of a call."""
+
+
+@given(
+    kind=st.sampled_from(sorted(SCALED)),
+    lengths=st.lists(st.integers(1, 9), min_size=1, max_size=3),
+    more=st.integers(0, 5),
+    seed=st.integers(0, 99),
+)
+def test_padding_is_not_counted_in_the_length_of_a_call(kind: str, lengths: list[int], more: int, seed: int) -> None:
+    """However it is left out: hidden by a mask, packed by the layer, by the caller, or nested."""
+    torch.manual_seed(seed)
+    rotary = Rotary(4, rope_parameters=SCALED[kind], max_seqlen=4)
+    layer = FlashMultiHeadAttention(8, 2, batch_first=True, rotary=rotary, need_weights=False).double()
+    longest = max(lengths)
+    x = torch.randn(len(lengths), longest, 8, dtype=torch.float64)
+    hidden = torch.arange(longest)[None] >= torch.tensor(lengths)[:, None]
+    wanted = torch.cat([rows[:n] for rows, n in zip(layer(x, x, x, hidden)[0], lengths)])
+    wider = torch.cat((x, torch.randn(len(lengths), more, 8, dtype=x.dtype)), 1)
+    hides = torch.arange(longest + more)[None] >= torch.tensor(lengths)[:, None]
+    found = {"wider": layer(wider, wider, wider, hides)[0][~hides]}
+    layer.skip_padding = True
+    found["left out"] = layer(wider, wider, wider, hides)[0][~hides]
+    table = torch.zeros(longest + more, longest + more, dtype=x.dtype)
+    found["beside a mask"] = layer(wider, wider, wider, hides, attn_mask=table)[0][~hides]
+    packed = flashmha.pack(wider, hides)
+    found["packed"] = layer(packed.tokens, packed.tokens, packed.tokens, attn_mask=packed.documents)[0][0]
+    nested = torch.nested.nested_tensor([rows[:n] for rows, n in zip(x, lengths)], layout=torch.jagged)
+    found["nested"] = layer(nested, nested, nested)[0].values()
+    places = torch.arange(longest + more).expand(len(lengths), -1)
+    found["named"] = layer(wider, wider, wider, hides, positions=places)[0][~hides]
+    for name, rows in found.items():
+        torch.testing.assert_close(rows, wanted, atol=1e-6, rtol=1e-6, msg=lambda said, name=name: f"{name}: {said}")
+
+
 def test_the_items_of_a_nested_tensor_count_from_zero() -> None:
     layer = full().double()
     items = [torch.randn(n, WIDTH).double() for n in (4, 1, 3)]

@@ -34,7 +34,7 @@ from .hops import (
 )
 from .keys_values import with_stand_ins
 from .options import counted_by, owns_parts, rule_of
-from .places import Places, find_places, read_places
+from .places import Places, count_real, find_places, read_places
 from .precision import computing_dtype, weights_dtype
 from .problems import Problems
 from .protocol import Layer
@@ -197,7 +197,9 @@ def prepare_call(layer: Layer, call: Reading, given: Arguments, wanted: Wanted, 
     if owns_parts(layer):
         sinks, position_bias = layer.sinks, layer.position_bias
         real_places = None if padded is None else padded.places
-        heads = turn_heads(layer, heads, *find_places(named, mask, sizes, real_places, kv is not None, query.device))
+        length = None if padded is not None else count_real(layer, rule, named, sizes[2], call.query is call.key)
+        places = find_places(named, mask, sizes, real_places, kv is not None, query.device)
+        heads = turn_heads(layer, heads, *places, length)
     if dtype is None:
         before_hop, heads = heads, layer.process_heads(*heads)
         if custom:
@@ -232,7 +234,9 @@ def prepare_call(layer: Layer, call: Reading, given: Arguments, wanted: Wanted, 
     return Prepared(query, q, k, v, problem, dtype, padded, custom)
 
 
-def turn_heads(layer: Layer, heads: Any, positions_q: Tensor | None, positions_k: Tensor | None) -> Any:
+def turn_heads(
+    layer: Layer, heads: Any, positions_q: Tensor | None, positions_k: Tensor | None, length: Tensor | None
+) -> Any:
     """Heads with the norms and the rotary of a layer."""
     q, k, v = heads
     q, k = prepare_heads(
@@ -243,6 +247,7 @@ def turn_heads(layer: Layer, heads: Any, positions_q: Tensor | None, positions_k
         rotary=layer.rotary,
         positions_q=positions_q,
         positions_k=positions_k,
+        length=length,
     )
     return q, k, v
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from ..parts.rotary import INTEGERS
 from ..problem.masks import Mask
 from ..problem.packing import take_real
+from ..problem.ragged import Padding
 from ..problem.wording import spell
 from .protocol import Layer
 
@@ -46,6 +47,22 @@ def find_places(
         return (torch.arange(seqlen_k - seqlen_q, seqlen_k, device=device)[None], None) if alone else given
     q_pos, k_pos = mask.documents.positions(seqlen_q, seqlen_k, "bottom_right")
     return q_pos[None], k_pos[None]
+
+
+def count_real(layer: Layer, rule: Padding | None, given: Places, seqlen_k: int, alike: bool) -> Tensor | None:
+    """The length of a call with padding, which shall not count, for a rotary that asks; ``None`` for no need of it.
+
+    ``alike`` where queries and keys are the same tokens.
+    """
+    if rule is None or not getattr(layer.rotary, "counts_length", False):
+        return None
+    real = rule.real(seqlen_k)
+    keys = torch.arange(seqlen_k, device=real.device)[None] if given[1] is None else given[1]
+    length = (keys + 1).masked_fill(~real, 0).amax() if real.numel() else real.new_zeros((), dtype=torch.int64)
+    if given[0] is not None and given[0] is not given[1] and given[0].numel():
+        queries = (given[0] + 1).masked_fill(~real, 0) if alike else given[0] + 1
+        length = torch.maximum(length, queries.amax())
+    return length.to(torch.float32)
 
 
 def read_places(

@@ -24,17 +24,19 @@ def prepare_heads(
     rotary: nn.Module | None = None,
     positions_q: Tensor | None = None,
     positions_k: Tensor | None = None,
+    length: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None]:
     """q and k (batch, seqlen, heads, head_dim), normalised and turned.
 
     Args:
         q_norm, k_norm: modules over head_dim.
         rotary: a ``Rotary``, which turns q and k; it is called, so that its hooks run.
-        positions_q, positions_k: as ``Rotary`` takes them.
+        positions_q, positions_k, length: as ``Rotary`` takes them.
     """
     if rotary is None:
         return prepare(q, k, (q_norm, k_norm), None)
-    made: tuple[Tensor | None, Tensor | None] = rotary(q, k, positions_q, positions_k, norms=(q_norm, k_norm))
+    options = {"norms": (q_norm, k_norm)} if length is None else {"norms": (q_norm, k_norm), "length": length}
+    made: tuple[Tensor | None, Tensor | None] = rotary(q, k, positions_q, positions_k, **options)
     return made
 
 

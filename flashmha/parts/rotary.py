@@ -78,6 +78,7 @@ class Rotary(nn.Module):
         positions_k: Tensor | None = None,
         *,
         norms: Norms | None = None,
+        length: Tensor | None = None,
     ) -> tuple[Tensor | None, Tensor | None]:
         """q and k (batch, seqlen, heads, head_dim), turned; either may be ``None``.
 
@@ -85,11 +86,22 @@ class Rotary(nn.Module):
             positions_q, positions_k: ints (batch or 1, seqlen). ``None`` is 0, 1, ... for keys, and for queries, of
                 which the last is at the last key; without keys they are at 0, 1, ...
             norms: modules over head_dim for q and k, which come first.
+            length: that of the call, a tensor (), where it is not the largest position and 1: there is padding.
         """
-        return prepare(q, k, norms or (None, None), self.rotation(q, k, positions_q, positions_k))
+        return prepare(q, k, norms or (None, None), self.rotation(q, k, positions_q, positions_k, length))
+
+    @property
+    def counts_length(self) -> bool:
+        """The angles depend on the length of the call."""
+        return bool(self.frequencies.original)
 
     def rotation(
-        self, q: Tensor | None, k: Tensor | None, positions_q: Tensor | None, positions_k: Tensor | None
+        self,
+        q: Tensor | None,
+        k: Tensor | None,
+        positions_q: Tensor | None,
+        positions_k: Tensor | None,
+        length: Tensor | None = None,
     ) -> Rotation:
         """What turns the heads of a call."""
         for name, x, positions in (("q", q, positions_q), ("k", k, positions_k)):
@@ -101,9 +113,11 @@ class Rotary(nn.Module):
         k_at: Positions = 0 if positions_k is None else positions_k
         found, inv_freq = self.frequencies, self.inv_freq
         if found.original:
-            given = [x for x in (positions_q, positions_k) if x is not None]
-            implicit = ends if (q is not None and positions_q is None) or (k is not None and positions_k is None) else 0
-            inv_freq = rescale(found, length_of(implicit, given, inv_freq.device), inv_freq, self.long_inv_freq)
+            if length is None:
+                given = [x for x in (positions_q, positions_k) if x is not None]
+                named = (q is None or positions_q is not None) and (k is None or positions_k is not None)
+                length = length_of(0 if named else ends, given, inv_freq.device)
+            inv_freq = rescale(found, length, inv_freq, self.long_inv_freq)
         return Rotation(inv_freq, found.attention_factor, self.interleaved, q_at, k_at)
 
     def check(self, name: str, x: Tensor, positions: Tensor | None) -> None:
