@@ -58,6 +58,29 @@ def likeness(thing: Any, within: tuple[Any, ...] = ()) -> Hashable:
     return kind, held
 
 
+def is_settled(function: Any, within: tuple[Any, ...] = ()) -> bool:
+    """A function reads nothing that may be another later: no variable of its surroundings, no global but code.
+
+    ``within`` are the functions that call it.
+    """
+    if any(function is outer for outer in within):
+        return True
+    if type(function) is not types.FunctionType or function.__closure__:
+        return False
+    defaults = (*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values())
+    code = function.__code__
+    if any(type(one) not in CONSTANTS for one in defaults) or any(
+        type(one) is types.CodeType for one in code.co_consts
+    ):
+        return False
+    read = [function.__globals__[name] for name in code.co_names if name in function.__globals__]
+    return all(isinstance(one, CODE) or is_settled(one, (*within, function)) for one in read)
+
+
+CODE = (types.ModuleType, type, types.BuiltinFunctionType)
+"""Kinds of globals that stay what they are."""
+
+
 def find_held(function: types.FunctionType) -> list[Any]:
     """What a function holds beside its code: defaults, captured variables, and globals that are constants."""
     found: list[Any] = [function.__defaults__, *sorted((function.__kwdefaults__ or {}).items())]
