@@ -14,7 +14,8 @@ from ..problem.positions import index_grid
 from ..problem.ragged import KeyLengths, KeyPadding
 from ..problem.scores import TensorBias
 from ..problem.spec import AttentionSpec
-from .blocks import Box, as_slice
+from .blocks import Box
+from .regions import as_slice
 
 
 @dataclasses.dataclass(frozen=True)

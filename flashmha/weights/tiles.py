@@ -21,7 +21,8 @@ from ..problem.ragged import KeyLengths, KeyPadding
 from ..problem.scores import ALiBi, RelativeBias, TensorBias
 from ..problem.spec import AttentionSpec
 from ..problem.wording import dtype_name
-from .blocks import Box, as_slice
+from .blocks import Box
+from .regions import as_slice
 from .tables import Tables, strides_of
 from .tilings import choose_backward_tiling, choose_tiling, shared_memory
 

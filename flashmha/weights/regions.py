@@ -1,0 +1,63 @@
+"""Some places of a tensor, as slices of slices name them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+
+class Region(NamedTuple):
+    """A range of each axis of a tensor, and which of its axes a view of them has, in their order."""
+
+    ranges: tuple[range, ...]
+    axes: tuple[int, ...]
+
+    @classmethod
+    def whole(cls, shape: Sequence[int]) -> Region:
+        """All of a tensor."""
+        return cls(tuple(map(range, shape)), tuple(range(len(shape))))
+
+    @property
+    def numel(self) -> int:
+        """How many places there are."""
+        return math.prod(map(len, self.ranges))
+
+    def select(self, dim: int, index: int) -> Region:
+        """One place of an axis of the view, which loses it."""
+        axis = self.axes[dim]
+        one = self.ranges[axis][index]
+        return Region(self.narrowed(axis, range(one, one + 1)), tuple(a for a in self.axes if a != axis))
+
+    def slice(self, dim: int = 0, start: int | None = None, end: int | None = None, step: int = 1) -> Region:
+        """Some places of an axis of the view."""
+        axis = self.axes[dim]
+        return self._replace(ranges=self.narrowed(axis, self.ranges[axis][start:end:step]))
+
+    def narrowed(self, axis: int, places: range) -> tuple[range, ...]:
+        """The ranges with another one of an axis."""
+        return (*self.ranges[:axis], places, *self.ranges[axis + 1 :])
+
+    def of(self, values: Tensor) -> Tensor:
+        """The view of a tensor."""
+        return values[tuple(self.as_index(axis, places) for axis, places in enumerate(self.ranges))]
+
+    def alone(self, values: Tensor) -> Tensor:
+        """The view of its places, where no others are there."""
+        return values[tuple(slice(None) if axis in self.axes else 0 for axis in range(values.dim()))]
+
+    def as_index(self, axis: int, places: range) -> Any:
+        """What stands for an axis of the tensor in an index."""
+        return as_slice(places) if axis in self.axes else places.start
+
+
+def as_slice(part: range) -> slice:
+    """A range as an index."""
+    return slice(part.start, part.stop, part.step)
+
+
+def cover(part: range) -> range:
+    """The range of step 1 from the first to the last place of one."""
+    return range(part[0], part[-1] + 1) if part else range(0)
