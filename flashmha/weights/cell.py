@@ -47,14 +47,15 @@ FEWEST = 2**12
 class Cell:
     """The values that a deferred tensor and its views share, or what makes them."""
 
-    __slots__ = ("__weakref__", "inference", "lock", "made", "process", "source", "spent", "stream")
+    __slots__ = ("__weakref__", "inference", "lock", "lock_process", "made", "process", "source", "spent", "stream")
 
     def __init__(self, source: Source) -> None:
         self.source: Source | None = source
         self.made: Tensor | None = None
         self.spent = 0
         self.inference = is_inference()
-        self.process, self.lock = os.getpid(), threading.RLock()
+        self.process = self.lock_process = os.getpid()
+        self.lock = threading.RLock()
         device = source.device
         self.stream = torch._C._cuda_getCurrentStream(device.index) if device.type == "cuda" else None
 
@@ -95,9 +96,10 @@ class Cell:
     @contextlib.contextmanager
     def computing(self) -> Iterator[None]:
         """Compute as at the call, one thread at a time."""
-        forked = self.process != os.getpid()
-        if forked:  # a lock that another thread held at the fork stays locked
-            self.process, self.lock = os.getpid(), threading.RLock()
+        process = os.getpid()
+        forked = self.process != process
+        if self.lock_process != process:  # a lock that another thread held at the fork stays locked
+            self.lock_process, self.lock = process, threading.RLock()
         with self.lock:
             if self.made is not None:
                 yield

@@ -188,7 +188,8 @@ class Deferred(Tensor):
         return found
 
     def as_subclass(self, cls: Any) -> Any:
-        return torch.ops.aten.alias.default(self).as_subclass(cls)
+        fill(self)
+        return aten.alias.default(self).as_subclass(cls)
 
     def untyped_storage(self) -> torch.UntypedStorage:
         fill(self)
