@@ -314,7 +314,7 @@ def test_maps_that_are_kept_hold_little_more_than_their_values(look: str, grad: 
             out.sum().backward()
     unread = None
     assert sum(one.made is None for one in cells) <= cell.MOST_UNREAD
-    assert all(cell.make is None for cell in cells if cell.made is not None)
+    assert all(cell.source is None for cell in cells if cell.made is not None)
 
 
 def test_maps_that_are_dropped_are_not_computed() -> None:

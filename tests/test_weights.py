@@ -189,7 +189,7 @@ def test_an_output_of_a_fused_kernel_can_be_differentiated_twice(case: Case, loo
 
 
 class Largest(TorchDispatchMode):
-    """The most elements any operator's result had, and the operators that ran."""
+    """The most elements any operator's result had, also inside of a deferred tensor, and the operators that ran."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -197,6 +197,9 @@ class Largest(TorchDispatchMode):
         self.ran: set[Any] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if any(type(x) is Deferred for x in torch.utils._pytree.tree_leaves((args, kwargs))):
+            with self:
+                return Deferred.__torch_dispatch__(func, types, args, kwargs)
         self.ran.add(func.overloadpacket)
         result = func(*args, **(kwargs or {}))
         for tensor in torch.utils._pytree.tree_leaves(result):
