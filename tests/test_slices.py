@@ -127,7 +127,7 @@ SIGHTS: dict[str, Callable[[Tensor], Tensor]] = {
     "head": lambda x: x[:, 2],
     "keys": lambda x: x[..., -1, :5],
     "turned": lambda x: x[0, :, 3].mT,
-    "flat": lambda x: x[:, :, 4].unsqueeze(1).view(-1),
+    "parted": lambda x: x[1, :, 4].view(2, 2, -1),
     "detached": lambda x: x[1].detach()[..., -1],
 }
 DEEDS: dict[str, Callable[[Tensor], Any]] = {
@@ -144,8 +144,8 @@ DEEDS: dict[str, Callable[[Tensor], Any]] = {
     "copy_": lambda x: torch.zeros(x.shape).copy_(x),
     "detach": lambda x: x.detach().add_(0.5),
     "set_": lambda x: torch.empty(0).set_(x).mul_(1.5),
-    "compiled": lambda x: torch.compile(lambda y: y * 2.0, backend="eager")(x),
-    "written by a compiled function": lambda x: torch.compile(lambda y: y.mul_(2.0), backend="eager")(x),
+    "compiled": lambda x: torch.compile(lambda y: y * 2.0, backend="eager", dynamic=False)(x),
+    "written by a compiled function": lambda x: torch.compile(lambda y: y.mul_(2.0), backend="eager", dynamic=False)(x),
     "pickled": lambda x: pickle.loads(pickle.dumps(x)),
     "deepcopy": lambda x: copy.deepcopy(x),
 }
@@ -260,7 +260,7 @@ PARTS: dict[str, Callable[[Tensor], Tensor]] = {
 def test_neither_reading_nor_training_makes_the_map(name: str, mask: Any, training: bool) -> None:
     q, k, v = (torch.randn(1, SEQLEN, HEADS, 8).requires_grad_(training) for _ in range(3))
     spec = AttentionSpec.of(q, k, v, mask=mask)
-    unread = attention_with_weights(q, k, v, spec, "naive", average=False)[1]
+    unread = attention_with_weights(q, k, v, spec, "sdpa", average=False)[1]
     with blocks_of(SEQLEN * 16), Largest() as largest:
         found = PARTS[name](unread)
         loss = (found * 1.0).square().sum()
@@ -319,14 +319,14 @@ def test_a_compiled_function_gets_the_values(name: str, training: bool) -> None:
     torch.manual_seed(0)
     x = torch.randn(2, 24, 16)
     layer = FlashMultiHeadAttention(16, 4, batch_first=True)
-    function = torch.compile(COMPILED[name], backend="aot_eager")
+    function = torch.compile(COMPILED[name], backend="aot_eager", dynamic=False)
     with torch.set_grad_enabled(training):
         unread, read = (layer(x, x, x, average_attn_weights=False)[1] for _ in range(2))
         expected = COMPILED[name](read.clone())
         torch.testing.assert_close(function(unread), expected)
         torch.testing.assert_close(function(read[:, :2].contiguous()), COMPILED[name](read.clone()[:, :2]))
         part = layer(x, x, x, average_attn_weights=False)[1][0]
-        torch.testing.assert_close(torch.compile(lambda y: y * 2.0, backend="aot_eager")(part), 2.0 * read.clone()[0])
+        torch.testing.assert_close(torch.compile(lambda y: y * 2.0, backend="aot_eager", dynamic=False)(part), 2.0 * read.clone()[0])
 
 
 def test_gradients_that_are_kept_or_seen_by_hooks_are_whole() -> None:

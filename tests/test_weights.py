@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import io
+import math
 import pickle
 from collections.abc import Callable
 from typing import Any
@@ -189,7 +190,7 @@ def test_an_output_of_a_fused_kernel_can_be_differentiated_twice(case: Case, loo
 
 
 class Largest(TorchDispatchMode):
-    """The most elements any operator's result had, also inside of a deferred tensor, and the operators that ran."""
+    """The most elements any operator's result held, also inside of a deferred tensor, and the operators that ran."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -204,7 +205,8 @@ class Largest(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         for tensor in torch.utils._pytree.tree_leaves(result):
             if isinstance(tensor, Tensor) and not isinstance(tensor, Deferred) and not tensor.is_meta:
-                self.numel = max(self.numel, tensor.numel())
+                held = [size for size, stride in zip(tensor.shape, tensor.stride()) if stride]  # others are expanded
+                self.numel = max(self.numel, math.prod(held))
         return result
 
 

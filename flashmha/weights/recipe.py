@@ -119,7 +119,7 @@ class Recipe:
     def are_few(self, box: Box) -> bool:
         """Whether the rows of a box are so few that the definition makes them at once."""
         count = len(box.batch) * len(box.heads) * len(box.rows)
-        return 0 < count * self.spec.seqlen_k <= scores_in_a_block(self.spec) and len(box.rows) <= rows.MOST_ROWS
+        return 0 < count * self.spec.seqlen_k <= scores_in_a_block(self.spec) and len(cover(box.rows)) <= rows.MOST_ROWS
 
     @property
     def has_tiles(self) -> bool:
