@@ -21,7 +21,8 @@ from flashmha import Dense, FlashMultiHeadAttention, KeyLengths
 from flashmha.backends.sdpa.switches import switches
 from flashmha.testing import noise, seeds
 from flashmha.weights import cell
-from flashmha.weights.deferred import Deferred, fill
+from flashmha.weights.deferred import Deferred
+from flashmha.weights.storage import fill
 
 SEQLEN = 23
 """With four heads and two items a map large enough to be deferred; smaller ones are ordinary tensors."""

@@ -196,7 +196,7 @@ def of_heads(table: Tensor, heads: slice) -> Tensor:
 
 def at_least_float32(dtype: torch.dtype) -> torch.dtype:
     """At least float32."""
-    return torch.promote_types(dtype, torch.float32)
+    return dtype if dtype == torch.float64 else torch.float32
 
 
 def align_rows(rows: Tensor, average: bool) -> Tensor:

@@ -24,6 +24,8 @@ class Source(Protocol):
     shape: tuple[int, ...]
     dtype: torch.dtype
     device: torch.device
+    answers: frozenset[Any]
+    """The operators that ``answer`` may know."""
     cost: int
     """Bytes that it holds beyond those of the values."""
 
@@ -47,7 +49,18 @@ FEWEST = 2**12
 class Cell:
     """The values that a deferred tensor and its views share, or what makes them."""
 
-    __slots__ = ("__weakref__", "inference", "lock", "lock_process", "made", "process", "source", "spent", "stream")
+    __slots__ = (
+        "__weakref__",
+        "device",
+        "inference",
+        "lock",
+        "lock_process",
+        "made",
+        "process",
+        "source",
+        "spent",
+        "stream",
+    )
 
     def __init__(self, source: Source) -> None:
         self.source: Source | None = source
@@ -56,7 +69,7 @@ class Cell:
         self.inference = is_inference()
         self.process = self.lock_process = os.getpid()
         self.lock = threading.RLock()
-        device = source.device
+        self.device = device = source.device
         self.stream = torch._C._cuda_getCurrentStream(device.index) if device.type == "cuda" else None
 
     def values(self) -> Tensor:
@@ -104,9 +117,10 @@ class Cell:
             if self.made is not None:
                 yield
                 return
+            nothing = contextlib.nullcontext()
             with (
-                torch.inference_mode(self.inference),
-                torch.no_grad(),
+                nothing if is_inference() == self.inference else torch.inference_mode(self.inference),
+                torch.no_grad() if torch.is_grad_enabled() else nothing,
                 run_on_one_thread() if forked else run_on_stream(self.stream),
             ):
                 yield

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch._guards import TracingContext
 from torch.utils._pytree import tree_leaves, tree_map_only
 
@@ -24,7 +24,9 @@ from ..host.torch_state import is_batched
 from .cell import Cell, Source, note_unread
 from .patches import Patches
 from .picks import find_list, find_places, pick
-from .views import ALIASES, SLICE, View, is_view
+from .regions import SLICE
+from .storage import as_ordinary, fill, lend, make_blank, put, read, values_of
+from .views import ALIASES, Layout, View, is_view
 
 
 def sparing(name: str) -> Callable[..., Any]:
@@ -65,10 +67,9 @@ class Deferred(Tensor):
     """The values while they lie in another tensor: those of a tracer, and those that are lent to a compiler."""
 
     @staticmethod
-    def __new__(cls, cell: Cell, like: Tensor, view: View | None = None) -> Any:
-        """Values of a cell, or a view of them, with the sizes and strides of ``like``, on the device of the cell's."""
-        assert cell.source is not None
-        made = make_blank(cls, like, cell.source.device)
+    def __new__(cls, cell: Cell, layout: Layout, view: View | None = None) -> Any:
+        """The values of a cell, or a view of them."""
+        made = make_blank(cls, layout, cell.device)
         made.cell, made.way = cell, view
         torch._C._set_throw_on_mutable_data_ptr(made)
         return made
@@ -232,7 +233,7 @@ def look(tensor: Deferred, func: Any, args: Any, kwargs: Any) -> Any:
     cell, view = tensor.cell, tensor.way
     assert cell is not None
     if is_all(func, tensor, args):
-        return Deferred(cell, tensor, view)
+        return Deferred(cell, Layout.of(tensor), view)
     if not is_unread(tensor):
         return None
     if func in (INDEX, INDEX_SELECT):
@@ -240,18 +241,26 @@ def look(tensor: Deferred, func: Any, args: Any, kwargs: Any) -> Any:
             dim, places = find_list([slice(None) if one is None else one for one in args[0]])
         else:
             dim, places = args[0], find_places(args[1])
-        return None if places is None else pick(Deferred(cell, tensor, view), dim, places, func is INDEX)
-    view = View.whole(tensor) if view is None else view
-    if not view.steps:
-        found = cell.ask(func, view.shape, view.region, args, kwargs)
+        return None if places is None else pick(Deferred(cell, Layout.of(tensor), view), dim, places, func is INDEX)
+    source = cell.source
+    if source is not None and func in source.answers and not (view is not None and view.steps):
+        view = View.whole(Layout.of(tensor)) if view is None else view
+        found = cell.ask(func, view.layout.blank(), view.region, args, kwargs)
         if found is not None:
             return found if isinstance(found, Tensor) else defer(found)
-    if not is_view(func):
+    if is_view(func):
+        view = View.whole(Layout.of(tensor)) if view is None else view
+        views = view.then(func, args, kwargs)
+        if isinstance(views, list):
+            return [Deferred(cell, one.layout, one) for one in views]
+        return Deferred(cell, views.layout, views)
+    if view is None or func._schema.is_mutable or any(isinstance(x, LEADING) for x in (*args, *kwargs.values())):
         return None
-    views = view.then(func, args, kwargs)
-    if isinstance(views, list):
-        return [Deferred(cell, one.shape, one) for one in views]
-    return Deferred(cell, views.shape, views)
+    return func(view.read(cell), *args, **kwargs)
+
+
+LEADING = (Tensor, list, tuple)
+"""Kinds of arguments that are, or may hold, tensors."""
 
 
 def written(func: Any, args: Any, kwargs: Any) -> list[Any]:
@@ -265,78 +274,16 @@ def written(func: Any, args: Any, kwargs: Any) -> list[Any]:
 def defer(source: Source) -> Deferred:
     """A tensor whose values a source makes when they are read."""
     cell = Cell(source)
-    made: Deferred = Deferred(cell, torch.empty(source.shape, dtype=source.dtype, device="meta"))
+    made: Deferred = Deferred(cell, Layout.contiguous(source.shape, source.dtype))
     note_unread(cell)
-    return made
-
-
-def make_blank(cls: type[Tensor], like: Tensor, device: torch.device) -> Any:
-    """A tensor of a class without memory, with the sizes, the strides and the dtype of another."""
-    made: Any = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
-        cls, like.shape, like.stride(), like.storage_offset(), dtype=like.dtype, device=device
-    )
-    made.cell = made.way = made.foreign = None
     return made
 
 
 def wrap(values: Tensor) -> Deferred:
     """A deferred tensor whose values are there."""
-    made: Deferred = make_blank(Deferred, values, values.device)
+    made: Deferred = make_blank(Deferred, Layout.of(values), values.device)
     if type(values) is Tensor:
         put(made, values)
     else:
         made.foreign = values
     return made
-
-
-def fill(tensor: Deferred) -> None:
-    """Compute the values, if that is still to do, and take back what was lent, into the tensor's own storage."""
-    cell, foreign = tensor.cell, tensor.foreign
-    if cell is not None:
-        values = cell.values() if tensor.way is None else tensor.way.of(cell)
-        with cell.lock:
-            if tensor.cell is not None:
-                put(tensor, values)
-                tensor.cell = tensor.way = None
-    elif type(foreign) is Tensor and TracingContext.try_get() is None:
-        put(tensor, foreign)
-        tensor.foreign = None
-
-
-def lend(tensor: Deferred) -> None:
-    """Keep the values in a tensor beside this one: a compiler wants the two to have storages of their own."""
-    if tensor.foreign is None:
-        values = values_of(tensor)
-        put(tensor, make_blank(Deferred, values, values.device))
-        torch._C._set_throw_on_mutable_data_ptr(tensor)
-        tensor.foreign = values
-
-
-def put(tensor: Deferred, values: Tensor) -> None:
-    """Give a tensor the memory and the sizes of ordinary values."""
-    with torch._C._DisableTorchDispatch():
-        Tensor.data.__set__(tensor, values)  # type: ignore[attr-defined]
-
-
-def values_of(tensor: Deferred) -> Tensor:
-    """The values as an ordinary tensor over the same memory, outside autograd."""
-    fill(tensor)
-    if tensor.foreign is not None:
-        return tensor.foreign
-    with torch._C._DisableTorchDispatch(), torch.no_grad():
-        values: Tensor = torch.ops.aten.alias.default(tensor)
-    return values.detach()  # a view would lead a compiler back to the tensor
-
-
-def read(tensor: Deferred) -> Tensor:
-    """The values for an operator that neither writes them nor gives a view of them: those of a view alone."""
-    cell, view = tensor.cell, tensor.way
-    return values_of(tensor) if cell is None or view is None else view.read(cell)
-
-
-def as_ordinary(tensor: Deferred) -> Tensor:
-    """The tensor or parameter that would stand in its place had it never been deferred."""
-    values = values_of(tensor)
-    if getattr(tensor, "_is_param", False):
-        return nn.Parameter(values, tensor.requires_grad)
-    return values.requires_grad_(tensor.requires_grad)

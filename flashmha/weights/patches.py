@@ -13,10 +13,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .cell import Source
 from .regions import Region, as_slice
 
 aten = torch.ops.aten
 SCALES = (aten.mul.Tensor, aten.mul.Scalar, aten.div.Tensor, aten.div.Scalar)
+INNER = (
+    aten.select_backward.default,
+    aten.slice_backward.default,
+    aten.unsqueeze.default,
+    aten.expand.default,
+    aten.add.Tensor,
+)
+"""Others that stand between a slice or a mean and its map in a backward."""
 Patch = tuple[tuple[range, ...], Tensor]
 """The places of a patch, and its numbers, which broadcast to them."""
 
@@ -25,6 +34,7 @@ class Patches:
     """A gradient that is 0 outside some patches, which may overlap."""
 
     cost = 0
+    answers: frozenset[Any] = frozenset([*SCALES, *INNER])
 
     def __init__(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device, patches: list[Patch]) -> None:
         self.shape, self.dtype, self.device, self.patches = tuple(shape), dtype, device, patches
@@ -53,8 +63,8 @@ class Patches:
         """Whether the patches have less numbers than the gradient."""
         return 2 * sum(values.numel() for _, values in self.patches) <= math.prod(self.shape)
 
-    def answer(self, func: Any, like: Tensor, region: Region, args: Any, kwargs: Any) -> Patches | None:
-        """What the operators make of it that stand between a slice or a mean and its map in a backward."""
+    def answer(self, func: Any, like: Tensor, region: Region, args: Any, kwargs: Any) -> Tensor | Source | None:
+        """What one of ``answers`` makes of it."""
         if kwargs or region != Region.whole(self.shape):
             return None
         if func is aten.select_backward.default:

@@ -6,7 +6,10 @@ import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
+
+SELECT, SLICE = torch.ops.aten.select.int, torch.ops.aten.slice.Tensor
 
 
 class Region(NamedTuple):
@@ -35,6 +38,20 @@ class Region(NamedTuple):
         """Some places of an axis of the view."""
         axis = self.axes[dim]
         return self._replace(ranges=self.narrowed(axis, self.ranges[axis][start:end:step]))
+
+    def after(self, func: Any, args: tuple[Any, ...]) -> Region | None:
+        """What ``select`` or ``slice`` leaves; ``None`` for another operator, and where it would raise."""
+        if func is SELECT:
+            dim, index = args
+            inside = -len(self.axes) <= dim < len(self.axes) and -1 - index < self.count_of(dim) > index
+            return self.select(dim, index) if inside else None
+        if func is not SLICE or (len(args) > 3 and args[3] < 1):
+            return None
+        return self.slice(*args) if -len(self.axes) <= (args[0] if args else 0) < len(self.axes) else None
+
+    def count_of(self, dim: int) -> int:
+        """How many places an axis of the view has."""
+        return len(self.ranges[self.axes[dim]])
 
     def narrowed(self, axis: int, places: range) -> tuple[range, ...]:
         """The ranges with another one of an axis."""

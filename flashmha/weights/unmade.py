@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .blocks import Box
+from .cell import Source
 from .gradients import Piece
 from .patches import Patches
 from .recipe import Recipe
@@ -32,6 +33,8 @@ MEANS = (aten.mean.default, aten.mean.dim)
 
 class Unmade:
     """The weights of a recipe, over the axes that the caller sees."""
+
+    answers: frozenset[Any] = frozenset(REDUCTIONS)
 
     def __init__(self, recipe: Recipe) -> None:
         self.recipe, self.shape, self.dtype, self.device = recipe, recipe.shape, recipe.dtype, recipe.spec.device
@@ -88,13 +91,13 @@ class Unmade:
             return self.recipe.gradients_of(self.pieces(found), wanted)
         return self.recipe.gradients(grad, wanted)
 
-    def answer(self, func: Any, like: Tensor, region: Region, args: Any, kwargs: Any) -> Tensor | Unmade | None:
+    def answer(self, func: Any, like: Tensor, region: Region, args: Any, kwargs: Any) -> Tensor | Source | None:
         """A reduction of some places, or the mean over heads, which is a map that was not made either.
 
         In float32 at least, where a map in half precision is rounded before it is added up.
         """
-        kind = REDUCTIONS.get(func)
-        if kind is None or not like.numel() or not like.dim():
+        kind = REDUCTIONS[func]
+        if not like.numel() or not like.dim():
             return None
         found = func(like, *args, **kwargs)  # errors, shape, dtype
         if not found.is_floating_point():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -11,10 +12,41 @@ from .cell import Cell
 from .regions import Region
 
 aten = torch.ops.aten
-SELECT, SLICE = aten.select.int, aten.slice.Tensor
 ALIASES = (aten.alias.default, aten.detach.default)
 BY_STORAGE = (aten.as_strided.default, aten._reshape_alias.default)
 """Views whose arguments speak of the storage below the tensor."""
+
+
+class Layout(NamedTuple):
+    """How a tensor lies in its memory."""
+
+    sizes: tuple[int, ...]
+    strides: tuple[int, ...]
+    offset: int
+    dtype: torch.dtype
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> Layout:
+        return cls(tuple(tensor.shape), tensor.stride(), int(tensor.storage_offset()), tensor.dtype)
+
+    @classmethod
+    def contiguous(cls, sizes: Sequence[int], dtype: torch.dtype) -> Layout:
+        strides = [1]
+        for size in reversed(sizes[1:]):
+            strides.insert(0, strides[0] * max(size, 1))
+        return cls(tuple(sizes), tuple(strides[: len(sizes)]), 0, dtype)
+
+    def cut(self, region: Region) -> Layout:
+        """That of a view of some places."""
+        places = [(region.ranges[axis], self.strides[axis]) for axis in region.axes]
+        offset = sum(part.start * stride for part, stride in zip(region.ranges, self.strides))
+        sizes, strides = tuple(len(part) for part, _ in places), tuple(part.step * stride for part, stride in places)
+        return Layout(sizes, strides, self.offset + offset, self.dtype)
+
+    def blank(self) -> Tensor:
+        """A tensor that lies so and has no values."""
+        last = self.offset + sum((size - 1) * stride for size, stride in zip(self.sizes, self.strides) if size) + 1
+        return torch.empty(last, dtype=self.dtype, device="meta").as_strided(self.sizes, self.strides, self.offset)
 
 
 class Step(NamedTuple):
@@ -38,32 +70,39 @@ class View:
     handed out to operators that keep no hold of it; from then on the view is one of the map's memory.
 
     Attributes:
-        shape: a tensor without values that has the sizes, the strides and the dtype of the view.
+        layout: how the view lies in the map's memory.
         rows: what was made of it alone.
     """
 
-    def __init__(self, shape: Tensor, region: Region, steps: tuple[Step, ...] = ()) -> None:
-        self.shape, self.region, self.steps = shape, region, steps
+    __slots__ = ("layout", "map", "region", "rows", "steps")
+
+    def __init__(self, layout: Layout, region: Region, steps: tuple[Step, ...], of: Layout) -> None:
+        self.layout, self.region, self.steps, self.map = layout, region, steps, of
         self.rows: Tensor | None = None
 
     @classmethod
-    def whole(cls, like: Tensor) -> View:
+    def whole(cls, layout: Layout) -> View:
         """All of a map."""
-        return cls(torch.empty(like.shape, dtype=like.dtype, device="meta"), Region.whole(like.shape))
+        return cls(layout, Region.whole(layout.sizes), (), layout)
+
+    def cut(self, region: Region) -> View:
+        """Some places of the map."""
+        return View(self.map.cut(region), region, (), self.map)
 
     def then(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> View | list[View]:
         """The view or views that an operator makes of this one; raises what it would raise."""
-        found = func(self.shape, *args, **kwargs)
+        if not self.steps and not kwargs:
+            region = self.region.after(func, args)
+            if region is not None:
+                return self.cut(region)
+        found = func(self.layout.blank(), *args, **kwargs)
         if isinstance(found, Tensor):
-            if not self.steps and not kwargs and func in (SELECT, SLICE):
-                take = self.region.select if func is SELECT else self.region.slice
-                return View(found, take(*args))
-            return View(found, self.region, (*self.steps, Step(func, args, kwargs)))
+            return View(Layout.of(found), self.region, (*self.steps, Step(func, args, kwargs)), self.map)
         if not self.steps and func is aten.unbind.int:
             dim = args[0] if args else 0
-            return [View(one, self.region.select(dim, place)) for place, one in enumerate(found)]
-        steps = (Step(func, args, kwargs, place) for place in range(len(found)))
-        return [View(one, self.region, (*self.steps, step)) for one, step in zip(found, steps)]
+            return [self.cut(self.region.select(dim, place)) for place in range(len(found))]
+        steps = [Step(func, args, kwargs, place) for place in range(len(found))]
+        return [View(Layout.of(one), self.region, (*self.steps, step), self.map) for one, step in zip(found, steps)]
 
     def of(self, cell: Cell) -> Tensor:
         """The view of the map, which is made for it."""
