@@ -297,9 +297,10 @@ def test_a_row_takes_few_operators(mask: Any, average: bool) -> None:
         def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             result = super().__torch_dispatch__(func, types, args, kwargs)
             given = [x for x in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
-            if type(result) is Tensor and not result.is_meta and not any(type(x) is Deferred for x in given):
-                if result.untyped_storage().data_ptr() not in [x.untyped_storage().data_ptr() for x in given]:
-                    done.append(func)
+            if type(result) is not Tensor or result.is_meta or any(type(x) is Deferred for x in given):
+                return result
+            if result.untyped_storage().data_ptr() not in [x.untyped_storage().data_ptr() for x in given]:
+                done.append(func)
             return result
 
     done: list[Any] = []

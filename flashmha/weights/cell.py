@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..host.torch_state import is_inference, is_stream_capturing
-from .regions import Region
+from .regions import Layout, Region
 
 
 class Source(Protocol):
@@ -35,8 +35,8 @@ class Source(Protocol):
     def part(self, region: Region) -> Tensor | None:
         """The values of some places, of every axis; ``None`` where that is no cheaper than all."""
 
-    def answer(self, func: Any, like: Tensor, region: Region, args: Any, kwargs: Any) -> Tensor | Source | None:
-        """What an operator makes of some places of the values, which ``like`` has the sizes of.
+    def answer(self, func: Any, layout: Layout, region: Region, args: Any, kwargs: Any) -> Tensor | Source | None:
+        """What an operator makes of some places of the values, which lie as ``layout`` says.
 
         ``None`` where it has to have the values.
         """
@@ -94,10 +94,10 @@ class Cell:
             found = self.source.part(region)
         return None if found is None else self.share(found)
 
-    def ask(self, func: Any, like: Tensor, region: Region, args: Any, kwargs: Any) -> Tensor | Source | None:
+    def ask(self, func: Any, layout: Layout, region: Region, args: Any, kwargs: Any) -> Tensor | Source | None:
         """What an operator makes of some places; ``None`` where the values are there, or have to be."""
         with self.computing():
-            found = None if self.source is None else self.source.answer(func, like, region, args, kwargs)
+            found = None if self.source is None else self.source.answer(func, layout, region, args, kwargs)
         return self.share(found) if isinstance(found, Tensor) else found
 
     def share(self, made: Tensor) -> Tensor:

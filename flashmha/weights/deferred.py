@@ -24,9 +24,9 @@ from ..host.torch_state import is_batched
 from .cell import Cell, Source, note_unread
 from .patches import Patches
 from .picks import find_list, find_places, pick
-from .regions import SLICE
+from .regions import SLICE, Layout
 from .storage import as_ordinary, fill, lend, make_blank, put, read, values_of
-from .views import ALIASES, Layout, View, is_view
+from .views import ALIASES, View, is_view
 
 
 def sparing(name: str) -> Callable[..., Any]:
@@ -245,7 +245,7 @@ def look(tensor: Deferred, func: Any, args: Any, kwargs: Any) -> Any:
     source = cell.source
     if source is not None and func in source.answers and not (view is not None and view.steps):
         view = View.whole(Layout.of(tensor)) if view is None else view
-        found = cell.ask(func, view.layout.blank(), view.region, args, kwargs)
+        found = cell.ask(func, view.layout, view.region, args, kwargs)
         if found is not None:
             return found if isinstance(found, Tensor) else defer(found)
     if is_view(func):

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .cell import Source
-from .regions import Region, as_slice
+from .regions import Layout, Region, as_slice
 
 aten = torch.ops.aten
 SCALES = (aten.mul.Tensor, aten.mul.Scalar, aten.div.Tensor, aten.div.Scalar)
@@ -63,7 +63,7 @@ class Patches:
         """Whether the patches have less numbers than the gradient."""
         return 2 * sum(values.numel() for _, values in self.patches) <= math.prod(self.shape)
 
-    def answer(self, func: Any, like: Tensor, region: Region, args: Any, kwargs: Any) -> Tensor | Source | None:
+    def answer(self, func: Any, layout: Layout, region: Region, args: Any, kwargs: Any) -> Tensor | Source | None:
         """What one of ``answers`` makes of it."""
         if kwargs or region != Region.whole(self.shape):
             return None

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch._guards import TracingContext
 
-from .views import Layout
+from .regions import Layout
 
 
 def make_blank(cls: type[Tensor], layout: Layout, device: torch.device) -> Any:

@@ -16,7 +16,7 @@ from .cell import Source
 from .gradients import Piece
 from .patches import Patches
 from .recipe import Recipe
-from .regions import Region
+from .regions import Layout, Region
 
 aten = torch.ops.aten
 REDUCTIONS = {
@@ -91,23 +91,22 @@ class Unmade:
             return self.recipe.gradients_of(self.pieces(found), wanted)
         return self.recipe.gradients(grad, wanted)
 
-    def answer(self, func: Any, like: Tensor, region: Region, args: Any, kwargs: Any) -> Tensor | Source | None:
+    def answer(self, func: Any, layout: Layout, region: Region, args: Any, kwargs: Any) -> Tensor | Source | None:
         """A reduction of some places, or the mean over heads, which is a map that was not made either.
 
         In float32 at least, where a map in half precision is rounded before it is added up.
         """
         kind = REDUCTIONS[func]
-        if not like.numel() or not like.dim():
+        if not region.numel or not region.axes:
             return None
-        found = func(like, *args, **kwargs)  # errors, shape, dtype
-        if not found.is_floating_point():
+        shape, dtype, dims = foresee(func, layout, args, kwargs)
+        if not dtype.is_floating_point:
             return None
-        dims = (args[0] if args else kwargs.get("dim")) or range(like.dim())
         axes = {region.axes[dim] for dim in dims}
         over = {self.here[axis] for axis in axes}
         if over == {1} and func in MEANS and region == Region.whole(self.shape):
             averaged = Unmade(dataclasses.replace(self.recipe, average=True))
-            if averaged.shape == found.shape and averaged.dtype == found.dtype:
+            if averaged.shape == shape and averaged.dtype == dtype:
                 return averaged
 
         def join(parts: list[Tensor], axis: int) -> Tensor:
@@ -118,7 +117,19 @@ class Unmade:
         made = self.gather(region, lambda box, keys: self.recipe.reduce(kind, over, box, keys), join)
         if func in MEANS:
             made = made / math.prod(len(region.ranges[axis]) for axis in axes)
-        return made.reshape(found.shape).to(found.dtype)
+        return made.reshape(shape).to(dtype)
+
+
+def foresee(func: Any, layout: Layout, args: Any, kwargs: Any) -> tuple[tuple[int, ...], torch.dtype, set[int]]:
+    """The shape and the dtype of a reduction and the axes that it is over; raises what it would raise."""
+    count = len(layout.sizes)
+    given = args[0] if args else kwargs.get("dim")
+    dims = {dim % count for dim in given or range(count)}
+    if given and (len(dims) < len(given) or not all(-count <= dim < count for dim in given)):
+        func(layout.blank(), *args, **kwargs)
+    keep = args[1] if len(args) > 1 else kwargs.get("keepdim", False)
+    sizes = [1 if axis in dims else size for axis, size in enumerate(layout.sizes) if keep or axis not in dims]
+    return tuple(sizes), kwargs.get("dtype") or layout.dtype, dims
 
 
 def runs(part: range) -> list[range]:

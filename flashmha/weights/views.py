@@ -2,51 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .cell import Cell
-from .regions import Region
+from .regions import Layout, Region
 
 aten = torch.ops.aten
 ALIASES = (aten.alias.default, aten.detach.default)
 BY_STORAGE = (aten.as_strided.default, aten._reshape_alias.default)
 """Views whose arguments speak of the storage below the tensor."""
-
-
-class Layout(NamedTuple):
-    """How a tensor lies in its memory."""
-
-    sizes: tuple[int, ...]
-    strides: tuple[int, ...]
-    offset: int
-    dtype: torch.dtype
-
-    @classmethod
-    def of(cls, tensor: Tensor) -> Layout:
-        return cls(tuple(tensor.shape), tensor.stride(), int(tensor.storage_offset()), tensor.dtype)
-
-    @classmethod
-    def contiguous(cls, sizes: Sequence[int], dtype: torch.dtype) -> Layout:
-        strides = [1]
-        for size in reversed(sizes[1:]):
-            strides.insert(0, strides[0] * max(size, 1))
-        return cls(tuple(sizes), tuple(strides[: len(sizes)]), 0, dtype)
-
-    def cut(self, region: Region) -> Layout:
-        """That of a view of some places."""
-        places = [(region.ranges[axis], self.strides[axis]) for axis in region.axes]
-        offset = sum(part.start * stride for part, stride in zip(region.ranges, self.strides))
-        sizes, strides = tuple(len(part) for part, _ in places), tuple(part.step * stride for part, stride in places)
-        return Layout(sizes, strides, self.offset + offset, self.dtype)
-
-    def blank(self) -> Tensor:
-        """A tensor that lies so and has no values."""
-        last = self.offset + sum((size - 1) * stride for size, stride in zip(self.sizes, self.strides) if size) + 1
-        return torch.empty(last, dtype=self.dtype, device="meta").as_strided(self.sizes, self.strides, self.offset)
 
 
 class Step(NamedTuple):
