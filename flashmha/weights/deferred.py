@@ -236,6 +236,9 @@ def look(tensor: Deferred, func: Any, args: Any, kwargs: Any) -> Any:
         return Deferred(cell, Layout.of(tensor), view)
     if not is_unread(tensor):
         return None
+    if func in COMPARING and tensor.requires_grad:
+        fill(tensor)
+        return None
     if func in (INDEX, INDEX_SELECT):
         if func is INDEX:
             dim, places = find_list([slice(None) if one is None else one for one in args[0]])
@@ -259,6 +262,11 @@ def look(tensor: Deferred, func: Any, args: Any, kwargs: Any) -> Any:
     return func(view.read(cell), *args, **kwargs)
 
 
+COMPARING = (
+    *(aten.amax.default, aten.amin.default, aten.aminmax.default, aten.max.default, aten.min.default),
+    *(aten.median.default, aten.nanmedian.default, aten.linalg_vector_norm.default, aten.norm.Scalar),
+)
+"""Operators whose gradient looks for their result among the values, bit by bit: those have to stay the same."""
 LEADING = (Tensor, list, tuple)
 """Kinds of arguments that are, or may hold, tensors."""
 
