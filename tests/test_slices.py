@@ -361,7 +361,7 @@ def test_gradients_that_are_kept_or_seen_by_hooks_are_whole() -> None:
     expected[:, 0] += 1 / (24 * 24)
     torch.testing.assert_close(seen[0], expected)
     assert weights.grad is not None
-    torch.testing.assert_close(torch.from_numpy(weights.grad.numpy()), expected)
+    torch.testing.assert_close(torch.from_numpy(weights.grad.cpu().numpy()), expected.cpu())
 
 
 def test_a_slice_can_be_written_in_training() -> None:
