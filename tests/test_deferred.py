@@ -21,7 +21,8 @@ from flashmha import Dense, FlashMultiHeadAttention, KeyLengths
 from flashmha.backends.sdpa.switches import switches
 from flashmha.testing import noise, seeds
 from flashmha.weights import cell
-from flashmha.weights.deferred import Deferred, fill
+from flashmha.weights.deferred import Deferred
+from flashmha.weights.storage import fill
 
 SEQLEN = 23
 """With four heads and two items a map large enough to be deferred; smaller ones are ordinary tensors."""
@@ -314,7 +315,7 @@ def test_maps_that_are_kept_hold_little_more_than_their_values(look: str, grad: 
             out.sum().backward()
     unread = None
     assert sum(one.made is None for one in cells) <= cell.MOST_UNREAD
-    assert all(cell.make is None for cell in cells if cell.made is not None)
+    assert all(cell.source is None for cell in cells if cell.made is not None)
 
 
 def test_maps_that_are_dropped_are_not_computed() -> None:

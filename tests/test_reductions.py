@@ -73,7 +73,7 @@ def test_a_reduction_is_that_of_the_map(
     if not isinstance(expected, Tensor):
         assert found == expected
         return
-    assert type(found) is Tensor and found.dtype == expected.dtype and found.shape == expected.shape
+    assert isinstance(found, Tensor) and found.dtype == expected.dtype and found.shape == expected.shape
     eps = torch.finfo(spec.dtype).eps
     scale = max(1.0, expected.abs().max().item())
     torch.testing.assert_close(found.double(), expected.double(), atol=4 * eps * scale + 1e-6 * scale, rtol=4 * eps)

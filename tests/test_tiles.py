@@ -25,7 +25,8 @@ from flashmha.problem.spec import AttentionSpec
 from flashmha.problem.windows import Window
 from flashmha.testing import assert_close, seeds, specs, tensors
 from flashmha.weights import recipe as weights
-from flashmha.weights import tiles
+from flashmha.weights import tables as kernel_tables
+from flashmha.weights import tiles, tilings
 from flashmha.weights.blocks import Box
 from flashmha.weights.learned import held
 
@@ -97,18 +98,18 @@ def test_a_cpu_keeps_the_blocks() -> None:
 @pytest.mark.parametrize("name", SHARED_MEMORY)
 @given(head_dim=st.integers(1, 256), dtype=st.sampled_from(tiles.KERNEL_DTYPES), tables=st.booleans())
 def test_operands_fit_shared_memory(name: str, head_dim: int, dtype: torch.dtype, tables: bool) -> None:
-    cut = tiles.choose_tiling(head_dim, dtype, SHARED_MEMORY[name], tables)
-    assert cut.shared(dtype.itemsize) <= SHARED_MEMORY[name] - tiles.SPARE
+    cut = tilings.choose_tiling(head_dim, dtype, SHARED_MEMORY[name], tables)
+    assert cut.shared(dtype.itemsize) <= SHARED_MEMORY[name] - tilings.SPARE
     assert all(size >= 16 and size & (size - 1) == 0 for size in (cut.rows, cut.keys, cut.chunk))
     assert cut.chunk >= head_dim or dtype == torch.float32
-    backward = tiles.choose_backward_tiling(head_dim)
-    assert backward.shared(2) <= SHARED_MEMORY[name] - tiles.SPARE and backward.chunk >= head_dim
+    backward = tilings.choose_backward_tiling(head_dim)
+    assert backward.shared(2) <= SHARED_MEMORY[name] - tilings.SPARE and backward.chunk >= head_dim
 
 
 @settings(max_examples=100)
 @given(spec=specs(limits=LIMITS))
 def test_tables_say_what_the_mask_says(spec: AttentionSpec) -> None:
-    tables = tiles.Tables.of(spec.changed(bias=None), Box.whole(spec), range(spec.seqlen_k))
+    tables = kernel_tables.Tables.of(spec.changed(bias=None), Box.whole(spec), range(spec.seqlen_k))
     shape = (spec.batch, spec.heads, spec.seqlen_q, spec.seqlen_k)
     seen = torch.ones(shape, dtype=torch.bool, device=spec.device)
     if tables.bounds is not None:
@@ -128,7 +129,7 @@ def test_tables_say_what_the_mask_says(spec: AttentionSpec) -> None:
 @given(left=st.integers(0, 2**40), right=st.integers(0, 2**40), seqlen_q=st.integers(1, 9), seqlen_k=st.integers(1, 9))
 def test_bounds_are_no_larger_than_the_problem(left: int, right: int, seqlen_q: int, seqlen_k: int) -> None:
     window = Window(left, right, align="top_left").to_bottom_right(seqlen_q, seqlen_k)
-    found = tiles.window_bounds([window], seqlen_q, seqlen_k)
+    found = kernel_tables.window_bounds([window], seqlen_q, seqlen_k)
     assert found is not None and max(map(abs, found)) <= max(seqlen_q, seqlen_k)
 
 

@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import io
+import math
 import pickle
 from collections.abc import Callable
 from typing import Any
@@ -189,7 +190,7 @@ def test_an_output_of_a_fused_kernel_can_be_differentiated_twice(case: Case, loo
 
 
 class Largest(TorchDispatchMode):
-    """The most elements any operator's result had, and the operators that ran."""
+    """The most elements any operator's result held, also inside of a deferred tensor, and the operators that ran."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -197,11 +198,15 @@ class Largest(TorchDispatchMode):
         self.ran: set[Any] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if any(type(x) is Deferred for x in torch.utils._pytree.tree_leaves((args, kwargs))):
+            with self:
+                return Deferred.__torch_dispatch__(func, types, args, kwargs)
         self.ran.add(func.overloadpacket)
         result = func(*args, **(kwargs or {}))
         for tensor in torch.utils._pytree.tree_leaves(result):
             if isinstance(tensor, Tensor) and not isinstance(tensor, Deferred) and not tensor.is_meta:
-                self.numel = max(self.numel, tensor.numel())
+                held = [size for size, stride in zip(tensor.shape, tensor.stride()) if stride]  # others are expanded
+                self.numel = max(self.numel, math.prod(held))
         return result
 
 

@@ -25,17 +25,23 @@ def scores(q: Tensor, k: Tensor, spec: AttentionSpec) -> tuple[Tensor, Tensor | 
         score = torch.einsum("bihd,bjhd->bhij", q * spec.scale, k)
     else:
         score = torch.unflatten(torch.bmm(heads_first(q * spec.scale), heads_first(k).mT), 0, (spec.batch, spec.heads))
+    return finish_scores(score, spec, spec.added(), spec.allowed(), spec.sinks)
+
+
+def finish_scores(
+    score: Tensor, spec: AttentionSpec, bias: Tensor | None, allowed: Tensor | None, sinks: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """What ``scores`` returns, of the scaled products of q and k and what moves and hides them; also of some rows."""
     if spec.softcap is not None:
         score = spec.softcap * torch.tanh(score / spec.softcap)
-    bias, allowed = spec.added(), spec.allowed()
     if bias is not None:
         score = at_least_single(score) + bias  # float16 has no room for its lowest number and a score
     if allowed is not None:
         score = score.masked_fill(~allowed, float("-inf"))
-    if spec.sinks is not None:
-        sink = spec.sinks.view(1, -1, 1, 1).expand(*score.shape[:3], 1)
+    if sinks is not None:
+        sink = sinks.view(1, -1, 1, 1).expand(*score.shape[:3], 1)
         score = torch.cat((score, sink), dim=-1)
-    blind = blind_rows(allowed, bias, spec.sinks)
+    blind = blind_rows(allowed, bias, sinks)
     return (score if blind is None else score.masked_fill(blind, 0.0)), blind
 
 

@@ -18,11 +18,11 @@ from ..problem.packing import Padded
 from ..problem.spec import AttentionSpec
 from ..problem.windows import normalize
 from .blocks import shape_weights
-from .cell import Cell, note_unread
-from .deferred import Deferred
+from .deferred import defer
 from .graph import Weights
 from .learned import held, replace_learned
 from .recipe import Recipe
+from .unmade import Unmade
 
 
 def attention_with_weights(
@@ -70,7 +70,7 @@ def attention_with_weights(
     elif lse is not None:
         recipe.lse = lse.detach() if lse.requires_grad else lse
     at_once = is_small(spec) or (remade and may_change(q, k)) or is_capturing(spec.device) or spec.device.type == "meta"
-    make = Recipe.make if at_once else defer
+    make = Recipe.make if at_once else put_off
     if spec.needs_grad:
         fused = None if spec.dropout_p > 0.0 or backend.holds_scores else v
         wanted_of = [tensor if tensor.requires_grad else None for tensor in learned]
@@ -147,12 +147,9 @@ def is_recorded(spec: AttentionSpec) -> bool:
     return is_compiling() or spec.aten_only or traced() or is_dual()
 
 
-def defer(recipe: Recipe) -> Deferred:
+def put_off(recipe: Recipe) -> Tensor:
     """The weights of a recipe, computed when they are read."""
-    cell = Cell(recipe.make, recipe.spec.device, recipe.cost, recipe)
-    made: Deferred = Deferred(cell, recipe.shape, recipe.dtype, recipe.spec.device)
-    note_unread(cell)
-    return made
+    return defer(Unmade(recipe))
 
 
 requests: Memory[tuple[Backend, AttentionSpec]] = Memory()

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..problem.scores import TensorBias
 from ..problem.spec import AttentionSpec
+from .regions import as_slice, cover
 
 SCORES_IN_A_BLOCK = {"cpu": 2**19, "cuda": 2**26}
 """Scores computed at a time: about what a core's cache holds, and more on a GPU, which a small block leaves idle."""
@@ -17,7 +18,7 @@ LOG2_E = 1.4426950408889634
 
 
 class Box(NamedTuple):
-    """Batch items, heads and queries of a problem, each some that follow one another."""
+    """Batch items and heads of a problem, each some that follow one another, and queries."""
 
     batch: range
     heads: range
@@ -54,9 +55,10 @@ class Box(NamedTuple):
         return table[as_slice(self.batch), as_slice(self.heads), as_slice(self.rows)]
 
     def of_table(self, table: Tensor) -> Tensor:
-        """The part of one that broadcasts to (batch, heads, ...), which lies in the box's batch items and heads."""
+        """The part that lies in the box of one that broadcasts to (batch, heads, ``cover(rows)``, keys)."""
         table = table[as_slice(self.batch)] if table.shape[0] > 1 else table
-        return table[:, as_slice(self.heads)] if table.shape[1] > 1 else table
+        table = table[:, as_slice(self.heads)] if table.shape[1] > 1 else table
+        return table[:, :, :: self.rows.step] if table.shape[2] > 1 and self.rows.step > 1 else table
 
     def expand(self, table: Tensor, spec: AttentionSpec, keys: range) -> Tensor:
         """The part that lies in the box, and in some keys, of one that broadcasts to (batch, heads, queries, keys)."""
@@ -102,7 +104,7 @@ class Score:
         if spec.sinks is not None:
             self.sinks = spec.sinks.detach()[as_slice(self.box.heads)].to(dtype).view(-1, 1, 1, 1)
         self.buffer = q.new_empty(0, dtype=dtype)
-        self.block = SCORES_IN_A_BLOCK.get(spec.device.type, SCORES_IN_A_BLOCK["cpu"])
+        self.block = scores_in_a_block(spec)
 
     def bands(self) -> Iterator[Band]:
         """The rows that make blocks, from the first on."""
@@ -111,24 +113,26 @@ class Score:
             return
         made = spec.bias is not None and not isinstance(spec.bias, TensorBias)  # which is made for all heads at once
         step = max(16, self.block // max(1, len(self.box.batch) * spec.seqlen_k * (spec.heads if made else 1)))
-        for start in range(rows.start, rows.stop, step):
-            yield Band(self, range(start, min(start + step, rows.stop)))
+        step = max(1, step // rows.step)  # what hides and moves them is made of all rows between
+        for start in range(0, len(rows), step):
+            yield Band(self, slice(start, min(start + step, len(rows))))
 
 
 class Band:
     """Rows of a score, with what hides and moves them."""
 
-    def __init__(self, score: Score, rows: range) -> None:
-        self.score, self.rows = score, rows
-        allowed, added = score.spec.allowed(queries=rows), score.spec.added(queries=rows)
-        self.place = slice(rows.start - score.box.rows.start, rows.stop - score.box.rows.start)
-        self.hidden = None if allowed is None else ~score.box.of_table(allowed).transpose(0, 1)
-        self.bias = None if added is None else score.box.of_table(added.detach()).to(score.q.dtype).transpose(0, 1)
+    def __init__(self, score: Score, place: slice) -> None:
+        self.score, self.place = score, place
+        self.box = score.box._replace(rows=score.box.rows[place])
+        self.covered = cover(self.box.rows)
+        allowed, added = score.spec.allowed(queries=self.covered), score.spec.added(queries=self.covered)
+        self.hidden = None if allowed is None else ~self.box.of_table(allowed).transpose(0, 1)
+        self.bias = None if added is None else self.box.of_table(added.detach()).to(score.q.dtype).transpose(0, 1)
 
     def head_blocks(self) -> Iterator[slice]:
         """Heads of the box whose rows make a block, at most half of all."""
         score, count = self.score, len(self.score.box.heads)
-        scores = len(score.box.batch) * score.spec.seqlen_k * len(self.rows)
+        scores = len(score.box.batch) * score.spec.seqlen_k * len(self.box.rows)
         step = max(1, min(count // 2, score.block // max(1, scores)))
         return (slice(start, start + step) for start in range(0, count, step))
 
@@ -178,9 +182,9 @@ class Band:
         return Block(made, share, sink, slope)
 
 
-def as_slice(part: range) -> slice:
-    """A range of step 1 as an index."""
-    return slice(part.start, part.stop)
+def scores_in_a_block(spec: AttentionSpec) -> int:
+    """How many scores of a problem are computed at a time."""
+    return SCORES_IN_A_BLOCK.get(spec.device.type, SCORES_IN_A_BLOCK["cpu"])
 
 
 def of_heads(table: Tensor, heads: slice) -> Tensor:
@@ -190,7 +194,7 @@ def of_heads(table: Tensor, heads: slice) -> Tensor:
 
 def at_least_float32(dtype: torch.dtype) -> torch.dtype:
     """At least float32."""
-    return torch.promote_types(dtype, torch.float32)
+    return dtype if dtype == torch.float64 else torch.float32
 
 
 def align_rows(rows: Tensor, average: bool) -> Tensor:

@@ -4,49 +4,72 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import math
 import os
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from ..host.torch_state import is_inference, is_stream_capturing
+from .regions import Layout, Region
 
 
 class Source(Protocol):
-    """What answers questions about values without making all of them."""
+    """What makes values, and answers questions about them without making all."""
 
-    def reduce(self, kind: str, axes: Sequence[int]) -> Tensor:
-        """The ``"sum"`` or ``"amax"`` over some axes, which stay with size 1."""
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+    answers: frozenset[Any]
+    """The operators that ``answer`` may know."""
+    cost: int
+    """Bytes that it holds beyond those of the values."""
 
-    def take(self, axis: int, places: Sequence[int]) -> Tensor | None:
-        """Some places of an axis, in their order; ``None`` where that would be no cheaper."""
+    def make(self) -> Tensor:
+        """The values."""
+
+    def part(self, region: Region) -> Tensor | None:
+        """The values of some places, of every axis; ``None`` where that is no cheaper than all."""
+
+    def answer(self, func: Any, layout: Layout, region: Region, args: Any, kwargs: Any) -> Tensor | Source | None:
+        """What an operator makes of some places of the values, which lie as ``layout`` says.
+
+        ``None`` where it has to have the values.
+        """
+
+
+FEWEST = 2**12
+"""What a look at a few values costs, as so many values of a map that is made at once."""
 
 
 class Cell:
-    """The values that a deferred tensor and its aliases share, or what makes them.
+    """The values that a deferred tensor and its views share, or what makes them."""
 
-    ``cost`` is how many bytes the cell holds until then beyond those of the values.
-    """
+    __slots__ = (
+        "__weakref__",
+        "device",
+        "inference",
+        "lock",
+        "lock_process",
+        "made",
+        "process",
+        "source",
+        "spent",
+        "stream",
+    )
 
-    __slots__ = ("__weakref__", "cost", "inference", "lock", "made", "make", "process", "source", "stream")
-
-    def __init__(
-        self,
-        make: Callable[[], Tensor],
-        device: torch.device,
-        cost: int = 0,
-        source: Source | None = None,
-    ) -> None:
-        self.make: Callable[[], Tensor] | None = make
-        self.source = source
+    def __init__(self, source: Source) -> None:
+        self.source: Source | None = source
         self.made: Tensor | None = None
-        self.cost = cost
+        self.spent = 0
         self.inference = is_inference()
-        self.process, self.lock = os.getpid(), threading.RLock()
+        self.process = self.lock_process = os.getpid()
+        self.lock = threading.RLock()
+        self.device = device = source.device
         self.stream = torch._C._cuda_getCurrentStream(device.index) if device.type == "cuda" else None
 
     def values(self) -> Tensor:
@@ -54,16 +77,28 @@ class Cell:
         with self.computing():
             first, made = self.made is None, self.made
             if made is None:
-                assert self.make is not None
-                self.made = made = self.make()
-                self.make = self.source = None  # and with them everything they hold
+                assert self.source is not None
+                self.made = made = self.source.make()
+                self.source = None  # and with it everything it holds
         return self.share(made) if first else made
 
-    def look(self, question: str, *args: Any) -> Tensor | None:
-        """What the source answers where the values are not there; ``None`` where they are, or it has no answer."""
+    def part(self, region: Region) -> Tensor | None:
+        """The values of some places alone; ``None`` where all are there, or as soon as all would cost no more.
+
+        What was looked at before counts, so that a map that is read row by row is made in the end.
+        """
         with self.computing():
-            found: Tensor | None = None if self.source is None else getattr(self.source, question)(*args)
+            if self.source is None or self.spent + region.numel > math.prod(self.source.shape) // 2:
+                return None
+            self.spent += max(region.numel, FEWEST)
+            found = self.source.part(region)
         return None if found is None else self.share(found)
+
+    def ask(self, func: Any, layout: Layout, region: Region, args: Any, kwargs: Any) -> Tensor | Source | None:
+        """What an operator makes of some places; ``None`` where the values are there, or have to be."""
+        with self.computing():
+            found = None if self.source is None else self.source.answer(func, layout, region, args, kwargs)
+        return self.share(found) if isinstance(found, Tensor) else found
 
     def share(self, made: Tensor) -> Tensor:
         """Tell the memory of what was made that the current stream reads it."""
@@ -74,16 +109,18 @@ class Cell:
     @contextlib.contextmanager
     def computing(self) -> Iterator[None]:
         """Compute as at the call, one thread at a time."""
-        forked = self.process != os.getpid()
-        if forked:  # a lock that another thread held at the fork stays locked
-            self.process, self.lock = os.getpid(), threading.RLock()
+        process = os.getpid()
+        forked = self.process != process
+        if self.lock_process != process:  # a lock that another thread held at the fork stays locked
+            self.lock_process, self.lock = process, threading.RLock()
         with self.lock:
             if self.made is not None:
                 yield
                 return
+            nothing = contextlib.nullcontext()
             with (
-                torch.inference_mode(self.inference),
-                torch.no_grad(),
+                nothing if is_inference() == self.inference else torch.inference_mode(self.inference),
+                torch.no_grad() if torch.is_grad_enabled() else nothing,
                 run_on_one_thread() if forked else run_on_stream(self.stream),
             ):
                 yield
@@ -124,7 +161,7 @@ def note_unread(cell: Cell) -> None:
 
     Maps that a caller keeps then cost their values, and not what they are made of.
     """
-    if cell.cost <= 0:
+    if cell.source is None or cell.source.cost <= 0:
         return
     unread.append(weakref.ref(cell))
     while len(unread) > MOST_UNREAD:

@@ -2,40 +2,75 @@
 
 Until then it has no memory: whatever reads it through PyTorch computes the values first, and code that reaches for
 the memory itself, behind PyTorch, gets an error, but for ``other.data = unread``, which nothing can intercept: give it
-``unread.detach()``. From then on it is a tensor with a storage like any other.
+``unread.clone()``. From then on it is a tensor with a storage like any other.
+
+Views of it wait as well (``View``). What is read of one is computed alone; a write into one, and whatever wants its
+memory, computes all, of which it is a view then.
 """
 
 from __future__ import annotations
 
 import copy
-import math
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch._guards import TracingContext
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from .cell import Cell
+from ..host.torch_state import is_batched
+from .cell import Cell, Source, note_unread
+from .patches import Patches
+from .picks import find_list, find_places, pick
+from .regions import SLICE, Layout
+from .storage import as_ordinary, fill, lend, make_blank, put, read, values_of
+from .views import ALIASES, View, is_view
+
+
+def sparing(name: str) -> Callable[..., Any]:
+    """A method of tensors whose gradient, of a map that was not read, is no map of zeros around what was asked for."""
+    method = getattr(Tensor, name)
+
+    @functools.wraps(method)
+    def call(tensor: Deferred, *args: Any, **kwargs: Any) -> Any:
+        found = method(tensor, *args, **kwargs)
+        if tensor.cell is not None and tensor.requires_grad and found.grad_fn is not None:
+            found.grad_fn.register_prehook(thin)
+        return found
+
+    return call
+
+
+def thin(grads: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...] | None:
+    """The gradient of a part of a map as patches of that of the map."""
+    (grad,) = grads
+    if type(grad) is not Tensor or torch.is_grad_enabled() or is_batched(grad):
+        return None
+    return (defer(Patches.of(grad)),)
 
 
 class Deferred(Tensor):
     """A tensor that computes its values on first use, once; shape, dtype, device and ``requires_grad`` are free.
 
     Every operator reads it as an ordinary tensor, and so do printing, pickling, copying, NumPy, DLPack, storages and
-    ``data``. The views that hooks of modules take share the values and compute nothing. A C++ or CUDA extension that
+    ``data``. Its views share the values and compute nothing. A C++ or CUDA extension that
     takes the address of an unread tensor gets PyTorch's error for tensors without memory: read it first.
     """
 
     cell: Cell | None
     """``None`` once the values are in the tensor's own storage."""
+    way: View | None
+    """What part of the cell's values the tensor is; ``None`` for all as they are."""
     foreign: Tensor | None
     """The values while they lie in another tensor: those of a tracer, and those that are lent to a compiler."""
 
     @staticmethod
-    def __new__(cls, cell: Cell, shape: torch.Size | tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Any:
-        made = make_blank(cls, shape, dtype, device)
-        made.cell = cell
+    def __new__(cls, cell: Cell, layout: Layout, view: View | None = None) -> Any:
+        """The values of a cell, or a view of them."""
+        made = make_blank(cls, layout, cell.device)
+        made.cell, made.way = cell, view
         torch._C._set_throw_on_mutable_data_ptr(made)
         return made
 
@@ -49,24 +84,42 @@ class Deferred(Tensor):
     ) -> Any:
         kwargs = kwargs or {}
         first = args[0] if args else None
-        if type(first) is Deferred and first.cell is not None and is_all(func, first, args):
-            return Deferred(first.cell, first.shape, first.dtype, first.device)
         if type(first) is Deferred and first.cell is not None:
-            if func in REDUCTIONS:
-                found = reduce_unread(func, first, args[1:], kwargs)
-            else:
-                found = take_unread(first, *args[1:]) if func in (INDEX, INDEX_SELECT) else None
+            found = look(first, func, args[1:], kwargs)
             if found is not None:
                 return found
         mine = [x for x in tree_leaves((args, kwargs)) if type(x) is Deferred]
+        held = mine if is_view(func) or func in SHARING else written(func, args, kwargs)
         for x in mine:
-            fill(x)
-        if any(kind is not Deferred for kind in types) or any(x.foreign is not None for x in mine):
-            plain_args, plain_kwargs = tree_map_only(Deferred, values_of, (args, kwargs))
+            if x.way is None or any(x is other for other in held):
+                fill(x)
+        if any(kind is not Deferred for kind in types) or any(
+            x.foreign is not None or x.cell is not None for x in mine
+        ):
+            plain_args, plain_kwargs = tree_map_only(Deferred, read, (args, kwargs))
             result = func(*plain_args, **plain_kwargs)
             return first if type(first) is Deferred and result is plain_args[0] else result  # changed in place
         with torch._C._DisableTorchDispatch():
             return func(*args, **kwargs)
+
+    select, narrow, sum, mean = map(sparing, ("select", "narrow", "sum", "mean"))  # type: ignore[assignment]
+    by_index = sparing("__getitem__")
+
+    def __getitem__(self, index: Any) -> Tensor:
+        index_of_all = index if isinstance(index, tuple) else (index,)
+        dim, places = find_list(index_of_all) if is_unread(self) else (0, None)
+        found = None if places is None else pick(self, dim, places, from_end=True)
+        return self.by_index(index) if found is None else found
+
+    def index_select(self, dim: Any, index: Tensor) -> Tensor:  # type: ignore[override]
+        places = find_places(index) if is_unread(self) else None
+        found = None if places is None else pick(self, dim, places, from_end=False)
+        return super().index_select(dim, index) if found is None else found
+
+    @property
+    def source(self) -> Source | None:
+        """What would make the values, where they are not there and the tensor is all of them."""
+        return self.cell.source if self.cell is not None and self.way is None else None
 
     @property
     def plain(self) -> Tensor:
@@ -87,7 +140,7 @@ class Deferred(Tensor):
 
     def detach(self) -> Tensor:
         """The values without a graph, in the same class, as ``nn.Parameter`` wants it."""
-        return wrap(values_of(self))
+        return super().detach() if is_unread(self) else wrap(values_of(self))
 
     def __tensor_flatten__(self) -> tuple[list[str], None]:
         lend(self)
@@ -114,7 +167,7 @@ class Deferred(Tensor):
         return (self.clone() if self.requires_grad else values_of(self)).numpy(force=force)
 
     def tolist(self) -> Any:
-        return values_of(self).tolist()
+        return read(self).tolist()
 
     def apply_(self, function: Any) -> Tensor:
         fill(self)
@@ -136,7 +189,8 @@ class Deferred(Tensor):
         return found
 
     def as_subclass(self, cls: Any) -> Any:
-        return torch.ops.aten.alias.default(self).as_subclass(cls)
+        fill(self)
+        return aten.alias.default(self).as_subclass(cls)
 
     def untyped_storage(self) -> torch.UntypedStorage:
         fill(self)
@@ -151,141 +205,93 @@ class Deferred(Tensor):
         return (self.clone() if self.requires_grad else values_of(self)).__dlpack__(**options)
 
 
-VIEW = torch.ops.aten.view.default
-"""The alias that a hook on the outputs of a module takes."""
-
-
 aten = torch.ops.aten
+INDEX, INDEX_SELECT = aten.index.Tensor, aten.index_select.default
+SHARING = (aten.set_.source_Tensor, aten.set_.source_Tensor_storage_offset)
+"""Operators that give one tensor the memory of another."""
+
+
+def is_unread(tensor: Deferred) -> bool:
+    """The values were not computed, and no compiler records what is read of them."""
+    return tensor.cell is not None and tensor.cell.made is None and TracingContext.try_get() is None
 
 
 def is_all(func: Any, tensor: Deferred, args: Any) -> bool:
     """A view of all of a tensor as it is: a hook's, or the ``:`` of an index, by which torch 2.8 slices."""
-    if func is VIEW:
-        return list(args[1]) == list(tensor.shape)
-    if func is not aten.slice.Tensor or len(args) < 4:
+    if func in ALIASES:
+        return True
+    if func is aten.view.default:
+        return list(args[0]) == list(tensor.shape) and (tensor.way is None or tensor.is_contiguous())
+    if func is not SLICE or len(args) < 3:
         return False
-    start, end, step = (*args[2:], 1)[:3]
-    return start == 0 and step == 1 and end is not None and end >= tensor.shape[args[1]]
+    start, end, step = (*args[1:], 1)[:3]
+    return start == 0 and step == 1 and end is not None and end >= tensor.shape[args[0]]
 
 
-REDUCTIONS = {
-    aten.sum.default: "sum",
-    aten.sum.dim_IntList: "sum",
-    aten.mean.default: "sum",
-    aten.mean.dim: "sum",
-    aten.amax.default: "amax",
-    aten.max.default: "amax",
-}
-"""What is computed of values that are not there without making them."""
-
-
-def reduce_unread(func: Any, tensor: Deferred, args: Any, kwargs: Any) -> Tensor | None:
-    """A reduction of values that were not made; ``None`` where they are there, or wanted for it.
-
-    The gradient of a largest value looks for that value among all, bit by bit, so it wants them.
-    """
-    kind, cell = REDUCTIONS[func], tensor.cell
-    wanted = (kind == "amax" and tensor.requires_grad) or TracingContext.try_get() is not None
-    if cell is None or cell.made is not None or wanted or not tensor.numel():
+def look(tensor: Deferred, func: Any, args: Any, kwargs: Any) -> Any:
+    """What an operator makes of a tensor whose values are not there; ``None`` where it has to have them."""
+    cell, view = tensor.cell, tensor.way
+    assert cell is not None
+    if is_all(func, tensor, args):
+        return Deferred(cell, Layout.of(tensor), view)
+    if not is_unread(tensor):
         return None
-    like = func(torch.empty(tensor.shape, dtype=tensor.dtype, device="meta"), *args, **kwargs)  # errors, shape, dtype
-    if not like.is_floating_point():
+    if func in COMPARING and tensor.requires_grad:
+        fill(tensor)
         return None
-    dims = (args[0] if args else kwargs.get("dim")) or range(tensor.dim())
-    axes = sorted({axis % tensor.dim() for axis in dims})
-    found = cell.look("reduce", kind, axes)
-    if found is None:
+    if func in (INDEX, INDEX_SELECT):
+        if func is INDEX:
+            dim, places = find_list([slice(None) if one is None else one for one in args[0]])
+        else:
+            dim, places = args[0], find_places(args[1])
+        return None if places is None else pick(Deferred(cell, Layout.of(tensor), view), dim, places, func is INDEX)
+    source = cell.source
+    if source is not None and func in source.answers and not (view is not None and view.steps):
+        view = View.whole(Layout.of(tensor)) if view is None else view
+        found = cell.ask(func, view.layout, view.region, args, kwargs)
+        if found is not None:
+            return found if isinstance(found, Tensor) else defer(found)
+    if is_view(func):
+        view = View.whole(Layout.of(tensor)) if view is None else view
+        views = view.then(func, args, kwargs)
+        if isinstance(views, list):
+            return [Deferred(cell, one.layout, one) for one in views]
+        return Deferred(cell, views.layout, views)
+    if view is None or func._schema.is_mutable or any(isinstance(x, LEADING) for x in (*args, *kwargs.values())):
         return None
-    if func in (aten.mean.default, aten.mean.dim):
-        found = found / math.prod(tensor.shape[axis] for axis in axes)
-    return found.reshape(like.shape).to(like.dtype)
+    return func(view.read(cell), *args, **kwargs)
 
 
-INDEX, INDEX_SELECT = aten.index.Tensor, aten.index_select.default
+COMPARING = (
+    *(aten.amax.default, aten.amin.default, aten.aminmax.default, aten.max.default, aten.min.default),
+    *(aten.median.default, aten.nanmedian.default, aten.linalg_vector_norm.default, aten.norm.Scalar),
+)
+"""Operators whose gradient looks for their result among the values, bit by bit: those have to stay the same."""
+LEADING = (Tensor, list, tuple)
+"""Kinds of arguments that are, or may hold, tensors."""
 
 
-def take_unread(tensor: Deferred, dim: Any, index: Tensor | None = None) -> Tensor | None:
-    """Some places of an axis of values that were not made, which is a copy; ``None`` where the values are wanted.
-
-    Of ``tensor[:, [2, 5]]`` (``dim`` is a list of tensors then) or ``tensor.index_select(1, index)``.
-    """
-    from_end = index is None  # ``index_select`` counts from the first place alone
-    if index is None:
-        given = [(axis, one) for axis, one in enumerate(dim) if one is not None]
-        if len(given) != 1:
-            return None
-        dim, index = given[0]
-    cell = tensor.cell
-    plain = type(index) is Tensor and index.dtype == torch.int64 and index.dim() == 1
-    if cell is None or cell.made is not None or not plain or not tensor.numel() or TracingContext.try_get() is not None:
-        return None
-    size = tensor.shape[dim]
-    places = index.tolist()
-    least = -size if from_end else 0
-    if not all(least <= place < size for place in places) or len(places) > size:
-        return None  # whose error is PyTorch's
-    return cell.look("take", dim % tensor.dim(), [place % size for place in places])
+def written(func: Any, args: Any, kwargs: Any) -> list[Any]:
+    """The tensors that an operator writes."""
+    if not func._schema.is_mutable:
+        return []
+    given = [*zip(func._schema.arguments, args), *((a, kwargs.get(a.name)) for a in func._schema.arguments)]
+    return tree_leaves([value for argument, value in given if argument.is_write])
 
 
-def make_blank(cls: type[Tensor], shape: torch.Size | tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Any:
-    """A tensor of a class without memory."""
-    made: Any = Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=device)  # type: ignore[attr-defined]
-    made.cell = made.foreign = None
+def defer(source: Source) -> Deferred:
+    """A tensor whose values a source makes when they are read."""
+    cell = Cell(source)
+    made: Deferred = Deferred(cell, Layout.contiguous(source.shape, source.dtype))
+    note_unread(cell)
     return made
 
 
 def wrap(values: Tensor) -> Deferred:
     """A deferred tensor whose values are there."""
-    made: Deferred = make_blank(Deferred, values.shape, values.dtype, values.device)
+    made: Deferred = make_blank(Deferred, Layout.of(values), values.device)
     if type(values) is Tensor:
         put(made, values)
     else:
         made.foreign = values
     return made
-
-
-def fill(tensor: Deferred) -> None:
-    """Compute the values, if that is still to do, and take back what was lent, into the tensor's own storage."""
-    cell, foreign = tensor.cell, tensor.foreign
-    if cell is not None:
-        values = cell.values()
-        with cell.lock:
-            if tensor.cell is not None:
-                put(tensor, values)
-                tensor.cell = None
-    elif type(foreign) is Tensor and TracingContext.try_get() is None:
-        put(tensor, foreign)
-        tensor.foreign = None
-
-
-def lend(tensor: Deferred) -> None:
-    """Keep the values in a tensor beside this one: a compiler wants the two to have storages of their own."""
-    if tensor.foreign is None:
-        values = values_of(tensor)
-        put(tensor, make_blank(Deferred, values.shape, values.dtype, values.device))
-        torch._C._set_throw_on_mutable_data_ptr(tensor)
-        tensor.foreign = values
-
-
-def put(tensor: Deferred, values: Tensor) -> None:
-    """Give a tensor the memory and the sizes of ordinary values."""
-    with torch._C._DisableTorchDispatch():
-        Tensor.data.__set__(tensor, values)  # type: ignore[attr-defined]
-
-
-def values_of(tensor: Deferred) -> Tensor:
-    """The values as an ordinary tensor over the same memory, outside autograd."""
-    fill(tensor)
-    if tensor.foreign is not None:
-        return tensor.foreign
-    with torch._C._DisableTorchDispatch(), torch.no_grad():
-        values: Tensor = torch.ops.aten.alias.default(tensor)
-    return values.detach()  # a view would lead a compiler back to the tensor
-
-
-def as_ordinary(tensor: Deferred) -> Tensor:
-    """The tensor or parameter that would stand in its place had it never been deferred."""
-    values = values_of(tensor)
-    if getattr(tensor, "_is_param", False):
-        return nn.Parameter(values, tensor.requires_grad)
-    return values.requires_grad_(tensor.requires_grad)

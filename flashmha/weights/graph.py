@@ -13,6 +13,7 @@ from ..host.torch_state import is_batched
 from ..problem.spec import AttentionSpec
 from .learned import replace_learned, take_apart_scores
 from .recipe import Recipe
+from .unmade import Unmade
 
 
 class Weights(torch.autograd.Function):
@@ -58,7 +59,7 @@ class Weights(torch.autograd.Function):
         recipe = ctx.recipe_again(q, k, tensors[:held])
         needed = ctx.needs_input_grad
         if not (again or is_batched(of_weights)):
-            dq, dk, *rest = recipe.gradients(of_weights, (*needed[1:3], *needed[FIRST:]))
+            dq, dk, *rest = Unmade(recipe).gradients(of_weights, (*needed[1:3], *needed[FIRST:]))
             return of_out, dq, dk, *nothing[3:FIRST], *rest
         with torch.enable_grad():
             defined = [] if of_weights is None else [(recipe.define(q, k, learned), of_weights)]

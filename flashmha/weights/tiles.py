@@ -7,11 +7,9 @@ torch's builds for CUDA bring; they stand in ``kernels``, imported when the firs
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import functools
 import itertools
 import math
-import operator
 from typing import Any
 
 import torch
@@ -19,13 +17,15 @@ from torch import Tensor
 
 from ..host.machine import has_triton
 from ..problem.masks import Dense
-from ..problem.positions import index_grid
 from ..problem.ragged import KeyLengths, KeyPadding
 from ..problem.scores import ALiBi, RelativeBias, TensorBias
 from ..problem.spec import AttentionSpec
 from ..problem.windows import Window
 from ..problem.wording import dtype_name
-from .blocks import Box, as_slice
+from .blocks import Box
+from .regions import as_slice
+from .tables import Tables, strides_of
+from .tilings import choose_backward_tiling, choose_tiling, shared_memory
 
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 LARGEST_HEAD_DIM = 256
@@ -36,8 +36,6 @@ OLDEST = (8, 0)
 """The compute capability that has tensor cores for bfloat16."""
 BAND = 16
 """Tiles of rows whose programs run side by side."""
-SPARE = 4096
-"""Bytes of shared memory that a kernel needs beside its operands."""
 
 
 def why_not(spec: AttentionSpec) -> str | None:
@@ -87,151 +85,6 @@ def why_not_here(device: torch.device) -> str | None:
     except Exception as error:  # it compiles C here, and a machine without a compiler or Python's headers cannot
         return f"triton does not work: {error}"
     return None
-
-
-@dataclasses.dataclass(frozen=True)
-class Tiling:
-    """The cut of a kernel: the rows and keys of a tile, how much of head_dim at a time, warps and pipeline stages."""
-
-    rows: int
-    keys: int
-    chunk: int
-    warps: int
-    stages: int
-
-    def shared(self, itemsize: int) -> int:
-        """Bytes of shared memory that its operands fill."""
-        return self.stages * (self.rows + self.keys) * self.chunk * itemsize
-
-    def options(self) -> dict[str, int]:
-        return {
-            "CHUNK": self.chunk,
-            "BLOCK_M": self.rows,
-            "BLOCK_N": self.keys,
-            "num_warps": self.warps,
-            "num_stages": self.stages,
-        }
-
-
-def choose_tiling(head_dim: int, dtype: torch.dtype, limit: int, tables: bool = False) -> Tiling:
-    """The tiling for a problem on a device with ``limit`` bytes of shared memory a program, measured on an H200.
-
-    ``tables``: the kernel reads another tile for each head, a bias or a dense mask, and wants room for it.
-    """
-    padded = max(16, 1 << (head_dim - 1).bit_length())
-    if dtype == torch.float32:  # no tensor core multiplies these exactly
-        cut = Tiling(64, 64, min(padded, 32), warps=4, stages=3)
-    elif padded <= 64:
-        cut = Tiling(64, 128, padded, warps=4, stages=3)
-    elif padded == 128:
-        cut = Tiling(128, 128, padded, warps=8, stages=3)
-    else:
-        cut = Tiling(64, 128, padded, warps=4, stages=2)
-    if tables:
-        cut = dataclasses.replace(cut, rows=64, keys=64, warps=4, stages=2)
-    while cut.stages > 1 and cut.shared(dtype.itemsize) > limit - SPARE:
-        cut = dataclasses.replace(cut, stages=cut.stages - 1)
-    if cut.shared(dtype.itemsize) > limit - SPARE:
-        cut = dataclasses.replace(cut, rows=64, keys=64)
-    return cut
-
-
-def choose_backward_tiling(head_dim: int) -> Tiling:
-    """The tiling of the gradients' kernels, small enough for every device."""
-    padded = max(16, 1 << (head_dim - 1).bit_length())
-    if padded <= 64:
-        return Tiling(64, 64, padded, warps=4, stages=2)
-    return Tiling(64, 64, 128, warps=4, stages=2) if padded == 128 else Tiling(64, 32, padded, warps=8, stages=1)
-
-
-@functools.cache
-def shared_memory(device: torch.device) -> int:
-    """Bytes of shared memory that a program may have; those of an H200 where an interpreter runs."""
-    if device.type != "cuda":
-        return 232448
-    import triton
-
-    index = torch.cuda.current_device() if device.index is None else device.index
-    limit: int = triton.runtime.driver.active.utils.get_device_properties(index)["max_shared_mem"]
-    return limit
-
-
-@dataclasses.dataclass(frozen=True)
-class Tables:
-    """The mask and the bias of a box of a problem as the kernels read them.
-
-    Attributes:
-        bounds: keys from ``row + bounds[0]`` to ``row + bounds[1]`` are seen; ``None`` for all.
-        valid: (batch, seqlen_k), of bytes.
-        dense: (batch, heads, seqlen_q, seqlen_k), with a stride of 0 where it broadcasts; of bytes.
-        bias: where its first entry lies; its ``bias_strides`` over the same axes.
-        by_head: ``dense`` differs from head to head.
-    """
-
-    bounds: tuple[int, int] | None
-    valid: Tensor | None
-    dense: Tensor | None
-    bias: Tensor | None
-    bias_strides: tuple[int, ...]
-    by_head: bool
-
-    @classmethod
-    def of(cls, spec: AttentionSpec, box: Box, keys: range) -> Tables:
-        windows: list[Window] = []
-        valid: list[Tensor] = []
-        dense: list[Tensor] = []
-        for part in () if spec.mask is None else spec.mask.parts:
-            if isinstance(part, Window):
-                windows.append(part)
-            elif isinstance(part, KeyPadding):
-                valid.append(part.valid)
-            elif isinstance(part, KeyLengths):
-                valid.append(torch.arange(spec.seqlen_k, device=spec.device) < part.lengths[:, None])
-            else:
-                assert isinstance(part, Dense)
-                dense.append(part.allowed)
-        bounds = window_bounds(windows, spec.seqlen_q, spec.seqlen_k)
-        if bounds is not None:  # in the box both are counted from its own first row and key
-            bounds = tuple(bound + box.rows.start - keys.start for bound in bounds)  # type: ignore[assignment]
-        real = functools.reduce(operator.and_, valid)[as_slice(box.batch), as_slice(keys)] if valid else None
-        table = functools.reduce(operator.and_, dense) if dense else None
-        by_head = table is not None and table.shape[1] > 1
-        pattern = None if table is None else box.expand(table.view(torch.uint8), spec, keys)
-        bias, strides = place_bias(spec, box, keys)
-        return cls(
-            bounds, None if real is None else real.contiguous().view(torch.uint8), pattern, bias, strides, by_head
-        )
-
-
-def place_bias(spec: AttentionSpec, box: Box, keys: range) -> tuple[Tensor | None, tuple[int, ...]]:
-    """The memory of a bias from its first entry in a box on, and its strides over (batch, heads, rows, keys).
-
-    One of ``BY_DISTANCE`` is a line of numbers a head, from the last query's distance to the first key on: a row is the
-    one before it, one number earlier.
-    """
-    if spec.bias is None:
-        return None, (0, 0, 0, 0)
-    if isinstance(spec.bias, TensorBias):
-        table = box.expand(spec.bias.tensor.detach(), spec, keys)
-        return table, table.stride()
-    last, longest = spec.seqlen_q - 1, spec.seqlen_q + spec.seqlen_k - 1
-    distances = spec.bias.bias_mod(spec.seqlen_q, spec.seqlen_k)(
-        *index_grid(spec.batch, spec.heads, spec.seqlen_q, longest, spec.device, range(last, spec.seqlen_q))
-    )
-    whole = distances.detach().to(torch.float32).expand(spec.batch, spec.heads, 1, longest)
-    held = whole[as_slice(box.batch), as_slice(box.heads), 0, last - box.rows.start + keys.start :]
-    return held, (held.stride(0), held.stride(1), -held.stride(2), held.stride(2))
-
-
-def window_bounds(windows: list[Window], seqlen_q: int, seqlen_k: int) -> tuple[int, int] | None:
-    """The least and the largest ``key - row`` of bottom-right windows, never further out than the problem is long."""
-    if not windows:
-        return None
-    shift, low, high = seqlen_k - seqlen_q, -seqlen_q, seqlen_k
-    for window in windows:
-        low = low if window.left is None else max(low, shift - window.left)
-        high = high if window.right is None else min(high, shift + window.right)
-    return low, high
 
 
 class KernelProblem:
@@ -397,11 +250,6 @@ def make_gradients(
             *tensors, dk, *numbers, **options
         )
     return dq, dk
-
-
-def strides_of(table: Tensor | None) -> tuple[int, ...]:
-    """The strides of a table of four axes, 0 where there is no table."""
-    return (0, 0, 0, 0) if table is None else table.stride()
 
 
 def use_device(device: torch.device) -> contextlib.AbstractContextManager[Any]:

@@ -1,0 +1,78 @@
+"""How the weights' kernels cut a problem: the tile of a program, as fits a GPU's shared memory."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import torch
+
+SPARE = 4096
+"""Bytes of shared memory that a kernel needs beside its operands."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Tiling:
+    """The cut of a kernel: the rows and keys of a tile, how much of head_dim at a time, warps and pipeline stages."""
+
+    rows: int
+    keys: int
+    chunk: int
+    warps: int
+    stages: int
+
+    def shared(self, itemsize: int) -> int:
+        """Bytes of shared memory that its operands fill."""
+        return self.stages * (self.rows + self.keys) * self.chunk * itemsize
+
+    def options(self) -> dict[str, int]:
+        return {
+            "CHUNK": self.chunk,
+            "BLOCK_M": self.rows,
+            "BLOCK_N": self.keys,
+            "num_warps": self.warps,
+            "num_stages": self.stages,
+        }
+
+
+def choose_tiling(head_dim: int, dtype: torch.dtype, limit: int, tables: bool = False) -> Tiling:
+    """The tiling for a problem on a device with ``limit`` bytes of shared memory a program, measured on an H200.
+
+    ``tables``: the kernel reads another tile for each head, a bias or a dense mask, and wants room for it.
+    """
+    padded = max(16, 1 << (head_dim - 1).bit_length())
+    if dtype == torch.float32:  # no tensor core multiplies these exactly
+        cut = Tiling(64, 64, min(padded, 32), warps=4, stages=3)
+    elif padded <= 64:
+        cut = Tiling(64, 128, padded, warps=4, stages=3)
+    elif padded == 128:
+        cut = Tiling(128, 128, padded, warps=8, stages=3)
+    else:
+        cut = Tiling(64, 128, padded, warps=4, stages=2)
+    if tables:
+        cut = dataclasses.replace(cut, rows=64, keys=64, warps=4, stages=2)
+    while cut.stages > 1 and cut.shared(dtype.itemsize) > limit - SPARE:
+        cut = dataclasses.replace(cut, stages=cut.stages - 1)
+    if cut.shared(dtype.itemsize) > limit - SPARE:
+        cut = dataclasses.replace(cut, rows=64, keys=64)
+    return cut
+
+
+def choose_backward_tiling(head_dim: int) -> Tiling:
+    """The tiling of the gradients' kernels, small enough for every device."""
+    padded = max(16, 1 << (head_dim - 1).bit_length())
+    if padded <= 64:
+        return Tiling(64, 64, padded, warps=4, stages=2)
+    return Tiling(64, 64, 128, warps=4, stages=2) if padded == 128 else Tiling(64, 32, padded, warps=8, stages=1)
+
+
+@functools.cache
+def shared_memory(device: torch.device) -> int:
+    """Bytes of shared memory that a program may have; those of an H200 where an interpreter runs."""
+    if device.type != "cuda":
+        return 232448
+    import triton
+
+    index = torch.cuda.current_device() if device.index is None else device.index
+    limit: int = triton.runtime.driver.active.utils.get_device_properties(index)["max_shared_mem"]
+    return limit
