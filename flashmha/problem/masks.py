@@ -67,6 +67,10 @@ class Mask(abc.ABC):
         """The rule hides no key at these lengths, as far as that shows without a look at tensors."""
         return False
 
+    def may_change(self) -> bool:
+        """The rule reads something beside its tensors, which may be another when weights of the call are read."""
+        return False
+
     @property
     def device(self) -> torch.device | None:
         """Where the mask's tensors are; ``None`` where it has none."""

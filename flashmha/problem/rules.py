@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .likeness import is_settled
 from .masks import Mask
 from .positions import ALIGNMENTS, MaskMod, Restarts, by_index
 from .wording import spell
@@ -28,6 +29,9 @@ class Rule(Mask):
 
     def mask_mod(self, seqlen_q: int, seqlen_k: int, documents: Restarts | None = None) -> MaskMod:
         return by_index(answering(self), seqlen_q, seqlen_k, documents, self.align)
+
+    def may_change(self) -> bool:
+        return not is_settled(self.fn)
 
     def __repr__(self) -> str:
         return f"Rule({getattr(self.fn, '__name__', 'fn')})"
