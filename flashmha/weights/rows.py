@@ -28,7 +28,9 @@ def make_rows(q: Tensor, k: Tensor, spec: AttentionSpec, box: Box, average: bool
     allowed = None if allowed is None else box.of_table(allowed)
     sinks = None if spec.sinks is None else spec.sinks.detach()[as_slice(box.heads)]
     weights = probabilities(*finish_scores(score, spec, bias, allowed, sinks), spec)
-    return weights.mean(dim=1, keepdim=True) if average else weights.contiguous()  # sinks had a column
+    if average:
+        return weights.mean(dim=1, keepdim=True)
+    return weights if sinks is None else weights.clone(memory_format=torch.contiguous_format)  # without their column
 
 
 def multiply(q: Tensor, k: Tensor, group: int, scale: float) -> Tensor:

@@ -16,7 +16,7 @@ from .cell import Source
 from .gradients import Piece
 from .patches import Patches
 from .recipe import Recipe
-from .regions import Layout, Region
+from .regions import Layout, Region, cover
 
 aten = torch.ops.aten
 REDUCTIONS = {
@@ -63,7 +63,8 @@ class Unmade:
 
     def ranges(self, region: Region) -> tuple[range, range, range, range]:
         """The ranges of a region of batch items, heads (all of them where they are a mean), queries and keys."""
-        spec, found = self.recipe.spec, dict(zip(self.here, region.ranges))
+        spec, parts = self.recipe.spec, [part if len(part) > 1 else cover(part) for part in region.ranges]
+        found = dict(zip(self.here, parts))
         return found.get(0, range(spec.batch)), found.get(1, range(spec.heads)), found[2], found[3]
 
     def pieces(self, patches: Iterable[tuple[Region, Tensor]]) -> Iterator[Piece]:
