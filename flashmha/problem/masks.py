@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from ..host.torch_state import is_dense
-from .positions import Grid, MaskMod, Restarts, check_broadcast, find_device, look_up_in, narrowed_to
+from .positions import IndexGrid, MaskMod, Restarts, check_broadcast, find_device, look_up_in, narrowed_to
 from .rebuilding import Rebuild, Several
 from .wording import spell
 
@@ -116,10 +116,10 @@ class Mask(abc.ABC):
         range of queries or keys no more is made than broadcasts to it.
         """
         device = find_device(self.tensors()) if device is None else device
-        grid = Grid(batch, heads, seqlen_q, seqlen_k, device, self.documents, queries, keys)
+        grid = IndexGrid(batch, heads, seqlen_q, seqlen_k, device, self.documents, queries, keys)
         return functools.reduce(operator.and_, [part.dense(grid) for part in self.parts])
 
-    def dense(self, grid: Grid) -> Tensor:
+    def dense(self, grid: IndexGrid) -> Tensor:
         """One rule evaluated on a grid of indices."""
         return self.mask_mod(grid.seqlen_q, grid.seqlen_k, grid.documents)(*grid.indices())
 
@@ -177,7 +177,7 @@ class Dense(Mask):
     def mask_mod(self, seqlen_q: int, seqlen_k: int, documents: Restarts | None = None) -> MaskMod:
         return look_up_in(self.allowed)
 
-    def dense(self, grid: Grid) -> Tensor:
+    def dense(self, grid: IndexGrid) -> Tensor:
         return narrowed_to(self.allowed, grid.queries, grid.keys)
 
     def merged(self, other: Mask) -> Dense | None:
