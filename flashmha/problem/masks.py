@@ -20,7 +20,7 @@ from __future__ import annotations
 import abc
 import functools
 import operator
-from typing import ClassVar, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor
@@ -121,7 +121,8 @@ class Mask(abc.ABC):
 
     def dense(self, grid: IndexGrid) -> Tensor:
         """One rule evaluated on a grid of indices."""
-        return self.mask_mod(grid.seqlen_q, grid.seqlen_k, grid.documents)(*grid.indices())
+        mod = self.mask_mod(grid.seqlen_q, grid.seqlen_k, grid.documents)
+        return check_answer("mask_mod", self, mod(*grid.indices()))
 
     def picture(self, seqlen_q: int = 8, seqlen_k: int = 8, *, batch: int = 0, head: int = 0) -> str:
         """A small drawing for one batch item and head: one line a query, ``■`` may attend, ``·`` may not.
@@ -211,6 +212,16 @@ class Intersection(Several[Mask], Mask):
 
     def __repr__(self) -> str:
         return " & ".join(map(repr, self._parts))
+
+
+def check_answer(function: str, mask: Mask, answer: Any) -> Tensor:
+    """What a mask's function answered; raise where that is no bool tensor, as a number is no mask."""
+    if isinstance(answer, Tensor) and answer.dtype == torch.bool:
+        return answer
+    raise TypeError(
+        f"{function} of {mask!r} must return a bool tensor, True = may attend (what is added to the scores goes to "
+        f"bias=), got {spell(answer)}."
+    )
 
 
 def find_rule(mask: Mask | None, kind: type[Kind]) -> Kind | None:
