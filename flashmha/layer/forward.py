@@ -9,6 +9,7 @@ from ..backends.choice.wishes import Wanted
 from ..backends.limits import HALF
 from ..functional import as_bias, run_attention
 from ..host.torch_state import autocast, is_autocasting, tracing_state
+from ..parts.heads import prepare_heads
 from ..problem import packing
 from ..problem.masks import Mask, join_masks
 from ..problem.packing import Padded
@@ -33,7 +34,7 @@ from .hops import (
 )
 from .keys_values import with_stand_ins
 from .options import counted_by, owns_parts, rule_of
-from .places import Places, find_places, read_places, turn_heads
+from .places import Places, find_places, read_places
 from .precision import computing_dtype, weights_dtype
 from .problems import Problems
 from .protocol import Layer
@@ -196,8 +197,7 @@ def prepare_call(layer: Layer, call: Reading, given: Arguments, wanted: Wanted, 
     if owns_parts(layer):
         sinks, position_bias = layer.sinks, layer.position_bias
         real_places = None if padded is None else padded.places
-        places = find_places(named, mask, sizes, real_places, kv is not None, query.device)
-        heads = (*turn_heads(layer, heads[0], heads[1], places), heads[2])
+        heads = turn_heads(layer, heads, *find_places(named, mask, sizes, real_places, kv is not None, query.device))
     if dtype is None:
         before_hop, heads = heads, layer.process_heads(*heads)
         if custom:
@@ -230,6 +230,21 @@ def prepare_call(layer: Layer, call: Reading, given: Arguments, wanted: Wanted, 
         "dropout_p": layer.dropout if layer.training else 0.0,
     }
     return Prepared(query, q, k, v, problem, dtype, padded, custom)
+
+
+def turn_heads(layer: Layer, heads: Any, positions_q: Tensor | None, positions_k: Tensor | None) -> Any:
+    """Heads with the norms and the rotary of a layer."""
+    q, k, v = heads
+    q, k = prepare_heads(
+        q,
+        k,
+        q_norm=layer.q_norm,
+        k_norm=layer.k_norm,
+        rotary=layer.rotary,
+        positions_q=positions_q,
+        positions_k=positions_k,
+    )
+    return q, k, v
 
 
 def add_position_bias(mine: Any, bias: Bias | None, q: Tensor, k: Tensor) -> Bias | None:

@@ -7,13 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..parts.heads import prepare_heads
 from ..problem.wording import spell
 from .arguments import Arguments
 from .call import change_each_once
 from .columns import number_of_keys
 from .features import EXTRA_KEYS
 from .hops import check_absent, take_three
-from .places import read_places, turn_heads
+from .places import read_places
 from .protocol import Layer
 
 
@@ -28,7 +29,15 @@ def make_keys_values(layer: Layer, key: Tensor, value: Tensor, positions: Tensor
     made = take_three("project", layer.project(nothing, key, value))
     check_absent("project", made, (None, key, value))
     _, k, v = made
-    _, k = turn_heads(layer, None, k, (None, places))
+    _, k = prepare_heads(
+        None,
+        k,
+        q_norm=None,
+        k_norm=layer.k_norm,
+        rotary=layer.rotary,
+        positions_q=None,
+        positions_k=places,
+    )
     heads: Any = nothing, k, v
     made = take_three("process_heads", layer.process_heads(*heads))
     check_absent("process_heads", made, heads)

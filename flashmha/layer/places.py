@@ -9,7 +9,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..parts.heads import prepare_heads
 from ..parts.rotary import INTEGERS
 from ..problem.masks import Mask
 from ..problem.packing import take_real
@@ -83,12 +82,6 @@ def read_places(
             f"seqlen_q={seqlen_q} and seqlen_k={seqlen_k}."
         )
     return queries, queries
-
-
-def turn_heads(layer: Layer, q: Tensor | None, k: Tensor | None, places: Places) -> tuple[Tensor | None, Tensor | None]:
-    """q and k with the norms and the rotary of a layer."""
-    norms = {"q_norm": layer.q_norm, "k_norm": layer.k_norm}
-    return prepare_heads(q, k, **norms, rotary=layer.rotary, positions_q=places[0], positions_k=places[1])
 
 
 def check_places(name: str, positions: Tensor, batch: int, seqlen: int, device: torch.device) -> Tensor:
