@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from .likeness import is_settled
-from .masks import Mask
+from .masks import Mask, check_answer
 from .positions import ALIGNMENTS, MaskMod, Restarts, by_index
 from .wording import spell
 
@@ -42,12 +41,6 @@ def answering(rule: Rule) -> MaskMod:
     fn = rule.fn
 
     def ask(batch: Tensor, head: Tensor, q_pos: Tensor, k_pos: Tensor) -> Tensor:
-        allowed = fn(batch, head, q_pos, k_pos)
-        if not isinstance(allowed, Tensor) or allowed.dtype != torch.bool:
-            raise TypeError(
-                f"fn of {rule!r} must return a bool tensor, True = may attend (what is added to the scores goes to "
-                f"bias=), got {spell(allowed)}."
-            )
-        return allowed
+        return check_answer("fn", rule, fn(batch, head, q_pos, k_pos))
 
     return ask

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .blocks import Box
 from .cell import Source
-from .gradients import Piece
+from .gradients import GradientPiece
 from .patches import Patches
 from .recipe import Recipe
 from .regions import Layout, Region, cover
@@ -67,7 +67,7 @@ class Unmade:
         found = dict(zip(self.here, parts))
         return found.get(0, range(spec.batch)), found.get(1, range(spec.heads)), found[2], found[3]
 
-    def pieces(self, patches: Iterable[tuple[Region, Tensor]]) -> Iterator[Piece]:
+    def pieces(self, patches: Iterable[tuple[Region, Tensor]]) -> Iterator[GradientPiece]:
         """Gradients of places, which broadcast to them, as pieces of a gradient of the recipe's."""
         for region, grad in patches:
             batch, heads, queries, keys = self.ranges(region)
@@ -80,7 +80,7 @@ class Unmade:
                 for some in runs(heads):
                     stop = 1 if self.recipe.average else head + len(some)
                     part = grad[item : item + len(items), head:stop]
-                    yield Piece(Box(items, some, queries), keys, part)
+                    yield GradientPiece(Box(items, some, queries), keys, part)
                     head = stop
                 item += len(items)
 
