@@ -134,7 +134,7 @@ def test_the_functions_of_a_page_convert_an_attention_of_transformers(
     kv_heads, group, half = (data.draw(st.integers(1, 3)) for _ in range(3))
     kind, kind_name = ({"rope_type": "default"}, {"rope_type": "linear", "factor": 3.0}), name.capitalize()
     config = getattr(theirs, f"{kind_name}Config")(
-        hidden_size=data.draw(st.integers(1, 3)) * 8,
+        hidden_size=kv_heads * group * data.draw(st.integers(1, 4)),
         num_attention_heads=kv_heads * group,
         num_key_value_heads=kv_heads,
         head_dim=4 * half,
