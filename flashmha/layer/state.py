@@ -37,9 +37,9 @@ def separate_projections(
 
     Args:
         state_dict: of a layer or a model.
-        num_heads, num_kv_heads: of the layers; ``num_kv_heads`` is ``num_heads`` by default. Without either, the rows
-            are those that ``out_proj.weight`` tells of heads of one size.
-        value_head_dim: of the layers, where it is not their ``head_dim``.
+        num_heads, num_kv_heads: of the layers; ``num_kv_heads`` is ``num_heads`` by default. Without either, heads are
+            taken to be of one size, and the width of ``out_proj.weight`` tells their rows.
+        value_head_dim: of the layers, where it is not their ``head_dim``; then ``num_heads`` is needed, too.
         names: of three linear modules, such as ``("q_proj", "k_proj", "v_proj")``, which get ``.weight`` and ``.bias``.
             Default PyTorch's ``q_proj_weight``, ``k_proj_weight`` and ``v_proj_weight``, and ``in_proj_bias`` as it is.
 
