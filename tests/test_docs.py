@@ -12,13 +12,15 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 import yaml
-from hypothesis import given
+from conftest import fewer
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
 import flashmha
 import flashmha.testing
 from flashmha.__main__ import COMMANDS, main
+from flashmha.testing import noise, seeds
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -105,6 +107,75 @@ def test_a_snippet_that_needs_something_says_what(snippet: Snippet) -> None:
     assert snippet.needs in NEEDS
     if not NEEDS[snippet.needs]():
         pytest.skip(f"needs {snippet.needs}: {snippet.page}:{snippet.line}")
+
+
+def names_of(page: str) -> dict[str, Any]:
+    """What the snippets of a page define."""
+    names: dict[str, Any] = {"__name__": "page"}
+    for snippet in PYTHON:
+        if snippet.page == page:
+            run(snippet, names)
+    return names
+
+
+@pytest.fixture(scope="module")
+def checkpoints() -> dict[str, Any]:
+    return names_of("docs/checkpoints.md")
+
+
+@settings(parent=fewer(3))
+@given(data=st.data(), normed=st.booleans(), seed=seeds())
+def test_the_functions_of_a_page_convert_an_attention_of_transformers(
+    checkpoints: dict[str, Any], data: st.DataObject, normed: bool, seed: int
+) -> None:
+    """Llama's or Qwen3's: its output, and its state dict back again."""
+    name = "qwen3" if normed else "llama"
+    theirs = pytest.importorskip(f"transformers.models.{name}.modeling_{name}", reason="needs pip install transformers")
+    kv_heads, group, half = (data.draw(st.integers(1, 3)) for _ in range(3))
+    kind, kind_name = ({"rope_type": "default"}, {"rope_type": "linear", "factor": 3.0}), name.capitalize()
+    config = getattr(theirs, f"{kind_name}Config")(
+        hidden_size=kv_heads * group * data.draw(st.integers(1, 4)),
+        num_attention_heads=kv_heads * group,
+        num_key_value_heads=kv_heads,
+        head_dim=4 * half,
+        attention_bias=data.draw(st.booleans()),
+        rms_norm_eps=data.draw(st.sampled_from((1e-6, 0.5))),
+        rope_parameters={"rope_theta": 100.0, **data.draw(st.sampled_from(kind))},
+        attn_implementation="eager",
+    )
+    attention = getattr(theirs, f"{kind_name}Attention")(config, layer_idx=0).eval()
+    for place, parameter in enumerate(attention.parameters()):
+        parameter.data = noise(seed + place, *parameter.shape, dtype=torch.float32)
+    layer = checkpoints["layer_of"](config, normed)
+    layer.load_state_dict(checkpoints["from_transformers"](attention.state_dict()))
+    x = noise(seed, 2, data.draw(st.integers(1, 9)), config.hidden_size, dtype=torch.float32)
+    turns = getattr(theirs, f"{kind_name}RotaryEmbedding")(config)(x, torch.arange(x.shape[1])[None])
+    hidden = torch.full((x.shape[1], x.shape[1]), float("-inf")).triu(1)[None, None]
+    expected = attention(x, position_embeddings=turns, attention_mask=hidden)[0]
+    torch.testing.assert_close(layer(x, x, x)[0], expected, rtol=1e-3, atol=1e-3)
+    back = checkpoints["to_transformers"](layer.state_dict(), config)
+    assert back.keys() == attention.state_dict().keys()
+    assert all(torch.equal(back[key], tensor) for key, tensor in attention.state_dict().items())
+
+
+@settings(parent=fewer(3))
+@given(
+    heads=st.integers(1, 3), d_kv=st.integers(1, 6), d_model=st.integers(1, 8), seqlen=st.integers(1, 40), seed=seeds()
+)
+def test_the_function_of_a_page_converts_the_layers_of_t5(
+    checkpoints: dict[str, Any], heads: int, d_kv: int, d_model: int, seqlen: int, seed: int
+) -> None:
+    t5 = pytest.importorskip("transformers.models.t5.modeling_t5", reason="needs pip install transformers")
+    config = t5.T5Config(d_model=d_model, d_kv=d_kv, num_heads=heads, attn_implementation="eager")
+    theirs = [t5.T5Attention(config, has_relative_attention_bias=not place, layer_idx=place).eval() for place in (0, 1)]
+    for place, parameter in enumerate(parameter for attention in theirs for parameter in attention.parameters()):
+        parameter.data = noise(seed + place, *parameter.shape, dtype=torch.float32)
+    layers = checkpoints["t5_layers"](2, d_model, heads, d_kv)
+    layers.load_state_dict(checkpoints["from_t5"]([attention.state_dict() for attention in theirs]))
+    x = noise(seed, 2, seqlen, d_model, dtype=torch.float32)
+    bias = theirs[0].compute_bias(seqlen, seqlen)
+    for layer, attention in zip(layers, theirs):
+        torch.testing.assert_close(layer(x, x, x)[0], attention(x, position_bias=bias)[0], rtol=1e-3, atol=1e-3)
 
 
 def calls() -> list[tuple[str, str]]:

@@ -60,6 +60,18 @@ def test_a_mask_of_ones_own_that_gives_numbers_is_named(dtype: torch.dtype, name
         attention(q, q, q, mask=Near(), backend=name)
 
 
+@given(taken=st.integers(0, 7), optional=st.integers(0, 3), rest=st.booleans())
+def test_a_rule_of_other_arguments_is_told_where_it_is_made(taken: int, optional: int, rest: bool) -> None:
+    """Every function that four arguments fit is taken, and no other; the error names the four."""
+    words = [f"a{place}" for place in range(taken)] + [f"b{place}=None" for place in range(optional)]
+    fn = eval(f"lambda {', '.join([*words, *['*rest'] * rest])}: True")
+    if taken <= 4 and (rest or taken + optional >= 4):
+        assert Rule(fn).fn is fn
+    else:
+        with pytest.raises(TypeError, match=r"fn must take \(batch, head, q_pos, k_pos\), got <lambda>\("):
+            Rule(fn)
+
+
 def altered(word: str, way: str, place: int) -> str:
     """A word with one letter doubled, left out or changed."""
     place %= len(word)

@@ -1,5 +1,8 @@
 """What happens to heads before ``process_heads``: norms first, then the rotation."""
 
+import contextlib
+import warnings
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -123,3 +126,27 @@ def test_a_rotary_is_called_with_its_forward_and_hooks() -> None:
 def test_a_norm_keeps_the_shape_of_its_heads() -> None:
     with pytest.raises(ValueError, match="a norm must keep the shape"):
         prepare_heads(noise(0, 1, 3, 1, 8), None, q_norm=nn.Linear(8, 4).double())
+
+
+@given(dtype=st.sampled_from((torch.bfloat16, torch.float16)), kind=st.sampled_from(("rms", "layer")), seed=seeds())
+def test_norms_beside_heads_of_half_precision_warn_of_nothing(dtype: torch.dtype, kind: str, seed: int) -> None:
+    """As under autocast; the numbers are those of the module called on the heads as they are."""
+    x, (q_norm, k_norm) = noise(seed, 2, 5, 3, 8).to(dtype), norms(kind, 8)
+    assert q_norm is not None
+    with warnings.catch_warnings(), always_warning():
+        warnings.simplefilter("ignore")
+        expected = q_norm(x).to(dtype)
+        warnings.simplefilter("error")
+        q, k = prepare_heads(x, x, q_norm=q_norm, k_norm=k_norm)
+    assert q is not None and k is not None and torch.equal(q, expected) and k.dtype == dtype
+
+
+@contextlib.contextmanager
+def always_warning() -> Iterator[None]:
+    """Torch gives a warning each time, not once a process."""
+    before = torch.is_warn_always_enabled()
+    torch.set_warn_always(True)
+    try:
+        yield
+    finally:
+        torch.set_warn_always(before)

@@ -95,6 +95,10 @@ def test_the_older_name_of_a_kind_is_read(kind: str) -> None:
 
 WRONG = (
     ({"rope_type": "fast"}, "rope_type must be one of"),
+    (
+        {"full_attention": {"rope_type": "default"}, "sliding_attention": {"rope_type": "default"}},
+        r"one kind of layer, got one for each of full_attention, sliding_attention: pass rope_parameters\['full_att",
+    ),
     ({"rope_type": "linear"}, "must have factor"),
     ({"rope_type": "linear", "factor": 0}, "positive number"),
     ({"rope_type": "default", "factor": 2.0}, "no other keys"),

@@ -13,7 +13,7 @@ from .hand import make_norm
 from .inputs import Inputs
 from .peers import Contestant, OutAndWeights
 
-State = dict[str, Tensor]
+StateDict = dict[str, Tensor]
 
 
 class Library(Contestant):
@@ -42,7 +42,7 @@ class Library(Contestant):
             return "for self-attention of whole sequences, batch first"
         return None
 
-    def matrices(self, state: State, case: Case) -> list[Tensor]:
+    def matrices(self, state: StateDict, case: Case) -> list[Tensor]:
         """The projections of q and k (heads, head_dim, embed_dim), whose pairs lie together, and of v."""
         heads = (case.heads, case.heads_kv, case.heads_kv)
         rows = state["in_proj_weight"].split([each * case.head_dim for each in heads])
@@ -94,7 +94,7 @@ class XTransformers(Library):
     def build(self, case: Case) -> nn.Module:
         return self.Module(case)
 
-    def translate(self, state: State, case: Case) -> State:
+    def translate(self, state: StateDict, case: Case) -> StateDict:
         def in_turns(x: Tensor, axis: int) -> Tensor:
             return swap_axes_within(x, axis, case.heads_kv)
 
@@ -145,7 +145,7 @@ class Torchtune(Library):
         )
         return made
 
-    def translate(self, state: State, case: Case) -> State:
+    def translate(self, state: StateDict, case: Case) -> StateDict:
         own = {f"{name}_proj.weight": x.flatten(0, 1) for name, x in zip("qkv", self.matrices(state, case))}
         norms = {name: x for name, x in state.items() if "_norm." in name}
         if case.qk_norm == "rms":

@@ -18,6 +18,7 @@ from .features import find_replaced
 from .hops import check_signatures, warn_of_misspelled_hops
 from .options import PARTS, STOCK_VALUES, part
 from .problems import Problems, run_problem
+from .state import suggest_grouping
 from .stock import StockForward, refuse_torchscript
 
 
@@ -161,6 +162,25 @@ class CustomHeads(StockForward):
             options.set_part(self, name, value)
         else:
             super().__setattr__(name, value)
+
+    @torch.jit.unused
+    def _load_from_state_dict(
+        self,
+        state_dict: Any,
+        prefix: str,
+        local_metadata: Any,
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        """As in ``nn.Module``; where full heads meet grouped ones, an error names what converts them."""
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+        hint = suggest_grouping(state_dict, prefix, projection.sizes_of(self))
+        if hint is not None:
+            error_msgs.append(hint)
 
     @torch.jit.unused
     def extra_repr(self) -> str:

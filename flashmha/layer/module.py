@@ -125,6 +125,7 @@ class FlashMultiHeadAttention(CustomHeads):
         trust_is_causal: bool = False,
         skip_padding: bool = False,
     ) -> None:
+        """Make a layer; the docstring of the class says what every argument means."""
         said = {
             "rotary": rotary,
             "position_bias": position_bias,

@@ -160,9 +160,11 @@ def real_tokens(mask: Tensor | KeyPadding | KeyLengths | None, batch: int, seqle
         or mask.shape != (batch, seqlen)
         or not (mask.dtype == torch.bool or mask.is_floating_point())
     ):
+        one = isinstance(mask, Tensor) and mask.dim() == 1
+        hint = ": x must be (batch, seqlen, features), so give one sequence as x[None], key_padding_mask[None]" * one
         raise ValueError(
-            f"key_padding_mask must be a bool tensor (batch, seqlen) = ({batch}, {seqlen}), True = hidden, a "
-            f"KeyPadding, a KeyLengths or None, got {spell(mask)}."
+            f"key_padding_mask must be (batch, seqlen) = ({batch}, {seqlen}), bool with True = hidden or float with 0 "
+            f"and -inf, or a KeyPadding, a KeyLengths or None, got {spell(mask)}{hint}."
         )
     if mask.dtype != torch.bool and (mask.requires_grad or not hides_alone(mask)):
         raise ValueError("key_padding_mask must be bool or hold 0 and -inf alone, got other numbers or a gradient.")

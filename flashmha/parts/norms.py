@@ -16,10 +16,18 @@ def call_norm(norm: nn.Module | None, x: Tensor | None) -> Tensor | None:
     """A module over head_dim, called on heads; they keep their dtype, whatever the module computes in."""
     if norm is None or x is None:
         return x
-    made = norm(x)
+    made = norm(widen(norm, x))
     if not isinstance(made, Tensor) or made.shape != x.shape:
         raise ValueError(f"a norm must keep the shape of its heads, {tuple(x.shape)}, got {spell(made)}.")
     return made.to(x.dtype)
+
+
+def widen(norm: nn.Module, x: Tensor) -> Tensor:
+    """Heads in the dtype that torch's RMSNorm computes them in beside a wider weight: it warns of two dtypes."""
+    weight = getattr(norm, "weight", None)
+    if type(norm).forward is not nn.RMSNorm.forward or weight is None or weight.dtype == x.dtype:
+        return x
+    return x.to(torch.promote_types(x.dtype, weight.dtype))
 
 
 class KnownNorm(NamedTuple):

@@ -227,6 +227,12 @@ def read_rope(
     if rope_parameters is not None and not isinstance(rope_parameters, Mapping):
         raise ValueError(f"rope_parameters must be a dict, got {spell(rope_parameters)}.")
     given = {name: value for name, value in (rope_parameters or {}).items() if value is not None}
+    inner = [name for name, value in given.items() if isinstance(value, Mapping)]
+    if inner:
+        raise ValueError(
+            f"rope_parameters must be the dict of one kind of layer, got one for each of {', '.join(map(str, inner))}: "
+            f"pass rope_parameters[{inner[0]!r}] to the Rotary of those layers."
+        )
     kind = given.setdefault("rope_type", given.get("type", "default"))
     if not isinstance(kind, str) or kind not in ROPE_TYPES:
         raise ValueError(f"rope_type must be one of {', '.join(ROPE_TYPES)}, got {kind!r}.")

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
+from typing import Any
+
 from torch import Tensor
 
+from ..host.torch_state import is_compiling
 from .likeness import is_settled
 from .masks import Mask, check_answer
 from .positions import ALIGNMENTS, MaskMod, Restarts, by_index
@@ -24,6 +28,8 @@ class Rule(Mask):
             raise ValueError(f"align must be one of {ALIGNMENTS}, got {align!r}.")
         if not callable(fn):
             raise TypeError(f"fn must be a function of (batch, head, q_pos, k_pos), got {spell(fn)}.")
+        if not is_compiling():
+            check_parameters(fn)
         self.fn, self.align = fn, align
 
     def mask_mod(self, seqlen_q: int, seqlen_k: int, documents: Restarts | None = None) -> MaskMod:
@@ -34,6 +40,19 @@ class Rule(Mask):
 
     def __repr__(self) -> str:
         return f"Rule({getattr(self.fn, '__name__', 'fn')})"
+
+
+def check_parameters(fn: Any) -> None:
+    """Raise ``TypeError`` where a function cannot be called with what a rule is asked."""
+    try:
+        signature = inspect.signature(fn)
+    except (TypeError, ValueError):  # a function of C has none
+        return
+    try:
+        signature.bind("batch", "head", "q_pos", "k_pos")
+    except TypeError as error:
+        name = getattr(fn, "__name__", "fn")
+        raise TypeError(f"fn must take (batch, head, q_pos, k_pos), got {name}{signature}: {error}.") from None
 
 
 def answering(rule: Rule) -> MaskMod:

@@ -25,7 +25,7 @@ from .cell import Cell, Source, note_unread
 from .patches import Patches
 from .picks import find_list, find_picked, pick_places
 from .regions import SLICE, Layout
-from .storage import as_ordinary, fill, lend, make_blank, put, read_values, values_of
+from .storage import as_ordinary, fill, lend, make_blank, put_values, read_values, values_of
 from .views import ALIASES, View, is_view
 
 
@@ -135,7 +135,7 @@ class Deferred(Tensor):
     @data.setter
     def data(self, values: Tensor) -> None:
         values = values_of(values) if isinstance(values, Deferred) else values
-        put(self, values)
+        put_values(self, values)
         self.cell = None
 
     def detach(self) -> Tensor:
@@ -293,7 +293,7 @@ def wrap(values: Tensor) -> Deferred:
     """A deferred tensor whose values are there."""
     made: Deferred = make_blank(Deferred, Layout.of(values), values.device)
     if type(values) is Tensor:
-        put(made, values)
+        put_values(made, values)
     else:
         made.foreign = values
     return made

@@ -27,10 +27,10 @@ def fill(tensor: Any) -> None:
         values = cell.values() if tensor.way is None else tensor.way.of(cell)
         with cell.lock:
             if tensor.cell is not None:
-                put(tensor, values)
+                put_values(tensor, values)
                 tensor.cell = tensor.way = None
     elif type(foreign) is Tensor and TracingContext.try_get() is None:
-        put(tensor, foreign)
+        put_values(tensor, foreign)
         tensor.foreign = None
 
 
@@ -38,12 +38,12 @@ def lend(tensor: Any) -> None:
     """Keep the values in a tensor beside this one: a compiler wants the two to have storages of their own."""
     if tensor.foreign is None:
         values = values_of(tensor)
-        put(tensor, make_blank(type(tensor), Layout.of(values), values.device))
+        put_values(tensor, make_blank(type(tensor), Layout.of(values), values.device))
         torch._C._set_throw_on_mutable_data_ptr(tensor)
         tensor.foreign = values
 
 
-def put(tensor: Any, values: Tensor) -> None:
+def put_values(tensor: Any, values: Tensor) -> None:
     """Give a tensor the memory and the sizes of ordinary values."""
     with torch._C._DisableTorchDispatch():
         Tensor.data.__set__(tensor, values)  # type: ignore[attr-defined]
