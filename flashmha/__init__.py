@@ -9,6 +9,7 @@ from .layer.packed import Packed, pack
 from .layer.state import fuse_projections, group_heads, repeat_heads, separate_projections
 from .parts.relative import AlibiBias, RelativePositionBias
 from .parts.rotary import Rotary
+from .problem.cached import Positions
 from .problem.errors import NoBackendError
 from .problem.masks import Dense, Mask, Rule, Window, causal
 from .problem.ragged import Documents, KeyLengths, KeyPadding
@@ -39,6 +40,7 @@ __all__ = [
     "Mask",
     "NoBackendError",
     "Packed",
+    "Positions",
     "RelativeBias",
     "RelativePositionBias",
     "Rotary",

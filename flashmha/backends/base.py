@@ -24,6 +24,7 @@ FEATURES = (
     "key_lengths",
     "key_padding",
     "documents",
+    "cache",
     "dense_mask",
     "rule",
     "bias",

@@ -21,8 +21,9 @@ from ..host.torch_state import (
     is_deterministic,
     needs_aten,
 )
+from .cached import Positions
 from .masks import Dense, Mask, Window, find_rule, normalize
-from .positions import check_range
+from .positions import Restarts, check_range
 from .ragged import Documents, KeyLengths, KeyPadding, Padding, mark_private
 from .scores import BIAS_DTYPES, Bias
 from .tensors import check_tensors, refuse_device
@@ -324,9 +325,11 @@ class AttentionSpec:
             return None
         rules: list[Any] = []
         for part in () if self.mask is None else self.mask.parts:
-            if type(part) not in (Window, Dense, Documents, KeyPadding, KeyLengths):
+            if type(part) not in (Window, Dense, Documents, KeyPadding, KeyLengths, Positions):
                 return None
             rules.append(type(part))
+            if isinstance(part, Positions):
+                rules += (part.keys is None, part.at_end)
             if isinstance(part, Dense):
                 rules.append(part.allowed.shape)
             elif isinstance(part, (Window, Documents)):
@@ -361,7 +364,17 @@ class AttentionSpec:
         mask = self.mask
         if mask is None or type(mask) is Documents:
             return mask
-        return mask.documents  # type: ignore[return-value]  # in no other rule positions start again
+        return find_rule(mask, Documents)
+
+    @property
+    def positions(self) -> Positions | None:
+        """Where the tokens of each row stand, where the keys lie in a cache."""
+        return find_rule(self.mask, Positions)
+
+    @property
+    def places(self) -> Restarts | None:
+        """What biases are told of where tokens stand: the documents, or the positions of a cache."""
+        return None if self.mask is None else self.mask.documents
 
     @property
     def is_padded(self) -> bool:
@@ -418,7 +431,7 @@ class AttentionSpec:
             check_range("queries", queries, self.seqlen_q)
             check_range("keys", keys, self.seqlen_k)
         sizes = (self.batch, self.heads, self.seqlen_q, self.seqlen_k)
-        return self.bias.materialize(*sizes, self.device, self.documents, queries, keys)
+        return self.bias.materialize(*sizes, self.device, self.places, queries, keys)
 
     def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
         printer.text(f"AttentionSpec({self})")  # what Hypothesis prints: one line
