@@ -32,7 +32,7 @@ FLOORS = [
     backends.choice
     functional
     weights
-    parts
+    parts cache
     layer
     swap
     lab testing benchmark

@@ -17,6 +17,7 @@ from ..functional import as_bias, as_mask, attention, check_arguments
 from ..host.torch_state import autocast
 from ..layer import padding
 from ..layer.arguments import Arguments, check_kinds
+from ..layer.cached import enter_cache
 from ..layer.call import read_call
 from ..layer.features import is_ours
 from ..layer.forward import Prepared, prepare
@@ -77,6 +78,18 @@ def explain_layer(layer: FlashMultiHeadAttention, *args: Any, **kwargs: Any) -> 
     """Which backend would serve a call of a layer, and what it does about padding and precision."""
     given = Arguments(*args, **kwargs)
     check_kinds(given)
+    cache = given.cache
+    if cache is None:
+        return explain_arguments(layer, given)
+    before = cache.state()
+    try:
+        return explain_arguments(layer, enter_cache(layer, given))
+    finally:
+        cache.restore(before)
+
+
+def explain_arguments(layer: FlashMultiHeadAttention, given: Arguments) -> Explanation:
+    """The same of the arguments of a call."""
     given = given if given.kv is None else with_stand_ins(layer, given)
     wanted = layer.backend if given.backend is None else given.backend
     need_weights = given.need_weights and layer.need_weights
