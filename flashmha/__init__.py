@@ -1,6 +1,11 @@
 """flashmha: ``torch.nn.MultiheadAttention`` on the fastest attention this machine has."""
 
 from .backends import Backend, Explanation, Limits, load_tuned, prefer, record, register, unregister, use_backend
+from .cache.base import Cache
+from .cache.memory import MemoryCache
+from .cache.pages import PagedCache, PagePool
+from .cache.ring import RingCache
+from .cache.static import StaticCache
 from .functional import attention
 from .host.public import publish as _publish
 from .lab import FlashAttentionWrapper, benchmark_attention, compare_outputs, has_flash_attention
@@ -15,7 +20,9 @@ from .problem.masks import Dense, Mask, Rule, Window, causal
 from .problem.ragged import Documents, KeyLengths, KeyPadding
 from .problem.scores import ALiBi, Bias, RelativeBias, TensorBias
 from .problem.spec import AttentionSpec
+from .swap.caches import KVCache
 from .swap.convert import replace_mha, restore_mha
+from .swap.decoder import FlashTransformerDecoder, FlashTransformerDecoderLayer
 from .swap.encoder import FlashTransformerEncoder, FlashTransformerEncoderLayer
 from .swap.explain import explain
 from .swap.report import SwapReport, swap_report
@@ -27,24 +34,33 @@ __all__ = [
     "AttentionSpec",
     "Backend",
     "Bias",
+    "Cache",
     "Dense",
     "Documents",
     "Explanation",
     "FlashAttentionWrapper",
     "FlashMultiHeadAttention",
+    "FlashTransformerDecoder",
+    "FlashTransformerDecoderLayer",
     "FlashTransformerEncoder",
     "FlashTransformerEncoderLayer",
+    "KVCache",
     "KeyLengths",
     "KeyPadding",
     "Limits",
     "Mask",
+    "MemoryCache",
     "NoBackendError",
     "Packed",
+    "PagePool",
+    "PagedCache",
     "Positions",
     "RelativeBias",
     "RelativePositionBias",
+    "RingCache",
     "Rotary",
     "Rule",
+    "StaticCache",
     "SwapReport",
     "TensorBias",
     "Window",

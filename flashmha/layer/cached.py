@@ -38,12 +38,7 @@ def enter_cache(layer: Layer, given: Arguments) -> Arguments:
     Raises:
         TypeError, ValueError: there is no such cache, or something beside it that it cannot serve.
     """
-    cache = given.cache
-    if not isinstance(cache, (Cache, MemoryCache)):
-        raise TypeError(
-            "cache must be the cache of this one layer, such as a StaticCache or a MemoryCache, got "
-            f"{spell(cache)}; a KVCache holds one for each layer: cache['layers.0.self_attn']."
-        )
+    cache = check_cache(given.cache)
     if given.kv is not None:
         raise ValueError("kv must be None beside a cache, which holds keys and values itself, got a pair.")
     query, padding = given.query, given.key_padding_mask
@@ -57,6 +52,16 @@ def enter_cache(layer: Layer, given: Arguments) -> Arguments:
             f"key_padding_mask must be bool or a rule beside a cache, got {spell(padding)}: say mask == float('-inf')."
         )
     return given
+
+
+def check_cache(cache: object) -> Cache | MemoryCache:
+    """Raise ``TypeError`` where a layer was given no cache."""
+    if not isinstance(cache, (Cache, MemoryCache)):
+        raise TypeError(
+            "cache must be the cache of this one layer, such as a StaticCache or a MemoryCache, got "
+            f"{spell(cache)}; a KVCache holds one for each layer: cache['layers.0.self_attn']."
+        )
+    return cache
 
 
 def read_memory(layer: Layer, cache: MemoryCache, given: Arguments) -> Arguments:

@@ -17,7 +17,7 @@ from ..functional import as_bias, as_mask, attention, check_arguments
 from ..host.torch_state import autocast
 from ..layer import padding
 from ..layer.arguments import Arguments, check_kinds
-from ..layer.cached import enter_cache
+from ..layer.cached import check_cache, enter_cache
 from ..layer.call import read_call
 from ..layer.features import is_ours
 from ..layer.forward import Prepared, prepare
@@ -81,6 +81,7 @@ def explain_layer(layer: FlashMultiHeadAttention, *args: Any, **kwargs: Any) -> 
     cache = given.cache
     if cache is None:
         return explain_arguments(layer, given)
+    check_cache(cache)
     before = cache.state()
     try:
         return explain_arguments(layer, enter_cache(layer, given))
