@@ -4,7 +4,7 @@ They add no state: a stock instance becomes one by its class, and back. No annot
 reads them.
 """
 
-from typing import Any
+from typing import Any, Optional
 
 import torch
 import torch.fx
@@ -23,13 +23,13 @@ class FlashTransformerDecoderLayer(nn.TransformerDecoderLayer):
         self,
         tgt: Tensor,
         memory: Tensor,
-        tgt_mask: Tensor | None = None,
-        memory_mask: Tensor | None = None,
-        tgt_key_padding_mask: Tensor | None = None,
-        memory_key_padding_mask: Tensor | None = None,
+        tgt_mask: Optional[Tensor] = None,
+        memory_mask: Optional[Tensor] = None,
+        tgt_key_padding_mask: Optional[Tensor] = None,
+        memory_key_padding_mask: Optional[Tensor] = None,
         tgt_is_causal: bool = False,
         memory_is_causal: bool = False,
-        cache: Any | None = None,
+        cache: Optional[Any] = None,
     ) -> Tensor:
         """Masks as in ``nn.TransformerDecoderLayer``.
 
@@ -118,13 +118,13 @@ class FlashTransformerDecoder(nn.TransformerDecoder):
         self,
         tgt: Tensor,
         memory: Tensor,
-        tgt_mask: Tensor | None = None,
-        memory_mask: Tensor | None = None,
-        tgt_key_padding_mask: Tensor | None = None,
-        memory_key_padding_mask: Tensor | None = None,
-        tgt_is_causal: bool | None = None,
+        tgt_mask: Optional[Tensor] = None,
+        memory_mask: Optional[Tensor] = None,
+        tgt_key_padding_mask: Optional[Tensor] = None,
+        memory_key_padding_mask: Optional[Tensor] = None,
+        tgt_is_causal: Optional[bool] = None,
         memory_is_causal: bool = False,
-        cache: Any | None = None,
+        cache: Optional[Any] = None,
     ) -> Tensor:
         """Masks as in ``nn.TransformerDecoder``; ``tgt_is_causal=None`` looks whether ``tgt_mask`` is the causal mask.
 
