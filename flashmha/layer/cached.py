@@ -133,11 +133,11 @@ class Rules(NamedTuple):
     tables: list[Dense]
 
 
-def read_rules(layer: Layer, cache: Cache, mask: Mask | None, bias: Bias | None, seqlen: int) -> Rules:
+def read_rules(layer: Layer, cache: Cache, mask: Mask | None, seqlen: int) -> Rules:
     """The mask of a call, apart from padding, which the cache keeps.
 
     Raises:
-        ValueError: a mask or a bias that cannot speak of earlier keys.
+        ValueError: a mask that cannot speak of earlier keys.
     """
     rules = Rules([], [])
     for part in parts_of(mask):
@@ -146,13 +146,18 @@ def read_rules(layer: Layer, cache: Cache, mask: Mask | None, bias: Bias | None,
             rules.tables.append(part)
         elif not isinstance(part, Padding) and not (seqlen == 1 and hides_the_future_alone(part)):
             rules.counting.append(part)
-    for one in () if bias is None else bias.parts:
-        if not isinstance(one, TensorBias) and not one.by_distance:
-            raise ValueError(f"position_bias must go by distance beside a cache, got {one!r} (by_distance=False).")
     window = layer.window
     if isinstance(cache, RingCache) and window is not None and (window.left is None or window.left > cache.window):
         raise ValueError(f"window of a RingCache must reach as far as the layer's {window!r}, got {cache.window}.")
     return rules
+
+
+def check_by_distance(bias: Bias) -> None:
+    """Raise where a layer's bias is made for the keys of one call, and not for a distance."""
+    if not bias.by_distance:
+        raise ValueError(
+            f"position_bias must go by distance beside a cache, as AlibiBias and RelativePositionBias do, got {bias!r}."
+        )
 
 
 def hides_the_future_alone(part: Mask) -> bool:
@@ -184,7 +189,7 @@ def extend(
             f"keys_before={layer.keys_before} and keys_after={layer.keys_after}."
         )
     refuse_gradients(q, k, v)
-    rules = read_rules(layer, cache, mask, bias, seqlen)
+    rules = read_rules(layer, cache, mask, seqlen)
     k, v = cache.update(k, v, step.real)
     biases = () if bias is None else bias.parts
     counts = rules.counting or isinstance(cache, RingCache) or not all(isinstance(one, TensorBias) for one in biases)

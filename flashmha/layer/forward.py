@@ -21,7 +21,7 @@ from ..problem.spec import AttentionSpec
 from ..weights.attend import attention_with_weights
 from . import nested, padding, projection, shortcut
 from .arguments import Arguments, check_flags, check_kinds
-from .cached import begin_step, enter_cache, extend, undone_where_it_fails
+from .cached import begin_step, check_by_distance, enter_cache, extend, undone_where_it_fails
 from .call import Reading, read_call
 from .columns import append, count_added_keys, widen
 from .features import has_hops, is_ours
@@ -236,7 +236,7 @@ def prepare(layer: Layer, call: Reading, given: Arguments, wanted: Wanted, skip_
         before, after = count_added_keys(layer, sizes[2] if padded is None else key.shape[1], k.shape[1], looks)
     added: Bias | None = None if bias is None else TensorBias(bias)
     if position_bias is not None:
-        added = add_position_bias(position_bias, added, q, k[:, before : k.shape[1] - after])
+        added = add_position_bias(position_bias, added, q, k[:, before : k.shape[1] - after], step is not None)
     if step is not None:
         k, v, mask, added = extend(layer, step, (q, k, v), mask, added)
     if before or after or columns:
@@ -270,9 +270,11 @@ def turn(layer: Layer, heads: Any, positions_q: Tensor | None, positions_k: Tens
     return q, k, v
 
 
-def add_position_bias(mine: Any, bias: Bias | None, q: Tensor, k: Tensor) -> Bias | None:
-    """A bias with that of a layer's positions; k holds the call's own keys."""
+def add_position_bias(mine: Any, bias: Bias | None, q: Tensor, k: Tensor, goes_on: bool) -> Bias | None:
+    """A bias with that of a layer's positions; k holds the call's own keys, which may go on behind a cache."""
     made = mine if isinstance(mine, Bias) else as_bias(mine(q, k))
+    if goes_on and made is not None:
+        check_by_distance(made)
     return bias if made is None else made if bias is None else bias + made
 
 

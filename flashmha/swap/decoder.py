@@ -37,6 +37,10 @@ class FlashTransformerDecoderLayer(nn.TransformerDecoderLayer):
             cache: ``KVCache.of(layer, ...)``: ``tgt`` holds the new tokens alone, ``tgt_mask`` and
                 ``tgt_key_padding_mask`` speak of these, and ``memory`` is projected by the first call.
         """
+        # alone in its condition, or TorchScript compiles what stands below
+        if not torch.jit.is_scripting():  # noqa: SIM102
+            if isinstance(cache, torch.fx.Proxy):  # FX makes one of every argument of its root
+                cache = None
         x = tgt
         if self.norm_first:
             x = x + self._self(self.norm1(x), tgt_mask, tgt_key_padding_mask, tgt_is_causal, cache)
