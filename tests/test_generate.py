@@ -220,7 +220,7 @@ class Model(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         told: dict[str, Any] = {"batch_first": True, "causal": True, "dtype": torch.float64, "need_weights": False}
-        self.encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16), 1)
+        self.encoder = nn.TransformerEncoderLayer(8, 2, 16)
         self.one = FlashMultiHeadAttention(8, 2, rotary=flashmha.Rotary(4), qk_norm="rms", num_kv_heads=1, **told)
         self.two = FlashMultiHeadAttention(8, 2, position_bias=flashmha.AlibiBias(2), window=(3, 0), **told)
 

@@ -86,7 +86,8 @@ def read_memory(layer: Layer, cache: MemoryCache, given: Arguments) -> Arguments
             f"key must be the memory of the cache, of {cache.seqlen} tokens, got {key.shape[axis]}: reset the cache "
             "for another memory."
         )
-    return given._replace(kv=(cache.k, cache.v), key_positions=None, cache=None)
+    kept = {"kv": (cache.k, cache.v), "key_positions": None, "cache": None}
+    return Arguments(**{**dict(zip(Arguments._fields, given)), **kept})  # torch 2.8 traces no _replace
 
 
 class Step(NamedTuple):
