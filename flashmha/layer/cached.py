@@ -86,8 +86,19 @@ def read_memory(layer: Layer, cache: MemoryCache, given: Arguments) -> Arguments
             f"key must be the memory of the cache, of {cache.seqlen} tokens, got {key.shape[axis]}: reset the cache "
             "for another memory."
         )
-    kept = {"kv": (cache.k, cache.v), "key_positions": None, "cache": None}
-    return Arguments(**{**dict(zip(Arguments._fields, given)), **kept})  # torch 2.8 traces no _replace
+    return Arguments(  # a graph of torch 2.8 can hold no _replace
+        given.query,
+        key,
+        value,
+        given.key_padding_mask,
+        given.need_weights,
+        given.attn_mask,
+        given.average_attn_weights,
+        given.is_causal,
+        given.backend,
+        given.positions,
+        kv=(cache.k, cache.v),
+    )
 
 
 class Step(NamedTuple):
