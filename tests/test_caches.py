@@ -52,6 +52,7 @@ class Drawn(NamedTuple):
     batch: int
     cuts: list[int]
     kind: str
+    weights: bool
     seed: int
 
     @property
@@ -63,7 +64,8 @@ class Drawn(NamedTuple):
         return [slice(a, b) for a, b in zip([0, *self.cuts], self.cuts)]
 
     def build(self, **more: Any) -> FlashMultiHeadAttention:
-        made = {"causal": True, "batch_first": True, **self.arguments, **more}
+        # with weights every slot is looked at, as on a GPU
+        made = {"causal": True, "batch_first": True, "need_weights": self.weights, **self.arguments, **more}
         dtype, head_dim = made.setdefault("dtype", torch.float64), WIDTH // self.heads
         if self.rotary:
             made["rotary"] = Rotary(head_dim)
@@ -123,12 +125,13 @@ def drawn(draw: st.DrawFn, kinds: tuple[str, ...] = KINDS, plain: bool = False) 
         draw(st.integers(1, 3)),
         cuts[cuts <= LONGEST].tolist(),
         draw(one_of(kinds)),
+        draw(st.booleans()),
         draw(seeds()),
     )
 
 
 def whole(layer: nn.Module, x: Tensor, **more: Any) -> Tensor:
-    out: Tensor = layer(x, x, x, need_weights=False, **more)[0]
+    out: Tensor = layer(x, x, x, **more)[0]
     return out
 
 
@@ -236,7 +239,7 @@ def test_numbers_added_to_scores_are_of_the_own_keys(problem: Drawn, scale: floa
 
 @given(problem=drawn(kinds=("static", "paged")), average=st.booleans())
 def test_weights_are_over_the_slots(problem: Drawn, average: bool) -> None:
-    layer, x = problem.build(add_zero_attn=False), problem.tokens()
+    layer, x = problem.build(add_zero_attn=False, need_weights=True), problem.tokens()
     cache = problem.cache(layer)
     _, wanted = layer(x, x, x, average_attn_weights=average)
     found = [layer(x[:, at], x[:, at], x[:, at], cache=cache, average_attn_weights=average)[1] for at in problem.pieces]
@@ -627,7 +630,7 @@ def test_explaining_a_call_changes_no_cache(problem: Drawn) -> None:
     layer, x = problem.build(), problem.tokens()
     cache, last = problem.cache(layer), problem.pieces[-1]
     out = [whole(layer, x[:, at], cache=cache) for at in problem.pieces[:-1]]
-    said = flashmha.explain(layer, x[:, last], x[:, last], x[:, last], need_weights=False, cache=cache)
+    said = flashmha.explain(layer, x[:, last], x[:, last], x[:, last], cache=cache)
     with flashmha.record() as calls:
         out.append(whole(layer, x[:, last], cache=cache))
     assert [one.backend for one in calls] == [said.chosen]

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..host.torch_state import insist
+from ..host.torch_state import insist, readable
 from ..problem.cached import Positions
 from ..problem.masks import Mask
 from ..problem.ragged import KeyLengths, mark_private
@@ -47,15 +47,15 @@ class Cache(abc.ABC):
     @property
     @abc.abstractmethod
     def capacity(self) -> int:
-        """Slots of a row, which ``read`` gives."""
+        """Slots of a row."""
 
     @abc.abstractmethod
     def write(self, k: Tensor, v: Tensor, positions: Tensor) -> None:
         """Put neighbouring tokens where ``positions`` (batch, seqlen) belong."""
 
     @abc.abstractmethod
-    def read(self) -> tuple[Tensor, Tensor]:
-        """Keys and values of every slot, (batch, slots, heads_kv, head_dim)."""
+    def read(self, slots: int) -> tuple[Tensor, Tensor]:
+        """Keys and values of the first slots, (batch, slots, heads_kv, head_dim)."""
 
     @abc.abstractmethod
     def check_room(self, seqlen: int) -> None:
@@ -88,9 +88,14 @@ class Cache(abc.ABC):
         """Which slots hold a token, after ``update``."""
         return mark_private(KeyLengths(self.lengths.clone()))
 
-    def placed(self, positions: Tensor, padded: bool) -> Positions:
-        """Where queries at ``positions`` and all slots stand, for rules that count."""
-        return Positions(positions, self.slots(), at_end=not padded)
+    def placed(self, positions: Tensor, slots: int, padded: bool) -> Positions:
+        """Where queries at ``positions`` and the first slots stand, for rules that count."""
+        places = self.slots()
+        return Positions(positions, None if places is None else places[:, :slots], at_end=not padded)
+
+    def held(self) -> list[int] | None:
+        """The tokens that each row holds as numbers; ``None`` where looking would wait for a device or end a graph."""
+        return self.lengths.tolist() if readable(self.lengths) else None
 
     def update(self, k: Tensor, v: Tensor, real: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Write the heads of new tokens behind those of each row; keys and values of all slots.
@@ -102,6 +107,11 @@ class Cache(abc.ABC):
         Raises:
             ValueError: they are not such heads, want gradients, or have no room. The cache is as it was.
         """
+        self.append(k, v, real)
+        return self.read(self.capacity)
+
+    def append(self, k: Tensor, v: Tensor, real: Tensor | None = None) -> None:
+        """``update`` without a look at what is there."""
         self.check(k, v, real)
         seqlen = k.shape[1]
         self.check_room(seqlen)
@@ -114,7 +124,6 @@ class Cache(abc.ABC):
         with torch.no_grad():
             self.write(k, v, self.positions(seqlen).long())
             self.lengths.add_(count)
-        return self.read()
 
     def check(self, k: Tensor, v: Tensor, real: Tensor | None) -> None:
         """Raise where heads are not those of this cache."""
@@ -189,6 +198,20 @@ class Cache(abc.ABC):
         heads, size = self.store[0].shape[-2:]
         kind = dtype_name(self.store[0].dtype)
         return f"{type(self).__name__}(batch={self.batch}, heads_kv={heads}, head_dim={size}, {kind})"
+
+
+def allocate(
+    rows: int, seqlen: int, heads: int, head_dim: int, device: torch.device | str | None, dtype: torch.dtype | None
+) -> Tensor:
+    """Zeros (rows, seqlen, heads, head_dim), as kernels want them: on a CPU the tokens of a head are neighbours.
+
+    There one query over 4,096 keys takes half the time that way. Zeros, since a hidden slot is multiplied by 0, which
+    turns no NaN into 0.
+    """
+    made = torch.zeros(rows, heads, seqlen, head_dim, device=device, dtype=dtype)
+    if made.device.type == "cpu":
+        return made.transpose(1, 2)
+    return made.view(rows, seqlen, heads, head_dim)
 
 
 def first_real(real: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..problem.wording import spell
-from .base import INTEGERS, check_sizes, refuse_gradients
+from .base import INTEGERS, allocate, check_sizes, refuse_gradients
 
 
 class MemoryCache:
@@ -33,8 +33,8 @@ class MemoryCache:
         head_dim_v = head_dim if head_dim_v is None else head_dim_v
         check_sizes(batch=batch, heads_kv=heads_kv, head_dim=head_dim, head_dim_v=head_dim_v)
         self.batch, self.fixed = batch, seqlen is not None
-        self.k = torch.zeros(batch, seqlen or 0, heads_kv, head_dim, device=device, dtype=dtype)
-        self.v = torch.zeros(batch, seqlen or 0, heads_kv, head_dim_v, device=device, dtype=dtype)
+        self.k = allocate(batch, seqlen or 0, heads_kv, head_dim, device, dtype)
+        self.v = allocate(batch, seqlen or 0, heads_kv, head_dim_v, device, dtype)
         self.filled = False
         """The memory was projected."""
 
@@ -67,11 +67,11 @@ class MemoryCache:
                     f"{tuple(x.shape)}, {x.dtype} on {x.device}."
                 )
         refuse_gradients(k, v)
-        if self.fixed:
-            self.k.copy_(k)
-            self.v.copy_(v)
-        else:
-            self.k, self.v = k, v
+        if not self.fixed:
+            heads, seqlen = k.shape[2], k.shape[1]
+            self.k, self.v = (allocate(self.batch, seqlen, heads, x.shape[3], x.device, x.dtype) for x in (k, v))
+        self.k.copy_(k)
+        self.v.copy_(v)
         self.filled = True
         return self.k, self.v
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..host.torch_state import is_compiling
-from .base import Cache, check_sizes
+from .base import Cache, allocate, check_sizes
 
 
 class PagePool:
@@ -34,8 +34,8 @@ class PagePool:
         head_dim_v = head_dim if head_dim_v is None else head_dim_v
         check_sizes(pages=pages, page_size=page_size, heads_kv=heads_kv, head_dim=head_dim, head_dim_v=head_dim_v)
         self.pages, self.page_size = pages, page_size
-        self.k = torch.zeros(pages + 1, page_size, heads_kv, head_dim, device=device, dtype=dtype)
-        self.v = torch.zeros(pages + 1, page_size, heads_kv, head_dim_v, device=device, dtype=dtype)
+        self.k = allocate(pages + 1, page_size, heads_kv, head_dim, device, dtype)
+        self.v = allocate(pages + 1, page_size, heads_kv, head_dim_v, device, dtype)
         self.free = list(reversed(range(pages)))
 
     @property
@@ -161,8 +161,9 @@ class PagedCache(Cache):
         self.pool.k.index_put_(where, k)
         self.pool.v.index_put_(where, v)
 
-    def read(self) -> tuple[Tensor, Tensor]:
-        k, v = (x[self.block_table].flatten(1, 2) for x in self.store)
+    def read(self, slots: int) -> tuple[Tensor, Tensor]:
+        pages = self.block_table[:, : -(-slots // self.pool.page_size)]
+        k, v = (x[pages].flatten(1, 2)[:, :slots] for x in self.store)
         return k, v
 
     def trim(self) -> None:

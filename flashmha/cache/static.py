@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..host.torch_state import readable
-from .base import Cache, check_sizes
+from .base import Cache, allocate, check_sizes
 
 
 class StaticCache(Cache):
@@ -33,9 +33,8 @@ class StaticCache(Cache):
     ) -> None:
         head_dim_v = head_dim if head_dim_v is None else head_dim_v
         check_sizes(batch=batch, max_seqlen=max_seqlen, heads_kv=heads_kv, head_dim=head_dim, head_dim_v=head_dim_v)
-        # a hidden slot is multiplied by 0, which turns no NaN into 0
-        self.k = torch.zeros(batch, max_seqlen, heads_kv, head_dim, device=device, dtype=dtype)
-        self.v = torch.zeros(batch, max_seqlen, heads_kv, head_dim_v, device=device, dtype=dtype)
+        self.k = allocate(batch, max_seqlen, heads_kv, head_dim, device, dtype)
+        self.v = allocate(batch, max_seqlen, heads_kv, head_dim_v, device, dtype)
         self.lengths = torch.zeros(batch, dtype=torch.int32, device=device)
         self.max_seqlen: int | None = max_seqlen
         self.rows = torch.arange(batch, device=device)[:, None]
@@ -69,5 +68,5 @@ class StaticCache(Cache):
         self.k.index_put_((self.rows, positions), k)
         self.v.index_put_((self.rows, positions), v)
 
-    def read(self) -> tuple[Tensor, Tensor]:
-        return self.k, self.v
+    def read(self, slots: int) -> tuple[Tensor, Tensor]:
+        return self.k[:, :slots], self.v[:, :slots]

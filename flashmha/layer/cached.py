@@ -1,32 +1,22 @@
-"""A call over a cache: where its tokens stand, and what its masks say of the keys that earlier calls left.
-
-Masks, padding and biases that are tensors speak of the call's own keys: those of earlier calls are seen by every query.
-Rules over positions and biases by distance go on where the cache stopped.
-"""
+"""A call over a cache, at the door: what it may be, and where its tokens stand."""
 
 from __future__ import annotations
 
 import contextlib
-import functools
-import operator
 from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from ..cache.base import Cache, first_real, refuse_gradients
+from ..cache.base import Cache
 from ..cache.memory import MemoryCache
-from ..cache.ring import RingCache
-from ..problem.masks import Dense, Mask, Rule, Window, join_masks
+from ..problem.masks import Mask, Rule, Window
 from ..problem.packing import parts_of
 from ..problem.ragged import Documents, Padding
-from ..problem.scores import Bias, TensorBias
 from ..problem.wording import spell
 from .arguments import Arguments
 from .call import Reading
-from .features import EXTRA_KEYS
 from .keys_values import make_keys_values
 from .options import counted_by
 from .protocol import Layer
@@ -104,18 +94,17 @@ def read_memory(layer: Layer, cache: MemoryCache, given: Arguments) -> Arguments
 class Step(NamedTuple):
     """One call's place in a cache.
 
-    ``start`` (batch, 1) are the tokens that each row held, ``positions`` (batch, seqlen) where the call's stand, and
-    ``real`` says which of them are no padding, ``None`` for all.
+    ``real`` (batch, seqlen) says which tokens are no padding, ``None`` for all. ``positions`` (batch, seqlen) are where
+    they will stand, ``None`` where rotary does not ask.
     """
 
     cache: Cache
-    start: Tensor
-    positions: Tensor
     real: Tensor | None
+    positions: Tensor | None
 
 
-def begin_step(cache: Cache | MemoryCache, call: Reading) -> Step:
-    """Where the tokens of a call will stand.
+def begin_step(layer: Layer, cache: Cache | MemoryCache, call: Reading) -> Step:
+    """The place of a call.
 
     Raises:
         ValueError: keys that are no tokens of the queries' own row, or a mask that says nothing of earlier keys.
@@ -132,116 +121,10 @@ def begin_step(cache: Cache | MemoryCache, call: Reading) -> Step:
             kind = type(part).__name__
             hint = "call it document by document" if kind == "Documents" else "give padding as key_padding_mask"
             raise ValueError(f"attn_mask must hold no {kind} beside a cache, got {call.mask!r}: {hint}.")
-    real = None if call.padding is None else call.valid
     if call.padding is not None:
         call.padding.check(cache.batch, 1, seqlen, seqlen)
-    return Step(cache, cache.lengths[:, None].clone(), cache.positions(seqlen, real), real)
-
-
-class Rules(NamedTuple):
-    """The mask of a call taken apart: rules over positions, and tensors."""
-
-    counting: list[Mask]
-    tables: list[Dense]
-
-
-def read_rules(layer: Layer, cache: Cache, mask: Mask | None, seqlen: int) -> Rules:
-    """The mask of a call, apart from padding, which the cache keeps.
-
-    Raises:
-        ValueError: a mask that cannot speak of earlier keys.
-    """
-    rules = Rules([], [])
-    for part in parts_of(mask):
-        if isinstance(part, Dense):
-            check_width(part, seqlen, cache)
-            rules.tables.append(part)
-        elif not isinstance(part, Padding) and not (seqlen == 1 and hides_the_future_alone(part)):
-            rules.counting.append(part)
-    window = layer.window
-    if isinstance(cache, RingCache) and window is not None and (window.left is None or window.left > cache.window):
-        raise ValueError(f"window of a RingCache must reach as far as the layer's {window!r}, got {cache.window}.")
-    return rules
-
-
-def check_by_distance(bias: Bias) -> None:
-    """Raise where a layer's bias is made for the keys of one call, and not for a distance."""
-    if not bias.by_distance:
-        raise ValueError(
-            f"position_bias must go by distance beside a cache, as AlibiBias and RelativePositionBias do, got {bias!r}."
-        )
-
-
-def hides_the_future_alone(part: Mask) -> bool:
-    """A rule shows a single query, the last token of its row, every key."""
-    return isinstance(part, Window) and part.left is None and (part.right is None or part.right >= 0)
-
-
-def check_width(part: Dense, seqlen: int, cache: Cache) -> None:
-    """Raise where a mask tensor is neither over a call's own keys nor over every position of a row."""
-    width = part.allowed.shape[3]
-    if width not in (1, seqlen, cache.max_seqlen):
-        whole = "" if cache.max_seqlen is None else f" or {cache.max_seqlen}, every position of a row"
-        raise ValueError(f"attn_mask must be {seqlen} keys wide beside a cache, the call's own{whole}, got {width}.")
-
-
-def extend(
-    layer: Layer, step: Step, heads: tuple[Tensor, Tensor, Tensor], mask: Mask | None, bias: Bias | None
-) -> tuple[Tensor, Tensor, Mask | None, Bias | None]:
-    """Keys and values of all slots, with a call's own among them, and its mask and bias over them.
-
-    Raises:
-        ValueError: the heads do not fit the cache, or a mask or a bias cannot speak of it. The cache is as it was.
-    """
-    cache, (q, k, v) = step.cache, heads
-    seqlen = q.shape[1]
-    if k.shape[1] != seqlen or any(getattr(layer, name) for name in EXTRA_KEYS):
-        raise ValueError(
-            f"process_heads must return the call's {seqlen} keys beside a cache, got {k.shape[1]}, with "
-            f"keys_before={layer.keys_before} and keys_after={layer.keys_after}."
-        )
-    refuse_gradients(q, k, v)
-    rules = read_rules(layer, cache, mask, seqlen)
-    k, v = cache.update(k, v, step.real)
-    biases = () if bias is None else bias.parts
-    counts = rules.counting or isinstance(cache, RingCache) or not all(isinstance(one, TensorBias) for one in biases)
-    placed = cache.placed(step.positions, step.real is not None) if counts else None
-    wide: list[Mask] = []
-    if rules.tables or any(isinstance(one, TensorBias) for one in biases):
-        own = own_tokens(step, seqlen)
-        wide = [Dense(over_slots(part.allowed, own, seqlen, True, cache)) for part in rules.tables]
-        if bias is not None:
-            bias = functools.reduce(operator.add, [bias_over_slots(one, own, seqlen, cache) for one in biases])
-    return k, v, join_masks(cache.rule(), placed, *rules.counting, *wide), bias
-
-
-def bias_over_slots(bias: Bias, own: Tensor, seqlen: int, cache: Cache) -> Bias:
-    """A bias over a call's own keys as one over all slots, 0 on earlier keys."""
-    if not isinstance(bias, TensorBias):
-        return bias
-    return TensorBias(over_slots(bias.tensor, own, seqlen, 0.0, cache))
-
-
-def own_tokens(step: Step, seqlen: int) -> Tensor:
-    """Which of a call's tokens lies in each slot, (batch, slots), -1 for none of them."""
-    places = step.cache.slots()
-    if places is None:
-        places = torch.arange(step.cache.capacity, device=step.start.device)
-    own = places - step.start
-    inside = (own >= 0) & (own < seqlen)
-    if step.real is not None:  # real tokens come first there
-        own = first_real(step.real).gather(1, own.clamp(0, seqlen - 1).long())
-    return torch.where(inside, own, -1)
-
-
-def over_slots(table: Tensor, own: Tensor, seqlen: int, past: bool | float, cache: Cache) -> Tensor:
-    """A table (..., seqlen_q, seqlen) over a call's own keys as one over all slots, with ``past`` for the others."""
-    if table.shape[3] not in (1, seqlen):  # over every position
-        return F.pad(table, (0, cache.capacity - table.shape[3]), value=past)
-    batch, slots = own.shape
-    table = table.expand(batch, -1, -1, seqlen)
-    index = own.clamp(min=0).long()[:, None, None, :].expand(-1, *table.shape[1:3], slots)
-    return torch.where((own >= 0)[:, None, None, :], table.gather(3, index), past)
+    real = None if call.padding is None else call.valid
+    return Step(cache, real, None if layer.rotary is None else cache.positions(seqlen, real))
 
 
 @contextlib.contextmanager

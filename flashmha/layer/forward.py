@@ -21,7 +21,7 @@ from ..problem.spec import AttentionSpec
 from ..weights.attend import attention_with_weights
 from . import nested, padding, projection, shortcut
 from .arguments import Arguments, check_flags, check_kinds
-from .cached import begin_step, check_by_distance, enter_cache, extend, undone_where_it_fails
+from .cached import begin_step, enter_cache, undone_where_it_fails
 from .call import Reading, read_call
 from .columns import append, count_added_keys, widen
 from .features import has_hops, is_ours
@@ -41,6 +41,7 @@ from .places import Places, find_places, read_places
 from .precision import computing_dtype, weights_dtype
 from .problems import Problems
 from .protocol import Layer
+from .slots import check_by_distance, extend
 from .stock import as_stock, refuse_torchscript, wants_torch_function
 
 
@@ -190,7 +191,7 @@ def prepare(layer: Layer, call: Reading, given: Arguments, wanted: Wanted, skip_
     sizes = query.shape[0], query.shape[1], key.shape[1]
     padded: Padded | None = None
     custom, kv = has_hops(layer), given.kv
-    step = None if given.cache is None else begin_step(given.cache, call)
+    step = None if given.cache is None else begin_step(layer, given.cache, call)
     own = kv is None and step is None
     dtype = computing_dtype(layer, call, wanted) if query.dtype in HALF and own else None
     if layer.window is not None or layer.causal:
@@ -212,7 +213,7 @@ def prepare(layer: Layer, call: Reading, given: Arguments, wanted: Wanted, skip_
     named: Places = (None, None)
     if given.positions is not None or given.key_positions is not None:
         named = read_places(layer, given.positions, given.key_positions, sizes, kv is not None, query.device)
-    elif step is not None:
+    elif step is not None and step.positions is not None:
         named = step.positions, step.positions
     sinks = position_bias = None
     if owns_parts(layer):
@@ -238,7 +239,7 @@ def prepare(layer: Layer, call: Reading, given: Arguments, wanted: Wanted, skip_
     if position_bias is not None:
         added = add_position_bias(position_bias, added, q, k[:, before : k.shape[1] - after], step is not None)
     if step is not None:
-        k, v, mask, added = extend(layer, step, (q, k, v), mask, added)
+        k, v, mask, added = extend(layer, step, (q, k, v), mask, added, given.need_weights)
     if before or after or columns:
         whole = q.shape[0], q.shape[2], q.shape[1], k.shape[1] - before - after
         mask, added = widen(mask, added, before, after + columns, whole, q)

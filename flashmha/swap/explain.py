@@ -95,7 +95,7 @@ def explain_arguments(layer: FlashMultiHeadAttention, given: Arguments) -> Expla
     wanted = layer.backend if given.backend is None else given.backend
     need_weights = given.need_weights and layer.need_weights
     call = read_call(layer, given._replace(need_weights=need_weights))
-    problem = prepare(layer, call, given, wanted, layer.skip_padding)
+    problem = prepare(layer, call, given._replace(need_weights=need_weights), wanted, layer.skip_padding)
     spec, notes = find_problem(layer, problem, wanted)
     if problem.padded is not None:
         notes.append(f"skip_padding: {say_left_out(problem.q.shape[1], problem.padded.rows.numel())}")
