@@ -58,8 +58,8 @@ class Cache(abc.ABC):
         """Keys and values of the first slots, (batch, slots, heads_kv, head_dim)."""
 
     @abc.abstractmethod
-    def check_room(self, seqlen: int) -> None:
-        """Raise where so many more tokens have no place, as far as that can be seen without waiting for a device."""
+    def check_room(self, seqlen: int, held: list[int] | None) -> None:
+        """Raise where so many tokens have no place behind those ``held``; where that is ``None`` the device may."""
 
     @property
     @abc.abstractmethod
@@ -110,20 +110,24 @@ class Cache(abc.ABC):
         self.append(k, v, real)
         return self.read(self.capacity)
 
-    def append(self, k: Tensor, v: Tensor, real: Tensor | None = None) -> None:
-        """``update`` without a look at what is there."""
+    def append(self, k: Tensor, v: Tensor, real: Tensor | None = None) -> list[int] | None:
+        """``update`` without a look at what is there; the tokens that each row holds then, as ``held`` says."""
         self.check(k, v, real)
-        seqlen = k.shape[1]
-        self.check_room(seqlen)
+        seqlen, held = k.shape[1], self.held()
+        self.check_room(seqlen, held)
         if real is None:
-            count: Tensor | int = seqlen
-        else:
-            order = first_real(real)[:, :, None, None]
-            k, v = (x.gather(1, order.expand(-1, -1, *x.shape[2:])) for x in (k, v))
-            count = real.sum(dim=1, dtype=torch.int32)
-        with torch.no_grad():
-            self.write(k, v, self.positions(seqlen).long())
-            self.lengths.add_(count)
+            self.put(k, v, held)
+            self.lengths.add_(seqlen)
+            return None if held is None else [count + seqlen for count in held]
+        order = first_real(real)[:, :, None, None]
+        k, v = (x.gather(1, order.expand(-1, -1, *x.shape[2:])) for x in (k, v))
+        self.put(k, v, held)
+        self.lengths.add_(real.sum(dim=1, dtype=torch.int32))
+        return self.held()
+
+    def put(self, k: Tensor, v: Tensor, held: list[int] | None) -> None:
+        """Write new tokens behind those of each row, which are ``held`` where that is known."""
+        self.write(k, v, self.positions(k.shape[1]).long())
 
     def check(self, k: Tensor, v: Tensor, real: Tensor | None) -> None:
         """Raise where heads are not those of this cache."""
@@ -166,9 +170,8 @@ class Cache(abc.ABC):
     def reorder(self, rows: Tensor) -> None:
         """Row i becomes what row ``rows[i]`` was, as beams of a search do: (batch,) integers."""
         self.check_rows(rows)
-        with torch.no_grad():
-            for tensor in self.by_row():
-                tensor.copy_(tensor.index_select(0, rows))
+        for tensor in self.by_row():
+            tensor.copy_(tensor.index_select(0, rows))
 
     def check_rows(self, rows: Tensor) -> None:
         """Raise where an order is none of these rows."""

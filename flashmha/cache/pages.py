@@ -147,7 +147,7 @@ class PagedCache(Cache):
         rows = [pages + [none] * (width - len(pages)) for pages in self.booked]
         self.block_table.copy_(torch.tensor(rows, dtype=torch.int32))
 
-    def check_room(self, seqlen: int) -> None:
+    def check_room(self, seqlen: int, held: list[int] | None) -> None:
         if is_compiling():
             return  # a token without a page is an index beyond the pool
         if seqlen > self.room or not self.lengths.is_cuda:

@@ -56,7 +56,10 @@ class RingCache(StaticCache):
     def nbytes(self) -> int:
         return super().nbytes + self.written.nbytes
 
-    def check_room(self, seqlen: int) -> None:
+    def put(self, k: Tensor, v: Tensor, held: list[int] | None) -> None:
+        super().put(k, v, None)
+
+    def check_room(self, seqlen: int, held: list[int] | None) -> None:
         if seqlen > self.chunk:
             raise ValueError(
                 f"chunk must be at least the {seqlen} tokens of a call, got {self.chunk}: give the prompt in pieces of "

@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..host.torch_state import readable
 from .base import Cache, allocate, check_sizes
 
 
@@ -55,14 +54,21 @@ class StaticCache(Cache):
     def nbytes(self) -> int:
         return self.k.nbytes + self.v.nbytes + self.lengths.nbytes + self.rows.nbytes
 
-    def check_room(self, seqlen: int) -> None:
-        # elsewhere an index beyond the tensor is an error of the device
-        longest = int(self.lengths.max()) if readable(self.lengths) else 0
+    def check_room(self, seqlen: int, held: list[int] | None) -> None:
+        longest = 0 if held is None else max(held)
         if longest + seqlen > self.capacity:
             raise ValueError(
                 f"max_seqlen must be at least {longest + seqlen} for {seqlen} tokens behind {longest}, got "
                 f"{self.capacity}: make a longer cache, or crop or reset it."
             )
+
+    def put(self, k: Tensor, v: Tensor, held: list[int] | None) -> None:
+        if held is None or min(held) != max(held):
+            super().put(k, v, held)
+            return
+        here = slice(held[0], held[0] + k.shape[1])
+        self.k[:, here] = k
+        self.v[:, here] = v
 
     def write(self, k: Tensor, v: Tensor, positions: Tensor) -> None:
         self.k.index_put_((self.rows, positions), k)

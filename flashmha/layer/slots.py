@@ -103,18 +103,19 @@ def extend(
             f"process_heads must return the call's {seqlen} keys beside a cache, got {k.shape[1]}, with "
             f"keys_before={layer.keys_before} and keys_after={layer.keys_after}."
         )
-    refuse_gradients(q, k, v)
+    refuse_gradients(q)
     rules = read_rules(layer, cache, mask, seqlen)
     biases, ring = () if bias is None else bias.parts, isinstance(cache, RingCache)
     counts = ring or bool(rules.counting) or not all(isinstance(one, TensorBias) for one in biases)
     if counts and positions is None:
         positions = cache.positions(seqlen, real)
-    start = cache.lengths[:, None].clone()
-    cache.append(k, v, real)
-    held = None if every_slot else cache.held()
+    counted = bool(rules.tables) or any(isinstance(one, TensorBias) for one in biases)
+    start = cache.lengths[:, None].clone() if counted else None
+    held = cache.append(k, v, real)
+    held = None if every_slot else held
     slots = cache.capacity if held is None else min(cache.capacity, max(1, *held))
     wide: list[Mask] = []
-    if rules.tables or any(isinstance(one, TensorBias) for one in biases):
+    if start is not None:
         own = own_tokens(cache, start, real, seqlen, slots)
         wide = [Dense(over_slots(part.allowed, own, seqlen, True)) for part in rules.tables]
         if bias is not None:
