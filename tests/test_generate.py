@@ -144,6 +144,38 @@ def test_beams_guesses_and_copies(architecture: Architecture, data: st.DataObjec
     assert_same(made, part(architecture, ours(x, 2 * memory, tgt_mask=future(SEQLEN)), slice(0, 2)))
 
 
+@settings(parent=fewer(2))
+@given(architecture=architectures(), data=st.data())
+def test_a_call_that_fails_on_the_way_leaves_every_layer_as_it_was(
+    architecture: Architecture, data: st.DataObject
+) -> None:
+    ours = replace_mha(architecture.decoder().eval())
+    x, memory = architecture.inputs(BATCH, SEQLEN), architecture.inputs(BATCH, MEMORY, 2)
+    cache = KVCache.of(ours, BATCH, SEQLEN, **KINDS[data.draw(st.sampled_from(sorted(KINDS)))])
+    begun = data.draw(st.booleans())
+    made = [ours(part(architecture, x, slice(0, 2)), memory, tgt_mask=future(2), cache=cache)] if begun else []
+    last = data.draw(st.sampled_from(list(ours.layers)))
+    name = data.draw(st.sampled_from(("self_attn", "multihead_attn")))
+    getattr(last, name).backend = "flash2"  # which serves no float64
+    with pytest.raises(flashmha.NoBackendError):
+        ours(part(architecture, x, slice(2, 4)), 2 * memory, tgt_mask=future(2), cache=cache)
+    getattr(last, name).backend = None
+    start = 2 if begun else 0
+    made.append(ours(part(architecture, x, slice(start, 4)), memory, tgt_mask=future(4 - start), cache=cache))
+    wanted = ours(x, memory, tgt_mask=future(SEQLEN))
+    assert_same(torch.cat(made, dim=1 if architecture.batch_first else 0), part(architecture, wanted, slice(0, 4)))
+
+
+def test_layers_are_cropped_all_or_none() -> None:
+    model = Model().eval()
+    cache, x = KVCache.of(model, 1, 30, chunk=2), noise(1, 1, 12, 8)
+    for place in range(12):
+        model(x[:, place : place + 1], cache)
+    with pytest.raises(ValueError, match="must take back at most chunk=2"):
+        cache.crop(-5)
+    assert all(one.get_seq_length().tolist() == [12] for one in cache.caches())
+
+
 @given(architectures())
 def test_without_a_cache_a_decoder_is_torchs_own(architecture: Architecture) -> None:
     stock = architecture.decoder().eval()

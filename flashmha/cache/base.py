@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import abc
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -15,6 +15,14 @@ from ..problem.ragged import KeyLengths, mark_private
 from ..problem.wording import dtype_name, spell
 
 INTEGERS = (torch.int32, torch.int64)
+
+
+class Restorable(Protocol):
+    """What goes back to a state."""
+
+    def state(self) -> Any: ...
+
+    def restore(self, state: Any) -> None: ...
 
 
 class Cache(abc.ABC):
@@ -156,7 +164,7 @@ class Cache(abc.ABC):
         self.lengths.copy_(self.cropped(length))
 
     def cropped(self, length: int | Tensor) -> Tensor:
-        """The lengths after ``crop``."""
+        """The lengths after ``crop``, which change nothing yet."""
         if isinstance(length, Tensor):
             if length.shape != (self.batch,) or length.dtype not in INTEGERS:
                 raise ValueError(f"length must be an int or integers (batch,) = ({self.batch},), got {spell(length)}.")

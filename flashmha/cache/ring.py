@@ -89,13 +89,13 @@ class RingCache(StaticCache):
             return Window(self.window, None)
         return Rule(keep_first(self.sinks, self.window))
 
-    def crop(self, length: int | Tensor) -> None:
+    def cropped(self, length: int | Tensor) -> Tensor:
         """As in ``Cache``, by ``chunk`` tokens behind the farthest at most: those before them are gone.
 
         Raises:
             ValueError: farther than that; on a GPU an error of the device, which is not waited for.
         """
-        left = self.cropped(length)
+        left = super().cropped(length)
         insist(
             (self.written - left <= self.chunk) | (self.written <= self.capacity),
             lambda: (
@@ -103,7 +103,7 @@ class RingCache(StaticCache):
                 f"got {left.tolist()} with {self.written.tolist()} written."
             ),
         )
-        self.lengths.copy_(left)
+        return left
 
     def by_row(self) -> list[Tensor]:
         return [*super().by_row(), self.written]

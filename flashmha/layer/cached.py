@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..cache.base import Cache
+from ..cache.base import Cache, Restorable
 from ..cache.memory import MemoryCache
 from ..problem.masks import Mask, Rule, Window
 from ..problem.packing import parts_of
@@ -128,7 +128,7 @@ def begin_step(layer: Layer, cache: Cache | MemoryCache, call: Reading) -> Step:
 
 
 @contextlib.contextmanager
-def undone_where_it_fails(cache: Cache | MemoryCache) -> Iterator[None]:
+def undone_where_it_fails(cache: Restorable) -> Iterator[None]:
     """A cache is as it was before, if something is raised inside."""
     before = cache.state()
     try:

@@ -21,7 +21,7 @@ from ..problem.spec import AttentionSpec
 from ..weights.attend import attention_with_weights
 from . import nested, padding, projection, shortcut
 from .arguments import Arguments, check_flags, check_kinds
-from .cached import begin_step, enter_cache, undone_where_it_fails
+from .cached import begin_step, check_cache, enter_cache, undone_where_it_fails
 from .call import Reading, read_call
 from .columns import append, count_added_keys, widen
 from .features import has_hops, is_ours
@@ -113,21 +113,26 @@ def call_layer(
     tensors = isinstance(query, Tensor) and isinstance(key, Tensor) and isinstance(value, Tensor)
     if not (tensors and (unmasked or (attn_mask is None and isinstance(key_padding_mask, (Tensor, Padding))))):
         check_kinds(given)
-    if query.is_nested or (kv is None and (key.is_nested or value.is_nested)):
+    if cache is None or is_compiling():
+        return call_checked(layer, given)
+    with undone_where_it_fails(check_cache(cache)):
+        return call_checked(layer, given)
+
+
+def call_checked(layer: Layer, given: Arguments) -> tuple[Tensor, Tensor | None]:
+    """A call whose arguments are of the right kinds."""
+    query = given.query
+    if query.is_nested or (given.kv is None and (given.key.is_nested or given.value.is_nested)):
         nested.check_nested(layer, given)
         return attend_nested(layer, given)
-    if cache is not None:
+    if given.cache is not None:
         given = enter_cache(layer, given)
     if given.kv is not None:
         given = with_stand_ins(layer, given)
     if tracing_state() is not None or wants_torch_function(layer, query, given.key, given.value):
         refuse_torchscript(layer, given)
         return as_stock(layer, given)
-    reading = read_call(layer, given)
-    if given.cache is None or is_compiling():
-        return attend_call(layer, reading, given, layer.skip_padding)
-    with undone_where_it_fails(given.cache):
-        return attend_call(layer, reading, given, False)
+    return attend_call(layer, read_call(layer, given), given, layer.skip_padding and given.cache is None)
 
 
 def attend_call(

@@ -147,8 +147,9 @@ class KVCache:
 
     def crop(self, length: int | Tensor) -> None:
         """Keep the first ``length`` tokens of each row, see ``Cache.crop``."""
-        for cache in self.caches():
-            cache.crop(length)
+        caches = [cache for cache in self.caches() if isinstance(cache, Cache)]
+        for cache, left in zip(caches, [cache.cropped(length) for cache in caches]):
+            cache.lengths.copy_(left)
 
     def reset(self) -> None:
         """Forget every token, and the memory."""
@@ -170,6 +171,20 @@ class KVCache:
         """Give back the pages in which no token lies."""
         for cache in self.paged():
             cache.trim()
+
+    def state(self) -> tuple[Any, list[bool]]:
+        """What ``restore`` needs to undo a call of a model that failed on the way."""
+        lengths = next((cache.state() for cache in self.caches() if isinstance(cache, Cache)), None)
+        return lengths, [cache.filled for cache in self.caches() if isinstance(cache, MemoryCache)]
+
+    def restore(self, state: tuple[Any, list[bool]]) -> None:
+        """Go back to a state, the same for every layer."""
+        lengths, filled = state[0], iter(state[1])
+        for cache in self.caches():
+            if isinstance(cache, MemoryCache):
+                cache.restore(next(filled))
+            else:
+                cache.restore(lengths)
 
     def __repr__(self) -> str:
         return f"KVCache({', '.join(self.names())})"

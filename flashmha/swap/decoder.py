@@ -4,12 +4,15 @@ They add no state: a stock instance becomes one by its class, and back. No annot
 reads them.
 """
 
+import contextlib
 from typing import Any, Optional
 
 import torch
 import torch.fx
 from torch import Tensor, nn
 
+from ..host.torch_state import is_compiling
+from ..layer.cached import undone_where_it_fails
 from .caches import check_cache
 from .encoder import found_causal
 
@@ -151,17 +154,26 @@ class FlashTransformerDecoder(nn.TransformerDecoder):
                     memory_is_causal=memory_is_causal,
                 )
             return output if self.norm is None else self.norm(output)
-        caches = None if cache is None else check_cache(cache)["layers"]
-        for number, layer in enumerate(self.layers):
-            output = layer(
-                output,
-                memory,
-                tgt_mask=tgt_mask,
-                memory_mask=memory_mask,
-                tgt_key_padding_mask=tgt_key_padding_mask,
-                memory_key_padding_mask=memory_key_padding_mask,
-                tgt_is_causal=causal,
-                memory_is_causal=memory_is_causal,
-                cache=None if caches is None else caches[str(number)],
-            )
+        masks = {
+            "tgt_mask": tgt_mask,
+            "memory_mask": memory_mask,
+            "tgt_key_padding_mask": tgt_key_padding_mask,
+            "memory_key_padding_mask": memory_key_padding_mask,
+            "tgt_is_causal": causal,
+            "memory_is_causal": memory_is_causal,
+        }
+        output = run_layers(self.layers, tgt, memory, masks, cache)
         return output if self.norm is None else self.norm(output)
+
+
+def run_layers(layers: Any, output: Tensor, memory: Tensor, masks: dict[str, Any], cache: Any) -> Tensor:
+    """The layers of a decoder one after the other; if one fails, the caches of all are as they were."""
+    if cache is None:
+        for layer in layers:
+            output = layer(output, memory, **masks)
+        return output
+    held = check_cache(cache)
+    with contextlib.nullcontext() if is_compiling() else undone_where_it_fails(held):
+        for number, layer in enumerate(layers):
+            output = layer(output, memory, **masks, cache=held["layers"][str(number)])
+    return output
