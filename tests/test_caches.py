@@ -390,6 +390,7 @@ def test_a_ring_sees_its_window_and_the_first_tokens(problem: Drawn, window: int
     assert_same(in_pieces(layer, x, cache, pieces), whole(layer, x, attn_mask=Rule(near_or_first)))
 
 
+@pytest.mark.cpu("elsewhere an error of the device, which is not waited for")
 @given(problem=drawn(kinds=("ring",)), window=st.integers(0, 3), chunk=st.integers(1, 3), back=st.integers(1, 5))
 def test_a_ring_is_cropped_by_a_chunk_or_not_at_all(problem: Drawn, window: int, chunk: int, back: int) -> None:
     layer = problem.build(window=None)
@@ -525,7 +526,7 @@ REFUSED: dict[str, tuple[str, Callable[[], Any]]] = {
         lambda: call(plain_layer(), flashmha.KVCache.of(plain_layer(), 2, 5)),
     ),
     "another batch": ("cache must have the batch of the query, 2", lambda: call(plain_layer(), static(3))),
-    "another dtype": ("k must be float64 on cpu", lambda: call(plain_layer(), static(dtype=torch.float64))),
+    "another dtype": ("k must be float64 on", lambda: call(plain_layer(), static(dtype=torch.float64))),
     "other heads": ("k must be .batch=2, seqlen, heads_kv=2", lambda: call(plain_layer(num_kv_heads=1), static())),
     "kv beside it": ("kv must be None beside a cache", lambda: call(plain_layer(), static(), kv=(X, X))),
     "a float padding mask": (
@@ -556,7 +557,6 @@ REFUSED: dict[str, tuple[str, Callable[[], Any]]] = {
         "position_bias must go by distance",
         lambda: call(plain_layer(position_bias=ByPlace()), static()),
     ),
-    "too many tokens": ("max_seqlen must be at least 6", lambda: call(plain_layer(), static(), torch.cat([X, X], 1))),
     "too many for a ring": (
         "chunk must be at least the 3 tokens",
         lambda: call(plain_layer(), RingCache(2, 4, 2, 4, chunk=2)),
@@ -584,13 +584,26 @@ REFUSED: dict[str, tuple[str, Callable[[], Any]]] = {
     "another memory's length": ("k must be .2, 4, 2, 4.", lambda: call(plain_layer(), memory(seqlen=4))),
     "no size": ("max_seqlen must be a whole number", lambda: StaticCache(2, 0, 2, 4)),
     "half a token": ("length must be an int", lambda: static().crop(1.5)),  # type: ignore[arg-type]
-    "rows that are not there": ("rows must lie between 0 and 1", lambda: static().reorder(torch.tensor([0, 2]))),
     "rows of another number": ("rows must be integers", lambda: static().reorder(torch.tensor([0]))),
     "two rules of places": (
         "a mask must hold at most one rule of where tokens stand",
         lambda: Positions(torch.zeros(1, 2, dtype=torch.int64)) & Documents(torch.tensor([0, 2])),
     ),
 }
+
+
+SEEN: dict[str, tuple[str, Callable[[], Any]]] = {
+    "too many tokens": ("max_seqlen must be at least 6", lambda: call(plain_layer(), static(), torch.cat([X, X], 1))),
+    "rows that are not there": ("rows must lie between 0 and 1", lambda: static().reorder(torch.tensor([0, 2]))),
+}
+
+
+@pytest.mark.cpu("elsewhere an error of the device, which is not waited for")
+@pytest.mark.parametrize("name", sorted(SEEN))
+def test_what_is_seen_without_waiting_is_an_error_that_says_so(name: str) -> None:
+    said, make = SEEN[name]
+    with pytest.raises(ValueError, match=said):
+        make()
 
 
 @pytest.mark.parametrize("name", sorted(REFUSED))
@@ -610,6 +623,7 @@ def test_gradients_are_refused_with_a_reason(problem: Drawn) -> None:
         whole(layer, x, cache=cache)
 
 
+@pytest.mark.cpu("elsewhere a full cache is an error of the device, which is not waited for")
 @given(problem=drawn(), how=st.sampled_from(("backend", "full", "mask")))
 def test_a_call_that_fails_leaves_the_cache_as_it_was(problem: Drawn, how: str) -> None:
     layer, x = problem.build(), problem.tokens()
