@@ -98,39 +98,43 @@ def extend(
     cache, real, positions = step
     q, k, v = heads
     seqlen = q.shape[1]
+    check_own_keys(layer, k, seqlen)
+    refuse_gradients(q)
+    rules = read_rules(layer, cache, mask, seqlen)
+    biases = () if bias is None else bias.parts
+    tensors = [one for one in biases if isinstance(one, TensorBias)]
+    counts = bool(rules.counting) or len(tensors) < len(biases) or isinstance(cache, RingCache)
+    if counts and positions is None:
+        positions = cache.positions(seqlen, real)
+    start = cache.lengths[:, None].clone() if rules.tables or tensors else None
+    held = cache.append(k, v, real)
+    held = None if every_slot else held
+    slots = cache.capacity if held is None else min(cache.capacity, max(1, *held))
+    tables: list[Mask] = []
+    if start is not None:
+        own = own_tokens(cache, start, real, seqlen, slots)
+        tables = [Dense(over_slots(part.allowed, own, seqlen, True)) for part in rules.tables]
+        wide = [TensorBias(over_slots(one.tensor, own, seqlen, 0.0)) for one in tensors]
+        others = [one for one in biases if not isinstance(one, TensorBias)]
+        bias = functools.reduce(operator.add, [*wide, *others]) if biases else None
+    if held is not None and real is None and end_together(cache, held, rules):
+        return *cache.read(slots), join_masks(*rules.counting, *tables), bias
+    placed = cache.placed(positions, slots, real is not None) if counts and positions is not None else None
+    return *cache.read(slots), join_masks(cache.rule(), placed, *rules.counting, *tables), bias
+
+
+def check_own_keys(layer: Layer, k: Tensor, seqlen: int) -> None:
+    """Raise where ``process_heads`` made other keys than those of the call's tokens."""
     if k.shape[1] != seqlen or any(getattr(layer, name) for name in EXTRA_KEYS):
         raise ValueError(
             f"process_heads must return the call's {seqlen} keys beside a cache, got {k.shape[1]}, with "
             f"keys_before={layer.keys_before} and keys_after={layer.keys_after}."
         )
-    refuse_gradients(q)
-    rules = read_rules(layer, cache, mask, seqlen)
-    biases, ring = () if bias is None else bias.parts, isinstance(cache, RingCache)
-    counts = ring or bool(rules.counting) or not all(isinstance(one, TensorBias) for one in biases)
-    if counts and positions is None:
-        positions = cache.positions(seqlen, real)
-    counted = bool(rules.tables) or any(isinstance(one, TensorBias) for one in biases)
-    start = cache.lengths[:, None].clone() if counted else None
-    held = cache.append(k, v, real)
-    held = None if every_slot else held
-    slots = cache.capacity if held is None else min(cache.capacity, max(1, *held))
-    wide: list[Mask] = []
-    if start is not None:
-        own = own_tokens(cache, start, real, seqlen, slots)
-        wide = [Dense(over_slots(part.allowed, own, seqlen, True)) for part in rules.tables]
-        if bias is not None:
-            bias = functools.reduce(operator.add, [bias_over_slots(one, own, seqlen) for one in biases])
-    whole = [*rules.counting, *wide]
-    # rows that end together are a problem without a cache
-    if held is None or ring or real is not None or min(held) != max(held) or not rules.are_plain:
-        placed = cache.placed(positions, slots, real is not None) if counts and positions is not None else None
-        whole = [cache.rule(), *([] if placed is None else [placed]), *whole]
-    return *cache.read(slots), join_masks(*whole), bias
 
 
-def bias_over_slots(bias: Bias, own: Tensor, seqlen: int) -> Bias:
-    """A bias over a call's own keys as one over all slots, 0 on earlier keys."""
-    return TensorBias(over_slots(bias.tensor, own, seqlen, 0.0)) if isinstance(bias, TensorBias) else bias
+def end_together(cache: Cache, held: list[int], rules: Rules) -> bool:
+    """Every row ends at the last of the slots that are read: a problem like any, without a cache."""
+    return not isinstance(cache, RingCache) and rules.are_plain and min(held) == max(held)
 
 
 def own_tokens(cache: Cache, start: Tensor, real: Tensor | None, seqlen: int, slots: int) -> Tensor:
