@@ -303,9 +303,9 @@ def test_a_padded_row_is_as_it_is_alone(problem: Drawn, how: str, given_as: str,
 # Speculation, beams, and other changes of mind
 
 
-@given(problem=drawn(), branches=st.lists(st.integers(-1, 6), min_size=1, max_size=8))
-def test_a_tree_of_guesses_is_each_path_alone(problem: Drawn, branches: list[int]) -> None:
-    """Each token sees the prompt and its own ancestors, and stands behind its parent."""
+@given(problem=drawn(), branches=st.lists(st.integers(-1, 6), min_size=1, max_size=8), taken=st.integers(0, 7))
+def test_a_tree_of_guesses_is_each_path_alone(problem: Drawn, branches: list[int], taken: int) -> None:
+    """Each token sees the prompt and its own ancestors, and stands behind its parent; then one path is kept."""
     problem = problem._replace(bias="none")  # a distance is one of slots, which a tree has not
     layer = problem.build(window=None, causal=False)
     parents = [min(parent, place - 1) for place, parent in enumerate(branches)]
@@ -325,6 +325,14 @@ def test_a_tree_of_guesses_is_each_path_alone(problem: Drawn, branches: list[int
     for place in range(count):
         path = torch.cat([prompt, guesses[:, seen[place]]], dim=1)
         assert_same(made[:, place], whole(layer, path, attn_mask=causal())[:, -1])
+    chosen = [place for place in range(count) if seen[taken % count, place]]
+    named = torch.tensor(chosen + [-1] * (count - len(chosen))).expand(problem.batch, -1)
+    cache.keep(problem.seqlen, named)
+    assert cache.get_seq_length().tolist() == [problem.seqlen + len(chosen)] * problem.batch
+    more = noise(problem.seed + 8, problem.batch, 2, WIDTH)
+    text = torch.cat([prompt, guesses[:, chosen], more], dim=1)
+    made = whole(layer, more, cache=cache, attn_mask=causal())
+    assert_same(made, whole(layer, text, attn_mask=causal())[:, -2:])
 
 
 @given(problem=drawn(), wrong=st.integers(1, CHUNK), by_row=st.booleans())
@@ -594,6 +602,10 @@ REFUSED: dict[str, tuple[str, Callable[[], Any]]] = {
 
 SEEN: dict[str, tuple[str, Callable[[], Any]]] = {
     "too many tokens": ("max_seqlen must be at least 6", lambda: call(plain_layer(), static(), torch.cat([X, X], 1))),
+    "guesses that are not there": (
+        "chosen must be places of the .0, 0. tokens",
+        lambda: static().keep(0, torch.tensor([[0], [0]])),
+    ),
     "rows that are not there": ("rows must lie between 0 and 1", lambda: static().reorder(torch.tensor([0, 2]))),
 }
 

@@ -62,6 +62,10 @@ class Cache(abc.ABC):
         """Put neighbouring tokens where ``positions`` (batch, seqlen) belong."""
 
     @abc.abstractmethod
+    def take(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values of tokens at ``positions`` (batch, seqlen)."""
+
+    @abc.abstractmethod
     def read(self, slots: int) -> tuple[Tensor, Tensor]:
         """Keys and values of the first slots, (batch, slots, heads_kv, head_dim)."""
 
@@ -174,6 +178,28 @@ class Cache(abc.ABC):
         else:
             raise TypeError(f"length must be an int or integers (batch,), got {spell(length)}.")
         return torch.minimum(self.lengths, wanted.clamp(min=0))
+
+    def keep(self, length: int | Tensor, chosen: Tensor) -> None:
+        """Of the tokens behind ``length``, as in ``crop``, keep the chosen ones: the path of a tree of guesses.
+
+        Args:
+            chosen: (batch, tokens) integers, places counted from ``length``, in order; -1 at the end for none. They
+                then follow one another.
+
+        Raises:
+            ValueError: other places than those of tokens; on a GPU an error of the device, which is not waited for.
+        """
+        left = self.cropped(length)[:, None]
+        if chosen.dim() != 2 or chosen.shape[0] != self.batch or chosen.dtype not in INTEGERS:
+            raise ValueError(f"chosen must be integers (batch={self.batch}, tokens), got {spell(chosen)}.")
+        guesses = self.lengths[:, None] - left
+        insist(
+            (chosen < guesses) & (chosen.shape[1] <= guesses),
+            lambda: f"chosen must be places of the {guesses[:, 0].tolist()} tokens, got {chosen.tolist()}.",
+        )
+        k, v = self.take((left + chosen.clamp(min=0)).long())
+        self.write(k, v, (left + torch.arange(chosen.shape[1], device=left.device)).long())
+        self.lengths.copy_(left[:, 0] + (chosen >= 0).sum(dim=1, dtype=torch.int32))
 
     def reorder(self, rows: Tensor) -> None:
         """Row i becomes what row ``rows[i]`` was, as beams of a search do: (batch,) integers."""

@@ -161,6 +161,11 @@ class PagedCache(Cache):
         self.pool.k.index_put_(where, k)
         self.pool.v.index_put_(where, v)
 
+    def take(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        size = self.pool.page_size
+        pages = self.block_table.long().gather(1, positions // size)
+        return self.pool.k[pages, positions % size], self.pool.v[pages, positions % size]
+
     def read(self, slots: int) -> tuple[Tensor, Tensor]:
         pages = self.block_table[:, : -(-slots // self.pool.page_size)]
         k, v = (x[pages].flatten(1, 2)[:, :slots] for x in self.store)

@@ -78,6 +78,9 @@ class RingCache(StaticCache):
         if positions.shape[1]:
             torch.maximum(self.written, positions[:, -1].int() + 1, out=self.written)
 
+    def take(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        return super().take(self.place(positions))
+
     def slots(self) -> Tensor:
         places = torch.arange(self.capacity, dtype=torch.int32, device=self.lengths.device)
         last = self.written[:, None] - 1

@@ -74,5 +74,8 @@ class StaticCache(Cache):
         self.k.index_put_((self.rows, positions), k)
         self.v.index_put_((self.rows, positions), v)
 
+    def take(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        return self.k[self.rows, positions], self.v[self.rows, positions]
+
     def read(self, slots: int) -> tuple[Tensor, Tensor]:
         return self.k[:, :slots], self.v[:, :slots]

@@ -33,11 +33,6 @@ class Rules(NamedTuple):
     counting: list[Mask]
     tables: list[Dense]
 
-    @property
-    def are_plain(self) -> bool:
-        """Every rule reads positions alone, and aligns the last query with the last key."""
-        return all(isinstance(part, (Window, Rule)) for part in self.counting)
-
 
 def read_rules(layer: Layer, cache: Cache, mask: Mask | None, seqlen: int) -> Rules:
     """The mask of a call, apart from padding, which the cache leaves out.
@@ -105,10 +100,11 @@ def extend(
     rules = read_rules(layer, cache, mask, seqlen)
     biases = () if bias is None else bias.parts
     tensors = [one for one in biases if isinstance(one, TensorBias)]
-    counts = bool(rules.counting) or len(tensors) < len(biases) or isinstance(cache, RingCache)
+    # lengths: torch 2.8 traces no bool of a list
+    counts = len(rules.counting) > 0 or len(tensors) < len(biases) or isinstance(cache, RingCache)
     if counts and positions is None:
         positions = cache.positions(seqlen, real)
-    start = cache.lengths[:, None].clone() if rules.tables or tensors else None
+    start = cache.lengths[:, None].clone() if len(rules.tables) + len(tensors) > 0 else None
     held = cache.append(k, v, real)
     held = None if every_slot else held
     slots = cache.capacity if held is None else min(cache.capacity, max(1, *held))
@@ -136,7 +132,8 @@ def check_own_keys(layer: Layer, k: Tensor, seqlen: int) -> None:
 
 def end_together(cache: Cache, held: list[int], rules: Rules) -> bool:
     """Every row ends at the last of the slots that are read: a problem like any, without a cache."""
-    return not isinstance(cache, RingCache) and rules.are_plain and min(held) == max(held)
+    known = all(isinstance(part, (Window, Rule)) for part in rules.counting)  # which align there
+    return known and not isinstance(cache, RingCache) and min(held) == max(held)
 
 
 def own_tokens(cache: Cache, start: Tensor, real: Tensor | None, seqlen: int, slots: int) -> Tensor:

@@ -151,6 +151,12 @@ class KVCache:
         for cache, left in zip(caches, [cache.cropped(length) for cache in caches]):
             cache.lengths.copy_(left)
 
+    def keep(self, length: int | Tensor, chosen: Tensor) -> None:
+        """Of the tokens behind ``length`` keep the chosen ones, see ``Cache.keep``."""
+        for cache in self.caches():
+            if isinstance(cache, Cache):
+                cache.keep(length, chosen)
+
     def reset(self) -> None:
         """Forget every token, and the memory."""
         for cache in self.caches():
