@@ -8,7 +8,7 @@ from torch import Tensor
 from ..host.torch_state import insist
 from ..problem.masks import Mask, Rule, Window
 from ..problem.positions import MaskMod
-from .base import check_sizes
+from .base import check_sizes, no_tokens
 from .static import StaticCache
 
 
@@ -44,7 +44,7 @@ class RingCache(StaticCache):
         )
         self.max_seqlen = None
         self.window, self.chunk, self.sinks = window, chunk, sinks
-        self.written = torch.zeros_like(self.lengths)
+        self.written = no_tokens(batch, device)
         """(batch,) one more than the farthest position that was ever written to."""
 
     @property
