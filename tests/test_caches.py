@@ -625,6 +625,19 @@ def test_what_a_cache_cannot_serve_is_an_error_that_says_so(name: str) -> None:
         make()
 
 
+@given(problem=drawn(), inside=st.booleans())
+def test_a_cache_goes_in_and_out_of_inference_mode(problem: Drawn, inside: bool) -> None:
+    layer, x = problem.build(), problem.tokens()
+    with torch.inference_mode(inside):
+        cache = problem.cache(layer)
+    made = []
+    for number, at in enumerate(problem.pieces):
+        with torch.inference_mode() if number % 2 else torch.no_grad():
+            made.append(whole(layer, x[:, at], cache=cache).clone())
+    with torch.inference_mode():
+        assert_same(torch.cat(made, dim=1), whole(layer, x))
+
+
 @given(drawn())
 def test_gradients_are_refused_with_a_reason(problem: Drawn) -> None:
     layer, x = problem.build(), problem.tokens()

@@ -228,6 +228,19 @@ def test_one_graph_serves_every_step(kind: str, backend: str) -> None:
     assert counter.frame_count == 1
 
 
+def test_a_compiled_prompt_takes_its_memory() -> None:
+    torch.manual_seed(0)
+    decoder = nn.TransformerDecoder(nn.TransformerDecoderLayer(8, 2, 16, batch_first=True, dtype=torch.float64), 1)
+    ours = replace_mha(decoder.eval())
+    x, memory = (torch.randn(BATCH, n, 8, dtype=torch.float64) for n in (4, MEMORY))
+    cache = KVCache.of(ours, BATCH, SEQLEN)
+    torch._dynamo.reset()
+    compiled = torch.compile(ours, backend="aot_eager", fullgraph=True)
+    made = [compiled(x[:, :2], memory, tgt_mask=future(2), tgt_is_causal=True, cache=cache)]
+    made += [compiled(x[:, place : place + 1], memory, cache=cache) for place in (2, 3)]
+    assert_same(torch.cat(made, dim=1), ours(x, memory, tgt_mask=future(4)))
+
+
 @pytest.mark.parametrize("sizes", ({}, {"chunk": 2}), ids=("static", "ring"))
 def test_one_graph_serves_every_step_of_a_model_with_everything(sizes: dict[str, int]) -> None:
     torch.manual_seed(0)

@@ -245,10 +245,17 @@ def allocate(
     There one query over 4,096 keys takes half the time that way. Zeros, since a hidden slot is multiplied by 0, which
     turns no NaN into 0.
     """
-    made = torch.zeros(rows, heads, seqlen, head_dim, device=device, dtype=dtype)
+    with torch.inference_mode(False):  # a cache that is made inside may be written to outside
+        made = torch.zeros(rows, heads, seqlen, head_dim, device=device, dtype=dtype)
     if made.device.type == "cpu":
         return made.transpose(1, 2)
     return made.view(rows, seqlen, heads, head_dim)
+
+
+def no_tokens(batch: int, device: torch.device | str | None) -> Tensor:
+    """Lengths of empty rows."""
+    with torch.inference_mode(False):
+        return torch.zeros(batch, dtype=torch.int32, device=device)
 
 
 def first_real(real: Tensor) -> Tensor:

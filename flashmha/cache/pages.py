@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..host.torch_state import is_compiling
-from .base import Cache, allocate, check_sizes
+from .base import Cache, allocate, check_sizes, no_tokens
 
 
 class PagePool:
@@ -91,9 +91,10 @@ class PagedCache(Cache):
         self.pool = pool
         self.max_seqlen: int = max_seqlen
         device, width = pool.k.device, -(-max_seqlen // pool.page_size)
-        self.block_table = torch.full((batch, width), pool.pages, dtype=torch.int32, device=device)
+        with torch.inference_mode(False):
+            self.block_table = torch.full((batch, width), pool.pages, dtype=torch.int32, device=device)
         """(batch, pages of a row) int32, the page of zeros where none was booked."""
-        self.lengths = torch.zeros(batch, dtype=torch.int32, device=device)
+        self.lengths = no_tokens(batch, device)
         self.booked: list[list[int]] = [[] for _ in range(batch)]
         self.room = 0
         """Tokens for which every row surely has pages, if no compiled step ran since the last ``reserve``."""

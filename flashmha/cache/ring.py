@@ -10,7 +10,7 @@ from ..problem.masks import Mask
 from ..problem.positions import MaskMod
 from ..problem.rules import Rule
 from ..problem.windows import Window
-from .base import check_sizes
+from .base import check_sizes, no_tokens
 from .static import StaticCache
 
 
@@ -46,7 +46,7 @@ class RingCache(StaticCache):
         )
         self.max_seqlen = None
         self.window, self.chunk, self.sinks = window, chunk, sinks
-        self.written = torch.zeros_like(self.lengths)
+        self.written = no_tokens(batch, device)
         """(batch,) one more than the farthest position that was ever written to."""
 
     @property

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .base import Cache, allocate, check_sizes
+from .base import Cache, allocate, check_sizes, no_tokens
 
 
 class StaticCache(Cache):
@@ -34,7 +34,7 @@ class StaticCache(Cache):
         check_sizes(batch=batch, max_seqlen=max_seqlen, heads_kv=heads_kv, head_dim=head_dim, head_dim_v=head_dim_v)
         self.k = allocate(batch, max_seqlen, heads_kv, head_dim, device, dtype)
         self.v = allocate(batch, max_seqlen, heads_kv, head_dim_v, device, dtype)
-        self.lengths = torch.zeros(batch, dtype=torch.int32, device=device)
+        self.lengths = no_tokens(batch, device)
         self.max_seqlen: int | None = max_seqlen
         self.rows = torch.arange(batch, device=device)[:, None]
 
