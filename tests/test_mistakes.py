@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from flashmha import FlashMultiHeadAttention, Rule, Window, attention, causal, replace_mha
+from flashmha import FlashMultiHeadAttention, Mask, Rule, Window, attention, causal, replace_mha
 from flashmha.backends import get, names
 from flashmha.layer.features import HOPS
 from flashmha.testing import assert_drop_in, noise, seeds, specs
@@ -42,6 +42,22 @@ def test_a_rule_that_gives_numbers_is_named(
         attention(q, k, k, mask=mask, backend=name)
     with pytest.raises(TypeError, match=r"fn of Rule\(earlier\) must return a bool tensor"):
         mask.picture(*shape)
+
+
+@given(dtype=st.sampled_from((torch.float32, torch.int64)), name=st.sampled_from(("naive", "sdpa")), size=sizes)
+def test_a_mask_of_ones_own_that_gives_numbers_is_named(dtype: torch.dtype, name: str, size: int) -> None:
+    class Near(Mask):
+        feature = "rule"
+
+        def mask_mod(self, seqlen_q: int, seqlen_k: int, documents: Any = None) -> Any:
+            return lambda batch, head, q_idx, k_idx: ((q_idx - k_idx).abs() < 2).to(dtype)
+
+        def __repr__(self) -> str:
+            return "Near()"
+
+    q = noise(0, 1, size, 1, 8).float()
+    with pytest.raises(TypeError, match=r"mask_mod of Near\(\) must return a bool tensor, True = may attend"):
+        attention(q, q, q, mask=Near(), backend=name)
 
 
 def altered(word: str, way: str, place: int) -> str:

@@ -146,6 +146,25 @@ def test_every_folder_has_a_floor_and_something_in_it() -> None:
         assert any(floor(name) == folder for name in FILES if name != folder), f"{folder} is empty"
 
 
+def test_a_name_has_one_meaning_across_the_package() -> None:
+    homes: dict[str, set[str]] = {}
+    for file, path in FILES.items():
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            targets = [node.target] if isinstance(node, ast.AnnAssign) else getattr(node, "targets", [])
+            found = [target.id for target in targets if isinstance(target, ast.Name)]
+            found += [node.name] if isinstance(node, (ast.FunctionDef, ast.ClassDef)) else []
+            for name in found:
+                homes.setdefault(name, set()).add(file)
+    shared = {name: sorted(files) for name, files in homes.items() if len(files) > 1 and not name.startswith("__")}
+    assert len(shared) <= 15, shared
+
+
+def test_a_file_holds_one_noun() -> None:
+    lengths = {name: len(path.read_text(encoding="utf-8").splitlines()) for name, path in FILES.items()}
+    long = {name: lines for name, lines in lengths.items() if lines > 300}
+    assert len(long) <= 3, long
+
+
 def test_public_names_are_sorted_complete_and_documented() -> None:
     assert flashmha.__all__ == sorted(flashmha.__all__)
     tree = ast.parse((PACKAGE / "__init__.py").read_text(encoding="utf-8"))

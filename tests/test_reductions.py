@@ -22,6 +22,16 @@ FUNCTIONS = {"sum": torch.sum, "mean": torch.mean, "amax": torch.amax}
 pytestmark = pytest.mark.usefixtures("every_map_is_deferred")
 
 
+def rounding(spec: AttentionSpec, q: Tensor, k: Tensor) -> float:
+    """What two ways to the same weights may differ by: the rounding of scores as large as these, and of the weights."""
+    fine = torch.finfo(torch.promote_types(spec.dtype, torch.float32)).eps
+    longest = [x.double().norm(dim=-1).max().item() for x in (q, k)]
+    added = spec.added()
+    moved = 0.0 if added is None else added.detach().double().masked_fill(~added.isfinite(), 0.0).abs().max().item()
+    size = abs(spec.scale) * longest[0] * longest[1] + moved
+    return 4 * torch.finfo(spec.dtype).eps + 4 * fine * (1 + size) + 1e-6
+
+
 def outcome(name: str, weights: Tensor, dims: Any, keepdim: bool, wide: bool) -> Any:
     """What a reduction gives, or the error that it raises."""
     more: dict[str, Any] = {} if dims is None else {"dim": dims, "keepdim": keepdim}
@@ -74,9 +84,8 @@ def test_a_reduction_is_that_of_the_map(
         assert found == expected
         return
     assert isinstance(found, Tensor) and found.dtype == expected.dtype and found.shape == expected.shape
-    eps = torch.finfo(spec.dtype).eps
-    scale = max(1.0, expected.abs().max().item())
-    torch.testing.assert_close(found.double(), expected.double(), atol=4 * eps * scale + 1e-6 * scale, rtol=4 * eps)
+    error, scale = rounding(spec, q, k), max(1.0, expected.abs().max().item())
+    torch.testing.assert_close(found.double(), expected.double(), atol=error * scale, rtol=error)
 
 
 @fewer(2)
@@ -139,8 +148,8 @@ def test_some_rows_or_heads_are_those_of_the_map(
         assert found == expected
         return
     assert found.dtype == expected.dtype and found.shape == expected.shape
-    eps = torch.finfo(spec.dtype).eps
-    torch.testing.assert_close(found.double(), expected.double(), atol=4 * eps + 1e-6, rtol=4 * eps)
+    error = rounding(spec, q, k)
+    torch.testing.assert_close(found.double(), expected.double(), atol=error, rtol=error)
 
 
 @pytest.mark.cpu("blocks of a size for a CPU")

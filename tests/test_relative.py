@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from flashmha import ALiBi, AlibiBias, AttentionSpec, Bias, RelativeBias, RelativePositionBias, attention, causal
 from flashmha.backends import get, names
-from flashmha.problem.positions import Grid
+from flashmha.problem.positions import IndexGrid
 from flashmha.testing import assert_agrees, noise, seeds
 
 LENGTHS = st.integers(1, 40)
@@ -80,7 +80,7 @@ def test_a_table_is_made_as_it_is_looked_up(
 
     bias, problem = RelativeBias(noise(0, heads, 2 * reach + 1)), (2, heads, seqlen_q, seqlen_k)
     parts = {"queries": part(seqlen_q), "keys": part(seqlen_k)}
-    assert torch.equal(bias.materialize(*problem, **parts), Bias.dense(bias, Grid(*problem, **parts)))
+    assert torch.equal(bias.materialize(*problem, **parts), Bias.dense(bias, IndexGrid(*problem, **parts)))
 
 
 MODULES = {

@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import flashmha
-from flashmha import AttentionSpec, Backend, FlashMultiHeadAttention, register
+from flashmha import AttentionSpec, Backend, FlashMultiHeadAttention, Rule, register
 from flashmha.backends import get, unregister
 from flashmha.testing import noise, seeds
 from flashmha.testing.record import placed
@@ -244,6 +244,42 @@ def test_masks_that_change_after_the_call_change_no_weights(case: Case, training
         for parameter in layer.parameters():
             parameter.data.zero_()
         torch.testing.assert_close(seen.detach().clone(), expected.detach(), atol=0.0, rtol=0.0)
+
+
+REACH = torch.zeros((), dtype=torch.int64)
+
+
+def test_what_a_rule_reads_or_a_caller_keeps_changes_no_weights_later() -> None:
+    """A tensor, a number or an object that a rule captures or finds; keys and values that were handed in."""
+    layer, x = FlashMultiHeadAttention(32, 4, batch_first=True), torch.randn(1, 64, 32)
+    held, reach = [3], 3
+
+    def near(batch: Tensor, head: Tensor, q_pos: Tensor, k_pos: Tensor) -> Tensor:
+        return (q_pos - k_pos).abs() <= reach
+
+    def listed(batch: Tensor, head: Tensor, q_pos: Tensor, k_pos: Tensor) -> Tensor:
+        return (q_pos - k_pos).abs() <= held[0]
+
+    rules = [
+        Rule(near),
+        Rule(listed),
+        Rule(lambda batch, head, q_pos, k_pos: (q_pos - k_pos).abs() <= REACH),
+        Rule(lambda batch, head, q_pos, k_pos, held=held: (q_pos - k_pos).abs() <= held[0]),
+        Rule(lambda batch, head, q_pos, k_pos: near(batch, head, q_pos, k_pos) & (k_pos > 0)),
+    ]
+    expected = [layer(x, x, x, attn_mask=rule)[1].clone() for rule in rules]
+    seen = [layer(x, x, x, attn_mask=rule)[1] for rule in rules]
+    kv = layer.keys_values(x)
+    expected.append(layer(x, x, x, kv=kv)[1].clone())
+    seen.append(layer(x, x, x, kv=kv)[1])
+    held[0], reach = 9, 9
+    REACH.fill_(9)
+    kv[0].data.fill_(1.0)
+    try:
+        for mine, wanted in zip(seen, expected):
+            torch.testing.assert_close(mine.clone(), wanted, atol=0.0, rtol=0.0)
+    finally:
+        REACH.zero_()
 
 
 class Cached(FlashMultiHeadAttention):

@@ -115,7 +115,7 @@ def project_heads(sources: list[Tensor], case: Case, state: NamedTensors) -> lis
         if case.qk_norm is not None:
             made[place] = normalize_heads(made[place], case.qk_norm, under(name, state))
         if case.rotary:
-            made[place] = rotate(made[place])
+            made[place] = rotate_pairs(made[place])
     return made
 
 
@@ -126,7 +126,7 @@ def normalize_heads(x: Tensor, kind: str, state: NamedTensors) -> Tensor:
     return F.rms_norm(x, x.shape[-1:], state["weight"], torch.finfo(torch.float32).eps)
 
 
-def rotate(x: Tensor) -> Tensor:
+def rotate_pairs(x: Tensor) -> Tensor:
     """Features i and i + head_dim / 2 of every head, turned by its position over 10000 ** (2i / head_dim)."""
     half = x.shape[-1] // 2
     # the angles in float32, as everywhere: their rounding is part of what is computed

@@ -142,6 +142,7 @@ def attend_call(
     weigh: dict[str, Any] | None = None
     if need_weights:
         weigh = {"average": average and not says, "batched": call.batched or says, "rows": rows, "padded": padded}
+        weigh["lent"] = given.kv is not None
     weights: list[Tensor] = []
     if custom and not is_ours(layer, "attend"):
         problems = Problems(layer, wanted, weigh, says)

@@ -20,13 +20,13 @@ from __future__ import annotations
 import abc
 import functools
 import operator
-from typing import ClassVar, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor
 
 from ..host.torch_state import is_dense
-from .positions import Grid, MaskMod, Restarts, check_broadcast, find_device, look_up_in, narrowed_to
+from .positions import IndexGrid, MaskMod, Restarts, check_broadcast, find_device, look_up_in, narrowed_to
 from .rebuilding import Rebuild, Several
 from .wording import spell
 
@@ -65,6 +65,10 @@ class Mask(abc.ABC):
 
     def hides_nothing(self, seqlen_q: int, seqlen_k: int, documents: Restarts | None) -> bool:
         """The rule hides no key at these lengths, as far as that shows without a look at tensors."""
+        return False
+
+    def may_change(self) -> bool:
+        """The rule reads something beside its tensors, which may be another when weights of the call are read."""
         return False
 
     @property
@@ -116,12 +120,13 @@ class Mask(abc.ABC):
         range of queries or keys no more is made than broadcasts to it.
         """
         device = find_device(self.tensors()) if device is None else device
-        grid = Grid(batch, heads, seqlen_q, seqlen_k, device, self.documents, queries, keys)
+        grid = IndexGrid(batch, heads, seqlen_q, seqlen_k, device, self.documents, queries, keys)
         return functools.reduce(operator.and_, [part.dense(grid) for part in self.parts])
 
-    def dense(self, grid: Grid) -> Tensor:
+    def dense(self, grid: IndexGrid) -> Tensor:
         """One rule evaluated on a grid of indices."""
-        return self.mask_mod(grid.seqlen_q, grid.seqlen_k, grid.documents)(*grid.indices())
+        mod = self.mask_mod(grid.seqlen_q, grid.seqlen_k, grid.documents)
+        return check_answer("mask_mod", self, mod(*grid.indices()))
 
     def picture(self, seqlen_q: int = 8, seqlen_k: int = 8, *, batch: int = 0, head: int = 0) -> str:
         """A small drawing for one batch item and head: one line a query, ``■`` may attend, ``·`` may not.
@@ -177,7 +182,7 @@ class Dense(Mask):
     def mask_mod(self, seqlen_q: int, seqlen_k: int, documents: Restarts | None = None) -> MaskMod:
         return look_up_in(self.allowed)
 
-    def dense(self, grid: Grid) -> Tensor:
+    def dense(self, grid: IndexGrid) -> Tensor:
         return narrowed_to(self.allowed, grid.queries, grid.keys)
 
     def merged(self, other: Mask) -> Dense | None:
@@ -211,6 +216,16 @@ class Intersection(Several[Mask], Mask):
 
     def __repr__(self) -> str:
         return " & ".join(map(repr, self._parts))
+
+
+def check_answer(function: str, mask: Mask, answer: Any) -> Tensor:
+    """What a mask's function answered; raise where that is no bool tensor, as a number is no mask."""
+    if isinstance(answer, Tensor) and answer.dtype == torch.bool:
+        return answer
+    raise TypeError(
+        f"{function} of {mask!r} must return a bool tensor, True = may attend (what is added to the scores goes to "
+        f"bias=), got {spell(answer)}."
+    )
 
 
 def find_rule(mask: Mask | None, kind: type[Kind]) -> Kind | None:

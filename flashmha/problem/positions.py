@@ -40,7 +40,7 @@ def find_device(tensors: tuple[Tensor, ...]) -> torch.device | None:
     return tensors[0].device if tensors else None
 
 
-class Grid(NamedTuple):
+class IndexGrid(NamedTuple):
     """The indices that a mask or a bias is evaluated on: all of a problem, or a range of its queries and keys."""
 
     batch: int

@@ -12,7 +12,7 @@ from torch import Tensor
 from ..host.torch_state import eager, is_compiling, is_dense, readable
 from .computed import Computed, Made, hides_changes, make_plain, stream_of
 from .masks import Mask
-from .positions import Grid, MaskMod, Restarts, narrowed_to
+from .positions import IndexGrid, MaskMod, Restarts, narrowed_to
 from .rebuilding import Rebuild
 from .tensors import is_vector_of_integers
 from .wording import spell
@@ -126,7 +126,7 @@ class KeyPadding(Padding):
         table = self.valid.view(batch, 1, 1, seqlen_k)
         return table if keys is None else narrowed_to(table, None, keys)
 
-    def dense(self, grid: Grid) -> Tensor:
+    def dense(self, grid: IndexGrid) -> Tensor:
         return self.materialize(keys=grid.keys)
 
     def __repr__(self) -> str:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from .masks import Mask
+from .likeness import is_settled
+from .masks import Mask, check_answer
 from .positions import ALIGNMENTS, MaskMod, Restarts, by_index
 from .wording import spell
 
@@ -29,6 +29,9 @@ class Rule(Mask):
     def mask_mod(self, seqlen_q: int, seqlen_k: int, documents: Restarts | None = None) -> MaskMod:
         return by_index(answering(self), seqlen_q, seqlen_k, documents, self.align)
 
+    def may_change(self) -> bool:
+        return not is_settled(self.fn)
+
     def __repr__(self) -> str:
         return f"Rule({getattr(self.fn, '__name__', 'fn')})"
 
@@ -38,12 +41,6 @@ def answering(rule: Rule) -> MaskMod:
     fn = rule.fn
 
     def ask(batch: Tensor, head: Tensor, q_pos: Tensor, k_pos: Tensor) -> Tensor:
-        allowed = fn(batch, head, q_pos, k_pos)
-        if not isinstance(allowed, Tensor) or allowed.dtype != torch.bool:
-            raise TypeError(
-                f"fn of {rule!r} must return a bool tensor, True = may attend (what is added to the scores goes to "
-                f"bias=), got {spell(allowed)}."
-            )
-        return allowed
+        return check_answer("fn", rule, fn(batch, head, q_pos, k_pos))
 
     return ask

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from ..host.torch_state import is_dense
 from .bias_values import add_biases
-from .positions import Grid, Restarts, by_index, check_broadcast, find_device, look_up_in, narrowed_to
+from .positions import IndexGrid, Restarts, by_index, check_broadcast, find_device, look_up_in, narrowed_to
 from .rebuilding import Rebuild, Several
 from .wording import spell
 
@@ -103,9 +103,9 @@ class Bias(abc.ABC):
         Of a range of queries or keys no more is made than broadcasts to it.
         """
         device = find_device(self.tensors()) if device is None else device
-        return self.dense(Grid(batch, heads, seqlen_q, seqlen_k, device, documents, queries, keys))
+        return self.dense(IndexGrid(batch, heads, seqlen_q, seqlen_k, device, documents, queries, keys))
 
-    def dense(self, grid: Grid) -> Tensor:
+    def dense(self, grid: IndexGrid) -> Tensor:
         """The bias evaluated on a grid of indices."""
         made = self.bias_mod(grid.seqlen_q, grid.seqlen_k, grid.documents)(*grid.indices())
         return made if made.dim() else made.view(1, 1, 1, 1)  # the sum of single numbers
@@ -138,7 +138,7 @@ class TensorBias(Bias):
     def bias_mod(self, seqlen_q: int, seqlen_k: int, documents: Restarts | None = None) -> ScoreMod:
         return look_up_in(self.tensor)
 
-    def dense(self, grid: Grid) -> Tensor:
+    def dense(self, grid: IndexGrid) -> Tensor:
         return narrowed_to(self.tensor, grid.queries, grid.keys)
 
     def __repr__(self) -> str:
@@ -230,7 +230,7 @@ class RelativeBias(Bias):
 
         return by_index(look_up, seqlen_q, seqlen_k, documents, "bottom_right")
 
-    def dense(self, grid: Grid) -> Tensor:
+    def dense(self, grid: IndexGrid) -> Tensor:
         _, _, seqlen_q, seqlen_k, _, documents, queries, keys = grid
         if documents is not None:  # distances start again
             return super().dense(grid)
@@ -266,7 +266,7 @@ class Sum(Several[Bias], Bias):
 
         return total
 
-    def dense(self, grid: Grid) -> Tensor:
+    def dense(self, grid: IndexGrid) -> Tensor:
         return functools.reduce(add_biases, [part.materialize(*grid) for part in self._parts])
 
     def __repr__(self) -> str:

@@ -39,12 +39,13 @@ def attention_with_weights(
     rows: Tensor | None = None,
     padded: Padded | None = None,
     remade: bool = False,
+    lent: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """The output, and the attention weights before dropout, 0 in blind rows, which are computed when read.
 
     The weights are (batch, heads, seqlen_q, seqlen_k), or their mean over heads with ``average``, without the batch
     axis unless ``batched``, in ``dtype``, and 0 outside ``rows`` (batch, seqlen_q). ``padded`` for q, k and v that hold
-    the real tokens alone, ``remade`` where a hop of the layer's own made q and k.
+    the real tokens alone, ``remade`` where a hop of the layer's own made q and k, ``lent`` where k is the caller's.
 
     Where PyTorch records what runs (compile, export, torch.func, forward AD) both are ordinary tensors, and a compiler
     drops what is not read; the definition makes both in one pass, unless a backend is named.
@@ -69,7 +70,9 @@ def attention_with_weights(
         recipe.places, recipe.rows = padded.places, padded.rows
     elif lse is not None:
         recipe.lse = lse.detach() if lse.requires_grad else lse
-    at_once = is_small(spec) or (remade and may_change(q, k)) or is_capturing(spec.device) or spec.device.type == "meta"
+    rules = () if spec.mask is None else spec.mask.parts
+    changing = lent or (remade and may_change(q, k)) or any(rule.may_change() for rule in rules)
+    at_once = changing or is_small(spec) or is_capturing(spec.device) or spec.device.type == "meta"
     make = Recipe.make if at_once else put_off
     if spec.needs_grad:
         fused = None if spec.dropout_p > 0.0 or backend.holds_scores else v

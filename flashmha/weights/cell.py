@@ -42,7 +42,7 @@ class Source(Protocol):
         """
 
 
-FEWEST = 2**12
+LEAST_SPENT = 2**12
 """What a look at a few values costs, as so many values of a map that is made at once."""
 
 
@@ -90,7 +90,7 @@ class Cell:
         with self.computing():
             if self.source is None or self.spent + region.numel > math.prod(self.source.shape) // 2:
                 return None
-            self.spent += max(region.numel, FEWEST)
+            self.spent += max(region.numel, LEAST_SPENT)
             found = self.source.part(region)
         return None if found is None else self.share(found)
 

@@ -23,9 +23,9 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from ..host.torch_state import is_batched
 from .cell import Cell, Source, note_unread
 from .patches import Patches
-from .picks import find_list, find_places, pick
+from .picks import find_list, find_picked, pick_places
 from .regions import SLICE, Layout
-from .storage import as_ordinary, fill, lend, make_blank, put, read, values_of
+from .storage import as_ordinary, fill, lend, make_blank, put, read_values, values_of
 from .views import ALIASES, View, is_view
 
 
@@ -89,14 +89,14 @@ class Deferred(Tensor):
             if found is not None:
                 return found
         mine = [x for x in tree_leaves((args, kwargs)) if type(x) is Deferred]
-        held = mine if is_view(func) or func in SHARING else written(func, args, kwargs)
+        held = mine if is_view(func) or func in SHARING else find_written(func, args, kwargs)
         for x in mine:
             if x.way is None or any(x is other for other in held):
                 fill(x)
         if any(kind is not Deferred for kind in types) or any(
             x.foreign is not None or x.cell is not None for x in mine
         ):
-            plain_args, plain_kwargs = tree_map_only(Deferred, read, (args, kwargs))
+            plain_args, plain_kwargs = tree_map_only(Deferred, read_values, (args, kwargs))
             result = func(*plain_args, **plain_kwargs)
             return first if type(first) is Deferred and result is plain_args[0] else result  # changed in place
         with torch._C._DisableTorchDispatch():
@@ -108,12 +108,12 @@ class Deferred(Tensor):
     def __getitem__(self, index: Any) -> Tensor:
         index_of_all = index if isinstance(index, tuple) else (index,)
         dim, places = find_list(index_of_all) if is_unread(self) else (0, None)
-        found = None if places is None else pick(self, dim, places, from_end=True)
+        found = None if places is None else pick_places(self, dim, places, from_end=True)
         return self.by_index(index) if found is None else found
 
     def index_select(self, dim: Any, index: Tensor) -> Tensor:  # type: ignore[override]
-        places = find_places(index) if is_unread(self) else None
-        found = None if places is None else pick(self, dim, places, from_end=False)
+        places = find_picked(index) if is_unread(self) else None
+        found = None if places is None else pick_places(self, dim, places, from_end=False)
         return super().index_select(dim, index) if found is None else found
 
     @property
@@ -167,7 +167,7 @@ class Deferred(Tensor):
         return (self.clone() if self.requires_grad else values_of(self)).numpy(force=force)
 
     def tolist(self) -> Any:
-        return read(self).tolist()
+        return read_values(self).tolist()
 
     def apply_(self, function: Any) -> Tensor:
         fill(self)
@@ -243,8 +243,10 @@ def look(tensor: Deferred, func: Any, args: Any, kwargs: Any) -> Any:
         if func is INDEX:
             dim, places = find_list([slice(None) if one is None else one for one in args[0]])
         else:
-            dim, places = args[0], find_places(args[1])
-        return None if places is None else pick(Deferred(cell, Layout.of(tensor), view), dim, places, func is INDEX)
+            dim, places = args[0], find_picked(args[1])
+        return (
+            None if places is None else pick_places(Deferred(cell, Layout.of(tensor), view), dim, places, func is INDEX)
+        )
     source = cell.source
     if source is not None and func in source.answers and not (view is not None and view.steps):
         view = View.whole(Layout.of(tensor)) if view is None else view
@@ -271,7 +273,7 @@ LEADING = (Tensor, list, tuple)
 """Kinds of arguments that are, or may hold, tensors."""
 
 
-def written(func: Any, args: Any, kwargs: Any) -> list[Any]:
+def find_written(func: Any, args: Any, kwargs: Any) -> list[Any]:
     """The tensors that an operator writes."""
     if not func._schema.is_mutable:
         return []

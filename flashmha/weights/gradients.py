@@ -21,7 +21,7 @@ from .learned import Learned
 from .regions import as_slice
 
 
-class Piece(NamedTuple):
+class GradientPiece(NamedTuple):
     """The gradient of the weights of a box and some keys; over (batch, heads or 1 for their mean, rows, keys)."""
 
     box: Box

@@ -22,10 +22,10 @@ def find_list(index: Sequence[Any]) -> tuple[int, list[int] | None]:
         return 0, None
     place = whole.index(False)
     from_end = any(one is Ellipsis for one in index[:place])
-    return (place - len(index) if from_end else place), find_places(index[place])
+    return (place - len(index) if from_end else place), find_picked(index[place])
 
 
-def find_places(index: Any) -> list[int] | None:
+def find_picked(index: Any) -> list[int] | None:
     """The places that a list, or a tensor of one axis, holds; ``None`` where it is neither."""
     if isinstance(index, list):
         return index if index and all(type(place) is int for place in index) else None
@@ -35,7 +35,7 @@ def find_places(index: Any) -> list[int] | None:
     return None
 
 
-def pick(tensor: Tensor, dim: int, places: Sequence[int], from_end: bool) -> Tensor | None:
+def pick_places(tensor: Tensor, dim: int, places: Sequence[int], from_end: bool) -> Tensor | None:
     """Some places of an axis, as a copy; ``None`` where runs are many, most places are wanted, or one is not there.
 
     ``from_end``: negative places count from the end.

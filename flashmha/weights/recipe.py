@@ -26,7 +26,7 @@ from ..problem.packing import unpack_tokens
 from ..problem.spec import AttentionSpec
 from . import rows, tiles
 from .blocks import Box, Score, align_rows, scores_in_a_block, shape_weights
-from .gradients import Gradients, Piece
+from .gradients import GradientPiece, Gradients
 from .learned import replace_learned
 from .regions import as_slice, cover
 
@@ -197,10 +197,10 @@ class Recipe:
         """Gradients of q, k and what ``held`` holds, where wanted, for a gradient of the weights."""
         grad = grad if self.batched else grad[None]
         grad = grad[:, None] if self.average else grad
-        return self.gradients_of([Piece(Box.whole(self.spec), range(self.spec.seqlen_k), grad)], wanted)
+        return self.gradients_of([GradientPiece(Box.whole(self.spec), range(self.spec.seqlen_k), grad)], wanted)
 
     @without_caller_autocast
-    def gradients_of(self, pieces: Iterable[Piece], wanted: Sequence[bool]) -> list[Tensor | None]:
+    def gradients_of(self, pieces: Iterable[GradientPiece], wanted: Sequence[bool]) -> list[Tensor | None]:
         """``gradients`` for one that is 0 but in some pieces."""
         spec = self.spec
         q, k = self.put_tokens_back(self.q, self.k)

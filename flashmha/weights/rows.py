@@ -21,17 +21,19 @@ MOST_ROWS = 16
 
 def make_rows(q: Tensor, k: Tensor, spec: AttentionSpec, box: Box, average: bool) -> Tensor:
     """The weights of a box, (batch, heads, rows, seqlen_k), or their mean over heads, in float32 at least."""
-    score = multiply(box.of_query(q), *box.of_grouped_key(k, spec.heads), spec.scale)
+    score = multiply_heads(box.of_query(q), *box.of_grouped_key(k, spec.heads), spec.scale)
     covered = cover(box.rows)
     bias, allowed = spec.added(queries=covered), None if sees_all(spec, box.rows) else spec.allowed(queries=covered)
     bias = None if bias is None else box.of_table(bias.detach())
     allowed = None if allowed is None else box.of_table(allowed)
     sinks = None if spec.sinks is None else spec.sinks.detach()[as_slice(box.heads)]
     weights = probabilities(*finish_scores(score, spec, bias, allowed, sinks), spec)
-    return weights.mean(dim=1, keepdim=True) if average else weights.contiguous()  # sinks had a column
+    if average:
+        return weights.mean(dim=1, keepdim=True)
+    return weights if sinks is None else weights.clone(memory_format=torch.contiguous_format)  # without their column
 
 
-def multiply(q: Tensor, k: Tensor, group: int, scale: float) -> Tensor:
+def multiply_heads(q: Tensor, k: Tensor, group: int, scale: float) -> Tensor:
     """The scaled products of queries (batch, rows, heads, head_dim) and keys that ``group`` heads share."""
     batch, rows, heads, head_dim = q.shape
     shared = k.shape[2]

@@ -60,7 +60,7 @@ def values_of(tensor: Any) -> Tensor:
     return values.detach()  # a view would lead a compiler back to the tensor
 
 
-def read(tensor: Any) -> Tensor:
+def read_values(tensor: Any) -> Tensor:
     """The values for an operator that neither writes them nor gives a view of them: those of a view alone."""
     cell, view = tensor.cell, tensor.way
     return values_of(tensor) if cell is None or view is None else view.read(cell)

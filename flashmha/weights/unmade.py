@@ -13,10 +13,10 @@ from torch import Tensor
 
 from .blocks import Box
 from .cell import Source
-from .gradients import Piece
+from .gradients import GradientPiece
 from .patches import Patches
 from .recipe import Recipe
-from .regions import Layout, Region
+from .regions import Layout, Region, cover
 
 aten = torch.ops.aten
 REDUCTIONS = {
@@ -63,10 +63,11 @@ class Unmade:
 
     def ranges(self, region: Region) -> tuple[range, range, range, range]:
         """The ranges of a region of batch items, heads (all of them where they are a mean), queries and keys."""
-        spec, found = self.recipe.spec, dict(zip(self.here, region.ranges))
+        spec, parts = self.recipe.spec, [part if len(part) > 1 else cover(part) for part in region.ranges]
+        found = dict(zip(self.here, parts))
         return found.get(0, range(spec.batch)), found.get(1, range(spec.heads)), found[2], found[3]
 
-    def pieces(self, patches: Iterable[tuple[Region, Tensor]]) -> Iterator[Piece]:
+    def pieces(self, patches: Iterable[tuple[Region, Tensor]]) -> Iterator[GradientPiece]:
         """Gradients of places, which broadcast to them, as pieces of a gradient of the recipe's."""
         for region, grad in patches:
             batch, heads, queries, keys = self.ranges(region)
@@ -79,7 +80,7 @@ class Unmade:
                 for some in runs(heads):
                     stop = 1 if self.recipe.average else head + len(some)
                     part = grad[item : item + len(items), head:stop]
-                    yield Piece(Box(items, some, queries), keys, part)
+                    yield GradientPiece(Box(items, some, queries), keys, part)
                     head = stop
                 item += len(items)
 

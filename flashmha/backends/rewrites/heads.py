@@ -38,7 +38,7 @@ class Room:
 
     def complete(self, grads: Sequence[Tensor]) -> bool:
         """Copy the gradients that were made elsewhere; ``False`` where one is not what was written here."""
-        if not all(is_same(self.parts[place], grads[place]) for place in self.filled):
+        if not all(is_same_memory(self.parts[place], grads[place]) for place in self.filled):
             return False  # of another backward, or added to another
         for place, (part, grad) in enumerate(zip(self.parts, grads)):
             if place not in self.filled:
@@ -46,7 +46,7 @@ class Room:
         return True
 
 
-def is_same(part: Tensor, grad: Tensor) -> bool:
+def is_same_memory(part: Tensor, grad: Tensor) -> bool:
     """Two tensors are the same numbers in memory."""
     return part.data_ptr() == grad.data_ptr() and part.stride() == grad.stride() and part.shape == grad.shape
 
@@ -70,7 +70,7 @@ class Slots(NamedTuple):
 
 def find_slots(heads: Sequence[Tensor]) -> Slots | None:
     """The places of heads (batch, seqlen, heads, head_dim) that came as they are, or swapped, out of one ``Heads``."""
-    found = [origin(x) for x in heads]
+    found = [origin_of(x) for x in heads]
     split, _, swapped = found[0]
     if getattr(split, "_forward_cls", None) is not Heads or any(one[0] is not split for one in found):
         return None
@@ -79,7 +79,7 @@ def find_slots(heads: Sequence[Tensor]) -> Slots | None:
     return Slots(split, [number for _, number, _ in found], swapped)
 
 
-def origin(x: Tensor) -> tuple[Any, int, bool]:
+def origin_of(x: Tensor) -> tuple[Any, int, bool]:
     """The node that made a tensor, as which of its outputs, and whether batch and seqlen changed places since."""
     node = x.grad_fn
     swap: Any = node if node is not None and node.name() == "TransposeBackward0" else None

@@ -17,11 +17,11 @@ from ...host.torch_state import is_compiling, readable
 from ...problem.spec import AttentionSpec
 from ...problem.windows import Window
 
-MOST_ROWS = 1024
+BAND_ROWS = 1024
 """Queries of a block at most."""
 
 
-class Block(NamedTuple):
+class BandBlock(NamedTuple):
     """Some queries; which parts of the keys they are given, and which keys those are."""
 
     queries: range
@@ -33,7 +33,7 @@ class Bands(NamedTuple):
     """A problem cut up: where the keys are cut, and the blocks, first to last."""
 
     edges: list[int]
-    blocks: list[Block]
+    blocks: list[BandBlock]
 
     def cut(self, x: Tensor) -> tuple[Tensor, ...]:
         """The parts of keys or values (batch, seqlen_k, heads, head_dim); split, so that gradients are as local."""
@@ -60,7 +60,7 @@ def cut_into_bands(spec: AttentionSpec, rows: int, worth: int) -> Bands | None:
     if not all(map(readable, spec.mask.tensors())):
         return None
     reach = max(window.left + window.right, 0)
-    rows = min(max(reach // 2, rows), MOST_ROWS)
+    rows = min(max(reach // 2, rows), BAND_ROWS)
     spared = spec.seqlen_k - 2 * rows - reach
     if 2 * spared < spec.seqlen_k or spec.batch * spec.heads * spec.head_dim * rows * spared <= worth:
         return None
@@ -73,7 +73,7 @@ def cut_into_bands(spec: AttentionSpec, rows: int, worth: int) -> Bands | None:
         parts = range(0)
         if reach == window.left + window.right and lowest < end:
             parts = range(bisect_right(edges, lowest) - 1, bisect_left(edges, end))
-        blocks.append(Block(queries, parts, range(edges[parts.start], edges[parts.stop])))
+        blocks.append(BandBlock(queries, parts, range(edges[parts.start], edges[parts.stop])))
     return Bands(edges, blocks) if any(block.parts for block in blocks) else None
 
 
