@@ -20,7 +20,7 @@ from ..problem.masks import Dense, Mask, Rule, Window, join_masks
 from ..problem.packing import parts_of
 from ..problem.ragged import Padding
 from ..problem.scores import Bias, TensorBias
-from .cached import Step
+from .cached import CacheStep
 from .features import EXTRA_KEYS
 from .protocol import Layer
 
@@ -77,7 +77,7 @@ def check_by_distance(bias: Bias) -> None:
 
 def extend(
     layer: Layer,
-    step: Step,
+    step: CacheStep,
     heads: tuple[Tensor, Tensor, Tensor],
     mask: Mask | None,
     bias: Bias | None,
