@@ -14,7 +14,7 @@ from ..problem.masks import Mask
 from ..problem.ragged import KeyLengths, mark_private
 from ..problem.wording import dtype_name, spell
 
-INTEGERS = (torch.int32, torch.int64)
+COUNT_DTYPES = (torch.int32, torch.int64)
 
 
 class Restorable(Protocol):
@@ -170,7 +170,7 @@ class Cache(abc.ABC):
     def cropped(self, length: int | Tensor) -> Tensor:
         """The lengths after ``crop``, which change nothing yet."""
         if isinstance(length, Tensor):
-            if length.shape != (self.batch,) or length.dtype not in INTEGERS:
+            if length.shape != (self.batch,) or length.dtype not in COUNT_DTYPES:
                 raise ValueError(f"length must be an int or integers (batch,) = ({self.batch},), got {spell(length)}.")
             wanted = length.to(self.lengths)
         elif isinstance(length, int) and not isinstance(length, bool):
@@ -190,7 +190,7 @@ class Cache(abc.ABC):
             ValueError: other places than those of tokens; on a GPU an error of the device, which is not waited for.
         """
         left = self.cropped(length)[:, None]
-        if chosen.dim() != 2 or chosen.shape[0] != self.batch or chosen.dtype not in INTEGERS:
+        if chosen.dim() != 2 or chosen.shape[0] != self.batch or chosen.dtype not in COUNT_DTYPES:
             raise ValueError(f"chosen must be integers (batch={self.batch}, tokens), got {spell(chosen)}.")
         guesses = self.lengths[:, None] - left
         insist(
@@ -209,7 +209,7 @@ class Cache(abc.ABC):
 
     def check_rows(self, rows: Tensor) -> None:
         """Raise where an order is none of these rows."""
-        if not isinstance(rows, Tensor) or rows.shape != (self.batch,) or rows.dtype not in INTEGERS:
+        if not isinstance(rows, Tensor) or rows.shape != (self.batch,) or rows.dtype not in COUNT_DTYPES:
             raise ValueError(f"rows must be integers (batch,) = ({self.batch},), got {spell(rows)}.")
         inside = (rows >= 0) & (rows < self.batch)
         insist(inside, lambda: f"rows must lie between 0 and {self.batch - 1}, got {rows.tolist()}.")
@@ -272,7 +272,7 @@ def refuse_gradients(*heads: Tensor) -> None:
         )
 
 
-def check_sizes(**sizes: int) -> None:
+def check_counts(**sizes: int) -> None:
     """Raise where a size is no whole number of at least 1."""
     for name, size in sizes.items():
         if isinstance(size, bool) or not isinstance(size, int) or size < 1:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..problem.wording import spell
-from .base import INTEGERS, allocate, check_sizes, refuse_gradients
+from .base import COUNT_DTYPES, allocate, check_counts, refuse_gradients
 
 
 class MemoryCache:
@@ -31,7 +31,7 @@ class MemoryCache:
         dtype: torch.dtype | None = None,
     ) -> None:
         head_dim_v = head_dim if head_dim_v is None else head_dim_v
-        check_sizes(batch=batch, heads_kv=heads_kv, head_dim=head_dim, head_dim_v=head_dim_v)
+        check_counts(batch=batch, heads_kv=heads_kv, head_dim=head_dim, head_dim_v=head_dim_v)
         self.batch, self.fixed = batch, seqlen is not None
         self.k = allocate(batch, seqlen or 0, heads_kv, head_dim, device, dtype)
         self.v = allocate(batch, seqlen or 0, heads_kv, head_dim_v, device, dtype)
@@ -80,7 +80,7 @@ class MemoryCache:
 
     def reorder(self, rows: Tensor) -> None:
         """Row i becomes what row ``rows[i]`` was: (batch,) integers."""
-        if not isinstance(rows, Tensor) or rows.shape != (self.batch,) or rows.dtype not in INTEGERS:
+        if not isinstance(rows, Tensor) or rows.shape != (self.batch,) or rows.dtype not in COUNT_DTYPES:
             raise ValueError(f"rows must be integers (batch,) = ({self.batch},), got {spell(rows)}.")
         if self.filled:
             self.k.copy_(self.k.index_select(0, rows))

@@ -94,7 +94,7 @@ def read_memory(layer: Layer, cache: MemoryCache, given: Arguments) -> Arguments
     )
 
 
-class Step(NamedTuple):
+class CacheStep(NamedTuple):
     """One call's place in a cache.
 
     ``real`` (batch, seqlen) says which tokens are no padding, ``None`` for all. ``positions`` (batch, seqlen) are where
@@ -106,7 +106,7 @@ class Step(NamedTuple):
     positions: Tensor | None
 
 
-def begin_step(layer: Layer, cache: Cache | MemoryCache, call: Reading) -> Step:
+def begin_step(layer: Layer, cache: Cache | MemoryCache, call: Reading) -> CacheStep:
     """The place of a call.
 
     Raises:
@@ -127,7 +127,7 @@ def begin_step(layer: Layer, cache: Cache | MemoryCache, call: Reading) -> Step:
     if call.padding is not None:
         call.padding.check(cache.batch, 1, seqlen, seqlen)
     real = None if call.padding is None else call.valid
-    return Step(cache, real, None if layer.rotary is None else cache.positions(seqlen, real))
+    return CacheStep(cache, real, None if layer.rotary is None else cache.positions(seqlen, real))
 
 
 @contextlib.contextmanager

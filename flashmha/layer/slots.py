@@ -22,7 +22,7 @@ from ..problem.ragged import Padding
 from ..problem.rules import Rule
 from ..problem.scores import Bias, TensorBias
 from ..problem.windows import Window
-from .cached import Step
+from .cached import CacheStep
 from .features import EXTRA_KEYS
 from .protocol import Layer
 
@@ -79,7 +79,7 @@ def check_by_distance(bias: Bias) -> None:
 
 def extend(
     layer: Layer,
-    step: Step,
+    step: CacheStep,
     heads: tuple[Tensor, Tensor, Tensor],
     mask: Mask | None,
     bias: Bias | None,

@@ -199,7 +199,7 @@ class KVCache:
 def find_layers(model: nn.Module) -> Iterator[tuple[str, FlashMultiHeadAttention, bool]]:
     """The layers of a model that a cache serves, by name, and whether each looks at a memory."""
     modules = dict(model.named_modules(remove_duplicate=False))
-    inside = tuple(f"{name}." for name, module in modules.items() if isinstance(module, ENCODERS))
+    inside = tuple(f"{name}." for name, module in modules.items() if isinstance(module, WITHOUT_CACHE))
     for name, module in modules.items():
         if not isinstance(module, FlashMultiHeadAttention) or f"{name}.".startswith(inside):
             continue
@@ -208,7 +208,7 @@ def find_layers(model: nn.Module) -> Iterator[tuple[str, FlashMultiHeadAttention
         yield name, module, decodes
 
 
-ENCODERS = (nn.TransformerEncoder, nn.TransformerEncoderLayer)
+WITHOUT_CACHE = (nn.TransformerEncoder, nn.TransformerEncoderLayer)
 """Modules that hand no cache on."""
 
 
@@ -221,7 +221,7 @@ def placement(
     return {"device": device, "dtype": dtype or casts_to(device) or parameter.dtype}
 
 
-def check_cache(cache: object) -> KVCache:
+def check_kv_cache(cache: object) -> KVCache:
     """Raise ``TypeError`` where a decoder was given something else."""
     if not isinstance(cache, KVCache):
         raise TypeError(

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..host.torch_state import is_compiling
 from ..layer.cached import undone_where_it_fails
-from .caches import check_cache
+from .caches import check_kv_cache
 from .encoder import found_causal
 
 torch.fx.wrap("found_causal")  # FX sees one call, which looks when the graph runs
@@ -106,7 +106,7 @@ class FlashTransformerDecoderLayer(nn.TransformerDecoderLayer):
             key_padding_mask=key_padding_mask,
             is_causal=is_causal,
             need_weights=False,
-            cache=check_cache(cache)[name],
+            cache=check_kv_cache(cache)[name],
         )[0]
         return out
 
@@ -162,17 +162,17 @@ class FlashTransformerDecoder(nn.TransformerDecoder):
             "tgt_is_causal": causal,
             "memory_is_causal": memory_is_causal,
         }
-        output = run_layers(self.layers, tgt, memory, masks, cache)
+        output = run_decoder(self.layers, tgt, memory, masks, cache)
         return output if self.norm is None else self.norm(output)
 
 
-def run_layers(layers: Any, output: Tensor, memory: Tensor, masks: dict[str, Any], cache: Any) -> Tensor:
+def run_decoder(layers: Any, output: Tensor, memory: Tensor, masks: dict[str, Any], cache: Any) -> Tensor:
     """The layers of a decoder one after the other; if one fails, the caches of all are as they were."""
     if cache is None:
         for layer in layers:
             output = layer(output, memory, **masks)
         return output
-    held = check_cache(cache)
+    held = check_kv_cache(cache)
     with contextlib.nullcontext() if is_compiling() else undone_where_it_fails(held):
         for number, layer in enumerate(layers):
             output = layer(output, memory, **masks, cache=held["layers"][str(number)])
