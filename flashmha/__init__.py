@@ -1,6 +1,11 @@
 """flashmha: ``torch.nn.MultiheadAttention`` on the fastest attention this machine has."""
 
 from .backends import Backend, Explanation, Limits, load_tuned, prefer, record, register, unregister, use_backend
+from .cache.base import Cache
+from .cache.memory import MemoryCache
+from .cache.pages import PagedCache, PagePool
+from .cache.ring import RingCache
+from .cache.static import StaticCache
 from .functional import attention
 from .host.public import publish as _publish
 from .lab import FlashAttentionWrapper, benchmark_attention, compare_outputs, has_flash_attention
@@ -9,6 +14,7 @@ from .layer.packed import Packed, pack
 from .layer.state import fuse_projections, group_heads, repeat_heads, separate_projections
 from .parts.relative import AlibiBias, RelativePositionBias
 from .parts.rotary import Rotary
+from .problem.cached import Positions
 from .problem.documents import Documents
 from .problem.errors import NoBackendError
 from .problem.masks import Dense, Mask
@@ -17,7 +23,9 @@ from .problem.rules import Rule
 from .problem.scores import ALiBi, Bias, RelativeBias, TensorBias
 from .problem.spec import AttentionSpec
 from .problem.windows import Window, causal
+from .swap.caches import KVCache
 from .swap.convert import replace_mha, restore_mha
+from .swap.decoder import FlashTransformerDecoder, FlashTransformerDecoderLayer
 from .swap.encoder import FlashTransformerEncoder, FlashTransformerEncoderLayer
 from .swap.explain import explain
 from .swap.report import SwapReport, swap_report
@@ -29,23 +37,33 @@ __all__ = [
     "AttentionSpec",
     "Backend",
     "Bias",
+    "Cache",
     "Dense",
     "Documents",
     "Explanation",
     "FlashAttentionWrapper",
     "FlashMultiHeadAttention",
+    "FlashTransformerDecoder",
+    "FlashTransformerDecoderLayer",
     "FlashTransformerEncoder",
     "FlashTransformerEncoderLayer",
+    "KVCache",
     "KeyLengths",
     "KeyPadding",
     "Limits",
     "Mask",
+    "MemoryCache",
     "NoBackendError",
     "Packed",
+    "PagePool",
+    "PagedCache",
+    "Positions",
     "RelativeBias",
     "RelativePositionBias",
+    "RingCache",
     "Rotary",
     "Rule",
+    "StaticCache",
     "SwapReport",
     "TensorBias",
     "Window",

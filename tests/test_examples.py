@@ -59,6 +59,16 @@ def test_the_texts_are_real_and_an_empty_one_gets_numbers() -> None:
     assert calls == 3
 
 
+def test_a_cache_changes_nothing_that_the_model_expects() -> None:
+    example = load("04_generate")
+    model = example.learning.LanguageModel(40).eval()
+    tokens = torch.randint(0, 40, (2, 9), generator=torch.Generator().manual_seed(0))
+    cache = flashmha.KVCache.of(model, 2, 9)
+    with torch.no_grad():
+        made = [example.expect(model, tokens[:, at], cache) for at in (slice(0, 6), slice(6, 7), slice(7, 9))]
+        torch.testing.assert_close(torch.cat(made, dim=1), model(tokens))
+
+
 def test_the_manual_is_real_and_the_model_looks_at_nothing_that_comes_later() -> None:
     example = load("03_language_model")
     text = example.manual()

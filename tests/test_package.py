@@ -32,7 +32,7 @@ FLOORS = [
     backends.choice
     functional
     weights
-    parts
+    parts cache
     layer
     swap
     lab testing benchmark
@@ -109,7 +109,7 @@ STATE = re.compile(
     r"|(are|is)_deterministic\w*|_subclasses\.\w+)"
 )
 """What asks PyTorch whether it compiles, exports, traces, transforms, captures or casts."""
-LITERAL = {"torch.jit.is_scripting": {"layer.module", "swap.encoder"}}
+LITERAL = {"torch.jit.is_scripting": {"layer.module", "swap.decoder", "swap.encoder"}}
 """What TorchScript has to read in place, and where."""
 
 

@@ -16,6 +16,7 @@ FEATURES = (
     "key_lengths",
     "key_padding",
     "documents",
+    "cache",
     "dense_mask",
     "rule",
     "bias",

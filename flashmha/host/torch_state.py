@@ -60,6 +60,15 @@ def readable(tensor: Tensor) -> bool:
     return tensor.device.type == "cpu" and eager(tensor)
 
 
+def insist(condition: Tensor, say: Callable[[], str]) -> None:
+    """Raise ``ValueError`` unless a condition holds everywhere; where looking would wait, the device raises later."""
+    if readable(condition):
+        if not bool(condition.all()):
+            raise ValueError(say())
+    elif not condition.is_meta:
+        torch._assert_async(condition.all(), "a condition of a cache does not hold")  # type: ignore[call-overload]
+
+
 def eager(tensor: Tensor) -> bool:
     """Operators on a tensor run when they are called, and are not recorded."""
     return (

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 from ..backends.choice.wishes import Wanted
+from ..cache.base import Cache
+from ..cache.memory import MemoryCache
 from ..host.torch_state import has_torch_function
 from ..problem.masks import Mask
 from ..problem.ragged import Padding
@@ -29,6 +31,7 @@ class Arguments(NamedTuple):
     positions: Tensor | None = None
     key_positions: Tensor | None = None
     kv: tuple[Tensor, Tensor] | None = None
+    cache: Cache | MemoryCache | None = None
 
 
 def check_kinds(given: Arguments) -> None:

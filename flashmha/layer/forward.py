@@ -7,8 +7,10 @@ from torch import Tensor
 
 from ..backends.choice.wishes import Wanted
 from ..backends.limits import HALF
+from ..cache.base import Cache
+from ..cache.memory import MemoryCache
 from ..functional import as_bias, run_attention
-from ..host.torch_state import autocast, is_autocasting, tracing_state
+from ..host.torch_state import autocast, is_autocasting, is_compiling, tracing_state
 from ..parts.heads import prepare_heads
 from ..problem import packing
 from ..problem.masks import Mask, join_masks
@@ -19,6 +21,7 @@ from ..problem.spec import AttentionSpec
 from ..weights.attend import attention_with_weights
 from . import nested, padding, projection, shortcut
 from .arguments import Arguments, check_flags, check_kinds
+from .cached import begin_step, check_cache, enter_cache, undone_where_it_fails
 from .call import Reading, read_call
 from .columns import append, count_added_keys, widen
 from .features import has_hops, is_ours
@@ -38,6 +41,7 @@ from .places import Places, count_real, find_places, read_places
 from .precision import computing_dtype, weights_dtype
 from .problems import Problems
 from .protocol import Layer
+from .slots import check_by_distance, extend
 from .stock import as_stock, refuse_torchscript, wants_torch_function
 
 
@@ -73,12 +77,13 @@ def call_layer(
     positions: Tensor | None,
     key_positions: Tensor | None,
     kv: tuple[Tensor, Tensor] | None,
+    cache: Cache | MemoryCache | None,
 ) -> tuple[Tensor, Tensor | None]:
     """One forward of a layer, spelled out, since FX records this call."""
     if not (type(need_weights) is type(average_attn_weights) is type(is_causal) is bool):
         check_flags(need_weights=need_weights, average_attn_weights=average_attn_weights, is_causal=is_causal)
     need_weights = need_weights and layer.need_weights
-    if backend is None and positions is None and key_positions is None and kv is None:
+    if backend is None and positions is None and key_positions is None and kv is None and cache is None:
         found = shortcut.attend_plain(
             layer, query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
         )
@@ -97,20 +102,32 @@ def call_layer(
         positions,
         key_positions,
         kv,
+        cache,
     )
     unmasked = key_padding_mask is None and attn_mask is None
     tensors = isinstance(query, Tensor) and isinstance(key, Tensor) and isinstance(value, Tensor)
     if not (tensors and (unmasked or (attn_mask is None and isinstance(key_padding_mask, (Tensor, Padding))))):
         check_kinds(given)
-    if query.is_nested or (kv is None and (key.is_nested or value.is_nested)):
+    if cache is None or is_compiling():
+        return call_checked(layer, given)
+    with undone_where_it_fails(check_cache(cache)):
+        return call_checked(layer, given)
+
+
+def call_checked(layer: Layer, given: Arguments) -> tuple[Tensor, Tensor | None]:
+    """A call whose arguments are of the right kinds."""
+    query = given.query
+    if query.is_nested or (given.kv is None and (given.key.is_nested or given.value.is_nested)):
         nested.check_nested(layer, given)
         return attend_nested(layer, given)
-    if kv is not None:
+    if given.cache is not None:
+        given = enter_cache(layer, given)
+    if given.kv is not None:
         given = with_stand_ins(layer, given)
     if tracing_state() is not None or wants_torch_function(layer, query, given.key, given.value):
         refuse_torchscript(layer, given)
         return as_stock(layer, given)
-    return attend_call(layer, read_call(layer, given), given, layer.skip_padding)
+    return attend_call(layer, read_call(layer, given), given, layer.skip_padding and given.cache is None)
 
 
 def attend_call(
@@ -138,7 +155,8 @@ def attend_call(
         if not says and q.shape[2] != layer.num_heads:
             refuse_weights(layer, say_heads(layer, q.shape[2]))
         weigh["dtype"] = weights_dtype(q) if dtype is None else call.query.dtype
-        weigh["remade"] = custom and not (is_ours(layer, "project") and is_ours(layer, "process_heads"))
+        remade = custom and not (is_ours(layer, "project") and is_ours(layer, "process_heads"))
+        weigh["remade"] = remade or given.cache is not None
         out, its = attention_with_weights(q, k, v, AttentionSpec.of(q, k, v, **problem), wanted, layer, **weigh)
         weights = [its]
     shown = weights[0] if weights else None
@@ -174,10 +192,12 @@ def prepare_call(layer: Layer, call: Reading, given: Arguments, wanted: Wanted, 
     sizes = query.shape[0], query.shape[1], key.shape[1]
     padded: Padded | None = None
     custom, kv = has_hops(layer), given.kv
-    dtype = computing_dtype(layer, call, wanted) if query.dtype in HALF and kv is None else None
+    step = None if given.cache is None else begin_step(layer, given.cache, call)
+    own = kv is None and step is None
+    dtype = computing_dtype(layer, call, wanted) if query.dtype in HALF and own else None
     if layer.window is not None or layer.causal:
         mask = join_masks(mask, rule_of(layer))
-    if skip_padding and rule is not None and padding.why_padding_stays(layer, call) is None:
+    if skip_padding and rule is not None and step is None and padding.why_padding_stays(layer, call) is None:
         real = packing.tokens_of(rule, key.shape[1])
         padded = Padded(mask, real.places, call.valid)
         query, key, value = padding.pack_inputs(query, key, value, real.places)
@@ -194,6 +214,8 @@ def prepare_call(layer: Layer, call: Reading, given: Arguments, wanted: Wanted, 
     named: Places = (None, None)
     if given.positions is not None or given.key_positions is not None:
         named = read_places(layer, given.positions, given.key_positions, sizes, kv is not None, query.device)
+    elif step is not None and step.positions is not None:
+        named = step.positions, step.positions
     sinks = position_bias = None
     if owns_parts(layer):
         sinks, position_bias = layer.sinks, layer.position_bias
@@ -218,7 +240,9 @@ def prepare_call(layer: Layer, call: Reading, given: Arguments, wanted: Wanted, 
         before, after = count_added_keys(layer, sizes[2] if padded is None else key.shape[1], k.shape[1], looks)
     added: Bias | None = None if bias is None else TensorBias(bias)
     if position_bias is not None:
-        added = add_position_bias(position_bias, added, q, k[:, before : k.shape[1] - after])
+        added = add_position_bias(position_bias, added, q, k[:, before : k.shape[1] - after], step is not None)
+    if step is not None:
+        k, v, mask, added = extend(layer, step, (q, k, v), mask, added, given.need_weights)
     if before or after or columns:
         whole = q.shape[0], q.shape[2], q.shape[1], k.shape[1] - before - after
         mask, added = widen(mask, added, before, after + columns, whole, q)
@@ -253,9 +277,11 @@ def turn_heads(
     return q, k, v
 
 
-def add_position_bias(mine: Any, bias: Bias | None, q: Tensor, k: Tensor) -> Bias | None:
-    """A bias with that of a layer's positions; k holds the call's own keys."""
+def add_position_bias(mine: Any, bias: Bias | None, q: Tensor, k: Tensor, goes_on: bool) -> Bias | None:
+    """A bias with that of a layer's positions; k holds the call's own keys, which may go on behind a cache."""
     made = mine if isinstance(mine, Bias) else as_bias(mine(q, k))
+    if goes_on and made is not None:
+        check_by_distance(made)
     return bias if made is None else made if bias is None else bias + made
 
 

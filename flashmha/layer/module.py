@@ -190,6 +190,7 @@ class FlashMultiHeadAttention(CustomHeads):
         positions: Optional[Tensor] = None,
         key_positions: Optional[Tensor] = None,
         kv: Optional[tuple[Tensor, Tensor]] = None,
+        cache: Optional[Any] = None,
     ) -> tuple[Tensor, Optional[Tensor]]:
         """Attention of every query over the keys and values.
 
@@ -212,6 +213,10 @@ class FlashMultiHeadAttention(CustomHeads):
                 queries have the positions of these.
             kv: keys and values (batch, seqlen_k, heads_kv, head_dim) as ``keys_values`` makes them, taken as they
                 are. ``key`` and ``value`` are not read then, and may be anything.
+            cache: what earlier calls left, such as a ``StaticCache``; the call's own keys and values are put behind it.
+                Masks and padding that are tensors speak of the call's own keys alone, which every query sees beside
+                the earlier ones; rotary, windows, rules and biases by distance go on where the cache stopped. Weights
+                are over the cache's slots. A ``MemoryCache`` keeps the keys and values of a cross-attention.
 
         Returns:
             The output, shaped like the query, and the weights before dropout: (batch, seqlen_q, seqlen_k), with
@@ -221,13 +226,15 @@ class FlashMultiHeadAttention(CustomHeads):
         Raises:
             AssertionError, RuntimeError: what ``nn.MultiheadAttention`` raises for the same input.
             TypeError: an argument of another kind.
-            ValueError: a hop returned something else, or changed the heads and does not say what the weights are.
+            ValueError: a hop returned something else, or changed the heads and does not say what the weights are; the
+                cache does not fit, is full, or heads that want gradients would go into it.
             NoBackendError: the named backend cannot serve; with every reason.
         """
         if torch.jit.is_scripting():
             assert backend is None, "TorchScript runs PyTorch's own attention: backend must be None"
             assert positions is None and key_positions is None, "TorchScript has no rotary: positions must be None"
             assert kv is None, "TorchScript runs PyTorch's own attention: kv must be None"
+            assert cache is None, "TorchScript runs PyTorch's own attention: cache must be None"
             return self._attend_as_stock(
                 query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
             )
@@ -245,6 +252,7 @@ class FlashMultiHeadAttention(CustomHeads):
             positions,
             key_positions,
             kv,
+            cache,
         )
 
     @torch.jit.unused

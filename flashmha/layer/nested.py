@@ -12,7 +12,7 @@ from .protocol import Layer
 def check_nested(layer: Layer, given: Arguments) -> None:
     """Raise ``nn.MultiheadAttention``'s error for what a nested call cannot be."""
     query, key, value, key_padding_mask, _, attn_mask, *_ = given
-    for name in ("positions", "key_positions", "kv"):
+    for name in ("positions", "key_positions", "kv", "cache"):
         if getattr(given, name) is not None:
             raise AssertionError(f"{name} beside NestedTensor input is not supported: every item counts from 0")
     if query.dim() != 3:

@@ -146,7 +146,7 @@ def refuse_torchscript(layer: Layer, given: Arguments | None) -> None:
     lost = find_beyond_stock(layer)
     if given is not None:
         lost += [] if given.backend is None else [f"backend={given.backend!r}"]
-        lost += [name for name in ("positions", "key_positions", "kv") if getattr(given, name) is not None]
+        lost += [name for name in ("positions", "key_positions", "kv", "cache") if getattr(given, name) is not None]
     if lost:
         raise RuntimeError(
             "TorchScript and tensors with __torch_function__ run F.multi_head_attention_forward, which has no "

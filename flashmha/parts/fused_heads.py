@@ -13,7 +13,7 @@ from ..host.torch_state import is_batched
 from ..weights.tiles import KERNEL_DTYPES
 from .head_launches import Plan, is_swapped, launch, launch_backward
 from .norms import KnownNorm, normalize_as
-from .rotation import Positions, Rotation, rotate
+from .rotation import PositionsOrFirst, Rotation, rotate
 
 LARGEST_HEAD_DIM = 256
 
@@ -99,7 +99,12 @@ def prepare(
 
 
 def are_alike(
-    q: Tensor, k: Tensor, q_norm: KnownNorm | None, k_norm: KnownNorm | None, q_at: Positions, k_at: Positions
+    q: Tensor,
+    k: Tensor,
+    q_norm: KnownNorm | None,
+    k_norm: KnownNorm | None,
+    q_at: PositionsOrFirst,
+    k_at: PositionsOrFirst,
 ) -> bool:
     """q and k are of the same tokens, and normalised in one way."""
     if q.shape[:2] != k.shape[:2] or q.dtype != k.dtype or q.shape[3] != k.shape[3] or is_swapped(q) != is_swapped(k):

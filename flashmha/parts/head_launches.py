@@ -14,7 +14,7 @@ from torch import Tensor
 from ..backends.rewrites.heads import Slots
 from ..weights.tiles import use_device
 from .norms import KnownNorm
-from .rotation import Positions, Rotation
+from .rotation import PositionsOrFirst, Rotation
 
 HEADS = 4
 """Heads of a program."""
@@ -63,7 +63,7 @@ class Plan(NamedTuple):
 
     norms: tuple[KnownNorm, ...]
     rotation: Rotation | None
-    at: Positions
+    at: PositionsOrFirst
 
     def options(self, x: Tensor, tile: int) -> dict[str, Any]:
         """What makes a kernel."""

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..problem.wording import spell
 from .heads import Norms, prepare
 from .rope_scaling import DEFAULT_BASE, read_rope, rescale
-from .rotation import Positions, Rotation
+from .rotation import PositionsOrFirst, Rotation
 
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
@@ -109,8 +109,8 @@ class Rotary(nn.Module):
                 self.check(name, x, positions)
         lengths = [0 if x is None else x.shape[1] for x in (q, k)]
         ends = lengths[0] if k is None else lengths[1]
-        q_at: Positions = ends - lengths[0] if positions_q is None else positions_q
-        k_at: Positions = 0 if positions_k is None else positions_k
+        q_at: PositionsOrFirst = ends - lengths[0] if positions_q is None else positions_q
+        k_at: PositionsOrFirst = 0 if positions_k is None else positions_k
         found, inv_freq = self.frequencies, self.inv_freq
         if found.original:
             if length is None:

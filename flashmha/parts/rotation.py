@@ -15,8 +15,8 @@ from torch import Tensor
 
 from ..host.torch_state import eager, is_batched, is_dual, is_inside_transform
 
-Positions = Tensor | int
-"""Positions (batch or 1, seqlen), or the first of neighbouring ones."""
+PositionsOrFirst = Tensor | int
+"""PositionsOrFirst (batch or 1, seqlen), or the first of neighbouring ones."""
 
 
 class Rotation(NamedTuple):
@@ -32,8 +32,8 @@ class Rotation(NamedTuple):
     inv_freq: Tensor
     scale: float
     interleaved: bool
-    q_at: Positions
-    k_at: Positions
+    q_at: PositionsOrFirst
+    k_at: PositionsOrFirst
 
     def apply(self, q: Tensor | None, k: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
         """q and k (batch, seqlen, heads, head_dim), turned."""
@@ -57,7 +57,7 @@ class Rotation(NamedTuple):
         made = self.table(first, max(q_at + seqlen_q, k_at + seqlen_k))
         return [x[:, q_at : q_at + seqlen_q] for x in made], [x[:, k_at : k_at + seqlen_k] for x in made]
 
-    def table(self, at: Positions, seqlen: int | None) -> tuple[Tensor, Tensor]:
+    def table(self, at: PositionsOrFirst, seqlen: int | None) -> tuple[Tensor, Tensor]:
         """cos and sin of ``seqlen`` positions."""
         if not isinstance(at, Tensor):
             assert seqlen is not None

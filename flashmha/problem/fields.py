@@ -13,9 +13,10 @@ from ..host.torch_state import (
     is_compiling,
     is_dense,
 )
+from .cached import Positions
 from .documents import Documents
 from .masks import Dense, Mask, find_rule
-from .positions import check_range
+from .positions import Restarts, check_range
 from .ragged import KeyLengths, KeyPadding, Padding, mark_private
 from .scores import BIAS_DTYPES, Bias
 from .windows import Window, normalize
@@ -144,9 +145,11 @@ class Fields:
             return None
         rules: list[Any] = []
         for part in () if self.mask is None else self.mask.parts:
-            if type(part) not in (Window, Dense, Documents, KeyPadding, KeyLengths):
+            if type(part) not in (Window, Dense, Documents, KeyPadding, KeyLengths, Positions):
                 return None
             rules.append(type(part))
+            if isinstance(part, Positions):
+                rules += (part.keys is None, part.at_end)
             if isinstance(part, Dense):
                 rules.append(part.allowed.shape)
             elif isinstance(part, (Window, Documents)):
@@ -180,7 +183,17 @@ class Fields:
         mask = self.mask
         if mask is None or type(mask) is Documents:
             return mask
-        return mask.documents  # type: ignore[return-value]  # in no other rule positions start again
+        return find_rule(mask, Documents)
+
+    @property
+    def positions(self) -> Positions | None:
+        """Where the tokens of each row stand, where the keys lie in a cache."""
+        return find_rule(self.mask, Positions)
+
+    @property
+    def places(self) -> Restarts | None:
+        """What biases are told of where tokens stand: the documents, or the positions of a cache."""
+        return None if self.mask is None else self.mask.documents
 
     @property
     def is_padded(self) -> bool:
@@ -237,7 +250,7 @@ class Fields:
             check_range("queries", queries, self.seqlen_q)
             check_range("keys", keys, self.seqlen_k)
         sizes = (self.batch, self.heads, self.seqlen_q, self.seqlen_k)
-        return self.bias.materialize(*sizes, self.device, self.documents, queries, keys)
+        return self.bias.materialize(*sizes, self.device, self.places, queries, keys)
 
     def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
         printer.text(f"AttentionSpec({self})")  # what Hypothesis prints: one line

@@ -42,7 +42,7 @@ class Mask(abc.ABC):
 
     feature: ClassVar[str]
     documents: Restarts | None = None
-    """The documents among the rules, in which positions start again."""
+    """The rule of where tokens stand, where that is not their slot: documents, or the positions of a cache."""
 
     @abc.abstractmethod
     def mask_mod(self, seqlen_q: int, seqlen_k: int, documents: Restarts | None = None) -> MaskMod:
@@ -138,7 +138,7 @@ class Mask(abc.ABC):
         for name, size in sizes.items():
             if type(size) is not int or size < 0:
                 raise ValueError(f"{name} must be a whole number of at least 0, got {size!r}.")
-        if batch and self.documents is not None:
+        if batch and "documents" in self.features:
             raise ValueError(f"batch must be 0 with Documents, which are packed into one item, got {batch}.")
         device = find_device(self.tensors()) or torch.device("cpu")
         try:

@@ -15,14 +15,14 @@ ALIGNMENTS = ("bottom_right", "top_left")
 
 
 class Restarts(Protocol):
-    """Positions that start again along a row, as in ``Documents``."""
+    """Positions that are not the slots: they start again along a row, as in ``Documents``, or go on, as in a cache."""
 
     @property
     def aligned(self) -> bool:
         """Queries and keys start again at the same places, so that both alignments are one."""
 
     def positions(self, seqlen_q: int, seqlen_k: int, align: str) -> tuple[Tensor, Tensor]:
-        """The position of every query and of every key."""
+        """The position of every query and of every key: (seqlen), or (batch, seqlen) where rows differ."""
 
 
 def check_broadcast(name: str, tensor: Tensor, want: tuple[int, ...], hint: str = "") -> None:
@@ -103,6 +103,8 @@ def by_index(fn: MaskMod, seqlen_q: int, seqlen_k: int, documents: Restarts | No
         shift = seqlen_k - seqlen_q if align == "bottom_right" else 0
         return lambda batch, head, q_idx, k_idx: fn(batch, head, q_idx + shift, k_idx)
     q_pos, k_pos = documents.positions(seqlen_q, seqlen_k, align)
+    if q_pos.dim() == 2:
+        return lambda batch, head, q_idx, k_idx: fn(batch, head, q_pos[batch, q_idx], k_pos[batch, k_idx])
     return lambda batch, head, q_idx, k_idx: fn(batch, head, q_pos[q_idx], k_pos[k_idx])
 
 

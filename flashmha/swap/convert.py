@@ -18,6 +18,7 @@ from torch import nn
 from ..layer.module import FlashMultiHeadAttention
 from ..layer.options import CONSTRUCTOR_ONLY, STOCK_VALUES, check_options
 from ..layer.twin import forget
+from .decoder import FlashTransformerDecoder, FlashTransformerDecoderLayer
 from .encoder import FlashTransformerEncoder, FlashTransformerEncoderLayer, is_stock
 from .modules import CLASS, UNDO, check_model, holds, remember, set_class, walk, why_not_yet, why_stock_stays
 from .report import swap_report, why_silent
@@ -39,8 +40,8 @@ def replace_mha(
     Parameters stay the same objects, so that optimizers go on. Subclasses of ``nn.MultiheadAttention`` keep their
     own code and are left alone, and so are parametrized and FSDP-wrapped layers: swap first (``swap_report`` says
     which and why). ``nn.TransformerEncoder`` and ``nn.TransformerEncoderLayer`` are kept from bypassing their
-    attention in eval. Options reach layers that were flashmha's before, too. A second call changes nothing, except for
-    what it names.
+    attention in eval; ``nn.TransformerDecoder`` and its layers take a ``cache``. Options reach layers that were
+    flashmha's before, too. A second call changes nothing, except for what it names.
 
     Args:
         model: any module; it may itself be an ``nn.MultiheadAttention``.
@@ -72,6 +73,7 @@ def replace_mha(
             if id(module) in layers:
                 swap_layer(module, fsdp, to, options)
         keep_encoders_calling(model)
+        let_decoders_cache(model)
     warn_of_silence(model, layers, to, named=where is not None)
     return model
 
@@ -108,6 +110,21 @@ def keep_encoders_calling(model: nn.Module) -> None:
             elif type(module) is not FlashTransformerEncoder and getattr(module, "use_nested_tensor", False):
                 remember(module, "use_nested_tensor")
                 module.use_nested_tensor = False
+
+
+def let_decoders_cache(model: nn.Module) -> None:
+    """Decoders and their layers take a cache where all of their attention is ours."""
+    for _, module, _ in walk(model):
+        if is_stock(module, nn.TransformerDecoderLayer) and all(
+            isinstance(getattr(module, name, None), FlashMultiHeadAttention) for name in ("self_attn", "multihead_attn")
+        ):
+            set_class(module, FlashTransformerDecoderLayer)
+    for _, module, _ in walk(model):
+        layers = module.layers if isinstance(module, nn.TransformerDecoder) else ()
+        if is_stock(module, nn.TransformerDecoder) and all(
+            isinstance(layer, FlashTransformerDecoderLayer) for layer in layers
+        ):
+            set_class(module, FlashTransformerDecoder)
 
 
 def restore_mha(model: Model) -> Model:
@@ -208,7 +225,13 @@ def describe_no_layers(model: nn.Module) -> str:
 @contextlib.contextmanager
 def all_or_nothing(model: nn.Module) -> Iterator[None]:
     """Every module's class and attributes are as they were before, if something is raised inside."""
-    kinds = (nn.MultiheadAttention, nn.TransformerEncoderLayer, nn.TransformerEncoder)
+    kinds = (
+        nn.MultiheadAttention,
+        nn.TransformerEncoderLayer,
+        nn.TransformerEncoder,
+        nn.TransformerDecoderLayer,
+        nn.TransformerDecoder,
+    )
     before = [
         (module, type(module), vars(module).copy(), dict(vars(module).get(UNDO, {})))
         for module in model.modules()

@@ -23,7 +23,13 @@ torch.fx.wrap("found_causal")  # FX sees one call, which looks when the graph ru
 
 
 STOCK_FORWARDS: dict[type[nn.Module], Any] = {
-    kind: kind.forward for kind in (nn.TransformerEncoderLayer, nn.TransformerEncoder)
+    kind: kind.forward
+    for kind in (
+        nn.TransformerEncoderLayer,
+        nn.TransformerEncoder,
+        nn.TransformerDecoderLayer,
+        nn.TransformerDecoder,
+    )
 }
 """PyTorch's own, as they were when this package was imported."""
 

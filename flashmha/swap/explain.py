@@ -17,6 +17,7 @@ from ..functional import as_bias, as_mask, attention, check_arguments
 from ..host.torch_state import autocast
 from ..layer import padding
 from ..layer.arguments import Arguments, check_kinds
+from ..layer.cached import check_cache, enter_cache
 from ..layer.call import read_call
 from ..layer.features import is_ours
 from ..layer.forward import Prepared, prepare_call
@@ -77,11 +78,24 @@ def explain_layer(layer: FlashMultiHeadAttention, *args: Any, **kwargs: Any) -> 
     """Which backend would serve a call of a layer, and what it does about padding and precision."""
     given = Arguments(*args, **kwargs)
     check_kinds(given)
+    cache = given.cache
+    if cache is None:
+        return explain_arguments(layer, given)
+    check_cache(cache)
+    before = cache.state()
+    try:
+        return explain_arguments(layer, enter_cache(layer, given))
+    finally:
+        cache.restore(before)
+
+
+def explain_arguments(layer: FlashMultiHeadAttention, given: Arguments) -> Explanation:
+    """The same of the arguments of a call."""
     given = given if given.kv is None else with_stand_ins(layer, given)
     wanted = layer.backend if given.backend is None else given.backend
     need_weights = given.need_weights and layer.need_weights
     call = read_call(layer, given._replace(need_weights=need_weights))
-    problem = prepare_call(layer, call, given, wanted, layer.skip_padding)
+    problem = prepare_call(layer, call, given._replace(need_weights=need_weights), wanted, layer.skip_padding)
     spec, notes = find_problem(layer, problem, wanted)
     if problem.padded is not None:
         notes.append(f"skip_padding: {say_left_out(problem.q.shape[1], problem.padded.rows.numel())}")

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from ..backends.limits import FEATURES
+from ..problem.cached import Positions
 from ..problem.documents import Documents
 from ..problem.masks import Dense, Mask, join_masks
 from ..problem.positions import ALIGNMENTS, MaskMod
@@ -27,6 +28,7 @@ MASK_KINDS = {
     "dense_mask": 2,
     "rule": 1,
     "documents": 4,  # only a batch of 1 can hold them
+    "cache": 1,  # nor beside these
 }
 """Kinds of masks, and how many problems in six have one, of those that may have several."""
 WINDOW_REACH = (0, 1, 2, 3, 5)
@@ -57,6 +59,8 @@ def masks(
         chosen = [choose(kinds + [kind for kind in often if kind in kinds])]
     elif how == "several":
         chosen = [kind for kind in kinds if choose(range(6)) > 5 - MASK_KINDS[kind]]
+    if "documents" in chosen and "cache" in chosen:
+        chosen.remove("cache")
     if "causal" in chosen and "window" in features and choose((False, True)):
         chosen[chosen.index("causal")] = "top-left causal"
     sizes = {"batch": batch, "heads": heads, "seqlen_q": seqlen_q, "seqlen_k": seqlen_k}
@@ -108,6 +112,8 @@ def drawn_mask(
         return Dense(coin(*shape, *(choose((size, size, size, 1)) for size in (seqlen_q, seqlen_k))))
     if kind == "rule":
         return Rule(every(choose((1, 2, 3))), align=choose(aligns))
+    if kind == "cache":
+        return drawn_positions(choose, generator(seed), batch, seqlen_q, seqlen_k, where)
     number, random = choose((1, 2, 3, 4)), generator(seed)
     ends = [drawn_offsets(number, total, random) for total in (seqlen_q, seqlen_k)]
     totals = [int(end[-1]) for end in ends] if choose((False, True)) else [None, None]
@@ -122,6 +128,20 @@ def every(step: int) -> MaskMod:
 
     diagonals.__name__ = f"every({step})"
     return diagonals
+
+
+def drawn_positions(
+    choose: Choose, random: torch.Generator, batch: int, seqlen_q: int, seqlen_k: int, where: torch.device
+) -> Positions:
+    """Queries that follow one another from anywhere on, and keys in their slots, or as they lie in a ring."""
+    starts = torch.randint(-1, seqlen_k + 1, (batch, 1), generator=random, device="cpu")
+    queries = starts + torch.arange(seqlen_q, device="cpu")
+    if choose((False, True)):
+        return Positions(queries.to(where))
+    ends = torch.randint(0, 2 * seqlen_k + 1, (batch, 1), generator=random, device="cpu")
+    slots = torch.arange(seqlen_k, device="cpu")
+    held = ends - 1 - (ends - 1 - slots) % max(seqlen_k, 1)  # the last position before the end that falls on a slot
+    return Positions(queries.to(where), held.to(where))
 
 
 def drawn_lengths(batch: int, longest: int, random: torch.Generator, rounded: bool) -> Tensor:

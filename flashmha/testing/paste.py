@@ -11,6 +11,7 @@ import re
 import torch
 from torch import Tensor
 
+from ..problem.cached import Positions
 from ..problem.documents import Documents
 from ..problem.masks import Dense, Mask
 from ..problem.ragged import KeyLengths, KeyPadding
@@ -65,6 +66,9 @@ def pasted_rule(part: Mask, spec: AttentionSpec) -> str:
         names = ("max_seqlen", "total") if part.aligned else ("max_seqlen", "max_seqlen_k", "total", "total_k")
         given = [f"{name}={getattr(part, name)}" for name in names if getattr(part, name) is not None]
         return f"Documents({', '.join((*map(pasted_tensor, offsets), *given))})"
+    if isinstance(part, Positions):
+        end = ", at_end=True" if part.at_end else ""
+        return f"Positions({', '.join(map(pasted_tensor, part.tensors()))}{end})"
     if isinstance(part, Rule):
         align = "" if part.align == "bottom_right" else f", align={part.align!r}"
         return f"Rule({getattr(part.fn, '__name__', 'fn')}{align})"

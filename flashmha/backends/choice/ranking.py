@@ -23,7 +23,7 @@ MODES = ("eval", "train")
 DECODE_QUERIES, DECODE_KEYS = 8, 512
 """The most queries and the fewest keys of ``decode``."""
 UNMEASURED = frozenset(
-    "rule bias bias_grad alibi softcap sinks dropout head_dim_v deterministic".split()  # noqa: SIM905
+    "cache rule bias bias_grad alibi softcap sinks dropout head_dim_v deterministic".split()  # noqa: SIM905
 )
 MARGIN = 0.03
 """Two backends whose times differ by less, or by no more than chance, are as fast as one another (see ``beaten``)."""

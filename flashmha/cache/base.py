@@ -1,0 +1,279 @@
+"""``Cache``: the keys and values of one self-attention layer, row by row, and the verbs that change them."""
+
+from __future__ import annotations
+
+import abc
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from ..host.torch_state import insist, readable
+from ..problem.cached import Positions
+from ..problem.masks import Mask
+from ..problem.ragged import KeyLengths, mark_private
+from ..problem.wording import dtype_name, spell
+
+COUNT_DTYPES = (torch.int32, torch.int64)
+
+
+class Restorable(Protocol):
+    """What goes back to a state."""
+
+    def state(self) -> Any: ...
+
+    def restore(self, state: Any) -> None: ...
+
+
+class Cache(abc.ABC):
+    """Keys and values of one layer, written in place, so that each token is projected once.
+
+    A row holds its own number of tokens, which stand at positions 0, 1, ...: padding takes no place, so that a row is
+    as it would be alone. Lengths are a tensor on the device, so that neither a compiled step nor a CUDA graph is bound
+    to one. Verbs are named as those of transformers' cache layers.
+
+    Heads are (batch, seqlen, heads_kv, head_dim) throughout.
+
+    Attributes:
+        lengths: (batch,) int32, tokens that each row holds.
+    """
+
+    lengths: Tensor
+    max_seqlen: int | None
+    """Tokens that a row has room for, ``None`` without an end."""
+
+    @property
+    @abc.abstractmethod
+    def batch(self) -> int:
+        """Rows."""
+
+    @property
+    @abc.abstractmethod
+    def store(self) -> tuple[Tensor, Tensor]:
+        """The tensors that keys and values lie in, (..., heads_kv, head_dim)."""
+
+    @property
+    @abc.abstractmethod
+    def capacity(self) -> int:
+        """Slots of a row."""
+
+    @abc.abstractmethod
+    def write(self, k: Tensor, v: Tensor, positions: Tensor) -> None:
+        """Put neighbouring tokens where ``positions`` (batch, seqlen) belong."""
+
+    @abc.abstractmethod
+    def take(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values of tokens at ``positions`` (batch, seqlen)."""
+
+    @abc.abstractmethod
+    def read(self, slots: int) -> tuple[Tensor, Tensor]:
+        """Keys and values of the first slots, (batch, slots, heads_kv, head_dim)."""
+
+    @abc.abstractmethod
+    def check_room(self, seqlen: int, held: list[int] | None) -> None:
+        """Raise where so many tokens have no place behind those ``held``; where that is ``None`` the device may."""
+
+    @property
+    @abc.abstractmethod
+    def nbytes(self) -> int:
+        """Bytes of device memory it holds."""
+
+    def get_seq_length(self) -> Tensor:
+        """The tokens that each row holds, (batch,) int32: the cache's own tensor, which the next call changes."""
+        return self.lengths
+
+    def positions(self, seqlen: int, real: Tensor | None = None) -> Tensor:
+        """Where the next tokens will stand, (batch, seqlen).
+
+        Args:
+            real: (batch, seqlen) bool, which of them are no padding. Padding stands where the token before it does.
+        """
+        if real is None:
+            return self.lengths[:, None] + torch.arange(seqlen, dtype=torch.int32, device=self.lengths.device)
+        return self.lengths[:, None] + real.cumsum(1, dtype=torch.int32) - 1
+
+    def slots(self) -> Tensor | None:
+        """The position of each slot's token, (batch, slots), -1 for none; ``None`` where slot j is for position j."""
+        return None
+
+    def rule(self) -> Mask:
+        """Which slots hold a token, after ``update``."""
+        return mark_private(KeyLengths(self.lengths.clone()))
+
+    def placed(self, positions: Tensor, slots: int, padded: bool) -> Positions:
+        """Where queries at ``positions`` and the first slots stand, for rules that count."""
+        places = self.slots()
+        return Positions(positions, None if places is None else places[:, :slots], at_end=not padded)
+
+    def held(self) -> list[int] | None:
+        """The tokens that each row holds as numbers; ``None`` where looking would wait for a device or end a graph."""
+        return self.lengths.tolist() if readable(self.lengths) else None
+
+    def update(self, k: Tensor, v: Tensor, real: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Write the heads of new tokens behind those of each row; keys and values of all slots.
+
+        Args:
+            k, v: (batch, seqlen, heads_kv, head_dim).
+            real: (batch, seqlen) bool: which tokens are no padding. ``None`` for all.
+
+        Raises:
+            ValueError: they are not such heads, want gradients, or have no room. The cache is as it was.
+        """
+        self.append(k, v, real)
+        return self.read(self.capacity)
+
+    def append(self, k: Tensor, v: Tensor, real: Tensor | None = None) -> list[int] | None:
+        """``update`` without a look at what is there; the tokens that each row holds then, as ``held`` says."""
+        self.check(k, v, real)
+        seqlen, held = k.shape[1], self.held()
+        self.check_room(seqlen, held)
+        if real is None:
+            self.put(k, v, held)
+            self.lengths.add_(seqlen)
+            return None if held is None else [count + seqlen for count in held]
+        order = first_real(real)[:, :, None, None]
+        k, v = (x.gather(1, order.expand(-1, -1, *x.shape[2:])) for x in (k, v))
+        self.put(k, v, held)
+        self.lengths.add_(real.sum(dim=1, dtype=torch.int32))
+        return self.held()
+
+    def put(self, k: Tensor, v: Tensor, held: list[int] | None) -> None:
+        """Write new tokens behind those of each row, which are ``held`` where that is known."""
+        self.write(k, v, self.positions(k.shape[1]).long())
+
+    def check(self, k: Tensor, v: Tensor, real: Tensor | None) -> None:
+        """Raise where heads are not those of this cache."""
+        for name, x, held in (("k", k, self.store[0]), ("v", v, self.store[1])):
+            if x.dim() != 4 or x.shape[0] != self.batch or x.shape[2:] != held.shape[-2:] or x.shape[1] != k.shape[1]:
+                raise ValueError(
+                    f"{name} must be (batch={self.batch}, seqlen, heads_kv={held.shape[-2]}, head_dim="
+                    f"{held.shape[-1]}) in this {type(self).__name__}, got {spell(x)}."
+                )
+            if x.dtype != held.dtype or x.device != held.device:
+                raise ValueError(
+                    f"{name} must be {dtype_name(held.dtype)} on {held.device}, as this {type(self).__name__} was "
+                    f"made, got {dtype_name(x.dtype)} on {x.device}: make the cache with dtype= and device= of the "
+                    "heads."
+                )
+        refuse_gradients(k, v)
+        if real is not None and (real.shape != k.shape[:2] or real.dtype != torch.bool):
+            raise ValueError(f"real must be bool (batch, seqlen) = {tuple(k.shape[:2])}, got {spell(real)}.")
+
+    def crop(self, length: int | Tensor) -> None:
+        """Keep the first ``length`` tokens of each row, forget what is behind them, as a speculation that failed.
+
+        Args:
+            length: a number, negative for as many tokens less than there are; or a number for each row, (batch,).
+        """
+        self.lengths.copy_(self.cropped(length))
+
+    def cropped(self, length: int | Tensor) -> Tensor:
+        """The lengths after ``crop``, which change nothing yet."""
+        if isinstance(length, Tensor):
+            if length.shape != (self.batch,) or length.dtype not in COUNT_DTYPES:
+                raise ValueError(f"length must be an int or integers (batch,) = ({self.batch},), got {spell(length)}.")
+            wanted = length.to(self.lengths)
+        elif isinstance(length, int) and not isinstance(length, bool):
+            wanted = self.lengths + length if length < 0 else torch.full_like(self.lengths, length)
+        else:
+            raise TypeError(f"length must be an int or integers (batch,), got {spell(length)}.")
+        return torch.minimum(self.lengths, wanted.clamp(min=0))
+
+    def keep(self, length: int | Tensor, chosen: Tensor) -> None:
+        """Of the tokens behind ``length``, as in ``crop``, keep the chosen ones: the path of a tree of guesses.
+
+        Args:
+            chosen: (batch, tokens) integers, places counted from ``length``, in order; -1 at the end for none. They
+                then follow one another.
+
+        Raises:
+            ValueError: other places than those of tokens; on a GPU an error of the device, which is not waited for.
+        """
+        left = self.cropped(length)[:, None]
+        if chosen.dim() != 2 or chosen.shape[0] != self.batch or chosen.dtype not in COUNT_DTYPES:
+            raise ValueError(f"chosen must be integers (batch={self.batch}, tokens), got {spell(chosen)}.")
+        guesses = self.lengths[:, None] - left
+        insist(
+            (chosen < guesses) & (chosen.shape[1] <= guesses),
+            lambda: f"chosen must be places of the {guesses[:, 0].tolist()} tokens, got {chosen.tolist()}.",
+        )
+        k, v = self.take((left + chosen.clamp(min=0)).long())
+        self.write(k, v, (left + torch.arange(chosen.shape[1], device=left.device)).long())
+        self.lengths.copy_(left[:, 0] + (chosen >= 0).sum(dim=1, dtype=torch.int32))
+
+    def reorder(self, rows: Tensor) -> None:
+        """Row i becomes what row ``rows[i]`` was, as beams of a search do: (batch,) integers."""
+        self.check_rows(rows)
+        for tensor in self.by_row():
+            tensor.copy_(tensor.index_select(0, rows))
+
+    def check_rows(self, rows: Tensor) -> None:
+        """Raise where an order is none of these rows."""
+        if not isinstance(rows, Tensor) or rows.shape != (self.batch,) or rows.dtype not in COUNT_DTYPES:
+            raise ValueError(f"rows must be integers (batch,) = ({self.batch},), got {spell(rows)}.")
+        inside = (rows >= 0) & (rows < self.batch)
+        insist(inside, lambda: f"rows must lie between 0 and {self.batch - 1}, got {rows.tolist()}.")
+
+    def by_row(self) -> list[Tensor]:
+        """The tensors whose first axis are the rows."""
+        return [*self.store, self.lengths]
+
+    def reset(self) -> None:
+        """Forget every token; the memory stays, and holds zeros again."""
+        for tensor in self.by_row():
+            tensor.zero_()
+
+    def state(self) -> Any:
+        """What ``restore`` needs to undo an ``update`` behind which the call failed."""
+        return self.lengths.clone()
+
+    def restore(self, state: Any) -> None:
+        """Go back to a state; what was written since lies behind the lengths."""
+        self.lengths.copy_(state)
+
+    def __repr__(self) -> str:
+        heads, size = self.store[0].shape[-2:]
+        kind = dtype_name(self.store[0].dtype)
+        return f"{type(self).__name__}(batch={self.batch}, heads_kv={heads}, head_dim={size}, {kind})"
+
+
+def allocate(
+    rows: int, seqlen: int, heads: int, head_dim: int, device: torch.device | str | None, dtype: torch.dtype | None
+) -> Tensor:
+    """Zeros (rows, seqlen, heads, head_dim), as kernels want them: on a CPU the tokens of a head are neighbours.
+
+    There one query over 4,096 keys takes half the time that way. Zeros, since a hidden slot is multiplied by 0, which
+    turns no NaN into 0.
+    """
+    with torch.inference_mode(False):  # a cache that is made inside may be written to outside
+        made = torch.zeros(rows, heads, seqlen, head_dim, device=device, dtype=dtype)
+    if made.device.type == "cpu":
+        return made.transpose(1, 2)
+    return made.view(rows, seqlen, heads, head_dim)
+
+
+def no_tokens(batch: int, device: torch.device | str | None) -> Tensor:
+    """Lengths of empty rows."""
+    with torch.inference_mode(False):
+        return torch.zeros(batch, dtype=torch.int32, device=device)
+
+
+def first_real(real: Tensor) -> Tensor:
+    """The order of tokens (batch, seqlen) in which the real ones of a row come first."""
+    return real.logical_not().to(torch.uint8).argsort(dim=1, stable=True)
+
+
+def refuse_gradients(*heads: Tensor) -> None:
+    """Raise for heads that want gradients."""
+    if torch.is_grad_enabled() and any(x.requires_grad for x in heads):
+        raise ValueError(
+            "cache must be used where no gradient is wanted, got heads that require one: what a call reads, the next "
+            "one writes over. Call the model under torch.no_grad() or torch.inference_mode()."
+        )
+
+
+def check_counts(**sizes: int) -> None:
+    """Raise where a size is no whole number of at least 1."""
+    for name, size in sizes.items():
+        if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+            raise ValueError(f"{name} must be a whole number of at least 1, got {size!r}.")

@@ -1,0 +1,211 @@
+"""``PagedCache``: rows made of pages, which a ``PagePool`` hands out and takes back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+from ..host.torch_state import is_compiling
+from .base import Cache, allocate, check_counts, no_tokens
+
+
+class PagePool:
+    """Memory for keys and values in pages of equal size, for the caches that share it.
+
+    Args:
+        pages: how many there are to hand out. One more, of zeros, stands for those that were not.
+        page_size: tokens of a page.
+        heads_kv, head_dim, head_dim_v, device, dtype: as in ``StaticCache``.
+    """
+
+    def __init__(
+        self,
+        pages: int,
+        page_size: int,
+        heads_kv: int,
+        head_dim: int,
+        *,
+        head_dim_v: int | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        head_dim_v = head_dim if head_dim_v is None else head_dim_v
+        check_counts(pages=pages, page_size=page_size, heads_kv=heads_kv, head_dim=head_dim, head_dim_v=head_dim_v)
+        self.pages, self.page_size = pages, page_size
+        self.k = allocate(pages + 1, page_size, heads_kv, head_dim, device, dtype)
+        self.v = allocate(pages + 1, page_size, heads_kv, head_dim_v, device, dtype)
+        self.free = list(reversed(range(pages)))
+
+    @property
+    def page_nbytes(self) -> int:
+        """Bytes of one page."""
+        return (self.k.nbytes + self.v.nbytes) // (self.pages + 1)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all pages, handed out or not."""
+        return self.k.nbytes + self.v.nbytes
+
+    def check_free(self, wanted: int) -> None:
+        """Raise ``ValueError`` where there are fewer pages than are wanted."""
+        if wanted > len(self.free):
+            raise ValueError(
+                f"pages must be free for {wanted} more, got {len(self.free)} of {self.pages} (page_size="
+                f"{self.page_size}): make a larger PagePool, or release rows that are done."
+            )
+
+    def take(self, wanted: int) -> list[int]:
+        """Hand out pages, of zeros: none of what an earlier row left is read by a later one."""
+        self.check_free(wanted)
+        taken = [self.free.pop() for _ in range(wanted)]
+        if taken:
+            where = torch.tensor(taken, device=self.k.device)
+            self.k.index_fill_(0, where, 0.0)
+            self.v.index_fill_(0, where, 0.0)
+        return taken
+
+    def give_back(self, pages: Iterable[int]) -> None:
+        """Take pages back."""
+        self.free.extend(pages)
+
+    def __repr__(self) -> str:
+        return f"PagePool(pages={self.pages}, page_size={self.page_size}, free={len(self.free)})"
+
+
+class PagedCache(Cache):
+    """Rows whose keys and values lie in pages of a pool, so that each holds as much memory as it has tokens.
+
+    Called eagerly it books pages as rows grow, and waits for the device when it does. Before a compiled step or a CUDA
+    graph call ``reserve``.
+
+    Args:
+        pool: where pages come from; caches of several layers may share one.
+        batch: rows.
+        max_seqlen: tokens of the longest row; memory is taken as it is needed.
+    """
+
+    def __init__(self, pool: PagePool, batch: int, max_seqlen: int) -> None:
+        check_counts(batch=batch, max_seqlen=max_seqlen)
+        self.pool = pool
+        self.max_seqlen: int = max_seqlen
+        device, width = pool.k.device, -(-max_seqlen // pool.page_size)
+        with torch.inference_mode(False):
+            self.block_table = torch.full((batch, width), pool.pages, dtype=torch.int32, device=device)
+        """(batch, pages of a row) int32, the page of zeros where none was booked."""
+        self.lengths = no_tokens(batch, device)
+        self.booked: list[list[int]] = [[] for _ in range(batch)]
+        self.room = 0
+        """Tokens for which every row surely has pages, if no compiled step ran since the last ``reserve``."""
+
+    @property
+    def batch(self) -> int:
+        return self.block_table.shape[0]
+
+    @property
+    def capacity(self) -> int:
+        return self.block_table.shape[1] * self.pool.page_size
+
+    @property
+    def store(self) -> tuple[Tensor, Tensor]:
+        return self.pool.k, self.pool.v
+
+    @property
+    def nbytes(self) -> int:
+        pages = sum(map(len, self.booked)) * self.pool.page_nbytes
+        return pages + self.block_table.nbytes + self.lengths.nbytes
+
+    def reserve(self, seqlen: int) -> None:
+        """Book pages so that every row has room for ``seqlen`` tokens more.
+
+        Raises:
+            ValueError: rows become longer than ``max_seqlen``, or the pool has too few pages. Nothing is booked.
+        """
+        check_counts(seqlen=seqlen + 1)
+        held = self.lengths.tolist()
+        longest = max(held) + seqlen
+        if longest > self.max_seqlen:
+            raise ValueError(
+                f"max_seqlen must be at least {longest} for {seqlen} tokens behind {max(held)}, got {self.max_seqlen}: "
+                "make a longer PagedCache, or crop or reset it."
+            )
+        self.book([-(-(length + seqlen) // self.pool.page_size) for length in held])
+        self.room = min(len(pages) * self.pool.page_size - length for pages, length in zip(self.booked, held))
+
+    def book(self, wanted: Sequence[int]) -> None:
+        """Give each row as many pages as are wanted, where it has fewer."""
+        more = [max(0, count - len(pages)) for count, pages in zip(wanted, self.booked)]
+        self.pool.check_free(sum(more))
+        for pages, count in zip(self.booked, more):
+            pages.extend(self.pool.take(count))
+        if any(more):
+            self.write_table()
+
+    def write_table(self) -> None:
+        """The pages of every row on the device."""
+        width, none = self.block_table.shape[1], self.pool.pages
+        rows = [pages + [none] * (width - len(pages)) for pages in self.booked]
+        self.block_table.copy_(torch.tensor(rows, dtype=torch.int32))
+
+    def check_room(self, seqlen: int, held: list[int] | None) -> None:
+        if is_compiling():
+            return  # a token without a page is an index beyond the pool
+        if seqlen > self.room or not self.lengths.is_cuda:
+            self.reserve(seqlen)
+        self.room -= seqlen
+
+    def write(self, k: Tensor, v: Tensor, positions: Tensor) -> None:
+        size, none = self.pool.page_size, self.pool.pages
+        pages = self.block_table.long().gather(1, positions // size)
+        where = pages.masked_fill(pages == none, none + 1), positions % size
+        self.pool.k.index_put_(where, k)
+        self.pool.v.index_put_(where, v)
+
+    def take(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        size = self.pool.page_size
+        pages = self.block_table.long().gather(1, positions // size)
+        return self.pool.k[pages, positions % size], self.pool.v[pages, positions % size]
+
+    def read(self, slots: int) -> tuple[Tensor, Tensor]:
+        pages = self.block_table[:, : -(-slots // self.pool.page_size)]
+        k, v = (x[pages].flatten(1, 2)[:, :slots] for x in self.store)
+        return k, v
+
+    def trim(self) -> None:
+        """Give back the pages in which no token lies; waits for the device."""
+        for pages, length in zip(self.booked, self.lengths.tolist()):
+            used = -(-length // self.pool.page_size)
+            self.pool.give_back(pages[used:])
+            del pages[used:]
+        self.room = 0
+        self.write_table()
+
+    def release(self, rows: Iterable[int]) -> None:
+        """Forget the tokens of rows that are done, and give back their pages."""
+        rows = list(rows)
+        for row in rows:
+            self.pool.give_back(self.booked[row])
+            self.booked[row] = []
+            self.lengths[row] = 0
+        self.room = 0
+        self.write_table()
+
+    def reset(self) -> None:
+        self.release(range(self.batch))
+
+    def reorder(self, rows: Tensor) -> None:
+        """As in ``Cache``: pages are copied, none is shared, so that every row gets as many as the longest.
+
+        Raises:
+            ValueError: the pool has too few pages; nothing has changed.
+        """
+        self.check_rows(rows)
+        count = max(map(len, self.booked))
+        self.book([count] * self.batch)
+        there = self.block_table[:, :count].long()
+        here = there[rows.long()]
+        for x in self.store:
+            x[there] = x[here]
+        self.lengths.copy_(self.lengths[rows.long()])
+        self.room = 0

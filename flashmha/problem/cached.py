@@ -1,0 +1,79 @@
+"""Keys that lie in a cache: where each row's queries and slots stand."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .documents import Documents
+from .masks import Mask
+from .positions import MaskMod, Restarts
+from .rebuilding import Rebuild
+from .wording import spell
+
+
+class Positions(Mask):
+    """Where the queries and the keys of each row stand, where that is not their place among the tensors' slots.
+
+    A cache holds more slots than keys, and as many keys in one row as it happens to. Windows, rules over positions and
+    biases by distance read these positions; alignment says nothing then. By itself it hides what holds no key.
+
+    Attributes:
+        queries: (batch, seqlen_q) integers.
+        keys: (batch, seqlen_k) integers, negative where a slot holds no key; ``None`` where slot j holds the key at j.
+        at_end: the queries of a row are neighbours, and the last stands at the last key that ``KeyLengths`` beside this
+            leaves: what a kernel for caches takes for granted.
+    """
+
+    __slots__ = ("at_end", "keys", "queries")
+    feature = "cache"
+    aligned = True
+
+    def __init__(self, queries: Tensor, keys: Tensor | None = None, *, at_end: bool = False) -> None:
+        for name, places in (("queries", queries), ("keys", keys)):
+            whole = isinstance(places, Tensor) and places.dim() == 2 and not places.is_floating_point()
+            if not whole and (name == "queries" or places is not None):
+                raise ValueError(f"{name} must be an integer tensor (batch, seqlen), got {spell(places)}.")
+        self.queries, self.keys, self.at_end = queries, keys, at_end
+
+    @property
+    def documents(self) -> Positions:  # type: ignore[override]
+        return self
+
+    def check(self, batch: int, heads: int, seqlen_q: int, seqlen_k: int) -> None:
+        for name, places, seqlen in (("queries", self.queries, seqlen_q), ("keys", self.keys, seqlen_k)):
+            if places is not None and places.shape != (batch, seqlen):
+                raise ValueError(f"{name} must have shape {(batch, seqlen)}, got {tuple(places.shape)}.")
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        return (self.queries,) if self.keys is None else (self.queries, self.keys)
+
+    def flatten(self) -> tuple[tuple[Tensor, ...], Rebuild[Mask]]:
+        at_end = self.at_end
+
+        def again(tensors: Sequence[Tensor]) -> Mask:
+            return Positions(*tensors, at_end=at_end)
+
+        return self.tensors(), again
+
+    def merged(self, other: Mask) -> None:
+        if isinstance(other, (Positions, Documents)):
+            raise ValueError(f"a mask must hold at most one rule of where tokens stand, got {self!r} & {other!r}.")
+
+    def positions(self, seqlen_q: int, seqlen_k: int, align: str) -> tuple[Tensor, Tensor]:
+        """The position of every query and of every key, (batch, seqlen)."""
+        if self.keys is not None:
+            return self.queries, self.keys
+        slots = torch.arange(seqlen_k, device=self.queries.device)
+        return self.queries, slots.expand(self.queries.shape[0], -1)
+
+    def mask_mod(self, seqlen_q: int, seqlen_k: int, documents: Restarts | None = None) -> MaskMod:
+        keys = self.keys
+        if keys is None:
+            return lambda batch, head, q_idx, k_idx: k_idx >= 0
+        return lambda batch, head, q_idx, k_idx: keys[batch, k_idx] >= 0
+
+    def __repr__(self) -> str:
+        return f"Positions({', '.join(str(tuple(places.shape)) for places in self.tensors())})"
