@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import re
 from typing import Any, NamedTuple
 
 import plain_layer
@@ -290,6 +291,31 @@ def test_an_attend_that_hands_everything_on_changes_nothing(drawn: Drawn) -> Non
     check(drawn._replace(scores={**drawn.scores, "backend": None}), kind=Through)
 
 
+@given(drawn_layers(), st.sampled_from((copy.copy, copy.deepcopy, lambda layer: pickle.loads(pickle.dumps(layer)))))
+def test_the_sizes_of_heads_are_numbers_in_every_layer(drawn: Drawn, again: Any) -> None:
+    class Looking(FlashMultiHeadAttention):
+        def __init__(self, *args: Any, **options: Any) -> None:
+            super().__init__(*args, **options)
+            self.seen = sizes(self)
+
+    def sizes(layer: Any) -> tuple[int, ...]:
+        return layer.num_heads, layer.num_kv_heads, layer.head_dim, layer.value_head_dim
+
+    said = drawn.arguments
+    head_dim = said["head_dim"] or WIDTH // drawn.heads
+    wanted = drawn.heads, said["num_kv_heads"] or drawn.heads, head_dim, said["value_head_dim"] or head_dim
+    layer = drawn.build(backend=None, position_bias=None)
+    assert sizes(layer) == sizes(again(layer)) == drawn.build(Looking, backend=None).seen == wanted
+    assert all(type(size) is int for size in wanted)
+    made = layer.keys_values(*(torch.randn(2, 3, n, dtype=said["dtype"]) for n in (layer.kdim, layer.vdim)))
+    assert [one.shape[2:] for one in made] == [(wanted[1], wanted[2]), (wanted[1], wanted[3])]
+    stock = nn.MultiheadAttention(WIDTH, drawn.heads)
+    plain = (drawn.heads, drawn.heads, *[WIDTH // drawn.heads] * 2)
+    assert sizes(FlashMultiHeadAttention.from_torch(stock)) == plain == sizes(replace_mha(nn.ModuleList([stock]))[0])
+    shown = [f"{name}={said[name]}" in repr(layer) for name in ("num_kv_heads", "value_head_dim")]
+    assert shown == [wanted[1] != drawn.heads, wanted[3] != head_dim]
+
+
 # Options that are absent, and the objects around a layer
 
 EVERY: dict[str, Any] = {
@@ -406,7 +432,10 @@ def test_a_layer_that_was_swapped_in_has_no_parts_and_takes_them() -> None:
 REFUSED: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"causal": 1}, TypeError, "causal must be True or False, got 1"),
     ({"softcap": 0.0}, ValueError, "softcap must be finite and greater than 0, got 0.0"),
-    ({"softmax_scale": float("inf")}, ValueError, "softmax_scale must be finite, got inf"),
+    ({"num_kv_heads": 0}, ValueError, "num_kv_heads must be a whole number of at least 1 .* and num_kv_heads=0"),
+    ({"num_kv_heads": 2.0}, ValueError, "num_kv_heads must be a whole number .*num_heads=4 and num_kv_heads=2.0"),
+    ({"num_kv_heads": "2"}, ValueError, "num_kv_heads must be a whole number .* and num_kv_heads='2'"),
+    ({"num_kv_heads": True}, ValueError, "num_kv_heads must be a whole number .* and num_kv_heads=True"),
     ({"softcap": "2"}, TypeError, "softcap must be a number or None, got str"),
     ({"sinks": torch.zeros(3)}, ValueError, r"sinks must be a floating point tensor \(num_heads,\) = \(4,\)"),
     ({"qk_norm": "batch"}, ValueError, "qk_norm must be 'rms', 'layer' or a pair of modules"),
@@ -419,6 +448,43 @@ REFUSED: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"backend": ("flash3", "flash2"), "value_head_dim": 300}, NoBackendError, "(?s)flash3 .*flash2 .*"),
     ({"backend": "flash3", "position_bias": ALiBi(torch.ones(4))}, NoBackendError, "flash3  no alibi"),
 ]
+
+
+@given(
+    name=st.sampled_from(("softcap", "softmax_scale")),
+    number=st.one_of(st.floats(max_value=0.0), st.sampled_from((float("inf"), float("nan"), 0))),
+)
+def test_a_number_of_the_scores_is_finite_and_positive(name: str, number: float) -> None:
+    layer = FlashMultiHeadAttention(WIDTH, 4)
+    for take in (lambda: FlashMultiHeadAttention(WIDTH, 4, **{name: number}), lambda: setattr(layer, name, number)):
+        with pytest.raises(ValueError, match=re.escape(f"{name} must be finite and greater than 0, got {number}.")):
+            take()
+    assert getattr(layer, name) is None
+
+
+@given(
+    heads=st.sampled_from((1, 2, 4)),
+    head_dim=st.sampled_from((None, 4, 5)),
+    shape=st.one_of(st.integers(1, 12).map(lambda n: (n,)), st.sampled_from(((4, 3), (2, 6)))),
+    kind=st.sampled_from((nn.RMSNorm, nn.LayerNorm)),
+    which=st.sampled_from((0, 1)),
+)
+def test_norms_of_heads_are_over_a_head(
+    heads: int, head_dim: int | None, shape: tuple[int, ...], kind: Any, which: int
+) -> None:
+    size = head_dim or WIDTH // heads
+    norms = [kind(size), kind(size)]
+    norms[which] = kind(shape)
+    if shape == (size,):
+        layer = FlashMultiHeadAttention(WIDTH, heads, head_dim=head_dim, qk_norm=tuple(norms))
+        assert (layer.q_norm, layer.k_norm) == tuple(norms)
+        return
+    before = torch.get_rng_state()
+    with pytest.raises(
+        ValueError, match=f"qk_norm must be norms over head_dim={size}, got {kind.__name__} over"
+    ) as caught:
+        FlashMultiHeadAttention(WIDTH, heads, head_dim=head_dim, qk_norm=tuple(norms))
+    assert str(shape) in str(caught.value) and torch.equal(torch.get_rng_state(), before)
 
 
 @pytest.mark.parametrize(("options", "kind", "message"), REFUSED)

@@ -36,7 +36,7 @@ Causal = Callable[[Tensor], Tensor]
 
 def projected(layer: Layer, x: Tensor) -> list[Tensor]:
     """q, k and v (batch, seqlen, heads, head_dim), key heads repeated."""
-    sizes = [layer.num_heads, *[layer.num_kv_heads or layer.num_heads] * 2]
+    sizes = [layer.num_heads, *[layer.num_kv_heads] * 2]
     rows = F.linear(x, layer.in_proj_weight, layer.in_proj_bias).split([n * layer.head_dim for n in sizes], dim=-1)
     heads = [one.unflatten(-1, (-1, layer.head_dim)) for one in rows]
     return [one.repeat_interleave(layer.num_heads // one.shape[2], dim=2) for one in heads]
