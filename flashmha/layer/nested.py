@@ -72,8 +72,8 @@ def check_lengths(layer: Layer, query: Tensor, key: Tensor, value: Tensor) -> No
     lengths = lengths_of(query), lengths_of(key)
     if not all(map(readable, lengths)):
         raise AssertionError(
-            f"{counted} beside nested query and key must find one tensor of offsets in both, since on a GPU their "
-            f"values are not looked at; {PACK}"
+            f"{counted} beside nested query and key must find one tensor of offsets in both, since on a GPU and in a "
+            f"graph their lengths are not looked at; {PACK}"
         )
     if not torch.equal(*lengths):
         raise AssertionError(
