@@ -862,6 +862,13 @@ def test_a_hop_that_cannot_be_called_is_refused_where_it_is_written(name: str, h
         type("Wrong", (FlashMultiHeadAttention,), {name: hop})
 
 
+@pytest.mark.parametrize("name", ["num_kv_heads", "value_head_dim"])
+@pytest.mark.parametrize("value", [2, property(lambda self: 2)])
+def test_sizes_of_heads_that_a_class_says_are_refused(name: str, value: Any) -> None:
+    with pytest.raises(TypeError, match=f"{name} must be an argument of the constructor, got an attribute of Wrong"):
+        type("Wrong", (FlashMultiHeadAttention,), {name: value})
+
+
 class Latent(FlashMultiHeadAttention):
     """Keys and values out of a narrow latent, and a gate: no in_proj and no out_proj."""
 

@@ -15,7 +15,7 @@ from ..problem.windows import Window
 from . import features, options, projection
 from .checks import check_dtypes
 from .features import find_replaced
-from .hops import check_signatures, warn_of_misspelled_hops
+from .hops import check_attributes, check_signatures, warn_of_misspelled_hops
 from .options import PARTS, SHARED, STOCK_VALUES, part
 from .problems import Problems, run_problem
 from .stock import StockForward, refuse_torchscript
@@ -60,6 +60,7 @@ class CustomHeads(StockForward):
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         check_signatures(cls)
+        check_attributes(cls)
         warn_of_misspelled_hops(cls)
 
     @property

@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from .features import HOPS, find_overridden, is_ours, is_written
+from .options import SHARED
 from .protocol import Layer
 
 TAKEN = {
@@ -36,6 +37,16 @@ def check_signatures(kind: type[Any]) -> None:
                 f"{name} must take (self, {', '.join(taken)}{keywords}) in {kind.__name__}, got "
                 f"{inspect.signature(hop)}: {error}."
             ) from None
+
+
+def check_attributes(kind: type[Any]) -> None:
+    """Raise ``TypeError`` where a class says the sizes of its heads beside the constructor, which reads them alone."""
+    for name in SHARED:
+        if name in vars(kind):
+            raise TypeError(
+                f"{name} must be an argument of the constructor, got an attribute of {kind.__name__}: hand it to "
+                "super().__init__, or give it another name."
+            )
 
 
 ALIKE, LETTERS = 0.8, 2
