@@ -212,8 +212,8 @@ class FlashMultiHeadAttention(CustomHeads):
                 and biases count slots all the same.
             key_positions: of the keys, (seqlen_k) or (batch, seqlen_k); without them keys that are as many as the
                 queries have the positions of these.
-            kv: keys and values (batch, seqlen_k, heads_kv, head_dim) as ``keys_values`` makes them, taken as they
-                are. ``key`` and ``value`` are not read then, and may be anything.
+            kv: keys and values (batch, seqlen_k, heads_kv, head_dim) as ``keys_values`` of this layer, or of one with
+                the same heads, makes them. ``key`` and ``value`` are not read then, and may be anything.
 
         Returns:
             The output, shaped like the query, and the weights before dropout: (batch, seqlen_q, seqlen_k), with

@@ -23,10 +23,13 @@ def names_what_was_meant(meant: Mapping[str, str]) -> Callable[[Callable[Given, 
 
         @functools.wraps(function)
         def checked(*args: Given.args, **kwargs: Given.kwargs) -> Made:
-            for name in kwargs:
-                if name not in known:
-                    raise TypeError(describe_unknown(function.__qualname__, name, known, meant))
-            return function(*args, **kwargs)
+            try:
+                return function(*args, **kwargs)
+            except TypeError:
+                for name in kwargs:
+                    if name not in known:
+                        raise TypeError(describe_unknown(function.__qualname__, name, known, meant)) from None
+                raise
 
         return checked
 
