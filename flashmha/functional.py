@@ -11,12 +11,27 @@ from .backends import choose
 from .backends.choice.serve import serve
 from .backends.choice.wishes import Wanted
 from .host.torch_state import autocast, is_dense
+from .problem.keywords import names_what_was_meant
 from .problem.masks import Dense, Mask
 from .problem.scores import Bias, TensorBias
 from .problem.spec import AttentionSpec
 from .problem.wording import spell
 
+MEANT = {
+    "causal": "mask=causal()",
+    "is_causal": "mask=causal(), or mask=causal(align='top_left') where the first query sits at the first key",
+    **dict.fromkeys(("window", "window_size", "sliding_window"), "mask=Window(left, right)"),
+    **dict.fromkeys(("attn_mask", "attention_mask"), "mask, whose True = may attend"),
+    "key_padding_mask": "mask=KeyPadding(valid), whose True = may attend",
+    **dict.fromkeys(("cu_seqlens", "cu_seqlens_q"), "mask=Documents(cu_seqlens)"),
+    "alibi_slopes": "bias=ALiBi(slopes)",
+    "attn_bias": "bias",
+    **dict.fromkeys(("scale", "scaling"), "softmax_scale"),
+}
+"""What other libraries call an argument of ``attention``."""
 
+
+@names_what_was_meant(MEANT)
 def attention(
     q: Tensor,
     k: Tensor,

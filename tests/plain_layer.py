@@ -14,9 +14,9 @@ from torch import Tensor
 
 def project(layer: Any, own: dict[str, Tensor], inputs: tuple[Tensor, ...]) -> list[Tensor]:
     """q, k and v, each by its rows of the matrices."""
-    heads, heads_kv = layer.num_heads, layer.num_kv_heads or layer.num_heads
+    heads, heads_kv = layer.num_heads, layer.num_kv_heads
     head_dim = layer.head_dim
-    counts, widths = (heads, heads_kv, heads_kv), (head_dim, head_dim, layer.value_head_dim or head_dim)
+    counts, widths = (heads, heads_kv, heads_kv), (head_dim, head_dim, layer.value_head_dim)
     rows = [count * width for count, width in zip(counts, widths)]
     names = ("q_proj_weight", "k_proj_weight", "v_proj_weight")
     weights = own["in_proj_weight"].split(rows) if "in_proj_weight" in own else [own[name] for name in names]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import inspect
 import pickle
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -18,11 +19,13 @@ from flashmha import (
     AttentionSpec,
     Backend,
     FlashMultiHeadAttention,
+    KeyLengths,
     Limits,
     NoBackendError,
     Window,
     attention,
     backends,
+    causal,
     record,
     register,
     replace_mha,
@@ -258,6 +261,11 @@ def test_sizes_that_make_no_layer_are_refused_in_the_words_of_stock(
         nn.MultiheadAttention(embed_dim, num_heads, kdim=kdim, batch_first=batch_first)
     with pytest.raises(theirs.type) as ours:
         FlashMultiHeadAttention(embed_dim, num_heads, kdim=kdim, batch_first=batch_first)
+    assert str(ours.value).startswith(str(theirs.value))
+    if embed_dim > 0 and num_heads > 0:  # stock names neither, nor has it a head_dim to give
+        assert f"got embed_dim={embed_dim} and num_heads={num_heads}; give head_dim=" in str(ours.value)
+        assert FlashMultiHeadAttention(embed_dim, num_heads, head_dim=2).num_heads == num_heads
+        return
     assert str(ours.value) == str(theirs.value)
     assert torch.equal(torch.get_rng_state(), before)
 
@@ -306,6 +314,67 @@ def test_an_unknown_backend_is_refused_with_the_names_there_are(name: str, liste
     assert all(known in str(caught.value) for known in (*backends.names(), *backends.FAMILIES, repr(name)))
     assert layer.backend is None
     layer(x, x, x)
+
+
+@pytest.mark.parametrize("sizes", [(4.0, 2), (4, 2.0), ("4", 2), (4, "2"), (4, None)])
+def test_a_size_that_is_no_whole_number_is_named(sizes: tuple[Any, Any]) -> None:
+    name = "num_heads" if sizes[0] == 4 and type(sizes[0]) is int else "embed_dim"
+    with pytest.raises(TypeError, match=f"{name} must be a whole number, got "):
+        FlashMultiHeadAttention(*sizes)
+
+
+OPTIONS = list(inspect.signature(FlashMultiHeadAttention).parameters)
+MEANT = {
+    "num_key_value_heads": "num_kv_heads",
+    "n_heads": "num_heads",
+    "rope": "rotary",
+    "alibi": "position_bias",
+    "sliding_window": "window",
+    "is_causal": "causal",
+}
+
+
+@given(
+    name=st.one_of(
+        st.sampled_from(list(MEANT)), st.tuples(st.sampled_from(OPTIONS), st.integers(0, 5)).map(lambda at: cut(*at))
+    ),
+    sub=st.booleans(),
+)
+def test_an_unknown_option_is_refused_with_the_one_that_was_meant(name: str, sub: bool) -> None:
+    class Passing(FlashMultiHeadAttention):
+        def __init__(self, *args: Any, **options: Any) -> None:
+            super().__init__(*args, **options)
+
+    assume(name not in OPTIONS)
+    with pytest.raises(TypeError, match=f"unexpected keyword argument '{name}'; say ") as caught:
+        (Passing if sub else FlashMultiHeadAttention)(4, 2, **{name: 2})
+    said = str(caught.value).rpartition("; say ")[2].rstrip(".")
+    assert said in OPTIONS and said == MEANT.get(name, said)
+
+
+def cut(name: str, place: int) -> str:
+    """A name without one of its letters."""
+    return name[:place] + name[place + 1 :]
+
+
+@pytest.mark.parametrize("name", ["causal", "is_causal"])
+def test_a_mask_of_another_library_is_refused_with_ours(name: str) -> None:
+    q = torch.randn(1, 2, 1, 4)
+    with pytest.raises(
+        TypeError, match=rf"attention\(\) got an unexpected keyword argument '{name}'; say mask=causal\(\)"
+    ):
+        attention(q, q, q, **{name: True})
+    with pytest.raises(TypeError, match="unexpected keyword argument 'soft_cap'; say softcap"):
+        attention(q, q, q, soft_cap=1.0)
+    with pytest.raises(TypeError, match=r"unexpected keyword argument 'zzz'\."):
+        attention(q, q, q, zzz=1.0)
+
+
+@given(mask=st.sampled_from((causal(), Window(1, 0), causal() & KeyLengths(torch.tensor([1])))))
+def test_rules_that_no_operator_makes_are_refused_with_the_rule_that_does(mask: Any) -> None:
+    for combine in (lambda: mask | Window(1, 1), lambda: Window(1, 1) | mask, lambda: ~mask):
+        with pytest.raises(TypeError, match=r"Rule\(fn\) says any pattern"):
+            combine()
 
 
 def test_unknown_arguments_are_refused() -> None:

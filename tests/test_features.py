@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import re
 from typing import Any, NamedTuple
 
 import plain_layer
@@ -290,6 +291,31 @@ def test_an_attend_that_hands_everything_on_changes_nothing(drawn: Drawn) -> Non
     check(drawn._replace(scores={**drawn.scores, "backend": None}), kind=Through)
 
 
+@given(drawn_layers(), st.sampled_from((copy.copy, copy.deepcopy, lambda layer: pickle.loads(pickle.dumps(layer)))))
+def test_the_sizes_of_heads_are_numbers_in_every_layer(drawn: Drawn, again: Any) -> None:
+    class Looking(FlashMultiHeadAttention):
+        def __init__(self, *args: Any, **options: Any) -> None:
+            super().__init__(*args, **options)
+            self.seen = sizes(self)
+
+    def sizes(layer: Any) -> tuple[int, ...]:
+        return layer.num_heads, layer.num_kv_heads, layer.head_dim, layer.value_head_dim
+
+    said = drawn.arguments
+    head_dim = said["head_dim"] or WIDTH // drawn.heads
+    wanted = drawn.heads, said["num_kv_heads"] or drawn.heads, head_dim, said["value_head_dim"] or head_dim
+    layer = drawn.build(backend=None, position_bias=None)
+    assert sizes(layer) == sizes(again(layer)) == drawn.build(Looking, backend=None).seen == wanted
+    assert all(type(size) is int for size in wanted)
+    made = layer.keys_values(*(torch.randn(2, 3, n, dtype=said["dtype"]) for n in (layer.kdim, layer.vdim)))
+    assert [one.shape[2:] for one in made] == [(wanted[1], wanted[2]), (wanted[1], wanted[3])]
+    stock = nn.MultiheadAttention(WIDTH, drawn.heads)
+    plain = (drawn.heads, drawn.heads, *[WIDTH // drawn.heads] * 2)
+    assert sizes(FlashMultiHeadAttention.from_torch(stock)) == plain == sizes(replace_mha(nn.ModuleList([stock]))[0])
+    shown = [f"{name}={said[name]}" in repr(layer) for name in ("num_kv_heads", "value_head_dim")]
+    assert shown == [wanted[1] != drawn.heads, wanted[3] != head_dim]
+
+
 # Options that are absent, and the objects around a layer
 
 EVERY: dict[str, Any] = {
@@ -406,7 +432,10 @@ def test_a_layer_that_was_swapped_in_has_no_parts_and_takes_them() -> None:
 REFUSED: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"causal": 1}, TypeError, "causal must be True or False, got 1"),
     ({"softcap": 0.0}, ValueError, "softcap must be finite and greater than 0, got 0.0"),
-    ({"softmax_scale": float("inf")}, ValueError, "softmax_scale must be finite, got inf"),
+    ({"num_kv_heads": 0}, ValueError, "num_kv_heads must be a whole number of at least 1 .* and num_kv_heads=0"),
+    ({"num_kv_heads": 2.0}, ValueError, "num_kv_heads must be a whole number .*num_heads=4 and num_kv_heads=2.0"),
+    ({"num_kv_heads": "2"}, ValueError, "num_kv_heads must be a whole number .* and num_kv_heads='2'"),
+    ({"num_kv_heads": True}, ValueError, "num_kv_heads must be a whole number .* and num_kv_heads=True"),
     ({"softcap": "2"}, TypeError, "softcap must be a number or None, got str"),
     ({"sinks": torch.zeros(3)}, ValueError, r"sinks must be a floating point tensor \(num_heads,\) = \(4,\)"),
     ({"qk_norm": "batch"}, ValueError, "qk_norm must be 'rms', 'layer' or a pair of modules"),
@@ -419,6 +448,43 @@ REFUSED: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"backend": ("flash3", "flash2"), "value_head_dim": 300}, NoBackendError, "(?s)flash3 .*flash2 .*"),
     ({"backend": "flash3", "position_bias": ALiBi(torch.ones(4))}, NoBackendError, "flash3  no alibi"),
 ]
+
+
+@given(
+    name=st.sampled_from(("softcap", "softmax_scale")),
+    number=st.one_of(st.floats(max_value=0.0), st.sampled_from((float("inf"), float("nan"), 0))),
+)
+def test_a_number_of_the_scores_is_finite_and_positive(name: str, number: float) -> None:
+    layer = FlashMultiHeadAttention(WIDTH, 4)
+    for take in (lambda: FlashMultiHeadAttention(WIDTH, 4, **{name: number}), lambda: setattr(layer, name, number)):
+        with pytest.raises(ValueError, match=re.escape(f"{name} must be finite and greater than 0, got {number}.")):
+            take()
+    assert getattr(layer, name) is None
+
+
+@given(
+    heads=st.sampled_from((1, 2, 4)),
+    head_dim=st.sampled_from((None, 4, 5)),
+    shape=st.one_of(st.integers(1, 12).map(lambda n: (n,)), st.sampled_from(((4, 3), (2, 6)))),
+    kind=st.sampled_from((nn.RMSNorm, nn.LayerNorm)),
+    which=st.sampled_from((0, 1)),
+)
+def test_norms_of_heads_are_over_a_head(
+    heads: int, head_dim: int | None, shape: tuple[int, ...], kind: Any, which: int
+) -> None:
+    size = head_dim or WIDTH // heads
+    norms = [kind(size), kind(size)]
+    norms[which] = kind(shape)
+    if shape == (size,):
+        layer = FlashMultiHeadAttention(WIDTH, heads, head_dim=head_dim, qk_norm=tuple(norms))
+        assert (layer.q_norm, layer.k_norm) == tuple(norms)
+        return
+    before = torch.get_rng_state()
+    with pytest.raises(
+        ValueError, match=f"qk_norm must be norms over head_dim={size}, got {kind.__name__} over"
+    ) as caught:
+        FlashMultiHeadAttention(WIDTH, heads, head_dim=head_dim, qk_norm=tuple(norms))
+    assert str(shape) in str(caught.value) and torch.equal(torch.get_rng_state(), before)
 
 
 @pytest.mark.parametrize(("options", "kind", "message"), REFUSED)
@@ -452,6 +518,87 @@ def test_keys_and_values_that_were_made_before_are_those_of_the_call(drawn: Draw
     found = layer(query, query, None if shared else memory, **told, kv=kv)
     for one, two in zip(found, wanted):
         torch.testing.assert_close(one, two)
+
+
+WIDTHS = ("head_dim", "value_head_dim")
+HEADS = st.fixed_dictionaries(
+    {
+        "num_kv_heads": st.sampled_from((None, 1, 2)),
+        "head_dim": st.sampled_from((None, 4)),
+        "value_head_dim": st.sampled_from((None, 3, 5)),
+    }
+)
+
+
+@given(one=HEADS, two=HEADS, kind=st.sampled_from((FlashMultiHeadAttention, "hops")))
+def test_keys_and_values_of_other_heads_are_refused(one: dict[str, Any], two: dict[str, Any], kind: Any) -> None:
+    class Through(FlashMultiHeadAttention):
+        def attend(self, q: Tensor, k: Tensor, v: Tensor, **call: Any) -> Tensor:
+            return super().attend(q, k, v, **call)
+
+    make = Through if kind == "hops" else kind
+    first, second = (make(WIDTH, 4, batch_first=True, **heads) for heads in (one, two))
+    x, kv = torch.randn(2, 5, WIDTH), first.keys_values(torch.randn(2, 3, WIDTH))
+    differ = {name: (getattr(second, name), getattr(first, name)) for name in ("num_kv_heads", *WIDTHS)}
+    differ = {name: pair for name, pair in differ.items() if pair[0] != pair[1]}
+    if not differ:
+        assert second(x, x, x, kv=kv)[0].shape == x.shape
+        return
+    with pytest.raises(ValueError, match="kv must have ") as caught:
+        second(x, x, x, kv=kv)
+    name, (wanted, found) = next(iter(differ.items()))
+    assert f"{name}={wanted}, as this layer has, got {found}" in str(caught.value)
+
+
+class Repeated(FlashMultiHeadAttention):
+    """Heads of keys and values as many as those of queries, and wider ones."""
+
+    def process_heads(self, q: Any, k: Any, v: Any) -> tuple[Any, Any, Any]:
+        wide = [None if one is None else torch.cat([one, one.cos()], -1) for one in (q, k)]
+        if k is None:
+            return wide[0], None, None
+        again = [one.repeat_interleave(self.num_heads // self.num_kv_heads, 2) for one in (wide[1], v)]
+        return wide[0], again[0], again[1]
+
+
+@given(heads=HEADS)
+def test_hops_that_change_the_heads_take_what_they_made(heads: dict[str, Any]) -> None:
+    layer, plain = (kind(WIDTH, 4, batch_first=True, **heads) for kind in (Repeated, FlashMultiHeadAttention))
+    x, y = torch.randn(2, 5, WIDTH), torch.randn(2, 3, WIDTH)
+    torch.testing.assert_close(layer(x, y, y)[0], layer(x, x, x, kv=layer.keys_values(y))[0])
+    with pytest.raises(ValueError, match=f"kv must have keys of head_dim={2 * layer.head_dim}, as q has, got "):
+        layer(x, x, x, kv=plain.keys_values(y))
+
+
+@given(heads=HEADS, made=st.tuples(st.sampled_from((1, 2, 4)), st.sampled_from((3, 4)), st.sampled_from((3, 4, 5))))
+def test_a_project_keeps_what_the_constructor_was_told(heads: dict[str, Any], made: tuple[int, int, int]) -> None:
+    count, width, width_v = made
+
+    class Free(FlashMultiHeadAttention):
+        has_in_proj = has_out_proj = False
+
+        def project(self, query: Any, key: Any, value: Any) -> tuple[Any, Any, Any]:
+            q = None if query is None else query[..., :width, None].transpose(2, 3).expand(-1, -1, 4, -1)
+            k, v = (key[..., :n, None].transpose(2, 3).expand(-1, -1, count, -1) for n in (width, width_v))
+            return q, k, v
+
+        def merge(self, out: Tensor, query: Tensor) -> Tensor:
+            return query
+
+    layer, x = Free(WIDTH, 4, batch_first=True, **heads), torch.randn(2, 5, WIDTH)
+    usual = {"num_kv_heads": 4, "head_dim": WIDTH // 4, "value_head_dim": layer.head_dim}
+    broken = [
+        (name, heads[name], got)
+        for name, got in zip(("num_kv_heads", *WIDTHS), made)
+        if heads[name] not in (None, usual[name]) and heads[name] != got
+    ]
+    for call in (lambda: layer(x, x, x), lambda: layer.keys_values(x)):
+        if not broken:
+            call()
+            continue
+        name, told, got = broken[0]
+        with pytest.raises(ValueError, match=f"project must return . of {name}={told}, .*, got {got} in shape"):
+            call()
 
 
 def test_positions_that_nothing_reads_or_that_are_none_are_refused() -> None:
@@ -537,11 +684,96 @@ def test_the_items_of_a_nested_tensor_count_from_zero() -> None:
     out = layer(nested, nested, nested, need_weights=False)[0]
     for one, item in zip(out.unbind(), items):
         torch.testing.assert_close(one, layer(item, item, item, need_weights=False)[0])
-    other = torch.nested.nested_tensor([torch.randn(n, WIDTH).double() for n in (2, 2, 3)], layout=torch.jagged)
-    for option in ({"causal": True}, {"window": (1, 0)}, {"rotary": Rotary(3, dim=2)}, {"position_bias": Table(4)}):
-        crossed = FlashMultiHeadAttention(WIDTH, 4, batch_first=True, **option).double()
-        with pytest.raises(AssertionError, match=f"{next(iter(option))} beside nested query and key"):
-            crossed(nested, other, other)
+
+
+COUNTING: dict[str, Any] = {"causal": True, "window": (1, 0), "rotary": Rotary(3, dim=2), "position_bias": Table(4)}
+
+
+@pytest.mark.parametrize("option", COUNTING)
+@pytest.mark.parametrize("layout", [torch.jagged, torch.strided])
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors is in prototype stage")
+@given(
+    lengths=st.lists(st.integers(1, 5), min_size=1, max_size=3),
+    more=st.lists(st.integers(0, 1), min_size=3, max_size=3),
+    value=st.booleans(),
+)
+@torch.no_grad()
+def test_nested_queries_and_keys_that_are_as_long_count_together(
+    layout: torch.layout, option: str, lengths: list[int], more: list[int], value: bool
+) -> None:
+    layer = FlashMultiHeadAttention(WIDTH, 4, batch_first=True, **{option: COUNTING[option]})
+    other = [n + extra for n, extra in zip(lengths, more)]
+    items = [[torch.randn(n, WIDTH) for n in each] for each in (lengths, other, other)]
+    query, key, own = (torch.nested.nested_tensor(rows, layout=layout) for rows in items)
+    values, rows = (own, items[2]) if value else (key, items[1])
+    if other == lengths:
+        out = layer(query, key, values, need_weights=False)[0]
+        for found, *each in zip(out.unbind(), items[0], items[1], rows):
+            torch.testing.assert_close(found, layer(*each)[0], atol=1e-5, rtol=1e-4)
+        return
+    with pytest.raises(AssertionError, match=f"(?s){option} beside nested query and key .*flashmha.pack") as caught:
+        layer(query, key, values)
+    assert f"{lengths} and {other}" in str(caught.value)
+    with pytest.raises(AssertionError, match="key and value must have items of the same lengths"):
+        layer(query, key, query)
+    one, two = (flashmha.pack(torch.nested.nested_tensor(rows, layout=torch.jagged)) for rows in items[:2])
+    if option != "position_bias":  # what the error says
+        out = layer(one.tokens, two.tokens, two.tokens, attn_mask=one.across(two), need_weights=False)[0]
+        for found, *each in zip(one.unpack(out).unbind(), items[0], items[1], items[1]):
+            torch.testing.assert_close(found, layer(*each)[0], atol=1e-5, rtol=1e-4)
+
+
+@given(
+    lengths=st.lists(st.integers(1, 4), min_size=1, max_size=3),
+    gap=st.integers(0, 2),
+    shared=st.booleans(),
+    option=st.sampled_from((None, *COUNTING)),
+)
+def test_gaps_of_jagged_tensors_hold_nothing(lengths: list[int], gap: int, shared: bool, option: str | None) -> None:
+    layer = FlashMultiHeadAttention(WIDTH, 4, batch_first=True, **({option: COUNTING[option]} if option else {}))
+
+    def narrowed() -> tuple[Tensor, Tensor]:
+        dense = torch.randn(len(lengths), 7, WIDTH, requires_grad=True)
+        starts = torch.full((len(lengths),), gap)
+        return dense, torch.nested.narrow(dense, 1, starts, torch.tensor(lengths), layout=torch.jagged)
+
+    pairs = [narrowed()] * 2 if shared else [narrowed(), narrowed()]
+    query, key = (jagged for _, jagged in pairs)
+    out, weights = layer(query, key, key)
+    leaves = [dense for dense, _ in pairs[: 2 - shared]]
+    assert torch.equal(out.lengths(), query.lengths()) and (query + out).shape == query.shape
+    total = wanted = torch.zeros(())
+    for item, (found, both) in enumerate(zip(out.unbind(), (query + out).unbind())):
+        one, two = (dense[item, gap : gap + lengths[item]] for dense, _ in pairs)
+        alone, maps = layer(one, two, two)
+        torch.testing.assert_close(found, alone, atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(both, one + alone, atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(weights[item, : lengths[item], : lengths[item]], maps, atol=1e-5, rtol=1e-4)
+        total, wanted = total + found.square().sum(), wanted + alone.square().sum()
+    for one, two in zip(torch.autograd.grad(total, leaves), torch.autograd.grad(wanted, leaves)):
+        torch.testing.assert_close(one, two, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "told",
+    [
+        {"attn_mask": causal()},
+        {"attn_mask": flashmha.Window(1, 0)},
+        {"key_padding_mask": KeyLengths(torch.tensor([4, 3]))},
+        {"kv": None},
+        {"positions": torch.arange(3)},
+    ],
+)
+def test_what_a_nested_call_cannot_take_is_refused_with_what_can(told: dict[str, Any]) -> None:
+    layer = full(position_bias=None)
+    x = torch.nested.nested_tensor([torch.randn(n, WIDTH) for n in (4, 3)], layout=torch.jagged)
+    told = {"kv": layer.keys_values(torch.randn(2, 4, WIDTH))} if "kv" in told else told
+    fix = r"beside NestedTensor.*flashmha\.pack .*queries\.across\(keys\)"
+    with pytest.raises(AssertionError, match=fix) as caught:
+        layer(x, x, x, **told)
+    assert "mask" not in next(iter(told)) or "causal=True and window= of the constructor" in str(caught.value)
+    with pytest.raises(TypeError, match=r"key and value must be dense tensors for keys_values.*flashmha\.pack"):
+        layer.keys_values(x)
 
 
 # Graphs, transforms and encoders
@@ -674,6 +906,13 @@ def test_what_an_attend_runs_is_explained() -> None:
 def test_a_hop_that_cannot_be_called_is_refused_where_it_is_written(name: str, hop: Any, message: str) -> None:
     with pytest.raises(TypeError, match=message):
         type("Wrong", (FlashMultiHeadAttention,), {name: hop})
+
+
+@pytest.mark.parametrize("name", ["num_kv_heads", "value_head_dim"])
+@pytest.mark.parametrize("value", [2, property(lambda self: 2)])
+def test_sizes_of_heads_that_a_class_says_are_refused(name: str, value: Any) -> None:
+    with pytest.raises(TypeError, match=f"{name} must be an argument of the constructor, got an attribute of Wrong"):
+        type("Wrong", (FlashMultiHeadAttention,), {name: value})
 
 
 class Latent(FlashMultiHeadAttention):

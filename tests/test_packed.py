@@ -334,13 +334,15 @@ def test_jagged_tensors_are_packed_and_come_back_jagged(lengths: list[int], seed
 
 
 def test_jagged_tensors_with_gaps_are_packed_without_them() -> None:
-    x, starts, lengths = noise(0, 3, 6, 4), torch.tensor([1, 0, 2]), torch.tensor([2, 3, 1])
+    x, starts, lengths = noise(0, 3, 6, 4).requires_grad_(), torch.tensor([1, 0, 2]), torch.tensor([2, 3, 1])
     gaps = torch.nested.narrow(x, 1, starts, lengths, layout=torch.jagged)
     expected = torch.cat([row[start : start + length] for row, start, length in zip(x, starts, lengths)])
     packed = pack(gaps)
     assert torch.equal(packed.tokens[0], expected)
     assert torch.equal(packed.pack(gaps)[0], expected)
     assert torch.equal(packed.unpack(packed.tokens).values(), expected)
+    (grad,) = torch.autograd.grad(packed.tokens.square().sum(), x)
+    assert torch.equal(grad, torch.autograd.grad(expected.square().sum(), x)[0])
 
 
 REFUSED: dict[str, tuple[Any, str]] = {

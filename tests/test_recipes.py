@@ -1,4 +1,4 @@
-"""The heads of `docs/recipes.md` against a few lines of PyTorch in float64, and wherever a layer of a model goes."""
+"""The heads of the pages on heads against a few lines of PyTorch in float64, and wherever a layer of a model goes."""
 
 import copy
 import functools
@@ -15,15 +15,16 @@ from test_docs import PYTHON, run
 from torch import Tensor, nn
 
 import flashmha
+from flashmha import AlibiBias, Documents, FlashMultiHeadAttention, KeyLengths, RelativePositionBias, Rotary
 from flashmha.testing import noise
 
 
 @functools.cache
-def page() -> dict[str, Any]:
-    """The names that the page defines."""
+def page(name: str = "recipes") -> dict[str, Any]:
+    """The names that a page defines."""
     names: dict[str, Any] = {"__name__": __name__}
     for snippet in PYTHON:
-        if snippet.page == "docs/recipes.md":
+        if snippet.page == f"docs/{name}.md":
             run(snippet, names)
     return names
 
@@ -36,10 +37,16 @@ Causal = Callable[[Tensor], Tensor]
 
 def projected(layer: Layer, x: Tensor) -> list[Tensor]:
     """q, k and v (batch, seqlen, heads, head_dim), key heads repeated."""
-    sizes = [layer.num_heads, *[layer.num_kv_heads or layer.num_heads] * 2]
-    rows = F.linear(x, layer.in_proj_weight, layer.in_proj_bias).split([n * layer.head_dim for n in sizes], dim=-1)
-    heads = [one.unflatten(-1, (-1, layer.head_dim)) for one in rows]
-    return [one.repeat_interleave(layer.num_heads // one.shape[2], dim=2) for one in heads]
+    counts = [layer.num_heads, *[layer.num_kv_heads] * 2]
+    widths = [layer.head_dim, layer.head_dim, layer.value_head_dim]
+    sizes = [count * width for count, width in zip(counts, widths)]
+    rows = F.linear(x, layer.in_proj_weight, layer.in_proj_bias).split(sizes, dim=-1)
+    return [repeated(layer, one.unflatten(-1, (-1, width))) for one, width in zip(rows, widths)]
+
+
+def repeated(layer: Layer, x: Tensor) -> Tensor:
+    """Heads of keys or values as many as those of queries."""
+    return x.repeat_interleave(layer.num_heads // x.shape[2], dim=2)
 
 
 def turned(x: Tensor, dim: int) -> Tensor:
@@ -73,7 +80,7 @@ def taken(weights: Tensor, v: Tensor) -> Tensor:
 
 def by_rotary(layer: Layer, x: Tensor) -> Tensor:
     q, k, v = projected(layer, x)
-    out = taken(weights_of(turned(q, 16), turned(k, 16), future(x.shape[1])), v)
+    out = taken(weights_of(turned(q, layer.head_dim), turned(k, layer.head_dim), future(x.shape[1])), v)
     return layer.out_proj(out.flatten(2))
 
 
@@ -105,7 +112,7 @@ def by_t5(layer: Layer, x: Tensor) -> Tensor:
 
 def by_sinks(layer: Layer, x: Tensor) -> Tensor:
     q, k, v = projected(layer, x)
-    score = torch.einsum("bqhd,bkhd->bhqk", q, k) / 4 + future(x.shape[1])
+    score = torch.einsum("bqhd,bkhd->bhqk", q, k) * layer.head_dim**-0.5 + future(x.shape[1])
     sink = layer.sinks[:, None, None].expand(len(x), -1, x.shape[1], 1)
     weights = torch.cat([score, sink], dim=-1).softmax(dim=-1)[..., :-1]
     return layer.out_proj(taken(weights, v).flatten(2))
@@ -118,7 +125,9 @@ def by_gated(layer: Layer, x: Tensor) -> Tensor:
 
 def by_differential(layer: Layer, x: Tensor) -> Tensor:
     q, k, v = projected(layer, x)
-    weights = weights_of(q[..., :8], k[..., :8]) - layer.share[..., None] * weights_of(q[..., 8:], k[..., 8:])
+    half = layer.head_dim // 2
+    first, second = weights_of(q[..., :half], k[..., :half]), weights_of(q[..., half:], k[..., half:])
+    weights = first - layer.share[..., None] * second
     return layer.out_proj(taken(weights, v).flatten(2))
 
 
@@ -131,18 +140,32 @@ def by_shared(layers: nn.ModuleList, x: Tensor) -> Tensor:
 
 
 def by_latent(layer: Layer, x: Tensor) -> Tensor:
-    q = layer.to_q(x).unflatten(-1, (4, 24))
+    q = layer.to_q(x).unflatten(-1, (4, layer.head_dim))
     one, narrow = layer.down(x)[..., :8], layer.down(x)[..., 8:]
-    both = layer.up(layer.norm(narrow)).unflatten(-1, (4, 32))
-    one = turned(one[:, :, None], 8).expand(-1, -1, 4, -1)
-    k = torch.cat([one, both[..., :16]], dim=-1)
-    return layer.out_proj(taken(weights_of(turned(q, 8), k, future(x.shape[1])), both[..., 16:]).flatten(2))
+    both = repeated(layer, layer.up(layer.norm(narrow)).unflatten(-1, (layer.num_kv_heads, -1)))
+    one, plain = turned(one[:, :, None], 8).expand(-1, -1, 4, -1), layer.head_dim - 8
+    k = torch.cat([one, both[..., :plain]], dim=-1)
+    return layer.out_proj(taken(weights_of(turned(q, 8), k, future(x.shape[1])), both[..., plain:]).flatten(2))
 
 
 def by_cosine(layer: Layer, x: Tensor) -> Tensor:
     q, k, v = projected(layer, x)
     q, k = q / q.norm(dim=-1, keepdim=True), k / k.norm(dim=-1, keepdim=True)
     return layer.out_proj(taken(weights_of(q * layer.temperature, k, scale=1.0), v).flatten(2))
+
+
+def by_prefix(layer: Layer, x: Tensor) -> Tensor:
+    q, k, v = projected(layer, x)
+    pairs = ((layer.more_k, k), (layer.more_v, v))
+    k, v = (torch.cat([repeated(layer, more[None].expand(len(x), -1, -1, -1)), own], dim=1) for more, own in pairs)
+    return layer.out_proj(taken(weights_of(q, k), v).flatten(2))
+
+
+def by_narrow(layer: Layer, x: Tensor) -> Tensor:
+    q = layer.to_q(x).unflatten(-1, (4, layer.head_dim))
+    both = repeated(layer, layer.up(layer.down(x)).unflatten(-1, (layer.num_kv_heads, -1)))
+    out = taken(weights_of(q, both[..., : layer.head_dim]), both[..., layer.head_dim :]).flatten(2)
+    return layer.out_proj(out * layer.gate(x).sigmoid())
 
 
 RECIPES: dict[str, Callable[[Layer, Tensor], Tensor]] = {
@@ -159,14 +182,41 @@ RECIPES: dict[str, Callable[[Layer, Tensor], Tensor]] = {
 }
 
 
+Built = Callable[..., Any]
+BUILT: dict[str, Built] = {
+    "rotary": lambda **heads: plain(rotary=Rotary(heads["head_dim"] or 16), causal=True, **heads),
+    "normed": lambda **heads: plain(qk_norm="rms", **heads),
+    "alibi": lambda **heads: plain(position_bias=AlibiBias(4), causal=True, **heads),
+    "t5_layers": lambda **heads: plain(
+        position_bias=RelativePositionBias(4, num_buckets=32, max_distance=128), softmax_scale=1.0, **heads
+    ),
+    "sinks": lambda **heads: plain(sinks=torch.zeros(4), window=(127, 0), **heads),
+    "gated": lambda **heads: page()["Gated"](64, 4, batch_first=True, **heads),
+    "differential": lambda **heads: page()["Differential"](64, 4, batch_first=True, **heads),
+    "shared": lambda **heads: Shared(plain(causal=True, **heads) for _ in range(2)),
+    "latent": lambda **heads: page()["Latent"](
+        64, 4, 32, batch_first=True, rotary=Rotary(heads["head_dim"] or 16, dim=8), causal=True, **heads
+    ),
+    "cosine": lambda **heads: page()["Cosine"](64, 4, batch_first=True, **heads),
+    "Prefix": lambda **heads: page("heads")["Prefix"](64, 4, batch_first=True, **heads),
+    "Latent": lambda **heads: page("heads")["Latent"](64, 4, latent=16, batch_first=True, **heads),
+}
+"""The recipes with other heads, and those of `docs/heads.md` that size parameters by the heads."""
+FORMULAS = {**RECIPES, "Prefix": by_prefix, "Latent": by_narrow}
+
+
+def plain(**options: Any) -> FlashMultiHeadAttention:
+    return FlashMultiHeadAttention(64, 4, batch_first=True, **options)
+
+
 class Shared(nn.ModuleList):
     """Two layers, the second with the keys and values of the first."""
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, **told: Any) -> Tensor:
         first, second = self
         kv = first.keys_values(x, x)
-        y, _ = first(x, x, x, kv=kv, need_weights=False)
-        out: Tensor = second(y, y, y, kv=kv, need_weights=False)[0]
+        y, _ = first(x, x, x, kv=kv, need_weights=False, **told)
+        out: Tensor = second(y, y, y, kv=kv, need_weights=False, **told)[0]
         return out
 
 
@@ -177,16 +227,20 @@ def recipe(name: str) -> nn.Module:
         made: nn.Module = Shared([names["first"], names["second"]])
     else:
         made = names[name][0] if name == "t5_layers" else names[name]
-    made = copy.deepcopy(made)
+    return moved(copy.deepcopy(made))
+
+
+def moved(layer: nn.Module) -> nn.Module:
+    """A layer with no parameter where it started."""
     torch.manual_seed(0)
     with torch.no_grad():
-        for parameter in made.parameters():
+        for parameter in layer.parameters():
             parameter.add_(0.2 * torch.randn_like(parameter))
-    return made
+    return layer
 
 
-def called(layer: Layer, x: Tensor) -> Tensor:
-    out: Tensor = layer(x) if isinstance(layer, Shared) else layer(x, x, x, need_weights=False)[0]
+def called(layer: Layer, x: Tensor, **told: Any) -> Tensor:
+    out: Tensor = layer(x, **told) if isinstance(layer, Shared) else layer(x, x, x, need_weights=False, **told)[0]
     return out
 
 
@@ -200,11 +254,43 @@ def close(got: Tensor | None, want: Tensor | None, largest: float, name: str) ->
 @settings(max_examples=8)
 @given(batch=st.integers(1, 3), seqlen=st.integers(1, 40), seed=st.integers(0, 2**16))
 def test_a_recipe_computes_what_its_formula_says(name: str, batch: int, seqlen: int, seed: int) -> None:
-    layer = recipe(name)
+    check(recipe(name), RECIPES[name], batch, seqlen, seed)
+
+
+@pytest.mark.parametrize("name", BUILT)
+@settings(max_examples=8)
+@given(
+    num_kv_heads=st.sampled_from((None, 1, 2)),
+    head_dim=st.sampled_from((None, 12, 24)),
+    value_head_dim=st.sampled_from((None, 8, 20)),
+    seed=st.integers(0, 2**16),
+)
+def test_a_recipe_takes_other_heads(name: str, seed: int, **heads: Any) -> None:
+    check(moved(BUILT[name](**heads)), FORMULAS[name], 2, 9, seed)
+
+
+@pytest.mark.parametrize("name", BUILT)
+@settings(max_examples=6)
+@given(lengths=st.lists(st.integers(1, 12), min_size=1, max_size=3), heads=st.sampled_from((None, 1, 2)))
+def test_a_recipe_computes_each_item_as_if_it_were_alone(name: str, lengths: list[int], heads: int | None) -> None:
+    layer = moved(BUILT[name](num_kv_heads=heads, head_dim=None, value_head_dim=8))
+    items = [torch.randn(1, n, 64) for n in lengths]
+    alone = [called(layer, item) for item in items]
+    cuts = torch.tensor([0, *lengths]).cumsum(0)
+    packed = called(layer, torch.cat(items, dim=1), attn_mask=Documents(cuts))
+    torch.testing.assert_close(packed, torch.cat(alone, dim=1), atol=1e-5, rtol=1e-4)
+    padded = torch.cat([F.pad(item, (0, 0, 0, max(lengths) - item.shape[1]), value=3.0) for item in items])
+    out = called(layer, padded, key_padding_mask=KeyLengths(torch.tensor(lengths)))
+    for row, want in zip(out, alone):
+        torch.testing.assert_close(row[: want.shape[1]], want[0], atol=1e-5, rtol=1e-4)
+
+
+def check(layer: Layer, formula: Callable[[Layer, Tensor], Tensor], batch: int, seqlen: int, seed: int) -> None:
+    """Output and every gradient of a layer are those of a formula."""
     exact = copy.deepcopy(layer).double()
     x = noise(seed, batch, seqlen, 64, dtype=torch.float32).requires_grad_()
     y = x.detach().double().requires_grad_()
-    out, want = called(layer, x), RECIPES[name](exact, y)
+    out, want = called(layer, x), formula(exact, y)
     close(out, want, max(1.0, want.abs().max().item()), "out")
     out.square().sum().backward()
     want.square().sum().backward()

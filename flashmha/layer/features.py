@@ -23,7 +23,7 @@ OWN_PROJECTIONS = ("has_in_proj", "has_out_proj")
 
 SPECIAL = (
     *HOPS,
-    *("num_kv_heads", "free_head_dim", "value_head_dim", "window", "causal", "softcap", "softmax_scale"),
+    *("free_num_kv_heads", "free_head_dim", "free_value_head_dim", "window", "causal", "softcap", "softmax_scale"),
     *("backend", "call_out_proj"),
     *EXTRA_KEYS,
 )

@@ -30,13 +30,14 @@ from .hops import (
     check_attended,
     check_heads,
     check_output,
+    check_projected,
     check_weights,
     refuse_weights,
     say_heads,
     take_three,
 )
 from .keys_values import with_stand_ins
-from .options import counted_by, owns_parts, rule_of
+from .options import owns_parts, rule_of
 from .places import Places, count_real, find_places, read_places
 from .precision import computing_dtype, weights_dtype
 from .problems import Problems
@@ -206,9 +207,12 @@ def prepare_call(layer: Layer, call: Reading, given: Arguments, wanted: Wanted, 
         key = value = None  # type: ignore[assignment]
     if dtype is None:
         projected = layer.project(query, key, value)
-        heads = take_three("project", projected) if custom else projected
-        if kv is not None and custom:
-            check_absent("project", heads, (query, key, value))
+        heads = projected
+        if custom:
+            heads = take_three("project", projected)
+            check_projected(layer, heads)
+            if kv is not None:
+                check_absent("project", heads, (query, key, value))
     else:
         heads = projected = projection.project_inputs(layer, query, key, value, dtype)
     named: Places = (None, None)
@@ -231,7 +235,7 @@ def prepare_call(layer: Layer, call: Reading, given: Arguments, wanted: Wanted, 
                 check_absent("process_heads", heads, before_hop)
     q, k, v = heads if kv is None else (heads[0], *kv)
     if custom or kv is not None:
-        check_heads(layer, projected, (q, k, v), query.shape[0], query.shape[1])
+        check_heads(layer, projected, (q, k, v), query.shape[0], query.shape[1], kv is not None)
     if dtype is None and is_autocasting():
         q, k, v = autocast(q, k, v)
     before = after = 0
@@ -288,12 +292,7 @@ def add_position_bias(mine: Any, bias: Bias | None, q: Tensor, k: Tensor, goes_o
 def attend_nested(layer: Layer, given: Arguments) -> tuple[Tensor, Tensor | None]:
     """Nested tensors: padded for the layer, and nested again; what the padding would hold is not computed."""
     query, key, value = given.query, given.key, given.value
-    counted = counted_by(layer)
-    if counted is not None and query is not key:
-        raise AssertionError(
-            f"{counted} beside nested query and key of their own lengths is not supported: the last query of each item "
-            "would have to sit at its own last key; call the layer item by item."
-        )
+    nested.check_lengths(layer, query, key, value)
     same_q, same_kv = query is key, key is value
     dense_k, valid_k = nested.pad(key)
     dense_v = dense_k if same_kv else nested.pad(value)[0]

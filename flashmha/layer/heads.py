@@ -15,8 +15,8 @@ from ..problem.windows import Window
 from . import features, options, projection
 from .checks import check_dtypes
 from .features import find_replaced
-from .hops import check_signatures, warn_of_misspelled_hops
-from .options import PARTS, STOCK_VALUES, part
+from .hops import check_attributes, check_signatures, warn_of_misspelled_hops
+from .options import HEAD_SIZES, PARTS, STOCK_VALUES, part
 from .problems import Problems, run_problem
 from .state import suggest_grouping
 from .stock import StockForward, refuse_torchscript
@@ -25,14 +25,14 @@ from .stock import StockForward, refuse_torchscript
 class CustomHeads(StockForward):
     """``nn.MultiheadAttention`` with options, which the class's values lack, and with hops."""
 
-    __jit_unused_properties__ = list(PARTS)
+    __jit_unused_properties__ = [*PARTS, *HEAD_SIZES]
     bias_k: Tensor | None
     bias_v: Tensor | None
 
     # the state of a stock module has none of these
-    num_kv_heads: int | None = None
+    free_num_kv_heads: int | None = None
     free_head_dim: int | None = None
-    value_head_dim: int | None = None
+    free_value_head_dim: int | None = None
     q_norm = part("q_norm")
     k_norm = part("k_norm")
     rotary = part("rotary")
@@ -61,7 +61,28 @@ class CustomHeads(StockForward):
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         check_signatures(cls)
+        check_attributes(cls)
         warn_of_misspelled_hops(cls)
+
+    @property
+    def num_kv_heads(self) -> int:
+        """Heads of keys and values."""
+        return self.free_num_kv_heads or self.num_heads
+
+    @num_kv_heads.setter
+    def num_kv_heads(self, number: int | None) -> None:
+        options.check_kv_heads(self.num_heads, number)
+        self.free_num_kv_heads = None if number == self.num_heads else number
+
+    @property
+    def value_head_dim(self) -> int:
+        """Features of a head of values."""
+        return self.free_value_head_dim or self.head_dim
+
+    @value_head_dim.setter
+    def value_head_dim(self, size: int | None) -> None:
+        options.check_option_size("value_head_dim", size)
+        self.free_value_head_dim = None if size == self.head_dim else size
 
     @torch.jit.unused
     def project(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from .features import HOPS, find_overridden, is_ours, is_written
+from .options import HEAD_SIZES
 from .protocol import Layer
 
 TAKEN = {
@@ -36,6 +37,16 @@ def check_signatures(kind: type[Any]) -> None:
                 f"{name} must take (self, {', '.join(taken)}{keywords}) in {kind.__name__}, got "
                 f"{inspect.signature(hop)}: {error}."
             ) from None
+
+
+def check_attributes(kind: type[Any]) -> None:
+    """Raise ``TypeError`` where a class says the sizes of its heads beside the constructor, which reads them alone."""
+    for name in HEAD_SIZES:
+        if name in vars(kind):
+            raise TypeError(
+                f"{name} must be an argument of the constructor, got an attribute of {kind.__name__}: hand it to "
+                "super().__init__, or give it another name."
+            )
 
 
 ALIKE, LETTERS = 0.8, 2
@@ -77,6 +88,36 @@ def take_three(name: str, heads: Any) -> tuple[Any, Any, Any]:
     return heads[0], heads[1], heads[2]
 
 
+OPTIONS = (("num_kv_heads", 1, 2), ("head_dim", 1, 3), ("value_head_dim", 2, 3))
+"""Each option that says what keys and values are like: of which of q, k and v, and on which axis."""
+
+
+def check_projected(layer: Layer, heads: Any) -> None:
+    """Raise where an overridden ``project`` made other heads than the constructor was told."""
+    for option, place, axis in OPTIONS:
+        told, made = getattr(layer, f"free_{option}"), heads[place]
+        if told is not None and isinstance(made, Tensor) and made.dim() == 4 and made.shape[axis] != told:
+            raise ValueError(
+                f"project must return {'qkv'[place]} of {option}={told}, which {type(layer).__name__} was built with, "
+                f"got {made.shape[axis]} in shape {describe_shape(made)}: use self.{option} in project, or build the "
+                f"layer without {option}."
+            )
+
+
+def check_kv(layer: Layer, k: Tensor, v: Tensor) -> None:
+    """Raise where keys and values that were made before are none that the layer itself would make."""
+    if not is_ours(layer, "process_heads"):
+        return  # which may make any, see check_heads
+    whole = is_ours(layer, "project")
+    for option, place, axis in OPTIONS:
+        wanted, found = getattr(layer, option), (k, v)[place - 1].shape[axis]
+        if found != wanted and (whole or getattr(layer, f"free_{option}") is not None):
+            raise ValueError(
+                f"kv must have {option}={wanted}, as this layer has, got {found} in shapes {tuple(k.shape)} and "
+                f"{tuple(v.shape)}: build the layers that share it with one {option}."
+            )
+
+
 def check_absent(name: str, made: Any, wanted: Any) -> None:
     """Raise where a hop made something of ``None``: heads that were not asked for."""
     for tensor, one, letter in zip(made, wanted, "qkv"):
@@ -87,10 +128,15 @@ def check_absent(name: str, made: Any, wanted: Any) -> None:
             )
 
 
-def check_heads(layer: Layer, projected: Any, heads: Any, batch: int, seqlen_q: int) -> None:
+def check_heads(layer: Layer, projected: Any, heads: Any, batch: int, seqlen_q: int, has_kv: bool) -> None:
     """Raise where q, k and v are not heads; the error names the first hop that made them so."""
     if are_heads(heads, batch, seqlen_q):
         return
+    if has_kv and isinstance(heads[0], Tensor) and are_heads((heads[0],) * 3, batch, seqlen_q):
+        raise ValueError(
+            f"kv must have keys of head_dim={heads[0].shape[3]}, as q has, got {heads[1].shape[3]}: take it from "
+            "keys_values of a layer like this one."
+        )
     for name, made in (("project", projected), ("process_heads", heads)):
         if not is_ours(layer, name) and not are_heads(made, batch, seqlen_q):
             raise ValueError(

@@ -12,6 +12,7 @@ import torch
 import torch.fx
 from torch import Tensor, nn
 
+from ..problem.keywords import names_what_was_meant
 from ..problem.scores import Bias
 from ..problem.windows import Window
 from . import demands, keys_values, options, projection
@@ -19,7 +20,7 @@ from .features import EXTRA_KEYS, OWN_PROJECTIONS, SPECIAL
 from .forward import call_layer
 from .heads import CustomHeads
 from .hops import check_projections
-from .options import STOCK_VALUES
+from .options import MEANT_OPTIONS, STOCK_VALUES
 from .twin import make_layer, make_stock
 from .written import Written
 
@@ -90,6 +91,7 @@ class FlashMultiHeadAttention(CustomHeads):
     __jit_ignored_attributes__ = [*STOCK_VALUES, *EXTRA_KEYS, *OWN_PROJECTIONS, "_written"]
     _written = Written((*SPECIAL, "forward"))
 
+    @names_what_was_meant(MEANT_OPTIONS)
     def __init__(
         self,
         embed_dim: int,
@@ -141,8 +143,11 @@ class FlashMultiHeadAttention(CustomHeads):
         }
         sizes = {"num_kv_heads": num_kv_heads, "head_dim": head_dim, "value_head_dim": value_head_dim}
         options.check_options({**said, **sizes})
+        size = options.find_head_dim(embed_dim, num_heads, head_dim)
         options.check_kv_heads(num_heads, num_kv_heads)
         options.check_sinks(sinks, num_heads)
+        options.check_rotary(rotary, size)
+        norms = options.make_norms(qk_norm, size, device, dtype)
         check_projections(self)
         divided = head_dim is None or head_dim * num_heads == embed_dim
         super().__init__(
@@ -160,12 +165,10 @@ class FlashMultiHeadAttention(CustomHeads):
         )
         if not divided:
             self.num_heads, self.head_dim = num_heads, head_dim
-        options.check_rotary(rotary, self.head_dim)
-        norms = options.make_norms(qk_norm, self.head_dim, device, dtype)
         sizes = {
-            "num_kv_heads": num_kv_heads if num_kv_heads != num_heads else None,
+            "free_num_kv_heads": num_kv_heads if num_kv_heads != num_heads else None,
             "free_head_dim": None if divided else head_dim,
-            "value_head_dim": value_head_dim if value_head_dim != self.head_dim else None,
+            "free_value_head_dim": value_head_dim if value_head_dim != size else None,
         }
         said |= {**sizes, "q_norm": norms[0], "k_norm": norms[1]}
         for name, value in said.items():
@@ -211,8 +214,8 @@ class FlashMultiHeadAttention(CustomHeads):
                 and biases count slots all the same.
             key_positions: of the keys, (seqlen_k) or (batch, seqlen_k); without them keys that are as many as the
                 queries have the positions of these.
-            kv: keys and values (batch, seqlen_k, heads_kv, head_dim) as ``keys_values`` makes them, taken as they
-                are. ``key`` and ``value`` are not read then, and may be anything.
+            kv: keys and values (batch, seqlen_k, heads_kv, head_dim) as ``keys_values`` of this layer, or of one with
+                the same heads, makes them. ``key`` and ``value`` are not read then, and may be anything.
             cache: what earlier calls left, such as a ``StaticCache``; the call's own keys and values are put behind it.
                 Masks and padding that are tensors speak of the call's own keys alone, which every query sees beside
                 the earlier ones; rotary, windows, rules and biases by distance go on where the cache stopped. Weights

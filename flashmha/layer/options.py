@@ -5,6 +5,7 @@ reads them.
 """
 
 import math
+import numbers
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,12 +20,16 @@ from .protocol import Layer
 PARTS = ("q_norm", "k_norm", "rotary", "position_bias", "sinks")
 """Options that a layer owns as a module or a parameter; a ``position_bias`` may be a plain object."""
 
+HEAD_SIZES = ("num_kv_heads", "value_head_dim")
+"""What a layer says of its heads beyond stock: numbers in every layer, out of others where they are not free."""
+
 SWITCHES = ("call_out_proj", "need_weights", "trust_is_causal", "skip_padding")
 
 STOCK_VALUES: dict[str, Any] = {
-    "num_kv_heads": None,
-    "free_head_dim": None,  # the stock class has a head_dim of its own
-    "value_head_dim": None,
+    # what is free of stock's own; ``num_kv_heads``, ``head_dim`` and ``value_head_dim`` of a layer are always numbers
+    "free_num_kv_heads": None,
+    "free_head_dim": None,
+    "free_value_head_dim": None,
     "window": None,
     "causal": False,
     "softcap": None,
@@ -38,7 +43,21 @@ STOCK_VALUES: dict[str, Any] = {
 }
 """Every option, and its value in a layer that has none."""
 
-CONSTRUCTOR_ONLY = ("num_kv_heads", "free_head_dim", "value_head_dim", *PARTS)
+MEANT_OPTIONS = {
+    **dict.fromkeys(("rope", "rotary_emb", "rope_parameters", "rope_scaling"), "rotary"),
+    **dict.fromkeys(("alibi", "alibi_slopes", "attn_bias", "relative_bias"), "position_bias"),
+    **dict.fromkeys(("num_key_value_heads", "n_kv_heads", "heads_kv"), "num_kv_heads"),
+    **dict.fromkeys(("heads", "n_heads", "nhead", "num_attention_heads"), "num_heads"),
+    **dict.fromkeys(("d_model", "hidden_size", "dim"), "embed_dim"),
+    **dict.fromkeys(("sliding_window", "window_size"), "window"),
+    **dict.fromkeys(("scale", "scaling"), "softmax_scale"),
+    **dict.fromkeys(("dropout_p", "attention_dropout"), "dropout"),
+    **dict.fromkeys(("qkv_bias", "attention_bias"), "bias"),
+    "is_causal": "causal",
+}
+"""What other libraries call an argument of the constructor."""
+
+CONSTRUCTOR_ONLY = ("free_num_kv_heads", "free_head_dim", "free_value_head_dim", *PARTS)
 """Options of one layer, which come with parameters or objects: a swap sets none of them."""
 
 
@@ -123,9 +142,7 @@ def check_options(options: dict[str, Any]) -> None:
     for name in ("softcap", "softmax_scale"):
         check_number(name, options.get(name))
     for name in ("head_dim", "value_head_dim"):
-        size = options.get(name)
-        if size is not None and (type(size) is not int or size < 1):
-            raise ValueError(f"{name} must be a whole number of at least 1, got {size!r}.")
+        check_option_size(name, options.get(name))
     for name in ("q_norm", "k_norm", "rotary"):
         module = options.get(name)
         if module is not None and not isinstance(module, nn.Module):
@@ -145,15 +162,48 @@ def check_number(name: str, number: Any) -> None:
         return
     if isinstance(number, bool) or not isinstance(number, (int, float)):
         raise TypeError(f"{name} must be a number or None, got {spell(number)}.")
-    if not math.isfinite(number) or (name == "softcap" and number <= 0):
-        raise ValueError(f"{name} must be finite{' and greater than 0' * (name == 'softcap')}, got {number}.")
+    if not math.isfinite(number) or number <= 0:
+        raise ValueError(f"{name} must be finite and greater than 0, got {number}.")
+
+
+def check_option_size(name: str, size: Any) -> None:
+    """Raise where a size of heads is none."""
+    if size is not None and not is_size(size):
+        raise ValueError(f"{name} must be a whole number of at least 1, got {size!r}.")
+
+
+def is_size(size: Any) -> bool:
+    """A whole number of at least 1, of Python's or of another library."""
+    return isinstance(size, numbers.Integral) and not isinstance(size, bool) and int(size) >= 1
+
+
+def find_head_dim(embed_dim: Any, num_heads: Any, head_dim: int | None) -> int:
+    """Features of a head.
+
+    Raises:
+        TypeError, AssertionError: they make no heads; in the words of ``nn.MultiheadAttention`` where it raises too.
+    """
+    for name, number in (("embed_dim", embed_dim), ("num_heads", num_heads)):
+        if not hasattr(number, "__index__"):
+            raise TypeError(f"{name} must be a whole number, got {spell(number)}.")
+    if head_dim is not None:
+        return head_dim
+    if embed_dim <= 0 or num_heads <= 0:
+        return 0  # stock's constructor says it
+    if embed_dim % num_heads:
+        raise AssertionError(
+            f"embed_dim must be divisible by num_heads, got embed_dim={embed_dim} and num_heads={num_heads}; give "
+            "head_dim=, with which it need not be."
+        )
+    return int(embed_dim // num_heads)
 
 
 def check_kv_heads(num_heads: int, num_kv_heads: int | None) -> None:
     """Raise ``ValueError`` where query heads cannot share the heads of keys and values evenly."""
-    if num_kv_heads is not None and (num_kv_heads < 1 or num_heads % num_kv_heads):
+    if num_kv_heads is not None and (not is_size(num_kv_heads) or num_heads % num_kv_heads):
         raise ValueError(
-            f"num_kv_heads must be a divisor of num_heads, got num_heads={num_heads} and num_kv_heads={num_kv_heads}."
+            "num_kv_heads must be a whole number of at least 1 that divides num_heads, got "
+            f"num_heads={num_heads} and num_kv_heads={num_kv_heads!r}."
         )
 
 
@@ -183,6 +233,13 @@ def make_norms(qk_norm: Any, head_dim: int, device: Any, dtype: Any) -> tuple[nn
         kind: Any = kinds[qk_norm]
         return tuple(kind(head_dim, device=device, dtype=dtype) for _ in range(2))  # type: ignore[return-value]
     if isinstance(qk_norm, (tuple, list)) and len(qk_norm) == 2 and all(isinstance(x, nn.Module) for x in qk_norm):
+        for module in qk_norm:
+            over = getattr(module, "normalized_shape", (head_dim,))
+            if tuple(over) != (head_dim,):
+                raise ValueError(
+                    f"qk_norm must be norms over head_dim={head_dim}, got {type(module).__name__} over {tuple(over)}: "
+                    f"{type(module).__name__}({head_dim})."
+                )
         return qk_norm[0], qk_norm[1]
     raise ValueError(
         f"qk_norm must be 'rms', 'layer' or a pair of modules (q_norm, k_norm) over the last axis, got "

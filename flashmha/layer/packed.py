@@ -93,7 +93,7 @@ class PackedNested(Packed):
         self.documents = Documents(offsets, max_seqlen=int(offsets.diff().max()), total=total)
 
     def pack(self, other: Tensor) -> Tensor:
-        if not nested.is_jagged(other) or not nested.as_long(other, self.like):
+        if not nested.is_jagged(other) or not nested.are_as_long(other, self.like):
             raise ValueError(
                 f"other must be a jagged nested tensor with the lengths of these items, got {spell(other)}."
             )

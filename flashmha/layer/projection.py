@@ -37,7 +37,7 @@ def sizes_of(layer: Layer) -> Sizes:
     """The heads of a layer."""
     heads = layer.num_heads
     head_dim = layer.free_head_dim or layer.embed_dim // heads
-    return Sizes(heads, layer.num_kv_heads or heads, head_dim, layer.value_head_dim or head_dim)
+    return Sizes(heads, layer.free_num_kv_heads or heads, head_dim, layer.free_value_head_dim or head_dim)
 
 
 def project_inputs(
@@ -50,14 +50,14 @@ def project_inputs(
     packed_weight, bias = parameters(layer, "in_proj_weight", "in_proj_bias")
     if not layer.batch_first:  # as the caller's tensors lie, so that a projection is one operator
         query, key, value = change_each_once(swap_axes, query, key, value)
-    whole = layer.value_head_dim is None and query is not None and key is not None
+    whole = layer.free_value_head_dim is None and query is not None and key is not None
     if layer._qkv_same_embed_dim and whole:  # which of the two sets of weights counts is the flag's to say
         weight, bias = cast_weights(packed_weight, bias, dtype)
         if dtype is not None:
             query, key, value = change_each_once(lambda x: x.to(dtype), query, key, value)
         heads = layer.num_heads
         head_dim = layer.free_head_dim or layer.embed_dim // heads
-        heads_kv = layer.num_kv_heads or heads
+        heads_kv = layer.free_num_kv_heads or heads
         turned = not (layer.rotary is None and layer.q_norm is None and layer.k_norm is None)
         return by_one_matrix(
             query, key, value, weight, bias, heads, heads_kv, head_dim, layer.batch_first, turned=turned

@@ -17,6 +17,7 @@ class Layer(Protocol):
     kdim: int
     vdim: int
     num_heads: int
+    head_dim: int
     dropout: float
     training: bool
     batch_first: bool
@@ -39,9 +40,14 @@ class Layer(Protocol):
     _modules: dict[str, Any]
 
     # options
-    num_kv_heads: int | None
+    free_num_kv_heads: int | None
     free_head_dim: int | None
-    value_head_dim: int | None
+    free_value_head_dim: int | None
+
+    @property
+    def num_kv_heads(self) -> int: ...
+    @property
+    def value_head_dim(self) -> int: ...
 
     @property
     def q_norm(self) -> Any: ...

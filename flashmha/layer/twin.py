@@ -16,7 +16,7 @@ from .features import (
     find_replaced,
     find_shadows,
 )
-from .options import PARTS, STOCK_VALUES
+from .options import HEAD_SIZES, PARTS, STOCK_VALUES
 
 STOCK_FORWARD = nn.MultiheadAttention.forward
 """PyTorch's own, as it was when this package was imported."""
@@ -67,7 +67,7 @@ def why_not_ours(module: nn.MultiheadAttention) -> str | None:
     own = find_shadows(module)
     if own:
         return f"has a {', '.join(own)} of its own on the instance, which would run in place of ours"
-    names = (*STOCK_VALUES, *HOPS, *EXTRA_KEYS, *OWN_PROJECTIONS, *METHODS)
+    names = (*STOCK_VALUES, *HOPS, *EXTRA_KEYS, *OWN_PROJECTIONS, *HEAD_SIZES, *METHODS)
     used = [name for name in names if hasattr(module, name)]
     if used:
         return f"has an attribute {', '.join(used)} of its own, which would mean something else after a swap"

@@ -33,6 +33,9 @@ from .wording import spell
 Kind = TypeVar("Kind", bound="Mask")
 
 
+A_RULE = "Rule(fn) says any pattern, with an fn(batch, head, q_pos, k_pos) that returns a bool tensor"
+
+
 class Mask(abc.ABC):
     """A rule that says which query may look at which key; ``True`` = may attend.
 
@@ -103,6 +106,14 @@ class Mask(abc.ABC):
         return combine((*self.parts, *other.parts))
 
     __rand__ = __and__
+
+    def __or__(self, other: object) -> Mask:
+        raise TypeError(f"masks must be combined with &, got |; {A_RULE}, such as (k_pos <= q_pos) | (k_pos < 4).")
+
+    __ror__ = __or__
+
+    def __invert__(self) -> Mask:
+        raise TypeError(f"a mask must be taken as it is, got ~; {A_RULE}, such as ~(k_pos <= q_pos).")
 
     def materialize(
         self,

@@ -147,8 +147,8 @@ def find_different(attentions: list[FlashMultiHeadAttention]) -> list[FlashMulti
 
 
 form_of = operator.attrgetter(
-    *("batch_first", "trust_is_causal", "window", "causal", "softcap", "backend", "num_heads", "num_kv_heads"),
-    *("embed_dim", "free_head_dim", "value_head_dim", "add_zero_attn"),
+    *("batch_first", "trust_is_causal", "window", "causal", "softcap", "backend", "num_heads", "free_num_kv_heads"),
+    *("embed_dim", "free_head_dim", "free_value_head_dim", "add_zero_attn"),
 )
 
 

@@ -38,7 +38,7 @@ def why_not_yet(module: nn.Module) -> str | None:
     given, before = vars(module).get(UNDO, {}).get(CLASS, (None, None))
     if given is not None and type(module) is not given:
         return "changed class since, which has to be undone before restore_mha can"
-    grouped = before is nn.MultiheadAttention and getattr(module, "num_kv_heads", None) not in (None, module.num_heads)
+    grouped = before is nn.MultiheadAttention and getattr(module, "free_num_kv_heads", None) is not None
     return "got grouped heads since, which nn.MultiheadAttention has not" if grouped else None
 
 
