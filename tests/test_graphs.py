@@ -551,7 +551,8 @@ def test_checkpoint_draws_the_same_dropout_again(problem: tuple[Blueprint, Call]
         layers=blueprints(dtypes=(torch.float32,)), **SIZED, paddings=("none", "bool"), attn_masks=HIDING, grad=(False,)
     ),
 )
-def test_autocast_gives_the_dtypes_and_values_of_stock(problem: tuple[Blueprint, Call]) -> None:
+def test_autocast_gives_the_dtypes_of_stock_and_the_values(problem: tuple[Blueprint, Call]) -> None:
+    """The values of float32, which stock misses beside a float mask that shifts a row far."""
     blueprint, call = problem
     assume(not (call.hint_alone and blueprint.extra_columns))
     stock = blueprint.build()
@@ -565,7 +566,6 @@ def test_autocast_gives_the_dtypes_and_values_of_stock(problem: tuple[Blueprint,
         assert found[name].dtype == wanted[name].dtype, name
         scale = max(1.0, exact[name].abs().max().item())
         torch.testing.assert_close(found[name].float(), exact[name], atol=0.1 * scale, rtol=0.0)
-        torch.testing.assert_close(found[name].float(), wanted[name].float(), atol=0.1 * scale, rtol=0.0)
 
 
 @given(problem=problems(), way=st.sampled_from(("meta", "fake")), training=st.booleans())

@@ -247,7 +247,7 @@ def called(layer: Layer, x: Tensor, **told: Any) -> Tensor:
 def close(got: Tensor | None, want: Tensor | None, largest: float, name: str) -> None:
     """Close for a float32 that was added up out of numbers as large as ``largest``."""
     assert got is not None and want is not None, name
-    torch.testing.assert_close(got.double(), want, atol=2e-5 * largest, rtol=2e-4, msg=lambda text: f"{name}: {text}")
+    torch.testing.assert_close(got.double(), want, atol=5e-5 * largest, rtol=2e-4, msg=lambda text: f"{name}: {text}")
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -330,7 +330,7 @@ def test_a_recipe_runs_in_an_encoder_layer_in_eval(name: str) -> None:
     by_hand = encoder.norm1(x + called(layer, x))
     by_hand = encoder.norm2(by_hand + encoder.linear2(encoder.linear1(by_hand).relu()))
     with torch.no_grad():
-        torch.testing.assert_close(encoder.eval()(x), by_hand)
+        torch.testing.assert_close(encoder.eval()(x), by_hand, atol=5e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("name", [name for name in RECIPES if name != "shared"])
@@ -339,7 +339,7 @@ def test_a_recipe_gives_the_weights_of_its_heads(name: str) -> None:
     x = torch.randn(2, 12, 64)
     want = called(layer, x)
     out, weights = layer(x, x, x, average_attn_weights=False)
-    torch.testing.assert_close(out, want)
+    torch.testing.assert_close(out, want, atol=5e-5, rtol=1e-4)
     assert weights.shape == (2, 4, 12, 12)
     values = projected(layer, x)[2] if name != "latent" else layer.project(x, x, x)[2]
     out = taken(weights, values)
