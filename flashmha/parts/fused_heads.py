@@ -30,25 +30,24 @@ def why_not(x: Tensor) -> str | None:
 class Prepare(torch.autograd.Function):
     """One launch with gradients: of the heads, and of the weights and biases of their norms.
 
-    ``given`` are ``count`` tensors of heads, and then the parameters of the plan's norms.
+    ``given`` are the tensors of heads, one for each norm, and then the parameters of the norms.
     """
 
     @staticmethod
-    def forward(ctx: Any, plan: Plan, slots: Slots | None, count: int, *given: Tensor) -> tuple[Tensor, ...]:
-        ctx.plan, ctx.slots, ctx.count = plan, slots, count
+    def forward(ctx: Any, plan: Plan, slots: Slots | None, *given: Tensor) -> tuple[Tensor, ...]:
+        ctx.plan, ctx.slots = plan, slots
         # a rotation alone needs no heads; torch says where positions, too, were written before the backward
         needed = given if plan.norms else ()
         ctx.save_for_backward(*needed, *((plan.at,) if isinstance(plan.at, Tensor) else ()))
-        return launch(given[:count], plan)
+        return launch(given[: len(plan.norms)] if plan.norms else given, plan)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         plan: Plan = ctx.plan
-        saved = ctx.saved_tensors
-        xs = saved[: ctx.count] if plan.norms else ()
+        xs = ctx.saved_tensors[: len(plan.norms)]
         if torch.is_grad_enabled() or is_batched(grads[0]):  # differentiated again, or many at once
-            return None, None, None, *define_gradients(grads, xs, plan)
-        return None, None, None, *launch_backward(grads, xs, plan, ctx.slots)
+            return None, None, *define_gradients(grads, xs, plan)
+        return None, None, *launch_backward(grads, xs, plan, ctx.slots)
 
 
 def define_gradients(grads: Sequence[Tensor], xs: Sequence[Tensor], plan: Plan) -> list[Tensor | None]:
@@ -70,7 +69,7 @@ def run(xs: Sequence[Tensor], plan: Plan) -> tuple[Tensor, ...]:
     if torch.is_grad_enabled():
         given = [*xs, *plan.parameters]
         if any([x.requires_grad for x in given]):
-            made: tuple[Tensor, ...] = Prepare.apply(plan, find_slots(xs), len(xs), *given)  # type: ignore[no-untyped-call]
+            made: tuple[Tensor, ...] = Prepare.apply(plan, find_slots(xs), *given)  # type: ignore[no-untyped-call]
             return made
     return launch(xs, plan)
 

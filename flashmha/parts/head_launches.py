@@ -151,10 +151,16 @@ def count_chunks(xs: Sequence[Tensor]) -> list[int]:
     return [-(-x.shape[2] // HEADS) for x in xs]
 
 
+@functools.cache
+def kernels() -> Any:
+    """The module of the kernels, found once."""
+    from . import head_kernels
+
+    return head_kernels
+
+
 def launch(xs: Sequence[Tensor], plan: Plan) -> tuple[Tensor, ...]:
     """One or two tensors of heads of the same tokens, prepared."""
-    from .head_kernels import prepare_kernel
-
     first, norms = xs[0], plan.both
     options, numbers = plan.options(first.shape[3], TILE), plan.numbers(xs)
     tensors, steps = both(xs, plan.swapped)
@@ -162,7 +168,7 @@ def launch(xs: Sequence[Tensor], plan: Plan) -> tuple[Tensor, ...]:
     parameters = norms[0].weight, norms[1].weight, norms[0].bias, norms[1].bias
     grid = -(-numbers[0] // options["TOKENS"]), sum(count_chunks(xs))
     with use_device(first.device):
-        prepare_kernel[grid](*tensors, made[0], made[-1], *plan.tables, *parameters, *numbers, *steps, **options)
+        kernels().prepare_kernel[grid](*tensors, made[0], made[-1], *plan.tables, *parameters, *numbers, *steps, **options)
     return made
 
 
@@ -173,9 +179,8 @@ def launch_backward(
 
     ``xs`` are what it took where it normalises; a rotation alone needs none of it.
     """
-    from .head_kernels import prepare_backward_kernel
-
     first, norms, chunks = grads[0], plan.both, count_chunks(grads)
+    programs = sum(chunks)
     options, numbers = plan.options(first.shape[3], BACKWARD_TILE), plan.numbers(grads)
     of_grads, grad_steps = both(grads, plan.swapped)
     of_xs, steps = both(xs, plan.swapped) if xs else NOTHING
@@ -183,11 +188,13 @@ def launch_backward(
     outs, out_steps = both(made, plan.swapped)
     blocks, parameters, sums = -(-numbers[0] // options["TOKENS"]), plan.parameters, None
     if parameters:
-        blocks = min(blocks, -(-PROGRAMS // sum(chunks)))
-        shape = blocks, sum(chunks), len(parameters) // len(grads), first.shape[3]
-        sums = first.new_empty(shape, dtype=torch.float32)
+        blocks = min(blocks, -(-PROGRAMS // programs))
+        # chunks of q and of k are summed at once where there are as many
+        split = (len(chunks), chunks[0]) if chunks[0] == chunks[-1] else (1, programs)
+        kinds = (2,) if norms[0].bias is not None else ()
+        sums = first.new_empty(blocks, *split, *kinds, first.shape[3], dtype=torch.float32)
     with use_device(first.device):
-        prepare_backward_kernel[blocks, sum(chunks)](
+        kernels().prepare_backward_kernel[blocks, programs](
             *of_grads,
             *of_xs,
             *outs,
@@ -209,14 +216,16 @@ NOTHING = (None, None), (0, 0, 0, 0)
 
 
 def add_up(sums: Tensor, parameters: Sequence[Tensor], chunks: Sequence[int]) -> list[Tensor]:
-    """The gradients of the norms' parameters, out of what the programs added up."""
-    blocks, _, kinds, head_dim = sums.shape
+    """The gradients of the norms' parameters, out of what the programs added up.
+
+    ``sums`` is (blocks, 1 or 2 norms, chunks, head_dim), or (.., .., .., 2, head_dim) where there are biases.
+    """
     if chunks[0] == chunks[-1]:
-        total = sums.view(blocks, len(chunks), chunks[0], kinds, head_dim).sum((0, 2))
+        total = sums.sum((0, 2))
     else:
-        total = torch.stack([part.sum((0, 1)) for part in sums.split_with_sizes(list(chunks), 1)])
+        total = torch.stack([part.sum((0, 1, 2)) for part in sums.split_with_sizes(list(chunks), 2)])
     dtype = parameters[0].dtype
-    if dtype != total.dtype and parameters[-1].dtype == dtype:
-        total = total.to(dtype)  # of all at once
-    found = total.view(-1, head_dim).unbind()
+    if dtype != total.dtype and dtype == parameters[-1].dtype:
+        total = total.to(dtype)  # all at once
+    found = (total if total.dim() == 2 else total.flatten(0, 1)).unbind()
     return [one if one.dtype == of.dtype else one.to(of.dtype) for one, of in zip(found, parameters)]

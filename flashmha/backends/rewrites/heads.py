@@ -72,9 +72,9 @@ def find_slots(heads: Sequence[Tensor]) -> Slots | None:
     """The places of heads (batch, seqlen, heads, head_dim) that came as they are, or swapped, out of one ``Heads``."""
     found = [origin_of(x) for x in heads]
     split, _, swapped = found[0]
-    if getattr(split, "_forward_cls", None) is not Heads or any(one[0] is not split for one in found):
+    if getattr(split, "_forward_cls", None) is not Heads:
         return None
-    if any(one[2] != swapped for one in found):
+    if any([node is not split or its != swapped for node, _, its in found]):
         return None
     return Slots(split, [number for _, number, _ in found], swapped)
 
@@ -106,11 +106,11 @@ class Heads(torch.autograd.Function):
         # a gradient that is differentiated again must not look like a view of one of the three
         if torch.is_grad_enabled():
             return torch.cat(grads, dim=-2), None
+        if room is not None and room.complete(grads):
+            return room.memory, None
         if neighbours(grads):
             shape = (*first.shape[:-2], sum(ctx.sizes), first.shape[-1])
             return first.as_strided(shape, first.stride(), first.storage_offset()), None
-        if room is not None and room.complete(grads):
-            return room.memory, None
         return torch.cat(grads, dim=-2), None
 
 
