@@ -68,7 +68,7 @@ def run(xs: Sequence[Tensor], plan: Plan) -> tuple[Tensor, ...]:
     """One launch; differentiable where something wants gradients."""
     if torch.is_grad_enabled():
         given = [*xs, *plan.parameters]
-        if any([x.requires_grad for x in given]):
+        if any(x.requires_grad for x in given):
             made: tuple[Tensor, ...] = Prepare.apply(plan, find_slots(xs), *given)  # type: ignore[no-untyped-call]
             return made
     return launch(xs, plan)

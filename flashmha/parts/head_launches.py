@@ -25,8 +25,6 @@ PROGRAMS = 2112
 """Programs at most where each adds up gradients of weights: 16 on each of an H200's processors."""
 Steps = tuple[int, int]
 """The strides of tokens and of heads, where heads lie as rows of one token after another."""
-LAYOUTS = 256
-"""Layouts of heads whose steps are remembered: to work them out took a fifth of the Python around a kernel."""
 
 
 def is_swapped(x: Tensor) -> bool:
@@ -34,24 +32,17 @@ def is_swapped(x: Tensor) -> bool:
     return x.shape[0] > 1 and x.shape[1] > 1 and x.stride(0) < x.stride(1)
 
 
-@functools.lru_cache(maxsize=LAYOUTS)
-def find_steps(shape: tuple[int, ...], stride: tuple[int, ...], swapped: bool) -> Steps | None:
-    """The steps of heads (batch, seqlen, heads, head_dim) in an order of tokens; ``None`` where they lie otherwise."""
-    if stride[3] != 1 and shape[3] != 1:
-        return None
-    (outer, inner), (by_row, by_token) = shape[:2], stride[:2]
-    if swapped:
-        outer, inner, by_row, by_token = inner, outer, by_token, by_row
-    if inner == 1:
-        return by_row, stride[2]
-    return (by_token, stride[2]) if outer == 1 or by_row == inner * by_token else None
-
-
 def as_rows(x: Tensor, swapped: bool) -> tuple[Tensor, Steps]:
     """Heads as rows in an order of tokens, and their steps; copied where they do not lie so."""
-    steps = find_steps(x.shape, x.stride(), swapped)
-    if steps is not None:
-        return x, steps
+    outer, inner, _, head_dim = x.shape
+    by_row, by_token, by_head, by_feature = x.stride()
+    if swapped:
+        outer, inner, by_row, by_token = inner, outer, by_token, by_row
+    if by_feature == 1 or head_dim == 1:
+        if inner == 1:
+            return x, (by_row, by_head)
+        if outer == 1 or by_row == inner * by_token:
+            return x, (by_token, by_head)
     copied = x.transpose(0, 1).contiguous() if swapped else x.contiguous()
     return copied, (copied.stride(1), copied.stride(2))
 
@@ -62,25 +53,6 @@ def empty_rows(x: Tensor, swapped: bool) -> Tensor:
     if swapped:
         return x.new_empty(seqlen, batch, heads, head_dim).transpose(0, 1)
     return x.new_empty(batch, seqlen, heads, head_dim)
-
-
-@functools.cache
-def make_options(
-    head_dim: int, dim: int, interleaved: bool, norm: bool, layer: bool, tile: int
-) -> dict[str, int]:
-    """What makes a kernel, made once."""
-    pairs = power_of_two(dim // 2)
-    return {
-        "NORM": norm,
-        "LAYER": layer,
-        "INTERLEAVED": interleaved,
-        "HEAD_DIM": head_dim,
-        "DIM": dim,
-        "PAIRS": pairs,
-        "REST": power_of_two(max(1, head_dim - dim)),
-        "TOKENS": max(1, tile // pairs),
-        "HEADS": HEADS,
-    }
 
 
 def power_of_two(size: int) -> int:
@@ -117,10 +89,20 @@ class Plan(NamedTuple):
 
     def options(self, head_dim: int, tile: int) -> dict[str, int]:
         """What makes a kernel."""
-        norm, layer, rotation = bool(self.norms), self.both[0].layer, self.rotation
-        if rotation is None:
-            return make_options(head_dim, head_dim // 2 * 2, False, norm, layer, tile)
-        return make_options(head_dim, 2 * rotation.inv_freq.shape[0], rotation.interleaved, norm, layer, tile)
+        rotation = self.rotation
+        dim = head_dim // 2 * 2 if rotation is None else 2 * rotation.inv_freq.shape[0]
+        pairs = power_of_two(dim // 2)
+        return {
+            "NORM": bool(self.norms),
+            "LAYER": self.both[0].layer,
+            "INTERLEAVED": rotation is not None and rotation.interleaved,
+            "HEAD_DIM": head_dim,
+            "DIM": dim,
+            "PAIRS": pairs,
+            "REST": power_of_two(max(1, head_dim - dim)),
+            "TOKENS": max(1, tile // pairs),
+            "HEADS": HEADS,
+        }
 
     def numbers(self, xs: Sequence[Tensor]) -> tuple[Any, ...]:
         """Tokens, and those side by side; the first position and two steps; heads; the scale of cos and sin; eps."""
@@ -153,7 +135,7 @@ def count_chunks(xs: Sequence[Tensor]) -> list[int]:
 
 @functools.cache
 def kernels() -> Any:
-    """The module of the kernels, found once."""
+    """The module of the kernels; to import it in each launch took a tenth of the launch's Python."""
     from . import head_kernels
 
     return head_kernels
@@ -168,7 +150,9 @@ def launch(xs: Sequence[Tensor], plan: Plan) -> tuple[Tensor, ...]:
     parameters = norms[0].weight, norms[1].weight, norms[0].bias, norms[1].bias
     grid = -(-numbers[0] // options["TOKENS"]), sum(count_chunks(xs))
     with use_device(first.device):
-        kernels().prepare_kernel[grid](*tensors, made[0], made[-1], *plan.tables, *parameters, *numbers, *steps, **options)
+        kernels().prepare_kernel[grid](
+            *tensors, made[0], made[-1], *plan.tables, *parameters, *numbers, *steps, **options
+        )
     return made
 
 
