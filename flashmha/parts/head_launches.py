@@ -60,6 +60,8 @@ def power_of_two(size: int) -> int:
 
 
 NO_NORM = KnownNorm(False, None, None, 0.0)
+NO_HEADS = (None, None), (0, 0, 0, 0)
+"""What ``both`` gives where a kernel reads no heads."""
 
 
 class Plan(NamedTuple):
@@ -167,7 +169,7 @@ def launch_backward(
     programs = sum(chunks)
     options, numbers = plan.options(first.shape[3], BACKWARD_TILE), plan.numbers(grads)
     of_grads, grad_steps = both(grads, plan.swapped)
-    of_xs, steps = both(xs, plan.swapped) if xs else NOTHING
+    of_xs, steps = both(xs, plan.swapped) if xs else NO_HEADS
     made = [empty_rows(x, plan.swapped) for x in grads] if slots is None else slots.take(first)
     outs, out_steps = both(made, plan.swapped)
     blocks, parameters, sums = -(-numbers[0] // options["TOKENS"]), plan.parameters, None
@@ -194,9 +196,6 @@ def launch_backward(
             **options,
         )
     return (*made, *(() if sums is None else add_up(sums, parameters, chunks)))
-
-
-NOTHING = (None, None), (0, 0, 0, 0)
 
 
 def add_up(sums: Tensor, parameters: Sequence[Tensor], chunks: Sequence[int]) -> list[Tensor]:

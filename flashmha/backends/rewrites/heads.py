@@ -103,10 +103,10 @@ class Heads(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         room, ctx.room = ctx.room, None
-        return join(ctx.sizes, room, grads).flatten(-2), None, None
+        return join_gradients(ctx.sizes, room, grads).flatten(-2), None, None
 
 
-def join(sizes: Sequence[int], room: Room | None, grads: Sequence[Tensor]) -> Tensor:
+def join_gradients(sizes: Sequence[int], room: Room | None, grads: Sequence[Tensor]) -> Tensor:
     """The gradients of all heads as one; copied where they were not written side by side."""
     # a gradient that is differentiated again must not look like a view of one of the three
     if not torch.is_grad_enabled():
