@@ -62,6 +62,8 @@ def test_one_pass_is_the_definition(
         at = torch.randint(0, 999, size, generator=torch.Generator("cpu").manual_seed(seed), device="cpu").to(machine)
     packed = noise(seed, batch, seqlen, sum(heads), head_dim, dtype=dtype, device="cpu").to(machine).requires_grad_()
     q_norm, k_norm = (norm_of(kind, head_dim, seed + i, machine) for i in range(2))
+    if draw(st.booleans()):
+        q_norm, k_norm = (None if norm is None else norm.to(dtype) for norm in (q_norm, k_norm))
     parameters = [p for norm in (q_norm, k_norm) if norm is not None for p in norm.parameters()]
     known = [None if norm is None else know(norm, head_dim, packed.device) for norm in (q_norm, k_norm)]
     cotangents = [
@@ -129,6 +131,27 @@ def test_positions_that_changed_before_the_backward_are_an_error(machine: torch.
     at += 1
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         made.sum().backward()
+
+
+@pytest.mark.parametrize("kind", ["rms", None])
+def test_heads_that_changed_before_the_backward_are_an_error_to_a_norm(machine: torch.device, kind: str | None) -> None:
+    """A rotation alone needs none of them: its gradient is the rotation back."""
+    whole = noise(0, 1, 3, 2, 8, dtype=torch.float32, device="cpu").to(machine).requires_grad_()
+    rotary, norm = flashmha.Rotary(8).to(machine), norm_of(kind, 8, 0, machine)
+    known = None if norm is None else know(norm, 8, whole.device)
+    found = []
+    for changed in (False, True):
+        q = whole * 1.0
+        made = fused_heads.prepare(q, None, known, None, rotary.rotation(q, None, None, None))[0]
+        assert made is not None
+        if changed:
+            q.zero_()
+        if changed and norm is not None:
+            with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+                torch.autograd.grad((made * made.detach()).sum(), whole)
+        else:
+            found += torch.autograd.grad((made * made.detach()).sum(), whole)
+    assert torch.equal(found[0], found[-1])
 
 
 @given(data=st.data(), kind=st.sampled_from((None, "rms", "layer")), seed=seeds())

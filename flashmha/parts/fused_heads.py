@@ -28,53 +28,49 @@ def why_not(x: Tensor) -> str | None:
 
 
 class Prepare(torch.autograd.Function):
-    """One launch with gradients: of the heads, and of the weights and biases of their norms."""
+    """One launch with gradients: of the heads, and of the weights and biases of their norms.
+
+    ``given`` are the tensors of heads, one for each norm, and then the parameters of the norms.
+    """
 
     @staticmethod
-    def forward(ctx: Any, plan: Plan, count: int, slots: Slots | None, *given: Tensor | None) -> tuple[Tensor, ...]:
-        xs = [x for x in given[:count] if x is not None]
-        ctx.plan, ctx.count, ctx.slots = plan, count, slots
-        # positions too: torch says where one was written before the backward
-        ctx.save_for_backward(*given, plan.at if isinstance(plan.at, Tensor) else None)
-        return launch(xs, plan)
+    def forward(ctx: Any, plan: Plan, slots: Slots | None, *given: Tensor) -> tuple[Tensor, ...]:
+        ctx.plan, ctx.slots = plan, slots
+        # a rotation alone needs no heads; torch says where positions, too, were written before the backward
+        needed = given if plan.norms else ()
+        ctx.save_for_backward(*needed, *((plan.at,) if isinstance(plan.at, Tensor) else ()))
+        return launch(given[: len(plan.norms)] if plan.norms else given, plan)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        (*given, _), plan = ctx.saved_tensors, ctx.plan
-        xs = given[: ctx.count]
+        plan: Plan = ctx.plan
+        xs = ctx.saved_tensors[: len(plan.norms)]
         if torch.is_grad_enabled() or is_batched(grads[0]):  # differentiated again, or many at once
-            return None, None, None, *define_gradients(grads, given, xs, plan)
-        made, of_norms = launch_backward(grads, xs, plan, ctx.slots)
-        return None, None, None, *made, *(one for pair in of_norms for one in pair)
+            return None, None, *define_gradients(grads, xs, plan)
+        return None, None, *launch_backward(grads, xs, plan, ctx.slots)
 
 
-def define_gradients(
-    grads: Sequence[Tensor], given: Sequence[Tensor | None], xs: Sequence[Tensor], plan: Plan
-) -> list[Tensor | None]:
+def define_gradients(grads: Sequence[Tensor], xs: Sequence[Tensor], plan: Plan) -> list[Tensor | None]:
     """Gradients by plain operators, which can be differentiated again and take many at once."""
-    again = torch.is_grad_enabled()
+    if plan.rotation is not None:
+        cos, sin = plan.rotation.table(plan.at, grads[0].shape[1])
+        grads = [rotate(grad, (cos, -sin), plan.rotation.interleaved) for grad in grads]
+    if not plan.norms:
+        return list(grads)
+    again, given = torch.is_grad_enabled(), [*xs, *plan.parameters]
     with torch.enable_grad():
-        made = define(xs, plan)
-    wanted = [x for x in given if x is not None and x.requires_grad]
-    found = iter(torch.autograd.grad(made, wanted, grads, create_graph=again))
-    return [next(found) if x is not None and x.requires_grad else None for x in given]
-
-
-def define(xs: Sequence[Tensor], plan: Plan) -> list[Tensor]:
-    """What ``launch`` computes, by plain operators."""
-    made = [normalize_as(norm, x) for norm, x in zip(plan.norms, xs)] if plan.norms else list(xs)
-    if plan.rotation is None:
-        return made
-    table = plan.rotation.table(plan.at, xs[0].shape[1])
-    return [rotate(x, table, plan.rotation.interleaved) for x in made]
+        made = [normalize_as(norm, x) for norm, x in zip(plan.norms, xs)]
+    found = iter(torch.autograd.grad(made, [x for x in given if x.requires_grad], grads, create_graph=again))
+    return [next(found) if x.requires_grad else None for x in given]
 
 
 def run(xs: Sequence[Tensor], plan: Plan) -> tuple[Tensor, ...]:
     """One launch; differentiable where something wants gradients."""
-    parameters = [one for norm in plan.norms for one in (norm.weight, norm.bias)]
-    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (*xs, *parameters)):
-        made: tuple[Tensor, ...] = Prepare.apply(plan, len(xs), find_slots(xs), *xs, *parameters)  # type: ignore[no-untyped-call]
-        return made
+    if torch.is_grad_enabled():
+        given = [*xs, *plan.parameters]
+        if any(x.requires_grad for x in given):
+            made: tuple[Tensor, ...] = Prepare.apply(plan, find_slots(xs), *given)  # type: ignore[no-untyped-call]
+            return made
     return launch(xs, plan)
 
 
@@ -86,16 +82,23 @@ def prepare(
     rotation: Rotation | None,
 ) -> tuple[Tensor | None, Tensor | None]:
     """q and k, normalised and turned, in one launch where they are of the same tokens and norms of one form."""
+    if rotation is None and q_norm is None and k_norm is None:
+        return q, k
     q_at, k_at = (0, 0) if rotation is None else (rotation.q_at, rotation.k_at)
     if q is not None and k is not None and are_alike(q, k, q_norm, k_norm, q_at, k_at):
         norms = () if q_norm is None or k_norm is None else (q_norm, k_norm)
-        made = run((q, k), Plan(norms, rotation, q_at))
+        made = run((q, k), Plan(norms, rotation, q_at, is_swapped(q)))
         return made[0], made[1]
-    done: list[Tensor | None] = []
-    for x, norm, at in ((q, q_norm, q_at), (k, k_norm, k_at)):
-        idle = x is None or (norm is None and rotation is None)
-        done.append(x if idle else run((x,), Plan(() if norm is None else (norm,), rotation, at))[0])  # type: ignore[arg-type]
-    return done[0], done[1]
+    return prepare_one(q, q_norm, rotation, q_at), prepare_one(k, k_norm, rotation, k_at)
+
+
+def prepare_one(
+    x: Tensor | None, norm: KnownNorm | None, rotation: Rotation | None, at: PositionsOrFirst
+) -> Tensor | None:
+    """Heads of one tensor, in one launch where there is something to do."""
+    if x is None or (norm is None and rotation is None):
+        return x
+    return run((x,), Plan(() if norm is None else (norm,), rotation, at, is_swapped(x)))[0]
 
 
 def are_alike(
@@ -107,10 +110,12 @@ def are_alike(
     k_at: PositionsOrFirst,
 ) -> bool:
     """q and k are of the same tokens, and normalised in one way."""
-    if q.shape[:2] != k.shape[:2] or q.dtype != k.dtype or q.shape[3] != k.shape[3] or is_swapped(q) != is_swapped(k):
+    q_shape, k_shape = q.shape, k.shape
+    if q_shape[:2] != k_shape[:2] or q.dtype != k.dtype or q_shape[3] != k_shape[3] or is_swapped(q) != is_swapped(k):
         return False
-    if (q_norm is None) != (k_norm is None):
-        return False
-    if q_norm is not None and k_norm is not None and q_norm.form != k_norm.form:
+    if q_norm is None or k_norm is None:
+        if q_norm is not k_norm:
+            return False
+    elif q_norm.form != k_norm.form:
         return False
     return q_at is k_at or (isinstance(q_at, int) and isinstance(k_at, int) and q_at == k_at)

@@ -127,7 +127,8 @@ def normalize(
 def prepare_kernel(
     q: tl.tensor,
     k: tl.tensor,
-    out: tl.tensor,
+    out_q: tl.tensor,
+    out_k: tl.tensor,
     positions: tl.tensor,
     inv_freq: tl.tensor,
     q_weight: tl.tensor,
@@ -157,17 +158,16 @@ def prepare_kernel(
     TOKENS: tl.constexpr,
     HEADS: tl.constexpr,
 ) -> None:
-    """Heads of q and k, normalised and turned, into ``out``: all of q, then all of k."""
+    """Heads of q and k, normalised and turned, into ``out_q`` and ``out_k``, which are contiguous rows."""
     token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
     row, inside = token.to(tl.int64)[:, None], (token < tokens)[:, None]
     chunks = tl.cdiv(heads_q, HEADS)
     second = tl.program_id(1) >= chunks
     first, last = tl.program_id(1) * HEADS, heads_q
-    x, x_token, x_head = q, q_token, q_head
+    x, x_token, x_head, out = q, q_token, q_head, out_q
     if second:
         first, last = (tl.program_id(1) - chunks) * HEADS, heads_k
-        out += tl.cast(tokens, tl.int64) * heads_q * HEAD_DIM
-        x, x_token, x_head = k, k_token, k_head
+        x, x_token, x_head, out = k, k_token, k_head, out_k
     every = tl.zeros((1, 1), tl.int32)
     if q_weight is not None:
         weight = q_weight

@@ -5,6 +5,7 @@ Tokens are taken in the order in which they lie. q and k of the same tokens are 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -22,14 +23,8 @@ TILE, BACKWARD_TILE = 1024, 512
 """Pairs of a program at a time, measured on an H200."""
 PROGRAMS = 2112
 """Programs at most where each adds up gradients of weights: 16 on each of an H200's processors."""
-
-
-class Rows(NamedTuple):
-    """Heads as rows of one token after another: where they are, and the strides of tokens and of heads."""
-
-    tensor: Tensor
-    token: int
-    head: int
+Steps = tuple[int, int]
+"""The strides of tokens and of heads, where heads lie as rows of one token after another."""
 
 
 def is_swapped(x: Tensor) -> bool:
@@ -37,19 +32,36 @@ def is_swapped(x: Tensor) -> bool:
     return x.shape[0] > 1 and x.shape[1] > 1 and x.stride(0) < x.stride(1)
 
 
-def as_rows(x: Tensor, swapped: bool) -> Rows:
-    """Heads as rows in an order of tokens; copied where they do not lie so."""
-    if x.stride(3) == 1 or x.shape[3] == 1:
-        (outer, inner), (by_row, by_token) = x.shape[:2], x.stride()[:2]
-        if swapped:
-            inner, by_row, by_token = outer, by_token, by_row
-            outer = x.shape[1]
+def as_rows(x: Tensor, swapped: bool) -> tuple[Tensor, Steps]:
+    """Heads as rows in an order of tokens, and their steps; copied where they do not lie so."""
+    outer, inner, _, head_dim = x.shape
+    by_row, by_token, by_head, by_feature = x.stride()
+    if swapped:
+        outer, inner, by_row, by_token = inner, outer, by_token, by_row
+    if by_feature == 1 or head_dim == 1:
         if inner == 1:
-            return Rows(x, by_row, x.stride(2))
+            return x, (by_row, by_head)
         if outer == 1 or by_row == inner * by_token:
-            return Rows(x, by_token, x.stride(2))
+            return x, (by_token, by_head)
     copied = x.transpose(0, 1).contiguous() if swapped else x.contiguous()
-    return Rows(copied, copied.stride(1), copied.stride(2))
+    return copied, (copied.stride(1), copied.stride(2))
+
+
+def empty_rows(x: Tensor, swapped: bool) -> Tensor:
+    """Memory for heads like those given, as contiguous rows."""
+    batch, seqlen, heads, head_dim = x.shape
+    if swapped:
+        return x.new_empty(seqlen, batch, heads, head_dim).transpose(0, 1)
+    return x.new_empty(batch, seqlen, heads, head_dim)
+
+
+def power_of_two(size: int) -> int:
+    return 1 << (size - 1).bit_length()
+
+
+NO_NORM = KnownNorm(False, None, None, 0.0)
+NO_HEADS = (None, None), (0, 0, 0, 0)
+"""What ``both`` gives where a kernel reads no heads."""
 
 
 class Plan(NamedTuple):
@@ -59,21 +71,33 @@ class Plan(NamedTuple):
         norms: one for each tensor, of one form; or none.
         rotation: ``None`` where heads are normalised alone.
         at: the positions of the tokens.
+        swapped: the tokens of an item do not lie side by side, but those of a place.
     """
 
     norms: tuple[KnownNorm, ...]
     rotation: Rotation | None
     at: PositionsOrFirst
+    swapped: bool
 
-    def options(self, x: Tensor, tile: int) -> dict[str, Any]:
+    @property
+    def both(self) -> tuple[KnownNorm, KnownNorm]:
+        """The norms of the first tensor and of the second, which may be the first again."""
+        return (self.norms[0], self.norms[-1]) if self.norms else (NO_NORM, NO_NORM)
+
+    @property
+    def parameters(self) -> list[Tensor]:
+        """The weight and the bias of each norm, where it has them."""
+        return [one for norm in self.norms for one in (norm.weight, norm.bias) if one is not None]
+
+    def options(self, head_dim: int, tile: int) -> dict[str, int]:
         """What makes a kernel."""
-        head_dim = x.shape[-1]
-        dim = head_dim // 2 * 2 if self.rotation is None else 2 * self.rotation.inv_freq.shape[0]
+        rotation = self.rotation
+        dim = head_dim // 2 * 2 if rotation is None else 2 * rotation.inv_freq.shape[0]
         pairs = power_of_two(dim // 2)
         return {
             "NORM": bool(self.norms),
-            "LAYER": bool(self.norms) and self.norms[0].layer,
-            "INTERLEAVED": self.rotation is not None and self.rotation.interleaved,
+            "LAYER": self.both[0].layer,
+            "INTERLEAVED": rotation is not None and rotation.interleaved,
             "HEAD_DIM": head_dim,
             "DIM": dim,
             "PAIRS": pairs,
@@ -82,130 +106,109 @@ class Plan(NamedTuple):
             "HEADS": HEADS,
         }
 
-    def walk(self, x: Tensor, swapped: bool) -> tuple[Tensor | None, list[int]]:
-        """Explicit positions; then how many tokens there are and lie side by side, the first position, two steps."""
-        batch, seqlen = x.shape[:2]
-        table = self.at if isinstance(self.at, Tensor) else None
-        start = 0 if isinstance(self.at, Tensor) else self.at
-        by_item, by_place = (
-            (0, 1) if table is None else (0 if table.shape[0] == 1 else table.stride(0), table.stride(1))
-        )
-        inner, steps = (batch, [by_place, by_item]) if swapped else (seqlen, [by_item, by_place])
-        return table, [batch * seqlen, inner, start, *steps]
-
-    def grid(self, xs: Sequence[Tensor], options: dict[str, Any]) -> tuple[int, int]:
-        """Programs: blocks of tokens, and chunks of heads of all tensors."""
-        tokens = xs[0].shape[0] * xs[0].shape[1]
-        return -(-tokens // options["TOKENS"]), sum(-(-x.shape[2] // HEADS) for x in xs)
-
-    def of_both(self, name: str) -> list[Tensor | None]:
-        """A parameter of the first norm and of the second, which may be the first again."""
-        found = [getattr(norm, name) for norm in self.norms] or [None]
-        return [found[0], found[-1]]
+    def numbers(self, xs: Sequence[Tensor]) -> tuple[Any, ...]:
+        """Tokens, and those side by side; the first position and two steps; heads; the scale of cos and sin; eps."""
+        batch, seqlen, heads, _ = xs[0].shape
+        at, scale = self.at, 1.0 if self.rotation is None else self.rotation.scale
+        start, by_item, by_place = (0, 0, 1) if isinstance(at, Tensor) else (at, 0, 1)
+        if isinstance(at, Tensor):
+            by_item, by_place = 0 if at.shape[0] == 1 else at.stride(0), at.stride(1)
+        walk = (batch, start, by_place, by_item) if self.swapped else (seqlen, start, by_item, by_place)
+        return batch * seqlen, *walk, heads, xs[1].shape[2] if len(xs) == 2 else 0, scale, self.both[0].eps
 
     @property
-    def numbers(self) -> list[float]:
-        """What cos and sin are multiplied by, and eps."""
-        return [1.0 if self.rotation is None else self.rotation.scale, self.norms[0].eps if self.norms else 0.0]
+    def tables(self) -> tuple[Tensor | None, Tensor | None]:
+        """Explicit positions, and frequencies."""
+        at, rotation = self.at, self.rotation
+        return at if isinstance(at, Tensor) else None, None if rotation is None else rotation.inv_freq
 
 
-def power_of_two(size: int) -> int:
-    return 1 << (size - 1).bit_length()
+def both(xs: Sequence[Tensor], swapped: bool) -> tuple[tuple[Tensor, Tensor], tuple[int, int, int, int]]:
+    """Two tensors for a kernel and their steps: of one tensor, the first again."""
+    first = as_rows(xs[0], swapped)
+    second = as_rows(xs[1], swapped) if len(xs) == 2 else first
+    return (first[0], second[0]), (*first[1], *second[1])
 
 
-def empty_rows(xs: Sequence[Tensor], swapped: bool) -> tuple[Tensor, list[Tensor]]:
-    """Memory for heads like those given, and such heads in it, each contiguous: ``torch.cat`` is slow with others."""
-    batch, seqlen, _, head_dim = xs[0].shape
-    sizes = [x.shape[2] * batch * seqlen * head_dim for x in xs]
-    memory = xs[0].new_empty(sum(sizes))
-    shape = (seqlen, batch, -1, head_dim) if swapped else (batch, seqlen, -1, head_dim)
-    rows = [part.view(shape) for part in memory.split_with_sizes(sizes)]
-    return memory, [one.transpose(0, 1) for one in rows] if swapped else rows
+def count_chunks(xs: Sequence[Tensor]) -> list[int]:
+    """The programs that share the heads of a token, for each tensor."""
+    return [-(-x.shape[2] // HEADS) for x in xs]
 
 
-def both(rows: Sequence[Rows]) -> tuple[list[Tensor], list[int]]:
-    """Two tensors for a kernel and their strides: of one tensor, the first again."""
-    first, last = rows[0], rows[-1]
-    return [first.tensor, last.tensor], [first.token, first.head, last.token, last.head]
+@functools.cache
+def kernels() -> Any:
+    """The module of the kernels; to import it in each launch took a tenth of the launch's Python."""
+    from . import head_kernels
 
-
-def count_heads(xs: Sequence[Tensor]) -> list[int]:
-    """The heads of the first tensor and of the second, 0 where there is none."""
-    return [xs[0].shape[2], xs[1].shape[2] if len(xs) > 1 else 0]
+    return head_kernels
 
 
 def launch(xs: Sequence[Tensor], plan: Plan) -> tuple[Tensor, ...]:
     """One or two tensors of heads of the same tokens, prepared."""
-    from .head_kernels import prepare_kernel
-
-    swapped, options = is_swapped(xs[0]), plan.options(xs[0], TILE)
-    tensors, strides = both([as_rows(x, swapped) for x in xs])
-    heads = count_heads(xs)
-    out, made = empty_rows(xs, swapped)
-    table, walk = plan.walk(xs[0], swapped)
-    inv_freq = None if plan.rotation is None else plan.rotation.inv_freq
-    parameters = [*plan.of_both("weight"), *plan.of_both("bias")]
-    with use_device(out.device):
-        prepare_kernel[plan.grid(xs, options)](
-            *tensors, out, table, inv_freq, *parameters, *walk, *heads, *plan.numbers, *strides, **options
+    first, norms = xs[0], plan.both
+    options, numbers = plan.options(first.shape[3], TILE), plan.numbers(xs)
+    tensors, steps = both(xs, plan.swapped)
+    made = tuple([empty_rows(x, plan.swapped) for x in xs])
+    parameters = norms[0].weight, norms[1].weight, norms[0].bias, norms[1].bias
+    grid = -(-numbers[0] // options["TOKENS"]), sum(count_chunks(xs))
+    with use_device(first.device):
+        kernels().prepare_kernel[grid](
+            *tensors, made[0], made[-1], *plan.tables, *parameters, *numbers, *steps, **options
         )
-    return tuple(made)
+    return made
 
 
 def launch_backward(
     grads: Sequence[Tensor], xs: Sequence[Tensor], plan: Plan, slots: Slots | None
-) -> tuple[list[Tensor], list[tuple[Tensor | None, Tensor | None]]]:
-    """Gradients of what ``launch`` took, in their slots where they have some; those of each norm's weight and bias.
+) -> tuple[Tensor, ...]:
+    """Gradients of what ``launch`` took, in their slots where they have some; those of the norms' parameters.
 
-    ``xs`` are what it took where it normalises; elsewhere only their order of tokens counts.
+    ``xs`` are what it took where it normalises; a rotation alone needs none of it.
     """
-    from .head_kernels import prepare_backward_kernel
-
-    swapped, options = is_swapped(xs[0]), plan.options(xs[0], BACKWARD_TILE)
-    of_grads, grad_strides = both([as_rows(grad, swapped) for grad in grads])
-    of_xs, strides = both([as_rows(x, swapped) for x in xs]) if plan.norms else ([None, None], [0] * 4)
-    heads = count_heads(xs)
-    made = empty_rows(xs, swapped)[1] if slots is None else slots.take(xs[0])
-    outs, out_strides = both([as_rows(x, swapped) for x in made])
-    weights, bias = plan.of_both("weight"), plan.of_both("bias")[0]
-    grid = plan.grid(xs, options)
-    sums = None
-    if weights[0] is not None:
-        grid = min(grid[0], -(-PROGRAMS // grid[1])), grid[1]
-        sums = xs[0].new_empty(*grid, 1 if bias is None else 2, xs[0].shape[-1], dtype=torch.float32)
-    table, walk = plan.walk(xs[0], swapped)
-    inv_freq = None if plan.rotation is None else plan.rotation.inv_freq
-    options["BIAS"] = bias is not None
-    with use_device(xs[0].device):
-        prepare_backward_kernel[grid](
+    first, norms, chunks = grads[0], plan.both, count_chunks(grads)
+    programs = sum(chunks)
+    options, numbers = plan.options(first.shape[3], BACKWARD_TILE), plan.numbers(grads)
+    of_grads, grad_steps = both(grads, plan.swapped)
+    of_xs, steps = both(xs, plan.swapped) if xs else NO_HEADS
+    made = [empty_rows(x, plan.swapped) for x in grads] if slots is None else slots.take(first)
+    outs, out_steps = both(made, plan.swapped)
+    blocks, parameters, sums = -(-numbers[0] // options["TOKENS"]), plan.parameters, None
+    if parameters:
+        blocks = min(blocks, -(-PROGRAMS // programs))
+        # chunks of q and of k are summed at once where there are as many
+        split = (len(chunks), chunks[0]) if chunks[0] == chunks[-1] else (1, programs)
+        kinds = (2,) if norms[0].bias is not None else ()
+        sums = first.new_empty(blocks, *split, *kinds, first.shape[3], dtype=torch.float32)
+    with use_device(first.device):
+        kernels().prepare_backward_kernel[blocks, programs](
             *of_grads,
             *of_xs,
             *outs,
             sums,
-            table,
-            inv_freq,
-            *weights,
-            *walk,
-            *heads,
-            *plan.numbers,
-            *grad_strides,
-            *strides,
-            *out_strides,
+            *plan.tables,
+            norms[0].weight,
+            norms[1].weight,
+            *numbers,
+            *grad_steps,
+            *steps,
+            *out_steps,
+            BIAS=norms[0].bias is not None,
             **options,
         )
-    return made, add_up(sums, plan.norms, heads)
+    return (*made, *(() if sums is None else add_up(sums, parameters, chunks)))
 
 
-def add_up(
-    sums: Tensor | None, norms: Sequence[KnownNorm], heads: Sequence[int]
-) -> list[tuple[Tensor | None, Tensor | None]]:
-    """The gradients of each norm's weight and bias, out of what the programs added up."""
-    if sums is None:
-        return [(None, None)] * len(norms)
-    found: list[tuple[Tensor | None, Tensor | None]] = []
-    for norm, part in zip(norms, sums.split_with_sizes([-(-count // HEADS) for count in heads[: len(norms)]], 1)):
-        total = part.sum((0, 1))
-        assert norm.weight is not None
-        bias = None if norm.bias is None else total[1].to(norm.bias.dtype)
-        found.append((total[0].to(norm.weight.dtype), bias))
-    return found
+def add_up(sums: Tensor, parameters: Sequence[Tensor], chunks: Sequence[int]) -> list[Tensor]:
+    """The gradients of the norms' parameters, out of what the programs added up.
+
+    ``sums`` is (blocks, 1 or 2 norms, chunks, head_dim), or (.., .., .., 2, head_dim) where there are biases.
+    """
+    if chunks[0] == chunks[-1]:
+        total = sums.sum((0, 2))
+    else:
+        total = torch.stack([part.sum((0, 1, 2)) for part in sums.split_with_sizes(list(chunks), 2)])
+    dtype = parameters[0].dtype
+    if dtype != total.dtype and dtype == parameters[-1].dtype:
+        total = total.to(dtype)  # all at once
+    found = (total if total.dim() == 2 else total.flatten(0, 1)).unbind()
+    return [one if one.dtype == of.dtype else one.to(of.dtype) for one, of in zip(found, parameters)]

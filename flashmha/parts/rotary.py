@@ -104,32 +104,32 @@ class Rotary(nn.Module):
         length: Tensor | None = None,
     ) -> Rotation:
         """What turns the heads of a call."""
-        for name, x, positions in (("q", q, positions_q), ("k", k, positions_k)):
-            if x is not None:
-                self.check(name, x, positions)
-        lengths = [0 if x is None else x.shape[1] for x in (q, k)]
-        ends = lengths[0] if k is None else lengths[1]
-        q_at: PositionsOrFirst = ends - lengths[0] if positions_q is None else positions_q
-        k_at: PositionsOrFirst = 0 if positions_k is None else positions_k
         found, inv_freq = self.frequencies, self.inv_freq
+        device = inv_freq.device
+        if q is not None:
+            self.check("q", q, positions_q, device)
+        if k is not None:
+            self.check("k", k, positions_k, device)
+        seqlen_q = 0 if q is None else q.shape[1]
+        ends = seqlen_q if k is None else k.shape[1]
+        q_at: PositionsOrFirst = ends - seqlen_q if positions_q is None else positions_q
+        k_at: PositionsOrFirst = 0 if positions_k is None else positions_k
         if found.original:
             if length is None:
                 given = [x for x in (positions_q, positions_k) if x is not None]
                 named = (q is None or positions_q is not None) and (k is None or positions_k is not None)
-                length = length_of(0 if named else ends, given, inv_freq.device)
+                length = length_of(0 if named else ends, given, device)
             inv_freq = rescale(found, length, inv_freq, self.long_inv_freq)
         return Rotation(inv_freq, found.attention_factor, self.interleaved, q_at, k_at)
 
-    def check(self, name: str, x: Tensor, positions: Tensor | None) -> None:
+    def check(self, name: str, x: Tensor, positions: Tensor | None, device: torch.device) -> None:
         """Raise ``ValueError`` where heads or positions are not what this turns."""
         if x.dim() != 4 or x.shape[-1] != self.head_dim or not x.dtype.is_floating_point:
             raise ValueError(
                 f"{name} must be floating point (batch, seqlen, heads, head_dim = {self.head_dim}), got {spell(x)}."
             )
-        if x.device != self.inv_freq.device:
-            raise ValueError(
-                f"{name} must be on the device of Rotary, {self.inv_freq.device}, got {x.device}: move it there."
-            )
+        if x.device != device:
+            raise ValueError(f"{name} must be on the device of Rotary, {device}, got {x.device}: move it there.")
         if positions is None:
             return
         if not isinstance(positions, Tensor) or positions.dtype not in INTEGERS:

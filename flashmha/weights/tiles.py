@@ -253,5 +253,7 @@ def make_gradients(
 
 
 def use_device(device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    """Make a device the current one, on which kernels are launched."""
-    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+    """Make a device the current one, on which kernels are launched; nothing is entered where it is."""
+    if device.type != "cuda" or device.index == torch.cuda.current_device():
+        return contextlib.nullcontext()
+    return torch.cuda.device(device)

@@ -72,9 +72,9 @@ def find_slots(heads: Sequence[Tensor]) -> Slots | None:
     """The places of heads (batch, seqlen, heads, head_dim) that came as they are, or swapped, out of one ``Heads``."""
     found = [origin_of(x) for x in heads]
     split, _, swapped = found[0]
-    if getattr(split, "_forward_cls", None) is not Heads or any(one[0] is not split for one in found):
+    if getattr(split, "_forward_cls", None) is not Heads:
         return None
-    if any(one[2] != swapped for one in found):
+    if any(node is not split or its != swapped for node, _, its in found):
         return None
     return Slots(split, [number for _, number, _ in found], swapped)
 
@@ -89,29 +89,34 @@ def origin_of(x: Tensor) -> tuple[Any, int, bool]:
 
 
 class Heads(torch.autograd.Function):
-    """(..., heads, head_dim) split into heads of queries, keys and values, as views.
+    """(..., features of all heads) split into heads of queries, keys and values, as views.
 
     ``split`` copies three gradients into one. This takes them as they are where they were written side by side.
     """
 
     @staticmethod
-    def forward(ctx: Any, packed: Tensor, sizes: list[int]) -> tuple[Tensor, ...]:
-        ctx.sizes, ctx.shape, ctx.stride, ctx.room = sizes, packed.shape, packed.stride(), None
-        return packed.split_with_sizes(sizes, -2)
+    def forward(ctx: Any, packed: Tensor, head_dim: int, sizes: list[int]) -> tuple[Tensor, ...]:
+        heads = packed.view(*packed.shape[:-1], sum(sizes), head_dim)
+        ctx.sizes, ctx.shape, ctx.stride, ctx.room = sizes, heads.shape, heads.stride(), None
+        return heads.split_with_sizes(sizes, -2)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        first = grads[0]
         room, ctx.room = ctx.room, None
-        # a gradient that is differentiated again must not look like a view of one of the three
-        if torch.is_grad_enabled():
-            return torch.cat(grads, dim=-2), None
-        if neighbours(grads):
-            shape = (*first.shape[:-2], sum(ctx.sizes), first.shape[-1])
-            return first.as_strided(shape, first.stride(), first.storage_offset()), None
+        return join_gradients(ctx.sizes, room, grads).flatten(-2), None, None
+
+
+def join_gradients(sizes: Sequence[int], room: Room | None, grads: Sequence[Tensor]) -> Tensor:
+    """The gradients of all heads as one; copied where they were not written side by side."""
+    # a gradient that is differentiated again must not look like a view of one of the three
+    if not torch.is_grad_enabled():
         if room is not None and room.complete(grads):
-            return room.memory, None
-        return torch.cat(grads, dim=-2), None
+            return room.memory
+        if neighbours(grads):
+            first = grads[0]
+            shape = (*first.shape[:-2], sum(sizes), first.shape[-1])
+            return first.as_strided(shape, first.stride(), first.storage_offset())
+    return torch.cat(grads, dim=-2)  # type: ignore[arg-type]
 
 
 MIN_ELEMENTS = 2**22
@@ -123,11 +128,10 @@ def split(packed: Tensor, head_dim: int, sizes: list[int], together: bool = Fals
 
     ``together`` where their gradients may come side by side.
     """
-    outer, inner, _ = packed.shape
     if together:
-        made: tuple[Tensor, ...] = Heads.apply(packed.view(outer, inner, sum(sizes), head_dim), sizes)  # type: ignore[no-untyped-call]
+        made: tuple[Tensor, ...] = Heads.apply(packed, head_dim, sizes)  # type: ignore[no-untyped-call]
         return made
-    count = len(sizes)
+    (outer, inner, _), count = packed.shape, len(sizes)
     if sizes == [sizes[0]] * count:  # Dynamo 2.8 does not trace list.count
         return packed.view(outer, inner, count, sizes[0], head_dim).unbind(2)
     return packed.view(outer, inner, sum(sizes), head_dim).split_with_sizes(sizes, -2)
