@@ -59,7 +59,7 @@ def cut_up(spec: AttentionSpec, costs: Costs = Costs()) -> list[Item] | None:  #
     Serves key padding without holes and key lengths, with top-left causality or none, and documents with any windows.
     """
     work = spec.heads * spec.seqlen_q * spec.seqlen_k * spec.head_dim
-    least = min(costs)
+    least = min(costs.item, costs.document)
     if spec.mask is None or spec.bias is not None or spec.aten_only or (type(work) is int and work <= least):
         return None
     if not all(map(readable, spec.mask.tensors())):
