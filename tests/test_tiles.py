@@ -18,6 +18,7 @@ from torch import Tensor
 from flashmha.backends import get
 from flashmha.backends.limits import FEATURES, Limits
 from flashmha.backends.naive import log_sum_exp, probabilities, scores
+from flashmha.problem.cached import Positions
 from flashmha.problem.documents import Documents
 from flashmha.problem.rules import Rule
 from flashmha.problem.scores import TensorBias
@@ -36,7 +37,7 @@ LIMITS = Limits(
     dtypes=(torch.float32, torch.float16)
     if INTERPRETED
     else tiles.KERNEL_DTYPES,  # interpreted, bfloat16 is multiplied wrong
-    features=frozenset(FEATURES) - {"rule", "documents", "backward", "dropout"},
+    features=frozenset(FEATURES) - {"rule", "documents", "cache", "backward", "dropout"},
 )
 SHARED_MEMORY = {"A100": 166912, "RTX 4090": 101376, "H200": 232448}
 """Bytes a program may have."""
@@ -77,7 +78,7 @@ def defined(
 @given(spec=specs())
 def test_a_problem_is_served_unless_its_tables_are_beyond_the_kernels(spec: AttentionSpec) -> None:
     parts = () if spec.mask is None else spec.mask.parts
-    strange = any(isinstance(part, (Rule, Documents)) for part in parts)
+    strange = any(isinstance(part, (Rule, Documents, Positions)) for part in parts)
     added = () if spec.bias is None else spec.bias.parts
     strange = strange or (len(added) > 1 and any(isinstance(part, TensorBias) for part in added))
     strange = strange or any(tensor.dtype == torch.float64 for tensor in held(spec)) or spec.dtype == torch.float64
