@@ -32,6 +32,12 @@ def rounding(spec: AttentionSpec, q: Tensor, k: Tensor) -> float:
     return 4 * torch.finfo(spec.dtype).eps + 4 * fine * (1 + size) + 1e-6
 
 
+def told(spec: AttentionSpec, average: bool, batched: bool, some: bool, seed: int) -> dict[str, Any]:
+    """How a call wants its weights; with ``some`` those of drawn queries alone count."""
+    rows = noise(seed, spec.batch, spec.seqlen_q, dtype=torch.float32) < 0.5 if some else None
+    return {"average": average, "batched": batched or spec.batch != 1, "rows": rows}
+
+
 def outcome(name: str, weights: Tensor, dims: Any, keepdim: bool, wide: bool) -> Any:
     """What a reduction gives, or the error that it raises."""
     more: dict[str, Any] = {} if dims is None else {"dim": dims, "keepdim": keepdim}
@@ -70,8 +76,7 @@ def test_a_reduction_is_that_of_the_map(
     """Within the rounding of the map's dtype, of sums that count as many of its numbers."""
     spec = spec.changed(dropout_p=0.0, need_lse=False)
     q, k, v = tensors(spec, seed)
-    rows = noise(seed, spec.batch, spec.seqlen_q, dtype=torch.float32) < 0.5 if some else None
-    more: dict[str, Any] = {"average": average, "batched": batched or spec.batch != 1, "rows": rows}
+    more = told(spec, average, batched, some, seed)
     with torch.no_grad(), blocks_of(block):
         unread = attention_with_weights(q, k, v, spec, "naive", **more)[1]
         waits = spec.mask is None or not any(rule.may_change() for rule in spec.mask.parts)
@@ -126,8 +131,7 @@ def test_some_rows_or_heads_are_those_of_the_map(
 ) -> None:
     spec = spec.changed(dropout_p=0.0, need_lse=False)
     q, k, v = tensors(spec, seed)
-    rows = noise(seed, spec.batch, spec.seqlen_q, dtype=torch.float32) < 0.5 if some else None
-    more: dict[str, Any] = {"average": average, "batched": batched or spec.batch != 1, "rows": rows}
+    more = told(spec, average, batched, some, seed)
     answers = []
     with torch.no_grad():
         for read in (False, True):

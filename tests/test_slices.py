@@ -11,7 +11,7 @@ from conftest import fewer
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from test_recipe import blocks_of, problems
-from test_reductions import rounding
+from test_reductions import rounding, told
 from test_weights import Largest
 from torch import Tensor
 
@@ -90,8 +90,7 @@ def test_what_is_read_is_what_the_map_has(
     """Within the rounding of the map's dtype, of sums that count as many of its numbers."""
     spec = spec.changed(dropout_p=0.0, need_lse=False)
     q, k, v = tensors(spec, seed)
-    rows = noise(seed, spec.batch, spec.seqlen_q, dtype=torch.float32) < 0.5 if some else None
-    more: dict[str, Any] = {"average": average, "batched": batched or spec.batch != 1, "rows": rows}
+    more = told(spec, average, batched, some, seed)
     with torch.no_grad(), blocks_of(block):
         read = attention_with_weights(q, k, v, spec, "naive", **more)[1].clone()
         expected = followed(read, chain)

@@ -15,7 +15,7 @@ from ..base import Backend, Serve
 from ..limits import FEATURES, HALF, Limits
 from ..rewrites.grouped import fold, fold_table, folds, unfold
 from .bands import Bands, cut_into_bands, make_tables
-from .mask_tensors import coarse, dense_mask, mask_and_bias
+from .mask_tensors import as_numbers, coarse, dense_mask, mask_and_bias
 from .packed import attend_in_place, attend_packed, packs_here, runs_packed, takes_packed
 from .pieces import Costs, Item, cut_up, keep_all, slices
 from .switches import by_math, kernels_for_masks, only, switches, without_cudnn
@@ -238,7 +238,7 @@ def attend_with_lse(
     if spec.heads != spec.heads_kv:
         k, v = for_every_head(k, v, spec)
     if mask is not None and mask.dtype == torch.bool:
-        mask = torch.zeros_like(mask, dtype=q.dtype).masked_fill_(~mask, float("-inf"))
+        mask = as_numbers(mask, q.dtype)
     out, lse = torch._scaled_dot_product_flash_attention_for_cpu(  # type: ignore[attr-defined]
         q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), 0.0, is_causal, attn_mask=mask, scale=spec.scale
     )

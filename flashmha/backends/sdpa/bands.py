@@ -10,12 +10,12 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Iterator
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from ...host.torch_state import is_compiling, readable
 from ...problem.spec import AttentionSpec
 from ...problem.windows import Window
+from .mask_tensors import as_numbers
 
 BAND_ROWS = 1024
 """Queries of a block at most."""
@@ -86,8 +86,3 @@ def make_tables(spec: AttentionSpec, bands: Bands) -> Iterator[Tensor | None]:
             allowed = spec.allowed(queries, keys) if keys else None
             made[place] = None if allowed is None else as_numbers(allowed, spec.dtype)
         yield made[place]
-
-
-def as_numbers(allowed: Tensor, dtype: torch.dtype) -> Tensor:
-    """A mask as numbers to add: 0, and -inf where it hides."""
-    return torch.zeros_like(allowed, dtype=dtype).masked_fill_(~allowed, float("-inf"))

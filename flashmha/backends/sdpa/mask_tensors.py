@@ -35,6 +35,11 @@ def mask_and_bias(spec: AttentionSpec) -> Tensor | None:
     return narrow_bias(table, spec.dtype, level=True)
 
 
+def as_numbers(allowed: Tensor, dtype: torch.dtype) -> Tensor:
+    """A mask as numbers to add: 0, and -inf where it hides."""
+    return torch.zeros_like(allowed, dtype=dtype).masked_fill_(~allowed, float("-inf"))
+
+
 def padding_as_bias(spec: AttentionSpec) -> Tensor:
     """Padding as the numbers that SDPA would make of it in each call, in rows that its kernels need not copy."""
     valid = spec.valid_keys()
