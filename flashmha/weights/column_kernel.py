@@ -52,13 +52,14 @@ def columns_kernel(
     """What each key of a tile gets of all rows of ``count`` heads that follow one another.
 
     ``out`` is (batch * heads // count, seqlen_k), float32, contiguous. ``MASKED``: a window or a dense table hides. One
-    program adds in one order, so that the same call gives the same sums.
+    program adds in one order, so that the same call gives the same sums. The first tiles start first: beside a causal
+    mask they have the most rows.
     """
-    tiles = tl.cdiv(seqlen_k, BLOCK_N)
-    place = tl.program_id(0) // tiles
+    places = tl.num_programs(0) // tl.cdiv(seqlen_k, BLOCK_N)
+    place = tl.program_id(0) % places
     parts = heads // count
     batch, first_head = (place // parts).to(tl.int64), place % parts * count
-    first_key = tl.program_id(0) % tiles * BLOCK_N
+    first_key = tl.program_id(0) // places * BLOCK_N
     key, keys_left = first_key.to(tl.int64), seqlen_k - first_key
     q += batch * q_batch
     k += batch * k_batch + key * k_key
