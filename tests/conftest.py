@@ -36,6 +36,7 @@ torch.set_num_threads(1)  # drawn tensors are small: a second thread costs more 
 CPU_FILES = {
     "test_autocast": "pretends a GPU",
     "test_benchmark": "times layers on a CPU",
+    "test_benchmark_heads": "times layers on a CPU",
     "test_commands": "asks about the devices by name",
     "test_docs": "runs the pages, which choose their device",
     "test_ddp": "runs processes on gloo",

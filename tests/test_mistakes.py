@@ -36,7 +36,7 @@ def test_a_rule_that_gives_numbers_is_named(
         return (k_pos <= q_pos).to(dtype)
 
     mask = Rule(earlier) & Window(2, 2) if beside else Rule(earlier)
-    q, k = (noise(seed, 1, size, 1, 8).float() for seed, size in enumerate(shape))
+    q, k = (noise(seed, 1, size, 1, 16).float() for seed, size in enumerate(shape))
     said = str(dtype).removeprefix("torch.")
     with pytest.raises(TypeError, match=rf"fn of Rule\(earlier\) must return a bool tensor, .* got {said} of shape"):
         attention(q, k, k, mask=mask, backend=name)

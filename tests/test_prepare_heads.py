@@ -128,6 +128,7 @@ def test_a_norm_keeps_the_shape_of_its_heads() -> None:
         prepare_heads(noise(0, 1, 3, 1, 8), None, q_norm=nn.Linear(8, 4).double())
 
 
+@pytest.mark.cpu("calls the modules on heads of another dtype, which a GPU's layer norm refuses")
 @given(dtype=st.sampled_from((torch.bfloat16, torch.float16)), kind=st.sampled_from(("rms", "layer")), seed=seeds())
 def test_norms_beside_heads_of_half_precision_warn_of_nothing(dtype: torch.dtype, kind: str, seed: int) -> None:
     """As under autocast; the numbers are those of the module called on the heads as they are."""

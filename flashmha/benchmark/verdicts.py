@@ -26,7 +26,8 @@ Ratio = dict[str, float]
 
 def ratio(theirs: Sequence[float], ours: Sequence[float]) -> Ratio:
     """Their seconds over ours: medians of the ratios within a round, bootstrapped."""
-    logs = (torch.tensor(theirs, dtype=torch.float64) / torch.tensor(ours, dtype=torch.float64)).log()
+    seconds = torch.tensor([theirs, ours], dtype=torch.float64, device="cpu")  # whatever the default device is
+    logs = (seconds[0] / seconds[1]).log()
     return {
         "median": ratio_at(logs, 0.5),
         "q25": ratio_at(logs, 0.25),
@@ -43,8 +44,8 @@ def ratio_at(logs: Tensor, at: float) -> float:
 
 def medians(logs: Tensor) -> Tensor:
     """The medians of ``RESAMPLES`` draws of as many rounds, with replacement; the same draws every time."""
-    generator = torch.Generator().manual_seed(len(logs))
-    drawn = torch.randint(0, len(logs), (RESAMPLES, len(logs)), generator=generator)
+    generator = torch.Generator("cpu").manual_seed(len(logs))
+    drawn = torch.randint(0, len(logs), (RESAMPLES, len(logs)), generator=generator, device="cpu")
     return torch.quantile(logs[drawn], 0.5, dim=1)
 
 
