@@ -95,8 +95,8 @@ FORWARD, STEP, NARROW = 1 / 1.08, 1 / 1.05, 8.0
 32768 tokens 8 times as fast."""
 
 
-def heads_cases(shape: tuple[int, ...], heads_kv: int, windowed: tuple[int, ...], **fields: Any) -> list[Case]:
-    """Layers of one shape with each option, and with all that a language model has; the core with a window."""
+def heads_cases(shape: tuple[int, ...], heads_kv: int, **fields: Any) -> list[Case]:
+    """Layers of one shape with each option, and with all that a language model has."""
     fields = {"bias": False, "headline": True, **fields}
     options: list[dict[str, Any]] = [{"rotary": True}, {"qk_norm": "rms"}, {"qk_norm": "layer"}]
     options.append({"rotary": True, "qk_norm": "rms"})
@@ -106,9 +106,13 @@ def heads_cases(shape: tuple[int, ...], heads_kv: int, windowed: tuple[int, ...]
             cases += make("heads", "layer", mode, shape, target=target, **each, **fields)
     cases += make("heads", "layer", "train eval", shape, heads_kv=heads_kv, target=1.0, **fields)
     everything = {"rotary": True, "qk_norm": "rms", "causal": True, "heads_kv": heads_kv}
-    cases += make("heads", "layer", "train eval", shape, **everything, **fields)
-    narrow = {"window": 512, "causal": True, "target": NARROW if windowed[1] >= 32768 else None}
-    return cases + make("heads", "core", "train eval", windowed, **narrow, **fields)
+    return cases + make("heads", "layer", "train eval", shape, **everything, **fields)
+
+
+def window_cases(shape: tuple[int, ...], **fields: Any) -> list[Case]:
+    """The core with a window of 512 keys."""
+    fields |= {"window": 512, "causal": True, "bias": False, "headline": True}
+    return make("heads", "core", "train eval", shape, target=NARROW if shape[1] >= 32768 else None, **fields)
 
 
 F41, F47 = (99, 256, 25, 160, 76, 42, 125, 57), (473, 1024, 127, 301)
@@ -148,7 +152,8 @@ CPU_CASES = [
     *encoder_cases("train eval", 4, (16, 256, 256, 4), 0.54, holes=True),
     *encoder_cases("train eval", 4, (16, 256, 256, 4), 0.54, batch_first=False),
     *encoder_cases("train eval", 4, (16, 256, 256, 4), headline=True),
-    *heads_cases((1, 2048, 256, 4), 2, (1, 4096, 256, 4)),
+    *heads_cases((1, 2048, 256, 4), 2),
+    *window_cases((1, 4096, 256, 4)),
 ]
 
 ENCODERS = (
@@ -189,7 +194,9 @@ PADDED_SHAPES = (((32, 512, 1024, 16), 0.59), ((8, 2048, 2048, 16), 0.62), ((4, 
 
 CUDA = [
     *CUDA_ENCODERS,
-    *heads_cases((4, 2048, 2048, 16), 4, (1, 32768, 2048, 16), dtype="bfloat16"),
+    *heads_cases((4, 2048, 4096, 32), 8, dtype="bfloat16"),
+    *heads_cases((4, 2048, 2048, 16), 4, dtype="bfloat16"),
+    *window_cases((1, 32768, 2048, 16), dtype="bfloat16"),
     *(
         dataclasses.replace(case, dtype="bfloat16")
         for case in (
