@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .kernel_parts import UNSPECIALIZED, exponentiate, find_visible, multiply
+from .kernel_parts import UNSPECIALIZED, exponentiate, find_visible, load_tokens, multiply
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
@@ -81,6 +81,9 @@ def columns_kernel(
     total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for number in range(first_head, first_head + count):
         head = tl.cast(number, tl.int64)
+        key_tile = None
+        if CHUNK >= HEAD_DIM:
+            key_tile = load_tokens(k + head // group * k_head, keys_left, k_key, HEAD_DIM, 0, CHUNK, BLOCK_N)
         for piece in tl.static_range(PIECES):
             first, last = start, stop
             if PIECES == 3 and piece == 0:
@@ -100,6 +103,7 @@ def columns_kernel(
                     CHUNK,
                     BLOCK_M,
                     BLOCK_N,
+                    keys=key_tile,
                 )
                 added, table = bias, dense
                 if bias is not None:

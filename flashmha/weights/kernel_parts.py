@@ -47,11 +47,16 @@ def multiply(
     CHUNK: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    keys: tl.tensor = None,
 ) -> tl.tensor:
-    """``q @ k.T`` of a tile in float32; q and k point at its first row and key of one head."""
+    """``q @ k.T`` of a tile in float32; q and k point at its first row and key of one head.
+
+    Where a chunk is all of head_dim, ``keys`` may have been loaded before a loop.
+    """
     if CHUNK >= HEAD_DIM:
         rows = load_tokens(q, left[0], strides[0], HEAD_DIM, 0, CHUNK, BLOCK_M)
-        keys = load_tokens(k, left[1], strides[1], HEAD_DIM, 0, CHUNK, BLOCK_N)
+        if keys is None:
+            keys = load_tokens(k, left[1], strides[1], HEAD_DIM, 0, CHUNK, BLOCK_N)
         score = tl.dot(rows, tl.trans(keys), input_precision="ieee")
     else:
         score = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
