@@ -46,9 +46,8 @@ class Unmade:
         return self.recipe.make()
 
     def part(self, region: Region) -> Tensor:
-        """The weights of some places, of every axis."""
-        made = self.gather(region, self.recipe.part, torch.cat)
-        return made.reshape(list(map(len, region.ranges)))
+        """The weights of some places."""
+        return self.gather(region, self.recipe.part, torch.cat).reshape(region.sizes)
 
     def gather(
         self, region: Region, make: Callable[[Box, range], Tensor], join: Callable[[list[Tensor], int], Tensor]
