@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 SELECT, SLICE = torch.ops.aten.select.int, torch.ops.aten.slice.Tensor
+WHOLE_SLICE: tuple[Any, ...] = (0, None, None, 1)
+"""What the arguments of a slice are where they are not given."""
 
 
 class Cut(NamedTuple):
@@ -31,7 +33,7 @@ def read_cut(func: Any, args: tuple[Any, ...], sizes: Sequence[int]) -> Cut | No
         return Cut(dim % count, range(index, index + 1), False)
     if func is not SLICE:
         return None
-    dim, start, end, step = (*args, *(0, None, None, 1)[len(args) :])
+    dim, start, end, step = [*args, *WHOLE_SLICE[len(args) :]]
     if step < 1 or not -count <= dim < count:
         return None
     return Cut(dim % count, range(sizes[dim])[start:end:step], True)
@@ -63,9 +65,7 @@ class Region(NamedTuple):
         (dim, places, keeps), ranges, axes = cut, self.ranges, self.axes
         axis = axes[dim]
         part = ranges[axis][places.start : places.stop : places.step]
-        return Region(
-            (*ranges[:axis], part, *ranges[axis + 1 :]), axes if keeps else (*axes[:dim], *axes[dim + 1 :])
-        )
+        return Region((*ranges[:axis], part, *ranges[axis + 1 :]), axes if keeps else (*axes[:dim], *axes[dim + 1 :]))
 
     def of(self, values: Tensor) -> Tensor:
         """The view of a tensor."""

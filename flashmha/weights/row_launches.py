@@ -1,0 +1,83 @@
+"""A few rows of weights, out of their log-sum-exp, in one launch on a GPU.
+
+A row is read in the time of its launch, so every line of Python counts.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..problem.spec import AttentionSpec
+from ..problem.windows import Window
+from .blocks import Box
+from .rows import MOST_ROWS
+from .tables import window_bounds
+from .tiles import LARGEST_HEAD_DIM, use_device
+
+HALF = (torch.bfloat16, torch.float16)
+
+
+def takes_rows(q: Tensor, k: Tensor, lse: Tensor | None, spec: AttentionSpec, box: Box, keys: range) -> bool:
+    """A kernel makes the weights of a box and some keys."""
+    if lse is None or q.dtype not in HALF or spec.bias is not None or not 0 < len(box.rows) <= MOST_ROWS:
+        return False
+    if keys.step != 1 or not (keys and box.batch and box.heads):
+        return False
+    if spec.mask is not None and not all(isinstance(part, Window) for part in spec.mask.parts):
+        return False
+    return q.stride(3) == k.stride(3) == 1 and lse.dtype == torch.float32 and spec.head_dim <= LARGEST_HEAD_DIM
+
+
+def launch_rows(
+    q: Tensor,
+    k: Tensor,
+    lse: Tensor,
+    spec: AttentionSpec,
+    average: bool,
+    dtype: torch.dtype,
+    box: Box,
+    keys: range,
+) -> Tensor:
+    """The weights of a box and some keys, (batch, heads, rows, keys), or their mean over heads, in one launch."""
+    batch, heads, rows = box
+    windows = () if spec.mask is None else spec.mask.parts
+    window = window_bounds(windows, spec.seqlen_q, spec.seqlen_k)  # type: ignore[arg-type]
+    parts, count = (1, len(heads)) if average else (len(heads), 1)
+    made = torch.empty((len(batch), parts, len(rows), len(keys)), dtype=dtype, device=q.device)
+    shared = (*lse.stride(), spec.heads // k.shape[2], parts, count)
+    place = (batch.start, heads.start, rows.start, len(rows), rows.step, keys.start, len(keys))
+    softcap = 0.0 if spec.softcap is None else float(spec.softcap)
+    numbers = (*shared, *place, float(spec.scale), softcap, *(window or (0, 0)))
+    tile, constants, options = cut_rows(spec.head_dim, average)
+    constants = {"WINDOW": window is not None, "SOFTCAP": spec.softcap is not None, **constants}
+    kind = (q.device.index, q.dtype, dtype, spec.head_dim, average, window is None, spec.softcap is None)
+    programs = len(batch) * parts * -(-len(keys) // tile)
+    with use_device(q.device):
+        launcher()(
+            kind, (programs, 1), (q, k, lse, made), (*q.stride()[:3], *k.stride()[:3]), numbers, constants, options
+        )
+    return made
+
+
+@functools.cache
+def cut_rows(head_dim: int, average: bool) -> tuple[int, dict[str, Any], dict[str, int]]:
+    """The keys of a tile, and what makes the kernel of it.
+
+    A program of a mean goes through all heads, so it takes few keys, and loads those of the next heads meanwhile.
+    """
+    chunk = max(16, 1 << (head_dim - 1).bit_length())
+    keys = 64 if average else 128
+    constants = {"HEAD_DIM": head_dim, "CHUNK": chunk, "BLOCK_M": MOST_ROWS, "BLOCK_N": keys}
+    return keys, constants, {"num_warps": 4, "num_stages": 4 if chunk <= 128 else 2}
+
+
+@functools.cache
+def launcher() -> Any:
+    """Launches of the kernel; importing it imports triton."""
+    from .row_kernel import launch
+
+    return launch
