@@ -133,7 +133,8 @@ class Recipe:
     def launch_rows(self, box: Box, keys: range, dtype: torch.dtype) -> Tensor:
         """Those weights, in a dtype."""
         assert self.lse is not None
-        return launch_rows(self.q, self.k, self.lse, self.spec, self.average, dtype, box, keys)
+        with tiles.use_device(self.spec.device):
+            return launch_rows(self.q, self.k, self.lse, self.spec, self.average, dtype, box, keys)
 
     @property
     def has_tiles(self) -> bool:

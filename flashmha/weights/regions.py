@@ -58,14 +58,15 @@ class Region(NamedTuple):
     @property
     def sizes(self) -> list[int]:
         """Those of the view."""
-        return [len(self.ranges[axis]) for axis in self.axes]
+        return list(map(len, map(self.ranges.__getitem__, self.axes)))
 
     def cut(self, cut: Cut) -> Region:
         """Some places of an axis of the view."""
-        (dim, places, keeps), ranges, axes = cut, self.ranges, self.axes
+        (dim, places, keeps), (ranges, axes) = cut, self
         axis = axes[dim]
         part = ranges[axis][places.start : places.stop : places.step]
-        return Region((*ranges[:axis], part, *ranges[axis + 1 :]), axes if keeps else (*axes[:dim], *axes[dim + 1 :]))
+        ranges = ranges[:axis] + (part,) + ranges[axis + 1 :]  # noqa: RUF005
+        return Region(ranges, axes if keeps else axes[:dim] + axes[dim + 1 :])
 
     def of(self, values: Tensor) -> Tensor:
         """The view of a tensor."""
@@ -98,10 +99,14 @@ class Layout(NamedTuple):
     def cut(self, cut: Cut) -> Layout:
         """That of a view of some places of an axis."""
         (dim, places, keeps), (sizes, strides, offset, dtype) = cut, self
-        step = strides[dim]
+        step, behind = strides[dim], dim + 1
         size, stride = ((len(places),), (places.step * step,)) if keeps else ((), ())
-        sizes, strides = (*sizes[:dim], *size, *sizes[dim + 1 :]), (*strides[:dim], *stride, *strides[dim + 1 :])
-        return Layout(sizes, strides, offset + places.start * step, dtype)
+        return Layout(
+            sizes[:dim] + size + sizes[behind:],
+            strides[:dim] + stride + strides[behind:],
+            offset + places.start * step,
+            dtype,
+        )
 
     def blank(self) -> Tensor:
         """A tensor that lies so and has no values."""

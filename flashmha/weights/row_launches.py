@@ -16,16 +16,16 @@ from ..problem.windows import Window
 from .blocks import Box
 from .rows import MOST_ROWS
 from .tables import window_bounds
-from .tiles import LARGEST_HEAD_DIM, use_device
+from .tiles import LARGEST_HEAD_DIM
 
 HALF = (torch.bfloat16, torch.float16)
 
 
 def takes_rows(q: Tensor, k: Tensor, lse: Tensor | None, spec: AttentionSpec, box: Box, keys: range) -> bool:
     """A kernel makes the weights of a box and some keys."""
-    if lse is None or q.dtype not in HALF or spec.bias is not None or not 0 < len(box.rows) <= MOST_ROWS:
+    if lse is None or q.dtype not in HALF or spec.bias is not None or len(box.rows) > MOST_ROWS:
         return False
-    if keys.step != 1 or not (keys and box.batch and box.heads):
+    if keys.step != 1 or not (keys and all(box)):
         return False
     if spec.mask is not None and not all(isinstance(part, Window) for part in spec.mask.parts):
         return False
@@ -44,35 +44,38 @@ def launch_rows(
 ) -> Tensor:
     """The weights of a box and some keys, (batch, heads, rows, keys), or their mean over heads, in one launch."""
     batch, heads, rows = box
-    windows = () if spec.mask is None else spec.mask.parts
-    window = window_bounds(windows, spec.seqlen_q, spec.seqlen_k)  # type: ignore[arg-type]
+    mask, softcap = spec.mask, spec.softcap
+    window = None if mask is None else window_bounds(mask.parts, spec.seqlen_q, spec.seqlen_k)  # type: ignore[arg-type]
+    low, high = window or (0, 0)
     parts, count = (1, len(heads)) if average else (len(heads), 1)
-    made = torch.empty((len(batch), parts, len(rows), len(keys)), dtype=dtype, device=q.device)
-    shared = (*lse.stride(), spec.heads // k.shape[2], parts, count)
-    place = (batch.start, heads.start, rows.start, len(rows), rows.step, keys.start, len(keys))
-    softcap = 0.0 if spec.softcap is None else float(spec.softcap)
-    numbers = (*shared, *place, float(spec.scale), softcap, *(window or (0, 0)))
-    tile, constants, options = cut_rows(spec.head_dim, average)
-    constants = {"WINDOW": window is not None, "SOFTCAP": spec.softcap is not None, **constants}
-    kind = (q.device.index, q.dtype, dtype, spec.head_dim, average, window is None, spec.softcap is None)
-    programs = len(batch) * parts * -(-len(keys) // tile)
-    with use_device(q.device):
-        launcher()(
-            kind, (programs, 1), (q, k, lse, made), (*q.stride()[:3], *k.stride()[:3]), numbers, constants, options
-        )
+    items, size, width = len(batch), len(rows), len(keys)
+    made = torch.empty((items, parts, size, width), dtype=dtype, device=q.device)
+    tile, constants, options = cut_rows(spec.head_dim, average, window is not None, softcap is not None)
+    launcher()(
+        (q.device.index, q.dtype, dtype, spec.head_dim, average, window is None, softcap is None),
+        (items * parts * -(-width // tile), 1, 1),
+        (q, k, lse, made),
+        (*q.stride()[:3], *k.stride()[:3]),
+        (
+            *(*lse.stride(), q.shape[2] // k.shape[2], parts, count, batch.start, heads.start, rows.start),
+            *(size, rows.step, keys.start, width, float(spec.scale), float(softcap or 0.0), low, high),
+        ),
+        constants,
+        options,
+    )
     return made
 
 
 @functools.cache
-def cut_rows(head_dim: int, average: bool) -> tuple[int, dict[str, Any], dict[str, int]]:
+def cut_rows(head_dim: int, average: bool, windowed: bool, bent: bool) -> tuple[int, dict[str, Any], dict[str, int]]:
     """The keys of a tile, and what makes the kernel of it.
 
     A program of a mean goes through all heads, so it takes few keys, and loads those of the next heads meanwhile.
     """
     chunk = max(16, 1 << (head_dim - 1).bit_length())
-    keys = 64 if average else 128
-    constants = {"HEAD_DIM": head_dim, "CHUNK": chunk, "BLOCK_M": MOST_ROWS, "BLOCK_N": keys}
-    return keys, constants, {"num_warps": 4, "num_stages": 4 if chunk <= 128 else 2}
+    keys, stages = (64, 4 if chunk <= 128 else 3) if average else (128 if chunk <= 128 else 64, 2)
+    constants = {"WINDOW": windowed, "SOFTCAP": bent, "HEAD_DIM": head_dim, "CHUNK": chunk}
+    return keys, {**constants, "BLOCK_M": MOST_ROWS, "BLOCK_N": keys}, {"num_warps": 4, "num_stages": stages}
 
 
 @functools.cache
