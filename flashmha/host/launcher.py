@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from typing import Any
 
 from torch import Tensor
@@ -11,7 +11,7 @@ from .torch_state import raw_stream
 
 DIVISOR = 16
 """Triton compiles a form for addresses that divide by this, and another for those that do not."""
-LARGEST = 2**31 - 1
+LARGEST_NUMBER = 2**31 - 1
 """The largest number that a form takes as one of 32 bits."""
 MOST_FORMS = 1024
 
@@ -26,8 +26,8 @@ class Launcher:
     with the same steps had is launched; Triton launches the others.
     """
 
-    def __init__(self, kernel: Any) -> None:
-        self.kernel = kernel
+    def __init__(self, kernel: Any, stream: Callable[[int], int] | None = raw_stream) -> None:
+        self.kernel, self.stream = kernel, stream
         self.forms: dict[Hashable, Any] = {}
 
     def __call__(
@@ -53,14 +53,14 @@ class Launcher:
         for tensor in tensors:
             if tensor is not None:
                 places |= tensor.data_ptr()
-        plain = places % DIVISOR == 0 and min(numbers) >= -LARGEST and max(numbers) <= LARGEST
+        plain = places % DIVISOR == 0 and min(numbers) >= -LARGEST_NUMBER and max(numbers) <= LARGEST_NUMBER
         key = kind, steps
         form = self.forms.get(key) if plain else None
-        if form is not None and raw_stream is not None:
-            stream = raw_stream(tensors[0].device.index)  # type: ignore[union-attr]
+        if form is not None and self.stream is not None:
+            stream = self.stream(tensors[0].device.index)  # type: ignore[arg-type, union-attr]
             form[programs](*tensors, *steps, *numbers, *constants.values(), stream=stream)
             return
-        made = self.kernel[programs](*tensors, *steps, *numbers, **constants, **options)
+        made = self.kernel[programs](*tensors, *steps, *numbers, *constants.values(), **options)
         if plain and hasattr(type(made), "__getitem__"):  # an interpreter makes none
             if len(self.forms) >= MOST_FORMS:
                 self.forms.clear()

@@ -125,7 +125,7 @@ class Cell:
         alike = is_inference() == self.inference and self.process == self.lock_process
         if not alike or not is_current(self.stream):
             return self.computing_elsewhere()
-        return torch.no_grad() if torch.is_grad_enabled() else NOTHING
+        return torch.no_grad() if torch.is_grad_enabled() else UNCHANGED
 
     @contextlib.contextmanager
     def computing_elsewhere(self) -> Iterator[None]:
@@ -139,7 +139,7 @@ class Cell:
             yield
 
 
-NOTHING = contextlib.nullcontext()
+UNCHANGED = contextlib.nullcontext()
 Stream = tuple[int, int, int]
 """What torch calls a stream: its number, device and kind."""
 

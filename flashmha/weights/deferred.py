@@ -24,9 +24,9 @@ from ..host.torch_state import is_batched
 from .cell import Cell, Source, note_unread
 from .patches import Patches
 from .picks import find_list, find_picked, pick_places
-from .regions import SLICE, Layout
+from .regions import Layout
 from .storage import as_ordinary, fill, lend, make_blank, put_values, read_values, values_of
-from .views import ALIASES, View, is_view
+from .views import View, is_all, is_view
 
 
 def sparing(name: str) -> Callable[..., Any]:
@@ -224,18 +224,6 @@ SHARING = (aten.set_.source_Tensor, aten.set_.source_Tensor_storage_offset)
 def is_unread(tensor: Deferred) -> bool:
     """The values were not computed, and no compiler records what is read of them."""
     return tensor.cell is not None and tensor.cell.made is None and TracingContext.try_get() is None
-
-
-def is_all(func: Any, tensor: Deferred, args: Any) -> bool:
-    """A view of all of a tensor as it is: a hook's, or the ``:`` of an index, by which torch 2.8 slices."""
-    if func in ALIASES:
-        return True
-    if func is aten.view.default:
-        return list(args[0]) == list(tensor.shape) and (tensor.way is None or tensor.is_contiguous())
-    if func is not SLICE or len(args) < 3:
-        return False
-    start, end, step = (*args[1:], 1)[:3]
-    return start == 0 and step == 1 and end is not None and end >= tensor.shape[args[0]]
 
 
 def look(tensor: Deferred, func: Any, args: Any, kwargs: Any) -> Any:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from ..backends.naive import probabilities, scores
-from ..host.torch_state import without_autocast
+from ..host.torch_state import is_autocasting, without_autocast
 from ..problem.packing import unpack_tokens
 from ..problem.spec import AttentionSpec
 from . import rows, tiles
@@ -41,6 +41,8 @@ def without_caller_autocast(method: F) -> F:
 
     @functools.wraps(method)
     def inside(recipe: Recipe, *args: Any) -> Any:
+        if not is_autocasting():
+            return method(recipe, *args)
         with without_autocast(recipe.spec.device):
             return method(recipe, *args)
 

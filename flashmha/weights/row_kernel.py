@@ -8,14 +8,14 @@ import triton.language as tl
 from ..host.launcher import Launcher
 from .kernel_parts import exponentiate, multiply
 
-UNSPECIALIZED = """
+ROW_NUMBERS = """
     lse_batch lse_head lse_row group parts count first_batch first_head first_row rows step first_key keys
     scale softcap low high
 """.split()  # noqa: SIM905
 """Arguments whose value shall not make another kernel."""
 
 
-@triton.jit(do_not_specialize=UNSPECIALIZED)
+@triton.jit(do_not_specialize=ROW_NUMBERS)
 def rows_kernel(
     q: tl.tensor,
     k: tl.tensor,
@@ -88,4 +88,4 @@ def rows_kernel(
     tl.store(entries, (total / count).to(out.dtype.element_ty), mask=there)
 
 
-launch = Launcher(rows_kernel)
+launch_row_kernel = Launcher(rows_kernel)

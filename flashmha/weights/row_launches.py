@@ -11,14 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..backends.limits import HALF
 from ..problem.spec import AttentionSpec
 from ..problem.windows import Window
 from .blocks import Box
 from .rows import MOST_ROWS
 from .tables import window_bounds
 from .tiles import LARGEST_HEAD_DIM
-
-HALF = (torch.bfloat16, torch.float16)
 
 
 def takes_rows(q: Tensor, k: Tensor, lse: Tensor | None, spec: AttentionSpec, box: Box, keys: range) -> bool:
@@ -81,6 +80,6 @@ def cut_rows(head_dim: int, average: bool, windowed: bool, bent: bool) -> tuple[
 @functools.cache
 def launcher() -> Any:
     """Launches of the kernel; importing it imports triton."""
-    from .row_kernel import launch
+    from .row_kernel import launch_row_kernel
 
-    return launch
+    return launch_row_kernel

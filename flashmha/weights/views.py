@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .cell import Cell
-from .regions import Cut, Layout, Region, read_cut
+from .regions import SLICE, Cut, Layout, Region, read_cut
 
 aten = torch.ops.aten
 ALIASES = (aten.alias.default, aten.detach.default)
@@ -98,3 +98,15 @@ class View:
 def is_view(func: Any) -> bool:
     """Whether an operator gives a view of its first argument that sizes and strides determine."""
     return bool(func.is_view) and func not in BY_STORAGE
+
+
+def is_all(func: Any, tensor: Any, args: Any) -> bool:
+    """A view of all of a tensor as it is: a hook's, or the ``:`` of an index, by which torch 2.8 slices."""
+    if func in ALIASES:
+        return True
+    if func is aten.view.default:
+        return list(args[0]) == list(tensor.shape) and (tensor.way is None or tensor.is_contiguous())
+    if func is not SLICE or len(args) < 3:
+        return False
+    start, end, step = (*args[1:], 1)[:3]
+    return start == 0 and step == 1 and end is not None and end >= tensor.shape[args[0]]
