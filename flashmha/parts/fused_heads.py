@@ -64,8 +64,11 @@ def define_gradients(grads: Sequence[Tensor], xs: Sequence[Tensor], plan: Plan) 
     return [next(found) if x.requires_grad else None for x in given]
 
 
-def run(xs: Sequence[Tensor], plan: Plan) -> tuple[Tensor, ...]:
+def run(
+    xs: tuple[Tensor, ...], norms: tuple[KnownNorm, ...], rotation: Rotation | None, at: PositionsOrFirst
+) -> tuple[Tensor, ...]:
     """One launch; differentiable where something wants gradients."""
+    plan = Plan(xs, norms, rotation, at, is_swapped(xs[0]))
     if torch.is_grad_enabled():
         given = [*xs, *plan.parameters]
         if any(x.requires_grad for x in given):
@@ -87,7 +90,7 @@ def prepare(
     q_at, k_at = (0, 0) if rotation is None else (rotation.q_at, rotation.k_at)
     if q is not None and k is not None and are_alike(q, k, q_norm, k_norm, q_at, k_at):
         norms = () if q_norm is None or k_norm is None else (q_norm, k_norm)
-        made = run((q, k), Plan(norms, rotation, q_at, is_swapped(q)))
+        made = run((q, k), norms, rotation, q_at)
         return made[0], made[1]
     return prepare_one(q, q_norm, rotation, q_at), prepare_one(k, k_norm, rotation, k_at)
 
@@ -98,7 +101,7 @@ def prepare_one(
     """Heads of one tensor, in one launch where there is something to do."""
     if x is None or (norm is None and rotation is None):
         return x
-    return run((x,), Plan(() if norm is None else (norm,), rotation, at, is_swapped(x)))[0]
+    return run((x,), () if norm is None else (norm,), rotation, at)[0]
 
 
 def are_alike(

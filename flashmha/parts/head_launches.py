@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..backends.rewrites.heads import Slots
 from ..weights.tiles import use_device
-from .norms import KnownNorm
+from .norms import KnownNorm, dtype_of
 from .rotation import PositionsOrFirst, Rotation
 
 HEADS = 4
@@ -25,6 +25,8 @@ PROGRAMS = 2112
 """Programs at most where each adds up gradients of weights: 16 on each of an H200's processors."""
 Steps = tuple[int, int]
 """The strides of tokens and of heads, where heads lie as rows of one token after another."""
+BothSteps = tuple[int, int, int, int]
+"""Those of two tensors."""
 
 
 def is_swapped(x: Tensor) -> bool:
@@ -59,80 +61,86 @@ def power_of_two(size: int) -> int:
     return 1 << (size - 1).bit_length()
 
 
-NO_NORM = KnownNorm(False, None, None, 0.0)
-NO_HEADS = (None, None), (0, 0, 0, 0)
+NO_HEADS: tuple[tuple[Tensor | None, Tensor | None], BothSteps] = (None, None), (0, 0, 0, 0)
 """What ``both`` gives where a kernel reads no heads."""
 
 
-class Plan(NamedTuple):
-    """One launch: the same for the heads of all its tensors.
+class Plan:
+    """One launch and its backward: the same for the heads of all tensors, what does not change from one to the other.
 
     Attributes:
         norms: one for each tensor, of one form; or none.
         rotation: ``None`` where heads are normalised alone.
         at: the positions of the tokens.
         swapped: the tokens of an item do not lie side by side, but those of a place.
+        parameters: the weight and the bias of each norm, where it has them.
+        steps: those of the tensors, where they were read as they lie; known behind the launch.
+        chunks: the programs that share the heads of a token, for each tensor.
     """
 
-    norms: tuple[KnownNorm, ...]
-    rotation: Rotation | None
-    at: PositionsOrFirst
-    swapped: bool
-
-    @property
-    def both(self) -> tuple[KnownNorm, KnownNorm]:
-        """The norms of the first tensor and of the second, which may be the first again."""
-        return (self.norms[0], self.norms[-1]) if self.norms else (NO_NORM, NO_NORM)
-
-    @property
-    def parameters(self) -> list[Tensor]:
-        """The weight and the bias of each norm, where it has them."""
-        return [one for norm in self.norms for one in (norm.weight, norm.bias) if one is not None]
-
-    def options(self, head_dim: int, tile: int) -> dict[str, int]:
-        """What makes a kernel."""
-        rotation = self.rotation
-        dim = head_dim // 2 * 2 if rotation is None else 2 * rotation.inv_freq.shape[0]
-        pairs = power_of_two(dim // 2)
-        return {
-            "NORM": bool(self.norms),
-            "LAYER": self.both[0].layer,
-            "INTERLEAVED": rotation is not None and rotation.interleaved,
-            "HEAD_DIM": head_dim,
-            "DIM": dim,
-            "PAIRS": pairs,
-            "REST": power_of_two(max(1, head_dim - dim)),
-            "TOKENS": max(1, tile // pairs),
-            "HEADS": HEADS,
-        }
-
-    def numbers(self, xs: Sequence[Tensor]) -> tuple[Any, ...]:
-        """Tokens, and those side by side; the first position and two steps; heads; the scale of cos and sin; eps."""
-        batch, seqlen, heads, _ = xs[0].shape
-        at, scale = self.at, 1.0 if self.rotation is None else self.rotation.scale
-        start, by_item, by_place = (0, 0, 1) if isinstance(at, Tensor) else (at, 0, 1)
-        if isinstance(at, Tensor):
-            by_item, by_place = 0 if at.shape[0] == 1 else at.stride(0), at.stride(1)
-        walk = (batch, start, by_place, by_item) if self.swapped else (seqlen, start, by_item, by_place)
-        return batch * seqlen, *walk, heads, xs[1].shape[2] if len(xs) == 2 else 0, scale, self.both[0].eps
-
-    @property
-    def tables(self) -> tuple[Tensor | None, Tensor | None]:
-        """Explicit positions, and frequencies."""
-        at, rotation = self.at, self.rotation
-        return at if isinstance(at, Tensor) else None, None if rotation is None else rotation.inv_freq
+    def __init__(
+        self,
+        xs: Sequence[Tensor],
+        norms: tuple[KnownNorm, ...],
+        rotation: Rotation | None,
+        at: PositionsOrFirst,
+        swapped: bool,
+    ) -> None:
+        self.norms, self.rotation, self.at, self.swapped = norms, rotation, at, swapped
+        self.steps: BothSteps | None = None
+        first = xs[0]
+        batch, seqlen, heads, head_dim = first.shape
+        more = xs[1].shape[2] if len(xs) == 2 else 0
+        chunk = -(-heads // HEADS)
+        self.chunks = (chunk, -(-more // HEADS)) if more else (chunk,)
+        layer, eps, weight, bias = False, 0.0, None, None
+        self.parameters: list[Tensor] = []
+        self.weights: tuple[Tensor | None, Tensor | None] = (None, None)
+        self.biases: tuple[Tensor | None, Tensor | None] = (None, None)
+        if norms:
+            layer, weight, bias, eps = norms[0]
+            self.weights, self.biases = (weight, norms[-1].weight), (bias, norms[-1].bias)
+            self.parameters = [one for norm in norms for one in norm[1:3] if one is not None]
+        start, by_item, by_place, scale = 0, 0, 1, 1.0
+        interleaved, dim, speeds, places = False, head_dim // 2 * 2, None, None
+        if rotation is not None:
+            speeds, scale, interleaved = rotation.inv_freq, float(rotation.scale), rotation.interleaved
+            dim = 2 * speeds.shape[0]
+            if isinstance(at, Tensor):
+                by_item, by_place, places = 0 if at.shape[0] == 1 else at.stride(0), at.stride(1), at
+            else:
+                start = at
+        walk = (batch, start, by_place, by_item) if swapped else (seqlen, start, by_item, by_place)
+        self.numbers = (batch * seqlen, *walk, heads, more, scale, float(eps))
+        self.tables = places, speeds
+        self.form = bool(norms), layer, interleaved, head_dim, dim
+        dtypes = dtype_of(places), dtype_of(speeds), dtype_of(weight), dtype_of(bias)
+        self.kind = (first.device.index, first.dtype, *dtypes, self.form)
 
 
-def both(xs: Sequence[Tensor], swapped: bool) -> tuple[tuple[Tensor, Tensor], tuple[int, int, int, int]]:
+@functools.cache
+def cut(norm: bool, layer: bool, interleaved: bool, head_dim: int, dim: int, tile: int) -> tuple[int, dict[str, Any]]:
+    """The tokens of a program, and what makes the kernel."""
+    pairs = power_of_two(dim // 2)
+    tokens = max(1, tile // pairs)
+    return tokens, {
+        "NORM": norm,
+        "LAYER": layer,
+        "INTERLEAVED": interleaved,
+        "HEAD_DIM": head_dim,
+        "DIM": dim,
+        "PAIRS": pairs,
+        "REST": power_of_two(max(1, head_dim - dim)),
+        "TOKENS": tokens,
+        "HEADS": HEADS,
+    }
+
+
+def both(xs: Sequence[Tensor], swapped: bool) -> tuple[tuple[Tensor, Tensor], BothSteps]:
     """Two tensors for a kernel and their steps: of one tensor, the first again."""
     first = as_rows(xs[0], swapped)
     second = as_rows(xs[1], swapped) if len(xs) == 2 else first
-    return (first[0], second[0]), (*first[1], *second[1])
-
-
-def count_chunks(xs: Sequence[Tensor]) -> list[int]:
-    """The programs that share the heads of a token, for each tensor."""
-    return [-(-x.shape[2] // HEADS) for x in xs]
+    return (first[0], second[0]), first[1] + second[1]
 
 
 @functools.cache
@@ -145,15 +153,21 @@ def kernels() -> Any:
 
 def launch(xs: Sequence[Tensor], plan: Plan) -> tuple[Tensor, ...]:
     """One or two tensors of heads of the same tokens, prepared."""
-    first, norms = xs[0], plan.both
-    options, numbers = plan.options(first.shape[3], TILE), plan.numbers(xs)
-    tensors, steps = both(xs, plan.swapped)
-    made = tuple([empty_rows(x, plan.swapped) for x in xs])
-    parameters = norms[0].weight, norms[1].weight, norms[0].bias, norms[1].bias
-    grid = -(-numbers[0] // options["TOKENS"]), sum(count_chunks(xs))
+    swapped, first = plan.swapped, xs[0]
+    tensors, steps = both(xs, swapped)
+    if tensors[0] is first and tensors[1] is xs[-1]:
+        plan.steps = steps
+    made = tuple([empty_rows(x, swapped) for x in xs])
+    tokens, constants = cut(*plan.form, TILE)
     with use_device(first.device):
-        kernels().prepare_kernel[grid](
-            *tensors, made[0], made[-1], *plan.tables, *parameters, *numbers, *steps, **options
+        kernels().launch_prepare(
+            plan.kind,
+            (-(-plan.numbers[0] // tokens), sum(plan.chunks), 1),
+            (*tensors, made[0], made[-1], *plan.tables, *plan.weights, *plan.biases),
+            steps,
+            plan.numbers,
+            constants,
+            {},
         )
     return made
 
@@ -165,37 +179,38 @@ def launch_backward(
 
     ``xs`` are what it took where it normalises; a rotation alone needs none of it.
     """
-    first, norms, chunks = grads[0], plan.both, count_chunks(grads)
+    first, swapped, steps, chunks = grads[0], plan.swapped, plan.steps, plan.chunks
     programs = sum(chunks)
-    options, numbers = plan.options(first.shape[3], BACKWARD_TILE), plan.numbers(grads)
-    of_grads, grad_steps = both(grads, plan.swapped)
-    of_xs, steps = both(xs, plan.swapped) if xs else NO_HEADS
-    made = [empty_rows(x, plan.swapped) for x in grads] if slots is None else slots.take(first)
-    outs, out_steps = both(made, plan.swapped)
-    blocks, parameters, sums = -(-numbers[0] // options["TOKENS"]), plan.parameters, None
+    tokens, constants = cut(*plan.form, BACKWARD_TILE)
+    of_grads, grad_steps = both(grads, swapped)
+    of_xs, x_steps = NO_HEADS
+    if xs:
+        of_xs, x_steps = both(xs, swapped) if steps is None else ((xs[0], xs[-1]), steps)
+    if slots is None:
+        made = [empty_rows(x, swapped) for x in grads]
+        outs, out_steps = both(made, swapped)
+    else:  # which lie as the heads do
+        made = slots.take(first)
+        outs, out_steps = both(made, swapped) if steps is None else ((made[0], made[-1]), steps)
+    blocks, parameters, sums = -(-plan.numbers[0] // tokens), plan.parameters, None
+    has_bias = plan.biases[0] is not None
     if parameters:
         blocks = min(blocks, -(-PROGRAMS // programs))
         # chunks of q and of k are summed at once where there are as many
         split = (len(chunks), chunks[0]) if chunks[0] == chunks[-1] else (1, programs)
-        kinds = (2,) if norms[0].bias is not None else ()
+        kinds = (2,) if has_bias else ()
         sums = first.new_empty(blocks, *split, *kinds, first.shape[3], dtype=torch.float32)
     with use_device(first.device):
-        kernels().prepare_backward_kernel[blocks, programs](
-            *of_grads,
-            *of_xs,
-            *outs,
-            sums,
-            *plan.tables,
-            norms[0].weight,
-            norms[1].weight,
-            *numbers,
-            *grad_steps,
-            *steps,
-            *out_steps,
-            BIAS=norms[0].bias is not None,
-            **options,
+        kernels().launch_prepare_backward(
+            plan.kind,
+            (blocks, programs, 1),
+            (*of_grads, *of_xs, *outs, sums, *plan.tables, *plan.weights),
+            grad_steps + x_steps + out_steps,
+            plan.numbers,
+            {"BIAS": has_bias, **constants},
+            {},
         )
-    return (*made, *(() if sums is None else add_up(sums, parameters, chunks)))
+    return tuple(made) if sums is None else (*made, *add_up(sums, parameters, chunks))
 
 
 def add_up(sums: Tensor, parameters: Sequence[Tensor], chunks: Sequence[int]) -> list[Tensor]:
