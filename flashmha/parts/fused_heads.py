@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..backends.rewrites.heads import Slots, find_slots
+from ..backends.rewrites.heads import find_slots
 from ..host.torch_state import is_batched
 from ..weights.tiles import KERNEL_DTYPES
 from .head_launches import Plan, is_swapped, launch, launch_backward
@@ -34,8 +34,8 @@ class Prepare(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, plan: Plan, slots: Slots | None, *given: Tensor) -> tuple[Tensor, ...]:
-        ctx.plan, ctx.slots = plan, slots
+    def forward(ctx: Any, plan: Plan, *given: Tensor) -> tuple[Tensor, ...]:
+        ctx.plan = plan
         # a rotation alone needs no heads; torch says where positions, too, were written before the backward
         needed = given if plan.norms else ()
         ctx.save_for_backward(*needed, *((plan.at,) if isinstance(plan.at, Tensor) else ()))
@@ -46,8 +46,8 @@ class Prepare(torch.autograd.Function):
         plan: Plan = ctx.plan
         xs = ctx.saved_tensors[: len(plan.norms)]
         if torch.is_grad_enabled() or is_batched(grads[0]):  # differentiated again, or many at once
-            return None, None, *define_gradients(grads, xs, plan)
-        return None, None, *launch_backward(grads, xs, plan, ctx.slots)
+            return None, *define_gradients(grads, xs, plan)
+        return None, *launch_backward(grads, xs, plan)
 
 
 def define_gradients(grads: Sequence[Tensor], xs: Sequence[Tensor], plan: Plan) -> list[Tensor | None]:
@@ -72,7 +72,8 @@ def run(
     if torch.is_grad_enabled():
         given = [*xs, *plan.parameters]
         if any(x.requires_grad for x in given):
-            made: tuple[Tensor, ...] = Prepare.apply(plan, find_slots(xs), *given)  # type: ignore[no-untyped-call]
+            plan.slots = find_slots(xs)
+            made: tuple[Tensor, ...] = Prepare.apply(plan, *given)  # type: ignore[no-untyped-call]
             return made
     return launch(xs, plan)
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -51,18 +51,61 @@ def as_rows(x: Tensor, swapped: bool) -> tuple[Tensor, Steps]:
 
 def empty_rows(x: Tensor, swapped: bool) -> Tensor:
     """Memory for heads like those given, as contiguous rows."""
+    if not swapped:
+        return x.new_empty(x.shape)
     batch, seqlen, heads, head_dim = x.shape
-    if swapped:
-        return x.new_empty(seqlen, batch, heads, head_dim).transpose(0, 1)
-    return x.new_empty(batch, seqlen, heads, head_dim)
+    return x.new_empty(seqlen, batch, heads, head_dim).transpose(0, 1)
 
 
 def power_of_two(size: int) -> int:
     return 1 << (size - 1).bit_length()
 
 
+NO_NORM = KnownNorm(False, None, None, 0.0)
 NO_HEADS: tuple[tuple[Tensor | None, Tensor | None], BothSteps] = (None, None), (0, 0, 0, 0)
 """What ``both`` gives where a kernel reads no heads."""
+NO_OPTIONS: dict[str, int] = {}
+
+
+class Cut(NamedTuple):
+    """How the heads of a launch are shared among programs.
+
+    Attributes:
+        tokens: of the call.
+        chunks: the programs that share the heads of a token, for each tensor.
+        programs: along the tokens and along the chunks.
+        constants: what makes the kernel.
+    """
+
+    tokens: int
+    chunks: tuple[int, ...]
+    programs: tuple[int, int, int]
+    constants: dict[str, Any]
+
+
+@functools.lru_cache(maxsize=1024)
+def cut(shape: torch.Size, more: int, norm: bool, layer: bool, interleaved: bool, dim: int, backward: bool) -> Cut:
+    """The cut of a launch for heads of a shape, and ``more`` heads of the same tokens in a second tensor.
+
+    Kept, since to compute it takes longer than to launch the kernel.
+    """
+    batch, seqlen, heads, head_dim = shape
+    tokens, pairs = batch * seqlen, power_of_two(dim // 2)
+    some = max(1, (BACKWARD_TILE if backward else TILE) // pairs)
+    chunks = tuple(-(-count // HEADS) for count in (heads, more) if count)
+    constants = {
+        **({"BIAS": False} if backward else {}),
+        "NORM": norm,
+        "LAYER": layer,
+        "INTERLEAVED": interleaved,
+        "HEAD_DIM": head_dim,
+        "DIM": dim,
+        "PAIRS": pairs,
+        "REST": power_of_two(max(1, head_dim - dim)),
+        "TOKENS": some,
+        "HEADS": HEADS,
+    }
+    return Cut(tokens, chunks, (-(-tokens // some), sum(chunks), 1), constants)
 
 
 class Plan:
@@ -74,9 +117,12 @@ class Plan:
         at: the positions of the tokens.
         swapped: the tokens of an item do not lie side by side, but those of a place.
         parameters: the weight and the bias of each norm, where it has them.
+        slots: where the gradients of the heads belong.
         steps: those of the tensors, where they were read as they lie; known behind the launch.
-        chunks: the programs that share the heads of a token, for each tensor.
     """
+
+    slots: Slots | None = None
+    steps: BothSteps | None = None
 
     def __init__(
         self,
@@ -87,53 +133,31 @@ class Plan:
         swapped: bool,
     ) -> None:
         self.norms, self.rotation, self.at, self.swapped = norms, rotation, at, swapped
-        self.steps: BothSteps | None = None
         first = xs[0]
-        batch, seqlen, heads, head_dim = first.shape
+        shape = first.shape
         more = xs[1].shape[2] if len(xs) == 2 else 0
-        chunk = -(-heads // HEADS)
-        self.chunks = (chunk, -(-more // HEADS)) if more else (chunk,)
-        layer, eps, weight, bias = False, 0.0, None, None
+        layer, weight, bias, eps = norms[0] if norms else NO_NORM
+        last = norms[-1] if norms else NO_NORM
+        self.weights, self.biases = (weight, last.weight), (bias, last.bias)
         self.parameters: list[Tensor] = []
-        self.weights: tuple[Tensor | None, Tensor | None] = (None, None)
-        self.biases: tuple[Tensor | None, Tensor | None] = (None, None)
-        if norms:
-            layer, weight, bias, eps = norms[0]
-            self.weights, self.biases = (weight, norms[-1].weight), (bias, norms[-1].bias)
+        if weight is not None:
             self.parameters = [one for norm in norms for one in norm[1:3] if one is not None]
-        start, by_item, by_place, scale = 0, 0, 1, 1.0
-        interleaved, dim, speeds, places = False, head_dim // 2 * 2, None, None
+        start, by_item, by_place, places, speeds = 0, 0, 1, None, None
+        scale, interleaved, dim = 1.0, False, shape[3] // 2 * 2
         if rotation is not None:
-            speeds, scale, interleaved = rotation.inv_freq, float(rotation.scale), rotation.interleaved
+            speeds, scale, interleaved, _, _ = rotation
             dim = 2 * speeds.shape[0]
             if isinstance(at, Tensor):
                 by_item, by_place, places = 0 if at.shape[0] == 1 else at.stride(0), at.stride(1), at
             else:
                 start = at
-        walk = (batch, start, by_place, by_item) if swapped else (seqlen, start, by_item, by_place)
-        self.numbers = (batch * seqlen, *walk, heads, more, scale, float(eps))
+        self.form = shape, more, bool(norms), layer, interleaved, dim
+        self.cut = cut(*self.form, False)
+        walk = (shape[0], start, by_place, by_item) if swapped else (shape[1], start, by_item, by_place)
+        self.numbers = (self.cut.tokens, *walk, shape[2], more, float(scale), float(eps))
         self.tables = places, speeds
-        self.form = bool(norms), layer, interleaved, head_dim, dim
         dtypes = dtype_of(places), dtype_of(speeds), dtype_of(weight), dtype_of(bias)
-        self.kind = (first.device.index, first.dtype, *dtypes, self.form)
-
-
-@functools.cache
-def cut(norm: bool, layer: bool, interleaved: bool, head_dim: int, dim: int, tile: int) -> tuple[int, dict[str, Any]]:
-    """The tokens of a program, and what makes the kernel."""
-    pairs = power_of_two(dim // 2)
-    tokens = max(1, tile // pairs)
-    return tokens, {
-        "NORM": norm,
-        "LAYER": layer,
-        "INTERLEAVED": interleaved,
-        "HEAD_DIM": head_dim,
-        "DIM": dim,
-        "PAIRS": pairs,
-        "REST": power_of_two(max(1, head_dim - dim)),
-        "TOKENS": tokens,
-        "HEADS": HEADS,
-    }
+        self.kind = (first.device.index, first.dtype, *dtypes, shape[3], *self.form[2:])
 
 
 def both(xs: Sequence[Tensor], swapped: bool) -> tuple[tuple[Tensor, Tensor], BothSteps]:
@@ -158,30 +182,26 @@ def launch(xs: Sequence[Tensor], plan: Plan) -> tuple[Tensor, ...]:
     if tensors[0] is first and tensors[1] is xs[-1]:
         plan.steps = steps
     made = tuple([empty_rows(x, swapped) for x in xs])
-    tokens, constants = cut(*plan.form, TILE)
     with use_device(first.device):
         kernels().launch_prepare(
             plan.kind,
-            (-(-plan.numbers[0] // tokens), sum(plan.chunks), 1),
+            plan.cut.programs,
             (*tensors, made[0], made[-1], *plan.tables, *plan.weights, *plan.biases),
             steps,
             plan.numbers,
-            constants,
-            {},
+            plan.cut.constants,
+            NO_OPTIONS,
         )
     return made
 
 
-def launch_backward(
-    grads: Sequence[Tensor], xs: Sequence[Tensor], plan: Plan, slots: Slots | None
-) -> tuple[Tensor, ...]:
+def launch_backward(grads: Sequence[Tensor], xs: Sequence[Tensor], plan: Plan) -> tuple[Tensor, ...]:
     """Gradients of what ``launch`` took, in their slots where they have some; those of the norms' parameters.
 
     ``xs`` are what it took where it normalises; a rotation alone needs none of it.
     """
-    first, swapped, steps, chunks = grads[0], plan.swapped, plan.steps, plan.chunks
-    programs = sum(chunks)
-    tokens, constants = cut(*plan.form, BACKWARD_TILE)
+    first, swapped, steps, slots = grads[0], plan.swapped, plan.steps, plan.slots
+    _, chunks, (blocks, programs, _), constants = cut(*plan.form, True)
     of_grads, grad_steps = both(grads, swapped)
     of_xs, x_steps = NO_HEADS
     if xs:
@@ -192,9 +212,8 @@ def launch_backward(
     else:  # which lie as the heads do
         made = slots.take(first)
         outs, out_steps = both(made, swapped) if steps is None else ((made[0], made[-1]), steps)
-    blocks, parameters, sums = -(-plan.numbers[0] // tokens), plan.parameters, None
-    has_bias = plan.biases[0] is not None
-    if parameters:
+    sums, has_bias = None, plan.biases[0] is not None
+    if plan.parameters:
         blocks = min(blocks, -(-PROGRAMS // programs))
         # chunks of q and of k are summed at once where there are as many
         split = (len(chunks), chunks[0]) if chunks[0] == chunks[-1] else (1, programs)
@@ -207,10 +226,10 @@ def launch_backward(
             (*of_grads, *of_xs, *outs, sums, *plan.tables, *plan.weights),
             grad_steps + x_steps + out_steps,
             plan.numbers,
-            {"BIAS": has_bias, **constants},
-            {},
+            {**constants, "BIAS": True} if has_bias else constants,
+            NO_OPTIONS,
         )
-    return tuple(made) if sums is None else (*made, *add_up(sums, parameters, chunks))
+    return tuple(made) if sums is None else (*made, *add_up(sums, plan.parameters, chunks))
 
 
 def add_up(sums: Tensor, parameters: Sequence[Tensor], chunks: Sequence[int]) -> list[Tensor]:
