@@ -298,27 +298,48 @@ def test_the_gradient_of_a_largest_value_finds_it_after_the_map_was_made() -> No
     torch.testing.assert_close(found, expected)
 
 
+class Work(Largest):
+    """The operators whose results are no views, and how many numbers those hold."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.done: list[tuple[Any, int]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = super().__torch_dispatch__(func, types, args, kwargs)
+        given = [x for x in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+        if type(result) is not Tensor or result.is_meta or any(type(x) is Deferred for x in given):
+            return result
+        if result.untyped_storage().data_ptr() not in [x.untyped_storage().data_ptr() for x in given]:
+            self.done.append((func, result.numel()))
+        return result
+
+
+@pytest.mark.cpu("blocks of a size for a CPU")
+@pytest.mark.parametrize("average", (False, True))
+def test_a_copy_of_a_part_is_made_once_and_its_own(average: bool) -> None:
+    unread, read = plain_maps(average)
+    expected = read.clone()[0, 1] if average else read.clone()[:, 1]
+    part = unread[0, 1] if average else unread[:, 1]
+    with blocks_of(24), Work() as work:
+        copied = part.clone()
+    assert [size for _, size in work.done].count(expected.numel()) == 1 or average
+    assert is_unmade(unread) and not copied._is_view() and copied.is_contiguous()
+    copied.fill_(7.0)
+    torch.testing.assert_close(part.clone(), expected)
+    torch.testing.assert_close(part * 1.0, expected)
+    torch.testing.assert_close(part.clone(), expected)
+    torch.testing.assert_close(part.clone(memory_format=torch.contiguous_format), expected)
+
+
 @pytest.mark.cpu("counts the operators of a CPU")
 @pytest.mark.parametrize("mask", (None, causal()))
 @pytest.mark.parametrize("average", (False, True))
 def test_a_row_takes_few_operators(mask: Any, average: bool) -> None:
-    class Work(Largest):
-        """The operators whose results are no views."""
-
-        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            result = super().__torch_dispatch__(func, types, args, kwargs)
-            given = [x for x in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
-            if type(result) is not Tensor or result.is_meta or any(type(x) is Deferred for x in given):
-                return result
-            if result.untyped_storage().data_ptr() not in [x.untyped_storage().data_ptr() for x in given]:
-                done.append(func)
-            return result
-
-    done: list[Any] = []
     unread, _ = plain_maps(average, mask)
-    with Work():
+    with Work() as work:
         unread[..., -1, :].clone()
-    assert len(done) <= 6 + average, done  # q scaled, q and k laid out, product, softmax, mean, clone
+    assert len(work.done) <= 5 + average, work.done  # q scaled, q and k laid out, product, softmax, mean
 
 
 COMPILED: dict[str, Callable[[Tensor], Tensor]] = {
@@ -377,3 +398,28 @@ def test_a_slice_can_be_written_in_training() -> None:
         answers.append((weights.detach().clone(), *torch.autograd.grad(weights.square().sum() + row.sum(), (q, k))))
     for expected, actual in zip(*answers):
         torch.testing.assert_close(actual, expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("mask", (None, causal()))
+@pytest.mark.parametrize("average", (False, True))
+def test_a_row_is_one_launch_and_a_head_no_copy(mask: Any, average: bool, device: torch.device) -> None:
+    q, k, v = (torch.randn(1, 512, 4, 64, device=device, dtype=torch.bfloat16) for _ in range(3))
+    spec = AttentionSpec.of(q, k, v, mask=mask)
+    with torch.no_grad():
+        unread = attention_with_weights(q, k, v, spec, "sdpa", average=average)[1]
+        reads: dict[str, Callable[[], Tensor]] = {
+            "a row": lambda: unread[..., -1, :].clone(),
+            "16 rows": lambda: unread[..., 1::32, 3:200].clone(),
+        }
+        if not average:
+            reads["a head"] = lambda: unread[:, 1].clone()
+        for name, read in reads.items():
+            read()
+            torch.cuda.synchronize()
+            with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+                read()
+                torch.cuda.synchronize()
+            kernels = [event.name for event in profile.events() if "kernel" in event.name.lower()]
+            assert len(kernels) == 1, (name, kernels)
+        assert is_unmade(unread)

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import fewer
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -26,8 +26,8 @@ from flashmha.problem.spec import AttentionSpec
 from flashmha.problem.windows import Window
 from flashmha.testing import assert_close, seeds, specs, tensors
 from flashmha.weights import recipe as weights
+from flashmha.weights import row_launches, tiles, tilings
 from flashmha.weights import tables as kernel_tables
-from flashmha.weights import tiles, tilings
 from flashmha.weights.blocks import Box
 from flashmha.weights.learned import held
 
@@ -191,6 +191,57 @@ def test_a_box_holds_what_the_whole_holds(
         pairs.append(("the largest", found, *(x.amax(dim=-1, keepdim=True) for x in (plain, exact))))
     for name, actual, near, right in pairs:
         assert_close(name, actual, near.float(), right, spec.dtype)
+
+
+@settings(fewer(3) if INTERPRETED else settings())
+@given(
+    spec=problems(),
+    left=st.none() | st.integers(0, 99),
+    right=st.none() | st.integers(0, 99),
+    step=st.integers(1, 9),
+    average=st.booleans(),
+    wide=st.booleans(),
+    data=st.data(),
+    seed=seeds(),
+)
+def test_a_few_rows_are_those_of_the_whole(
+    machine: torch.device,
+    spec: AttentionSpec,
+    left: int | None,
+    right: int | None,
+    step: int,
+    average: bool,
+    wide: bool,
+    data: st.DataObject,
+    seed: int,
+) -> None:
+    half = torch.float16 if INTERPRETED or spec.dtype == torch.float32 else spec.dtype
+    spec = spec.changed(dtype=half, bias=None, mask=None if left is right is None else Window(left, right))
+    q, k, _ = tensors(spec, seed)
+    exact, lse = defined(spec, q, k, False, torch.float64)
+    plain = defined(spec, q, k, False)[0]
+    lse = lse.float().transpose(0, 1).contiguous().transpose(0, 1) if step % 2 else lse.float()
+    heads = range(spec.heads) if average else data.draw(parts_of(spec.heads))
+    rows = data.draw(parts_of(spec.seqlen_q))[: 16 * step : step]
+    box, keys = Box(data.draw(parts_of(spec.batch)), heads, rows), data.draw(parts_of(spec.seqlen_k))
+    assume(row_launches.takes_rows(q, k, lse, spec, box, keys))
+    dtype = torch.float32 if wide else spec.dtype
+    actual = row_launches.launch_rows(q, k, lse, spec, average, dtype, box, keys)
+    near, right_ones = (box.expand(x, spec, keys) for x in (plain, exact))
+    if average:
+        near, right_ones = (x.mean(dim=1, keepdim=True) for x in (near, right_ones))
+    assert_close("rows", actual, near.to(dtype), right_ones, spec.dtype)
+
+
+@given(spec=specs(), data=st.data())
+def test_the_rows_that_a_kernel_takes_are_few_and_need_no_table(spec: AttentionSpec, data: st.DataObject) -> None:
+    q, k, _ = tensors(spec, 0)
+    lse = q.new_zeros(spec.batch, spec.heads, spec.seqlen_q, dtype=torch.float32)
+    box, keys = Box.whole(spec), data.draw(parts_of(spec.seqlen_k))
+    rules = () if spec.mask is None else spec.mask.parts
+    plain = spec.bias is None and all(isinstance(rule, Window) for rule in rules) and tiles.why_not(spec) is None
+    there = all((*box, keys)) and len(box.rows) <= 16 and q.dtype in (torch.float16, torch.bfloat16)
+    assert row_launches.takes_rows(q, k, lse, spec, box, keys) == (plain and there)
 
 
 @settings(fewer(3) if INTERPRETED else settings())

@@ -149,6 +149,10 @@ def is_dual() -> bool:
     return forward_ad._current_level >= 0
 
 
+raw_stream: Callable[[int], int] | None = getattr(torch._C, "_cuda_getCurrentRawStream", None)
+"""The address of the current stream of a CUDA device, given its index; ``None`` in a build without CUDA."""
+
+
 def is_stream_capturing() -> bool:
     """A CUDA graph is captured on the current stream; only where there is a CUDA device."""
     return torch.cuda.is_current_stream_capturing()

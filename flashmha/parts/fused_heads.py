@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..backends.rewrites.heads import Slots, find_slots
+from ..backends.rewrites.heads import find_slots
 from ..host.torch_state import is_batched
 from ..weights.tiles import KERNEL_DTYPES
 from .head_launches import Plan, is_swapped, launch, launch_backward
@@ -34,8 +34,8 @@ class Prepare(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, plan: Plan, slots: Slots | None, *given: Tensor) -> tuple[Tensor, ...]:
-        ctx.plan, ctx.slots = plan, slots
+    def forward(ctx: Any, plan: Plan, *given: Tensor) -> tuple[Tensor, ...]:
+        ctx.plan = plan
         # a rotation alone needs no heads; torch says where positions, too, were written before the backward
         needed = given if plan.norms else ()
         ctx.save_for_backward(*needed, *((plan.at,) if isinstance(plan.at, Tensor) else ()))
@@ -46,8 +46,8 @@ class Prepare(torch.autograd.Function):
         plan: Plan = ctx.plan
         xs = ctx.saved_tensors[: len(plan.norms)]
         if torch.is_grad_enabled() or is_batched(grads[0]):  # differentiated again, or many at once
-            return None, None, *define_gradients(grads, xs, plan)
-        return None, None, *launch_backward(grads, xs, plan, ctx.slots)
+            return None, *define_gradients(grads, xs, plan)
+        return None, *launch_backward(grads, xs, plan)
 
 
 def define_gradients(grads: Sequence[Tensor], xs: Sequence[Tensor], plan: Plan) -> list[Tensor | None]:
@@ -64,12 +64,16 @@ def define_gradients(grads: Sequence[Tensor], xs: Sequence[Tensor], plan: Plan) 
     return [next(found) if x.requires_grad else None for x in given]
 
 
-def run(xs: Sequence[Tensor], plan: Plan) -> tuple[Tensor, ...]:
+def run(
+    xs: tuple[Tensor, ...], norms: tuple[KnownNorm, ...], rotation: Rotation | None, at: PositionsOrFirst
+) -> tuple[Tensor, ...]:
     """One launch; differentiable where something wants gradients."""
+    plan = Plan(xs, norms, rotation, at, is_swapped(xs[0]))
     if torch.is_grad_enabled():
         given = [*xs, *plan.parameters]
         if any(x.requires_grad for x in given):
-            made: tuple[Tensor, ...] = Prepare.apply(plan, find_slots(xs), *given)  # type: ignore[no-untyped-call]
+            plan.slots = find_slots(xs)
+            made: tuple[Tensor, ...] = Prepare.apply(plan, *given)  # type: ignore[no-untyped-call]
             return made
     return launch(xs, plan)
 
@@ -87,7 +91,7 @@ def prepare(
     q_at, k_at = (0, 0) if rotation is None else (rotation.q_at, rotation.k_at)
     if q is not None and k is not None and are_alike(q, k, q_norm, k_norm, q_at, k_at):
         norms = () if q_norm is None or k_norm is None else (q_norm, k_norm)
-        made = run((q, k), Plan(norms, rotation, q_at, is_swapped(q)))
+        made = run((q, k), norms, rotation, q_at)
         return made[0], made[1]
     return prepare_one(q, q_norm, rotation, q_at), prepare_one(k, k_norm, rotation, k_at)
 
@@ -98,7 +102,7 @@ def prepare_one(
     """Heads of one tensor, in one launch where there is something to do."""
     if x is None or (norm is None and rotation is None):
         return x
-    return run((x,), Plan(() if norm is None else (norm,), rotation, at, is_swapped(x)))[0]
+    return run((x,), () if norm is None else (norm,), rotation, at)[0]
 
 
 def are_alike(

@@ -13,6 +13,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from ..host.launcher import Launcher
+
 UNSPECIALIZED = "tokens inner start by_row by_token heads_q heads_k".split()  # noqa: SIM905
 """Arguments whose value shall not make another kernel."""
 
@@ -135,6 +137,10 @@ def prepare_kernel(
     k_weight: tl.tensor,
     q_bias: tl.tensor,
     k_bias: tl.tensor,
+    q_token: tl.tensor,
+    q_head: tl.tensor,
+    k_token: tl.tensor,
+    k_head: tl.tensor,
     tokens: tl.tensor,
     inner: tl.tensor,
     start: tl.tensor,
@@ -144,10 +150,6 @@ def prepare_kernel(
     heads_k: tl.tensor,
     scale: tl.tensor,
     eps: tl.tensor,
-    q_token: tl.tensor,
-    q_head: tl.tensor,
-    k_token: tl.tensor,
-    k_head: tl.tensor,
     NORM: tl.constexpr,
     LAYER: tl.constexpr,
     INTERLEAVED: tl.constexpr,
@@ -210,15 +212,6 @@ def prepare_backward_kernel(
     inv_freq: tl.tensor,
     q_weight: tl.tensor,
     k_weight: tl.tensor,
-    tokens: tl.tensor,
-    inner: tl.tensor,
-    start: tl.tensor,
-    by_row: tl.tensor,
-    by_token: tl.tensor,
-    heads_q: tl.tensor,
-    heads_k: tl.tensor,
-    scale: tl.tensor,
-    eps: tl.tensor,
     dq_token: tl.tensor,
     dq_head: tl.tensor,
     dk_token: tl.tensor,
@@ -231,9 +224,18 @@ def prepare_backward_kernel(
     out_q_head: tl.tensor,
     out_k_token: tl.tensor,
     out_k_head: tl.tensor,
+    tokens: tl.tensor,
+    inner: tl.tensor,
+    start: tl.tensor,
+    by_row: tl.tensor,
+    by_token: tl.tensor,
+    heads_q: tl.tensor,
+    heads_k: tl.tensor,
+    scale: tl.tensor,
+    eps: tl.tensor,
+    BIAS: tl.constexpr,
     NORM: tl.constexpr,
     LAYER: tl.constexpr,
-    BIAS: tl.constexpr,
     INTERLEAVED: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     DIM: tl.constexpr,
@@ -307,3 +309,6 @@ def prepare_backward_kernel(
         if BIAS:
             total = tl.sum(db_one, axis=0)[None, :], tl.sum(db_two, axis=0)[None, :], tl.sum(db_rest, axis=0)[None, :]
             store_head(place + HEAD_DIM, every == 0, total, INTERLEAVED, HEAD_DIM, DIM, PAIRS, REST)
+
+
+launch_prepare, launch_prepare_backward = Launcher(prepare_kernel), Launcher(prepare_backward_kernel)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..backends.rewrites.heads import Slots
 from ..weights.tiles import use_device
-from .norms import KnownNorm
+from .norms import KnownNorm, dtype_of
 from .rotation import PositionsOrFirst, Rotation
 
 HEADS = 4
@@ -25,6 +25,8 @@ PROGRAMS = 2112
 """Programs at most where each adds up gradients of weights: 16 on each of an H200's processors."""
 Steps = tuple[int, int]
 """The strides of tokens and of heads, where heads lie as rows of one token after another."""
+BothSteps = tuple[int, int, int, int]
+"""Those of two tensors."""
 
 
 def is_swapped(x: Tensor) -> bool:
@@ -49,10 +51,10 @@ def as_rows(x: Tensor, swapped: bool) -> tuple[Tensor, Steps]:
 
 def empty_rows(x: Tensor, swapped: bool) -> Tensor:
     """Memory for heads like those given, as contiguous rows."""
+    if not swapped:
+        return x.new_empty(x.shape)
     batch, seqlen, heads, head_dim = x.shape
-    if swapped:
-        return x.new_empty(seqlen, batch, heads, head_dim).transpose(0, 1)
-    return x.new_empty(batch, seqlen, heads, head_dim)
+    return x.new_empty(seqlen, batch, heads, head_dim).transpose(0, 1)
 
 
 def power_of_two(size: int) -> int:
@@ -60,79 +62,109 @@ def power_of_two(size: int) -> int:
 
 
 NO_NORM = KnownNorm(False, None, None, 0.0)
-NO_HEADS = (None, None), (0, 0, 0, 0)
+NO_HEADS: tuple[tuple[Tensor | None, Tensor | None], BothSteps] = (None, None), (0, 0, 0, 0)
 """What ``both`` gives where a kernel reads no heads."""
+NO_OPTIONS: dict[str, int] = {}
 
 
-class Plan(NamedTuple):
-    """One launch: the same for the heads of all its tensors.
+class Cut(NamedTuple):
+    """How the heads of a launch are shared among programs.
+
+    Attributes:
+        tokens: of the call.
+        chunks: the programs that share the heads of a token, for each tensor.
+        programs: along the tokens and along the chunks.
+        constants: what makes the kernel.
+    """
+
+    tokens: int
+    chunks: tuple[int, ...]
+    programs: tuple[int, int, int]
+    constants: dict[str, Any]
+
+
+@functools.lru_cache(maxsize=1024)
+def cut(shape: torch.Size, more: int, norm: bool, layer: bool, interleaved: bool, dim: int, backward: bool) -> Cut:
+    """The cut of a launch for heads of a shape, and ``more`` heads of the same tokens in a second tensor.
+
+    Kept, since to compute it takes longer than to launch the kernel.
+    """
+    batch, seqlen, heads, head_dim = shape
+    tokens, pairs = batch * seqlen, power_of_two(dim // 2)
+    some = max(1, (BACKWARD_TILE if backward else TILE) // pairs)
+    chunks = tuple(-(-count // HEADS) for count in (heads, more) if count)
+    constants = {
+        **({"BIAS": False} if backward else {}),
+        "NORM": norm,
+        "LAYER": layer,
+        "INTERLEAVED": interleaved,
+        "HEAD_DIM": head_dim,
+        "DIM": dim,
+        "PAIRS": pairs,
+        "REST": power_of_two(max(1, head_dim - dim)),
+        "TOKENS": some,
+        "HEADS": HEADS,
+    }
+    return Cut(tokens, chunks, (-(-tokens // some), sum(chunks), 1), constants)
+
+
+class Plan:
+    """One launch and its backward: the same for the heads of all tensors, what does not change from one to the other.
 
     Attributes:
         norms: one for each tensor, of one form; or none.
         rotation: ``None`` where heads are normalised alone.
         at: the positions of the tokens.
         swapped: the tokens of an item do not lie side by side, but those of a place.
+        parameters: the weight and the bias of each norm, where it has them.
+        slots: where the gradients of the heads belong.
+        steps: those of the tensors, where they were read as they lie; known behind the launch.
     """
 
-    norms: tuple[KnownNorm, ...]
-    rotation: Rotation | None
-    at: PositionsOrFirst
-    swapped: bool
+    slots: Slots | None = None
+    steps: BothSteps | None = None
 
-    @property
-    def both(self) -> tuple[KnownNorm, KnownNorm]:
-        """The norms of the first tensor and of the second, which may be the first again."""
-        return (self.norms[0], self.norms[-1]) if self.norms else (NO_NORM, NO_NORM)
-
-    @property
-    def parameters(self) -> list[Tensor]:
-        """The weight and the bias of each norm, where it has them."""
-        return [one for norm in self.norms for one in (norm.weight, norm.bias) if one is not None]
-
-    def options(self, head_dim: int, tile: int) -> dict[str, int]:
-        """What makes a kernel."""
-        rotation = self.rotation
-        dim = head_dim // 2 * 2 if rotation is None else 2 * rotation.inv_freq.shape[0]
-        pairs = power_of_two(dim // 2)
-        return {
-            "NORM": bool(self.norms),
-            "LAYER": self.both[0].layer,
-            "INTERLEAVED": rotation is not None and rotation.interleaved,
-            "HEAD_DIM": head_dim,
-            "DIM": dim,
-            "PAIRS": pairs,
-            "REST": power_of_two(max(1, head_dim - dim)),
-            "TOKENS": max(1, tile // pairs),
-            "HEADS": HEADS,
-        }
-
-    def numbers(self, xs: Sequence[Tensor]) -> tuple[Any, ...]:
-        """Tokens, and those side by side; the first position and two steps; heads; the scale of cos and sin; eps."""
-        batch, seqlen, heads, _ = xs[0].shape
-        at, scale = self.at, 1.0 if self.rotation is None else self.rotation.scale
-        start, by_item, by_place = (0, 0, 1) if isinstance(at, Tensor) else (at, 0, 1)
-        if isinstance(at, Tensor):
-            by_item, by_place = 0 if at.shape[0] == 1 else at.stride(0), at.stride(1)
-        walk = (batch, start, by_place, by_item) if self.swapped else (seqlen, start, by_item, by_place)
-        return batch * seqlen, *walk, heads, xs[1].shape[2] if len(xs) == 2 else 0, scale, self.both[0].eps
-
-    @property
-    def tables(self) -> tuple[Tensor | None, Tensor | None]:
-        """Explicit positions, and frequencies."""
-        at, rotation = self.at, self.rotation
-        return at if isinstance(at, Tensor) else None, None if rotation is None else rotation.inv_freq
+    def __init__(
+        self,
+        xs: Sequence[Tensor],
+        norms: tuple[KnownNorm, ...],
+        rotation: Rotation | None,
+        at: PositionsOrFirst,
+        swapped: bool,
+    ) -> None:
+        self.norms, self.rotation, self.at, self.swapped = norms, rotation, at, swapped
+        first = xs[0]
+        shape = first.shape
+        more = xs[1].shape[2] if len(xs) == 2 else 0
+        layer, weight, bias, eps = norms[0] if norms else NO_NORM
+        last = norms[-1] if norms else NO_NORM
+        self.weights, self.biases = (weight, last.weight), (bias, last.bias)
+        self.parameters: list[Tensor] = []
+        if weight is not None:
+            self.parameters = [one for norm in norms for one in norm[1:3] if one is not None]
+        start, by_item, by_place, places, speeds = 0, 0, 1, None, None
+        scale, interleaved, dim = 1.0, False, shape[3] // 2 * 2
+        if rotation is not None:
+            speeds, scale, interleaved, _, _ = rotation
+            dim = 2 * speeds.shape[0]
+            if isinstance(at, Tensor):
+                by_item, by_place, places = 0 if at.shape[0] == 1 else at.stride(0), at.stride(1), at
+            else:
+                start = at
+        self.form = shape, more, bool(norms), layer, interleaved, dim
+        self.cut = cut(*self.form, False)
+        walk = (shape[0], start, by_place, by_item) if swapped else (shape[1], start, by_item, by_place)
+        self.numbers = (self.cut.tokens, *walk, shape[2], more, float(scale), float(eps))
+        self.tables = places, speeds
+        dtypes = dtype_of(places), dtype_of(speeds), dtype_of(weight), dtype_of(bias)
+        self.kind = (first.device.index, first.dtype, *dtypes, shape[3], *self.form[2:])
 
 
-def both(xs: Sequence[Tensor], swapped: bool) -> tuple[tuple[Tensor, Tensor], tuple[int, int, int, int]]:
+def both(xs: Sequence[Tensor], swapped: bool) -> tuple[tuple[Tensor, Tensor], BothSteps]:
     """Two tensors for a kernel and their steps: of one tensor, the first again."""
     first = as_rows(xs[0], swapped)
     second = as_rows(xs[1], swapped) if len(xs) == 2 else first
-    return (first[0], second[0]), (*first[1], *second[1])
-
-
-def count_chunks(xs: Sequence[Tensor]) -> list[int]:
-    """The programs that share the heads of a token, for each tensor."""
-    return [-(-x.shape[2] // HEADS) for x in xs]
+    return (first[0], second[0]), first[1] + second[1]
 
 
 @functools.cache
@@ -145,57 +177,59 @@ def kernels() -> Any:
 
 def launch(xs: Sequence[Tensor], plan: Plan) -> tuple[Tensor, ...]:
     """One or two tensors of heads of the same tokens, prepared."""
-    first, norms = xs[0], plan.both
-    options, numbers = plan.options(first.shape[3], TILE), plan.numbers(xs)
-    tensors, steps = both(xs, plan.swapped)
-    made = tuple([empty_rows(x, plan.swapped) for x in xs])
-    parameters = norms[0].weight, norms[1].weight, norms[0].bias, norms[1].bias
-    grid = -(-numbers[0] // options["TOKENS"]), sum(count_chunks(xs))
+    swapped, first = plan.swapped, xs[0]
+    tensors, steps = both(xs, swapped)
+    if tensors[0] is first and tensors[1] is xs[-1]:
+        plan.steps = steps
+    made = tuple([empty_rows(x, swapped) for x in xs])
     with use_device(first.device):
-        kernels().prepare_kernel[grid](
-            *tensors, made[0], made[-1], *plan.tables, *parameters, *numbers, *steps, **options
+        kernels().launch_prepare(
+            plan.kind,
+            plan.cut.programs,
+            (*tensors, made[0], made[-1], *plan.tables, *plan.weights, *plan.biases),
+            steps,
+            plan.numbers,
+            plan.cut.constants,
+            NO_OPTIONS,
         )
     return made
 
 
-def launch_backward(
-    grads: Sequence[Tensor], xs: Sequence[Tensor], plan: Plan, slots: Slots | None
-) -> tuple[Tensor, ...]:
+def launch_backward(grads: Sequence[Tensor], xs: Sequence[Tensor], plan: Plan) -> tuple[Tensor, ...]:
     """Gradients of what ``launch`` took, in their slots where they have some; those of the norms' parameters.
 
     ``xs`` are what it took where it normalises; a rotation alone needs none of it.
     """
-    first, norms, chunks = grads[0], plan.both, count_chunks(grads)
-    programs = sum(chunks)
-    options, numbers = plan.options(first.shape[3], BACKWARD_TILE), plan.numbers(grads)
-    of_grads, grad_steps = both(grads, plan.swapped)
-    of_xs, steps = both(xs, plan.swapped) if xs else NO_HEADS
-    made = [empty_rows(x, plan.swapped) for x in grads] if slots is None else slots.take(first)
-    outs, out_steps = both(made, plan.swapped)
-    blocks, parameters, sums = -(-numbers[0] // options["TOKENS"]), plan.parameters, None
-    if parameters:
+    first, swapped, steps, slots = grads[0], plan.swapped, plan.steps, plan.slots
+    _, chunks, (blocks, programs, _), constants = cut(*plan.form, True)
+    of_grads, grad_steps = both(grads, swapped)
+    of_xs, x_steps = NO_HEADS
+    if xs:
+        of_xs, x_steps = both(xs, swapped) if steps is None else ((xs[0], xs[-1]), steps)
+    if slots is None:
+        made = [empty_rows(x, swapped) for x in grads]
+        outs, out_steps = both(made, swapped)
+    else:  # which lie as the heads do
+        made = slots.take(first)
+        outs, out_steps = both(made, swapped) if steps is None else ((made[0], made[-1]), steps)
+    sums, has_bias = None, plan.biases[0] is not None
+    if plan.parameters:
         blocks = min(blocks, -(-PROGRAMS // programs))
         # chunks of q and of k are summed at once where there are as many
         split = (len(chunks), chunks[0]) if chunks[0] == chunks[-1] else (1, programs)
-        kinds = (2,) if norms[0].bias is not None else ()
+        kinds = (2,) if has_bias else ()
         sums = first.new_empty(blocks, *split, *kinds, first.shape[3], dtype=torch.float32)
     with use_device(first.device):
-        kernels().prepare_backward_kernel[blocks, programs](
-            *of_grads,
-            *of_xs,
-            *outs,
-            sums,
-            *plan.tables,
-            norms[0].weight,
-            norms[1].weight,
-            *numbers,
-            *grad_steps,
-            *steps,
-            *out_steps,
-            BIAS=norms[0].bias is not None,
-            **options,
+        kernels().launch_prepare_backward(
+            plan.kind,
+            (blocks, programs, 1),
+            (*of_grads, *of_xs, *outs, sums, *plan.tables, *plan.weights),
+            grad_steps + x_steps + out_steps,
+            plan.numbers,
+            {**constants, "BIAS": True} if has_bias else constants,
+            NO_OPTIONS,
         )
-    return (*made, *(() if sums is None else add_up(sums, parameters, chunks)))
+    return tuple(made) if sums is None else (*made, *add_up(sums, plan.parameters, chunks))
 
 
 def add_up(sums: Tensor, parameters: Sequence[Tensor], chunks: Sequence[int]) -> list[Tensor]:

@@ -47,9 +47,9 @@ def prepare(
     q_norm, k_norm = norms
     if rotation is None and q_norm is None and k_norm is None:
         return q, k
-    if (q is not None or k is not None) and is_fused(q) and is_fused(k):
+    if are_fused(q, k):
         device = (q if k is None else k).device  # type: ignore[union-attr]
-        known = [name(norm, x, device) for norm, x in ((q_norm, q), (k_norm, k))]
+        known = [name(q_norm, q, device), name(k_norm, k, device)]
         # a norm that must be called comes first, and the rotation alone is left to the kernel
         if known[0] is CALLED:
             q, known[0] = call_norm(q_norm, q), None
@@ -71,10 +71,12 @@ def name(norm: nn.Module | None, x: Tensor | None, device: torch.device) -> Know
     return know(norm, x.shape[-1], device) or CALLED
 
 
-def is_fused(x: Tensor | None) -> bool:
-    """A kernel prepares these heads, or there are none."""
-    if x is None:
-        return True
-    if not eager(x) or is_dual() or is_inside_transform():  # first, since a compiler cannot trace what comes next
+def are_fused(q: Tensor | None, k: Tensor | None) -> bool:
+    """A kernel prepares these heads, of which one may not be there."""
+    first, second = (k, q) if q is None else (q, k)
+    # first, since a compiler cannot trace what comes next
+    if first is None or not eager(first) or is_dual() or is_inside_transform():
         return False
-    return why_not_here(x.device) is None and fused_heads.why_not(x) is None
+    if why_not_here(first.device) is not None or fused_heads.why_not(first) is not None:
+        return False
+    return second is None or (eager(second) and fused_heads.why_not(second) is None)

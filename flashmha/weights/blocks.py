@@ -31,7 +31,7 @@ class Box(NamedTuple):
 
     def of_query(self, q: Tensor) -> Tensor:
         """The part of a tensor (batch, seqlen_q, heads, ...) that lies in the box."""
-        return q[as_slice(self.batch), as_slice(self.rows), as_slice(self.heads)]
+        return narrowed(narrowed(narrowed(q, 0, self.batch), 1, self.rows), 2, self.heads)
 
     def of_key(self, k: Tensor, heads: int) -> Tensor:
         """The keys of the box's heads, (batch, seqlen_k, heads, head_dim), of the heads that ``heads`` heads share."""
@@ -42,7 +42,7 @@ class Box(NamedTuple):
         """The keys that the box's heads share, and how many heads share one."""
         group = heads // k.shape[2]
         first, last = self.heads.start // group, -(-self.heads.stop // group)
-        k = k[as_slice(self.batch), :, first:last]
+        k = narrowed(narrowed(k, 0, self.batch), 2, range(first, last))
         start, count = self.heads.start - first * group, len(self.heads)
         if count == (last - first) * group:
             return k, group
@@ -52,7 +52,7 @@ class Box(NamedTuple):
 
     def of_row(self, table: Tensor) -> Tensor:
         """The part of a tensor (batch, heads, seqlen_q) that lies in the box."""
-        return table[as_slice(self.batch), as_slice(self.heads), as_slice(self.rows)]
+        return narrowed(narrowed(narrowed(table, 0, self.batch), 1, self.heads), 2, self.rows)
 
     def of_table(self, table: Tensor) -> Tensor:
         """The part that lies in the box of one that broadcasts to (batch, heads, ``cover(rows)``, keys)."""
@@ -64,6 +64,13 @@ class Box(NamedTuple):
         """The part that lies in the box, and in some keys, of one that broadcasts to (batch, heads, queries, keys)."""
         table = table.expand(spec.batch, spec.heads, spec.seqlen_q, spec.seqlen_k)
         return table[as_slice(self.batch), as_slice(self.heads), as_slice(self.rows), as_slice(keys)]
+
+
+def narrowed(x: Tensor, dim: int, part: range) -> Tensor:
+    """Some places of an axis, as a view; the tensor itself where they are all, which takes no operator."""
+    if part.step == 1 and len(part) == x.shape[dim]:
+        return x
+    return x[(slice(None),) * dim + (as_slice(part),)]
 
 
 class Block(NamedTuple):

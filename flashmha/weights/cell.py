@@ -33,7 +33,7 @@ class Source(Protocol):
         """The values."""
 
     def part(self, region: Region) -> Tensor | None:
-        """The values of some places, of every axis; ``None`` where that is no cheaper than all."""
+        """The view of some places; ``None`` where that is no cheaper than all."""
 
     def answer(self, func: Any, layout: Layout, region: Region, args: Any, kwargs: Any) -> Tensor | Source | None:
         """What an operator makes of some places of the values, which lie as ``layout`` says.
@@ -74,56 +74,79 @@ class Cell:
 
     def values(self) -> Tensor:
         """The values, outside autograd; several threads get one tensor."""
-        with self.computing():
-            first, made = self.made is None, self.made
+        with self.locked():
+            made = self.made
             if made is None:
                 assert self.source is not None
-                self.made = made = self.source.make()
+                with self.computing():
+                    self.made = made = self.source.make()
                 self.source = None  # and with it everything it holds
-        return self.share(made) if first else made
+                self.share(made)
+        return made
 
     def part(self, region: Region) -> Tensor | None:
-        """The values of some places alone; ``None`` where all are there, or as soon as all would cost no more.
+        """The view of some places, made alone; ``None`` where all are there, or as soon as all would cost no more.
 
         What was looked at before counts, so that a map that is read row by row is made in the end.
         """
-        with self.computing():
-            if self.source is None or self.spent + region.numel > math.prod(self.source.shape) // 2:
+        with self.locked():
+            source, count = self.source, region.numel
+            if source is None or self.spent + count > math.prod(source.shape) // 2:
                 return None
-            self.spent += max(region.numel, LEAST_SPENT)
-            found = self.source.part(region)
+            self.spent += max(count, LEAST_SPENT)
+            with self.computing():
+                found = source.part(region)
         return None if found is None else self.share(found)
 
     def ask(self, func: Any, layout: Layout, region: Region, args: Any, kwargs: Any) -> Tensor | Source | None:
         """What an operator makes of some places; ``None`` where the values are there, or have to be."""
-        with self.computing():
-            found = None if self.source is None else self.source.answer(func, layout, region, args, kwargs)
+        with self.locked():
+            if self.source is None:
+                return None
+            with self.computing():
+                found = self.source.answer(func, layout, region, args, kwargs)
         return self.share(found) if isinstance(found, Tensor) else found
 
     def share(self, made: Tensor) -> Tensor:
-        """Tell the memory of what was made that the current stream reads it."""
-        if self.stream is not None:
+        """Tell the memory of what was made that the current stream reads it, where another one made it."""
+        if not is_current(self.stream):
             made.record_stream(torch.cuda.current_stream(made.device))
         return made
 
-    @contextlib.contextmanager
-    def computing(self) -> Iterator[None]:
-        """Compute as at the call, one thread at a time."""
+    def locked(self) -> contextlib.AbstractContextManager[Any]:
+        """One thread at a time."""
         process = os.getpid()
-        forked = self.process != process
         if self.lock_process != process:  # a lock that another thread held at the fork stays locked
             self.lock_process, self.lock = process, threading.RLock()
-        with self.lock:
-            if self.made is not None:
-                yield
-                return
-            nothing = contextlib.nullcontext()
-            with (
-                nothing if is_inference() == self.inference else torch.inference_mode(self.inference),
-                torch.no_grad() if torch.is_grad_enabled() else nothing,
-                run_on_one_thread() if forked else run_on_stream(self.stream),
-            ):
-                yield
+        return self.lock
+
+    def computing(self) -> contextlib.AbstractContextManager[Any]:
+        """Compute as at the call; without a gradient, which nothing here has."""
+        alike = is_inference() == self.inference and self.process == self.lock_process
+        if not alike or not is_current(self.stream):
+            return self.computing_elsewhere()
+        return torch.no_grad() if torch.is_grad_enabled() else UNCHANGED
+
+    @contextlib.contextmanager
+    def computing_elsewhere(self) -> Iterator[None]:
+        """The same on another stream, in another process or beside another mode."""
+        forked = self.process != self.lock_process
+        with (
+            torch.inference_mode(self.inference),
+            torch.no_grad(),
+            run_on_one_thread() if forked else run_on_stream(self.stream),
+        ):
+            yield
+
+
+UNCHANGED = contextlib.nullcontext()
+Stream = tuple[int, int, int]
+"""What torch calls a stream: its number, device and kind."""
+
+
+def is_current(stream: Stream | None) -> bool:
+    """A stream is its device's current one; also where there is none."""
+    return stream is None or stream == torch._C._cuda_getCurrentStream(stream[1])
 
 
 @contextlib.contextmanager
@@ -138,9 +161,9 @@ def run_on_one_thread() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def run_on_stream(stream: tuple[int, int, int] | None) -> Iterator[None]:
+def run_on_stream(stream: Stream | None) -> Iterator[None]:
     """Run on the stream that made the inputs, and let the current one wait for the result."""
-    if stream is None or stream == torch._C._cuda_getCurrentStream(stream[1]):
+    if stream is None or is_current(stream):
         yield
         return
     identity, index, kind = stream

@@ -5,6 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from ..host.launcher import Launcher
 from .kernel_parts import UNSPECIALIZED, exponentiate, find_visible, load_tokens, multiply
 
 
@@ -18,6 +19,12 @@ def columns_kernel(
     dense: tl.tensor,
     bias: tl.tensor,
     out: tl.tensor,
+    q_batch: tl.tensor,
+    q_row: tl.tensor,
+    q_head: tl.tensor,
+    k_batch: tl.tensor,
+    k_key: tl.tensor,
+    k_head: tl.tensor,
     seqlen_q: tl.tensor,
     seqlen_k: tl.tensor,
     heads: tl.tensor,
@@ -27,12 +34,6 @@ def columns_kernel(
     softcap: tl.tensor,
     low: tl.tensor,
     high: tl.tensor,
-    q_batch: tl.tensor,
-    q_row: tl.tensor,
-    q_head: tl.tensor,
-    k_batch: tl.tensor,
-    k_key: tl.tensor,
-    k_head: tl.tensor,
     dense_batch: tl.tensor,
     dense_head: tl.tensor,
     dense_row: tl.tensor,
@@ -143,3 +144,6 @@ def columns_kernel(
         real = tl.load(valid + batch * seqlen_k + first_key + keys, mask=keys < keys_left, other=0)
         sums = tl.where(real != 0, sums, 0.0)
     tl.store(out + place.to(tl.int64) * seqlen_k + first_key + keys, sums, mask=keys < keys_left)
+
+
+launch_columns = Launcher(columns_kernel)

@@ -24,9 +24,9 @@ from ..host.torch_state import is_batched
 from .cell import Cell, Source, note_unread
 from .patches import Patches
 from .picks import find_list, find_picked, pick_places
-from .regions import SLICE, Layout
+from .regions import Layout
 from .storage import as_ordinary, fill, lend, make_blank, put_values, read_values, values_of
-from .views import ALIASES, View, is_view
+from .views import View, is_all, is_view
 
 
 def sparing(name: str) -> Callable[..., Any]:
@@ -35,12 +35,16 @@ def sparing(name: str) -> Callable[..., Any]:
 
     @functools.wraps(method)
     def call(tensor: Deferred, *args: Any, **kwargs: Any) -> Any:
-        found = method(tensor, *args, **kwargs)
-        if tensor.cell is not None and tensor.requires_grad and found.grad_fn is not None:
-            found.grad_fn.register_prehook(thin)
-        return found
+        return spare(tensor, method(tensor, *args, **kwargs))
 
     return call
+
+
+def spare(tensor: Deferred, found: Tensor) -> Tensor:
+    """What was read of a tensor, whose gradient comes as patches where the tensor was not read."""
+    if tensor.requires_grad and tensor.cell is not None and found.grad_fn is not None:
+        found.grad_fn.register_prehook(thin)
+    return found
 
 
 def thin(grads: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...] | None:
@@ -103,13 +107,17 @@ class Deferred(Tensor):
             return func(*args, **kwargs)
 
     select, narrow, sum, mean = map(sparing, ("select", "narrow", "sum", "mean"))  # type: ignore[assignment]
-    by_index = sparing("__getitem__")
 
     def __getitem__(self, index: Any) -> Tensor:
-        index_of_all = index if isinstance(index, tuple) else (index,)
-        dim, places = find_list(index_of_all) if is_unread(self) else (0, None)
-        found = None if places is None else pick_places(self, dim, places, from_end=True)
-        return self.by_index(index) if found is None else found
+        parts = index if type(index) is tuple else (index,)
+        for part in parts:
+            if type(part) in LISTS:
+                dim, places = find_list(parts) if is_unread(self) else (0, None)
+                found = None if places is None else pick_places(self, dim, places, from_end=True)
+                if found is not None:
+                    return found
+                break
+        return spare(self, super().__getitem__(index))
 
     def index_select(self, dim: Any, index: Tensor) -> Tensor:  # type: ignore[override]
         places = find_picked(index) if is_unread(self) else None
@@ -206,7 +214,9 @@ class Deferred(Tensor):
 
 
 aten = torch.ops.aten
-INDEX, INDEX_SELECT = aten.index.Tensor, aten.index_select.default
+CLONE, INDEX, INDEX_SELECT = aten.clone.default, aten.index.Tensor, aten.index_select.default
+LISTS = (list, Tensor)
+"""Kinds of indices that may name places one by one."""
 SHARING = (aten.set_.source_Tensor, aten.set_.source_Tensor_storage_offset)
 """Operators that give one tensor the memory of another."""
 
@@ -214,18 +224,6 @@ SHARING = (aten.set_.source_Tensor, aten.set_.source_Tensor_storage_offset)
 def is_unread(tensor: Deferred) -> bool:
     """The values were not computed, and no compiler records what is read of them."""
     return tensor.cell is not None and tensor.cell.made is None and TracingContext.try_get() is None
-
-
-def is_all(func: Any, tensor: Deferred, args: Any) -> bool:
-    """A view of all of a tensor as it is: a hook's, or the ``:`` of an index, by which torch 2.8 slices."""
-    if func in ALIASES:
-        return True
-    if func is aten.view.default:
-        return list(args[0]) == list(tensor.shape) and (tensor.way is None or tensor.is_contiguous())
-    if func is not SLICE or len(args) < 3:
-        return False
-    start, end, step = (*args[1:], 1)[:3]
-    return start == 0 and step == 1 and end is not None and end >= tensor.shape[args[0]]
 
 
 def look(tensor: Deferred, func: Any, args: Any, kwargs: Any) -> Any:
@@ -239,6 +237,21 @@ def look(tensor: Deferred, func: Any, args: Any, kwargs: Any) -> Any:
     if func in COMPARING and tensor.requires_grad:
         fill(tensor)
         return None
+    source = cell.source
+    if source is not None and func in source.answers and not (view is not None and view.steps):
+        whole = View.whole(Layout.of(tensor)) if view is None else view
+        found = cell.ask(func, whole.layout, whole.region, args, kwargs)
+        if found is not None:
+            return found if isinstance(found, Tensor) else defer(found)
+    if is_view(func):
+        views = (View.whole(Layout.of(tensor)) if view is None else view).then(func, args, kwargs)
+        if isinstance(views, list):
+            return [Deferred(cell, one.layout, one) for one in views]
+        return Deferred(cell, views.layout, views)
+    if func is CLONE and view is not None and not kwargs:
+        copied = view.copy(cell)
+        if copied is not None:
+            return copied
     if func in (INDEX, INDEX_SELECT):
         if func is INDEX:
             dim, places = find_list([slice(None) if one is None else one for one in args[0]])
@@ -247,18 +260,6 @@ def look(tensor: Deferred, func: Any, args: Any, kwargs: Any) -> Any:
         return (
             None if places is None else pick_places(Deferred(cell, Layout.of(tensor), view), dim, places, func is INDEX)
         )
-    source = cell.source
-    if source is not None and func in source.answers and not (view is not None and view.steps):
-        view = View.whole(Layout.of(tensor)) if view is None else view
-        found = cell.ask(func, view.layout, view.region, args, kwargs)
-        if found is not None:
-            return found if isinstance(found, Tensor) else defer(found)
-    if is_view(func):
-        view = View.whole(Layout.of(tensor)) if view is None else view
-        views = view.then(func, args, kwargs)
-        if isinstance(views, list):
-            return [Deferred(cell, one.layout, one) for one in views]
-        return Deferred(cell, views.layout, views)
     if view is None or func._schema.is_mutable or any(isinstance(x, LEADING) for x in (*args, *kwargs.values())):
         return None
     return func(view.read(cell), *args, **kwargs)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from ..host.launcher import Launcher
 from .kernel_parts import LOG2E, UNSPECIALIZED, bend, exponentiate, find_visible, load_bias, multiply
 
 
@@ -22,6 +23,12 @@ def statistics_kernel(
     valid: tl.tensor,
     dense: tl.tensor,
     bias: tl.tensor,
+    q_batch: tl.tensor,
+    q_row: tl.tensor,
+    q_head: tl.tensor,
+    k_batch: tl.tensor,
+    k_key: tl.tensor,
+    k_head: tl.tensor,
     seqlen_q: tl.tensor,
     seqlen_k: tl.tensor,
     heads: tl.tensor,
@@ -30,12 +37,6 @@ def statistics_kernel(
     softcap: tl.tensor,
     low: tl.tensor,
     high: tl.tensor,
-    q_batch: tl.tensor,
-    q_row: tl.tensor,
-    q_head: tl.tensor,
-    k_batch: tl.tensor,
-    k_key: tl.tensor,
-    k_head: tl.tensor,
     dense_batch: tl.tensor,
     dense_head: tl.tensor,
     dense_row: tl.tensor,
@@ -120,6 +121,12 @@ def weights_kernel(
     dense: tl.tensor,
     bias: tl.tensor,
     out: tl.tensor,
+    q_batch: tl.tensor,
+    q_row: tl.tensor,
+    q_head: tl.tensor,
+    k_batch: tl.tensor,
+    k_key: tl.tensor,
+    k_head: tl.tensor,
     seqlen_q: tl.tensor,
     seqlen_k: tl.tensor,
     heads: tl.tensor,
@@ -129,12 +136,6 @@ def weights_kernel(
     softcap: tl.tensor,
     low: tl.tensor,
     high: tl.tensor,
-    q_batch: tl.tensor,
-    q_row: tl.tensor,
-    q_head: tl.tensor,
-    k_batch: tl.tensor,
-    k_key: tl.tensor,
-    k_head: tl.tensor,
     dense_batch: tl.tensor,
     dense_head: tl.tensor,
     dense_row: tl.tensor,
@@ -145,12 +146,12 @@ def weights_kernel(
     bias_key: tl.tensor,
     WINDOW: tl.constexpr,
     SOFTCAP: tl.constexpr,
+    BAND: tl.constexpr,
     BY_HEAD: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     CHUNK: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    BAND: tl.constexpr,
 ) -> None:
     """The mean weights of ``count`` heads that follow one another: one program a tile of them.
 
@@ -245,3 +246,6 @@ def weights_kernel(
     entries = out + rows[:, None] * seqlen_k + keys[None, :]
     real = (rows < rows_left)[:, None] & (keys < keys_left)[None, :]
     tl.store(entries, (total / count).to(out.dtype.element_ty), mask=real)
+
+
+launch_statistics, launch_weights = Launcher(statistics_kernel), Launcher(weights_kernel)

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from ..backends.naive import probabilities, scores
-from ..host.torch_state import without_autocast
+from ..host.torch_state import is_autocasting, without_autocast
 from ..problem.packing import unpack_tokens
 from ..problem.spec import AttentionSpec
 from . import rows, tiles
@@ -29,6 +29,7 @@ from .blocks import Box, Score, align_rows, scores_in_a_block, shape_weights
 from .gradients import GradientPiece, Gradients
 from .learned import replace_learned
 from .regions import as_slice, cover
+from .row_launches import launch_rows, takes_rows
 
 WEIGHTS_IN_A_PIECE = 2**22
 """Weights that kernels of a GPU make at a time where they are reduced."""
@@ -40,6 +41,8 @@ def without_caller_autocast(method: F) -> F:
 
     @functools.wraps(method)
     def inside(recipe: Recipe, *args: Any) -> Any:
+        if not is_autocasting():
+            return method(recipe, *args)
         with without_autocast(recipe.spec.device):
             return method(recipe, *args)
 
@@ -92,8 +95,10 @@ class Recipe:
     @without_caller_autocast
     def part(self, box: Box, keys: range | None = None) -> Tensor:
         """The weights of a box and some keys, over four axes; a box has all heads where they are a mean."""
-        q, k = self.put_tokens_back(self.q, self.k)
         keys = range(self.spec.seqlen_k) if keys is None else keys
+        if self.has_row_kernel(box, keys):
+            return self.launch_rows(box, keys, self.dtype)
+        q, k = self.put_tokens_back(self.q, self.k)
         if self.are_few(box):
             made = rows.make_rows(q, k, self.spec, box, self.average)
             made = (made if len(keys) == self.spec.seqlen_k else made[..., as_slice(keys)].clone()).to(self.dtype)
@@ -121,6 +126,18 @@ class Recipe:
         count = len(box.batch) * len(box.heads) * len(box.rows)
         return 0 < count * self.spec.seqlen_k <= scores_in_a_block(self.spec) and len(cover(box.rows)) <= rows.MOST_ROWS
 
+    def has_row_kernel(self, box: Box, keys: range) -> bool:
+        """One launch makes the weights of a box and some keys."""
+        if self.places is not None or self.rows is not None or tiles.why_not_here(self.spec.device) is not None:
+            return False
+        return takes_rows(self.q, self.k, self.lse, self.spec, box, keys)
+
+    def launch_rows(self, box: Box, keys: range, dtype: torch.dtype) -> Tensor:
+        """Those weights, in a dtype."""
+        assert self.lse is not None
+        with tiles.use_device(self.spec.device):
+            return launch_rows(self.q, self.k, self.lse, self.spec, self.average, dtype, box, keys)
+
     @property
     def has_tiles(self) -> bool:
         """Kernels of this machine make the weights."""
@@ -133,8 +150,11 @@ class Recipe:
         In float32 at least, and without the weights: a piece of them is there at a time. On a GPU kernels sum over
         queries, and find the largest of each row of a head.
         """
-        q, k = self.put_tokens_back(self.q, self.k)
         dims = sorted(over)
+        if self.has_row_kernel(box, keys):
+            made = self.launch_rows(box, keys, torch.float32)
+            return made.sum(dim=dims, keepdim=True) if kind == "sum" else made.amax(dim=dims, keepdim=True)
+        q, k = self.put_tokens_back(self.q, self.k)
         kernels = self.has_tiles and self.rows is None and box.rows.step == 1 and not self.are_few(box)
         if kernels and kind == "sum" and 2 in over:
             found = tiles.sum_columns(q, k, self.lse, self.spec, self.average, box)[..., as_slice(keys)]

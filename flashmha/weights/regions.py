@@ -10,6 +10,33 @@ import torch
 from torch import Tensor
 
 SELECT, SLICE = torch.ops.aten.select.int, torch.ops.aten.slice.Tensor
+WHOLE_SLICE: tuple[Any, ...] = (0, None, None, 1)
+"""What the arguments of a slice are where they are not given."""
+
+
+class Cut(NamedTuple):
+    """Some places of one axis of a view, and whether the view keeps the axis."""
+
+    dim: int
+    places: range
+    keeps: bool
+
+
+def read_cut(func: Any, args: tuple[Any, ...], sizes: Sequence[int]) -> Cut | None:
+    """What ``select`` or ``slice`` leaves; ``None`` for another operator, and where it would raise."""
+    count = len(sizes)
+    if func is SELECT:
+        dim, index = args
+        if not -count <= dim < count or not -sizes[dim] <= index < sizes[dim]:
+            return None
+        index %= sizes[dim]
+        return Cut(dim % count, range(index, index + 1), False)
+    if func is not SLICE:
+        return None
+    dim, start, end, step = [*args, *WHOLE_SLICE[len(args) :]]
+    if step < 1 or not -count <= dim < count:
+        return None
+    return Cut(dim % count, range(sizes[dim])[start:end:step], True)
 
 
 class Region(NamedTuple):
@@ -28,42 +55,22 @@ class Region(NamedTuple):
         """How many places there are."""
         return math.prod(map(len, self.ranges))
 
-    def select(self, dim: int, index: int) -> Region:
-        """One place of an axis of the view, which loses it."""
-        axis = self.axes[dim]
-        one = self.ranges[axis][index]
-        return Region(self.narrowed(axis, range(one, one + 1)), tuple(a for a in self.axes if a != axis))
+    @property
+    def sizes(self) -> list[int]:
+        """Those of the view."""
+        return list(map(len, map(self.ranges.__getitem__, self.axes)))
 
-    def slice(self, dim: int = 0, start: int | None = None, end: int | None = None, step: int = 1) -> Region:
+    def cut(self, cut: Cut) -> Region:
         """Some places of an axis of the view."""
-        axis = self.axes[dim]
-        return self._replace(ranges=self.narrowed(axis, self.ranges[axis][start:end:step]))
-
-    def after(self, func: Any, args: tuple[Any, ...]) -> Region | None:
-        """What ``select`` or ``slice`` leaves; ``None`` for another operator, and where it would raise."""
-        if func is SELECT:
-            dim, index = args
-            inside = -len(self.axes) <= dim < len(self.axes) and -1 - index < self.count_of(dim) > index
-            return self.select(dim, index) if inside else None
-        if func is not SLICE or (len(args) > 3 and args[3] < 1):
-            return None
-        return self.slice(*args) if -len(self.axes) <= (args[0] if args else 0) < len(self.axes) else None
-
-    def count_of(self, dim: int) -> int:
-        """How many places an axis of the view has."""
-        return len(self.ranges[self.axes[dim]])
-
-    def narrowed(self, axis: int, places: range) -> tuple[range, ...]:
-        """The ranges with another one of an axis."""
-        return (*self.ranges[:axis], places, *self.ranges[axis + 1 :])
+        (dim, places, keeps), (ranges, axes) = cut, self
+        axis = axes[dim]
+        part = ranges[axis][places.start : places.stop : places.step]
+        ranges = ranges[:axis] + (part,) + ranges[axis + 1 :]  # noqa: RUF005
+        return Region(ranges, axes if keeps else axes[:dim] + axes[dim + 1 :])
 
     def of(self, values: Tensor) -> Tensor:
         """The view of a tensor."""
         return values[tuple(self.as_index(axis, places) for axis, places in enumerate(self.ranges))]
-
-    def alone(self, values: Tensor) -> Tensor:
-        """The view of its places, where no others are there."""
-        return values[tuple(slice(None) if axis in self.axes else 0 for axis in range(values.dim()))]
 
     def as_index(self, axis: int, places: range) -> Any:
         """What stands for an axis of the tensor in an index."""
@@ -89,12 +96,17 @@ class Layout(NamedTuple):
             strides.insert(0, strides[0] * max(size, 1))
         return cls(tuple(sizes), tuple(strides[: len(sizes)]), 0, dtype)
 
-    def cut(self, region: Region) -> Layout:
-        """That of a view of some places."""
-        places = [(region.ranges[axis], self.strides[axis]) for axis in region.axes]
-        offset = sum(part.start * stride for part, stride in zip(region.ranges, self.strides))
-        sizes, strides = tuple(len(part) for part, _ in places), tuple(part.step * stride for part, stride in places)
-        return Layout(sizes, strides, self.offset + offset, self.dtype)
+    def cut(self, cut: Cut) -> Layout:
+        """That of a view of some places of an axis."""
+        (dim, places, keeps), (sizes, strides, offset, dtype) = cut, self
+        step, behind = strides[dim], dim + 1
+        size, stride = ((len(places),), (places.step * step,)) if keeps else ((), ())
+        return Layout(
+            sizes[:dim] + size + sizes[behind:],
+            strides[:dim] + stride + strides[behind:],
+            offset + places.start * step,
+            dtype,
+        )
 
     def blank(self) -> Tensor:
         """A tensor that lies so and has no values."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import operator
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -86,7 +87,7 @@ def place_bias(spec: AttentionSpec, box: Box, keys: range) -> tuple[Tensor | Non
     return held, (held.stride(0), held.stride(1), -held.stride(2), held.stride(2))
 
 
-def window_bounds(windows: list[Window], seqlen_q: int, seqlen_k: int) -> tuple[int, int] | None:
+def window_bounds(windows: Sequence[Window], seqlen_q: int, seqlen_k: int) -> tuple[int, int] | None:
     """The least and the largest ``key - row`` of bottom-right windows, never further out than the problem is long."""
     if not windows:
         return None

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import itertools
 import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..host.launcher import Launcher
 from ..host.machine import has_triton
 from ..problem.masks import Dense
 from ..problem.ragged import KeyLengths, KeyPadding
@@ -22,7 +22,7 @@ from ..problem.scores import ALiBi, RelativeBias, TensorBias
 from ..problem.spec import AttentionSpec
 from ..problem.windows import Window
 from ..problem.wording import dtype_name
-from .blocks import Box
+from .blocks import Box, narrowed
 from .regions import as_slice
 from .tables import Tables, strides_of
 from .tilings import choose_backward_tiling, choose_tiling, shared_memory
@@ -102,38 +102,61 @@ class KernelProblem:
         box = Box.whole(spec) if box is None else box
         keys = range(spec.seqlen_k) if keys is None else keys
         q, (k, group) = box.of_query(q), box.of_grouped_key(k, spec.heads)
-        k = k[:, as_slice(keys)]
-        self.q, self.k = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k))
+        k = narrowed(k, 1, keys)
+        self.q, self.k = q if q.stride(3) == 1 else q.contiguous(), k if k.stride(3) == 1 else k.contiguous()
         self.spec, self.box, self.shape = spec, box, (len(box.batch), len(box.heads), len(box.rows))
         self.tables = tables = Tables.of(spec, box, keys)
         self.masks = (tables.valid, tables.dense, tables.bias)
         self.sizes = (len(box.rows), len(keys), len(box.heads), group)
-        self.softcap = 0.0 if spec.softcap is None else spec.softcap
-        self.window = (0, 0) if tables.bounds is None else tables.bounds
-        strides = (self.q.stride()[:3], self.k.stride()[:3], strides_of(tables.dense), tables.bias_strides)
-        self.strides = tuple(itertools.chain(*strides))
-        self.cut = choose_tiling(
-            spec.head_dim, q.dtype, shared_memory(q.device), tables.by_head or tables.bias is not None
-        )
+        softcap = 0.0 if spec.softcap is None else float(spec.softcap)
+        self.numbers = (float(spec.scale), softcap, *(tables.bounds or (0, 0)))
+        self.steps = (*self.q.stride()[:3], *self.k.stride()[:3])
+        self.table_steps = (*strides_of(tables.dense), *tables.bias_strides)
+        by_head = tables.by_head
+        self.bent = spec.softcap is not None
+        self.cut = choose_tiling(spec.head_dim, q.dtype, shared_memory(q.device), by_head or tables.bias is not None)
         self.options = {"WINDOW": tables.bounds is not None, "HEAD_DIM": spec.head_dim}
-        self.bent = {"SOFTCAP": spec.softcap is not None, **self.options}
         exact = lse is None or spec.bias is not None or q.dtype == torch.float32
         self.lse = None if exact or lse is None else box.of_row(lse).to(torch.float32).contiguous()
+        there = tables.bounds is None, self.bent, tables.valid is None, tables.dense is None, by_head
+        self.kind = (q.device.index, q.dtype, spec.head_dim, *there, None if tables.bias is None else tables.bias.dtype)
+
+    def launch(
+        self,
+        launcher: Launcher,
+        kind: tuple[object, ...],
+        programs: int,
+        tensors: tuple[Tensor | None, ...],
+        count: tuple[int, ...],
+        **constants: int,
+    ) -> None:
+        """Launch a kernel on its tensors; ``kind`` says of them what ``Launcher`` wants to know.
+
+        ``count`` are the heads that a program adds up, where the kernel takes that; ``constants`` what only it has.
+        """
+        bent = {"WINDOW": self.options["WINDOW"], "SOFTCAP": self.bent}
+        launcher(
+            (*self.kind, *kind),
+            (programs, 1, 1),
+            (self.q, self.k, *tensors),
+            self.steps,
+            (*self.sizes, *count, *self.numbers, *self.table_steps),
+            {**bent, **constants, "HEAD_DIM": self.spec.head_dim, **self.cut.constants},
+            self.cut.options,
+        )
 
     def statistics(self) -> tuple[Tensor, Tensor | None]:
         """Compute what makes weights of scores: the log-sum-exp, or each row's largest score and 1 / its sum."""
         if self.lse is not None:
             return self.lse, None
-        from .kernels import statistics_kernel
+        from .kernels import launch_statistics
 
-        cut, sinks = self.cut, self.spec.sinks
+        sinks = self.spec.sinks
         shift, factor = self.q.new_empty(2, *self.shape, dtype=torch.float32)
         if sinks is not None:
             sinks = sinks.detach()[as_slice(self.box.heads)].to(torch.float32).contiguous()
-        programs = math.prod(self.shape[:2]) * -(-self.sizes[0] // cut.rows)
-        tensors = (self.q, self.k, shift, factor, sinks, *self.masks)
-        numbers = (*self.sizes, self.spec.scale, self.softcap, *self.window, *self.strides)
-        statistics_kernel[(programs,)](*tensors, *numbers, **self.bent, **cut.options())
+        programs = math.prod(self.shape[:2]) * -(-self.sizes[0] // self.cut.rows)
+        self.launch(launch_statistics, (sinks is None,), programs, (shift, factor, sinks, *self.masks), ())
         return shift, factor
 
 
@@ -163,19 +186,17 @@ def make_weights(
     made = torch.empty(shape, dtype=dtype, device=q.device)
     if not made.numel():
         return made
-    from .kernels import weights_kernel
+    from .kernels import launch_weights
 
     with use_device(q.device):
         problem = KernelProblem(q, k, lse, spec, box)
         statistics = problem.statistics()
         if len(keys) < spec.seqlen_k:
             problem = KernelProblem(q, k, lse, spec, box, keys)
-        cut, count = problem.cut, len(box.heads) // shape[1]
+        cut, by_head, count = problem.cut, problem.tables.by_head, len(box.heads) // shape[1]
         programs = math.prod(shape[:2]) * -(-shape[2] // cut.rows) * -(-shape[3] // cut.keys)
-        tensors = (problem.q, problem.k, *statistics, *problem.masks, made)
-        numbers = (*problem.sizes, count, spec.scale, problem.softcap, *problem.window, *problem.strides)
-        options = {**problem.bent, **cut.options(), "BY_HEAD": problem.tables.by_head, "BAND": BAND}
-        weights_kernel[(programs,)](*tensors, *numbers, **options)
+        kind, tensors = (statistics[1] is None, dtype), (*statistics, *problem.masks, made)
+        problem.launch(launch_weights, kind, programs, tensors, (count,), BAND=BAND, BY_HEAD=by_head)
     return made
 
 
@@ -194,7 +215,7 @@ def sum_columns(
     batch, heads = len(box.batch), len(box.heads)
     if not (batch and heads and len(box.rows) and spec.seqlen_k):
         return torch.zeros(batch, 1 if average else heads, 1, spec.seqlen_k, dtype=torch.float32, device=q.device)
-    from .column_kernel import columns_kernel
+    from .column_kernel import launch_columns
 
     with use_device(q.device):
         problem = KernelProblem(q, k, lse, spec, box)
@@ -203,10 +224,10 @@ def sum_columns(
         shares = [n for n in range(1, heads + 1) if heads % n == 0 and batch * tiles * n >= MOST_PROGRAMS]
         parts = min([*shares, heads]) if average else heads
         made = q.new_empty(batch, parts, 1, spec.seqlen_k, dtype=torch.float32)
-        tensors = (problem.q, problem.k, *problem.statistics(), *problem.masks, made)
-        numbers = (*problem.sizes, heads // parts, spec.scale, problem.softcap, *problem.window, *problem.strides)
-        options = {**problem.bent, **cut.options(), "MASKED": tables.bounds is not None or tables.dense is not None}
-        columns_kernel[(batch * parts * tiles,)](*tensors, *numbers, **options)
+        statistics = problem.statistics()
+        kind, tensors = (statistics[1] is None,), (*statistics, *problem.masks, made)
+        masked = tables.bounds is not None or tables.dense is not None
+        problem.launch(launch_columns, kind, batch * parts * tiles, tensors, (heads // parts,), MASKED=masked)
     return made.sum(dim=1, keepdim=True).div_(heads) if average else made
 
 
@@ -241,8 +262,9 @@ def make_gradients(
         tensors = (problem.q, problem.k, *problem.statistics(), *problem.masks, grad, mean)
         along = (grad.stride(0), 0, *grad.stride()[1:]) if average else grad.stride()
         count = spec.heads if average else 1
-        numbers = (*problem.sizes, count, spec.scale, *problem.window, *problem.strides, *along)
-        options = {**problem.options, **cut.options()}
+        window = problem.tables.bounds or (0, 0)
+        numbers = (*problem.sizes, count, spec.scale, *window, *problem.steps, *problem.table_steps, *along)
+        options = {**problem.options, **cut.constants, **cut.options}
         gradient_of_q_kernel[(spec.batch * spec.heads * -(-spec.seqlen_q // cut.rows),)](
             *tensors, dq, *numbers, **options
         )

@@ -25,16 +25,18 @@ class Tiling:
         """Bytes of shared memory that its operands fill."""
         return self.stages * (self.rows + self.keys) * self.chunk * itemsize
 
+    @property
+    def constants(self) -> dict[str, int]:
+        """What makes the kernel, in the order in which kernels take it."""
+        return {"CHUNK": self.chunk, "BLOCK_M": self.rows, "BLOCK_N": self.keys}
+
+    @property
     def options(self) -> dict[str, int]:
-        return {
-            "CHUNK": self.chunk,
-            "BLOCK_M": self.rows,
-            "BLOCK_N": self.keys,
-            "num_warps": self.warps,
-            "num_stages": self.stages,
-        }
+        """How it is compiled."""
+        return {"num_warps": self.warps, "num_stages": self.stages}
 
 
+@functools.cache
 def choose_tiling(head_dim: int, dtype: torch.dtype, limit: int, tables: bool = False) -> Tiling:
     """The tiling for a problem on a device with ``limit`` bytes of shared memory a program, measured on an H200.
 

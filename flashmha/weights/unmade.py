@@ -46,15 +46,16 @@ class Unmade:
         return self.recipe.make()
 
     def part(self, region: Region) -> Tensor:
-        """The weights of some places, of every axis."""
-        made = self.gather(region, self.recipe.part, torch.cat)
-        return made.reshape(list(map(len, region.ranges)))
+        """The weights of some places."""
+        return self.gather(region, self.recipe.part, torch.cat).reshape(region.sizes)
 
     def gather(
         self, region: Region, make: Callable[[Box, range], Tensor], join: Callable[[list[Tensor], int], Tensor]
     ) -> Tensor:
         """What is made of the boxes of a region, whose heads and batch items follow one another, joined by axis."""
         batch, heads, queries, keys = self.ranges(region)
+        if batch.step == heads.step == 1:
+            return make(Box(batch, heads, queries), keys)
         by_item = []
         for items in runs(batch):
             made = [make(Box(items, some, queries), keys) for some in runs(heads)]
@@ -63,9 +64,10 @@ class Unmade:
 
     def ranges(self, region: Region) -> tuple[range, range, range, range]:
         """The ranges of a region of batch items, heads (all of them where they are a mean), queries and keys."""
-        spec, parts = self.recipe.spec, [part if len(part) > 1 else cover(part) for part in region.ranges]
-        found = dict(zip(self.here, parts))
-        return found.get(0, range(spec.batch)), found.get(1, range(spec.heads)), found[2], found[3]
+        recipe, spec = self.recipe, self.recipe.spec
+        *others, queries, keys = [part if part.step == 1 or len(part) > 1 else cover(part) for part in region.ranges]
+        heads = range(spec.heads) if recipe.average else others.pop()
+        return others.pop() if recipe.batched else range(spec.batch), heads, queries, keys
 
     def pieces(self, patches: Iterable[tuple[Region, Tensor]]) -> Iterator[GradientPiece]:
         """Gradients of places, which broadcast to them, as pieces of a gradient of the recipe's."""

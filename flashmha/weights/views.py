@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .cell import Cell
-from .regions import Layout, Region
+from .regions import SLICE, Cut, Layout, Region, read_cut
 
 aten = torch.ops.aten
 ALIASES = (aten.alias.default, aten.detach.default)
@@ -38,38 +38,38 @@ class View:
 
     Attributes:
         layout: how the view lies in the map's memory.
-        rows: what was made of it alone.
+        rows: what was made of its places alone.
     """
 
-    __slots__ = ("layout", "map", "region", "rows", "steps")
+    __slots__ = ("layout", "region", "rows", "steps")
 
-    def __init__(self, layout: Layout, region: Region, steps: tuple[Step, ...], of: Layout) -> None:
-        self.layout, self.region, self.steps, self.map = layout, region, steps, of
+    def __init__(self, layout: Layout, region: Region, steps: tuple[Step, ...] = ()) -> None:
+        self.layout, self.region, self.steps = layout, region, steps
         self.rows: Tensor | None = None
 
     @classmethod
     def whole(cls, layout: Layout) -> View:
         """All of a map."""
-        return cls(layout, Region.whole(layout.sizes), (), layout)
+        return cls(layout, Region.whole(layout.sizes))
 
-    def cut(self, region: Region) -> View:
-        """Some places of the map."""
-        return View(self.map.cut(region), region, (), self.map)
+    def cut(self, cut: Cut) -> View:
+        """Some places of an axis."""
+        return View(self.layout.cut(cut), self.region.cut(cut))
 
     def then(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> View | list[View]:
         """The view or views that an operator makes of this one; raises what it would raise."""
         if not self.steps and not kwargs:
-            region = self.region.after(func, args)
-            if region is not None:
-                return self.cut(region)
+            cut = read_cut(func, args, self.layout.sizes)
+            if cut is not None:
+                return self.cut(cut)
         found = func(self.layout.blank(), *args, **kwargs)
         if isinstance(found, Tensor):
-            return View(Layout.of(found), self.region, (*self.steps, Step(func, args, kwargs)), self.map)
+            return View(Layout.of(found), self.region, (*self.steps, Step(func, args, kwargs)))
         if not self.steps and func is aten.unbind.int:
-            dim = args[0] if args else 0
-            return [self.cut(self.region.select(dim, place)) for place in range(len(found))]
+            dim = args[0] % len(self.layout.sizes) if args else 0
+            return [self.cut(Cut(dim, range(place, place + 1), False)) for place in range(len(found))]
         steps = [Step(func, args, kwargs, place) for place in range(len(found))]
-        return [View(Layout.of(one), self.region, (*self.steps, step), self.map) for one, step in zip(found, steps)]
+        return [View(Layout.of(one), self.region, (*self.steps, step)) for one, step in zip(found, steps)]
 
     def of(self, cell: Cell) -> Tensor:
         """The view of the map, which is made for it."""
@@ -82,7 +82,11 @@ class View:
         if cell.made is not None or self.rows is None:
             self.rows = None
             return self.of(cell)
-        return self.follow(self.region.alone(self.rows))
+        return self.follow(self.rows)
+
+    def copy(self, cell: Cell) -> Tensor | None:
+        """The values as a tensor of their own, which nothing here keeps; ``None`` where a copy has to be made."""
+        return None if self.steps or self.rows is not None else cell.part(self.region)
 
     def follow(self, values: Tensor) -> Tensor:
         """What the operators make of the values of the places."""
@@ -94,3 +98,15 @@ class View:
 def is_view(func: Any) -> bool:
     """Whether an operator gives a view of its first argument that sizes and strides determine."""
     return bool(func.is_view) and func not in BY_STORAGE
+
+
+def is_all(func: Any, tensor: Any, args: Any) -> bool:
+    """A view of all of a tensor as it is: a hook's, or the ``:`` of an index, by which torch 2.8 slices."""
+    if func in ALIASES:
+        return True
+    if func is aten.view.default:
+        return list(args[0]) == list(tensor.shape) and (tensor.way is None or tensor.is_contiguous())
+    if func is not SLICE or len(args) < 3:
+        return False
+    start, end, step = (*args[1:], 1)[:3]
+    return start == 0 and step == 1 and end is not None and end >= tensor.shape[args[0]]

@@ -70,22 +70,28 @@ class Slots(NamedTuple):
 
 def find_slots(heads: Sequence[Tensor]) -> Slots | None:
     """The places of heads (batch, seqlen, heads, head_dim) that came as they are, or swapped, out of one ``Heads``."""
-    found = [origin_of(x) for x in heads]
-    split, _, swapped = found[0]
-    if getattr(split, "_forward_cls", None) is not Heads:
-        return None
-    if any(node is not split or its != swapped for node, _, its in found):
-        return None
-    return Slots(split, [number for _, number, _ in found], swapped)
+    split: Any = None
+    numbers: list[int] = []
+    swapped = False
+    for x in heads:
+        node, number, its = origin_of(x)
+        if node is None or (numbers and (node is not split or its != swapped)):
+            return None
+        split, swapped = node, its
+        numbers.append(number)
+    return Slots(split, numbers, swapped)
 
 
 def origin_of(x: Tensor) -> tuple[Any, int, bool]:
-    """The node that made a tensor, as which of its outputs, and whether batch and seqlen changed places since."""
-    node = x.grad_fn
-    swap: Any = node if node is not None and node.name() == "TransposeBackward0" else None
-    if swap is not None and (swap._saved_dim0, swap._saved_dim1) == (0, 1):
-        return *swap.next_functions[0], True
-    return node, x.output_nr, False
+    """The ``Heads`` that made a tensor, as which of its outputs, and whether batch and seqlen changed places since."""
+    node: Any = x.grad_fn
+    if getattr(node, "_forward_cls", None) is Heads:
+        return node, x.output_nr, False
+    if node is not None and node.name() == "TransposeBackward0" and (node._saved_dim0, node._saved_dim1) == (0, 1):
+        before, number = node.next_functions[0]
+        if getattr(before, "_forward_cls", None) is Heads:
+            return before, number, True
+    return None, 0, False
 
 
 class Heads(torch.autograd.Function):
