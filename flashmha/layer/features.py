@@ -21,12 +21,11 @@ EXTRA_KEYS = ("keys_before", "keys_after")
 OWN_PROJECTIONS = ("has_in_proj", "has_out_proj")
 """What a subclass says about the projections that its hops use."""
 
-SPECIAL = (
-    *HOPS,
-    *("free_num_kv_heads", "free_head_dim", "free_value_head_dim", "window", "causal", "softcap", "softmax_scale"),
-    *("backend", "call_out_proj"),
-    *EXTRA_KEYS,
-)
+PATCHED = (*HOPS, "window", "causal", "softcap", "softmax_scale", "backend", "call_out_proj")
+"""What each call looks for on the class, where a patch may stand. A size of heads comes with parameters, and keys
+beside the call's own with a hop."""
+
+SPECIAL = (*PATCHED, "free_num_kv_heads", "free_head_dim", "free_value_head_dim", *EXTRA_KEYS)
 """What a plain layer has as its class was written."""
 
 

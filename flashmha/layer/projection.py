@@ -109,7 +109,10 @@ def by_one_matrix(
     if query is key and key is value:
         packed = F.linear(query, weight, bias)
         if heads == heads_kv and not packed.is_cuda:  # what ``split`` says, in fewer steps
-            q, k, v = packed.view(outer, inner, 3, heads, head_dim).unbind(2)
+            parts: Any = packed.view(outer, inner, 3, heads, head_dim).unbind(2)
+            if batch_first:
+                return parts
+            q, k, v = parts
         else:
             q, k, v = split(
                 packed, head_dim, [heads, heads_kv, heads_kv], together and may_join_gradients(packed, turned)
@@ -217,7 +220,7 @@ def warn_unheard(layer: Layer) -> None:
         warnings.warn(f"{type(layer).__name__}: {why}.", stacklevel=2)
 
 
-LINEARS: tuple[type, ...] = (nn.Linear, NonDynamicallyQuantizableLinear)
+LINEARS: tuple[type, ...] = (NonDynamicallyQuantizableLinear, nn.Linear)
 """PyTorch's classes of ``out_proj``."""
 
 PARAMETRIC = (*LINEARS, nn.LayerNorm)

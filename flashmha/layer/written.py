@@ -11,15 +11,15 @@ class Written:
     """The attributes of a class under some names, as they were when it was made; it stands in the class's own body.
 
     A subclass inherits it, so ``kind`` says whether a class is the one that was written. Read it from the class: Dynamo
-    2.8 knows no such attribute of a module.
+    2.8 knows no such attribute of a module. ``read`` gives those under the names ``at_calls``, ``whole`` what they were.
     """
 
     kind: type
     values: dict[str, Any]
 
-    def __init__(self, names: Sequence[str]) -> None:
-        self.names, self.read = names, operator.attrgetter(*names)
+    def __init__(self, names: Sequence[str], at_calls: Sequence[str] = ()) -> None:
+        self.names, self.read = names, operator.attrgetter(*(at_calls or names))
 
     def __set_name__(self, kind: type, name: str) -> None:
         self.kind, self.whole = kind, self.read(kind)
-        self.values = dict(zip(self.names, self.whole))
+        self.values = {each: getattr(kind, each) for each in self.names}

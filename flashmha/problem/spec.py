@@ -141,11 +141,15 @@ class AttentionSpec(Fields):
 
         For (batch, seqlen_q, seqlen_k) and dtypes that a layer was checked for, outside compilers and transforms.
         """
-        deterministic, rule = asks_deterministic() and is_deterministic(), type(mask)
-        of_mask = mask.sizes if rule is Documents or rule is Window else None  # type: ignore[union-attr]
-        key = (sizes, heads, head_dim, dtype, device, needs_grad, dropout_p, deterministic, rule, of_mask)
-        shares = mask is None or rule in REMADE
-        known = shared.get(key) if mask is None else reuse(key, mask) if shares else None  # None spares a step
+        deterministic = asks_deterministic() and is_deterministic()
+        key: tuple[Any, ...] | None = (sizes, heads, head_dim, dtype, device, needs_grad, dropout_p, deterministic)
+        if mask is None:  # without the steps of ``reuse``
+            known = shared.get(key)
+        else:
+            rule = type(mask)
+            of_mask = mask.sizes if rule is Documents or rule is Window else None  # type: ignore[attr-defined]
+            key = (*key, rule, of_mask) if rule in REMADE else None
+            known = None if key is None else reuse(key, mask)
         if known is not None:
             return known
         batch, seqlen_q, seqlen_k = sizes
@@ -166,7 +170,7 @@ class AttentionSpec(Fields):
         }
         if mask is not None and any(tensor.device != device for tensor in mask.tensors()):
             refuse_device("mask", mask, mask.tensors(), device)
-        return cls.share(key if shares else None, fields)
+        return cls.share(key, fields)
 
     @classmethod
     def share(cls, key: tuple[Any, ...] | None, fields: dict[str, Any]) -> AttentionSpec:

@@ -88,7 +88,8 @@ class Sdpa(Backend):
             mask = dense_mask(spec)
             return attend_by_math(q, k, v, mask, spec) if coarse(mask, spec) else call_sdpa(q, k, v, mask, spec)
         if spec.mask is None:
-            return attend_unmasked(q, k, v, spec)
+            grouped = spec.heads != spec.heads_kv
+            return attend_grouped(q, k, v, spec) if grouped else call_sdpa(q, k, v, None, spec)
         padding = spec.mask if isinstance(spec.mask, Padding) else None
         if padding is None and top_left_causal(spec):
             return call_sdpa(q, k, v, None, spec, is_causal=True)
@@ -136,12 +137,12 @@ def attend_by_math(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, spec: A
     return out.transpose(1, 2).to(spec.dtype)
 
 
-def attend_unmasked(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> Tensor | tuple[Tensor, Tensor]:
-    """SDPA without a mask, elsewhere than on a GPU.
+def attend_grouped(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> Tensor | tuple[Tensor, Tensor]:
+    """SDPA of grouped heads without a mask, elsewhere than on a GPU.
 
-    Few queries of grouped heads are folded on a CPU as well: one over 4,096 keys, in groups of four, in half the time.
+    Few queries are folded on a CPU as well: one over 4,096 keys, in groups of four, in half the time.
     """
-    if spec.heads == spec.heads_kv or spec.need_lse or not q.is_cpu or not folds(spec):
+    if spec.need_lse or not q.is_cpu or not folds(spec):
         return call_sdpa(q, k, v, None, spec)
     groups = spec.heads // spec.heads_kv
     out = call_sdpa(fold(q, groups), k, v, None, spec)
