@@ -50,6 +50,8 @@ class Fields:
     deterministic: bool = False
     aten_only: bool = False
     needs: frozenset[str] | tuple[str, ...] = dataclasses.field(init=False, repr=False)
+    usual_scale: bool = dataclasses.field(init=False, repr=False, default=False)
+    """No scale was given, and the default is what functions of PyTorch's own take: it need not be said."""
 
     def __post_init__(self) -> None:
         if not is_compiling():
@@ -80,6 +82,7 @@ class Fields:
         fill = object.__setattr__
         if self.softmax_scale is None:
             fill(self, "softmax_scale", max(self.head_dim, 1) ** -0.5)
+            fill(self, "usual_scale", self.head_dim > 0)
         if self.mask is not None:
             self.mask.check(self.batch, self.heads, self.seqlen_q, self.seqlen_k)
             fill(self, "mask", normalize(self.mask, self.seqlen_q, self.seqlen_k))
