@@ -204,6 +204,7 @@ def plain_mask(
         mask: Mask = attn_mask  # type: ignore[assignment]
         if any(tensor.device != device for tensor in mask.tensors()):
             return None
+        mask.check(batch, 1, seqlen_q, seqlen_k)  # none of them depends on heads
         return mask
     if not is_causal or type(attn_mask) is not Tensor or attn_mask.shape != (seqlen_q, seqlen_k):
         return None

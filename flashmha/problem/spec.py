@@ -139,19 +139,17 @@ class AttentionSpec(Fields):
     ) -> AttentionSpec:
         """The problem of heads before they are projected: ordinary tensors, v like k; as ``of`` would say of them.
 
-        For (batch, seqlen_q, seqlen_k) and dtypes that a layer was checked for, outside compilers and transforms.
+        For (batch, seqlen_q, seqlen_k), dtypes and a mask that a layer was checked for, outside compilers and transforms.
         """
         deterministic = asks_deterministic() and is_deterministic()
         key: tuple[Any, ...] | None = (sizes, heads, head_dim, dtype, device, needs_grad, dropout_p, deterministic)
-        if mask is None:  # without the steps of ``reuse``
-            known = shared.get(key)
-        else:
+        if mask is not None:
             rule = type(mask)
             of_mask = mask.sizes if rule is Documents or rule is Window else None  # type: ignore[attr-defined]
             key = (*key, rule, of_mask) if rule in REMADE else None
-            known = None if key is None else reuse(key, mask)
+        known = None if key is None else shared.get(key)
         if known is not None:
-            return known
+            return known if mask is None or known.shared else known.over(mask)
         batch, seqlen_q, seqlen_k = sizes
         fields = {
             "batch": batch,
@@ -168,8 +166,6 @@ class AttentionSpec(Fields):
             "needs_grad": needs_grad,
             "deterministic": deterministic,
         }
-        if mask is not None and any(tensor.device != device for tensor in mask.tensors()):
-            refuse_device("mask", mask, mask.tensors(), device)
         return cls.share(key, fields)
 
     @classmethod
@@ -196,8 +192,7 @@ class AttentionSpec(Fields):
     def over(self, mask: Mask) -> AttentionSpec:
         """The problem of this form over a mask of its kind, not checked again."""
         twin: AttentionSpec = object.__new__(AttentionSpec)
-        twin.__dict__.update(self.__dict__)
-        twin.__dict__.update({"mask": mask, "form": self})
+        twin.__dict__.update(self.__dict__, mask=mask, form=self)
         return twin
 
     def changed(self, **fields: Any) -> AttentionSpec:
