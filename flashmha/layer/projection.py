@@ -16,6 +16,7 @@ from ..backends.rewrites.heads import spares, split
 from ..host.torch_state import is_compiling
 from .call import change_each_once
 from .features import is_quantised
+from .options import owns_parts
 from .protocol import Layer
 
 
@@ -58,7 +59,7 @@ def project_inputs(
         heads = layer.num_heads
         head_dim = layer.free_head_dim or layer.embed_dim // heads
         heads_kv = layer.free_num_kv_heads or heads
-        turned = not (layer.rotary is None and layer.q_norm is None and layer.k_norm is None)
+        turned = owns_parts(layer) and not (layer.rotary is None and layer.q_norm is None and layer.k_norm is None)
         return by_one_matrix(
             query, key, value, weight, bias, heads, heads_kv, head_dim, layer.batch_first, turned=turned
         )
@@ -109,9 +110,9 @@ def by_one_matrix(
     if query is key and key is value:
         packed = F.linear(query, weight, bias)
         if heads == heads_kv and not packed.is_cuda:  # what ``split`` says, in fewer steps
-            parts: Any = packed.view(outer, inner, 3, heads, head_dim).unbind(2)
+            parts = packed.view(outer, inner, 3, heads, head_dim).unbind(2)
             if batch_first:
-                return parts
+                return parts  # type: ignore[return-value]
             q, k, v = parts
         else:
             q, k, v = split(

@@ -1,4 +1,4 @@
-"""The plain call: attention beside no mask but padding, documents or the causal hint, by the shortest way.
+"""The plain call: attention beside no mask, padding, documents, causality or a table of bools, by the shortest way.
 
 A small layer takes as long as its Python. What ``forward`` finds out step by step about any call is known of this one
 from a look at its layer and its input, so it is one projection, one kernel and one projection, as if written by hand.
@@ -27,11 +27,12 @@ from ..host.torch_state import (
     tracing_state,
 )
 from ..problem.documents import Documents
-from ..problem.masks import Mask
+from ..problem.masks import Dense, Mask
 from ..problem.ragged import KeyLengths, KeyPadding, Padding, mark_private
 from ..problem.spec import AttentionSpec
 from ..problem.windows import causal
 from ..weights.attend import attention_with_weights
+from .call import is_causal_mask
 from .features import SPECIAL
 from .options import PARTS
 from .projection import LINEARS, by_one_matrix
@@ -39,8 +40,6 @@ from .protocol import Layer
 
 NOT_IN_LAYER = frozenset((*SPECIAL, "position_bias", "in_proj_weight", "in_proj_bias", "out_proj"))
 """What an instance must not have in its own dictionary: hops and features, and what belongs among its parameters."""
-
-between = AttentionSpec.between
 
 Linears = tuple[Parameter, Parameter | None, Parameter, Parameter | None]
 """The two projections of a plain layer, weight and bias.
@@ -148,7 +147,7 @@ def attend_plain(
     grad = torch.is_grad_enabled() and learns(own, query, key, value)
     computed = dtype if cast is None else computed_in(query)
     dropout, head_dim = state["dropout"] if state["training"] else 0.0, width // heads
-    spec = between(sizes, heads, head_dim, computed, query.device, grad, mask, dropout)
+    spec = AttentionSpec.between(sizes, heads, head_dim, computed, query.device, grad, mask, dropout)
     backend = None if need_weights else choose(spec)
     together = backend is None or backend.joins_gradients
     q, k, v = by_one_matrix(query, key, value, weight, bias, heads, heads, head_dim, batch_first, together)
@@ -184,7 +183,7 @@ def plain_mask(
     sizes: tuple[int, int, int],
     device: torch.device,
 ) -> Mask | None:
-    """The mask of a call of (batch, seqlen_q, seqlen_k): padding, documents or the causal hint.
+    """The mask of a call of (batch, seqlen_q, seqlen_k): padding, documents, the causal hint, or a table of bools.
 
     ``None`` for anything else, and for what may be an error.
     """
@@ -206,9 +205,13 @@ def plain_mask(
             return None
         mask.check(batch, 1, seqlen_q, seqlen_k)  # none of them depends on heads
         return mask
-    if not is_causal or type(attn_mask) is not Tensor or attn_mask.shape != (seqlen_q, seqlen_k):
+    if type(attn_mask) is not Tensor or attn_mask.shape != (seqlen_q, seqlen_k):
         return None
-    return CAUSAL if attn_mask.dtype == torch.bool or attn_mask.is_floating_point() else None
+    if is_causal:
+        return CAUSAL if attn_mask.dtype == torch.bool or attn_mask.is_floating_point() else None
+    if attn_mask.dtype != torch.bool or attn_mask.device != device:
+        return None
+    return CAUSAL if is_causal_mask(attn_mask) else Dense(~attn_mask)
 
 
 RULES = (KeyPadding, KeyLengths, Documents)

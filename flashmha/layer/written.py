@@ -11,7 +11,7 @@ class Written:
     """The attributes of a class under some names, as they were when it was made; it stands in the class's own body.
 
     A subclass inherits it, so ``kind`` says whether a class is the one that was written. Read it from the class: Dynamo
-    2.8 knows no such attribute of a module. ``read`` gives those under the names ``at_calls``, ``whole`` what they were.
+    2.8 knows no such attribute of a module. ``read`` gives those under the names ``at_calls``, ``whole`` those of then.
     """
 
     kind: type

@@ -139,14 +139,15 @@ class AttentionSpec(Fields):
     ) -> AttentionSpec:
         """The problem of heads before they are projected: ordinary tensors, v like k; as ``of`` would say of them.
 
-        For (batch, seqlen_q, seqlen_k), dtypes and a mask that a layer was checked for, outside compilers and transforms.
+        For (batch, seqlen_q, seqlen_k), dtypes and a mask that were checked, outside compilers and transforms.
         """
         deterministic = asks_deterministic() and is_deterministic()
-        key: tuple[Any, ...] | None = (sizes, heads, head_dim, dtype, device, needs_grad, dropout_p, deterministic)
+        bare = (sizes, heads, head_dim, dtype, device, needs_grad, dropout_p, deterministic)
+        key: tuple[Any, ...] | None = bare
         if mask is not None:
             rule = type(mask)
             of_mask = mask.sizes if rule is Documents or rule is Window else None  # type: ignore[attr-defined]
-            key = (*key, rule, of_mask) if rule in REMADE else None
+            key = (*bare, rule, of_mask) if rule in REMADE else None
         known = None if key is None else shared.get(key)
         if known is not None:
             return known if mask is None or known.shared else known.over(mask)
