@@ -17,7 +17,7 @@ from .cached import Positions
 from .documents import Documents
 from .masks import Dense, Mask, find_rule
 from .positions import Restarts, check_range
-from .ragged import PADDING_KINDS, KeyLengths, KeyPadding, Padding, mark_private
+from .ragged import PADDING_CLASSES, KeyLengths, KeyPadding, Padding, mark_private
 from .scores import BIAS_DTYPES, Bias
 from .windows import Window, normalize
 from .wording import dtype_name, spell
@@ -206,7 +206,7 @@ class Fields:
     def padding(self) -> Padding | None:
         """The mask's padding as one rule, which keeps what is computed of it."""
         mask = self.mask
-        if type(mask) in PADDING_KINDS:
+        if type(mask) in PADDING_CLASSES:
             return mask  # type: ignore[return-value]
         rules = [part for part in (() if mask is None else mask.parts) if isinstance(part, Padding)]
         if len(rules) < 2:

@@ -179,5 +179,5 @@ class KeyLengths(Padding):
         return f"KeyLengths({tuple(self.lengths.shape)})"
 
 
-PADDING_KINDS = (KeyPadding, KeyLengths)
+PADDING_CLASSES = (KeyPadding, KeyLengths)
 """The classes of padding; a look for a type among them spares ``isinstance`` its step in Python, .25 us of 95."""

@@ -9,7 +9,7 @@ from torch.nn.attention import SDPBackend
 
 from ...host.torch_state import is_compiling
 from ...problem.masks import Mask
-from ...problem.ragged import PADDING_KINDS, Padding
+from ...problem.ragged import PADDING_CLASSES, Padding
 from ...problem.spec import AttentionSpec
 from ..base import Backend, Serve
 from ..limits import FEATURES, HALF, Limits
@@ -90,7 +90,7 @@ class Sdpa(Backend):
         if spec.mask is None:
             grouped = spec.heads != spec.heads_kv
             return attend_grouped(q, k, v, spec) if grouped else call_sdpa(q, k, v, None, spec)
-        padding: Padding | None = spec.mask if type(spec.mask) in PADDING_KINDS else None  # type: ignore[assignment]
+        padding: Padding | None = spec.mask if type(spec.mask) in PADDING_CLASSES else None  # type: ignore[assignment]
         if padding is None and top_left_causal(spec):
             return call_sdpa(q, k, v, None, spec, is_causal=True)
         items = cut_up(spec, self.costs)
