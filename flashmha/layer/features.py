@@ -43,11 +43,16 @@ def is_written(layer: Layer, name: str) -> bool:
 def has_hops(layer: Layer) -> bool:
     """Some hop is not the package's own; asked in each call, so in one step."""
     kind: Any = type(layer)
-    instance, values = layer.__dict__, kind._written.values
-    for name in HOPS:  # noqa: SIM110
-        if name in instance or getattr(kind, name) is not values[name]:
-            return True
-    return False
+    values = kind._written.values
+    if (
+        kind.project is values["project"]
+        and kind.process_heads is values["process_heads"]
+        and kind.attend is values["attend"]
+        and kind.process_weights is values["process_weights"]
+        and kind.merge is values["merge"]
+    ):
+        return not layer.__dict__.keys().isdisjoint(HOPS)
+    return True
 
 
 def find_overridden(layer: Layer) -> list[str]:

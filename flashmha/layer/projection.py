@@ -18,6 +18,7 @@ from .call import change_each_once
 from .features import is_quantised
 from .options import owns_parts
 from .protocol import Layer
+from .written import is_as_written
 
 
 class Sizes(NamedTuple):
@@ -155,7 +156,7 @@ def swap_axes(x: Any) -> Any:
 
 def merge_heads(layer: Layer, out: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """(batch, seqlen_q, embed_dim) of out (batch, seqlen_q, heads, head_dim)."""
-    out_proj = layer.out_proj
+    out_proj = out_proj_of(layer)
     if layer.call_out_proj:
         try:
             projected: Tensor = out_proj(out.flatten(2))
@@ -228,23 +229,25 @@ PARAMETRIC = (*LINEARS, nn.LayerNorm)
 """Classes that define nothing under the names of their parameters."""
 
 
-def is_as_written(kind: type) -> bool:
-    """A class is one of the package's own, not a subclass of it, and so defines nothing under those names."""
-    written = getattr(kind, "_written", None)
-    return written is not None and written.kind is kind
-
-
 def parameters(module: Any, weight: str, bias: str) -> tuple[Any, Any]:
     """``getattr`` of two parameters, without the exceptions raised and caught on the way to those of ``nn.Module``.
 
     A subclass may have a property there, a module whose weights were replaced holds them elsewhere, and anything with
     a weight and a bias may stand for a module.
     """
-    if type(module) in PARAMETRIC or is_as_written(type(module)):
+    if type(module) in PARAMETRIC or is_as_written(type(module), weight, bias):
         held, own = module._parameters, module.__dict__
         if weight in held and bias in held and weight not in own and bias not in own:
             return held[weight], held[bias]
     return getattr(module, weight), getattr(module, bias)
+
+
+def out_proj_of(layer: Layer) -> Any:
+    """``layer.out_proj``, without the exception raised and caught on the way to it: .6 us of a call."""
+    modules = layer._modules
+    if is_as_written(type(layer), "out_proj") and "out_proj" in modules and "out_proj" not in layer.__dict__:
+        return modules["out_proj"]
+    return layer.out_proj
 
 
 def apply_linear_in(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype | None = None) -> Tensor:

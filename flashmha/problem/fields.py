@@ -18,7 +18,7 @@ from .documents import Documents
 from .masks import Dense, Mask, find_rule
 from .positions import Restarts, check_range
 from .ragged import PADDING_CLASSES, KeyLengths, KeyPadding, Padding, mark_private
-from .scores import BIAS_DTYPES, Bias
+from .scores import BIAS_DTYPES, Bias, TensorBias
 from .windows import Window, normalize
 from .wording import dtype_name, spell
 
@@ -138,11 +138,12 @@ class Fields:
 
     @property
     def outline(self) -> tuple[Any, ...] | None:
-        """A key of the problem: all that is known of it but the values of its mask's tensors.
+        """A key of the problem: all that is known of it but the values of its mask's tensors, and of a ``TensorBias``.
 
         ``None`` where there are other tensors, and while PyTorch traces.
         """
-        if self.bias is not None or self.sinks is not None or is_compiling():
+        bias = self.bias
+        if self.sinks is not None or is_compiling() or (bias is not None and type(bias) is not TensorBias):
             return None
         if not (type(self.batch) is type(self.seqlen_q) is type(self.seqlen_k) is int):  # symbols have no hash
             return None
@@ -157,6 +158,8 @@ class Fields:
                 rules.append(part.allowed.shape)
             elif isinstance(part, (Window, Documents)):
                 rules += part.sizes
+        if isinstance(bias, TensorBias):
+            rules += (TensorBias, bias.tensor.shape, bias.tensor.dtype, "bias_grad" in self.needs)
         # fmt: off
         return (
             self.batch, self.seqlen_q, self.seqlen_k, self.heads, self.heads_kv, self.head_dim, self.head_dim_v,
