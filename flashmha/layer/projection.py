@@ -235,7 +235,7 @@ def parameters(module: Any, weight: str, bias: str) -> tuple[Any, Any]:
     A subclass may have a property there, a module whose weights were replaced holds them elsewhere, and anything with
     a weight and a bias may stand for a module.
     """
-    if type(module) in PARAMETRIC or is_as_written(type(module), weight, bias):
+    if type(module) in PARAMETRIC or is_as_written(type(module)):
         held, own = module._parameters, module.__dict__
         if weight in held and bias in held and weight not in own and bias not in own:
             return held[weight], held[bias]
@@ -245,7 +245,7 @@ def parameters(module: Any, weight: str, bias: str) -> tuple[Any, Any]:
 def out_proj_of(layer: Layer) -> Any:
     """``layer.out_proj``, without the exception raised and caught on the way to it: .6 us of a call."""
     modules = layer._modules
-    if is_as_written(type(layer), "out_proj") and "out_proj" in modules and "out_proj" not in layer.__dict__:
+    if is_as_written(type(layer)) and "out_proj" in modules and "out_proj" not in layer.__dict__:
         return modules["out_proj"]
     return layer.out_proj
 

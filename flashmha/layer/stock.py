@@ -166,7 +166,7 @@ def wants_torch_function(layer: Layer, *inputs: Tensor) -> bool:
         outer = parameters(out_proj, "weight", "bias")
     else:  # an adapter may stand there, or anything with a weight and a bias
         outer = getattr(out_proj, "weight", None), getattr(out_proj, "bias", None)
-    usual = is_as_written(type(layer), *TENSORS) and "in_proj_weight" in inner and "in_proj_bias" in inner
+    usual = is_as_written(type(layer)) and "in_proj_weight" in inner and "in_proj_bias" in inner
     held = (*inner.values(), layer.bias_k, layer.bias_v) if usual else [getattr(layer, name) for name in TENSORS]
     tensors: Any = (*inputs, *held, *outer)
     if not has_torch_function(tensors):

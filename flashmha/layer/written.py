@@ -6,8 +6,6 @@ import operator
 from collections.abc import Sequence
 from typing import Any
 
-from ..host.torch_state import is_compiling
-
 
 class Written:
     """The attributes of a class under some names, as they were when it was made; it stands in the class's own body.
@@ -27,13 +25,7 @@ class Written:
         self.values = {each: getattr(kind, each) for each in self.names}
 
 
-def is_as_written(kind: type, *names: str) -> bool:
-    """A class is one of the package's own, or a subclass that defines nothing under some names."""
+def is_as_written(kind: type) -> bool:
+    """A class is one of the package's own, not a subclass of it, and so defines nothing under names of parameters."""
     written = getattr(kind, "_written", None)
-    if written is None or written.kind is kind or not names or is_compiling():
-        return written is not None and written.kind is kind
-    classes, above = kind.__mro__, written.kind.__mro__
-    own = len(classes) - len(above)
-    if classes[own:] != above:  # another class stands between them
-        return False
-    return all(each.__dict__.keys().isdisjoint(names) for each in classes[:own])
+    return written is not None and written.kind is kind
