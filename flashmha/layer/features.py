@@ -51,7 +51,11 @@ def has_hops(layer: Layer) -> bool:
         and kind.process_weights is values["process_weights"]
         and kind.merge is values["merge"]
     ):
-        return not layer.__dict__.keys().isdisjoint(HOPS)
+        own = layer.__dict__
+        for name in HOPS:  # noqa: SIM110
+            if name in own:
+                return True
+        return False
     return True
 
 
