@@ -126,7 +126,7 @@ class Backend(abc.ABC):
     """A graph compiled for a GPU launches its kernel by C++: first of the measured there for short problems."""
     judges_by_outline: ClassVar[bool] = False
     """Its answers about a problem depend on ``spec.outline`` alone and on no value of a tensor: a choice is
-    remembered beside padding, documents and mask tensors too."""
+    remembered beside padding, documents, mask tensors and a ``TensorBias`` too."""
     results_checked: ClassVar[bool] = False
     """Its own tests check kind, shape and dtype of every result; the package does not check them again."""
     yields_small_weights: ClassVar[bool] = False

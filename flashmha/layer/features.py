@@ -21,12 +21,11 @@ EXTRA_KEYS = ("keys_before", "keys_after")
 OWN_PROJECTIONS = ("has_in_proj", "has_out_proj")
 """What a subclass says about the projections that its hops use."""
 
-SPECIAL = (
-    *HOPS,
-    *("free_num_kv_heads", "free_head_dim", "free_value_head_dim", "window", "causal", "softcap", "softmax_scale"),
-    *("backend", "call_out_proj"),
-    *EXTRA_KEYS,
-)
+PATCHED = (*HOPS, "window", "causal", "softcap", "softmax_scale", "backend", "call_out_proj")
+"""What each call looks for on the class, where a patch may stand. A size of heads comes with parameters, and keys
+beside the call's own with a hop."""
+
+SPECIAL = (*PATCHED, "free_num_kv_heads", "free_head_dim", "free_value_head_dim", *EXTRA_KEYS)
 """What a plain layer has as its class was written."""
 
 
@@ -44,11 +43,20 @@ def is_written(layer: Layer, name: str) -> bool:
 def has_hops(layer: Layer) -> bool:
     """Some hop is not the package's own; asked in each call, so in one step."""
     kind: Any = type(layer)
-    instance, values = layer.__dict__, kind._written.values
-    for name in HOPS:  # noqa: SIM110
-        if name in instance or getattr(kind, name) is not values[name]:
-            return True
-    return False
+    values = kind._written.values
+    if (
+        kind.project is values["project"]
+        and kind.process_heads is values["process_heads"]
+        and kind.attend is values["attend"]
+        and kind.process_weights is values["process_weights"]
+        and kind.merge is values["merge"]
+    ):
+        own = layer.__dict__
+        for name in HOPS:  # noqa: SIM110
+            if name in own:
+                return True
+        return False
+    return True
 
 
 def find_overridden(layer: Layer) -> list[str]:

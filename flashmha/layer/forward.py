@@ -137,8 +137,7 @@ def attend_call(
     """A call that was read: hops 2 to 5. Weights count for ``rows`` (batch, seqlen_q) alone."""
     wanted = layer.backend if given.backend is None else given.backend
     need_weights, average = given.need_weights, given.average_attn_weights
-    made = prepare_call(layer, call, given, wanted, skip_padding)
-    query, q, k, v, problem, dtype, padded, custom = made
+    query, q, k, v, problem, dtype, padded, custom = prepare_call(layer, call, given, wanted, skip_padding)
     says = need_weights and custom and not is_ours(layer, "process_weights")
     weigh: dict[str, Any] | None = None
     if need_weights:
@@ -190,7 +189,8 @@ def say_weights(layer: Layer, weights: list[Tensor], average: bool, batched: boo
 def prepare_call(layer: Layer, call: Reading, given: Arguments, wanted: Wanted, skip_padding: bool) -> Prepared:
     """Hops 2 and 3: the heads projected and processed, and the problem they make."""
     query, key, value, mask, bias, _, columns, rule = call
-    sizes = query.shape[0], query.shape[1], key.shape[1]
+    batch, seqlen, _ = query.shape
+    sizes = batch, seqlen, seqlen if query is key else key.shape[1]
     padded: Padded | None = None
     custom, kv = has_hops(layer), given.kv
     step = None if given.cache is None else begin_step(layer, given.cache, call)

@@ -16,7 +16,7 @@ from ..problem.keywords import names_what_was_meant
 from ..problem.scores import Bias
 from ..problem.windows import Window
 from . import demands, keys_values, options, projection
-from .features import EXTRA_KEYS, OWN_PROJECTIONS, SPECIAL
+from .features import EXTRA_KEYS, HOPS, OWN_PROJECTIONS, PATCHED
 from .forward import call_layer
 from .heads import CustomHeads
 from .hops import check_projections
@@ -89,7 +89,7 @@ class FlashMultiHeadAttention(CustomHeads):
 
     __constants__ = ["batch_first"]
     __jit_ignored_attributes__ = [*STOCK_VALUES, *EXTRA_KEYS, *OWN_PROJECTIONS, "_written"]
-    _written = Written((*SPECIAL, "forward"))
+    _written = Written((*HOPS, "forward"), at_calls=PATCHED)
 
     @names_what_was_meant(MEANT_OPTIONS)
     def __init__(

@@ -17,8 +17,9 @@ from ..problem.masks import Mask
 from ..problem.ragged import Padding
 from .arguments import Arguments
 from .features import find_beyond_stock
-from .projection import is_as_written
+from .projection import PARAMETRIC, out_proj_of, parameters
 from .protocol import Layer
+from .written import is_as_written
 
 
 class StockForward(nn.MultiheadAttention):
@@ -160,8 +161,11 @@ TENSORS = ("in_proj_weight", "in_proj_bias", "q_proj_weight", "k_proj_weight", "
 
 def wants_torch_function(layer: Layer, *inputs: Tensor) -> bool:
     """Some input or weight is a tensor subclass that wants to see the call (a mode alone does not count)."""
-    out_proj = layer.out_proj  # an adapter may stand there, or anything with a weight and a bias
-    inner, outer = layer._parameters, (getattr(out_proj, "weight", None), getattr(out_proj, "bias", None))
+    inner, out_proj = layer._parameters, out_proj_of(layer)
+    if type(out_proj) in PARAMETRIC:
+        outer = parameters(out_proj, "weight", "bias")
+    else:  # an adapter may stand there, or anything with a weight and a bias
+        outer = getattr(out_proj, "weight", None), getattr(out_proj, "bias", None)
     usual = is_as_written(type(layer)) and "in_proj_weight" in inner and "in_proj_bias" in inner
     held = (*inner.values(), layer.bias_k, layer.bias_v) if usual else [getattr(layer, name) for name in TENSORS]
     tensors: Any = (*inputs, *held, *outer)

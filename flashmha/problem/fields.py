@@ -17,8 +17,8 @@ from .cached import Positions
 from .documents import Documents
 from .masks import Dense, Mask, find_rule
 from .positions import Restarts, check_range
-from .ragged import KeyLengths, KeyPadding, Padding, mark_private
-from .scores import BIAS_DTYPES, Bias
+from .ragged import PADDING_CLASSES, KeyLengths, KeyPadding, Padding, mark_private
+from .scores import BIAS_DTYPES, Bias, TensorBias
 from .windows import Window, normalize
 from .wording import dtype_name, spell
 
@@ -50,6 +50,8 @@ class Fields:
     deterministic: bool = False
     aten_only: bool = False
     needs: frozenset[str] | tuple[str, ...] = dataclasses.field(init=False, repr=False)
+    usual_scale: bool = dataclasses.field(init=False, repr=False, default=False)
+    """No scale was given, and the default is what functions of PyTorch's own take: it need not be said."""
 
     def __post_init__(self) -> None:
         if not is_compiling():
@@ -80,6 +82,7 @@ class Fields:
         fill = object.__setattr__
         if self.softmax_scale is None:
             fill(self, "softmax_scale", max(self.head_dim, 1) ** -0.5)
+            fill(self, "usual_scale", self.head_dim > 0)
         if self.mask is not None:
             self.mask.check(self.batch, self.heads, self.seqlen_q, self.seqlen_k)
             fill(self, "mask", normalize(self.mask, self.seqlen_q, self.seqlen_k))
@@ -135,11 +138,12 @@ class Fields:
 
     @property
     def outline(self) -> tuple[Any, ...] | None:
-        """A key of the problem: all that is known of it but the values of its mask's tensors.
+        """A key of the problem: all that is known of it but the values of its mask's tensors, and of a ``TensorBias``.
 
         ``None`` where there are other tensors, and while PyTorch traces.
         """
-        if self.bias is not None or self.sinks is not None or is_compiling():
+        bias = self.bias
+        if self.sinks is not None or is_compiling() or (bias is not None and type(bias) is not TensorBias):
             return None
         if not (type(self.batch) is type(self.seqlen_q) is type(self.seqlen_k) is int):  # symbols have no hash
             return None
@@ -154,6 +158,8 @@ class Fields:
                 rules.append(part.allowed.shape)
             elif isinstance(part, (Window, Documents)):
                 rules += part.sizes
+        if isinstance(bias, TensorBias):
+            rules += (TensorBias, bias.tensor.shape, bias.tensor.dtype, "bias_grad" in self.needs)
         # fmt: off
         return (
             self.batch, self.seqlen_q, self.seqlen_k, self.heads, self.heads_kv, self.head_dim, self.head_dim_v,
@@ -203,8 +209,8 @@ class Fields:
     def padding(self) -> Padding | None:
         """The mask's padding as one rule, which keeps what is computed of it."""
         mask = self.mask
-        if type(mask) is KeyPadding or type(mask) is KeyLengths:  # ``isinstance`` takes a step in Python
-            return mask
+        if type(mask) in PADDING_CLASSES:
+            return mask  # type: ignore[return-value]
         rules = [part for part in (() if mask is None else mask.parts) if isinstance(part, Padding)]
         if len(rules) < 2:
             return rules[0] if rules else None

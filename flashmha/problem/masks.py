@@ -241,8 +241,8 @@ def check_answer(function: str, mask: Mask, answer: Any) -> Tensor:
 
 def find_rule(mask: Mask | None, kind: type[Kind]) -> Kind | None:
     """The first rule of a kind in a mask."""
-    if isinstance(mask, kind):
-        return mask
+    if type(mask) is kind or isinstance(mask, kind):  # the second takes a step in Python
+        return mask  # type: ignore[return-value]
     if mask is not None:
         for part in mask.parts:
             if isinstance(part, kind):

@@ -177,3 +177,7 @@ class KeyLengths(Padding):
 
     def __repr__(self) -> str:
         return f"KeyLengths({tuple(self.lengths.shape)})"
+
+
+PADDING_CLASSES = (KeyPadding, KeyLengths)
+"""The classes of padding; a look for a type among them spares ``isinstance`` its step in Python, .25 us of 95."""

@@ -139,15 +139,18 @@ class AttentionSpec(Fields):
     ) -> AttentionSpec:
         """The problem of heads before they are projected: ordinary tensors, v like k; as ``of`` would say of them.
 
-        For (batch, seqlen_q, seqlen_k) and dtypes that a layer was checked for, outside compilers and transforms.
+        For (batch, seqlen_q, seqlen_k), dtypes and a mask that were checked, outside compilers and transforms.
         """
-        deterministic, rule = asks_deterministic() and is_deterministic(), type(mask)
-        of_mask = mask.sizes if rule is Documents or rule is Window else None  # type: ignore[union-attr]
-        key = (sizes, heads, head_dim, dtype, device, needs_grad, dropout_p, deterministic, rule, of_mask)
-        shares = mask is None or rule in REMADE
-        known = shared.get(key) if mask is None else reuse(key, mask) if shares else None  # None spares a step
+        deterministic = asks_deterministic() and is_deterministic()
+        bare = (sizes, heads, head_dim, dtype, device, needs_grad, dropout_p, deterministic)
+        key: tuple[Any, ...] | None = bare
+        if mask is not None:
+            rule = type(mask)
+            of_mask = mask.sizes if rule is Documents or rule is Window else None  # type: ignore[attr-defined]
+            key = (*bare, rule, of_mask) if rule in REMADE else None
+        known = None if key is None else shared.get(key)
         if known is not None:
-            return known
+            return known if mask is None or known.shared else known.over(mask)
         batch, seqlen_q, seqlen_k = sizes
         fields = {
             "batch": batch,
@@ -164,9 +167,7 @@ class AttentionSpec(Fields):
             "needs_grad": needs_grad,
             "deterministic": deterministic,
         }
-        if mask is not None and any(tensor.device != device for tensor in mask.tensors()):
-            refuse_device("mask", mask, mask.tensors(), device)
-        return cls.share(key if shares else None, fields)
+        return cls.share(key, fields)
 
     @classmethod
     def share(cls, key: tuple[Any, ...] | None, fields: dict[str, Any]) -> AttentionSpec:
@@ -192,8 +193,7 @@ class AttentionSpec(Fields):
     def over(self, mask: Mask) -> AttentionSpec:
         """The problem of this form over a mask of its kind, not checked again."""
         twin: AttentionSpec = object.__new__(AttentionSpec)
-        twin.__dict__.update(self.__dict__)
-        twin.__dict__.update({"mask": mask, "form": self})
+        twin.__dict__.update(self.__dict__, mask=mask, form=self)
         return twin
 
     def changed(self, **fields: Any) -> AttentionSpec:

@@ -100,7 +100,7 @@ class SelfAttention:
         if own is None or same is None:
             return self.module(layer, x)
         spec, batch_first, backend, call = same
-        weight, bias, weight_out, bias_out, _ = own
+        weight, bias, weight_out, bias_out = own
         heads, together = spec.heads, backend.joins_gradients
         q, k, v = by_one_matrix(x, x, x, weight, bias, heads, heads, spec.head_dim, batch_first, together)
         if type(q) is not Tensor:  # a mode makes other tensors of ours
@@ -129,7 +129,7 @@ class SelfAttention:
         dropout = state["dropout"] if state["training"] else 0.0
         batch_first = state["batch_first"] if self.batch_first is None else self.batch_first
         heads = state["num_heads"]
-        grad = (own[-1] or x.requires_grad) and torch.is_grad_enabled()
+        grad = torch.is_grad_enabled() and shortcut.learns(own, x, x, x)
         key = (shape, x.dtype, heads, state["embed_dim"], batch_first, dropout, grad, layer.skip_padding)
         known = self.problems.get(key)
         if known is not None:

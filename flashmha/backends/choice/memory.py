@@ -37,7 +37,7 @@ class Memory(Generic[T]):
     """
 
     def __init__(self) -> None:
-        self._answers: dict[Hashable, tuple[Token, T]] = {}
+        self._answers: dict[Hashable, tuple[Any, Any, tuple[bool, ...], T]] = {}
 
     def token(self) -> Token:
         """All that an answer which is looked for now depends on."""
@@ -56,7 +56,7 @@ class Memory(Generic[T]):
         known = self._answers.get(key)
         if known is None:
             return None
-        (entries, table, switches), answer = known
+        entries, table, switches, answer = known
         if entries is not registry.entries or table is not tuned.state.table:
             return None
         # as ``token`` asks; a call for it would take a step in Python of every call of a layer
@@ -75,7 +75,7 @@ class Memory(Generic[T]):
         """Keep an answer that was found under a token."""
         if len(self._answers) >= SHARED:
             self._answers.clear()
-        self._answers[key] = (token, answer)
+        self._answers[key] = (*token, answer)
 
     def clear(self) -> None:
         """Forget all of it."""
