@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..host.torch_state import is_compiling
+from ..problem.cached import read_pages
 from .base import Cache, allocate, check_counts, no_tokens
 
 
@@ -169,7 +170,7 @@ class PagedCache(Cache):
 
     def read(self, slots: int) -> tuple[Tensor, Tensor]:
         pages = self.block_table[:, : -(-slots // self.pool.page_size)]
-        k, v = (x[pages].flatten(1, 2)[:, :slots] for x in self.store)
+        k, v = (read_pages(x, pages)[:, :slots] for x in self.store)
         return k, v
 
     def trim(self) -> None:

@@ -80,6 +80,8 @@ class Sdpa(Backend):
         return not windowed and takes_packed(dtype, head_dim) and runs_packed(head_dim, device.index)
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> Tensor | tuple[Tensor, Tensor]:
+        if "pages" in spec.needs:
+            return self(q, *spec.in_rows(k, v))
         if q.is_cuda:
             return attend_on_cuda(q, k, v, spec)
         if spec.seqlen_k == 0 and spec.dtype == torch.float16:
