@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import re
 from collections.abc import Callable
 from typing import Any
 from unittest import mock
@@ -13,11 +14,11 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from flashmha import AttentionSpec, Documents, KeyLengths, KeyPadding, Mask, Window, causal
+from flashmha import AttentionSpec, Documents, KeyLengths, KeyPadding, Mask, Pages, Positions, Window, causal
 from flashmha.backends import get
-from flashmha.backends.flash_attn.flash2 import Flash2
+from flashmha.backends.flash_attn.flash2 import Flash2, waits_beside_pages
 from flashmha.backends.flash_attn.flash3 import Flash3
-from flashmha.backends.flash_attn.package import FlashAttn
+from flashmha.backends.flash_attn.package import CACHED, FlashAttn
 from flashmha.backends.flash_attn.windows import normal_lse
 from flashmha.backends.limits import HALF
 from flashmha.backends.rewrites.grouped import MOST_FOLDED_QUERIES
@@ -143,6 +144,9 @@ def cache(empty: float) -> Callable[..., Any]:
         k_cache: Tensor,
         v_cache: Tensor,
         cache_seqlens: Tensor,
+        block_table: Tensor | None = None,
+        page_table: Tensor | None = None,
+        alibi_slopes: Tensor | None = None,
         softmax_scale: float | None = None,
         causal: bool = False,
         window_size: tuple[int, int] = (-1, -1),
@@ -152,6 +156,12 @@ def cache(empty: float) -> Callable[..., Any]:
     ) -> Any:
         assert cache_seqlens.dtype == torch.int32 and k_cache.stride(-1) == v_cache.stride(-1) == 1
         told = {"softmax_scale": softmax_scale, "softcap": softcap, "seqused_k": cache_seqlens}
+        told["alibi_slopes"] = alibi_slopes
+        table = block_table if page_table is None else page_table
+        if table is not None:
+            assert table.dtype == torch.int32 and table.stride(-1) == 1
+            assert block_table is None or not k_cache.shape[1] % 256
+            k_cache, v_cache = k_cache[table].flatten(1, 2), v_cache[table].flatten(1, 2)
         with torch.no_grad():
             out, lse = attend(q, k_cache, v_cache, empty, **told, **bounds(causal, window_size))
         return (out, lse) if return_softmax_lse else out
@@ -206,7 +216,8 @@ both = pytest.mark.parametrize("kind", (Pretended2, Pretended3))
 def test_the_package_is_told_the_whole_problem(
     kind: type[FlashAttn], data: st.DataObject, caching: bool, seed: int
 ) -> None:
-    assert_agrees(pretended(kind, caching), data.draw(specs(limits=kind.limits, head_dims=(8, 16))), seed)
+    limits = kind.limits if caching else dataclasses.replace(kind.limits, features=kind.limits.features - CACHED)
+    assert_agrees(pretended(kind, caching), data.draw(specs(limits=limits, head_dims=(8, 16))), seed)
 
 
 @both
@@ -223,7 +234,7 @@ def test_a_window_means_the_same_in_documents_of_more_queries_than_keys(
 
 def padded(kind: type[FlashAttn]) -> st.SearchStrategy[AttentionSpec]:
     """Problems with padding that a backend serves."""
-    positions = {"causal", "window", "documents", "alibi"}
+    positions = {"causal", "window", "documents", "alibi", *CACHED}
     alone = dataclasses.replace(kind.limits, features=kind.limits.features - positions)
     return specs(limits=alone, head_dims=(8, 16), longest=17).filter(lambda spec: spec.mask is not None)
 
@@ -293,7 +304,8 @@ def test_documents_are_prepared_once_for_the_kernel_inside_torch(data: st.DataOb
         return (two(q, k, v, *offsets, dropout_p=dropout_p, softmax_scale=scale, causal=is_causal),)
 
     spec = data.draw(specs(limits=PretendedSdpa.limits, head_dims=(8, 16), longest=17))
-    mask = data.draw(st.sampled_from((whole_documents(spec.seqlen_q), KeyLengths(torch.arange(spec.batch)))))
+    lengths = KeyLengths(torch.arange(spec.batch).clamp(max=spec.seqlen_q))
+    mask = data.draw(st.sampled_from((whole_documents(spec.seqlen_q), lengths)))
     batch = 1 if isinstance(mask, Documents) else spec.batch
     assume(batch)  # else there is nothing to pack
     spec = dataclasses.replace(spec, mask=mask, batch=batch, seqlen_k=spec.seqlen_q)
@@ -381,6 +393,101 @@ def test_compilers_see_padding_as_one_graph_with_the_same_numbers(
     torch.testing.assert_close(eager, compiled)
     grads = [torch.autograd.grad(out.float().square().sum(), (q, k)) for out in (eager, compiled)]
     torch.testing.assert_close(*grads)
+
+
+STEPS = {"keys in rows": None, "keys in pages": torch.tensor([[2], [0]], dtype=torch.int32)}
+SEEN = {"all": None, "causal": causal(), "window": Window(2, 0)}
+
+
+def step_over_cache(where: str, seen: str, seqlen_q: int) -> tuple[Tensor, Mask]:
+    """Keys in a cache, and what a step sees of them."""
+    table, rule = STEPS[where], SEEN[seen]
+    lengths = torch.tensor([9, 255])
+    mask = KeyLengths(lengths) & Positions(lengths[:, None] - seqlen_q + torch.arange(seqlen_q), at_end=True)
+    mask = mask if rule is None else mask & rule
+    k = noise(1, 2 if table is None else 3, 256, 2, 8, dtype=torch.bfloat16)
+    return k, mask if table is None else mask & Pages(table, 256)
+
+
+@both
+@pytest.mark.parametrize("where", STEPS)
+@pytest.mark.parametrize("seen", SEEN)
+@pytest.mark.parametrize("seqlen_q", (1, 4))
+def test_a_compiled_step_reads_a_cache_where_it_lies(
+    kind: type[FlashAttn], where: str, seen: str, seqlen_q: int
+) -> None:
+    """As one graph with the same numbers, by the function for caches and no other."""
+    backend, calls = pretended(kind), []
+    known = backend.cached
+    assert known is not None
+
+    def cached(q: Tensor, k: Tensor, *rest: Any, **told: Any) -> Any:
+        calls.append(k.data_ptr())
+        return known(q, k, *rest, **told)
+
+    if kind is Pretended2:  # the other package's function is an operator itself
+        backend.cached = cached
+    k, mask = step_over_cache(where, seen, seqlen_q)
+    q = noise(0, 2, seqlen_q, 4, 8, dtype=torch.bfloat16)
+
+    def run(q: Tensor, k: Tensor) -> Any:
+        return backend(q, k, k, AttentionSpec.of(q, k, k, mask=mask, need_lse=True))
+
+    torch.compiler.reset()
+    eager, compiled = run(q, k), torch.compile(run, fullgraph=True, backend="aot_eager")(q, k)
+    for one, other in zip(eager, compiled):
+        torch.testing.assert_close(one, other)
+    assert calls == [k.data_ptr()] * len(calls) and len(calls) == 2 * (kind is Pretended2)
+
+
+@given(
+    version=st.tuples(st.integers(0, 4), st.integers(0, 12), st.integers(0, 12)), end=st.sampled_from(("", ".post1"))
+)
+def test_releases_that_wait_beside_pages_are_those_behind_one(version: tuple[int, int, int], end: str) -> None:
+    assert waits_beside_pages(".".join(map(str, version)) + end) == (version > (2, 8, 3))
+
+
+NEEDED: dict[str, tuple[dict[str, Any], str]] = {
+    "pages of another size": ({"page_size": 128}, "page_size=128 .a multiple of 256."),
+    "no lengths": ({"lengths": False}, "pages without key_lengths"),
+    "no positions": ({"positions": False, "rule": Window(2, 0)}, "pages beside window without Positions"),
+    "positions anywhere": ({"at_end": False}, "Positions anywhere"),
+    "a ring": ({"ring": True}, "Positions anywhere"),
+    "heads of no multiple": ({"head_dim": 12}, "pages of head_dim=12"),
+    "a gradient": ({"needs_grad": True}, "cache and pages beside backward"),
+    "padding": ({"rule": KeyPadding(torch.ones(2, 256, dtype=torch.bool))}, "cache and pages beside key_padding"),
+    "nothing": ({}, ""),
+    "causality": ({"rule": causal()}, ""),
+    "a window": ({"rule": Window(3, 0)}, ""),
+}
+
+
+@pytest.mark.parametrize("name", NEEDED)
+def test_flash2_says_which_cache_it_cannot_read(name: str) -> None:
+    told, said = NEEDED[name]
+    size, head_dim = told.get("page_size", 256), told.get("head_dim", 8)
+    mask: Mask = Pages(torch.zeros(2, 256 // size, dtype=torch.int32), size)
+    if told.get("lengths", True):
+        mask = mask & KeyLengths(torch.tensor([3, 256]))
+    if told.get("positions", True):
+        keys = torch.zeros(2, 256, dtype=torch.int32) if told.get("ring") else None
+        mask = mask & Positions(torch.tensor([[2], [255]]), keys, at_end=told.get("at_end", True))
+    mask = mask & told["rule"] if "rule" in told else mask
+    sizes = (2, 1, 256, 2, 2, head_dim, head_dim)
+    spec = AttentionSpec(
+        *sizes, torch.bfloat16, torch.device("cuda"), mask=mask, needs_grad=told.get("needs_grad", False)
+    )
+    why = Flash2().why_not(spec)
+    assert (why is None) if not said else (why is not None and re.search(said, why)), why
+    assert Flash3().why_not(spec) is None or name not in ("pages of another size", "nothing", "causality", "a window")
+
+
+@both
+def test_a_package_without_a_function_for_caches_says_so(kind: type[FlashAttn]) -> None:
+    _, mask = step_over_cache("keys in pages", "causal", 1)
+    spec = AttentionSpec(2, 1, 256, 4, 2, 8, 8, torch.bfloat16, mask=mask)
+    assert pretended(kind, True).why_no_cache(spec) is None
+    assert "no cache, no pages" in str(pretended(kind, False).why_no_cache(spec))
 
 
 @both

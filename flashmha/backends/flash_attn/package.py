@@ -40,6 +40,9 @@ EVERY_VERSION = frozenset(
 )
 """The features that every version of flash-attn serves."""
 
+CACHED = frozenset(("cache", "pages"))
+"""The features of a package with a function for caches."""
+
 Functions = tuple[Callable[..., Any], Callable[..., Any]]
 
 
@@ -88,6 +91,13 @@ class FlashAttn(Backend):
 
     def runs_packed(self, dtype: torch.dtype, head_dim: int, device: torch.device, windowed: bool = False) -> bool:
         return self.limits.takes_heads(dtype, head_dim) and self.why_not_here(device) is None
+
+    def why_no_cache(self, spec: AttentionSpec) -> str | None:
+        """Why the installed package has nothing for keys that lie in a cache."""
+        lying = [name for name in ("cache", "pages") if name in spec.features]
+        if not lying or self.cached is not None:
+            return None
+        return f"no {', no '.join(lying)} (this build of {self.distribution} has no flash_attn_with_kvcache)"
 
     def limits_exceeded(self, spec: AttentionSpec) -> list[str]:
         reasons = super().limits_exceeded(spec)
