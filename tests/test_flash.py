@@ -18,9 +18,10 @@ from flashmha import AttentionSpec, Documents, KeyLengths, KeyPadding, Mask, Pag
 from flashmha.backends import get
 from flashmha.backends.flash_attn.flash2 import Flash2, waits_beside_pages
 from flashmha.backends.flash_attn.flash3 import Flash3
-from flashmha.backends.flash_attn.package import CACHED, FlashAttn
+from flashmha.backends.flash_attn.package import FlashAttn
 from flashmha.backends.flash_attn.windows import normal_lse
 from flashmha.backends.limits import HALF
+from flashmha.backends.rewrites.caches import CACHED
 from flashmha.backends.rewrites.grouped import MOST_FOLDED_QUERIES
 from flashmha.backends.sdpa import packed as varlen
 from flashmha.backends.sdpa.backend import Sdpa

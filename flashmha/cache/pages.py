@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..host.torch_state import is_compiling
-from ..problem.cached import read_pages
+from ..problem.cached import Pages, read_pages
 from .base import Cache, allocate, check_counts, no_tokens
 
 
@@ -116,6 +116,9 @@ class PagedCache(Cache):
     def nbytes(self) -> int:
         pages = sum(map(len, self.booked)) * self.pool.page_nbytes
         return pages + self.block_table.nbytes + self.lengths.nbytes
+
+    def pages(self) -> Pages:
+        return Pages(self.block_table, self.pool.page_size)
 
     def reserve(self, seqlen: int) -> None:
         """Book pages so that every row has room for ``seqlen`` tokens more.

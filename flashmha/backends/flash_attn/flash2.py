@@ -11,11 +11,11 @@ from torch import Tensor
 from ...problem.scores import ALiBi
 from ...problem.spec import AttentionSpec
 from ..limits import HALF, Limits
-from ..rewrites.caches import caches_exceeded, is_cache
+from ..rewrites.caches import CACHED, caches_exceeded, is_cache
 from ..rewrites.documents import needs_packing, pack_batch, unpack_batch, unpack_batch_lse
 from ..rewrites.grouped import fold, folds, unfold, unfold_lse
 from .flash2_caches import attend_cache
-from .package import CACHED, EVERY_VERSION, FlashAttn, Functions, installed_version, lacks
+from .package import EVERY_VERSION, FlashAttn, Functions, installed_version, lacks
 from .windows import normal_lse, trimmed, window_options
 
 BUCKETS = (32, 64, 96, 128, 192, 256)

@@ -12,13 +12,13 @@ from torch import Tensor
 
 from ...host.torch_state import is_compiling
 from ...problem.spec import AttentionSpec
-from ..rewrites.caches import read_cache, table_of
+from ..rewrites.caches import page_table, read_cache
 from .package import probed_packages
 
 
 def attend_cache(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, key: str, told: dict[str, Any]) -> Any:
     """An ``is_cache`` problem by the package of a backend: out, or the pair of it and lse."""
-    table, slopes = table_of(spec), told.pop("alibi_slopes", None)
+    table, slopes = page_table(spec), told.pop("alibi_slopes", None)
     if not is_compiling():
         more = {} if table is None else {"block_table": table}
         more |= {} if slopes is None else {"alibi_slopes": slopes}
@@ -73,11 +73,11 @@ def fake_cache(q: Tensor, k: Tensor, v: Tensor, *told: Any) -> tuple[Tensor, Ten
     return q.new_empty(*q.shape[:3], v.shape[-1]), q.new_empty((batch, heads, seqlen_q), dtype=torch.float32)
 
 
-LIBRARY = torch.library.Library("flashmha", "FRAGMENT")
-LIBRARY.define(
+FOR_CACHES = torch.library.Library("flashmha", "FRAGMENT")
+FOR_CACHES.define(
     "flash2_cache(Tensor q, Tensor k, Tensor v, Tensor lengths, Tensor? table, Tensor? slopes, float scale, "
     "float softcap, bool causal, SymInt left, SymInt right, str key) -> (Tensor, Tensor)",
     tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order),
 )
-LIBRARY.impl("flash2_cache", two_cache, "CompositeExplicitAutograd")
-torch.library.register_fake("flashmha::flash2_cache", fake_cache, lib=LIBRARY)
+FOR_CACHES.impl("flash2_cache", two_cache, "CompositeExplicitAutograd")
+torch.library.register_fake("flashmha::flash2_cache", fake_cache, lib=FOR_CACHES)

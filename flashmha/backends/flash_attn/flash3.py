@@ -14,9 +14,9 @@ from ...host.machine import HERE, Machine
 from ...host.torch_state import is_compiling
 from ...problem.spec import AttentionSpec
 from ..limits import HALF, Limits
-from ..rewrites.caches import caches_exceeded, is_cache, read_cache, table_of
+from ..rewrites.caches import CACHED, caches_exceeded, is_cache, page_table, read_cache
 from ..rewrites.documents import needs_packing, pack_batch, unpack_batch, unpack_batch_lse
-from .package import CACHED, EVERY_VERSION, FlashAttn, Functions, lacks
+from .package import EVERY_VERSION, FlashAttn, Functions, lacks
 from .windows import normal_lse, trimmed, window_options
 
 BUILDS = (
@@ -123,7 +123,7 @@ class Flash3(FlashAttn):
         }
         cached = self.cached if is_cache(spec) else None
         packing = cached is None and needs_packing(spec)
-        table = table_of(spec)
+        table = page_table(spec)
         if self.splitting and not packing and splits(spec):
             options["num_splits"] = 0  # as many as the package's heuristic says
         if cached is not None:

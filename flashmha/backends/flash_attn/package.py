@@ -20,6 +20,7 @@ from ...problem.spec import AttentionSpec
 from ...problem.windows import Window
 from ...problem.wording import first_line, summarize_error
 from ..base import Backend
+from ..rewrites.caches import CACHED
 
 probed_packages: dict[str, FlashAttn] = {}
 """The packages by key, so that a probe takes nothing but constants, as Dynamo wants it."""
@@ -39,9 +40,6 @@ EVERY_VERSION = frozenset(
     )
 )
 """The features that every version of flash-attn serves."""
-
-CACHED = frozenset(("cache", "pages"))
-"""The features of a package with a function for caches."""
 
 Functions = tuple[Callable[..., Any], Callable[..., Any]]
 
@@ -94,7 +92,7 @@ class FlashAttn(Backend):
 
     def why_no_cache(self, spec: AttentionSpec) -> str | None:
         """Why the installed package has nothing for keys that lie in a cache."""
-        lying = [name for name in ("cache", "pages") if name in spec.features]
+        lying = sorted(spec.features & CACHED)
         if not lying or self.cached is not None:
             return None
         return f"no {', no '.join(lying)} (this build of {self.distribution} has no flash_attn_with_kvcache)"

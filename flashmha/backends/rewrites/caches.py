@@ -15,26 +15,26 @@ from ...problem.spec import AttentionSpec
 from ..limits import FEATURES
 from .documents import POSITIONS, positions_lost
 
-LYING = frozenset(("cache", "pages"))
-"""Features of keys that no kernel but one for caches reads where they lie."""
-APART = frozenset(("backward", "dropout", "key_padding", "documents"))
+CACHED = frozenset(("cache", "pages"))
+"""Features of keys that kernels for caches alone read where they lie."""
+BESIDE_NO_CACHE = frozenset(("backward", "dropout", "key_padding", "documents"))
 """Features that no kernel for caches serves."""
 
 
 def is_cache(spec: AttentionSpec) -> bool:
     """A problem goes to the kernel for caches, if it is within its limits."""
-    return "key_lengths" in spec.needs and APART.isdisjoint(spec.needs)
+    return "key_lengths" in spec.needs and BESIDE_NO_CACHE.isdisjoint(spec.needs)
 
 
 def caches_exceeded(spec: AttentionSpec) -> list[str]:
     """A phrase for all that a package whose kernels take packed documents, or rows of a cache, cannot serve."""
-    lying = [name for name in FEATURES if name in spec.features & LYING]
+    lying = [name for name in FEATURES if name in spec.features & CACHED]
     if not lying:
         return positions_lost(spec)
     reasons, said = [], " and ".join(lying)
     if "key_lengths" not in spec.features:
         reasons.append(f"{said} without key_lengths (a kernel for caches wants the lengths of rows)")
-    apart = [name for name in FEATURES if name in spec.features & APART]
+    apart = [name for name in FEATURES if name in spec.features & BESIDE_NO_CACHE]
     if apart:
         reasons.append(f"{said} beside {', '.join(apart)} (a kernel for caches runs forward, over whole rows)")
     positions = spec.positions
@@ -48,7 +48,7 @@ def caches_exceeded(spec: AttentionSpec) -> list[str]:
     return reasons
 
 
-def table_of(spec: AttentionSpec) -> Tensor | None:
+def page_table(spec: AttentionSpec) -> Tensor | None:
     """The pages of each row as kernels take them, (batch, pages) int32; ``None`` where keys lie in rows."""
     pages = spec.pages
     if pages is None:
