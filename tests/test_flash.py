@@ -23,8 +23,10 @@ from flashmha.backends.flash_attn.windows import normal_lse
 from flashmha.backends.limits import HALF
 from flashmha.backends.rewrites.caches import CACHED
 from flashmha.backends.rewrites.grouped import MOST_FOLDED_QUERIES
+from flashmha.backends.sdpa import caches
 from flashmha.backends.sdpa import packed as varlen
 from flashmha.backends.sdpa.backend import Sdpa
+from flashmha.problem.masks import join_masks
 from flashmha.testing import assert_agrees, noise, seeds, specs
 
 pytestmark = pytest.mark.cpu("pretends the kernels")
@@ -291,6 +293,55 @@ def test_documents_are_packed_for_the_kernel_inside_torch(data: st.DataObject, s
     spec = data.draw(specs(limits=PretendedSdpa.limits, head_dims=(8, 16), longest=17))
     with mock.patch.object(torch.ops.aten, "_flash_attention_forward", kernel):
         assert_agrees(PretendedSdpa(), spec, seed)
+
+
+class PretendedReader(Sdpa):
+    """``sdpa`` on a CPU, where rows of a cache go to the flash-attn 2 inside torch, which is given."""
+
+    name = "pretended reader"
+    limits = dataclasses.replace(
+        Sdpa.limits,
+        devices=("cpu",),
+        dtypes=HALF,
+        features=caches.BESIDE_LENGTHS,
+        head_dim_step=8,
+        page_step=caches.PAGE_STEP,
+        seqlen_min=1,
+        batch_min=1,
+    )
+
+    def why_not(self, spec: AttentionSpec) -> str | None:
+        return super().why_not(spec) or (None if caches.readable_cache(spec) else "not read where it lies")
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> Tensor:
+        return caches.attend_to_lengths(q, k, v, spec)
+
+
+@given(data=st.data(), seed=seeds())
+def test_rows_of_a_cache_are_read_where_they_lie_by_the_kernel_inside_torch(data: st.DataObject, seed: int) -> None:
+    def kernel(q: Tensor, k: Tensor, v: Tensor, *told: Any, scale: float, **more: Any) -> Any:
+        starts, ends, longest_q, longest_k, dropout_p, is_causal, _ = told
+        lengths, table = more["seqused_k"], more.get("block_table")
+        batch, rows = len(lengths), q.shape[0] // len(lengths)
+        assert dropout_p == 0.0 and rows == longest_q and starts.tolist() == [n * rows for n in range(batch + 1)]
+        assert ends.tolist() == [n * longest_k for n in range(batch + 1)] and lengths.dtype == torch.int32
+        assert all(x.dtype == torch.int32 and x.is_contiguous() for x in (starts, ends))
+        if table is not None:
+            assert k.shape[1] % 256 == 0 and more["num_splits"] == 1  # pytorch#194167
+        keys = [x.view(batch, longest_k, *x.shape[1:]) if table is None else x[table].flatten(1, 2) for x in (k, v)]
+        window = more["window_size_left"], more["window_size_right"]
+        left, right = (-1 if bound >= longest_k else bound for bound in window)  # flash-attention#895
+        right = longest_k if left >= 0 > right else right
+        told_of = {"softmax_scale": scale, "softcap": 0.0, "seqused_k": lengths, **bounds(is_causal, (left, right))}
+        return (attend(q.view(batch, rows, *q.shape[1:]), *keys, math.inf, **told_of)[0].flatten(0, 1),)
+
+    spec = data.draw(specs(limits=PretendedReader.limits, head_dims=(8, 16)))
+    mask = spec.mask if spec.is_padded else join_masks(spec.mask, KeyLengths(torch.full((spec.batch,), spec.seqlen_k)))
+    times = data.draw(st.sampled_from((1, 64)))  # heads that fill a GPU
+    spec = dataclasses.replace(spec, mask=mask, heads=spec.heads * times, heads_kv=spec.heads_kv * times)
+    assume(caches.readable_cache(spec))
+    with mock.patch.object(torch.ops.aten, "_flash_attention_forward", kernel):
+        assert_agrees(PretendedReader(), spec, seed)
 
 
 def whole_documents(total: int) -> Documents:
