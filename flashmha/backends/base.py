@@ -92,6 +92,7 @@ class Backend(abc.ABC):
     - ``must_compile(spec)``: what a call compiles first. A short problem goes to another backend until that is worth
       it; ``kernel_key(spec)`` tells which problems share a kernel.
     - ``builds_mask(spec)``: where it is slow, so that others come before it.
+    - ``reads_pages(spec)``: whether layers hand it the pages of a cache, rather than rows copied out of them.
     - ``runs_packed(...)``: whether layers leave padding out for it.
     - ``prepare(spec)``: the call of one problem, for the layers of a model.
     """
