@@ -18,7 +18,7 @@ from ...problem.spec import AttentionSpec
 from ..compiling import waits
 from ..limits import HALF, Limits
 from ..rewrites.block_tables import edged, has_tiles_to_skip
-from ..rewrites.caches import CACHED, caches_exceeded, page_table
+from ..rewrites.caches import CACHED, caches_exceeded, lies_in_cache, page_table
 from ..rewrites.compact import intervals, why_no_moves
 from ..rewrites.documents import pack_batch, unpack_batch, unpack_batch_lse
 from .flash4_kernels import call_kernels
@@ -69,7 +69,7 @@ class Flash4(FlashAttn):
     limits = Limits(
         devices=("cuda",),
         dtypes=HALF,
-        features=EVERY_VERSION | CACHED | {"dense_mask", "sinks", "lse_grad"},
+        features=EVERY_VERSION | {*CACHED, "dense_mask", "sinks", "lse_grad"},
         head_dim=256,
         head_dim_min=8,
         head_dim_step=8,
@@ -100,7 +100,7 @@ class Flash4(FlashAttn):
 
     def limits_exceeded(self, spec: AttentionSpec) -> list[str]:
         reasons = super().limits_exceeded(spec)
-        if not CACHED.isdisjoint(spec.needs):
+        if lies_in_cache(spec):
             return reasons + self.caches_exceeded(spec)
         padded = spec.is_padded
         if padded and "documents" in spec.features and "dense_mask" not in spec.features:
@@ -185,7 +185,7 @@ class Flash4(FlashAttn):
         documents, window = spec.documents, spec.window
         if "dense_mask" in spec.needs:
             return q, k, v, mask_table(spec)
-        lying = not CACHED.isdisjoint(spec.needs)
+        lying = lies_in_cache(spec)
         valid = None if lying else spec.valid_keys()
         if valid is not None and window is not None:
             told["first"], told["last"] = intervals(valid, window, spec.seqlen_q)
