@@ -18,11 +18,10 @@ from ..backends.base import Backend, Serve
 from ..backends.choice.serve import serve
 from ..cache.memory import MemoryCache
 from ..cache.static import StaticCache
-from ..host.torch_state import is_autocasting, is_transforming, readable
+from ..host.torch_state import is_autocasting, is_compiling, readable
 from ..problem.masks import Mask
 from ..problem.ragged import KeyLengths, mark_private
 from ..problem.spec import AttentionSpec
-from .projection import by_one_matrix
 from .protocol import Layer
 from .shortcut import Linears, linears
 
@@ -30,11 +29,13 @@ from .shortcut import Linears, linears
 class Place(NamedTuple):
     """Where the tokens of a step go in caches that hold equally many: at ``first`` in every row, else at ``positions``.
 
-    ``slots`` are those that are looked at, ``mask`` says which of them hold a token.
+    ``slots`` are those that are looked at, ``mask`` says which of them hold a token, ``lengths`` (batch,) how many each
+    row holds behind the step.
     """
 
-    slots: int
+    lengths: Tensor
     first: int | None
+    slots: int
     positions: Tensor | None = None
     mask: Mask | None = None
 
@@ -50,65 +51,72 @@ class Problem(NamedTuple):
 class Step:
     """A step of a model, or of one layer: ``attend_next`` and ``attend_memory`` for each layer, then ``finish``.
 
+    Between layers tokens lie in one row, (tokens, embed_dim) as they lie in the caller's tensor: a linear layer of few
+    tokens is sooner done with those.
+
     Args:
-        x: the first layer's input. Those of the others are like it.
+        x: the first layer's input, (batch, seqlen, embed_dim) or (seqlen, batch, embed_dim). Those of the others are
+            like it.
     """
 
     def __init__(self, x: Tensor) -> None:
         self.shape, self.dtype, self.device = x.shape, x.dtype, x.device
-        self.plain = readable(x) and len(self.shape) == 3 and not (x.is_nested or is_autocasting() or is_transforming())
+        self.plain = readable(x) and len(self.shape) == 3 and x.numel() > 0 and not (x.is_nested or is_autocasting())
         self.wants_grad = torch.is_grad_enabled()
         self.places: dict[tuple[int, ...], Place] = {}
         self.problems: dict[tuple[Any, ...], Problem] = {}
-        self.moving: list[Tensor] = []
-        self.seqlen = 0
+        self.moving: tuple[list[Tensor], list[Tensor]] = ([], [])
 
-    def attend_next(self, layer: Layer, x: Tensor, cache: object) -> Tensor | None:
+    def attend_next(self, layer: Layer, tokens: Tensor, cache: object) -> Tensor | None:
         """Self-attention of the next tokens; ``None`` where ``forward`` has to look closer, and nothing has changed.
 
         Raises:
             ValueError: the cache has no room.
         """
-        own = self.linears(layer, x)
+        own = self.linears(layer, tokens)
         if own is None or type(cache) is not StaticCache:
             return None
-        state = layer.__dict__
-        batch_first, heads, width = state["batch_first"], state["num_heads"], state["embed_dim"]
-        batch, seqlen = self.shape[:2] if batch_first else self.shape[1::-1]
+        weight, bias, weight_out, bias_out, _ = own
+        state, (outer, inner, width) = layer.__dict__, self.shape
+        batch_first, heads = state["batch_first"], state["num_heads"]
+        batch, seqlen = (outer, inner) if batch_first else (inner, outer)
         k_store, v_store, lengths, head_dim = cache.k, cache.v, cache.lengths, width // heads
         capacity = k_store.shape[1]
-        if not (k_store.shape == v_store.shape == (batch, capacity, heads, head_dim)) or not self.holds(k_store, v_store):
+        if not (k_store.shape == v_store.shape == (batch, capacity, heads, head_dim) and self.holds(k_store, v_store)):
             return None
         held = lengths.tolist()
         place = self.places.get((seqlen, *held)) or self.place(cache, seqlen, held)
-        slots = place.slots
+        first, slots = place.first, place.slots
         if slots > capacity:
             cache.check_room(seqlen, held)
         spec, backend, call = self.problem((batch, seqlen, slots), heads, head_dim, place.mask)
-        q, k, v = by_one_matrix(x, x, x, own[0], own[1], heads, heads, head_dim, batch_first, False)
-        if type(q) is not Tensor:  # a mode makes other tensors of ours
+        packed = F.linear(tokens, weight, bias)
+        if type(packed) is not Tensor:  # a mode makes other tensors of ours
             return None
-        if place.first is None:
+        q, k, v = packed.view(outer, inner, 3, heads, head_dim).unbind(2)
+        if not batch_first:
+            q, k, v = q.transpose(0, 1), k.transpose(0, 1), v.transpose(0, 1)
+        if first is None:
             assert place.positions is not None
             cache.write(k, v, place.positions)
         else:
-            k_store.narrow(1, place.first, seqlen).copy_(k)
-            v_store.narrow(1, place.first, seqlen).copy_(v)
+            k_store.narrow(1, first, seqlen).copy_(k)
+            v_store.narrow(1, first, seqlen).copy_(v)
         out = serve(backend, q, k_store.narrow(1, 0, slots), v_store.narrow(1, 0, slots), spec, layer, call)
-        self.moving.append(lengths)
-        self.seqlen = seqlen
-        return project_out(out, own, batch_first)
+        self.moving[0].append(lengths)
+        self.moving[1].append(place.lengths)
+        return F.linear((out if batch_first else out.transpose(0, 1)).reshape(-1, width), weight_out, bias_out)
 
     def attend_memory(
-        self, layer: Layer, x: Tensor, memory: Tensor, cache: object, mask: Mask | None = None
+        self, layer: Layer, tokens: Tensor, memory: Tensor, cache: object, mask: Mask | None = None
     ) -> Tensor | None:
         """Attention to a memory that was projected; ``None`` where ``forward`` has to look closer."""
-        own = self.linears(layer, x)
+        own = self.linears(layer, tokens)
         if own is None or type(cache) is not MemoryCache or not cache.filled or type(memory) is not Tensor:
             return None
-        state = layer.__dict__
-        batch_first, heads, width = state["batch_first"], state["num_heads"], state["embed_dim"]
-        outer, inner, _ = self.shape
+        weight, bias, weight_out, bias_out, _ = own
+        state, (outer, inner, width) = layer.__dict__, self.shape
+        batch_first, heads = state["batch_first"], state["num_heads"]
         batch, seqlen = (outer, inner) if batch_first else (inner, outer)
         k, v, head_dim = cache.k, cache.v, width // heads
         seqlen_k = k.shape[1]
@@ -117,26 +125,27 @@ class Step:
         if not (k.shape == v.shape == (batch, seqlen_k, heads, head_dim) and self.holds(k, v, memory)):
             return None
         spec, backend, call = self.problem((batch, seqlen, seqlen_k), heads, head_dim, mask)
-        weight, bias = own[0], own[1]
-        q = F.linear(x, weight.narrow(0, 0, width), None if bias is None else bias.narrow(0, 0, width))
+        q = F.linear(tokens, weight[:width], None if bias is None else bias[:width])
         if type(q) is not Tensor:
             return None
         q = q.view(outer, inner, heads, head_dim)
-        return project_out(serve(backend, q if batch_first else q.transpose(0, 1), k, v, spec, layer, call), own, batch_first)
+        out = serve(backend, q if batch_first else q.transpose(0, 1), k, v, spec, layer, call)
+        return F.linear((out if batch_first else out.transpose(0, 1)).reshape(-1, width), weight_out, bias_out)
 
     def finish(self) -> None:
         """Move the lengths of the caches that were written to."""
-        if self.moving:
-            torch._foreach_add_(self.moving, self.seqlen)
+        lengths, moved = self.moving
+        if lengths:
+            torch._foreach_copy_(lengths, moved)
 
-    def linears(self, layer: Layer, x: Tensor) -> Linears | None:
+    def linears(self, layer: Layer, tokens: Tensor) -> Linears | None:
         """The projections of a plain layer that fits, computes no gradient and drops nothing."""
-        if not self.plain or type(x) is not Tensor or x.shape != self.shape or x.dtype != self.dtype:
+        if not self.plain or type(tokens) is not Tensor:
             return None
         own, state, width = linears(layer, self.dtype), layer.__dict__, self.shape[2]
-        if own is None or width != state["embed_dim"] or width % state["num_heads"] or not x.numel():
+        if own is None or width != state["embed_dim"] or width % state["num_heads"]:
             return None
-        if (state["training"] and state["dropout"]) or (self.wants_grad and (own[-1] or x.requires_grad)):
+        if (state["training"] and state["dropout"]) or (self.wants_grad and (own[-1] or tokens.requires_grad)):
             return None
         return own
 
@@ -150,12 +159,12 @@ class Step:
 
     def place(self, cache: StaticCache, seqlen: int, held: list[int]) -> Place:
         """Where the next tokens go behind those ``held``, kept for caches that hold as many."""
-        longest = max(held)
+        longest, lengths = max(held), cache.lengths + seqlen
         if min(held) == longest:
-            found = Place(longest + seqlen, longest)
+            found = Place(lengths, longest, longest + seqlen)
         else:
-            seen = mark_private(KeyLengths(cache.lengths + seqlen))
-            found = Place(longest + seqlen, None, cache.positions(seqlen).long(), seen)
+            seen = mark_private(KeyLengths(lengths))
+            found = Place(lengths, None, longest + seqlen, cache.positions(seqlen).long(), seen)
         self.places[(seqlen, *held)] = found
         return found
 
@@ -170,8 +179,16 @@ class Step:
         return found
 
 
-def project_out(out: Tensor, own: Linears, batch_first: bool) -> Tensor:
-    """The output of a layer, projected, as the caller's tensors lie."""
-    if not batch_first:
-        out = out.transpose(0, 1).contiguous()
-    return F.linear(out.flatten(2), own[2], own[3])
+def attend_alone(layer: Layer, query: Tensor, key: Tensor, value: Tensor, cache: object) -> Tensor | None:
+    """The output of one layer beside no mask; ``None`` where ``forward`` has to look closer, and nothing has changed."""
+    if is_compiling() or type(query) is not Tensor or key is not value:
+        return None
+    step = Step(query)
+    if not step.plain:
+        return None
+    tokens = query.reshape(-1, query.shape[2])
+    out = step.attend_next(layer, tokens, cache) if query is key else step.attend_memory(layer, tokens, key, cache)
+    if out is None:
+        return None
+    step.finish()
+    return out.view(query.shape)

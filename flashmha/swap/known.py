@@ -121,10 +121,7 @@ def is_intact(layer: nn.Module) -> bool:
     written = getattr(type(layer), "_written", None)
     if written is None or written.kind is not type(layer) or not isinstance(layer, TORCHS_LAYERS):
         return False
-    for name, value in written.values.items():
-        if name in layer.__dict__ or getattr(type(layer), name) is not value:
-            return False
-    return True
+    return layer.__dict__.keys().isdisjoint(written.names) and written.read(type(layer)) == written.whole
 
 
 TORCHS_LAYERS = (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
@@ -145,7 +142,9 @@ def find_unknown_part(part: Any) -> str | None:
         return f"is a {kind.__name__}, which may mix tokens"
     if "normalized_shape" in own and len(own["normalized_shape"]) != 1:
         return "normalises over more than one token"
-    return "has hooks" if is_hooked(part) else None
+    if own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]:
+        return "has hooks"
+    return "has hooks" if own.get("_compiled_call_impl") is not None else None
 
 
 def is_hooked(module: nn.Module) -> bool:

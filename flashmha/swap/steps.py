@@ -31,7 +31,7 @@ def run_step(
     step = DecoderStep(tgt, memory, masks["memory_key_padding_mask"], caches)
     if not step.plain or not eager(memory) or memory.dim() != 3 or find_unknown_layers(decoder) is not None:
         return None
-    x = tgt
+    x = tgt.reshape(-1, tgt.shape[2])
     try:
         for number, layer in enumerate(decoder.layers):
             x = step.run(layer, x, caches[str(number)])
@@ -40,7 +40,7 @@ def run_step(
         if step.before is not None:
             caches.restore(step.before)
         raise
-    return x
+    return x.view(tgt.shape)
 
 
 class DecoderStep(Step):
@@ -69,7 +69,7 @@ class DecoderStep(Step):
     def look_back(self, layer: Any, x: Tensor, cache: KVCache) -> Tensor:
         """Self-attention."""
         out = self.attend_next(layer._modules["self_attn"], x, cache["self_attn"])
-        return self.call("self_attn", layer, x, x, None, cache) if out is None else out
+        return self.call("self_attn", layer, x, None, None, cache) if out is None else out
 
     def look_over(self, layer: Any, x: Tensor, cache: KVCache) -> Tensor:
         """Attention to the memory."""
@@ -80,12 +80,13 @@ class DecoderStep(Step):
             out = self.attend_memory(attention, x, memory, cache["multihead_attn"], rule)
         return self.call("multihead_attn", layer, x, memory, padding, cache) if out is None else out
 
-    def call(self, name: str, layer: Any, x: Tensor, keys: Tensor, padding: Any, cache: KVCache) -> Tensor:
+    def call(self, name: str, layer: Any, x: Tensor, memory: Tensor | None, padding: Any, cache: KVCache) -> Tensor:
         """Attention by its module."""
         if self.before is None:
             self.before = self.caches.state()
-        out: Tensor = layer._attend(name, x, keys, None, padding, False, cache)
-        return out
+        x = x.view(self.shape)
+        out: Tensor = layer._attend(name, x, x if memory is None else memory, None, padding, False, cache)
+        return out.reshape(-1, self.shape[2])
 
     def rule(self, attention: Any, padding: Any) -> Mask | None:
         """The memory's padding as a rule, made once for all layers; ``None`` where ``forward`` has to look closer."""
