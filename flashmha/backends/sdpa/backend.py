@@ -16,6 +16,7 @@ from ..limits import FEATURES, HALF, Limits
 from ..rewrites.grouped import fold, fold_table, folds, unfold
 from .bands import Bands, cut_into_bands, make_tables
 from .mask_tensors import as_numbers, coarse, dense_mask, mask_and_bias
+from .one_query import is_plain, serve_plainly, takes_products
 from .packed import attend_in_place, attend_packed, packs_here, runs_packed, takes_packed
 from .pieces import Costs, Item, cut_up, keep_all, slices
 from .switches import by_math, kernels_for_masks, only, switches, without_cudnn
@@ -110,7 +111,7 @@ class Sdpa(Backend):
             serve = attend_in_place(spec) if packs_here(spec) else None
             if serve is not None:
                 return serve
-        return attend_plainly(spec) or super().prepare(spec)
+        return serve_plainly(spec) if is_plain(spec) else super().prepare(spec)
 
 
 MASKED = frozenset(("window", "documents", "softcap"))
@@ -140,26 +141,16 @@ def attend_unmasked(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> Ten
     """SDPA without a mask, elsewhere than on a GPU.
 
     Few queries of grouped heads are folded on a CPU as well: one over 4,096 keys, in groups of four, in half the time.
+    One query without groups is two products of matrices there.
     """
+    if takes_products(spec) and is_plain(spec) and not is_compiling():
+        return serve_plainly(spec)(q, k, v)
     if spec.heads == spec.heads_kv or spec.need_lse or not q.is_cpu or not folds(spec):
         return call_sdpa(q, k, v, None, spec)
     groups = spec.heads // spec.heads_kv
     out = call_sdpa(fold(q, groups), k, v, None, spec)
     assert isinstance(out, Tensor)
     return unfold(out, groups)
-
-
-def attend_plainly(spec: AttentionSpec) -> Serve | None:
-    """SDPA of one problem of a CPU that hides nothing and asks for nothing beside; ``None`` for others."""
-    if spec.device.type != "cpu" or spec.mask is not None or spec.needs or spec.dtype == torch.float16:
-        return None
-    scale = spec.softmax_scale
-
-    def serve(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-        return F.scaled_dot_product_attention(q, k, v, scale=scale).transpose(1, 2)
-
-    return serve
 
 
 def attend_on_cuda(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> Tensor | tuple[Tensor, Tensor]:
