@@ -14,6 +14,8 @@ FEWEST_KEYS_APART, MOST_FEATURES_APART = 2048, 64
 """Keys and head_dim from which, and up to which, two products of matrices beat SDPA's kernel for one query: by 2 to 20%
 where keys of neighbouring heads are neighbours, and where they lie apart, as in a cache that is not full, by 8 to 13%
 (Zen 4, one thread, 1 to 32 rows of 4 to 16 heads). Grouped heads, which are folded to rows, lose 5 to 10%."""
+FEWEST_NUMBERS = 2**17
+"""Numbers of the keys, below which three operators take longer than one."""
 
 
 def is_plain(spec: AttentionSpec) -> bool:
@@ -38,7 +40,9 @@ def takes_products(spec: AttentionSpec) -> bool:
     """One query for each key head over so many keys that products of matrices may pay."""
     if spec.aten_only or spec.seqlen_q != 1 or spec.dtype != torch.float32:
         return False
-    return spec.seqlen_k >= FEWEST_KEYS and max(spec.head_dim, spec.head_dim_v) <= MOST_FEATURES
+    if spec.seqlen_k < FEWEST_KEYS or max(spec.head_dim, spec.head_dim_v) > MOST_FEATURES:
+        return False
+    return spec.batch * spec.heads * spec.seqlen_k * spec.head_dim >= FEWEST_NUMBERS
 
 
 def lies_well(k: Tensor, v: Tensor, spec: AttentionSpec) -> bool:
