@@ -51,7 +51,9 @@ def is_torchs_own(kind: type[nn.Module]) -> bool:
     return code is not None and code.co_filename == sys.modules[kind.__module__].__file__
 
 
-FORWARDS = {kind.forward for kind in MODULES if is_torchs_own(kind)}
+calls_of = operator.attrgetter(*MODULE_CALLS, "__call__")
+"""What runs where a module of a class is called."""
+CALLS = {(kind.forward, nn.Module._call_impl, nn.Module.__call__) for kind in MODULES if is_torchs_own(kind)}
 
 
 def find_unknown(encoder: nn.TransformerEncoder) -> str | None:
@@ -133,12 +135,7 @@ def find_unknown_part(part: Any) -> str | None:
         function = part.func if isinstance(part, functools.partial) else part
         return None if function in FUNCTIONS else f"is {getattr(part, '__name__', 'a function')}, which is not torch's"
     kind, own = type(part), part.__dict__
-    if (
-        not own.keys().isdisjoint(MODULE_CALLS)
-        or kind.forward not in FORWARDS
-        or kind.__call__ is not nn.Module.__call__
-        or kind._call_impl is not nn.Module._call_impl
-    ):
+    if calls_of(kind) not in CALLS or "forward" in own or "_call_impl" in own:
         return f"is a {kind.__name__}, which may mix tokens"
     if "normalized_shape" in own and len(own["normalized_shape"]) != 1:
         return "normalises over more than one token"

@@ -68,7 +68,7 @@ class DecoderStep(Step):
 
     def look_back(self, layer: Any, x: Tensor, cache: KVCache) -> Tensor:
         """Self-attention."""
-        out = self.attend_next(layer._modules["self_attn"], x, cache["self_attn"])
+        out = self.attend_next(layer._modules["self_attn"], x, cache.parts.get("self_attn"))
         return self.call("self_attn", layer, x, None, None, cache) if out is None else out
 
     def look_over(self, layer: Any, x: Tensor, cache: KVCache) -> Tensor:
@@ -77,7 +77,7 @@ class DecoderStep(Step):
         out: Tensor | None = None
         rule = None if padding is None else self.rule(attention, padding)
         if padding is None or rule is not None:
-            out = self.attend_memory(attention, x, memory, cache["multihead_attn"], rule)
+            out = self.attend_memory(attention, x, memory, cache.parts.get("multihead_attn"), rule)
         return self.call("multihead_attn", layer, x, memory, padding, cache) if out is None else out
 
     def call(self, name: str, layer: Any, x: Tensor, memory: Tensor | None, padding: Any, cache: KVCache) -> Tensor:
