@@ -6,9 +6,9 @@ import dataclasses
 from fnmatch import fnmatchcase
 from typing import Any
 
-LEVELS = ("layer", "core", "encoder")
+LEVELS = ("layer", "core", "encoder", "decoder")
 """``layer``: query to output, projections included. ``core``: q, k and v to out. ``encoder``: layers of attention and
-feed-forward, from the first input to the last output."""
+feed-forward, from the first input to the last output. ``decoder``: layers that look at a memory, too, token by token."""
 
 PASSES = ("eval", "train")
 """``eval``: the forward in inference mode. ``train``: forward and backward to the inputs and all parameters."""
@@ -21,18 +21,19 @@ replayed. ``reduced``: compiled with ``mode="reduce-overhead"``, which makes CUD
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Case:
-    """One attention to time, or one encoder.
+    """One attention to time, one encoder, or one decoder that writes.
 
     Attributes:
         suite: the question the case belongs to, see ``SUITES``.
         level, mode: out of ``LEVELS`` and ``PASSES``.
-        batch, seqlen_q, seqlen_k, embed_dim, heads, heads_kv: sizes; ``seqlen_q != seqlen_k`` is cross-attention.
+        batch, seqlen_q, seqlen_k, embed_dim, heads, heads_kv: sizes; ``seqlen_q != seqlen_k`` is cross-attention. A
+            decoder writes ``seqlen_q`` tokens, one after another, beside a memory of ``seqlen_k``.
         dtype: its name in torch.
         causal: each query sees the keys up to its own place, which stock is told by a bool mask.
         lengths: the real tokens of every sequence; the rest is padding on the right, told by a bool mask.
         holes: the padding lies anywhere among the real tokens instead.
         batch_first: query, key, value and output are (batch, seqlen, embed_dim), else (seqlen, batch, embed_dim).
-        layers: of an encoder, each with a feed-forward of four times ``embed_dim``; 0 at the other levels.
+        layers: of an encoder or a decoder, each with a feed-forward of four times ``embed_dim``; 0 at the other levels.
         autocast: the dtype of the autocast that an encoder's forward runs under.
         how: the way to run that the case is about, out of ``HOW``.
         weights: the averaged attention weights are read.
@@ -102,6 +103,8 @@ class Case:
         kinds += [f"qk_norm {self.qk_norm}"] if self.qk_norm else []
         kinds += [f"window {self.window}"] if self.window else []
         seqlens = str(self.seqlen_k) if self.seqlen_q == self.seqlen_k else f"{self.seqlen_q} on {self.seqlen_k}"
+        if self.level == "decoder":
+            seqlens = f"{self.seqlen_q} tokens beside {self.seqlen_k}"
         shared = f" on {self.heads_kv}" if self.heads_kv != self.heads else ""
         return f"{', '.join(kinds)}: {self.batch} × {seqlens}, E{self.embed_dim} H{self.heads}{shared}"
 
@@ -135,6 +138,8 @@ class Case:
     def pairs(self) -> int:
         """The number of pairs of a real query and a real key that it may look at, over the batch."""
         lengths = self.lengths or (self.seqlen_k,) * self.batch
+        if self.level == "decoder":  # of the text and, beside it, of the memory
+            return self.batch * (self.seqlen_q * (self.seqlen_q + 1) // 2 + self.seqlen_q * self.seqlen_k)
         if self.seqlen_q != self.seqlen_k:
             return sum(self.seqlen_q * length for length in lengths)
         if not self.causal:
@@ -150,6 +155,9 @@ class Case:
         computed again; a projection takes twice as many backward.
         """
         attention = 4 * self.embed_dim * self.pairs
+        if self.level == "decoder":
+            tokens, memory = self.batch * self.seqlen_q, self.batch * self.seqlen_k
+            return float(self.layers * (attention + 2 * self.embed_dim**2 * (14 * tokens + 2 * memory)))
         keys = sum(self.lengths) if self.lengths else self.batch * self.seqlen_k
         queries = keys if self.seqlen_q == self.seqlen_k else self.batch * self.seqlen_q
         wide = self.embed_dim * self.head_dim

@@ -13,7 +13,7 @@ import time
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..backends import Backend, Call, record
 from ..backends.parity import AGAIN, allowed_error
@@ -33,10 +33,7 @@ class Seat:
     def __init__(self, contestant: Contestant, inputs: Inputs) -> None:
         case = inputs.case
         self.contestant, self.inputs = contestant, inputs.to(inputs.query.dtype)
-        with inputs.query.device:  # parameters are drawn ten times faster on a GPU
-            self.module = contestant.build(case).to(inputs.query.device, inputs.query.dtype)
-        self.module.load_state_dict(contestant.translate(inputs.state, case))
-        self.module.train(case.mode == "train")
+        self.module = build_module(contestant, inputs)
         self.leaves: dict[str, Tensor] = {}
         self.parameters: dict[str, Tensor] = {}
         if case.mode == "train":
@@ -127,6 +124,15 @@ class Seat:
         own = self.contestant.translate(known, self.inputs.case)
         back = torch.autograd.grad([own[name] for name in gradients], list(known.values()), list(gradients.values()))
         return dict(zip(known, back))
+
+
+def build_module(contestant: Contestant, inputs: Inputs) -> nn.Module:
+    """A contestant's module with the parameters of a case."""
+    case, device = inputs.case, inputs.query.device
+    with device:  # parameters are drawn ten times faster on a GPU
+        module = contestant.build(case).to(device, inputs.query.dtype)
+    module.load_state_dict(contestant.translate(inputs.state, case))
+    return module.train(case.mode == "train")
 
 
 def admit(contestant: Contestant, inputs: Inputs, reference: Reference) -> tuple[Seat | None, dict[str, Any]]:

@@ -22,7 +22,8 @@ class Inputs:
     Attributes:
         case: what is computed.
         query, key, value: (batch, seqlen, embed_dim), batch and seqlen the other way round where the case says so, or
-            (batch, seqlen, heads, head_dim) at level core; one object where a layer is called with one.
+            (batch, seqlen, heads, head_dim) at level core; one object where a layer is called with one. Of a decoder the
+            tokens and the memory.
         cotangent: of the output; zero where a query is padding, as with a loss over real tokens.
         attn_mask: (seqlen_q, seqlen_k) bool, ``True`` = hidden, for causal cases.
         hidden: (batch, seqlen_k) bool, ``True`` = hidden, for padded cases; see ``padding``.
@@ -97,7 +98,8 @@ def draw_inputs(case: Case, device: torch.device, seed: int, one_projection: boo
     state: dict[str, Tensor] = {}
     if case.level != "core":
         query = normal(case.batch, case.seqlen_q, case.embed_dim)
-        key = query if case.seqlen_q == case.seqlen_k else normal(case.batch, case.seqlen_k, case.embed_dim)
+        own = case.seqlen_q == case.seqlen_k and case.level != "decoder"
+        key = query if own else normal(case.batch, case.seqlen_k, case.embed_dim)
         value = key
         with torch.random.fork_rng(devices=[] if device.type == "cpu" else [device]), device:
             torch.manual_seed(seed)
@@ -118,10 +120,13 @@ def draw_inputs(case: Case, device: torch.device, seed: int, one_projection: boo
             key, value = (x.detach() for x in packed.chunk(2, dim=2))
         else:
             key, value = (normal(case.batch, case.seqlen_k, case.heads_kv, case.head_dim) for _ in range(2))
+            if case.suite == "generate":  # as caches lie on a CPU
+                key, value = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in (key, value))
     cotangent = normal(*query.shape)
     attn_mask = hidden = None
     if case.causal:
-        attn_mask = torch.ones(case.seqlen_q, case.seqlen_k, dtype=torch.bool, device=device).triu_(1)
+        seqlen_k = case.seqlen_q if case.level == "decoder" else case.seqlen_k
+        attn_mask = torch.ones(case.seqlen_q, seqlen_k, dtype=torch.bool, device=device).triu_(1)
         if case.window is not None:
             attn_mask |= torch.ones_like(attn_mask).tril_(-case.window)
     if case.lengths is not None:
@@ -143,9 +148,14 @@ def draw_inputs(case: Case, device: torch.device, seed: int, one_projection: boo
 
 
 def stock_module(case: Case) -> nn.Module:
-    """The stock layer or encoder that a case is about, without dropout."""
+    """The stock layer, encoder or decoder that a case is about, without dropout."""
     if not case.layers:
         return nn.MultiheadAttention(case.embed_dim, case.heads, bias=case.bias, batch_first=case.batch_first)
+    if case.level == "decoder":
+        writing = nn.TransformerDecoderLayer(
+            case.embed_dim, case.heads, 4 * case.embed_dim, dropout=0.0, batch_first=case.batch_first
+        )
+        return nn.TransformerDecoder(writing, case.layers)
     layer = nn.TransformerEncoderLayer(
         case.embed_dim, case.heads, 4 * case.embed_dim, dropout=0.0, batch_first=case.batch_first
     )

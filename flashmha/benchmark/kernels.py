@@ -40,6 +40,23 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool) 
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal, **grouped).transpose(1, 2)
 
 
+def folded(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool) -> Tensor:
+    """SDPA of one query, whose grouped heads are rows of their key head."""
+    batch, _, heads_kv, head_dim = k.shape
+    rows = q.reshape(batch, heads_kv, -1, head_dim)
+    out = F.scaled_dot_product_attention(rows, k.transpose(1, 2), v.transpose(1, 2))
+    return out.reshape(batch, 1, -1, head_dim)
+
+
+def two_products(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool) -> Tensor:
+    """Two products of matrices and a softmax, for one query."""
+    batch, _, heads_kv, head_dim = k.shape
+    rows = q.reshape(batch * heads_kv, -1, head_dim)
+    k, v = (x.transpose(1, 2).flatten(0, 1) for x in (k, v))
+    weights = torch.bmm(rows * head_dim**-0.5, k.transpose(1, 2)).softmax(-1)
+    return torch.bmm(weights, v).reshape(batch, 1, -1, head_dim)
+
+
 def flash_attn(backend: str) -> KernelFunction:
     """The dense function of a flash-attn package that is here."""
     dense = function(backend)
@@ -108,7 +125,7 @@ class ByHand(Contestant):
             return super().refuses(case)
         if case.lengths is not None and not self.takes_masks:
             return "takes no padding mask"
-        return "for the suite decode" if self.decodes and case.suite != "decode" else None
+        return "for one query or a few" if self.decodes and case.suite not in ("decode", "generate") else None
 
     def build(self, case: Case) -> nn.Module:
         if case.window is None or self.takes_masks:

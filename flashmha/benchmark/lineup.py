@@ -11,8 +11,9 @@ import torch
 
 from ..backends import get, names, origin
 from .cases import Case
+from .decoders import FlashmhaDecoder, HandDecoder, StockDecoder
 from .encoders import FlashmhaEncoder, HandEncoder, PackedEncoder, StockEncoder
-from .kernels import FORCED, ByHand, FlashAttnMha, Linear, flash_attn, with_kvcache
+from .kernels import FORCED, ByHand, FlashAttnMha, Linear, flash_attn, folded, two_products, with_kvcache
 from .libraries import Library, Torchtune, XTransformers
 from .peers import CONTROL, AttentionFunction, Contestant, Flashmha, Stock, StockBest, StockSlow, Through, Without
 
@@ -25,14 +26,14 @@ CONTESTANTS_OF_PACKAGES = {
 
 FEW_COMPILED = {
     "cpu": ("small/*", "dense/*", "overhead/*"),
-    "cuda": ("small/layer/train/b8s512*", "dense/*/train/b8s2048*"),
+    "cuda": ("small/layer/train/b8s512*", "dense/*/train/b8s2048*", "generate/decoder/eval/n6b1q*"),
 }
 """Cases that have time for what ``torch.compile`` makes, which takes ten seconds and more each."""
 
-WAYS = {"layer": ("compiled", "graph"), "core": ("compiled",), "encoder": ("compiled", "reduced")}
+WAYS = {"layer": ("compiled", "graph"), "core": ("compiled",), "encoder": ("compiled", "reduced"), "decoder": ("graph",)}
 """The ways beside eager that contestants of a level run."""
 
-GRAPHED = ("small/layer/*",)
+GRAPHED = ("small/layer/*", "generate/decoder/*")
 """Cases whose calls are replayed from CUDA graphs, too."""
 
 
@@ -43,12 +44,15 @@ def all_contestants(device: torch.device) -> tuple[list[Contestant], dict[str, s
     stock, best, linear, sdpa, automatic = Stock(), StockBest(), Linear(), ByHand(), AttentionFunction("attention")
     ours = Flashmha("flashmha_best", best, trust_is_causal=True)
     through: dict[str, Contestant] = {one.name: one for one in encoder_contestants()[:-2]}
+    writing, by_hand = FlashmhaDecoder(), HandDecoder()
+    through |= {writing.name: writing, by_hand.name: by_hand}
     through |= {"stock": best, "linear_sdpa": linear, "flashmha": ours, "sdpa": sdpa, "attention": automatic}
     compiler, gpu = no_compiler(device), None if device.type == "cuda" else "no CUDA device"
     reasons = {"compiled": compiler, "graph": gpu, "reduced": gpu or compiler}
     others: list[Contestant] = []
     for kind, why in reasons.items():
         every = [Through(name, inner, kind) for name, inner in through.items() if kind in WAYS[inner.level]]
+        every += [Through(writing.name, writing, kind)] * (kind == "reduced")
         if why is None:
             others += every
         else:
@@ -68,12 +72,15 @@ def all_contestants(device: torch.device) -> tuple[list[Contestant], dict[str, s
         Flashmha(CONTROL, best, trust_is_causal=True),
         Without("flashmha", ours),
         sdpa,
+        ByHand("sdpa_folded", folded, takes_masks=False, decodes=True),
+        ByHand("two_products", two_products, takes_masks=False, decodes=True),
         *forced(device, absent),
         *(AttentionFunction(f"attention:{name}", name) for name in present),
         automatic,
         AttentionFunction(CONTROL),
         Without("attention", automatic),
         *encoder_contestants(),
+        *(StockDecoder(), by_hand, writing, FlashmhaDecoder(CONTROL)),
         *others,
     ], absent
 
@@ -173,7 +180,7 @@ def hidden(backend: str, case: Case, device: torch.device) -> bool:
     """
     if origin(backend) != "flashmha":
         return False
-    if case.suite == "heads":
+    if case.suite in ("heads", "generate"):
         return True
     if device.type == "cpu":
         return case.level != "core"

@@ -32,6 +32,9 @@ HEADLINES = {
     "flashmha_encoder_compiled": ("encoder", "compiled"),
     "flashmha_encoder_skip_compiled": ("encoder", "compiled"),
     "flashmha_encoder_reduced": ("encoder", "reduced"),
+    "flashmha_decoder": ("decoder", "eager"),
+    "flashmha_decoder_graph": ("decoder", "graph"),
+    "flashmha_decoder_reduced": ("decoder", "reduced"),
 }
 """The contestants that verdicts are about: level, and how it runs."""
 

@@ -52,7 +52,9 @@ def compute_definition(inputs: Inputs, block: int = SCORES_AT_ONCE) -> NamedTens
     state = {name: x.detach().requires_grad_(training) for name, x in inputs.state.items()}
     sources = [inputs.turned(x) for x in (inputs.query, inputs.key, inputs.value)]
     with torch.set_grad_enabled(training), inputs.casting():
-        if inputs.case.layers:
+        if inputs.case.level == "decoder":
+            out, weights = decode(sources[0], sources[1], inputs, state, block)
+        elif inputs.case.layers:
             out, weights = encode(sources[0], inputs, state, block)
         elif state:
             out, weights = layer(sources, inputs, state, block)
@@ -79,6 +81,20 @@ def encode(x: Tensor, inputs: Inputs, state: NamedTensors, block: int) -> tuple[
             x + apply_linear(F.relu(apply_linear(x, under("linear1", mine))), under("linear2", mine)),
             under("norm2", mine),
         )
+    return x, weights
+
+
+def decode(x: Tensor, memory: Tensor, inputs: Inputs, state: NamedTensors, block: int) -> tuple[Tensor, Tensor]:
+    """A decoder of post-norm layers with ReLU, all tokens at once; no weights."""
+    over = dataclasses.replace(inputs, attn_mask=None)
+    for place in range(inputs.case.layers):
+        mine = under(f"layers.{place}", state)
+        attended, _ = layer([x, x, x], inputs, under("self_attn", mine), block)
+        x = apply_norm(x + attended, under("norm1", mine))
+        attended, weights = layer([x, memory, memory], over, under("multihead_attn", mine), block)
+        x = apply_norm(x + attended, under("norm2", mine))
+        fed = apply_linear(F.relu(apply_linear(x, under("linear1", mine))), under("linear2", mine))
+        x = apply_norm(x + fed, under("norm3", mine))
     return x, weights
 
 

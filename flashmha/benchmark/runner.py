@@ -23,6 +23,7 @@ from .peers import CONTROL, HEADLINES, Contestant
 from .reference import Reference
 from .rounds import FEWEST, take_turns
 from .verdicts import judge_cases, middle
+from .writing import write_in_turns
 
 RUN_SCHEMA = 1
 TURN_SECONDS = {"cpu": 0.02, "cuda": 0.01}
@@ -137,6 +138,8 @@ def measure(
     case: Case, taking_part: Sequence[Contestant], plan: Plan, canary: Canary, end: float, share: float
 ) -> dict[str, Any]:
     """One case: every contestant through the gate, then the rounds, for a share of what is left until ``end``."""
+    if case.level == "decoder":
+        return measure_decoders(case, taking_part, plan, canary, end, share)
     problems: dict[Case, tuple[Inputs, Reference]] = {}
     rows: dict[str, dict[str, Any]] = {}
     seats: dict[str, Seat] = {}
@@ -163,6 +166,20 @@ def measure(
         torch.compiler.reset()
     sweep(plan.device)
     row = {"id": case.id, "case": dataclasses.asdict(case), "flop": case.flop, "drifted": drifted, "canaries": songs}
+    return {**row, "contestants": rows}
+
+
+def measure_decoders(
+    case: Case, taking_part: Sequence[Contestant], plan: Plan, canary: Canary, end: float, share: float
+) -> dict[str, Any]:
+    """The same of decoders that write."""
+    now = time.monotonic()
+    rows = write_in_turns(case, taking_part, plan.device, plan.seed, now + share * max(0.0, end - now))
+    if any(one.how == "reduced" for one in taking_part):
+        torch.compiler.reset()
+    sweep(plan.device)
+    songs = {name: [float(f"{one:.5g}")] for name, one in canary.sing().items()}
+    row = {"id": case.id, "case": dataclasses.asdict(case), "flop": case.flop, "drifted": False, "canaries": songs}
     return {**row, "contestants": rows}
 
 

@@ -24,9 +24,10 @@ SUITES = {
     "model": "whole encoders, most of them padded",
     "compiled": "whole encoders through torch.compile",
     "heads": "rotary, norms of heads, grouped heads and a window: what they cost, and beside other libraries",
+    "generate": "decoders that write token by token, and one query over the keys of a cache",
 }
 
-ON_REQUEST = {"model": "encoder", "compiled": "encoder", "heads": None}
+ON_REQUEST = {"model": "encoder", "compiled": "encoder", "heads": None, "generate": "decoder"}
 """Suites that run where they or a case of theirs are named, or the level that only they have: they take long."""
 
 
@@ -87,6 +88,19 @@ def seqfirst(modes: str) -> list[Case]:
             lengths = lengths_of(*shape[:2], 0.7) if padded else None
             told = {"lengths": lengths, "batch_first": False, "headline": padded and queries < 850}
             cases += make("seqfirst", "layer", modes, shape, seqlen_q=queries, **told)
+    return cases
+
+
+def generate_cases(device: str) -> list[Case]:
+    """Six layers that write 256 tokens, for one row and for many; on a CPU one query over 4096 keys."""
+    dtype = "bfloat16" if device == "cuda" else "float32"
+    told = {"layers": 6, "seqlen_q": 256, "causal": True, "headline": True, "dtype": dtype}
+    cases = [case for batch in (1, 32) for case in make("generate", "decoder", "eval", (batch, 512, 512, 8), **told)]
+    if device == "cuda":
+        return cases
+    for batch in (1, 8):
+        cases += make("generate", "core", "eval", (batch, 4096, 512, 8), seqlen_q=1, headline=True)
+        cases += make("generate", "core", "eval", (batch, 4096, 4096, 32), seqlen_q=1, heads_kv=8, headline=True)
     return cases
 
 
@@ -154,6 +168,7 @@ CPU_CASES = [
     *encoder_cases("train eval", 4, (16, 256, 256, 4), headline=True),
     *heads_cases((1, 2048, 256, 4), 2),
     *window_cases((1, 4096, 256, 4)),
+    *generate_cases("cpu"),
 ]
 
 ENCODERS = (
@@ -197,6 +212,7 @@ CUDA = [
     *heads_cases((4, 2048, 4096, 32), 8, dtype="bfloat16"),
     *heads_cases((4, 2048, 2048, 16), 4, dtype="bfloat16"),
     *window_cases((1, 32768, 2048, 16), dtype="bfloat16"),
+    *generate_cases("cuda"),
     *(
         dataclasses.replace(case, dtype="bfloat16")
         for case in (

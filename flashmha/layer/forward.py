@@ -43,6 +43,7 @@ from .precision import computing_dtype, weights_dtype
 from .problems import Problems
 from .protocol import Layer
 from .slots import check_by_distance, extend, settle_pages
+from .step import attend_alone
 from .stock import as_stock, refuse_torchscript, wants_torch_function
 
 
@@ -90,6 +91,12 @@ def call_layer(
         )
         if found is not None:
             return found
+    unmasked = key_padding_mask is None and attn_mask is None
+    named = not (backend is positions is key_positions is kv is None)
+    if cache is not None and unmasked and not (named or need_weights or is_causal):
+        out = attend_alone(layer, query, key, value, cache)
+        if out is not None:
+            return out, None
     given = Arguments(
         query,
         key,
@@ -105,7 +112,6 @@ def call_layer(
         kv,
         cache,
     )
-    unmasked = key_padding_mask is None and attn_mask is None
     tensors = isinstance(query, Tensor) and isinstance(key, Tensor) and isinstance(value, Tensor)
     if not (tensors and (unmasked or (attn_mask is None and isinstance(key_padding_mask, (Tensor, Padding))))):
         check_kinds(given)

@@ -13,14 +13,20 @@ from torch import Tensor, nn
 
 from ..host.torch_state import is_compiling
 from ..layer.cached import undone_where_it_fails
+from ..layer.written import Written
 from .caches import check_kv_cache
 from .encoder import found_causal
+from .known import DECODER_BLOCKS
+from .steps import run_step
 
 torch.fx.wrap("found_causal")  # FX sees one call, which looks when the graph runs
 
 
 class FlashTransformerDecoderLayer(nn.TransformerDecoderLayer):
     """``nn.TransformerDecoderLayer`` that takes a ``KVCache``."""
+
+    __jit_ignored_attributes__ = ["_written"]
+    _written = Written(DECODER_BLOCKS)
 
     def forward(
         self,
@@ -162,18 +168,23 @@ class FlashTransformerDecoder(nn.TransformerDecoder):
             "tgt_is_causal": causal,
             "memory_is_causal": memory_is_causal,
         }
-        output = run_decoder(self.layers, tgt, memory, masks, cache)
+        output = run_decoder(self, tgt, memory, masks, cache)
         return output if self.norm is None else self.norm(output)
 
 
-def run_decoder(layers: Any, output: Tensor, memory: Tensor, masks: dict[str, Any], cache: Any) -> Tensor:
+def run_decoder(
+    decoder: nn.TransformerDecoder, output: Tensor, memory: Tensor, masks: dict[str, Any], cache: Any
+) -> Tensor:
     """The layers of a decoder one after the other; if one fails, the caches of all are as they were."""
     if cache is None:
-        for layer in layers:
+        for layer in decoder.layers:
             output = layer(output, memory, **masks)
         return output
     held = check_kv_cache(cache)
+    made = None if is_compiling() else run_step(decoder, output, memory, masks, held["layers"])
+    if made is not None:
+        return made
     with contextlib.nullcontext() if is_compiling() else undone_where_it_fails(held):
-        for number, layer in enumerate(layers):
+        for number, layer in enumerate(decoder.layers):
             output = layer(output, memory, **masks, cache=held["layers"][str(number)])
     return output

@@ -1,4 +1,4 @@
-"""What is known of the modules of an encoder: that they take tokens one by one, and run as they were written."""
+"""What is known of the modules of encoders and decoders: that they take tokens one by one, and run as written."""
 
 from __future__ import annotations
 
@@ -21,9 +21,16 @@ MODULE_CALLS = ("forward", "_call_impl")
 """The methods of any module that run."""
 BLOCKS = (*MODULE_CALLS, "__call__", "_sa_block", "_ff_block")
 """Those of an encoder layer."""
+DECODER_BLOCKS = (*BLOCKS, "_mha_block", "_self", "_cross", "_attend")
+"""Those of a decoder layer."""
 
 BLOCK_PARTS = ("linear1", "dropout", "linear2", "norm1", "norm2", "dropout1", "dropout2", "activation")
 """The modules of an encoder layer beside ``self_attn``; ``activation`` may be a function."""
+DECODER_PARTS = (*BLOCK_PARTS, "norm3", "dropout3")
+"""Those of a decoder layer beside its two attentions."""
+
+ATTENTIONS = ("self_attn", "multihead_attn")
+"""The attentions of a decoder layer; the first is that of an encoder layer."""
 
 # fmt: off
 FUNCTIONS = [
@@ -44,7 +51,9 @@ def is_torchs_own(kind: type[nn.Module]) -> bool:
     return code is not None and code.co_filename == sys.modules[kind.__module__].__file__
 
 
-FORWARDS = {kind.forward for kind in MODULES if is_torchs_own(kind)}
+calls_of = operator.attrgetter(*MODULE_CALLS, "__call__")
+"""What runs where a module of a class is called."""
+CALLS = {(kind.forward, nn.Module._call_impl, nn.Module.__call__) for kind in MODULES if is_torchs_own(kind)}
 
 
 def find_unknown(encoder: nn.TransformerEncoder) -> str | None:
@@ -52,11 +61,11 @@ def find_unknown(encoder: nn.TransformerEncoder) -> str | None:
     return find_unknown_layers(encoder) or find_unknown_norm(encoder)
 
 
-def find_unknown_layers(encoder: nn.TransformerEncoder) -> str | None:
-    """The same of an encoder's layers."""
+def find_unknown_layers(model: nn.TransformerEncoder | nn.TransformerDecoder) -> str | None:
+    """The same of the layers of an encoder, or of a decoder."""
     if _has_any_global_hook():
         return "hooks on every module"
-    for number, layer in enumerate(encoder.layers):
+    for number, layer in enumerate(model.layers):
         why = find_unknown_layer(layer)
         if why is not None:
             return f"layers.{number}{why}"
@@ -75,15 +84,19 @@ def find_unknown_layer(layer: nn.Module) -> str | None:
     if why is not None:
         return why
     modules = layer._modules
-    attention: Any = modules["self_attn"]
-    for name in BLOCK_PARTS:
+    decodes = isinstance(layer, nn.TransformerDecoderLayer)
+    for name in DECODER_PARTS if decodes else BLOCK_PARTS:
         if name != "activation" and (name not in modules or name in layer.__dict__):
             return f".{name} is not among its modules"
         why = find_unknown_part(modules[name] if name in modules else getattr(layer, name))
         if why is not None:
             return f".{name} {why}"
-    why = find_unknown_part(attention.out_proj) if attention.call_out_proj else None
-    return None if why is None else f".self_attn.out_proj {why}"
+    for name in ATTENTIONS if decodes else ATTENTIONS[:1]:
+        attention: Any = modules[name]
+        why = find_unknown_part(attention.out_proj) if attention.call_out_proj else None
+        if why is not None:
+            return f".{name}.out_proj {why}"
+    return None
 
 
 def find_unknown_call(layer: nn.Module) -> str | None:
@@ -93,24 +106,27 @@ def find_unknown_call(layer: nn.Module) -> str | None:
         return f" is a {kind.__name__} with code of its own, or none of flashmha's"
     if is_hooked(layer):
         return " has hooks"
-    attention = layer._modules.get("self_attn")
-    if not isinstance(attention, FlashMultiHeadAttention):
-        return f".self_attn is a {type(attention).__name__}"
-    own = find_replaced(attention)
-    if own:
-        return f".self_attn has a {', '.join(own)} of its own"
-    return ".self_attn has hooks" if is_hooked(attention) else None
+    for name in ATTENTIONS if isinstance(layer, nn.TransformerDecoderLayer) else ATTENTIONS[:1]:
+        attention = layer._modules.get(name)
+        if not isinstance(attention, FlashMultiHeadAttention):
+            return f".{name} is a {type(attention).__name__}"
+        own = find_replaced(attention)
+        if own:
+            return f".{name} has a {', '.join(own)} of its own"
+        if is_hooked(attention):
+            return f".{name} has hooks"
+    return None
 
 
 def is_intact(layer: nn.Module) -> bool:
     """A layer is of the package's own class, and neither that nor the instance has another method."""
     written = getattr(type(layer), "_written", None)
-    if written is None or written.kind is not type(layer) or not isinstance(layer, nn.TransformerEncoderLayer):
+    if written is None or written.kind is not type(layer) or not isinstance(layer, TORCHS_LAYERS):
         return False
-    for name in BLOCKS:
-        if name in layer.__dict__ or getattr(type(layer), name) is not written.values[name]:
-            return False
-    return True
+    return layer.__dict__.keys().isdisjoint(written.names) and written.read(type(layer)) == written.whole
+
+
+TORCHS_LAYERS = (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
 
 
 def find_unknown_part(part: Any) -> str | None:
@@ -119,16 +135,13 @@ def find_unknown_part(part: Any) -> str | None:
         function = part.func if isinstance(part, functools.partial) else part
         return None if function in FUNCTIONS else f"is {getattr(part, '__name__', 'a function')}, which is not torch's"
     kind, own = type(part), part.__dict__
-    if (
-        not own.keys().isdisjoint(MODULE_CALLS)
-        or kind.forward not in FORWARDS
-        or kind.__call__ is not nn.Module.__call__
-        or kind._call_impl is not nn.Module._call_impl
-    ):
+    if calls_of(kind) not in CALLS or "forward" in own or "_call_impl" in own:
         return f"is a {kind.__name__}, which may mix tokens"
     if "normalized_shape" in own and len(own["normalized_shape"]) != 1:
         return "normalises over more than one token"
-    return "has hooks" if is_hooked(part) else None
+    if own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]:
+        return "has hooks"
+    return "has hooks" if own.get("_compiled_call_impl") is not None else None
 
 
 def is_hooked(module: nn.Module) -> bool:

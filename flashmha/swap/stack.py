@@ -45,13 +45,13 @@ def run_layer(layer: nn.TransformerEncoderLayer, x: Tensor, attention: SelfAtten
     return run_norm(parts["norm2"], x + feed_forward(layer, x))
 
 
-def feed_forward(layer: nn.TransformerEncoderLayer, x: Tensor) -> Tensor:
-    """The two linear layers of an encoder layer, and what is between them."""
+def feed_forward(layer: Any, x: Tensor, last: str = "dropout2") -> Tensor:
+    """The two linear layers of an encoder layer, or of a decoder layer, what is between them, and the last dropout."""
     parts: Any = layer._modules
     activation = layer.activation
     x = run_linear(parts["linear1"], x)
     x = activation.forward(x) if isinstance(activation, nn.Module) else activation(x)
-    return run_dropout(parts["dropout2"], run_linear(parts["linear2"], run_dropout(parts["dropout"], x)))
+    return run_dropout(parts[last], run_linear(parts["linear2"], run_dropout(parts["dropout"], x)))
 
 
 def run_linear(part: Any, x: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ from ..rewrites.grouped import fold, fold_table, folds, unfold
 from .bands import Bands, cut_into_bands, make_tables
 from .caches import attend_to_lengths, masks_dear_keys, reads_cache
 from .mask_tensors import as_numbers, coarse, dense_mask, mask_and_bias
+from .one_query import is_plain, serve_plainly, takes_products
 from .packed import attend_in_place, attend_packed, packs_here, runs_packed, takes_packed
 from .pieces import Costs, Item, cut_up, keep_all, slices
 from .switches import by_math, kernels_for_masks, only, switches, without_cudnn
@@ -96,6 +97,8 @@ class Sdpa(Backend):
             mask = dense_mask(spec)
             return attend_by_math(q, k, v, mask, spec) if coarse(mask, spec) else call_sdpa(q, k, v, mask, spec)
         if spec.mask is None:
+            if spec.seqlen_q == 1 and takes_products(spec) and is_plain(spec) and not is_compiling():
+                return serve_plainly(spec)(q, k, v)
             grouped = spec.heads != spec.heads_kv
             return attend_grouped(q, k, v, spec) if grouped else call_sdpa(q, k, v, None, spec)
         padding: Padding | None = spec.mask if type(spec.mask) in PADDING_CLASSES else None  # type: ignore[assignment]
@@ -119,7 +122,7 @@ class Sdpa(Backend):
             serve = attend_in_place(spec) if packs_here(spec) else None
             if serve is not None:
                 return serve
-        return super().prepare(spec)
+        return serve_plainly(spec) if is_plain(spec) else super().prepare(spec)
 
 
 MASKED = frozenset(("window", "documents", "softcap"))
