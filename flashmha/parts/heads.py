@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from ..host.kernels import why_no_kernels
 from ..host.torch_state import eager, is_dual, is_inside_transform
-from ..weights.tiles import why_not_here
 from . import fused_heads
 from .norms import KnownNorm, call_norm, know
 from .rotation import Rotation
@@ -77,4 +77,4 @@ def is_fused(x: Tensor | None) -> bool:
         return True
     if not eager(x) or is_dual() or is_inside_transform():  # first, since a compiler cannot trace what comes next
         return False
-    return why_not_here(x.device) is None and fused_heads.why_not(x) is None
+    return why_no_kernels(x.device.type, x.device.index) is None and fused_heads.why_not(x) is None

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from ..backends.naive import probabilities, scores
+from ..host.kernels import why_no_kernels
 from ..host.torch_state import without_autocast
 from ..problem.packing import unpack_tokens
 from ..problem.spec import AttentionSpec
@@ -124,7 +125,9 @@ class Recipe:
     @property
     def has_tiles(self) -> bool:
         """Kernels of this machine make the weights."""
-        return tiles.why_not_here(self.spec.device) is None and tiles.why_not(self.spec) is None
+        return (
+            why_no_kernels(self.spec.device.type, self.spec.device.index) is None and tiles.why_not(self.spec) is None
+        )
 
     @without_caller_autocast
     def reduce(self, kind: str, over: set[int], box: Box, keys: range) -> Tensor:
