@@ -14,6 +14,9 @@ import triton.language as tl
 
 LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
 FAR: tl.constexpr = tl.constexpr(1 << 30)
+LET_GO: tl.constexpr = tl.constexpr("griddepcontrol.launch_dependents; mov.u32 $0, 0;")
+WAIT: tl.constexpr = tl.constexpr("griddepcontrol.wait; mov.u32 $0, 0;")
+"""A program lets the next kernel start, and waits for the one before. ``tl.extra.cuda`` has both: not in Triton 3.4."""
 
 UNSPECIALIZED = """
     at_b at_s held_b held_s slope_b slope_h group heads heads_kv seqlen_q capacity splits low high scale softcap
@@ -83,7 +86,7 @@ def split_kernel(
         EARLY: the kernel that combines is launched before this one ends, and waits for it.
     """
     if EARLY:
-        tl.extra.cuda.gdc_launch_dependents()
+        tl.inline_asm_elementwise(LET_GO, "=r", [], dtype=tl.int32, is_pure=False, pack=1)
     program = tl.program_id(0)
     head_kv, share = program % heads_kv, program // heads_kv
     split, item = share % splits, (share // splits).to(tl.int64)
@@ -214,7 +217,7 @@ def combine_kernel(
 ) -> None:
     """The shares of one query of one head as one answer, a chunk of head_dim_v at a time; see ``split_kernel``."""
     if EARLY:
-        tl.extra.cuda.gdc_wait()
+        tl.inline_asm_elementwise(WAIT, "=r", [], dtype=tl.int32, is_pure=False, pack=1)
     row, chunk = tl.program_id(0).to(tl.int64), tl.program_id(1)
     head, token = row % heads, row // heads
     share = tl.arange(0, SPLITS)
