@@ -9,7 +9,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .kernel_parts import LOG2E, UNSPECIALIZED, bend, exponentiate, find_visible, load_bias, multiply
+from ..host.kernel_math import LOG2E, bend
+from .kernel_parts import UNSPECIALIZED, exponentiate, find_visible, load_bias, multiply
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)

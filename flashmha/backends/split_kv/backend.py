@@ -10,8 +10,8 @@ from ...host.torch_state import surely
 from ...problem.spec import AttentionSpec
 from ..base import Backend
 from ..limits import Limits
-from .launches import Told, attend
-from .tilings import MOST_ROWS
+from .launches import SplitProblem, attend
+from .tilings import MOST_QUERY_ROWS
 
 
 class SplitKV(Backend):
@@ -21,7 +21,7 @@ class SplitKV(Backend):
     """
 
     name = measured_as = "split_kv"
-    compiles = "kinds"
+    compiles, reads_caches = "steps", True
     judges_by_outline = results_checked = yields_small_weights = True
     limits = Limits(
         devices=("cuda",),
@@ -33,13 +33,15 @@ class SplitKV(Backend):
         seqlen_min=1,
         batch_min=1,
     )
-    remark = f"inference; at most {MOST_ROWS} queries times heads of a group"
+    remark = f"inference; at most {MOST_QUERY_ROWS} queries times heads of a group"
 
     def limits_exceeded(self, spec: AttentionSpec) -> list[str]:
         reasons = super().limits_exceeded(spec)
         group = spec.heads // spec.heads_kv
-        if not surely(spec.seqlen_q * group <= MOST_ROWS):
-            reasons.append(f"seqlen_q={spec.seqlen_q} in groups of {group} heads (a product of at most {MOST_ROWS})")
+        if not surely(spec.seqlen_q * group <= MOST_QUERY_ROWS):
+            reasons.append(
+                f"seqlen_q={spec.seqlen_q} in groups of {group} heads (a product of at most {MOST_QUERY_ROWS})"
+            )
         if spec.bias is not None and len(spec.bias.parts) > 1:
             reasons.append("more than one bias (one ALiBi)")
         return reasons
@@ -48,5 +50,5 @@ class SplitKV(Backend):
         return super().why_not_here(device) or why_no_kernels(device.type, device.index)
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> Tensor | tuple[Tensor, Tensor]:
-        out, lse = attend(q, k, v, Told.of(spec))
+        out, lse = attend(q, k, v, SplitProblem.of(spec))
         return (out, lse) if spec.need_lse else out

@@ -12,19 +12,20 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
-FAR: tl.constexpr = tl.constexpr(1 << 30)
+from ...host.kernel_math import LOG2E, bend
+
+NOWHERE: tl.constexpr = tl.constexpr(1 << 30)
 LET_GO: tl.constexpr = tl.constexpr("griddepcontrol.launch_dependents; mov.u32 $0, 0;")
 WAIT: tl.constexpr = tl.constexpr("griddepcontrol.wait; mov.u32 $0, 0;")
 """A program lets the next kernel start, and waits for the one before. ``tl.extra.cuda`` has both: not in Triton 3.4."""
 
-UNSPECIALIZED = """
+NUMBERS = """
     at_b at_s held_b held_s slope_b slope_h group heads heads_kv seqlen_q capacity splits low high scale softcap
 """.split()  # noqa: SIM905
 """Arguments whose value shall not make another kernel."""
 
 
-@triton.jit(do_not_specialize=UNSPECIALIZED)
+@triton.jit(do_not_specialize=NUMBERS)
 def split_kernel(
     q: tl.tensor,
     k: tl.tensor,
@@ -104,9 +105,9 @@ def split_kernel(
         end = tl.minimum(tl.maximum(tl.load(lengths + item), 0), capacity).to(tl.int32)
     if held is None:
         if LEFT:
-            start = tl.maximum(tl.min(tl.where(real, at, FAR), axis=0) + low, 0)
+            start = tl.maximum(tl.min(tl.where(real, at, NOWHERE), axis=0) + low, 0)
         if RIGHT:
-            end = tl.minimum(tl.max(tl.where(real, at, -FAR), axis=0) + (high + 1), end)
+            end = tl.minimum(tl.max(tl.where(real, at, -NOWHERE), axis=0) + (high + 1), end)
     tiles = (tl.maximum(end - start, 0) + BLOCK_N - 1) // BLOCK_N
     first_tile, last_tile = split * tiles // splits, (split + 1) * tiles // splits
 
@@ -140,11 +141,7 @@ def split_kernel(
         else:
             k_tile = tl.load(k_places, mask=(dims < HEAD_DIM)[None, :], other=0.0)
         score = tl.dot(rows, tl.trans(k_tile), input_precision="ieee")
-        if SOFTCAP:
-            bent = softcap * (1.0 - 2.0 / (tl.exp2(score * (2.0 * LOG2E * scale / softcap)) + 1.0))
-            score = bent * LOG2E
-        else:
-            score = score * (scale * LOG2E)
+        score = bend(score, scale, softcap, SOFTCAP) * LOG2E
         distance = position[None, :] - at[:, None]
         if slopes is not None:
             score -= slope[:, None] * tl.abs(distance).to(tl.float32)

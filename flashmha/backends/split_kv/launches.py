@@ -17,7 +17,7 @@ from ...problem.scores import ALiBi
 from ...problem.spec import AttentionSpec
 from .tilings import Cut, choose_cut, choose_splits, padded
 
-FAR = 1 << 30
+REACH = 1 << 30
 """Farther than any key."""
 CHUNK, MANY_ROWS = 32, 512
 """How much of head_dim_v a program combines where there are fewer rows than these."""
@@ -25,7 +25,7 @@ COMBINED = 4096
 """Numbers that a program combines at a time."""
 
 
-class Told(NamedTuple):
+class SplitProblem(NamedTuple):
     """What a kernel is told of a problem beside q, k and v."""
 
     lengths: Tensor | None
@@ -39,7 +39,7 @@ class Told(NamedTuple):
     softcap: float | None
 
     @classmethod
-    def of(cls, spec: AttentionSpec) -> Told:
+    def of(cls, spec: AttentionSpec) -> SplitProblem:
         lengths, places, window = find_rule(spec.mask, KeyLengths), find_rule(spec.mask, Positions), spec.window
         return cls(
             None if lengths is None else lengths.lengths,
@@ -54,15 +54,15 @@ class Told(NamedTuple):
         )
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, told: Told) -> tuple[Tensor, Tensor]:
+def attend(q: Tensor, k: Tensor, v: Tensor, told: SplitProblem) -> tuple[Tensor, Tensor]:
     """Output and log-sum-exp; eagerly, or as an operator where a compiler traces."""
     if is_compiling():
         made: tuple[Tensor, Tensor] = torch.ops.flashmha.split_kv(q, k, v, *told)
         return made
-    return launch(q, k, v, told)
+    return attend_split(q, k, v, told)
 
 
-def launch(q: Tensor, k: Tensor, v: Tensor, told: Told, cut: Cut | None = None) -> tuple[Tensor, Tensor]:
+def attend_split(q: Tensor, k: Tensor, v: Tensor, told: SplitProblem, cut: Cut | None = None) -> tuple[Tensor, Tensor]:
     """Output and log-sum-exp, by one kernel, or by two where the keys of a row are split."""
     (batch, seqlen_q, heads, head_dim), (_, capacity, heads_kv, head_dim_v) = q.shape, v.shape
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
@@ -83,7 +83,7 @@ def launch(q: Tensor, k: Tensor, v: Tensor, told: Told, cut: Cut | None = None) 
     slope_steps = (0, 0) if slopes is None else (0, *slopes.stride())[-2:]
     lengths, sinks = (x if x is None else x.contiguous() for x in (lengths, sinks))
     with use_device(q.device):
-        kernels().split_kernel[(batch * splits * heads_kv,)](
+        split_kernels().split_kernel[(batch * splits * heads_kv,)](
             *(q, k, v, lengths, queries, held, slopes, sinks, *parts),
             *(*q.stride()[:3], *k.stride()[:3], *v.stride()[:3]),
             *(*steps_of(queries), *steps_of(held), *slope_steps),
@@ -102,17 +102,17 @@ def launch(q: Tensor, k: Tensor, v: Tensor, told: Told, cut: Cut | None = None) 
             **cut.options(),
         )
         if splits > 1:
-            combine(parts, sinks, out, lse, cut.early)
+            combine_splits(parts, sinks, out, lse, cut.early)
     return out, lse
 
 
-def combine(parts: tuple[Tensor, Tensor], sinks: Tensor | None, out: Tensor, lse: Tensor, early: bool) -> None:
+def combine_splits(parts: tuple[Tensor, Tensor], sinks: Tensor | None, out: Tensor, lse: Tensor, early: bool) -> None:
     """Write the answer that the shares of each row make."""
     batch, seqlen_q, heads, head_dim_v = out.shape
     splits, rows = parts[1].shape[-1], batch * seqlen_q * heads
     chunk = padded(head_dim_v) if rows >= MANY_ROWS else min(padded(head_dim_v), CHUNK)
     shares = padded(splits)
-    kernels().combine_kernel[(rows, -(-head_dim_v // chunk))](
+    split_kernels().combine_kernel[(rows, -(-head_dim_v // chunk))](
         *(*parts, sinks, out, lse, heads, seqlen_q, splits),
         HEAD_DIM_V=head_dim_v,
         CHUNK=chunk,
@@ -131,35 +131,35 @@ def steps_of(table: Tensor | None) -> tuple[int, ...]:
 
 def within(bound: int | None) -> int:
     """A bound of a window, no larger than a kernel can count."""
-    return 0 if bound is None else max(-FAR, min(bound, FAR))
+    return 0 if bound is None else max(-REACH, min(bound, REACH))
 
 
 @functools.cache
-def kernels() -> Any:
+def split_kernels() -> Any:
     """The module of the kernels, which imports triton."""
     from . import kernels as module
 
     return module
 
 
-LIBRARY = torch.library.Library("flashmha", "FRAGMENT")
+OPERATORS = torch.library.Library("flashmha", "FRAGMENT")
 """``torch.library.custom_op`` looks for outputs that alias inputs at every call, which costs more than a launch."""
-LIBRARY.define(
+OPERATORS.define(
     "split_kv(Tensor q, Tensor k, Tensor v, Tensor? lengths, Tensor? queries, Tensor? held, Tensor? slopes, "
     "Tensor? sinks, SymInt? left, SymInt? right, float scale, float? softcap) -> (Tensor, Tensor)",
     tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order),
 )
 
 
-def run(q: Tensor, k: Tensor, v: Tensor, *told: Any) -> tuple[Tensor, Tensor]:
-    """``launch`` as an operator."""
-    return launch(q, k, v, Told(*told))
+def run_operator(q: Tensor, k: Tensor, v: Tensor, *told: Any) -> tuple[Tensor, Tensor]:
+    """``attend_split`` as an operator."""
+    return attend_split(q, k, v, SplitProblem(*told))
 
 
-def fake(q: Tensor, k: Tensor, v: Tensor, *told: Any) -> tuple[Tensor, Tensor]:
+def fake_operator(q: Tensor, k: Tensor, v: Tensor, *told: Any) -> tuple[Tensor, Tensor]:
     batch, seqlen_q, heads, _ = q.shape
     return q.new_empty(batch, seqlen_q, heads, v.shape[3]), q.new_empty(batch, heads, seqlen_q, dtype=torch.float32)
 
 
-LIBRARY.impl("split_kv", run, "CompositeExplicitAutograd")
-torch.library.register_fake("flashmha::split_kv", fake, lib=LIBRARY)
+OPERATORS.impl("split_kv", run_operator, "CompositeExplicitAutograd")
+torch.library.register_fake("flashmha::split_kv", fake_operator, lib=OPERATORS)

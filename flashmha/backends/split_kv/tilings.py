@@ -9,11 +9,11 @@ import torch
 
 from ...host.kernels import Processors
 
-MOST_ROWS = 64
+MOST_QUERY_ROWS = 64
 """Queries of the heads of a group that one program takes: above, they fill the tiles of other kernels by themselves."""
 LEAST_ROWS = 16
 """The fewest that a tensor core multiplies."""
-SPARE = 4096
+BESIDE_TILES = 4096
 """Bytes of shared memory that a kernel needs beside keys and values."""
 TILE_BYTES = 32768
 """Bytes of the keys and values of a tile."""
@@ -47,7 +47,7 @@ class Cut:
     def shared(self, rows: int, head_dim: int, head_dim_v: int, itemsize: int) -> int:
         """Bytes of shared memory that a program fills: keys and values on their way, and its queries."""
         wide = padded(head_dim) + padded(head_dim_v)
-        on_their_way = self.stages - (rows < MOST_ROWS) if self.stages > 1 else 1
+        on_their_way = self.stages - (rows < MOST_QUERY_ROWS) if self.stages > 1 else 1
         return (on_their_way * self.keys * wide + padded(rows) * wide) * itemsize
 
     def options(self) -> dict[str, Any]:
@@ -57,13 +57,13 @@ class Cut:
 def choose_cut(rows: int, head_dim: int, head_dim_v: int, dtype: torch.dtype, limit: int) -> Cut:
     """The cut for heads on a device with ``limit`` bytes of shared memory a program."""
     wide = padded(head_dim) + padded(head_dim_v)
-    full = padded(rows) == MOST_ROWS
+    full = padded(rows) == MOST_QUERY_ROWS
     room = TILE_BYTES // dtype.itemsize // wide
     if full and dtype == torch.float32:  # no tensor core multiplies these exactly, and registers run out
         room //= 2
     keys = min(128, max(16, 1 << max(room, 1).bit_length() - 1))
     cut = Cut(keys, warps=8 if full else 4, stages=3)
-    while cut.stages > 1 and cut.shared(rows, head_dim, head_dim_v, dtype.itemsize) > limit - SPARE:
+    while cut.stages > 1 and cut.shared(rows, head_dim, head_dim_v, dtype.itemsize) > limit - BESIDE_TILES:
         cut = dataclasses.replace(cut, stages=cut.stages - 1)
     return cut
 
@@ -76,7 +76,7 @@ def choose_splits(groups: int, tiles: int, shared: int, on: Processors) -> int:
         tiles: tiles of keys that a row has room for.
         shared: bytes of shared memory of a program.
     """
-    places = on.number * max(1, on.shared_memory // (shared + SPARE))
+    places = on.number * max(1, on.shared_memory // (shared + BESIDE_TILES))
     wanted = -(-WAVES * places // groups)
     if groups * (tiles // LEAST_TILES) < places:  # a place for each tile
         wanted = tiles
