@@ -19,13 +19,13 @@ LET_GO: tl.constexpr = tl.constexpr("griddepcontrol.launch_dependents; mov.u32 $
 WAIT: tl.constexpr = tl.constexpr("griddepcontrol.wait; mov.u32 $0, 0;")
 """A program lets the next kernel start, and waits for the one before. ``tl.extra.cuda`` has both: not in Triton 3.4."""
 
-NUMBERS = """
+ANY_VALUE = """
     at_b at_s held_b held_s slope_b slope_h group heads heads_kv seqlen_q capacity splits low high scale softcap
 """.split()  # noqa: SIM905
 """Arguments whose value shall not make another kernel."""
 
 
-@triton.jit(do_not_specialize=NUMBERS)
+@triton.jit(do_not_specialize=ANY_VALUE)
 def split_kernel(
     q: tl.tensor,
     k: tl.tensor,
