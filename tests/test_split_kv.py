@@ -26,6 +26,7 @@ from flashmha.backends.split_kv.backend import SplitKV
 from flashmha.backends.split_kv.launches import SplitProblem, attend, attend_split
 from flashmha.backends.split_kv.tilings import (
     BESIDE_TILES,
+    MOST_QUERY_BYTES,
     MOST_QUERY_ROWS,
     MOST_SPLITS,
     Cut,
@@ -215,6 +216,7 @@ def test_a_cuda_graph_follows_lengths_and_positions(data: st.DataObject, device:
     dtype=st.sampled_from(DTYPES),
 )
 def test_tiles_fit_shared_memory(name: str, rows: int, head_dims: tuple[int, int], dtype: torch.dtype) -> None:
+    rows = min(rows, MOST_QUERY_BYTES // padded(head_dims[0]) // dtype.itemsize)
     cut = choose_cut(rows, *head_dims, dtype, SHARED_MEMORY[name])
     assert cut.shared(rows, *head_dims, dtype.itemsize) <= SHARED_MEMORY[name] - BESIDE_TILES
     assert cut.keys >= 16 and cut.keys & (cut.keys - 1) == 0

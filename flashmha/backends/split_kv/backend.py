@@ -11,7 +11,7 @@ from ...problem.spec import AttentionSpec
 from ..base import Backend
 from ..limits import Limits
 from .launches import SplitProblem, attend
-from .tilings import MOST_QUERY_ROWS
+from .tilings import MOST_QUERY_BYTES, MOST_QUERY_ROWS, padded
 
 
 class SplitKV(Backend):
@@ -38,10 +38,9 @@ class SplitKV(Backend):
     def limits_exceeded(self, spec: AttentionSpec) -> list[str]:
         reasons = super().limits_exceeded(spec)
         group = spec.heads // spec.heads_kv
-        if not surely(spec.seqlen_q * group <= MOST_QUERY_ROWS):
-            reasons.append(
-                f"seqlen_q={spec.seqlen_q} in groups of {group} heads (a product of at most {MOST_QUERY_ROWS})"
-            )
+        most = min(MOST_QUERY_ROWS, MOST_QUERY_BYTES // (padded(max(1, spec.head_dim)) * spec.dtype.itemsize))
+        if not surely(spec.seqlen_q * group <= most):
+            reasons.append(f"seqlen_q={spec.seqlen_q} times {group} heads of a group (at most {most})")
         if spec.bias is not None and len(spec.bias.parts) > 1:
             reasons.append("more than one bias (one ALiBi)")
         return reasons

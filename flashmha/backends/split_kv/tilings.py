@@ -11,6 +11,8 @@ from ...host.kernels import Processors
 
 MOST_QUERY_ROWS = 64
 """Queries of the heads of a group that one program takes: above, they fill the tiles of other kernels by themselves."""
+MOST_QUERY_BYTES = 32768
+"""Bytes of shared memory that those may fill."""
 LEAST_ROWS = 16
 """The fewest that a tensor core multiplies."""
 BESIDE_TILES = 4096
@@ -48,7 +50,7 @@ class Cut:
         """Bytes of shared memory that a program fills: keys and values on their way, and its queries."""
         wide = padded(head_dim) + padded(head_dim_v)
         on_their_way = self.stages - (rows < MOST_QUERY_ROWS) if self.stages > 1 else 1
-        return (on_their_way * self.keys * wide + padded(rows) * wide) * itemsize
+        return (on_their_way * self.keys * wide + padded(rows) * padded(head_dim)) * itemsize
 
     def options(self) -> dict[str, Any]:
         return {"BLOCK_N": self.keys, "num_warps": self.warps, "num_stages": self.stages}
@@ -63,8 +65,9 @@ def choose_cut(rows: int, head_dim: int, head_dim_v: int, dtype: torch.dtype, li
         room //= 2
     keys = min(128, max(16, 1 << max(room, 1).bit_length() - 1))
     cut = Cut(keys, warps=8 if full else 4, stages=3)
-    while cut.stages > 1 and cut.shared(rows, head_dim, head_dim_v, dtype.itemsize) > limit - BESIDE_TILES:
-        cut = dataclasses.replace(cut, stages=cut.stages - 1)
+    while cut.shared(rows, head_dim, head_dim_v, dtype.itemsize) > limit - BESIDE_TILES:
+        less = {"stages": cut.stages - 1} if cut.stages > 2 else {"keys": cut.keys // 2}
+        cut = dataclasses.replace(cut, **less)
     return cut
 
 
