@@ -175,6 +175,11 @@ class Backend(abc.ABC):
         backends that do not."""
         return False
 
+    def reads_pages(self, spec: AttentionSpec) -> bool:
+        """It reads keys where they lie in ``Pages``, in a problem that it serves; else it copies them into rows, which
+        a layer does before, so that every backend may be chosen."""
+        return "pages" in self.limits.features
+
     def runs_packed(self, dtype: torch.dtype, head_dim: int, device: torch.device, windowed: bool = False) -> bool:
         """It runs packed tokens (``Documents``) of such heads here without a mask, beside a window too where it is
         ``windowed``: on a GPU padding is left out, or real tokens put first, where a backend says so."""
