@@ -25,7 +25,7 @@ DECODE_QUERIES, DECODE_KEYS = 8, 512
 UNMEASURED = frozenset(
     "cache rule bias bias_grad alibi softcap sinks dropout head_dim_v deterministic".split()  # noqa: SIM905
 )
-BESIDE_NO_CACHE = frozenset(("backward", "dropout", "key_padding", "documents", "dense_mask"))
+NO_STEP = frozenset(("backward", "dropout", "key_padding", "documents", "dense_mask"))
 """What no call over a cache has, but for the mask of its own tokens."""
 MARGIN = 0.03
 """Two backends whose times differ by less, or by no more than chance, are as fast as one another (see ``beaten``)."""
@@ -103,7 +103,7 @@ class Table:
 def is_step(spec: AttentionSpec) -> bool:
     """A step of inference: few queries over keys whose lengths or positions a cache says."""
     features = spec.features
-    if features.isdisjoint(("key_lengths", "cache")) or features & BESIDE_NO_CACHE:
+    if features.isdisjoint(("key_lengths", "cache", "pages")) or features & NO_STEP:
         return False
     return spec.seqlen_q <= DECODE_QUERIES
 

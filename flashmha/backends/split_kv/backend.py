@@ -27,7 +27,7 @@ class SplitKV(Backend):
         devices=("cuda",),
         dtypes=(torch.float32, torch.bfloat16, torch.float16),
         features=frozenset(
-            ("causal", "window", "key_lengths", "cache", "alibi", "softcap", "sinks", "gqa", "head_dim_v", "lse")
+            "causal window key_lengths cache pages alibi softcap sinks gqa head_dim_v lse".split()  # noqa: SIM905
         ),
         head_dim=256,
         seqlen_min=1,

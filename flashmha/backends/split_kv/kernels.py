@@ -20,7 +20,7 @@ WAIT: tl.constexpr = tl.constexpr("griddepcontrol.wait; mov.u32 $0, 0;")
 """A program lets the next kernel start, and waits for the one before. ``tl.extra.cuda`` has both: not in Triton 3.4."""
 
 ANY_VALUE = """
-    at_b at_s held_b held_s slope_b slope_h group heads heads_kv seqlen_q capacity splits low high scale softcap
+    at_b at_s held_b held_s table_b slope_b slope_h group heads heads_kv seqlen_q capacity splits low high scale softcap
 """.split()  # noqa: SIM905
 """Arguments whose value shall not make another kernel."""
 
@@ -33,6 +33,7 @@ def split_kernel(
     lengths: tl.tensor,
     queries: tl.tensor,
     held: tl.tensor,
+    table: tl.tensor,
     slopes: tl.tensor,
     sinks: tl.tensor,
     out: tl.tensor,
@@ -50,6 +51,7 @@ def split_kernel(
     at_s: tl.tensor,
     held_b: tl.tensor,
     held_s: tl.tensor,
+    table_b: tl.tensor,
     slope_b: tl.tensor,
     slope_h: tl.tensor,
     group: tl.tensor,
@@ -62,6 +64,7 @@ def split_kernel(
     high: tl.tensor,
     scale: tl.tensor,
     softcap: tl.tensor,
+    PAGE: tl.constexpr,
     LEFT: tl.constexpr,
     RIGHT: tl.constexpr,
     SOFTCAP: tl.constexpr,
@@ -80,6 +83,7 @@ def split_kernel(
         lengths: (batch,) how many keys are real; ``None`` for all.
         queries: (batch, seqlen_q) the positions of queries; ``None``: the last query stands at the last key.
         held: (batch, seqlen_k) the positions of keys, negative where there is none; ``None``: key j stands at j.
+        table: (batch, pages) where k and v are pools (pages, PAGE, heads_kv, head_dim); ``None``: they are rows.
         slopes: (batch, heads) of ALiBi; sinks: (heads,).
         out, lse: (batch, seqlen_q, heads, splits, head_dim_v), and (batch, seqlen_q, heads, splits) in units of log(2);
             of the ``WHOLE`` the answer, and (batch, heads, seqlen_q).
@@ -117,8 +121,8 @@ def split_kernel(
         mask=real[:, None] & (dims < HEAD_DIM)[None, :],
         other=0.0,
     )
-    k += item * k_b + head_kv * k_h
-    v += item * v_b + head_kv * v_h
+    k += head_kv * k_h
+    v += head_kv * v_h
     if slopes is not None:
         slope = tl.load(slopes + item * slope_b + head * slope_h, mask=real, other=0.0).to(tl.float32) * LOG2E
 
@@ -129,13 +133,21 @@ def split_kernel(
         first = start + tile * BLOCK_N
         # past the last key that key again, whose score is hidden: what lies behind may be anything
         place = tl.minimum(near, end - 1 - first)
-        base = tl.cast(first, tl.int64)
         seen = first + near < end
+        if table is None:
+            from_start = tl.cast(first, tl.int64)
+            k_first, v_first = k + item * k_b + from_start * k_s, v + item * v_b + from_start * v_s
+            k_steps, v_steps = place * k_s, place * v_s
+        else:
+            slot = first + place
+            page, within = tl.load(table + item * table_b + slot // PAGE).to(tl.int64), slot % PAGE
+            k_first, v_first = k, v
+            k_steps, v_steps = page * k_b + within * k_s, page * v_b + within * v_s
         position = first + near
         if held is not None:
-            position = tl.load(held + item * held_b + base * held_s + place * held_s).to(tl.int32)
+            position = tl.load(held + item * held_b + (first + place) * held_s).to(tl.int32)
             seen = seen & (position >= 0)
-        k_places = k + base * k_s + place[:, None] * k_s + dims[None, :]
+        k_places = k_first + k_steps[:, None] + dims[None, :]
         if HEAD_DIM == DIMS:
             k_tile = tl.load(k_places)
         else:
@@ -158,7 +170,7 @@ def split_kernel(
         kept = tl.exp2(top - shift)
         total = total * kept + tl.sum(weights, axis=1)
         top = larger
-        v_places = v + base * v_s + place[:, None] * v_s + dims_v[None, :]
+        v_places = v_first + v_steps[:, None] + dims_v[None, :]
         if held is not None:  # a slot that holds no key may hold anything
             v_tile = tl.load(v_places, mask=seen[:, None] & (dims_v < HEAD_DIM_V)[None, :], other=0.0)
         elif HEAD_DIM_V == DIMS_V:

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from ...host.kernels import processors, use_device
 from ...host.torch_state import is_compiling
-from ...problem.cached import Positions
 from ...problem.masks import find_rule
 from ...problem.ragged import KeyLengths
 from ...problem.scores import ALiBi
@@ -31,26 +30,30 @@ class SplitProblem(NamedTuple):
     lengths: Tensor | None
     queries: Tensor | None
     held: Tensor | None
+    table: Tensor | None
     slopes: Tensor | None
     sinks: Tensor | None
     left: int | None
     right: int | None
     scale: float
     softcap: float | None
+    page_size: int | None
 
     @classmethod
     def of(cls, spec: AttentionSpec) -> SplitProblem:
-        lengths, places, window = find_rule(spec.mask, KeyLengths), find_rule(spec.mask, Positions), spec.window
+        lengths, places, pages, window = find_rule(spec.mask, KeyLengths), spec.positions, spec.pages, spec.window
         return cls(
             None if lengths is None else lengths.lengths,
             None if places is None else places.queries,
             None if places is None else places.keys,
+            None if pages is None else pages.block_table,
             spec.bias.slopes if isinstance(spec.bias, ALiBi) else None,
             spec.sinks,
             None if window is None else window.left,
             None if window is None else window.right,
             spec.scale,
             spec.softcap,
+            None if pages is None else pages.page_size,
         )
 
 
@@ -64,7 +67,9 @@ def attend(q: Tensor, k: Tensor, v: Tensor, told: SplitProblem) -> tuple[Tensor,
 
 def attend_split(q: Tensor, k: Tensor, v: Tensor, told: SplitProblem, cut: Cut | None = None) -> tuple[Tensor, Tensor]:
     """Output and log-sum-exp, by one kernel, or by two where the keys of a row are split."""
+    lengths, queries, held, table, slopes, sinks, left, right, scale, softcap, page_size = told
     (batch, seqlen_q, heads, head_dim), (_, capacity, heads_kv, head_dim_v) = q.shape, v.shape
+    capacity = capacity if table is None else capacity * table.shape[1]
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     on = processors(q.device)
     group = heads // heads_kv
@@ -79,16 +84,17 @@ def attend_split(q: Tensor, k: Tensor, v: Tensor, told: SplitProblem, cut: Cut |
     if splits > 1:
         rows = (batch, seqlen_q, heads, splits)
         parts = tuple(q.new_empty(*shape, dtype=torch.float32) for shape in ((*rows, head_dim_v), rows))  # type: ignore[assignment]
-    lengths, queries, held, slopes, sinks, left, right, scale, softcap = told
     slope_steps = (0, 0) if slopes is None else (0, *slopes.stride())[-2:]
     lengths, sinks = (x if x is None else x.contiguous() for x in (lengths, sinks))
+    table = table if table is None or table.stride(1) == 1 else table.contiguous()
     with use_device(q.device):
         split_kernels().split_kernel[(batch * splits * heads_kv,)](
-            *(q, k, v, lengths, queries, held, slopes, sinks, *parts),
+            *(q, k, v, lengths, queries, held, table, slopes, sinks, *parts),
             *(*q.stride()[:3], *k.stride()[:3], *v.stride()[:3]),
-            *(*steps_of(queries), *steps_of(held), *slope_steps),
+            *(*steps_of(queries), *steps_of(held), *steps_of(table)[:1], *slope_steps),
             *(group, heads, heads_kv, seqlen_q, capacity, splits),
             *(-within(left), within(right), scale, 0.0 if softcap is None else softcap),
+            PAGE=page_size or 0,
             LEFT=left is not None,
             RIGHT=right is not None,
             SOFTCAP=softcap is not None,
@@ -99,7 +105,7 @@ def attend_split(q: Tensor, k: Tensor, v: Tensor, told: SplitProblem, cut: Cut |
             DIMS_V=padded(head_dim_v),
             BLOCK_M=padded(sizes[0]),
             EARLY=cut.early and splits > 1,
-            **cut.options(),
+            **cut.options(table is not None or held is not None),
         )
         if splits > 1:
             combine_splits(parts, sinks, out, lse, cut.early)
@@ -145,8 +151,9 @@ def split_kernels() -> Any:
 OPERATORS = torch.library.Library("flashmha", "FRAGMENT")
 """``torch.library.custom_op`` looks for outputs that alias inputs at every call, which costs more than a launch."""
 OPERATORS.define(
-    "split_kv(Tensor q, Tensor k, Tensor v, Tensor? lengths, Tensor? queries, Tensor? held, Tensor? slopes, "
-    "Tensor? sinks, SymInt? left, SymInt? right, float scale, float? softcap) -> (Tensor, Tensor)",
+    "split_kv(Tensor q, Tensor k, Tensor v, Tensor? lengths, Tensor? queries, Tensor? held, Tensor? table, "
+    "Tensor? slopes, Tensor? sinks, SymInt? left, SymInt? right, float scale, float? softcap, SymInt? page_size) "
+    "-> (Tensor, Tensor)",
     tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order),
 )
 

@@ -52,8 +52,9 @@ class Cut:
         on_their_way = self.stages - (rows < MOST_QUERY_ROWS) if self.stages > 1 else 1
         return (on_their_way * self.keys * wide + padded(rows) * padded(head_dim)) * itemsize
 
-    def options(self) -> dict[str, Any]:
-        return {"BLOCK_N": self.keys, "num_warps": self.warps, "num_stages": self.stages}
+    def options(self, looks_up: bool) -> dict[str, Any]:
+        """What makes a kernel; one that looks up where keys are does so two stages ahead of them."""
+        return {"BLOCK_N": self.keys, "num_warps": self.warps, "num_stages": self.stages + 2 * looks_up}
 
 
 def choose_cut(rows: int, head_dim: int, head_dim_v: int, dtype: torch.dtype, limit: int) -> Cut:
@@ -66,8 +67,8 @@ def choose_cut(rows: int, head_dim: int, head_dim_v: int, dtype: torch.dtype, li
     keys = min(128, max(16, 1 << max(room, 1).bit_length() - 1))
     cut = Cut(keys, warps=8 if full else 4, stages=3)
     while cut.shared(rows, head_dim, head_dim_v, dtype.itemsize) > limit - BESIDE_TILES:
-        less = {"stages": cut.stages - 1} if cut.stages > 2 else {"keys": cut.keys // 2}
-        cut = dataclasses.replace(cut, **less)
+        stages, keys = (cut.stages - 1, cut.keys) if cut.stages > 2 else (cut.stages, cut.keys // 2)
+        cut = dataclasses.replace(cut, stages=stages, keys=keys)
     return cut
 
 
