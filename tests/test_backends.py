@@ -14,13 +14,9 @@ from flashmha import AttentionSpec, Dense, KeyPadding, NoBackendError, attention
 from flashmha.backends import get, names
 from flashmha.backends.limits import HALF
 from flashmha.testing import answer, assert_agrees, noise, seeds, served, specs, tensors
-from flashmha.testing.grid import KERNELS_BY_KIND, KERNELS_BY_SHAPE, DrawnKernel, built, drawn
+from flashmha.testing.grid import KERNEL_GRIDS, DrawnKernel, built, drawn
 
-COMPILED = {
-    name: KERNELS_BY_KIND if get(name).compiles == "kinds" else KERNELS_BY_SHAPE
-    for name in names()
-    if get(name).compiles
-}
+COMPILED = {name: KERNEL_GRIDS[get(name).compiles] for name in names() if get(name).compiles}
 KERNELS = [(name, kernel) for name, grid in COMPILED.items() for kernel in grid]
 DROPPING = [name for name in names() if "dropout" in get(name).limits.features]
 DETERMINISTIC = [name for name in names() if "deterministic" in get(name).limits.features]

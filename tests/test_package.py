@@ -28,7 +28,7 @@ FLOORS = [
     problem
     backends
     backends.rewrites
-    backends.flash_attn backends.sdpa
+    backends.flash_attn backends.sdpa backends.split_kv
     backends.choice
     functional
     weights

@@ -52,7 +52,7 @@ from flashmha.testing import specs
 ROOT = Path(flashmha.__file__).parents[1]
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 HOPPER = ("NVIDIA H200", 9)
-BUILT_IN = ("sdpa", "flash4", "flash3", "flash2", "flex", "naive")
+BUILT_IN = ("sdpa", "flash4", "flash3", "flash2", "split_kv", "flex", "naive")
 
 
 @contextlib.contextmanager
@@ -227,6 +227,7 @@ KINDS_DRAWN = {
     "window": {"mask": Window(3, 0)},
     "documents": {"mask": Documents(torch.tensor([0, 128])) & causal(), "batch": 1},
     "decode": {"seqlen_q": 1, "seqlen_k": 1024, "mask": Window(512, 0)},
+    "cached": {"seqlen_q": 1, "mask": KeyLengths(torch.tensor([3, 4]))},
     "mask tensor": {"mask": Dense(torch.ones(128, 128, dtype=torch.bool)) & causal()},
     "other": {"dropout_p": 0.1},
 }
@@ -241,7 +242,7 @@ def test_a_problem_has_one_kind(name: str) -> None:
 def test_a_row_is_followed_on_its_gpu_and_in_its_dtype_alone() -> None:
     spec = problem(4096, needs_grad=True)
     with on():
-        assert order(spec) == ("flash4", "flash3", "sdpa", "flash2", "flex", "naive")
+        assert order(spec) == ("flash4", "flash3", "sdpa", "flash2", "split_kv", "flex", "naive")
         assert order(spec.changed(dtype=torch.float32)) == names()
         assert order(spec.changed(aten_only=True)) == names()
     with on(("NVIDIA A100", 8)):
@@ -530,7 +531,7 @@ def test_a_tuned_table_is_followed_for_what_it_holds(tmp_path: Path) -> None:
     assert choose(plain(1)).name == "flex" and choose(plain(129)).name == choose(plain(4096)).name == "sdpa"
     assert choose(plain(128, head_dim=256, head_dim_v=256)).name == "flex"
     for other in (plain(128, mask=causal()), plain(128, needs_grad=True), plain(128).changed(dtype=torch.bfloat16)):
-        assert order(other) == tuple(name for name in (*BUILT_IN[:4], "naive", "flex"))
+        assert order(other) == tuple(name for name in (*BUILT_IN[:5], "naive", "flex"))
     flashmha.load_tuned(None)
     assert choose(spec).name == "sdpa"
 

@@ -34,7 +34,7 @@ from flashmha.backends.choice.plugins import GROUP
 from flashmha.backends.naive import Naive
 
 CPU = torch.device("cpu")
-BUILT_IN = ("sdpa", "flash4", "flash3", "flash2", "flex", "naive")
+BUILT_IN = ("sdpa", "flash4", "flash3", "flash2", "split_kv", "flex", "naive")
 SPEC = AttentionSpec(1, 3, 3, 2, 2, 4, 4)
 
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from flashmha.backends import get
 from flashmha.backends.limits import FEATURES, Limits
 from flashmha.backends.naive import log_sum_exp, probabilities, scores
+from flashmha.host.kernels import why_no_kernels
 from flashmha.problem.cached import Positions
 from flashmha.problem.documents import Documents
 from flashmha.problem.rules import Rule
@@ -54,7 +55,7 @@ def problems(draw: st.DrawFn) -> AttentionSpec:
 def machine(device: torch.device) -> torch.device:
     """A device that runs the kernels."""
     if device.type == "cuda":
-        reason = tiles.why_not_here(device)
+        reason = why_no_kernels(device.type, device.index)
     elif importlib.util.find_spec("triton") is None:
         reason = "triton: pip install triton"
     else:
@@ -93,7 +94,7 @@ def test_gradients_want_bfloat16_and_no_softcap(spec: AttentionSpec) -> None:
 
 @pytest.mark.cpu("a CPU runs no kernels")
 def test_a_cpu_keeps_the_blocks() -> None:
-    assert tiles.why_not_here(torch.device("cpu")) == "needs an NVIDIA GPU"
+    assert why_no_kernels("cpu", None) == "needs an NVIDIA GPU"
 
 
 @pytest.mark.parametrize("name", SHARED_MEMORY)

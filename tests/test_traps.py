@@ -48,7 +48,7 @@ from flashmha.backends.sdpa.backend import attend_on_cuda
 from flashmha.backends.sdpa.switches import kernels_for_masks, without_cudnn
 from flashmha.host.machine import Machine
 from flashmha.testing import noise, seeds, specs, tensors
-from flashmha.testing.grid import KERNELS_BY_KIND, KERNELS_BY_SHAPE, drawn
+from flashmha.testing.grid import KERNEL_GRIDS, drawn
 
 FLASH = ("flash2", "flash3", "flash4")
 lengths = st.integers(1, 40)
@@ -574,7 +574,7 @@ def test_trap_19_refusals_are_there_without_assertions() -> None:
     assert ran.stdout.strip() == "False no dropout; head_dim=12 (a multiple of 8)"
 
 
-@pytest.mark.parametrize(("word", "grid"), (("kinds", KERNELS_BY_KIND), ("shapes", KERNELS_BY_SHAPE)))
+@pytest.mark.parametrize(("word", "grid"), KERNEL_GRIDS.items())
 @given(data=st.data())
 def test_trap_20_a_backend_that_compiles_is_judged_on_few_kernels(
     word: str, grid: Any, data: st.DataObject, device: torch.device

@@ -109,8 +109,9 @@ class Backend(abc.ABC):
     """A note of tables beside the limits, for what these cannot say."""
     tolerance: ClassVar[tuple[float, float]] = (2.0, 3.0)
     """How much worse than a plain computation in the same dtype it may be: the output, and gradients."""
-    compiles: ClassVar[Literal["kinds", "shapes"] | None] = None
-    """Compiles a kernel, which takes seconds, for each kind of problem or each shape: tests draw from a fixed grid."""
+    compiles: ClassVar[Literal["kinds", "shapes", "steps"] | None] = None
+    """Compiles a kernel, which takes seconds, for each kind of problem or each shape, or for each kind of few queries
+    over many keys: tests draw from a fixed grid."""
     unfused_on: ClassVar[tuple[str, ...]] = ()
     """Device types where it has no kernel but operators that hold every score. There it comes after the definition."""
     joins_gradients: ClassVar[bool] = False
@@ -125,6 +126,8 @@ class Backend(abc.ABC):
     """It obeys ``sdpa_kernel`` and torch's other switches of SDPA: first of the measured on a GPU while one is off."""
     launched_by_cpp: ClassVar[bool] = False
     """A graph compiled for a GPU launches its kernel by C++: first of the measured there for short problems."""
+    reads_caches: ClassVar[bool] = False
+    """Made for few queries over keys in a cache: first of the measured there, where no table says more."""
     judges_by_outline: ClassVar[bool] = False
     """Its answers about a problem depend on ``spec.outline`` alone and on no value of a tensor: a choice is
     remembered beside padding, documents, mask tensors and a ``TensorBias`` too."""

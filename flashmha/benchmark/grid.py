@@ -10,7 +10,7 @@ import torch
 
 from ..problem.documents import Documents
 from ..problem.masks import Dense, Mask
-from ..problem.ragged import KeyPadding
+from ..problem.ragged import KeyLengths, KeyPadding
 from ..problem.windows import Window, causal
 from .cases import Case
 
@@ -21,8 +21,8 @@ class Grid:
 
     Attributes:
         dtype, head_dims, seqlens: the grid.
-        tokens, width: of every problem but ``decode``: batch * seqlen, and heads * head_dim.
-        decode: batch, heads, heads_kv, head_dim and numbers of keys of ``decode``.
+        tokens, width: of every problem but ``STEPS``: batch * seqlen, and heads * head_dim.
+        decode: batch, heads, heads_kv, head_dim and numbers of keys of ``STEPS``.
         rounds: turns of every backend in a cell; fewer, but ``rounds.FEWEST``, where its share of the budget is spent.
         budget: seconds in all.
         block: seconds that the calls of one turn take together, about.
@@ -65,6 +65,8 @@ GRIDS = {
 }
 """By device type; another accelerator has the CPU's."""
 
+STEPS = ("decode", "cached")
+"""Kinds of few queries over many keys."""
 DECODE_QUERIES = (1, 8)
 WINDOW = 256
 """Keys before a query in ``window``, at most; a quarter of the sequence in a short one."""
@@ -107,7 +109,8 @@ class GridCell:
     def mask(self, device: torch.device, seed: int) -> Mask | None:
         """Its mask; padding is on the right, as in most models, and half of a sequence at most.
 
-        The mask tensor is the causal one, as most of those are that long sequences are called with.
+        Rows of a cache hold an eighth of it at least. The mask tensor is the causal one, as most of those are that
+        long sequences are called with.
         """
         if self.document is not None:
             offsets = torch.arange(0, self.seqlen_k + 1, self.document, dtype=torch.int32)
@@ -117,8 +120,11 @@ class GridCell:
             return Dense(seen.tril(self.seqlen_k - self.seqlen_q))
         if self.kind == "window":
             return Window(min(WINDOW, self.seqlen_k // 4), 0)
+        generator = torch.Generator().manual_seed(seed)
+        if self.kind == "cached":
+            lengths = torch.randint(max(1, self.seqlen_k // 8), self.seqlen_k + 1, (self.batch,), generator=generator)
+            return KeyLengths(lengths.to(device))
         if self.kind in ("padded", "padded causal"):
-            generator = torch.Generator().manual_seed(seed)
             real = torch.randint(max(1, self.seqlen_k // 2), self.seqlen_k + 1, (self.batch, 1), generator=generator)
             padding = KeyPadding((torch.arange(self.seqlen_k) < real).to(device))
             return padding if self.kind == "padded" else padding & causal()
@@ -132,13 +138,13 @@ def grid_cells(
     cells: list[GridCell] = []
     middle = statistics.median_low(head_dims)
     batch, heads, heads_kv, wide, many = grid.decode
-    if "decode" in kinds and "eval" in modes:
-        for seqlen in seqlens or many:
-            cells += [GridCell("decode", "eval", batch, few, seqlen, heads, heads_kv, wide) for few in DECODE_QUERIES]
+    for kind in STEPS if "eval" in modes else ():
+        for seqlen in (seqlens or many) if kind in kinds else ():
+            cells += [GridCell(kind, "eval", batch, few, seqlen, heads, heads_kv, wide) for few in DECODE_QUERIES]
     for head_dim in sorted(head_dims, key=lambda one: (one != middle, one)):
         heads = max(1, grid.width // head_dim)
         for kind in kinds:
-            if kind == "decode":
+            if kind in STEPS:
                 continue
             for mode in modes:
                 for seqlen in seqlens or grid.seqlens:

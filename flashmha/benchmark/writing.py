@@ -14,12 +14,12 @@ from torch import Tensor
 
 from ..backends import Call, record
 from ..host.clock import seconds
+from .cases import Case
 from .decoders import Writer
 from .gate import build_module, find_faults, sweep
 from .inputs import Inputs, draw_inputs
 from .peers import Contestant
 from .reference import Reference
-from .cases import Case
 
 PART = 16
 """Tokens of a turn."""

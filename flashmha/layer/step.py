@@ -23,7 +23,7 @@ from ..problem.masks import Mask
 from ..problem.ragged import KeyLengths, mark_private
 from ..problem.spec import AttentionSpec
 from .protocol import Layer
-from .shortcut import Linears, linears
+from .shortcut import Linears, learns, linears
 
 
 class Place(NamedTuple):
@@ -76,7 +76,7 @@ class Step:
         own = self.linears(layer, tokens)
         if own is None or type(cache) is not StaticCache:
             return None
-        weight, bias, weight_out, bias_out, _ = own
+        weight, bias, weight_out, bias_out = own
         state, (outer, inner, width) = layer.__dict__, self.shape
         batch_first, heads = state["batch_first"], state["num_heads"]
         batch, seqlen = (outer, inner) if batch_first else (inner, outer)
@@ -114,7 +114,7 @@ class Step:
         own = self.linears(layer, tokens)
         if own is None or type(cache) is not MemoryCache or not cache.filled or type(memory) is not Tensor:
             return None
-        weight, bias, weight_out, bias_out, _ = own
+        weight, bias, weight_out, bias_out = own
         state, (outer, inner, width) = layer.__dict__, self.shape
         batch_first, heads = state["batch_first"], state["num_heads"]
         batch, seqlen = (outer, inner) if batch_first else (inner, outer)
@@ -145,7 +145,7 @@ class Step:
         own, state, width = linears(layer, self.dtype), layer.__dict__, self.shape[2]
         if own is None or width != state["embed_dim"] or width % state["num_heads"]:
             return None
-        if (state["training"] and state["dropout"]) or (self.wants_grad and (own[-1] or tokens.requires_grad)):
+        if (state["training"] and state["dropout"]) or (self.wants_grad and learns(own, tokens, tokens, tokens)):
             return None
         return own
 
@@ -180,7 +180,7 @@ class Step:
 
 
 def attend_alone(layer: Layer, query: Tensor, key: Tensor, value: Tensor, cache: object) -> Tensor | None:
-    """The output of one layer beside no mask; ``None`` where ``forward`` has to look closer, and nothing has changed."""
+    """The output of one layer beside no mask; ``None`` where ``forward`` has to look closer, having changed nothing."""
     if is_compiling() or type(query) is not Tensor or key is not value:
         return None
     step = Step(query)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..backends.rewrites.heads import Slots
-from ..weights.tiles import use_device
+from ..host.kernels import use_device
 from .norms import KnownNorm, dtype_of
 from .rotation import PositionsOrFirst, Rotation
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from ..host.kernels import why_no_kernels
 from ..host.torch_state import eager, is_dual, is_inside_transform
-from ..weights.tiles import why_not_here
 from . import fused_heads
 from .norms import KnownNorm, call_norm, know
 from .rotation import Rotation
@@ -77,6 +77,6 @@ def are_fused(q: Tensor | None, k: Tensor | None) -> bool:
     # first, since a compiler cannot trace what comes next
     if first is None or not eager(first) or is_dual() or is_inside_transform():
         return False
-    if why_not_here(first.device) is not None or fused_heads.why_not(first) is not None:
+    if why_no_kernels(first.device.type, first.device.index) is not None or fused_heads.why_not(first) is not None:
         return False
     return second is None or (eager(second) and fused_heads.why_not(second) is None)

@@ -161,6 +161,32 @@ KERNELS_BY_SHAPE = (
 """For a backend that compiles for shapes."""
 
 
+FEW_QUERIES = range(1, 5)
+
+
+def kernel_of_steps(**more: Any) -> DrawnKernel:
+    """A kernel for few queries in inference."""
+    sizes = {"seqlen_q": FEW_QUERIES, "needs_grad": False, "need_lse": True}
+    return DrawnKernel(**{**sizes, **more})
+
+
+KERNELS_OF_STEPS = (
+    kernel_of_steps(mask=("key_lengths",), group=4, head_dim=128),
+    kernel_of_steps(mask=("key_lengths",), seqlen_k=SHORT_LENGTHS, sinks=True),
+    kernel_of_steps(mask=("key_lengths", "causal", "cache"), group=2, dtype=FLOAT16),
+    kernel_of_steps(mask=("cache", "window"), bias="alibi"),
+    kernel_of_steps(mask=("window",), softcap=20.0, head_dim=80),
+    kernel_of_steps(mask=("key_lengths", "causal"), seqlen_q=range(16, 17), group=3, head_dim=128),
+    kernel_of_steps(mask=("causal",), group=8, dtype=FLOAT32, head_dim=40),
+    kernel_of_steps(mask=("key_lengths", "window", "cache"), head_dim=256, sinks=True, softcap=20.0, bias="alibi"),
+    kernel_of_steps(dtype=FLOAT16, head_dim=24),
+)
+"""For a backend that compiles for kinds of problems with few queries."""
+
+KERNEL_GRIDS = {"kinds": KERNELS_BY_KIND, "shapes": KERNELS_BY_SHAPE, "steps": KERNELS_OF_STEPS}
+"""By what a backend compiles for."""
+
+
 def served(
     backend: Backend,
     device: torch.device | str | None = None,
@@ -186,7 +212,7 @@ def served(
 
 def grid(backend: Backend, device: torch.device) -> list[DrawnKernel]:
     """The kernels of the grid that a backend serves on a device."""
-    kernels = KERNELS_BY_KIND if backend.compiles == "kinds" else KERNELS_BY_SHAPE
+    kernels = KERNEL_GRIDS.get(backend.compiles or "", KERNELS_BY_SHAPE)
     examples = [(kernel, kernel.example(device)) for kernel in kernels]
     return [kernel for kernel, spec in examples if not (backend.why_not(spec) or backend.why_not_built(spec))]
 

@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..host.kernels import why_no_kernels
 from ..problem.spec import AttentionSpec
 from . import tiles
 from .blocks import Band, Box, Score, of_heads
@@ -113,4 +114,4 @@ class Gradients:
 
 def has_kernels(spec: AttentionSpec) -> bool:
     """Kernels of this machine make the gradients of a problem's q and k."""
-    return tiles.why_not_here(spec.device) is None and tiles.no_gradients(spec) is None
+    return why_no_kernels(spec.device.type, spec.device.index) is None and tiles.no_gradients(spec) is None

@@ -11,7 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
+from ..host.kernel_math import LOG2E, bend
 
 
 @triton.jit
@@ -112,15 +112,6 @@ def load_bias(
     rows = tl.minimum(tl.arange(0, M), left[0] - 1)
     keys = tl.minimum(tl.arange(0, N), left[1] - 1)
     return tl.load(bias + rows[:, None] * strides[0] + keys[None, :] * strides[1]).to(tl.float32)
-
-
-@triton.jit
-def bend(score: tl.tensor, scale: tl.tensor, softcap: tl.tensor, SOFTCAP: tl.constexpr) -> tl.tensor:
-    """A product of q and k as a score: scaled, and kept below the softcap by a hyperbolic tangent."""
-    score *= scale
-    if SOFTCAP:
-        score = softcap * (1.0 - 2.0 / (tl.exp2(score * (2.0 * LOG2E / softcap)) + 1.0))
-    return score
 
 
 @triton.jit

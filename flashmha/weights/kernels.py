@@ -9,8 +9,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from ..host.kernel_math import LOG2E, bend
 from ..host.launcher import Launcher
-from .kernel_parts import LOG2E, UNSPECIALIZED, bend, exponentiate, find_visible, load_bias, multiply
+from .kernel_parts import UNSPECIALIZED, exponentiate, find_visible, load_bias, multiply
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from ..backends.naive import probabilities, scores
+from ..host.kernels import use_device, why_no_kernels
 from ..host.torch_state import is_autocasting, without_autocast
 from ..problem.packing import unpack_tokens
 from ..problem.spec import AttentionSpec
@@ -128,20 +129,26 @@ class Recipe:
 
     def has_row_kernel(self, box: Box, keys: range) -> bool:
         """One launch makes the weights of a box and some keys."""
-        if self.places is not None or self.rows is not None or tiles.why_not_here(self.spec.device) is not None:
+        if (
+            self.places is not None
+            or self.rows is not None
+            or why_no_kernels(self.spec.device.type, self.spec.device.index) is not None
+        ):
             return False
         return takes_rows(self.q, self.k, self.lse, self.spec, box, keys)
 
     def launch_rows(self, box: Box, keys: range, dtype: torch.dtype) -> Tensor:
         """Those weights, in a dtype."""
         assert self.lse is not None
-        with tiles.use_device(self.spec.device):
+        with use_device(self.spec.device):
             return launch_rows(self.q, self.k, self.lse, self.spec, self.average, dtype, box, keys)
 
     @property
     def has_tiles(self) -> bool:
         """Kernels of this machine make the weights."""
-        return tiles.why_not_here(self.spec.device) is None and tiles.why_not(self.spec) is None
+        return (
+            why_no_kernels(self.spec.device.type, self.spec.device.index) is None and tiles.why_not(self.spec) is None
+        )
 
     @without_caller_autocast
     def reduce(self, kind: str, over: set[int], box: Box, keys: range) -> Tensor:

@@ -1,21 +1,18 @@
 """The weights of a problem, tile by tile on the tensor cores of a GPU.
 
-``why_not`` judges the problem and ``why_not_here`` the machine, as a backend's do. The kernels are Triton's, which
+``why_not`` judges the problem, as a backend's does, and ``host.kernels`` the machine. The kernels are Triton's, which
 torch's builds for CUDA bring; they stand in ``kernels``, imported when the first weights are made.
 """
 
 from __future__ import annotations
 
-import contextlib
-import functools
 import math
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..host.kernels import processors, use_device
 from ..host.launcher import Launcher
-from ..host.machine import has_triton
 from ..problem.masks import Dense
 from ..problem.ragged import KeyLengths, KeyPadding
 from ..problem.scores import ALiBi, RelativeBias, TensorBias
@@ -25,15 +22,13 @@ from ..problem.wording import dtype_name
 from .blocks import Box, narrowed
 from .regions import as_slice
 from .tables import Tables, strides_of
-from .tilings import choose_backward_tiling, choose_tiling, shared_memory
+from .tilings import choose_backward_tiling, choose_tiling
 
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 LARGEST_HEAD_DIM = 256
 BY_DISTANCE = (ALiBi, RelativeBias)
 """Biases that are one number for each head and distance, a line of numbers instead of a table."""
 KERNEL_MASKS = (Window, KeyPadding, KeyLengths, Dense)
-OLDEST = (8, 0)
-"""The compute capability that has tensor cores for bfloat16."""
 BAND = 16
 """Tiles of rows whose programs run side by side."""
 
@@ -68,25 +63,6 @@ def no_gradients(spec: AttentionSpec) -> str | None:
     return why_not(spec) if spec.softcap is None else "no kernel has the gradient of a softcap"
 
 
-@functools.cache
-def why_not_here(device: torch.device) -> str | None:
-    """Why no kernel runs on a device; found out once."""
-    if device.type != "cuda" or torch.version.cuda is None:
-        return "needs an NVIDIA GPU"
-    capability = torch.cuda.get_device_capability(device)
-    if capability < OLDEST:
-        return f"compute capability must be at least {OLDEST}, got {capability}"
-    if not has_triton():
-        return "triton is not installed"
-    try:
-        import triton
-
-        triton.runtime.driver.active.get_current_device()
-    except Exception as error:  # it compiles C here, and a machine without a compiler or Python's headers cannot
-        return f"triton does not work: {error}"
-    return None
-
-
 class KernelProblem:
     """One box of a problem, or some of its keys, as the kernels take it: its tensors, sizes and strides."""
 
@@ -114,7 +90,8 @@ class KernelProblem:
         self.table_steps = (*strides_of(tables.dense), *tables.bias_strides)
         by_head = tables.by_head
         self.bent = spec.softcap is not None
-        self.cut = choose_tiling(spec.head_dim, q.dtype, shared_memory(q.device), by_head or tables.bias is not None)
+        limit = processors(q.device).shared_memory
+        self.cut = choose_tiling(spec.head_dim, q.dtype, limit, by_head or tables.bias is not None)
         self.options = {"WINDOW": tables.bounds is not None, "HEAD_DIM": spec.head_dim}
         exact = lse is None or spec.bias is not None or q.dtype == torch.float32
         self.lse = None if exact or lse is None else box.of_row(lse).to(torch.float32).contiguous()
@@ -272,10 +249,3 @@ def make_gradients(
             *tensors, dk, *numbers, **options
         )
     return dq, dk
-
-
-def use_device(device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    """Make a device the current one, on which kernels are launched; nothing is entered where it is."""
-    if device.type != "cuda" or device.index == torch.cuda.current_device():
-        return contextlib.nullcontext()
-    return torch.cuda.device(device)

@@ -66,15 +66,3 @@ def choose_backward_tiling(head_dim: int) -> Tiling:
     if padded <= 64:
         return Tiling(64, 64, padded, warps=4, stages=2)
     return Tiling(64, 64, 128, warps=4, stages=2) if padded == 128 else Tiling(64, 32, padded, warps=8, stages=1)
-
-
-@functools.cache
-def shared_memory(device: torch.device) -> int:
-    """Bytes of shared memory that a program may have; those of an H200 where an interpreter runs."""
-    if device.type != "cuda":
-        return 232448
-    import triton
-
-    index = torch.cuda.current_device() if device.index is None else device.index
-    limit: int = triton.runtime.driver.active.utils.get_device_properties(index)["max_shared_mem"]
-    return limit

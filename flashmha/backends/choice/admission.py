@@ -20,6 +20,7 @@ FACTS: dict[str, tuple[type, ...]] = {
     "holds_scores": (bool,),
     "obeys_switches": (bool,),
     "launched_by_cpp": (bool,),
+    "reads_caches": (bool,),
     "judges_by_outline": (bool,),
     "results_checked": (bool,),
     "joins_gradients": (bool,),

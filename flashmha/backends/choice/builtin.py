@@ -8,6 +8,7 @@ from ..flash_attn.flash4 import Flash4
 from ..flex import Flex
 from ..naive import Naive
 from ..sdpa.backend import Sdpa
+from ..split_kv.backend import SplitKV
 
-BUILT_IN = (Sdpa, Flash4, Flash3, Flash2, Flex, Naive)
+BUILT_IN = (Sdpa, Flash4, Flash3, Flash2, SplitKV, Flex, Naive)
 """This package's own backends, in the order of the list."""

@@ -9,7 +9,7 @@ from ...host.torch_state import is_compiling, surely
 from ...problem.spec import AttentionSpec
 from ..sdpa.switches import switches
 from . import registry, tuned
-from .ranking import WORTH, work
+from .ranking import WORTH, is_step, work
 from .registry import discover
 
 
@@ -45,7 +45,9 @@ def order(spec: AttentionSpec) -> tuple[str, ...]:
     if masking and fast:
         names = moved_behind(names, masking, fast[-1])
     ahead = [name for name in measured if entries[name].obeys_switches] if is_switched(spec) else []
-    if is_short_in_a_graph(spec):
+    if is_step(spec):
+        ahead += [name for name in fast if entries[name].reads_caches and not table]
+    elif is_short_in_a_graph(spec):
         ahead += [name for name in fast if entries[name].launched_by_cpp]
     # a backend that would build a mask is not what was measured
     ahead += [name for known in table for name in fast if entries[name].measured_as == known]

@@ -15,16 +15,18 @@ import torch
 from ...host.machine import HERE, Machine
 from ...problem.spec import AttentionSpec
 
-KINDS = ("dense", "causal", "padded", "padded causal", "window", "documents", "decode", "mask tensor")
+KINDS = ("dense", "causal", "padded", "padded causal", "window", "documents", "decode", "cached", "mask tensor")
 """Kinds of problems that are measured; nothing is known about the others."""
 MODES = ("eval", "train")
 """The forward alone, and the forward with its backward."""
 
 DECODE_QUERIES, DECODE_KEYS = 8, 512
-"""The most queries and the fewest keys of ``decode``."""
+"""The most queries and the fewest keys of ``decode``; ``cached`` has as few queries, and any number of keys."""
 UNMEASURED = frozenset(
     "cache rule bias bias_grad alibi softcap sinks dropout head_dim_v deterministic".split()  # noqa: SIM905
 )
+NO_STEP = frozenset(("backward", "dropout", "key_padding", "documents", "dense_mask"))
+"""What no call over a cache has, but for the mask of its own tokens."""
 MARGIN = 0.03
 """Two backends whose times differ by less, or by no more than chance, are as fast as one another (see ``beaten``)."""
 WORTH = 1e11
@@ -98,9 +100,19 @@ class Table:
         return self.capability in (None, major) and self.gpu in (None, name)
 
 
+def is_step(spec: AttentionSpec) -> bool:
+    """A step of inference: few queries over keys whose lengths or positions a cache says."""
+    features = spec.features
+    if features.isdisjoint(("key_lengths", "cache", "pages")) or features & NO_STEP:
+        return False
+    return spec.seqlen_q <= DECODE_QUERIES
+
+
 def kind(spec: AttentionSpec) -> str:
     """Which of ``KINDS`` a problem is, ``other`` for none of them. Pure."""
     features = spec.features
+    if is_step(spec):
+        return "other" if features & (UNMEASURED - {"cache"}) else "cached"
     if features & UNMEASURED:
         return "other"
     padded = bool(features & {"key_padding", "key_lengths"})

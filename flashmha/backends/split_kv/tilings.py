@@ -1,0 +1,89 @@
+"""How ``split_kv`` cuts a problem: the tile of a program, and among how many programs the keys of a row are split."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+
+from ...host.kernels import Processors
+
+MOST_QUERY_ROWS = 64
+"""Queries of the heads of a group that one program takes: above, they fill the tiles of other kernels by themselves."""
+MOST_QUERY_BYTES = 32768
+"""Bytes of shared memory that those may fill."""
+LEAST_ROWS = 16
+"""The fewest that a tensor core multiplies."""
+BESIDE_TILES = 4096
+"""Bytes of shared memory that a kernel needs beside keys and values."""
+TILE_BYTES = 32768
+"""Bytes of the keys and values of a tile."""
+MOST_SPLITS = 256
+WAVES = 4
+"""Programs for each place on the GPU: where rows differ in length, those that are done make room for others."""
+LEAST_TILES = 2
+"""Tiles of a program where there are places enough: below, starting costs more than the share."""
+
+
+def padded(size: int) -> int:
+    """The power of two that a kernel's axis is as long as."""
+    return max(LEAST_ROWS, 1 << (size - 1).bit_length())
+
+
+@dataclasses.dataclass(frozen=True)
+class Cut:
+    """How a kernel is made: keys of a tile, warps of a program, stages of its pipeline; and how a row is split.
+
+    Attributes:
+        splits: ``None`` where that is chosen.
+        early: the kernel that combines is launched before the other ends.
+    """
+
+    keys: int
+    warps: int
+    stages: int
+    splits: int | None = None
+    early: bool = False
+
+    def shared(self, rows: int, head_dim: int, head_dim_v: int, itemsize: int) -> int:
+        """Bytes of shared memory that a program fills: keys and values on their way, and its queries."""
+        wide = padded(head_dim) + padded(head_dim_v)
+        on_their_way = self.stages - (rows < MOST_QUERY_ROWS) if self.stages > 1 else 1
+        return (on_their_way * self.keys * wide + padded(rows) * padded(head_dim)) * itemsize
+
+    def options(self, looks_up: bool) -> dict[str, Any]:
+        """What makes a kernel; one that looks up where keys are does so two stages ahead of them."""
+        return {"BLOCK_N": self.keys, "num_warps": self.warps, "num_stages": self.stages + 2 * looks_up}
+
+
+def choose_cut(rows: int, head_dim: int, head_dim_v: int, dtype: torch.dtype, limit: int) -> Cut:
+    """The cut for heads on a device with ``limit`` bytes of shared memory a program."""
+    wide = padded(head_dim) + padded(head_dim_v)
+    full = padded(rows) == MOST_QUERY_ROWS
+    room = TILE_BYTES // dtype.itemsize // wide
+    if full and dtype == torch.float32:  # no tensor core multiplies these exactly, and registers run out
+        room //= 2
+    keys = min(128, max(16, 1 << max(room, 1).bit_length() - 1))
+    cut = Cut(keys, warps=8 if full else 4, stages=3)
+    while cut.shared(rows, head_dim, head_dim_v, dtype.itemsize) > limit - BESIDE_TILES:
+        stages, keys = (cut.stages - 1, cut.keys) if cut.stages > 2 else (cut.stages, cut.keys // 2)
+        cut = dataclasses.replace(cut, stages=stages, keys=keys)
+    return cut
+
+
+def choose_splits(groups: int, tiles: int, shared: int, on: Processors) -> int:
+    """Among how many programs the keys of a row are split.
+
+    Args:
+        groups: rows times heads of keys, each of which has ``splits`` programs.
+        tiles: tiles of keys that a row has room for.
+        shared: bytes of shared memory of a program.
+    """
+    places = on.number * max(1, on.shared_memory // (shared + BESIDE_TILES))
+    wanted = -(-WAVES * places // groups)
+    if groups * (tiles // LEAST_TILES) < places:  # a place for each tile
+        wanted = tiles
+    else:
+        wanted = min(wanted, tiles // LEAST_TILES)
+    return max(1, min(wanted, MOST_SPLITS))

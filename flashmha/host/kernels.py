@@ -1,0 +1,70 @@
+"""Kernels of Triton on this machine: whether they run on a device, and what it has for them."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from typing import Any, NamedTuple
+
+import torch
+
+from .machine import has_triton
+
+OLDEST = (8, 0)
+"""The compute capability that has tensor cores for bfloat16."""
+
+
+def why_no_kernels(kind: str, index: int | None) -> str | None:
+    """Why no kernel runs on a device of a type; found out once. It takes constants alone, as Dynamo wants it."""
+    return find_out(kind, index)
+
+
+why_no_kernels._dynamo_marked_constant = True  # type: ignore[attr-defined]  # torch.compiler.assume_constant_result, unimported
+
+
+@functools.cache
+def find_out(kind: str, index: int | None) -> str | None:
+    """``why_no_kernels``, asked of the machine."""
+    if kind != "cuda" or torch.version.cuda is None:
+        return "needs an NVIDIA GPU"
+    capability = torch.cuda.get_device_capability(index)
+    if capability < OLDEST:
+        return f"compute capability must be at least {OLDEST}, got {capability}"
+    if not has_triton():
+        return "triton is not installed"
+    try:
+        import triton
+
+        triton.runtime.driver.active.get_current_device()
+    except Exception as error:  # it compiles C here, and a machine without a compiler or Python's headers cannot
+        return f"triton does not work: {error}"
+    return None
+
+
+class Processors(NamedTuple):
+    """What a GPU has: how many processors, and bytes of shared memory that a program may have."""
+
+    number: int
+    shared_memory: int
+
+
+H200 = Processors(132, 232448)
+
+
+@functools.cache
+def processors(device: torch.device) -> Processors:
+    """Those of a device; those of an H200 where an interpreter runs."""
+    if device.type != "cuda":
+        return H200
+    import triton
+
+    index = torch.cuda.current_device() if device.index is None else device.index
+    limit: int = triton.runtime.driver.active.utils.get_device_properties(index)["max_shared_mem"]
+    return Processors(torch.cuda.get_device_properties(index).multi_processor_count, limit)
+
+
+def use_device(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """Make a device the current one, on which kernels are launched; nothing is entered where it is."""
+    if device.type != "cuda" or device.index == torch.cuda.current_device():
+        return contextlib.nullcontext()
+    return torch.cuda.device(device)
