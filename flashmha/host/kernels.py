@@ -42,25 +42,27 @@ def find_out(kind: str, index: int | None) -> str | None:
 
 
 class Processors(NamedTuple):
-    """What a GPU has: how many processors, and bytes of shared memory that a program may have."""
+    """What a GPU has: processors, bytes of shared memory that a program may have, its compute capability's first part."""
 
     number: int
     shared_memory: int
+    major: int
 
 
-H200 = Processors(132, 232448)
+H200 = Processors(132, 232448, 9)
 
 
 @functools.cache
 def processors(device: torch.device) -> Processors:
     """Those of a device; those of an H200 where an interpreter runs."""
     if device.type != "cuda":
-        return H200
+        return H200._replace(major=8)  # no kernel waits for another there
     import triton
 
     index = torch.cuda.current_device() if device.index is None else device.index
     limit: int = triton.runtime.driver.active.utils.get_device_properties(index)["max_shared_mem"]
-    return Processors(torch.cuda.get_device_properties(index).multi_processor_count, limit)
+    found = torch.cuda.get_device_properties(index)
+    return Processors(found.multi_processor_count, limit, found.major)
 
 
 def use_device(device: torch.device) -> contextlib.AbstractContextManager[Any]:
@@ -68,3 +70,8 @@ def use_device(device: torch.device) -> contextlib.AbstractContextManager[Any]:
     if device.type != "cuda" or device.index == torch.cuda.current_device():
         return contextlib.nullcontext()
     return torch.cuda.device(device)
+
+
+def power_of_two(size: int) -> int:
+    """The least one that is as large, as an axis of a tile must be."""
+    return 1 << (size - 1).bit_length()

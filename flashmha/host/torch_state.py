@@ -60,6 +60,15 @@ def readable(tensor: Tensor) -> bool:
     return tensor.device.type == "cpu" and eager(tensor)
 
 
+def mark_static(tensor: Tensor) -> Tensor:
+    """Say of a tensor that it is written in place, so that a CUDA graph of a compiled step may hold it.
+
+    As ``torch._dynamo.mark_static_address``, which imports a compiler. Another tensor in its place makes another graph.
+    """
+    tensor._dynamo_static_input_type = "unguarded"  # type: ignore[attr-defined]
+    return tensor
+
+
 def insist(condition: Tensor, say: Callable[[], str]) -> None:
     """Raise ``ValueError`` unless a condition holds everywhere; where looking would wait, the device raises later."""
     if readable(condition):

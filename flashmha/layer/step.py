@@ -16,9 +16,11 @@ from torch import Tensor
 from ..backends import choose
 from ..backends.base import Backend, Serve
 from ..backends.choice.serve import serve
+from ..cache.appending import append_on_device
 from ..cache.memory import MemoryCache
 from ..cache.static import StaticCache
-from ..host.torch_state import is_autocasting, is_compiling, readable
+from ..host.kernels import why_no_kernels
+from ..host.torch_state import eager, is_autocasting, is_compiling, readable
 from ..problem.masks import Mask
 from ..problem.ragged import KeyLengths, mark_private
 from ..problem.spec import AttentionSpec
@@ -61,7 +63,9 @@ class Step:
 
     def __init__(self, x: Tensor) -> None:
         self.shape, self.dtype, self.device = x.shape, x.dtype, x.device
-        self.plain = readable(x) and len(self.shape) == 3 and x.numel() > 0 and not (x.is_nested or is_autocasting())
+        self.on_gpu = x.is_cuda and eager(x) and why_no_kernels(x.device.type, x.device.index) is None
+        whole = len(self.shape) == 3 and x.numel() > 0 and not (x.is_nested or is_autocasting())
+        self.plain = whole and (self.on_gpu or readable(x))
         self.wants_grad = torch.is_grad_enabled()
         self.places: dict[tuple[int, ...], Place] = {}
         self.problems: dict[tuple[Any, ...], Problem] = {}
@@ -84,6 +88,8 @@ class Step:
         capacity = k_store.shape[1]
         if not (k_store.shape == v_store.shape == (batch, capacity, heads, head_dim) and self.holds(k_store, v_store)):
             return None
+        if self.on_gpu:
+            return self.attend_blindly(layer, own, tokens, cache)
         held = lengths.tolist()
         place = self.places.get((seqlen, *held)) or self.place(cache, seqlen, held)
         first, slots = place.first, place.slots
@@ -105,6 +111,27 @@ class Step:
         out = serve(backend, q, k_store.narrow(1, 0, slots), v_store.narrow(1, 0, slots), spec, layer, call)
         self.moving[0].append(lengths)
         self.moving[1].append(place.lengths)
+        return F.linear((out if batch_first else out.transpose(0, 1)).reshape(-1, width), weight_out, bias_out)
+
+    def attend_blindly(self, layer: Layer, own: Linears, tokens: Tensor, cache: StaticCache) -> Tensor | None:
+        """``attend_next`` where looking at lengths would wait for the device: every slot is the problem's."""
+        weight, bias, weight_out, bias_out = own
+        state, (outer, inner, width) = layer.__dict__, self.shape
+        batch_first, heads = state["batch_first"], state["num_heads"]
+        head_dim = width // heads
+        packed = F.linear(tokens, weight, bias)
+        if type(packed) is not Tensor:
+            return None
+        q, k, v = packed.view(outer, inner, 3, heads, head_dim).unbind(2)
+        if not batch_first:
+            q, k, v = q.transpose(0, 1), k.transpose(0, 1), v.transpose(0, 1)
+        ends = append_on_device(k, v, (cache.k, cache.v), cache.lengths)
+        sizes = (q.shape[0], q.shape[1], cache.k.shape[1])
+        seen = mark_private(KeyLengths(ends))
+        spec = AttentionSpec.between(sizes, heads, head_dim, self.dtype, self.device, False, seen)
+        out = serve(choose(spec), q, cache.k, cache.v, spec, layer)
+        self.moving[0].append(cache.lengths)
+        self.moving[1].append(ends)
         return F.linear((out if batch_first else out.transpose(0, 1)).reshape(-1, width), weight_out, bias_out)
 
     def attend_memory(

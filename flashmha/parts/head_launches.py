@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..backends.rewrites.heads import Slots
-from ..host.kernels import use_device
+from ..host.kernels import power_of_two, use_device
 from .norms import KnownNorm, dtype_of
 from .rotation import PositionsOrFirst, Rotation
 
@@ -55,10 +55,6 @@ def empty_rows(x: Tensor, swapped: bool) -> Tensor:
         return x.new_empty(x.shape)
     batch, seqlen, heads, head_dim = x.shape
     return x.new_empty(seqlen, batch, heads, head_dim).transpose(0, 1)
-
-
-def power_of_two(size: int) -> int:
-    return 1 << (size - 1).bit_length()
 
 
 NO_NORM = KnownNorm(False, None, None, 0.0)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ...host.kernels import processors, use_device
+from ...host.launcher import Launcher
 from ...host.torch_state import is_compiling
 from ...problem.masks import find_rule
 from ...problem.ragged import KeyLengths
@@ -71,44 +72,50 @@ def attend_split(q: Tensor, k: Tensor, v: Tensor, told: SplitProblem, cut: Cut |
     (batch, seqlen_q, heads, head_dim), (_, capacity, heads_kv, head_dim_v) = q.shape, v.shape
     capacity = capacity if table is None else capacity * table.shape[1]
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
-    on = processors(q.device)
-    group = heads // heads_kv
-    sizes = seqlen_q * group, head_dim, head_dim_v
-    cut = choose_cut(*sizes, q.dtype, on.shared_memory) if cut is None else cut
-    splits = cut.splits
-    if splits is None:
-        shared = cut.shared(*sizes, q.dtype.itemsize)
-        splits = choose_splits(batch * heads_kv, -(-capacity // cut.keys), shared, on)
+    lengths, sinks = (x if x is None else x.contiguous() for x in (lengths, sinks))
+    table = table if table is None or table.stride(1) == 1 else table.contiguous()
+    on, group = processors(q.device), heads // heads_kv
+    cut = choose_cut(seqlen_q * group, head_dim, head_dim_v, q.dtype, on) if cut is None else cut
+    splits = choose_splits(batch * heads_kv, -(-capacity // cut.keys), on) if cut.splits is None else cut.splits
     out, lse = q.new_empty(batch, seqlen_q, heads, head_dim_v), q.new_empty(batch, heads, seqlen_q, dtype=torch.float32)
     parts = out, lse
     if splits > 1:
         rows = (batch, seqlen_q, heads, splits)
         parts = tuple(q.new_empty(*shape, dtype=torch.float32) for shape in ((*rows, head_dim_v), rows))  # type: ignore[assignment]
-    slope_steps = (0, 0) if slopes is None else (0, *slopes.stride())[-2:]
-    lengths, sinks = (x if x is None else x.contiguous() for x in (lengths, sinks))
-    table = table if table is None or table.stride(1) == 1 else table.contiguous()
+    early = cut.early and splits > 1
+    constants = {
+        "PAGE": page_size or 0,
+        "LEFT": left is not None,
+        "RIGHT": right is not None,
+        "SOFTCAP": softcap is not None,
+        "WHOLE": splits == 1,
+        "HEAD_DIM": head_dim,
+        "HEAD_DIM_V": head_dim_v,
+        "DIMS": padded(head_dim),
+        "DIMS_V": padded(head_dim_v),
+        "BLOCK_M": padded(seqlen_q * group),
+        "BLOCK_N": cut.keys,
+        "EARLY": early,
+    }
+    options = cut.options(table is not None or held is not None)
+    dtypes = tuple(None if x is None else x.dtype for x in (q, lengths, queries, held, table, slopes, sinks))
     with use_device(q.device):
-        split_kernels().split_kernel[(batch * splits * heads_kv,)](
-            *(q, k, v, lengths, queries, held, table, slopes, sinks, *parts),
-            *(*q.stride()[:3], *k.stride()[:3], *v.stride()[:3]),
-            *(*steps_of(queries), *steps_of(held), *steps_of(table)[:1], *slope_steps),
-            *(group, heads, heads_kv, seqlen_q, capacity, splits),
-            *(-within(left), within(right), scale, 0.0 if softcap is None else softcap),
-            PAGE=page_size or 0,
-            LEFT=left is not None,
-            RIGHT=right is not None,
-            SOFTCAP=softcap is not None,
-            WHOLE=splits == 1,
-            HEAD_DIM=head_dim,
-            HEAD_DIM_V=head_dim_v,
-            DIMS=padded(head_dim),
-            DIMS_V=padded(head_dim_v),
-            BLOCK_M=padded(sizes[0]),
-            EARLY=cut.early and splits > 1,
-            **cut.options(table is not None or held is not None),
+        launchers()[0](
+            (q.device.index, *dtypes, *constants.values(), *options.values()),
+            (batch * splits * heads_kv, 1, 1),
+            (q, k, v, lengths, queries, held, table, slopes, sinks, *parts),
+            (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3]),
+            (
+                *(*steps_of(queries), *steps_of(held), *steps_of(table)[:1]),
+                *((0, 0) if slopes is None else (0, *slopes.stride())[-2:]),
+                *(group, heads, heads_kv, seqlen_q, capacity, splits),
+                *(-within(left), within(right), float(scale), 0.0 if softcap is None else float(softcap)),
+            ),
+            constants,
+            options,
         )
         if splits > 1:
-            combine_splits(parts, sinks, out, lse, cut.early)
+            combine_splits(parts, sinks, out, lse, early)
     return out, lse
 
 
@@ -118,15 +125,22 @@ def combine_splits(parts: tuple[Tensor, Tensor], sinks: Tensor | None, out: Tens
     splits, rows = parts[1].shape[-1], batch * seqlen_q * heads
     chunk = padded(head_dim_v) if rows >= MANY_ROWS else min(padded(head_dim_v), CHUNK)
     shares = padded(splits)
-    split_kernels().combine_kernel[(rows, -(-head_dim_v // chunk))](
-        *(*parts, sinks, out, lse, heads, seqlen_q, splits),
-        HEAD_DIM_V=head_dim_v,
-        CHUNK=chunk,
-        STEP=min(shares, COMBINED // chunk),
-        SPLITS=shares,
-        EARLY=early,
-        **({"launch_pdl": True} if early else {}),
-        num_warps=4 if shares * chunk >= COMBINED // 2 else 1,
+    constants = {
+        "HEAD_DIM_V": head_dim_v,
+        "CHUNK": chunk,
+        "STEP": min(shares, COMBINED // chunk),
+        "SPLITS": shares,
+        "EARLY": early,
+    }
+    options = {"num_warps": 4 if shares * chunk >= COMBINED // 2 else 1, **({"launch_pdl": True} if early else {})}
+    launchers()[1](
+        (out.device.index, out.dtype, None if sinks is None else sinks.dtype, *constants.values(), *options.values()),
+        (rows, -(-head_dim_v // chunk), 1),
+        (*parts, sinks, out, lse),
+        (),
+        (heads, seqlen_q, splits),
+        constants,
+        options,
     )
 
 
@@ -141,11 +155,11 @@ def within(bound: int | None) -> int:
 
 
 @functools.cache
-def split_kernels() -> Any:
-    """The module of the kernels, which imports triton."""
-    from . import kernels as module
+def launchers() -> tuple[Launcher, Launcher]:
+    """Those of the two kernels, whose module imports triton."""
+    from .kernels import combine_kernel, split_kernel
 
-    return module
+    return Launcher(split_kernel), Launcher(combine_kernel)
 
 
 OPERATORS = torch.library.Library("flashmha", "FRAGMENT")

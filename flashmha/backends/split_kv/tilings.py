@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from ...host.kernels import Processors
+from ...host.kernels import Processors, power_of_two
 
 MOST_QUERY_ROWS = 64
 """Queries of the heads of a group that one program takes: above, they fill the tiles of other kernels by themselves."""
@@ -20,15 +20,15 @@ BESIDE_TILES = 4096
 TILE_BYTES = 32768
 """Bytes of the keys and values of a tile."""
 MOST_SPLITS = 256
-WAVES = 4
-"""Programs for each place on the GPU: where rows differ in length, those that are done make room for others."""
-LEAST_TILES = 2
-"""Tiles of a program where there are places enough: below, starting costs more than the share."""
+EARLIEST = 9
+"""The compute capability from which a kernel may be launched before the one that it waits for has ended."""
+PROGRAMS = 2
+"""Programs on each processor where rows are split: more take longer to combine than they gain, measured on an H200."""
 
 
 def padded(size: int) -> int:
     """The power of two that a kernel's axis is as long as."""
-    return max(LEAST_ROWS, 1 << (size - 1).bit_length())
+    return max(LEAST_ROWS, power_of_two(size))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,36 +54,29 @@ class Cut:
 
     def options(self, looks_up: bool) -> dict[str, Any]:
         """What makes a kernel; one that looks up where keys are does so two stages ahead of them."""
-        return {"BLOCK_N": self.keys, "num_warps": self.warps, "num_stages": self.stages + 2 * looks_up}
+        return {"num_warps": self.warps, "num_stages": self.stages + 2 * looks_up}
 
 
-def choose_cut(rows: int, head_dim: int, head_dim_v: int, dtype: torch.dtype, limit: int) -> Cut:
-    """The cut for heads on a device with ``limit`` bytes of shared memory a program."""
+def choose_cut(rows: int, head_dim: int, head_dim_v: int, dtype: torch.dtype, on: Processors) -> Cut:
+    """The cut for heads on a device."""
     wide = padded(head_dim) + padded(head_dim_v)
     full = padded(rows) == MOST_QUERY_ROWS
     room = TILE_BYTES // dtype.itemsize // wide
     if full and dtype == torch.float32:  # no tensor core multiplies these exactly, and registers run out
         room //= 2
     keys = min(128, max(16, 1 << max(room, 1).bit_length() - 1))
-    cut = Cut(keys, warps=8 if full else 4, stages=3)
-    while cut.shared(rows, head_dim, head_dim_v, dtype.itemsize) > limit - BESIDE_TILES:
+    cut = Cut(keys, warps=8 if full else 4, stages=3, early=on.major >= EARLIEST)
+    while cut.shared(rows, head_dim, head_dim_v, dtype.itemsize) > on.shared_memory - BESIDE_TILES:
         stages, keys = (cut.stages - 1, cut.keys) if cut.stages > 2 else (cut.stages, cut.keys // 2)
         cut = dataclasses.replace(cut, stages=stages, keys=keys)
     return cut
 
 
-def choose_splits(groups: int, tiles: int, shared: int, on: Processors) -> int:
-    """Among how many programs the keys of a row are split.
+def choose_splits(groups: int, tiles: int, on: Processors) -> int:
+    """Among how many programs the keys of a row are split: as many as run at once.
 
     Args:
         groups: rows times heads of keys, each of which has ``splits`` programs.
         tiles: tiles of keys that a row has room for.
-        shared: bytes of shared memory of a program.
     """
-    places = on.number * max(1, on.shared_memory // (shared + BESIDE_TILES))
-    wanted = -(-WAVES * places // groups)
-    if groups * (tiles // LEAST_TILES) < places:  # a place for each tile
-        wanted = tiles
-    else:
-        wanted = min(wanted, tiles // LEAST_TILES)
-    return max(1, min(wanted, MOST_SPLITS))
+    return max(1, min(PROGRAMS * on.number // groups, tiles, MOST_SPLITS))

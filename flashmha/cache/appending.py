@@ -1,0 +1,48 @@
+"""Tokens put behind those of each row by one launch, where lengths lie on a GPU."""
+
+from __future__ import annotations
+
+import functools
+
+from torch import Tensor
+
+from ..host.kernels import power_of_two, use_device
+from ..host.launcher import Launcher
+
+NUMBERS = 2048
+"""Numbers that a program copies at a time."""
+
+
+def append_on_device(k: Tensor, v: Tensor, stores: tuple[Tensor, Tensor], lengths: Tensor) -> Tensor:
+    """The lengths of the rows behind a step, (batch,), whose keys and values are written; ``lengths`` stay.
+
+    Args:
+        k, v: (batch, seqlen, heads_kv, head_dim).
+        stores: (batch, capacity, heads_kv, head_dim) each, with neighbouring features.
+    """
+    (batch, seqlen, heads, head_dim), head_dim_v = k.shape, v.shape[3]
+    k, v = (x if x.stride(3) == 1 else x.contiguous() for x in (k, v))
+    k_store, v_store = stores
+    dims, dims_v = power_of_two(head_dim), power_of_two(head_dim_v)
+    at_once = min(power_of_two(heads), max(1, NUMBERS // max(dims, dims_v)))
+    ends = lengths.new_empty(batch)
+    constants = {"HEADS": at_once, "HEAD_DIM": head_dim, "HEAD_DIM_V": head_dim_v, "DIMS": dims, "DIMS_V": dims_v}
+    with use_device(k.device):
+        launcher()(
+            (k.device.index, k.dtype, lengths.dtype, at_once, head_dim, head_dim_v),
+            (batch, seqlen, 1),
+            (k, v, k_store, v_store, lengths, ends),
+            (*k.stride()[:3], *v.stride()[:3], *k_store.stride()[:3], *v_store.stride()[:3]),
+            (heads, seqlen, k_store.shape[1]),
+            constants,
+            {"num_warps": 4},
+        )
+    return ends
+
+
+@functools.cache
+def launcher() -> Launcher:
+    """The kernel's, which imports triton."""
+    from .append_kernel import append_kernel
+
+    return Launcher(append_kernel)

@@ -1,0 +1,67 @@
+"""Tokens written behind those of each row by a kernel: the cache it leaves is the one that plain indexing leaves."""
+
+import pytest
+import torch
+from conftest import fewer
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from flashmha import StaticCache
+from flashmha.cache.appending import append_on_device
+from flashmha.testing import noise, seeds
+
+
+@st.composite
+def steps(draw: st.DrawFn) -> tuple[list[int], int, int, tuple[int, int, int]]:
+    """Tokens that each row holds, tokens that come, slots to spare, and the sizes of heads."""
+    held = draw(st.lists(st.integers(0, 9), min_size=1, max_size=4))
+    sizes = draw(st.tuples(st.integers(1, 20), st.integers(1, 130), st.integers(1, 130)))
+    return held, draw(st.integers(1, 5)), draw(st.integers(0, 3)), sizes
+
+
+@fewer(3)
+@given(step=steps(), batch_first=st.booleans(), dtype=st.sampled_from((torch.float32, torch.bfloat16)), seed=seeds())
+def test_a_kernel_writes_what_indexing_writes(
+    machine: torch.device,
+    step: tuple[list[int], int, int, tuple[int, int, int]],
+    batch_first: bool,
+    dtype: torch.dtype,
+    seed: int,
+) -> None:
+    held, seqlen, spare, (heads, head_dim, head_dim_v) = step
+    batch, capacity = len(held), max(held) + seqlen + spare
+
+    def tokens(seed: int, size: int) -> Tensor:
+        """As a projection gives them, with the sequence in front or not."""
+        shape = (batch, seqlen) if batch_first else (seqlen, batch)
+        made = noise(seed, *shape, heads, size + 3).to(machine, dtype)[..., :size]
+        return made if batch_first else made.transpose(0, 1)
+
+    k, v = tokens(seed, head_dim), tokens(seed + 1, head_dim_v)
+    caches = [
+        StaticCache(batch, capacity, heads, head_dim, head_dim_v=head_dim_v, device=machine, dtype=dtype)
+        for _ in range(2)
+    ]
+    for cache in caches:
+        cache.lengths.copy_(torch.tensor(held))
+    one, two = caches
+    ends = append_on_device(k, v, two.store, two.lengths)
+    assert two.lengths.tolist() == held
+    one.update(k, v)
+    assert torch.equal(ends, one.lengths) and ends.dtype == one.lengths.dtype
+    for mine, theirs in zip(two.store, one.store):
+        assert torch.equal(mine, theirs)
+
+
+@pytest.mark.gpu
+def test_a_step_on_a_gpu_waits_for_nothing(device: torch.device) -> None:
+    cache = StaticCache(2, 8, 4, 16, device=device, dtype=torch.bfloat16)
+    k, v = (torch.randn(2, 1, 4, 16, device=device, dtype=torch.bfloat16) for _ in range(2))
+    append_on_device(k, v, cache.store, cache.lengths)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        cache.lengths.copy_(append_on_device(k, v, cache.store, cache.lengths))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert cache.lengths.tolist() == [1, 1]
