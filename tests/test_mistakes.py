@@ -8,12 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from flashmha import FlashMultiHeadAttention, Mask, Rule, Window, attention, causal, replace_mha
 from flashmha.backends import get, names
+from flashmha.backends.choice.registry import families
 from flashmha.layer.features import HOPS
 from flashmha.testing import assert_drop_in, noise, seeds, specs
 
@@ -199,3 +200,60 @@ def test_arguments_that_are_no_tuple_are_refused(args: Any) -> None:
         assert_drop_in(stock, ours, args)
     with pytest.raises(TypeError, match="kwargs must be a dict of arguments by name, or None, got "):
         assert_drop_in(stock, ours, (), [args])  # type: ignore[arg-type]
+
+
+@given(
+    batch=st.integers(1, 3),
+    seqlen_q=st.integers(1, 4),
+    seqlen_k=st.integers(1, 4),
+    batch_first=st.booleans(),
+    name=st.sampled_from(("key_padding_mask", "attn_mask")),
+    shape=st.lists(st.integers(1, 4), min_size=1, max_size=4),
+    meant=st.sampled_from(("another shape", "the other mask", "another order")),
+)
+def test_a_mask_that_does_not_fit_is_told_what_fits(
+    batch: int, seqlen_q: int, seqlen_k: int, batch_first: bool, name: str, shape: list[int], meant: str
+) -> None:
+    """The error begins with stock's own text, and goes on with the shapes, this one, and what it may be meant as."""
+    layer = FlashMultiHeadAttention(8, 2, batch_first=batch_first)
+    stock = nn.MultiheadAttention(8, 2, batch_first=batch_first)
+    query, key = (torch.randn((batch, size, 8) if batch_first else (size, batch, 8)) for size in (seqlen_q, seqlen_k))
+    padding, dense = (batch, seqlen_k), (seqlen_q, seqlen_k)
+    if meant == "the other mask":
+        shape = [*(dense if name == "key_padding_mask" else padding)]
+    elif meant == "another order" and seqlen_q == seqlen_k:
+        shape = [seqlen_k, batch] if name == "key_padding_mask" else [batch, batch]
+    mask = torch.zeros(shape, dtype=torch.bool)
+    ways: dict[str, tuple[tuple[int, ...], ...]] = {
+        "key_padding_mask": (padding,),
+        "attn_mask": (
+            dense,
+            (2 * batch, *dense),
+            *((items, heads, *dense) for items in (1, batch) for heads in (1, 2)),
+        ),
+    }
+    call: dict[str, Any] = {name: mask, "need_weights": False}
+    if tuple(shape) in ways[name]:
+        layer(query, key, key, **call)
+        return
+    with pytest.raises((AssertionError, RuntimeError)) as caught:
+        layer(query, key, key, **call)
+    said = str(caught.value)
+    assert f"{name} must be (" in said and f", got {tuple(shape)}" in said and said.endswith(".")
+    other = "attn_mask" if name == "key_padding_mask" else "key_padding_mask"
+    if meant == "the other mask" or f"give it as {other}=" in said:
+        assert f"give it as {other}=" in said and tuple(shape) in ways[other]
+    if name == "key_padding_mask" or len(shape) < 4:  # stock has no mask of four axes
+        with pytest.raises((AssertionError, RuntimeError)) as theirs:
+            stock(query, key, key, **call)
+        assert type(theirs.value) is type(caught.value) and said.startswith(str(theirs.value).rstrip("."))
+
+
+@given(name=st.sampled_from(names()), way=st.sampled_from(("doubled", "left out", "changed")), place=st.integers(0, 9))
+def test_a_misspelled_backend_is_told_its_name(name: str, way: str, place: int) -> None:
+    wrong = altered(name, way, place)
+    assume(wrong not in (*names(), *families()))
+    with pytest.raises(ValueError, match=rf"^backend must be one of .*, got '{wrong}'; say '\w+'\.$") as caught:
+        FlashMultiHeadAttention(8, 2, backend=wrong)
+    (near,) = re.findall(r"'(\w+)'\.$", str(caught.value))
+    assert near in (*names(), *families())

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from test_operators import Operators
 from torch import Tensor, nn
 
-from flashmha import Documents, FlashMultiHeadAttention, KeyPadding, Window, record
+from flashmha import Documents, FlashMultiHeadAttention, KeyPadding, Window, record, replace_mha
 from flashmha.layer import shortcut
 from flashmha.testing import Blueprint, Call, ask, assert_drop_in, assert_same, blueprints, noise, problems
 from flashmha.testing.call import ATTN_MASKS, INPUT_LAYOUTS, SHARINGS
@@ -814,6 +814,29 @@ def test_masks_and_autocast_take_the_shortest_way(
     assert shortcut.attend_plain(layer, x, x, x, **given) is None
     for short, long in zip(*found):
         assert torch.equal(short, long)
+
+
+OPTIONS: tuple[dict[str, Any], ...] = (
+    *({name: True} for name in ("call_out_proj", "causal", "skip_padding", "trust_is_causal")),
+    *({"window": (1, 0)}, {"softcap": 2.0}, {"softmax_scale": 0.5}, {"backend": "naive"}, {"need_weights": False}),
+)
+
+
+@given(options=st.lists(st.sampled_from(OPTIONS), max_size=4), swapped=st.booleans())
+def test_an_option_that_is_taken_back_was_never_given(options: list[dict[str, Any]], swapped: bool) -> None:
+    """The layer's own dictionary is as it was, and its calls are the shortest again."""
+    layer: Any = nn.MultiheadAttention(8, 4) if swapped else FlashMultiHeadAttention(8, 4)
+    layer = replace_mha(layer, window=None, causal=False) if swapped else layer
+    before, x = dict(vars(layer)), torch.randn(3, 1, 8)
+    for option in options:
+        for name, value in option.items():
+            setattr(layer, name, value)
+    for option in options:
+        for name in option:
+            setattr(layer, name, getattr(FlashMultiHeadAttention, name))
+    assert vars(layer) == before
+    call: dict[str, Any] = {"key_padding_mask": None, "need_weights": False, "attn_mask": None}
+    assert shortcut.attend_plain(layer, x, x, x, **call, average=True, is_causal=False) is not None
 
 
 @given(features=st.sampled_from(FEATURES))

@@ -117,13 +117,17 @@ def check_masks(
     kind = "For batched (3-D) `query`" if batched else "For unbatched (2-D) `query`"
     for mask, name in ((key_padding_mask, "key_padding_mask"), (attn_mask, "attn_mask")):
         if mask is not None and mask.dtype != torch.bool and not mask.is_floating_point():
-            raise AssertionError(f"only bool and floating types of {name} are supported")
+            raise AssertionError(
+                f"only bool and floating types of {name} are supported; {name} must be bool, True = hidden, or added "
+                f"to the scores, got {dtype_name(mask.dtype)}: {name}.bool() if what is not 0 hides."
+            )
     if key_padding_mask is not None:
         axes = 2 if batched else 1
         if key_padding_mask.dim() != axes:
             raise AssertionError(
                 f"{kind}, expected `key_padding_mask` to be `None` or {axes}-D"
                 f" but found {key_padding_mask.dim()}-D tensor instead"
+                + describe_fit(layer, query, key, key_padding_mask, "key_padding_mask")
             )
         seqlen_k = key.shape[1 if batched and layer.batch_first else 0] + columns
         if batched:
@@ -131,20 +135,26 @@ def check_masks(
             if key_padding_mask.shape[0] != batch:
                 raise AssertionError(
                     f"Expected key_padded_mask.shape[0] to be {batch}, but got {key_padding_mask.shape[0]}"
+                    + describe_fit(layer, query, key, key_padding_mask, "key_padding_mask")
                 )
         if key_padding_mask.shape[-1] + columns != seqlen_k:
             raise AssertionError(
                 f"Expected key_padded_mask.shape[1] to be {seqlen_k}, but got {key_padding_mask.shape[-1] + columns}"
+                + describe_fit(layer, query, key, key_padding_mask, "key_padding_mask")
             )
     if attn_mask is not None:
         if attn_mask.dim() not in ((2, 3, 4) if batched else (2, 3)):
             raise AssertionError(
                 f"{kind}, expected `attn_mask` to be `None`, 2-D or 3-D but found {attn_mask.dim()}-D tensor instead"
+                + describe_fit(layer, query, key, attn_mask, "attn_mask")
             )
         if not batched and attn_mask.dim() == 3:
             want = (layer.num_heads, query.shape[0], key.shape[0])
             if attn_mask.shape != want:
-                raise AssertionError(f"Expected `attn_mask` shape to be {want} but got {attn_mask.shape}")
+                raise AssertionError(
+                    f"Expected `attn_mask` shape to be {want} but got {attn_mask.shape}"
+                    + describe_fit(layer, query, key, attn_mask, "attn_mask")
+                )
     if key_padding_mask is not None and attn_mask is not None and key_padding_mask.dtype != attn_mask.dtype:
         warnings.warn(
             "Support for mismatched key_padding_mask and attn_mask is deprecated. Use same type for both instead.",
@@ -152,14 +162,17 @@ def check_masks(
         )
 
 
+def sizes_of_call(query: Tensor, key: Tensor, batch_first: bool) -> tuple[int, int, int]:
+    """(batch, seqlen_q, seqlen_k) of a call, without a batch of one item."""
+    if query.dim() == 2:
+        return 1, query.shape[0], key.shape[0]
+    items, tokens = (0, 1) if batch_first else (1, 0)
+    return query.shape[items], query.shape[tokens], key.shape[tokens]
+
+
 def check_attn_mask_shape(layer: Layer, query: Tensor, key: Tensor, attn_mask: Tensor) -> None:
     """The errors of ``nn.MultiheadAttention`` for the sizes of ``attn_mask``."""
-    if query.dim() == 2:
-        batch, seqlen_q, seqlen_k = 1, query.shape[0], key.shape[0]
-    elif layer.batch_first:
-        batch, seqlen_q, seqlen_k = query.shape[0], query.shape[1], key.shape[1]
-    else:
-        batch, seqlen_q, seqlen_k = query.shape[1], query.shape[0], key.shape[0]
+    batch, seqlen_q, seqlen_k = sizes_of_call(query, key, layer.batch_first)
     axes = attn_mask.dim()
     if axes == 4:
         heads = layer.num_heads if attn_mask.shape[1] != 1 else 1
@@ -168,7 +181,39 @@ def check_attn_mask_shape(layer: Layer, query: Tensor, key: Tensor, attn_mask: T
     else:
         sizes = (seqlen_q, seqlen_k) if axes == 2 else (batch * layer.num_heads, seqlen_q, seqlen_k)
     if attn_mask.shape != sizes:
-        raise RuntimeError(f"The shape of the {axes}D attn_mask is {attn_mask.shape}, but should be {sizes}.")
+        raise RuntimeError(
+            f"The shape of the {axes}D attn_mask is {attn_mask.shape}, but should be {sizes}"
+            + describe_fit(layer, query, key, attn_mask, "attn_mask")
+        )
+
+
+def describe_fit(layer: Layer, query: Tensor, key: Tensor, mask: Tensor, name: str) -> str:
+    """The end of an error about the shape of a mask: what fits, and what this one may have been meant as."""
+    batched, shape = query.dim() == 3, tuple(mask.shape)
+    other = "attn_mask" if name == "key_padding_mask" else "key_padding_mask"
+    fits = fitting_shapes(layer, query, key, layer.batch_first)
+    said = " or ".join(f"{axes} = {sizes}" for axes, sizes in fits[name].items())
+    hint = ""
+    if shape in fits[other].values():
+        hint = f": give it as {other}="
+    elif batched and shape in fitting_shapes(layer, query, key, not layer.batch_first)[name].values():
+        order = "(batch, seqlen, features)" if layer.batch_first else "(seqlen, batch, features)"
+        hint = f": batch_first={layer.batch_first} says that query and key are {order}"
+    return f". {name} must be {said}, got {shape}{hint}."
+
+
+def fitting_shapes(
+    layer: Layer, query: Tensor, key: Tensor, batch_first: bool
+) -> dict[str, dict[str, tuple[int, ...]]]:
+    """The shapes that either mask of a call may have, by what their axes are called."""
+    batch, seqlen_q, seqlen_k = sizes_of_call(query, key, batch_first)
+    heads, one = layer.num_heads, query.dim() == 2
+    every: dict[str, tuple[int, ...]] = {"(seqlen_q, seqlen_k)": (seqlen_q, seqlen_k)}
+    every[f"({'' if one else 'batch * '}num_heads, seqlen_q, seqlen_k)"] = (batch * heads, seqlen_q, seqlen_k)
+    if one:
+        return {"key_padding_mask": {"(seqlen_k,)": (seqlen_k,)}, "attn_mask": every}
+    every["(batch, num_heads, seqlen_q, seqlen_k)"] = (batch, heads, seqlen_q, seqlen_k)
+    return {"key_padding_mask": {"(batch, seqlen_k)": (batch, seqlen_k)}, "attn_mask": every}
 
 
 def check_float_mask(mask: Tensor, name: str, query: Tensor, need_weights: bool) -> None:

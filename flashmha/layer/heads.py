@@ -181,6 +181,8 @@ class CustomHeads(StockForward):
                 options.check_sinks(value, self.num_heads, nn.Parameter)
         if name in PARTS:
             options.set_part(self, name, value)
+        elif name in STOCK_VALUES and value is getattr(type(self), name):
+            self.__dict__.pop(name, None)  # so that the layer is as plain as one that was never told
         else:
             super().__setattr__(name, value)
 

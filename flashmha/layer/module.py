@@ -47,7 +47,8 @@ class FlashMultiHeadAttention(CustomHeads):
             query heads share one. The projections of keys and values shrink with it. Default ``num_heads``.
         head_dim: features of a head of queries and keys. Default ``embed_dim // num_heads``; with it ``embed_dim``
             need not be a multiple of ``num_heads``.
-        value_head_dim: features of a head of values. Default ``head_dim``.
+        value_head_dim: features of a head of values. Default ``head_dim``. A size that is given as its default counts
+            as not given.
         qk_norm: ``"rms"``, ``"layer"`` or a pair of modules over the last axis: the submodules ``q_norm`` and
             ``k_norm``, applied to queries and keys before rotary.
 

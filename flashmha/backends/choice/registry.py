@@ -8,6 +8,7 @@ installing a plug-in never changes automatic choice, it runs when it is named or
 from __future__ import annotations
 
 import contextlib
+import difflib
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TypeVar
@@ -233,7 +234,9 @@ def find_backend(name: str, said: str, or_family: bool = True) -> Backend:
     """The backend of a name; ``said`` is where the name stood, and whether a family could, for the error."""
     if not isinstance(name, str) or name not in entries:
         known = (*entries, *families()) if or_family else tuple(entries)
-        raise ValueError(f"{said} must be one of {', '.join(known)}, got {name!r}.")
+        near = difflib.get_close_matches(name.lower(), known, n=1) if isinstance(name, str) else []
+        hint = f"; say {near[0]!r}" if near else ""
+        raise ValueError(f"{said} must be one of {', '.join(known)}, got {name!r}{hint}.")
     return entries[name]
 
 
