@@ -1,15 +1,25 @@
 """Launches without Triton's look: each runs the form that Triton would have found."""
 
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 
+from flashmha import AttentionSpec, Rotary
 from flashmha.host.launcher import Launcher
+from flashmha.parts import fused_heads
+from flashmha.parts.norms import know
+from flashmha.problem.masks import Dense
+from flashmha.problem.ragged import KeyLengths
+from flashmha.problem.scores import TensorBias
+from flashmha.problem.windows import Window
+from flashmha.weights import row_launches, tiles
+from flashmha.weights.blocks import Box
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton: pip install triton")
 
@@ -34,24 +44,25 @@ class Form:
 
 
 class Kernel:
-    """A kernel whose forms are found by Triton and run nothing."""
+    """A kernel whose forms are found by Triton and run nothing; every form that runs is the one that it finds."""
 
-    def __init__(self) -> None:
+    def __init__(self, function: Any = add, unspecialized: Sequence[str] = ("rows", "scale")) -> None:
         import triton
         from triton.backends.compiler import GPUTarget
         from triton.backends.nvidia.compiler import CUDABackend
         from triton.runtime.jit import create_function_from_signature
 
-        function = triton.JITFunction(add, do_not_specialize=["rows", "scale"])
+        jitted = triton.JITFunction(function, do_not_specialize=list(unspecialized))
         self.bind = create_function_from_signature(
-            function.signature, function.params, CUDABackend(GPUTarget("cuda", 90, 32))
+            jitted.signature, jitted.params, CUDABackend(GPUTarget("cuda", 90, 32))
         )
+        self.constants = [place for place, parameter in enumerate(jitted.params) if parameter.is_constexpr]
         self.ran: list[Any] = []
 
     def find(self, *arguments: Any, **options: Any) -> str:
         """The form that Triton finds for a call."""
         _, specialization, given = self.bind(*arguments, **options)
-        return f"{specialization} {arguments[6:]} {given}"
+        return f"{specialization} {[arguments[place] for place in self.constants]} {given}"
 
     def __getitem__(self, programs: Any) -> Callable[..., Form]:
         def run(*arguments: Any, **options: Any) -> Form:
@@ -116,3 +127,125 @@ def test_what_an_interpreter_ran_is_run_again_by_it() -> None:
     for _ in range(2):
         launch("one", (3, 1, 1), (memory,), (32,), (5,), {}, {})
     assert len(ran) == 2
+
+
+class Watched(Kernel):
+    """A kernel of the package; ``check`` says whether each form that ran is the one that Triton finds for its call."""
+
+    def __init__(self, launcher: Launcher, unspecialized: Sequence[str], patch: pytest.MonkeyPatch) -> None:
+        super().__init__(launcher.kernel.fn, unspecialized)
+        self.again = 0
+        patch.setattr(launcher, "kernel", self)
+        patch.setattr(launcher, "forms", {})
+        patch.setattr(launcher, "stream", lambda index: 7)
+
+    def check(self) -> None:
+        for name, arguments, stream in self.ran:
+            assert self.find(*arguments).split("] {")[0] == name.split("] {")[0]
+            self.again += stream is not None
+
+
+def variants(options: dict[str, Sequence[Any]]) -> st.SearchStrategy[list[dict[str, Any]]]:
+    """A problem, more often than not with the first of each option, and others that differ from it in one thing."""
+    changes = [(name, value) for name, values in options.items() for value in values]
+    values = {name: st.sampled_from((*values[:1] * len(values), *values[1:])) for name, values in options.items()}
+    base, others = st.fixed_dictionaries(values), st.lists(st.sampled_from(changes), min_size=4, max_size=12)
+    return st.builds(lambda one, changed: [one, *(one | {name: value} for name, value in changed)], base, others)
+
+
+HEADS: dict[str, Sequence[Any]] = {
+    "dtype": tiles.KERNEL_DTYPES,
+    "head_dim": (8, 2),
+    "heads": ((2, 2), (5, 1)),
+    "seqlen": (3, 1),
+    "start": (0, 2),
+    "swapped": (False, True),
+    "trained": (True, False),
+    "rotary": (False, None, True),
+    "norm": (nn.LayerNorm, nn.RMSNorm, None),
+    "affine": (True, False),
+    "bias": (True, False),
+    "weights": (torch.float32, torch.bfloat16),
+    "at": (torch.int64, torch.int32, None),
+    "rows": (1, 2),
+    "alone": (False, True),
+}
+
+
+def heads_of(drawn: dict[str, Any]) -> tuple[Any, ...]:
+    """What ``prepare`` takes: views of one projection, somewhere in its memory."""
+    head_dim, seqlen, dtype = drawn["head_dim"], drawn["seqlen"], drawn["dtype"]
+    size = 2 * seqlen * sum(drawn["heads"]) * head_dim
+    packed = torch.zeros(drawn["start"] + size, dtype=dtype)[drawn["start"] :].view(2, seqlen, -1, head_dim)
+    packed = packed.transpose(0, 1).contiguous().transpose(0, 1) if drawn["swapped"] else packed
+    q, k = packed.requires_grad_(drawn["trained"]).split_with_sizes(drawn["heads"], 2)
+    options = {"elementwise_affine": drawn["affine"], "dtype": drawn["weights"]}
+    if drawn["norm"] is nn.LayerNorm:
+        options["bias"] = drawn["bias"]
+    norms = [None if drawn["norm"] is None else know(drawn["norm"](head_dim, **options), head_dim, q.device)] * 2
+    at = None if drawn["at"] is None else torch.zeros(drawn["rows"], seqlen, dtype=drawn["at"])
+    interleaved = drawn["rotary"]
+    rotation = None if interleaved is None else Rotary(head_dim, interleaved=interleaved).rotation(q, k, at, at)
+    return (q, None, norms[0], None, rotation) if drawn["alone"] else (q, k, *norms, rotation)
+
+
+@settings(max_examples=200)
+@given(problems=variants(HEADS))
+def test_prepared_heads_say_their_kind(problems: list[dict[str, Any]]) -> None:
+    from flashmha.parts import head_kernels
+
+    with pytest.MonkeyPatch.context() as patch:
+        watched = [
+            Watched(launcher, head_kernels.UNSPECIALIZED, patch)
+            for launcher in (head_kernels.launch_prepare, head_kernels.launch_prepare_backward)
+        ]
+        for drawn in problems:
+            made = [x for x in fused_heads.prepare(*heads_of(drawn)) if x is not None and x.requires_grad]
+            if made:
+                torch.autograd.backward(made, [torch.zeros_like(x) for x in made])
+        for kernel in watched:
+            kernel.check()
+
+
+SIZES = (2, 2, 2, 2, 2, 8, 8)
+TABLE = torch.ones(2, 2, 2, 2, dtype=torch.bool)
+WEIGHTS: dict[str, Sequence[Any]] = {
+    "dtype": (torch.bfloat16, torch.float16, torch.float32),
+    "made": tiles.KERNEL_DTYPES,
+    "average": (True, False),
+    "lse": (True, False),
+    "start": (0, 2),
+    "mask": (None, Window(None, 0), Dense(TABLE), Dense(TABLE[:, :1]), KeyLengths(torch.tensor([1, 2]))),
+    "bias": (None, *tiles.KERNEL_DTYPES),
+    "sinks": (None, *tiles.KERNEL_DTYPES),
+    "softcap": (None, 2, 3.0),
+}
+
+
+@settings(max_examples=200)
+@given(problems=variants(WEIGHTS))
+def test_weights_say_their_kind(problems: list[dict[str, Any]]) -> None:
+    from flashmha.weights import column_kernel, kernel_parts, kernels, row_kernel
+
+    kinds = {
+        kernels.launch_statistics: kernel_parts.UNSPECIALIZED,
+        kernels.launch_weights: kernel_parts.UNSPECIALIZED,
+        column_kernel.launch_columns: kernel_parts.UNSPECIALIZED,
+        row_kernel.launch_row_kernel: row_kernel.ROW_NUMBERS,
+    }
+    with pytest.MonkeyPatch.context() as patch:
+        watched = [Watched(launcher, names, patch) for launcher, names in kinds.items()]
+        for drawn in problems:
+            bias = None if drawn["bias"] is None else TensorBias(torch.zeros(2, 2, 2, 2, dtype=drawn["bias"]))
+            sinks = None if drawn["sinks"] is None else torch.zeros(2, dtype=drawn["sinks"])
+            q, k = torch.zeros(2, drawn["start"] + 64, dtype=drawn["dtype"])[:, drawn["start"] :].view(2, 2, 2, 2, 8)
+            spec = AttentionSpec.of(q, k, k, mask=drawn["mask"], bias=bias, sinks=sinks, softcap=drawn["softcap"])
+            lse = torch.zeros(2, 2, 2) if drawn["lse"] else None
+            tiles.make_weights(q, k, lse, spec, drawn["average"], drawn["made"])
+            tiles.sum_columns(q, k, lse, spec, drawn["average"])
+            tiles.find_largest(q, k, spec)
+            box, keys = Box.whole(spec), range(spec.seqlen_k)
+            if lse is not None and row_launches.takes_rows(q, k, lse, spec, box, keys):
+                row_launches.launch_rows(q, k, lse, spec, drawn["average"], drawn["made"], box, keys)
+        for kernel in watched:
+            kernel.check()
