@@ -83,7 +83,7 @@ def problems(draw: st.DrawFn, device: torch.device, lengths: bool = False) -> At
 @st.composite
 def cuts(draw: st.DrawFn, device: torch.device, spec: AttentionSpec) -> Cut:
     """A way to cut a problem: on a GPU one kernel for each, which is split by any number."""
-    splits = draw(st.sampled_from((1, 2, 3, 5, 16, 40)))
+    splits = draw(st.sampled_from((1, 2, 3, 5, 16)))
     if device.type == "cpu":
         return Cut(draw(st.sampled_from((16, 32, 128))), warps=4, stages=1, splits=splits)
     rows = spec.seqlen_q * spec.heads // spec.heads_kv
@@ -133,6 +133,12 @@ def test_what_no_row_holds_is_not_looked_at(
     assert valid is not None
     places = spec.positions
     valid = valid if places is None or places.keys is None else valid & (places.keys >= 0)
+    if spec.pages is not None:
+        slots = torch.arange(spec.seqlen_k, device=machine)
+        pages = spec.pages.block_table.long()[:, slots // spec.pages.page_size]
+        owners = valid.new_zeros(k.shape[:2], dtype=torch.int32)
+        owners.index_put_((pages, (slots % spec.pages.page_size).expand_as(pages)), valid.int(), accumulate=True)
+        valid = owners > 0
     for x in (k, v):
         x.masked_fill_(~valid[:, :, None, None], garbage)
     assert same(before, answers(q, k, v, spec, cut))
@@ -156,7 +162,7 @@ def test_how_heads_lie_changes_no_bit(machine: torch.device, data: st.DataObject
 @given(data=st.data(), seed=seeds())
 def test_a_row_of_a_batch_is_as_it_is_alone(machine: torch.device, data: st.DataObject, seed: int) -> None:
     """Each row is split by its own length: what the others hold does not matter."""
-    batch, capacity = data.draw(st.integers(2, 4)), data.draw(st.sampled_from((1, 40, 130)))
+    batch, capacity = data.draw(st.integers(2, 3)), data.draw(st.sampled_from((1, 40, 130)))
     ends = data.draw(st.lists(st.integers(0, capacity), min_size=batch, max_size=batch))
     lengths = torch.tensor(ends, dtype=data.draw(st.sampled_from((torch.int32, torch.int64))), device=machine)
     spec = AttentionSpec(
