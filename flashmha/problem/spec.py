@@ -213,15 +213,22 @@ class AttentionSpec(Fields):
         pages = self.pages
         if pages is None:
             return k, v, self
-        needs = freeze_features([name for name in self.needs if name != "pages"])
         assert self.mask is not None
-        return pages.read(k), pages.read(v), self.changed(mask=without_pages(self.mask), needs=needs)
+        mask = without_pages(self.mask)
+        if is_compiling():  # Dynamo 2.8 cannot trace ``changed``
+            fields = {name: getattr(self, name) for name in GIVEN}
+            fields["mask"] = mask
+            return pages.read(k), pages.read(v), AttentionSpec(**fields)
+        needs = freeze_features([name for name in self.needs if name != "pages"])
+        return pages.read(k), pages.read(v), self.changed(mask=mask, needs=needs)
 
     def with_lse(self) -> AttentionSpec:
         """The same problem, with the log-sum-exp too, as numbers that no gradient passes."""
         return self.changed(need_lse=True, needs=freeze_features([*self.needs, "lse"]))
 
 
+GIVEN = tuple(field.name for field in dataclasses.fields(AttentionSpec) if field.init)
+"""The fields that a problem is made of."""
 REMADE = (Window, KeyPadding, KeyLengths, Documents)
 """Masks whose problem is made of the last with such a mask; a window has no tensors, so that one problem is enough."""
 

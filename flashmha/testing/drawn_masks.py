@@ -90,7 +90,7 @@ def drawn_mask(
     aligns: Sequence[str] = ALIGNMENTS[:1],
     device: torch.device | str | None = None,
 ) -> Mask:
-    """A mask of one kind out of ``MASKS``, or ``top-left causal``, or ``mask for all heads``.
+    """A mask of one kind out of ``MASKS``, or ``top-left causal``, ``mask for all heads``, ``step`` over a cache.
 
     Its numbers are chosen, its tensors seeded.
     """
@@ -118,6 +118,8 @@ def drawn_mask(
         return Rule(every(choose((1, 2, 3))), align=choose(aligns))
     if kind == "cache":
         return drawn_positions(choose, generator(seed), batch, seqlen_q, seqlen_k, where)
+    if kind == "step":
+        return drawn_ends(choose, generator(seed), batch, seqlen_q, seqlen_k, where)
     number, random = choose((1, 2, 3, 4)), generator(seed)
     ends = [drawn_offsets(number, total, random) for total in (seqlen_q, seqlen_k)]
     totals = [int(end[-1]) for end in ends] if choose((False, True)) else [None, None]
@@ -148,13 +150,20 @@ def drawn_positions(
     return Positions(queries.to(where), held.to(where))
 
 
+def drawn_ends(
+    choose: Choose, random: torch.Generator, batch: int, seqlen_q: int, seqlen_k: int, where: torch.device
+) -> Mask:
+    """The queries of a row end with its keys."""
+    lengths = drawn_lengths(batch, seqlen_k, random, choose((False, *(True,) * 5)))
+    queries = lengths[:, None] - seqlen_q + torch.arange(seqlen_q, device="cpu")
+    return KeyLengths(lengths.to(where)) & Positions(queries.to(where), at_end=True)
+
+
 def drawn_step(
     choose: Choose, *, batch: int, seqlen_q: int, seqlen_k: int, features: frozenset[str], where: torch.device
 ) -> Mask:
-    """A step over a cache: the queries of a row end with its keys, and may see neighbours alone."""
-    lengths = drawn_lengths(batch, seqlen_k, generator(choose(SEEDS)), choose((False, *(True,) * 5)))
-    queries = lengths[:, None] - seqlen_q + torch.arange(seqlen_q, device="cpu")
-    step = KeyLengths(lengths.to(where)) & Positions(queries.to(where), at_end=True)
+    """A step over a cache, which may see neighbours alone."""
+    step = drawn_ends(choose, generator(choose(SEEDS)), batch, seqlen_q, seqlen_k, where)
     kinds = [kind for kind in ("causal", "causal", "window") if kind in features]
     kind = choose(("none", *kinds))
     if kind == "none":

@@ -35,7 +35,7 @@ class Flash2(FlashAttn):
     limits = Limits(
         devices=("cuda",),
         dtypes=HALF,
-        features=EVERY_VERSION | CACHED | {"alibi", "dropout"},
+        features=EVERY_VERSION | {*CACHED, "alibi", "dropout"},
         head_dim=256,
         seqlen_min=1,
         batch_min=1,

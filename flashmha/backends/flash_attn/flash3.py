@@ -45,7 +45,7 @@ class Flash3(FlashAttn):
     limits = Limits(
         devices=("cuda",),
         dtypes=HALF,
-        features=EVERY_VERSION | CACHED,
+        features=EVERY_VERSION | {*CACHED},
         head_dim=256,
         head_dim_step=8,
         seqlen_min=1,

@@ -92,7 +92,7 @@ class FlashAttn(Backend):
 
     def why_no_cache(self, spec: AttentionSpec) -> str | None:
         """Why the installed package has nothing for keys that lie in a cache."""
-        lying = sorted(spec.features & CACHED)
+        lying = [name for name in CACHED if name in spec.needs]
         if not lying or self.cached is not None:
             return None
         return f"no {', no '.join(lying)} (this build of {self.distribution} has no flash_attn_with_kvcache)"

@@ -15,26 +15,31 @@ from ...problem.spec import AttentionSpec
 from ..limits import FEATURES
 from .documents import POSITIONS, positions_lost
 
-CACHED = frozenset(("cache", "pages"))
+CACHED = ("cache", "pages")
 """Features of keys that kernels for caches alone read where they lie."""
-BESIDE_NO_CACHE = frozenset(("backward", "dropout", "key_padding", "documents"))
+BESIDE_NO_CACHE = ("backward", "dropout", "key_padding", "documents")
 """Features that no kernel for caches serves."""
 
 
 def is_cache(spec: AttentionSpec) -> bool:
     """A problem goes to the kernel for caches, if it is within its limits."""
-    return "key_lengths" in spec.needs and BESIDE_NO_CACHE.isdisjoint(spec.needs)
+    return "key_lengths" in spec.needs and spec.features.isdisjoint(BESIDE_NO_CACHE)
+
+
+def lies_in_cache(spec: AttentionSpec) -> bool:
+    """Keys stand, or lie, where no kernel but one for caches finds them."""
+    return "cache" in spec.needs or "pages" in spec.needs
 
 
 def caches_exceeded(spec: AttentionSpec) -> list[str]:
     """A phrase for all that a package whose kernels take packed documents, or rows of a cache, cannot serve."""
-    lying = [name for name in FEATURES if name in spec.features & CACHED]
+    lying = [name for name in CACHED if name in spec.needs]
     if not lying:
         return positions_lost(spec)
     reasons, said = [], " and ".join(lying)
     if "key_lengths" not in spec.features:
         reasons.append(f"{said} without key_lengths (a kernel for caches wants the lengths of rows)")
-    apart = [name for name in FEATURES if name in spec.features & BESIDE_NO_CACHE]
+    apart = [name for name in BESIDE_NO_CACHE if name in spec.needs]
     if apart:
         reasons.append(f"{said} beside {', '.join(apart)} (a kernel for caches runs forward, over whole rows)")
     positions = spec.positions

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ...host.torch_state import surely
 from ...problem.spec import AttentionSpec
-from ..rewrites.caches import CACHED, caches_exceeded, page_table
+from ..rewrites.caches import CACHED, caches_exceeded, lies_in_cache, page_table
 from ..rewrites.grouped import MOST_FOLDED_QUERIES, fold, folds, unfold
 from .packed import runs_packed, takes_packed
 
@@ -44,7 +44,7 @@ def readable_cache(spec: AttentionSpec) -> bool:
         return False
     if not takes_packed(spec.dtype, spec.head_dim) or 0 in (spec.batch, spec.seqlen_q, spec.seqlen_k):
         return False
-    if CACHED.isdisjoint(spec.needs) and not surely(spec.seqlen_q <= MOST_FOLDED_QUERIES):
+    if not lies_in_cache(spec) and not surely(spec.seqlen_q <= MOST_FOLDED_QUERIES):
         return False  # padding, which is packed
     # beyond it a bound of a window turns unbounded inside the kernel (flash-attention#895)
     if caches_exceeded(spec) or (spec.window is not None and not surely(spec.seqlen_q <= spec.seqlen_k)):
@@ -68,7 +68,7 @@ def folded(spec: AttentionSpec) -> bool:
 
 def masks_dear_keys(spec: AttentionSpec) -> bool:
     """A mask would hide keys of a cache from few queries, and all of them would be read."""
-    if not CACHED.isdisjoint(spec.needs):
+    if lies_in_cache(spec):
         return True
     few = "key_lengths" in spec.needs and not spec.needs_grad and surely(spec.seqlen_q <= MOST_FOLDED_QUERIES)
     return few and surely(spec.batch * spec.seqlen_k * spec.heads_kv * spec.head_dim >= DEAR_KEYS)
