@@ -13,10 +13,11 @@ import torch
 from conftest import fewer
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from test_ranking import on, on_cuda, problem, willing
+from test_ranking import answering, nothing, on, on_cuda, problem, willing
 from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
 
-from flashmha import AttentionSpec, Dense, KeyLengths, KeyPadding, Window, causal
+from flashmha import AttentionSpec, Dense, KeyLengths, KeyPadding, Window, attention, causal
 from flashmha.backends import choose, explain, order
 from flashmha.backends.choice import builtin
 from flashmha.backends.choice.ranking import DECODE_QUERIES, is_step
@@ -59,7 +60,8 @@ class Anywhere(SplitKV):
         self.cut = cut
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> Any:
-        out, lse = attend_split(q, k, v, SplitProblem.of(spec), self.cut)
+        told = SplitProblem.of(spec)
+        out, lse = attend(q, k, v, told) if self.cut is None else attend_split(q, k, v, told, self.cut)
         return (out, lse) if spec.need_lse else out
 
 
@@ -188,6 +190,26 @@ def test_the_operator_is_what_compilers_are_told(machine: torch.device, data: st
         torch.ops.flashmha.split_kv.default, (*heads, *told), test_utils=("test_schema", "test_faketensor")
     )
     assert same(torch.ops.flashmha.split_kv(*heads, *told), attend(*heads, told))
+
+
+@pytest.mark.parametrize("window", (None, 3))
+def test_a_compiled_step_is_the_eager_one_and_compiled_once(machine: torch.device, window: int | None) -> None:
+    """Whatever the lengths and the positions are: they are tensors."""
+    q, k, v = (torch.randn(2, n, heads, 16, device=machine) for n, heads in ((3, 4), (40, 2), (40, 2)))
+    kernels = CompileCounterWithBackend("aot_eager")
+
+    def attend_to(lengths: Tensor) -> Tensor:
+        at = lengths[:, None] - 3 + torch.arange(3, device=machine)
+        mask = Window(window, 0) & Positions(at, at_end=True) & KeyLengths(lengths)
+        made: Tensor = attention(q, k, v, mask=mask, backend="split_kv")
+        return made
+
+    with instead(answering(Anywhere, why_not_here=nothing)), torch.no_grad():
+        compiled = torch.compile(attend_to, backend=kernels, fullgraph=True)
+        for ends in ([3, 40], [17, 4], [40, 39]):
+            lengths = torch.tensor(ends, device=machine)
+            assert torch.equal(compiled(lengths), attend_to(lengths))
+    assert kernels.frame_count == 1
 
 
 @pytest.mark.gpu
