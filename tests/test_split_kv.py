@@ -37,6 +37,7 @@ from flashmha.backends.split_kv.tilings import (
 )
 from flashmha.host.kernels import H200, Processors
 from flashmha.problem.cached import Positions
+from flashmha.problem.masks import join_masks
 from flashmha.problem.scores import ALiBi
 from flashmha.testing import assert_agrees, seeds, specs, tensors
 from flashmha.testing.grid import KERNELS_OF_STEPS, drawn
@@ -200,7 +201,7 @@ def test_a_compiled_step_is_the_eager_one_and_compiled_once(machine: torch.devic
 
     def attend_to(lengths: Tensor) -> Tensor:
         at = lengths[:, None] - 3 + torch.arange(3, device=machine)
-        mask = Window(window, 0) & Positions(at, at_end=True) & KeyLengths(lengths)
+        mask = join_masks(Window(window, 0), Positions(at, at_end=True), KeyLengths(lengths))
         made: Tensor = attention(q, k, v, mask=mask, backend="split_kv")
         return made
 
