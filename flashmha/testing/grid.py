@@ -180,6 +180,8 @@ KERNELS_OF_STEPS = (
     kernel_of_steps(mask=("causal",), group=8, dtype=FLOAT32, head_dim=40),
     kernel_of_steps(mask=("key_lengths", "window", "cache"), head_dim=256, sinks=True, softcap=20.0, bias="alibi"),
     kernel_of_steps(dtype=FLOAT16, head_dim=24),
+    kernel_of_steps(mask=("step", "causal"), page_size=64, group=4, head_dim=128),
+    kernel_of_steps(mask=("key_lengths",), page_size=12, sinks=True),
 )
 """For a backend that compiles for kinds of problems with few queries."""
 
