@@ -30,7 +30,12 @@ FEW_COMPILED = {
 }
 """Cases that have time for what ``torch.compile`` makes, which takes ten seconds and more each."""
 
-WAYS = {"layer": ("compiled", "graph"), "core": ("compiled",), "encoder": ("compiled", "reduced"), "decoder": ("graph",)}
+WAYS = {
+    "layer": ("compiled", "graph"),
+    "core": ("compiled",),
+    "encoder": ("compiled", "reduced"),
+    "decoder": ("graph",),
+}
 """The ways beside eager that contestants of a level run."""
 
 GRAPHED = ("small/layer/*", "generate/decoder/*")

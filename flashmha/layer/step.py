@@ -180,7 +180,7 @@ class Step:
 
 
 def attend_alone(layer: Layer, query: Tensor, key: Tensor, value: Tensor, cache: object) -> Tensor | None:
-    """The output of one layer beside no mask; ``None`` where ``forward`` has to look closer, and nothing has changed."""
+    """The output of one layer beside no mask; ``None`` where ``forward`` has to look closer, and nothing is changed."""
     if is_compiling() or type(query) is not Tensor or key is not value:
         return None
     step = Step(query)
