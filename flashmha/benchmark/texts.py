@@ -25,8 +25,8 @@ TEXT_LEGEND = (
     "the text again for each token, of which it computes one in each fifth part; what the others take lies between. "
     "*torch's best way*: how many times faster than the fastest of SDPA (with `enable_gqa` for groups), SDPA on folded "
     "groups, and two products of matrices with a softmax, on keys that lie as a cache's. In brackets the target: at "
-    f"least {TARGETS['hand']} of by hand, {TARGETS['stock']:.0f} times stock, {TARGETS['best']} of torch's best way. LOSS: "
-    "the whole interval of the rounds lies below the noise."
+    f"least {TARGETS['hand']} of by hand, {TARGETS['stock']:.0f} times stock, {TARGETS['best']} of torch's best way. "
+    "LOSS: the whole interval of the rounds lies below the noise."
 )
 
 
