@@ -19,9 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from flashmha.backends import FEATURES, Backend, get, names, origin
-from flashmha.benchmark import costs, texts
 from flashmha.benchmark.cases import Case
-from flashmha.benchmark.costs import COST_LEGEND, cost_table
+from flashmha.benchmark.costs import COST_LEGEND, SUITE, cost_table
 from flashmha.benchmark.peers import HEADLINES
 from flashmha.benchmark.report import (
     ENCODER_LEGEND,
@@ -102,9 +101,9 @@ Pair = tuple[str, str] | None
 def figures(run: Run) -> str:
     """The headline cases of a run, every case of attention alone, and what is said of them all."""
     suites = {case["case"]["suite"] for case in run["cases"]}
-    if suites == {costs.SUITE}:
+    if suites == {SUITE}:
         return suite_figures(run, cost_table, COST_LEGEND)
-    if suites == {texts.SUITE}:
+    if suites == {"generate"}:
         return suite_figures(run, text_table, TEXT_LEGEND)
     parts = []
     if "layer" in levels(run):

@@ -16,7 +16,7 @@ from .cases import Case
 from .inputs import Inputs, stock_module
 from .peers import Contestant
 
-WARMUP = 3
+STEPS_FIRST = 3
 """Steps before one is captured: libraries take their memory in the first ones."""
 
 
@@ -58,7 +58,7 @@ class StepByStep(Writer):
         held, side = self.tokens[:, :1].clone(), torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
-            for _ in range(WARMUP):
+            for _ in range(STEPS_FIRST):
                 self.run(held)
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
@@ -147,7 +147,7 @@ class HandWriter(StepByStep):
         self.held = [(like.new_zeros(shape), like.new_zeros(shape)) for _ in self.layers]
         empty = like.new_zeros(case.batch, case.heads, case.seqlen_k, case.head_dim)
         self.memories = [(empty.clone(), empty.clone()) for _ in self.layers]
-        self.crossing = [split_rows(layer.multihead_attn, like.shape[2]) for layer in self.layers]
+        self.crossing = [split_crossing(layer.multihead_attn, like.shape[2]) for layer in self.layers]
         self.nbytes = sum(x.nbytes for pairs in (self.held, self.memories) for pair in pairs for x in pair)
 
     def begin(self) -> None:
@@ -165,7 +165,7 @@ class HandWriter(StepByStep):
                 held.copy_(made)
 
     def run(self, x: Tensor) -> Tensor:
-        if self.place == 0 and not (x.is_cuda and torch.cuda.is_current_stream_capturing()):
+        if self.place == 0:
             self.project_memory()
         end = self.place + 1
         mask = (self.slots <= self.where).view(1, 1, 1, -1) if self.counts_on_device else None
@@ -243,7 +243,7 @@ class HandDecoder(StockDecoder):
         return writer
 
 
-def split_rows(layer: Any, rows: int) -> tuple[Tensor, ...]:
+def split_crossing(layer: Any, rows: int) -> tuple[Tensor, ...]:
     """Weight and bias of a cross-attention's queries, and of its keys and values."""
     weight, bias = layer.in_proj_weight, layer.in_proj_bias
     return weight[:rows], bias[:rows], weight[rows:], bias[rows:]

@@ -10,8 +10,6 @@ from .report import HOW_WORDS, TextTable, ratio_and_loss, without_empty_columns
 from .run_file import Run
 from .verdicts import TARGET_WORDS, best_peer, middle, verdict
 
-SUITE = "generate"
-
 TARGETS = {"hand": 0.97, "stock": 20.0, "best": 0.9}
 """The least that a ratio may be: to the static cache by hand, to stock, and of one query to torch's best way."""
 
@@ -34,7 +32,7 @@ def text_table(run: Run, name_of: Callable[[dict[str, Any]], str] = lambda case:
     """One row for each way that ours ran each case of the suite."""
     rows: list[Sequence[str]] = []
     for case in run["cases"]:
-        if case["case"]["suite"] != SUITE:
+        if case["case"]["suite"] != "generate":
             continue
         ours = [one for one in HEADLINES if one in case["contestants"] and HEADLINES[one][0] == case["case"]["level"]]
         write = text_row if case["case"]["level"] == "decoder" else query_row

@@ -28,10 +28,12 @@ TEXTS, SURE = 3, 20.0
 ROWS = 2
 """Rows of the batch that are compared with the definition."""
 
-Told = dict[str, Any]
+WriterRow = dict[str, Any]
 
 
-def write_in_turns(case: Case, taking_part: Sequence[Contestant], device: torch.device, seed: int) -> dict[str, Told]:
+def write_in_turns(
+    case: Case, taking_part: Sequence[Contestant], device: torch.device, seed: int
+) -> dict[str, WriterRow]:
     """What is to be reported of every contestant: ``seconds`` of a token, turn by turn, and ``cache_bytes``.
 
     Every output is compared with the definition afterwards: the text that is timed is the one that is judged.
@@ -55,9 +57,9 @@ def write_in_turns(case: Case, taking_part: Sequence[Contestant], device: torch.
     return rows
 
 
-def ready(one: Contestant, inputs: Inputs) -> tuple[Writer | None, Told]:
+def ready(one: Contestant, inputs: Inputs) -> tuple[Writer | None, WriterRow]:
     """A writer that has written two tokens, so that all is compiled, and what is known of it."""
-    row: Told = {"ours": one.ours, "status": "refused"}
+    row: WriterRow = {"ours": one.ours, "status": "refused"}
     why = one.refuses(inputs.case)
     if why is not None:
         return None, {**row, "reason": why}
@@ -83,7 +85,7 @@ def ready(one: Contestant, inputs: Inputs) -> tuple[Writer | None, Told]:
     return writer, {**row, "status": "ok", "cache_bytes": writer.nbytes}
 
 
-Written = dict[str, tuple[list[int], list[Tensor]]]
+Outputs = dict[str, tuple[list[int], list[Tensor]]]
 """By contestant the places that were computed, and the first rows of their outputs."""
 
 
@@ -93,9 +95,9 @@ def write_text(
     shuffler: random.Random,
     samples: dict[str, list[float]],
     device: torch.device,
-) -> Written:
+) -> Outputs:
     """One text by each contestant, a part after the other, each time in a new order."""
-    written: Written = {name: ([], []) for name in writers}
+    written: Outputs = {name: ([], []) for name in writers}
     for writer in writers.values():
         writer.begin()
     took: dict[str, dict[int, float]] = {name: {} for name in writers}
