@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from ..host.torch_state import insist, readable
+from ..host.torch_state import insist, keep_address, readable
 from ..problem.cached import Positions
 from ..problem.masks import Mask
 from ..problem.ragged import KeyLengths, mark_private
@@ -248,14 +248,14 @@ def allocate(
     with torch.inference_mode(False):  # a cache that is made inside may be written to outside
         made = torch.zeros(rows, heads, seqlen, head_dim, device=device, dtype=dtype)
     if made.device.type == "cpu":
-        return made.transpose(1, 2)
-    return made.view(rows, seqlen, heads, head_dim)
+        return keep_address(made.transpose(1, 2))
+    return keep_address(made.view(rows, seqlen, heads, head_dim))
 
 
 def no_tokens(batch: int, device: torch.device | str | None) -> Tensor:
     """Lengths of empty rows."""
     with torch.inference_mode(False):
-        return torch.zeros(batch, dtype=torch.int32, device=device)
+        return keep_address(torch.zeros(batch, dtype=torch.int32, device=device))
 
 
 def first_real(real: Tensor) -> Tensor:

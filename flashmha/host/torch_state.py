@@ -149,6 +149,16 @@ def is_dual() -> bool:
     return forward_ad._current_level >= 0
 
 
+def keep_address(tensor: Tensor) -> Tensor:
+    """Say of a tensor that it stays where it is, or ``mode="reduce-overhead"`` makes no CUDA graph that writes into it.
+
+    As ``torch._dynamo.mark_static_address``, whose import takes a second: a graph is recorded anew where it moved.
+    """
+    if not is_compiling():
+        tensor._dynamo_static_input_type = "unguarded"  # type: ignore[attr-defined]
+    return tensor
+
+
 def is_stream_capturing() -> bool:
     """A CUDA graph is captured on the current stream; only where there is a CUDA device."""
     return torch.cuda.is_current_stream_capturing()
