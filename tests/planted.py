@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from flashmha import ALiBi, AttentionSpec, Dense, KeyLengths, RelativeBias, TensorBias, Window
+from flashmha import ALiBi, AttentionSpec, Dense, KeyLengths, Pages, RelativeBias, TensorBias, Window
 from flashmha.backends import get
 from flashmha.backends.naive import log_sum_exp, probabilities, scores, weigh
 from flashmha.problem.masks import Mask
@@ -32,6 +32,24 @@ def with_mask(spec: AttentionSpec, change: Callable[[Mask], Mask | None]) -> Att
     parts = [change(part) for part in spec.mask.parts] if spec.mask is not None else []
     kept = [part for part in parts if part is not None]
     return dataclasses.replace(spec, mask=functools.reduce(lambda one, two: one & two, kept) if kept else None)
+
+
+def with_pages(change: Callable[[Pages], Pages]) -> Bug:
+    """Keys in other pages."""
+    bug = asked(lambda spec: with_mask(spec, lambda part: change(part) if isinstance(part, Pages) else part))
+    bug.in_pages = True  # type: ignore[attr-defined]
+    return bug
+
+
+def pages_of_the_first_row(pages: Pages) -> Pages:
+    return Pages(pages.block_table[:1].expand_as(pages.block_table), pages.page_size)
+
+
+def pages_in_order(pages: Pages) -> Pages:
+    """Rows lie one after another in the pool."""
+    table = pages.block_table
+    some = torch.arange(table.numel(), dtype=torch.int32).view(table.shape)
+    return Pages(torch.minimum(some, table.max()) if table.numel() else table, pages.page_size)
 
 
 def with_bias(change: Callable[[Bias, AttentionSpec], Bias]) -> Bug:
@@ -346,6 +364,8 @@ PLANTED: dict[str, Bug] = {
     "no mask beyond 64 keys": hidden_tables(open_beyond(0, BLOCK)),
     "no mask beyond 128 keys": hidden_tables(open_beyond(0, 2 * BLOCK)),
     "the last tile of keys dropped": hidden_tables(without_the_last_tile),
+    "pages of the first row in all": with_pages(pages_of_the_first_row),
+    "pages in the order of the pool": with_pages(pages_in_order),
     "lengths of whole tiles one tile short": asked(lambda spec: with_mask(spec, lengths_of_whole_tiles)),
     "windows beyond a tile unbounded": asked(lambda spec: with_mask(spec, window_of_tiles)),
     "softcap forgotten at large scores": softcap_forgotten_at_large_scores,

@@ -193,7 +193,7 @@ def test_the_definition_is_the_textbook_written_with_loops(spec: AttentionSpec, 
             for i in range(spec.seqlen_q):
                 scores = {}
                 for j in range(spec.seqlen_k):
-                    score = spec.scale * float(q[b, i, h] @ k[b, j, kv])
+                    score = spec.scale * float(q[b, i, h] @ k[(*place(spec, b, j), kv)])
                     if spec.softcap is not None:
                         score = spec.softcap * math.tanh(score / spec.softcap)
                     score += 0.0 if bias is None else float(bias[b, h, i, j])
@@ -203,8 +203,16 @@ def test_the_definition_is_the_textbook_written_with_loops(spec: AttentionSpec, 
                 top = max((*scores.values(), sink))
                 total = sum(math.exp(score - top) for score in (*scores.values(), sink) if score > -math.inf)
                 for j, score in scores.items():
-                    out[b, i, h] += math.exp(score - top) / total * v[b, j, kv]
+                    out[b, i, h] += math.exp(score - top) / total * v[(*place(spec, b, j), kv)]
     torch.testing.assert_close(spec_64.named["out"], out, atol=1e-9, rtol=1e-9)
+
+
+def place(spec: AttentionSpec, row: int, slot: int) -> tuple[int, int]:
+    """Where in k and v the key in a slot of a row lies."""
+    if spec.pages is None:
+        return row, slot
+    size = spec.pages.page_size
+    return int(spec.pages.block_table[row, slot // size]), slot % size
 
 
 def dropping(name: str, device: torch.device, seed: int, learning: bool = False) -> tuple[torch.Tensor, ...]:

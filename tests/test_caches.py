@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import pytest
 import torch
 from conftest import fewer
-from hypothesis import given, settings
+from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
@@ -22,10 +23,12 @@ from flashmha import (
     FlashMultiHeadAttention,
     KeyLengths,
     KeyPadding,
+    Mask,
     MemoryCache,
     NoBackendError,
     PagedCache,
     PagePool,
+    Pages,
     Positions,
     RelativePositionBias,
     RingCache,
@@ -37,6 +40,8 @@ from flashmha import (
     attention,
     causal,
 )
+from flashmha.backends import Backend, get, unregister
+from flashmha.problem.spec import AttentionSpec
 from flashmha.testing import assert_same, noise, randomized, seeds
 
 WIDTH, LONGEST, CHUNK = 12, 9, 4
@@ -460,6 +465,76 @@ def test_over_booking_is_an_error_and_changes_nothing(problem: Drawn, pages: int
     assert cache.get_seq_length().tolist() == [room] * problem.batch
 
 
+class Unseen(PagedCache):
+    """A cache whose lengths the host does not look at, as on a GPU."""
+
+    def held(self) -> list[int] | None:
+        return None
+
+
+class Reader(Backend):
+    """A backend that reads keys where they lie, and notes what it was given."""
+
+    name = "reader"
+    limits = dataclasses.replace(get("naive").limits, aten=False)
+    given: ClassVar[list[tuple[Tensor, AttentionSpec]]] = []
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> Any:
+        self.given.append((k, spec))
+        return get("naive")(q, k, v, spec)
+
+
+class Rows(Reader):
+    """A backend of keys in rows."""
+
+    name = "rows"
+    limits = dataclasses.replace(Reader.limits, features=Reader.limits.features - {"pages"})
+
+
+@pytest.fixture
+def readers() -> Any:
+    for kind in (Reader, Rows):
+        flashmha.register(kind, before="sdpa")
+        kind.given = []
+    yield
+    for kind in (Reader, Rows):
+        unregister(kind.name)
+
+
+@pytest.mark.usefixtures("readers")
+@given(problem=drawn(kinds=("paged",)), named=st.sampled_from((None, "reader", "rows", "naive")))
+def test_pages_go_to_a_backend_that_reads_them_and_rows_to_others(problem: Drawn, named: Any) -> None:
+    """Whichever is named, or chosen; and to no call that wants every slot, or more keys behind them."""
+    layer, x = problem.build(), problem.tokens()
+    sizes = layer.num_kv_heads, WIDTH // layer.num_heads
+    cache = Unseen(PagePool(20 * problem.batch, 3, *sizes, dtype=torch.float64), problem.batch, 2 * LONGEST)
+    Reader.given, Rows.given = [], []
+    more = {} if named is None else {"backend": named}
+    made = in_pieces(layer, x, cache, problem.pieces, lambda at: more)
+    assert_same(made, whole(layer, x))
+    if problem.weights:
+        return
+    there = named in (None, "reader") and not layer.add_zero_attn
+    for k, spec in Reader.given[: len(problem.pieces)] if there else ():
+        assert k is cache.pool.k and spec.pages is not None and spec.seqlen_k == cache.capacity
+    assert len(Reader.given) >= len(problem.pieces) * there
+    assert all(k is not cache.pool.k and spec.pages is None for k, spec in Rows.given)
+    said = flashmha.explain(layer, x[:, :1], x[:, :1], x[:, :1], cache=cache, **more)
+    assert said.chosen == (named or "reader")
+
+
+@settings(max_examples=4, phases=(Phase.explicit, Phase.generate))  # to shrink would compile for minutes
+@given(problem=drawn(kinds=("paged",), plain=True))
+def test_a_compiled_step_reads_pages(problem: Drawn) -> None:
+    torch.compiler.reset()
+    layer, x = problem._replace(weights=False).build(), problem.tokens()
+    cache = problem.cache(layer)
+    cache.reserve(problem.seqlen)
+    step = torch.compile(lambda x: whole(layer, x, cache=cache), backend="eager", fullgraph=True)
+    made = torch.cat([step(x[:, at]) for at in problem.pieces], dim=1)
+    assert_same(made, whole(layer, x))
+
+
 # A memory
 
 
@@ -525,6 +600,13 @@ class ByPlace(nn.Module):
 
 def memory(**more: Any) -> MemoryCache:
     return MemoryCache(2, 2, 4, **more)
+
+
+def paged(table: list[list[int]], mask: Mask | None = None, page_size: int = 4) -> Any:
+    """Attention over pages of a pool of three."""
+    q, pool = noise(0, 1, 1, 2, 4), noise(1, 3, 4, 2, 4)
+    pages = Pages(torch.tensor(table, dtype=torch.int32), page_size)
+    return attention(q, pool, pool, mask=pages if mask is None else pages & mask)
 
 
 REFUSED: dict[str, tuple[str, Callable[[], Any]]] = {
@@ -593,6 +675,16 @@ REFUSED: dict[str, tuple[str, Callable[[], Any]]] = {
     "no size": ("max_seqlen must be a whole number", lambda: StaticCache(2, 0, 2, 4)),
     "half a token": ("length must be an int", lambda: static().crop(1.5)),  # type: ignore[arg-type]
     "rows of another number": ("rows must be integers", lambda: static().reorder(torch.tensor([0]))),
+    "a table of other numbers": ("block_table must be an int32 tensor", lambda: Pages(torch.zeros(2, 2), 4)),
+    "pages of nothing": ("page_size must be a whole number", lambda: Pages(torch.zeros(2, 2, dtype=torch.int32), 0)),
+    "pages beyond the pool": ("block_table must name pages between 0 and 2, got", lambda: paged([[0, 3]])),
+    "a page before the pool": ("block_table must name pages between 0 and 2, got", lambda: paged([[-1, 0]])),
+    "pages of other rows": ("block_table must have shape .batch, pages. = .1, seqlen_k", lambda: paged([[0], [1]])),
+    "pages of another size": ("k and v must be pools .pages, page_size=5, ", lambda: paged([[0]], page_size=5)),
+    "two tables of pages": (
+        "a mask must hold at most one table of pages",
+        lambda: paged([[0]], Pages(torch.zeros(1, 1, dtype=torch.int32), 4)),
+    ),
     "two rules of places": (
         "a mask must hold at most one rule of where tokens stand",
         lambda: Positions(torch.zeros(1, 2, dtype=torch.int64)) & Documents(torch.tensor([0, 2])),

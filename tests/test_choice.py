@@ -188,7 +188,7 @@ def test_a_family_is_a_name_that_no_backend_has(family: Any) -> None:
     assert names() == BUILT_IN
 
 
-@pytest.mark.parametrize("question", ("builds_mask", "runs_packed", "kernel_key"))
+@pytest.mark.parametrize("question", ("builds_mask", "reads_pages", "runs_packed", "kernel_key"))
 @pytest.mark.parametrize("answer", (KeyError("gpu"), SystemExit(3), "a text", [1]), ids=repr)
 def test_a_question_without_a_reason_has_an_answer_whatever_happens(question: str, answer: Any) -> None:
     def say(self: Backend, *about: Any) -> Any:
@@ -201,7 +201,7 @@ def test_a_question_without_a_reason_has_an_answer_whatever_happens(question: st
     try:
         spec = AttentionSpec(1, 3, 3, 2, 2, 4, 4)
         assert order(spec)[0] == "mine" == choose(spec).name
-        asked = {"builds_mask": (spec,), "kernel_key": (spec,), "runs_packed": (torch.float16, 64, CUDA)}[question]
+        asked = (torch.float16, 64, CUDA) if question == "runs_packed" else (spec,)
         found = getattr(get("mine"), question)(*asked)
         assert found == (spec.outline if question == "kernel_key" else False) or found == answer != [1]
     finally:

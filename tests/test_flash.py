@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import re
 from collections.abc import Callable
 from typing import Any
 from unittest import mock
@@ -13,16 +14,19 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from flashmha import AttentionSpec, Documents, KeyLengths, KeyPadding, Mask, Window, causal
+from flashmha import AttentionSpec, Documents, KeyLengths, KeyPadding, Mask, Pages, Positions, Window, causal
 from flashmha.backends import get
-from flashmha.backends.flash_attn.flash2 import Flash2
+from flashmha.backends.flash_attn.flash2 import Flash2, waits_beside_pages
 from flashmha.backends.flash_attn.flash3 import Flash3
 from flashmha.backends.flash_attn.package import FlashAttn
 from flashmha.backends.flash_attn.windows import normal_lse
 from flashmha.backends.limits import HALF
+from flashmha.backends.rewrites.caches import CACHED
 from flashmha.backends.rewrites.grouped import MOST_FOLDED_QUERIES
+from flashmha.backends.sdpa import caches
 from flashmha.backends.sdpa import packed as varlen
 from flashmha.backends.sdpa.backend import Sdpa
+from flashmha.problem.masks import join_masks
 from flashmha.testing import assert_agrees, noise, seeds, specs
 
 pytestmark = pytest.mark.cpu("pretends the kernels")
@@ -143,6 +147,9 @@ def cache(empty: float) -> Callable[..., Any]:
         k_cache: Tensor,
         v_cache: Tensor,
         cache_seqlens: Tensor,
+        block_table: Tensor | None = None,
+        page_table: Tensor | None = None,
+        alibi_slopes: Tensor | None = None,
         softmax_scale: float | None = None,
         causal: bool = False,
         window_size: tuple[int, int] = (-1, -1),
@@ -152,6 +159,12 @@ def cache(empty: float) -> Callable[..., Any]:
     ) -> Any:
         assert cache_seqlens.dtype == torch.int32 and k_cache.stride(-1) == v_cache.stride(-1) == 1
         told = {"softmax_scale": softmax_scale, "softcap": softcap, "seqused_k": cache_seqlens}
+        told["alibi_slopes"] = alibi_slopes
+        table = block_table if page_table is None else page_table
+        if table is not None:
+            assert table.dtype == torch.int32 and table.stride(-1) == 1
+            assert block_table is None or not k_cache.shape[1] % 256
+            k_cache, v_cache = k_cache[table].flatten(1, 2), v_cache[table].flatten(1, 2)
         with torch.no_grad():
             out, lse = attend(q, k_cache, v_cache, empty, **told, **bounds(causal, window_size))
         return (out, lse) if return_softmax_lse else out
@@ -206,7 +219,8 @@ both = pytest.mark.parametrize("kind", (Pretended2, Pretended3))
 def test_the_package_is_told_the_whole_problem(
     kind: type[FlashAttn], data: st.DataObject, caching: bool, seed: int
 ) -> None:
-    assert_agrees(pretended(kind, caching), data.draw(specs(limits=kind.limits, head_dims=(8, 16))), seed)
+    limits = kind.limits if caching else dataclasses.replace(kind.limits, features=kind.limits.features - {*CACHED})
+    assert_agrees(pretended(kind, caching), data.draw(specs(limits=limits, head_dims=(8, 16))), seed)
 
 
 @both
@@ -223,7 +237,7 @@ def test_a_window_means_the_same_in_documents_of_more_queries_than_keys(
 
 def padded(kind: type[FlashAttn]) -> st.SearchStrategy[AttentionSpec]:
     """Problems with padding that a backend serves."""
-    positions = {"causal", "window", "documents", "alibi"}
+    positions = {"causal", "window", "documents", "alibi", *CACHED}
     alone = dataclasses.replace(kind.limits, features=kind.limits.features - positions)
     return specs(limits=alone, head_dims=(8, 16), longest=17).filter(lambda spec: spec.mask is not None)
 
@@ -281,6 +295,61 @@ def test_documents_are_packed_for_the_kernel_inside_torch(data: st.DataObject, s
         assert_agrees(PretendedSdpa(), spec, seed)
 
 
+class PretendedReader(Sdpa):
+    """``sdpa`` on a CPU, where rows of a cache go to the flash-attn 2 inside torch, which is given."""
+
+    name = "pretended reader"
+    limits = dataclasses.replace(
+        Sdpa.limits,
+        devices=("cpu",),
+        dtypes=HALF,
+        features=caches.BESIDE_LENGTHS,
+        head_dim_step=8,
+        page_step=caches.PAGE_STEP,
+        seqlen_min=1,
+        batch_min=1,
+    )
+
+    def why_not(self, spec: AttentionSpec) -> str | None:
+        return super().why_not(spec) or (None if caches.readable_cache(spec) else "not read where it lies")
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> Tensor:
+        return caches.attend_to_lengths(q, k, v, spec)
+
+
+@given(data=st.data(), seed=seeds())
+def test_rows_of_a_cache_are_read_where_they_lie_by_the_kernel_inside_torch(data: st.DataObject, seed: int) -> None:
+    def kernel(q: Tensor, k: Tensor, v: Tensor, *told: Any, scale: float, **more: Any) -> Any:
+        starts, ends, longest_q, longest_k, dropout_p, is_causal, _ = told
+        lengths, table = more["seqused_k"], more.get("block_table")
+        batch, rows = len(lengths), q.shape[0] // len(lengths)
+        assert dropout_p == 0.0 and rows == longest_q and starts.tolist() == [n * rows for n in range(batch + 1)]
+        assert ends.tolist() == [n * longest_k for n in range(batch + 1)] and lengths.dtype == torch.int32
+        assert all(x.dtype == torch.int32 and x.is_contiguous() for x in (starts, ends))
+        if table is not None:
+            assert k.shape[1] % 256 == 0 and more["num_splits"] == 1  # pytorch#194167
+        keys = [x.view(batch, longest_k, *x.shape[1:]) if table is None else x[table].flatten(1, 2) for x in (k, v)]
+        window = more["window_size_left"], more["window_size_right"]
+        left, right = (-1 if bound >= longest_k else bound for bound in window)  # flash-attention#895
+        right = longest_k if left >= 0 > right else right
+        told_of = {"softmax_scale": scale, "softcap": 0.0, "seqused_k": lengths, **bounds(is_causal, (left, right))}
+        return (attend(q.view(batch, rows, *q.shape[1:]), *keys, math.inf, **told_of)[0].flatten(0, 1),)
+
+    spec = data.draw(specs(limits=PretendedReader.limits, head_dims=(8, 16)))
+    seen = st.sampled_from((None, causal(), Window(2, 0), Window(3, 1), Window(1, None)))
+    rule = data.draw(seen) if spec.seqlen_q <= spec.seqlen_k else None
+    lengths = (noise(seed, spec.batch).abs() * spec.seqlen_k).long().clamp(max=spec.seqlen_k)
+    places = Positions(lengths[:, None] - spec.seqlen_q + torch.arange(spec.seqlen_q), at_end=True)
+    pages = spec.pages if caches.takes().issuperset(("block_table", "num_splits")) else None  # not in every torch
+    mask = join_masks(KeyLengths(lengths), places, rule, pages)
+    heads = {"heads": spec.heads * 64, "heads_kv": spec.heads_kv * 64}  # as many as fill a GPU
+    alone = spec.seqlen_q == 1 and spec.heads != spec.heads_kv and pages is None and rule is None
+    spec = dataclasses.replace(spec, mask=mask, **({} if alone and data.draw(st.booleans()) else heads))
+    assert caches.readable_cache(spec)
+    with mock.patch.object(torch.ops.aten, "_flash_attention_forward", kernel):
+        assert_agrees(PretendedReader(), spec, seed)
+
+
 def whole_documents(total: int) -> Documents:
     """Two documents that hold every token."""
     return Documents(torch.tensor([0, total // 2, total], dtype=torch.int32), total=total)
@@ -293,7 +362,8 @@ def test_documents_are_prepared_once_for_the_kernel_inside_torch(data: st.DataOb
         return (two(q, k, v, *offsets, dropout_p=dropout_p, softmax_scale=scale, causal=is_causal),)
 
     spec = data.draw(specs(limits=PretendedSdpa.limits, head_dims=(8, 16), longest=17))
-    mask = data.draw(st.sampled_from((whole_documents(spec.seqlen_q), KeyLengths(torch.arange(spec.batch)))))
+    lengths = KeyLengths(torch.arange(spec.batch).clamp(max=spec.seqlen_q))
+    mask = data.draw(st.sampled_from((whole_documents(spec.seqlen_q), lengths)))
     batch = 1 if isinstance(mask, Documents) else spec.batch
     assume(batch)  # else there is nothing to pack
     spec = dataclasses.replace(spec, mask=mask, batch=batch, seqlen_k=spec.seqlen_q)
@@ -381,6 +451,101 @@ def test_compilers_see_padding_as_one_graph_with_the_same_numbers(
     torch.testing.assert_close(eager, compiled)
     grads = [torch.autograd.grad(out.float().square().sum(), (q, k)) for out in (eager, compiled)]
     torch.testing.assert_close(*grads)
+
+
+STEPS = {"keys in rows": None, "keys in pages": torch.tensor([[2], [0]], dtype=torch.int32)}
+SEEN = {"all": None, "causal": causal(), "window": Window(2, 0)}
+
+
+def step_over_cache(where: str, seen: str, seqlen_q: int) -> tuple[Tensor, Mask]:
+    """Keys in a cache, and what a step sees of them."""
+    table, rule = STEPS[where], SEEN[seen]
+    lengths = torch.tensor([9, 255])
+    mask = KeyLengths(lengths) & Positions(lengths[:, None] - seqlen_q + torch.arange(seqlen_q), at_end=True)
+    mask = mask if rule is None else mask & rule
+    k = noise(1, 2 if table is None else 3, 256, 2, 8, dtype=torch.bfloat16)
+    return k, mask if table is None else mask & Pages(table, 256)
+
+
+@both
+@pytest.mark.parametrize("where", STEPS)
+@pytest.mark.parametrize("seen", SEEN)
+@pytest.mark.parametrize("seqlen_q", (1, 4))
+def test_a_compiled_step_reads_a_cache_where_it_lies(
+    kind: type[FlashAttn], where: str, seen: str, seqlen_q: int
+) -> None:
+    """As one graph with the same numbers, by the function for caches and no other."""
+    backend, calls = pretended(kind), []
+    known = backend.cached
+    assert known is not None
+
+    def cached(q: Tensor, k: Tensor, *rest: Any, **told: Any) -> Any:
+        calls.append(k.data_ptr())
+        return known(q, k, *rest, **told)
+
+    if kind is Pretended2:  # the other package's function is an operator itself
+        backend.cached = cached
+    k, mask = step_over_cache(where, seen, seqlen_q)
+    q = noise(0, 2, seqlen_q, 4, 8, dtype=torch.bfloat16)
+
+    def run(q: Tensor, k: Tensor) -> Any:
+        return backend(q, k, k, AttentionSpec.of(q, k, k, mask=mask, need_lse=True))
+
+    torch.compiler.reset()
+    eager, compiled = run(q, k), torch.compile(run, fullgraph=True, backend="aot_eager")(q, k)
+    for one, other in zip(eager, compiled):
+        torch.testing.assert_close(one, other)
+    assert calls == [k.data_ptr()] * len(calls) and len(calls) == 2 * (kind is Pretended2)
+
+
+@given(
+    version=st.tuples(st.integers(0, 4), st.integers(0, 12), st.integers(0, 12)), end=st.sampled_from(("", ".post1"))
+)
+def test_releases_that_wait_beside_pages_are_those_behind_one(version: tuple[int, int, int], end: str) -> None:
+    assert waits_beside_pages(".".join(map(str, version)) + end) == (version > (2, 8, 3))
+
+
+NEEDED: dict[str, tuple[dict[str, Any], str]] = {
+    "pages of another size": ({"page_size": 128}, "page_size=128 .a multiple of 256."),
+    "no lengths": ({"lengths": False}, "pages without key_lengths"),
+    "no positions": ({"positions": False, "rule": Window(2, 0)}, "pages beside window without Positions"),
+    "positions anywhere": ({"at_end": False}, "Positions anywhere"),
+    "a ring": ({"ring": True}, "Positions anywhere"),
+    "heads of no multiple": ({"head_dim": 12}, "pages of head_dim=12"),
+    "a gradient": ({"needs_grad": True}, "cache and pages beside backward"),
+    "padding": ({"rule": KeyPadding(torch.ones(2, 256, dtype=torch.bool))}, "cache and pages beside key_padding"),
+    "nothing": ({}, ""),
+    "causality": ({"rule": causal()}, ""),
+    "a window": ({"rule": Window(3, 0)}, ""),
+}
+
+
+@pytest.mark.parametrize("name", NEEDED)
+def test_flash2_says_which_cache_it_cannot_read(name: str) -> None:
+    told, said = NEEDED[name]
+    size, head_dim = told.get("page_size", 256), told.get("head_dim", 8)
+    mask: Mask = Pages(torch.zeros(2, 256 // size, dtype=torch.int32), size)
+    if told.get("lengths", True):
+        mask = mask & KeyLengths(torch.tensor([3, 256]))
+    if told.get("positions", True):
+        keys = torch.zeros(2, 256, dtype=torch.int32) if told.get("ring") else None
+        mask = mask & Positions(torch.tensor([[2], [255]]), keys, at_end=told.get("at_end", True))
+    mask = mask & told["rule"] if "rule" in told else mask
+    sizes = (2, 1, 256, 2, 2, head_dim, head_dim)
+    spec = AttentionSpec(
+        *sizes, torch.bfloat16, torch.device("cuda"), mask=mask, needs_grad=told.get("needs_grad", False)
+    )
+    why = Flash2().why_not(spec)
+    assert (why is None) if not said else (why is not None and re.search(said, why)), why
+    assert Flash3().why_not(spec) is None or name not in ("pages of another size", "nothing", "causality", "a window")
+
+
+@both
+def test_a_package_without_a_function_for_caches_says_so(kind: type[FlashAttn]) -> None:
+    _, mask = step_over_cache("keys in pages", "causal", 1)
+    spec = AttentionSpec(2, 1, 256, 4, 2, 8, 8, torch.bfloat16, mask=mask)
+    assert pretended(kind, True).why_no_cache(spec) is None
+    assert "no cache, no pages" in str(pretended(kind, False).why_no_cache(spec))
 
 
 @both

@@ -22,7 +22,9 @@ class Folded(Backend):
     """The definition over folded rows."""
 
     name = "folded"
-    limits = dataclasses.replace(get("naive").limits, features=get("naive").limits.features - {"sinks", "dropout"})
+    limits = dataclasses.replace(
+        get("naive").limits, features=get("naive").limits.features - {"sinks", "dropout", "pages"}
+    )
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> Tensor | tuple[Tensor, Tensor]:
         groups = spec.heads // spec.heads_kv
@@ -44,7 +46,7 @@ class OnCuda(Backend):
     """What sdpa does on a GPU, wherever it is tried."""
 
     name = "sdpa on a GPU"
-    limits = dataclasses.replace(get("sdpa").limits, features=get("sdpa").limits.features - {"lse"})
+    limits = dataclasses.replace(get("sdpa").limits, features=get("sdpa").limits.features - {"lse", "pages"})
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> Tensor | tuple[Tensor, Tensor]:
         return attend_on_cuda(q, k, v, spec)

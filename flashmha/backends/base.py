@@ -75,16 +75,16 @@ class Backend(abc.ABC):
       and of sinks that want one. What a bias holds (slopes, a table, a tensor) wants one only with ``"bias_grad"``.
     - What it answers about a problem without tensors (no mask, bias or sinks) may be remembered while the list of
       backends, the tuned table and torch's switches stay as they are; see ``judges_by_outline`` for other problems.
-    - What a question of another package's backend raises is a reason against it (``runs_packed`` and ``builds_mask``:
-      no; ``kernel_key``: the outline). What ``prepare`` and ``__call__`` raise reaches the caller.
+    - What a question of another package's backend raises is a reason against it (``builds_mask``, ``reads_pages`` and
+      ``runs_packed``: no; ``kernel_key``: the outline). What ``prepare`` and ``__call__`` raise reaches the caller.
 
     It owes: the answer of ``naive`` within ``tolerance``; zeros (and zero gradients) in rows that may look at nothing;
     dropout wherever ``spec.dropout_p`` is not 0, which under one seed of torch's generator drops the same weights
     whatever the values are; no fallback in silence; and answers that cost nothing to ask for.
 
     **The questions**, in the order automatic choice asks them, but for ``builds_mask``, out of which that order is
-    made, and ``runs_packed``, which layers ask before it. A reason is a short phrase that carries the value and the
-    limit, such as ``head_dim=320 (at most 256)``; ``None`` means that there is none.
+    made, and ``reads_pages`` and ``runs_packed``, which layers ask. A reason is a short phrase that carries the value
+    and the limit, such as ``head_dim=320 (at most 256)``; ``None`` means that there is none.
 
     - ``why_not(spec)``: what the limits say of a problem. Extend ``limits_exceeded`` for a limit that is no number.
     - ``why_not_here(device)``: what the machine says.
@@ -92,6 +92,7 @@ class Backend(abc.ABC):
     - ``must_compile(spec)``: what a call compiles first. A short problem goes to another backend until that is worth
       it; ``kernel_key(spec)`` tells which problems share a kernel.
     - ``builds_mask(spec)``: where it is slow, so that others come before it.
+    - ``reads_pages(spec)``: whether layers hand it the pages of a cache, rather than rows copied out of them.
     - ``runs_packed(...)``: whether layers leave padding out for it.
     - ``prepare(spec)``: the call of one problem, for the layers of a model.
     """
@@ -171,6 +172,11 @@ class Backend(abc.ABC):
         """It makes a (seqlen_q, seqlen_k) mask for this problem and computes what that hides: asked behind the measured
         backends that do not."""
         return False
+
+    def reads_pages(self, spec: AttentionSpec) -> bool:
+        """It reads keys where they lie in ``Pages``, in a problem that it serves; else it copies them into rows, which
+        a layer does before, so that every backend may be chosen."""
+        return "pages" in self.limits.features
 
     def runs_packed(self, dtype: torch.dtype, head_dim: int, device: torch.device, windowed: bool = False) -> bool:
         """It runs packed tokens (``Documents``) of such heads here without a mask, beside a window too where it is

@@ -17,6 +17,7 @@ FEATURES = (
     "key_padding",
     "documents",
     "cache",
+    "pages",
     "dense_mask",
     "rule",
     "bias",
@@ -49,6 +50,7 @@ class Limits:
         head_dim: the largest head_dim, ``None`` without a limit.
         head_dim_min, head_dim_step: the smallest head_dim, and what it must be a multiple of.
         seqlen_min: the fewest queries and keys.
+        page_step: what the size of a page must be a multiple of, where keys lie in ``Pages``.
         batch_min: the fewest batch items.
         capability: the CUDA compute capabilities (major versions) it has kernels for.
         only_on: feature -> those of them it serves it on, where that is not all.
@@ -64,6 +66,7 @@ class Limits:
     head_dim_step: int = 1
     seqlen_min: int = 0
     batch_min: int = 0
+    page_step: int = 1
     capability: tuple[int, ...] | None = None
     only_on: dict[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
     aten: bool = False
@@ -72,7 +75,7 @@ class Limits:
 
     def __post_init__(self) -> None:
         bounds = (self.head_dim, self.head_dim_min, self.head_dim_step, self.seqlen_min, self.batch_min)
-        object.__setattr__(self, "sized", bounds != (None, 1, 1, 0, 0))
+        object.__setattr__(self, "sized", (*bounds, self.page_step) != (None, 1, 1, 0, 0, 1))
         for name, kind in (("devices", str), ("dtypes", torch.dtype)):
             values = getattr(self, name)
             if not isinstance(values, tuple) or not all(isinstance(value, kind) for value in values):
@@ -119,6 +122,9 @@ class Limits:
             reasons.append(f"seqlen={shortest} (at least {self.seqlen_min})")
         if spec.batch < self.batch_min:
             reasons.append(f"batch={spec.batch} (at least {self.batch_min})")
+        pages = spec.pages
+        if pages is not None and pages.page_size % self.page_step:
+            reasons.append(f"page_size={pages.page_size} (a multiple of {self.page_step})")
         return reasons
 
     def takes_heads(self, dtype: torch.dtype, head_dim: int) -> bool:

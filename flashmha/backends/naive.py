@@ -117,7 +117,11 @@ class Naive(Backend):
         aten=True,
     )
 
+    def reads_pages(self, spec: AttentionSpec) -> bool:
+        return False
+
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> Tensor | tuple[Tensor, Tensor]:
+        k, v, spec = spec.in_rows(k, v)
         score, blind = scores(q, k, spec)
         out = weigh(probabilities(score, blind, spec), v, spec)
         if not spec.need_lse:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..host.torch_state import insist, keep_address, readable
-from ..problem.cached import Positions
+from ..problem.cached import Pages, Positions
 from ..problem.masks import Mask
 from ..problem.ragged import KeyLengths, mark_private
 from ..problem.wording import dtype_name, spell
@@ -94,6 +94,10 @@ class Cache(abc.ABC):
 
     def slots(self) -> Tensor | None:
         """The position of each slot's token, (batch, slots), -1 for none; ``None`` where slot j is for position j."""
+        return None
+
+    def pages(self) -> Pages | None:
+        """In which pages of ``store`` the slots of each row lie; ``None`` where it holds rows."""
         return None
 
     def rule(self) -> Mask:

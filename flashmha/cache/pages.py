@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..host.torch_state import is_compiling
+from ..problem.cached import Pages, read_pages
 from .base import Cache, allocate, check_counts, no_tokens
 
 
@@ -116,6 +117,9 @@ class PagedCache(Cache):
         pages = sum(map(len, self.booked)) * self.pool.page_nbytes
         return pages + self.block_table.nbytes + self.lengths.nbytes
 
+    def pages(self) -> Pages:
+        return Pages(self.block_table, self.pool.page_size)
+
     def reserve(self, seqlen: int) -> None:
         """Book pages so that every row has room for ``seqlen`` tokens more.
 
@@ -169,7 +173,7 @@ class PagedCache(Cache):
 
     def read(self, slots: int) -> tuple[Tensor, Tensor]:
         pages = self.block_table[:, : -(-slots // self.pool.page_size)]
-        k, v = (x[pages].flatten(1, 2)[:, :slots] for x in self.store)
+        k, v = (read_pages(x, pages)[:, :slots] for x in self.store)
         return k, v
 
     def trim(self) -> None:

@@ -42,7 +42,7 @@ from .places import Places, count_real, find_places, read_places
 from .precision import computing_dtype, weights_dtype
 from .problems import Problems
 from .protocol import Layer
-from .slots import check_by_distance, extend
+from .slots import check_by_distance, extend, settle_pages
 from .step import attend_alone
 from .stock import as_stock, refuse_torchscript, wants_torch_function
 
@@ -157,7 +157,8 @@ def attend_call(
         check_attended(out, q.shape[0], q.shape[1])
         weights = problems.take_weights() if need_weights else weights
     elif weigh is None:
-        out = run_attention(q, k, v, AttentionSpec.of(q, k, v, **problem), wanted, layer)  # type: ignore[assignment]
+        q, k, v, spec = settle_pages(q, k, v, AttentionSpec.of(q, k, v, **problem), wanted)
+        out = run_attention(q, k, v, spec, wanted, layer)  # type: ignore[assignment]
     else:
         if not says and q.shape[2] != layer.num_heads:
             refuse_weights(layer, say_heads(layer, q.shape[2]))
@@ -252,7 +253,8 @@ def prepare_call(layer: Layer, call: Reading, given: Arguments, wanted: Wanted, 
     if position_bias is not None:
         added = add_position_bias(position_bias, added, q, k[:, before : k.shape[1] - after], step is not None)
     if step is not None:
-        k, v, mask, added = extend(layer, step, (q, k, v), mask, added, given.need_weights)
+        in_rows = columns > 0 or given.need_weights or not is_ours(layer, "attend")
+        k, v, mask, added = extend(layer, step, (q, k, v), mask, added, given.need_weights, in_rows)
     if before or after or columns:
         whole = q.shape[0], q.shape[2], q.shape[1], k.shape[1] - before - after
         mask, added = widen(mask, added, before, after + columns, whole, q)

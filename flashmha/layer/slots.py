@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..backends.choice.choose import reads_pages
+from ..backends.choice.wishes import Wanted
 from ..cache.base import Cache, first_real, refuse_gradients
 from ..cache.ring import RingCache
 from ..problem.masks import Dense, Mask, join_masks
@@ -21,6 +23,7 @@ from ..problem.packing import parts_of
 from ..problem.ragged import Padding
 from ..problem.rules import Rule
 from ..problem.scores import Bias, TensorBias
+from ..problem.spec import AttentionSpec
 from ..problem.windows import Window
 from .cached import CacheStep
 from .features import EXTRA_KEYS
@@ -84,10 +87,12 @@ def extend(
     mask: Mask | None,
     bias: Bias | None,
     every_slot: bool,
+    in_rows: bool,
 ) -> tuple[Tensor, Tensor, Mask | None, Bias | None]:
     """Keys and values of earlier calls and of this one, and its mask and bias over them.
 
     Where looking at lengths waits for nothing, slots that no row fills are left out, unless ``every_slot`` is wanted.
+    Elsewhere keys that lie in pages are the pool, and its mask has ``Pages``, unless they are wanted ``in_rows``.
 
     Raises:
         ValueError: the heads do not fit the cache, or a mask or a bias cannot speak of it. The cache is as it was.
@@ -118,7 +123,18 @@ def extend(
     if held is not None and real is None and end_together(cache, held, rules):
         return *cache.read(slots), join_masks(*rules.counting, *tables), bias
     placed = cache.placed(positions, slots, real is not None) if counts and positions is not None else None
-    return *cache.read(slots), join_masks(cache.rule(), placed, *rules.counting, *tables), bias
+    pages = None if in_rows or held is not None else cache.pages()
+    keys, values = cache.read(slots) if pages is None else cache.store
+    return keys, values, join_masks(cache.rule(), placed, *rules.counting, *tables, pages), bias
+
+
+def settle_pages(
+    q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, wanted: Wanted
+) -> tuple[Tensor, Tensor, Tensor, AttentionSpec]:
+    """Heads and their problem: keys in pages stay there where the backend of the choice reads them there."""
+    if "pages" not in spec.needs or reads_pages(spec, wanted):
+        return q, k, v, spec
+    return (q, *spec.in_rows(k, v))
 
 
 def check_own_keys(layer: Layer, k: Tensor, seqlen: int) -> None:

@@ -1,4 +1,4 @@
-"""Keys that lie in a cache: where each row's queries and slots stand."""
+"""Keys that lie in a cache: where each row's queries and slots stand, and in which pages the slots lie."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from .documents import Documents
-from .masks import Mask
+from .masks import Mask, combine
 from .positions import MaskMod, Restarts
 from .rebuilding import Rebuild
+from .tensors import is_table_of_pages
 from .wording import spell
 
 
@@ -77,3 +78,70 @@ class Positions(Mask):
 
     def __repr__(self) -> str:
         return f"Positions({', '.join(str(tuple(places.shape)) for places in self.tensors())})"
+
+
+class Pages(Mask):
+    """Where keys and values lie, where these are a pool of pages: slot ``j`` of row ``b`` is the key
+    ``k[block_table[b, j // page_size], j % page_size]``.
+
+    Beside it k and v are (pages, page_size, heads_kv, head_dim), and a problem has as many keys as a row of the table
+    has slots. It hides none of them: ``KeyLengths`` says how many a row holds. Pages may be in several rows.
+
+    Attributes:
+        block_table: (batch, pages of a row) int32, no entry beyond the pool.
+        page_size: keys of a page.
+    """
+
+    __slots__ = ("block_table", "page_size")
+    feature = "pages"
+
+    def __init__(self, block_table: Tensor, page_size: int) -> None:
+        if not is_table_of_pages(block_table):
+            raise ValueError(f"block_table must be an int32 tensor (batch, pages), got {spell(block_table)}.")
+        if isinstance(page_size, bool) or not isinstance(page_size, (int, torch.SymInt)) or page_size < 1:
+            raise ValueError(f"page_size must be a whole number of at least 1, got {page_size!r}.")
+        self.block_table, self.page_size = block_table, page_size
+
+    @property
+    def seqlen_k(self) -> int:
+        """Slots of a row."""
+        return self.block_table.shape[1] * self.page_size
+
+    def read(self, pool: Tensor) -> Tensor:
+        """The rows (batch, seqlen_k, heads_kv, head_dim) that lie in a pool, copied."""
+        return read_pages(pool, self.block_table)
+
+    def check(self, batch: int, heads: int, seqlen_q: int, seqlen_k: int) -> None:
+        if self.block_table.shape[0] != batch or self.seqlen_k != seqlen_k:
+            raise ValueError(
+                f"block_table must have shape (batch, pages) = ({batch}, seqlen_k / page_size = {seqlen_k} / "
+                f"{self.page_size}), got {tuple(self.block_table.shape)}."
+            )
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        return (self.block_table,)
+
+    def flatten(self) -> tuple[tuple[Tensor, ...], Rebuild[Mask]]:
+        page_size = self.page_size
+        return self.tensors(), lambda tensors: Pages(tensors[0], page_size)
+
+    def merged(self, other: Mask) -> None:
+        if isinstance(other, Pages):
+            raise ValueError(f"a mask must hold at most one table of pages, got {self!r} & {other!r}.")
+
+    def mask_mod(self, seqlen_q: int, seqlen_k: int, documents: Restarts | None = None) -> MaskMod:
+        return lambda batch, head, q_idx, k_idx: k_idx >= 0
+
+    def __repr__(self) -> str:
+        return f"Pages({tuple(self.block_table.shape)}, page_size={self.page_size})"
+
+
+def read_pages(pool: Tensor, block_table: Tensor) -> Tensor:
+    """The rows of a table (batch, pages * page_size, heads_kv, head_dim), copied out of a pool."""
+    return pool[block_table].flatten(1, 2)
+
+
+def without_pages(mask: Mask) -> Mask | None:
+    """The mask over keys that were copied out of their pages."""
+    left = tuple(part for part in mask.parts if not isinstance(part, Pages))
+    return combine(left) if left else None

@@ -13,7 +13,7 @@ from ..host.torch_state import (
     is_compiling,
     is_dense,
 )
-from .cached import Positions
+from .cached import Pages, Positions
 from .documents import Documents
 from .masks import Dense, Mask, find_rule
 from .positions import Restarts, check_range
@@ -145,11 +145,13 @@ class Fields:
             return None
         rules: list[Any] = []
         for part in () if self.mask is None else self.mask.parts:
-            if type(part) not in (Window, Dense, Documents, KeyPadding, KeyLengths, Positions):
+            if type(part) not in (Window, Dense, Documents, KeyPadding, KeyLengths, Positions, Pages):
                 return None
             rules.append(type(part))
             if isinstance(part, Positions):
                 rules += (part.keys is None, part.at_end)
+            elif isinstance(part, Pages):
+                rules.append(part.page_size)
             if isinstance(part, Dense):
                 rules.append(part.allowed.shape)
             elif isinstance(part, (Window, Documents)):
@@ -189,6 +191,11 @@ class Fields:
     def positions(self) -> Positions | None:
         """Where the tokens of each row stand, where the keys lie in a cache."""
         return find_rule(self.mask, Positions)
+
+    @property
+    def pages(self) -> Pages | None:
+        """In which pages of a pool the keys of each row lie, where k and v are pools."""
+        return find_rule(self.mask, Pages) if "pages" in self.needs else None
 
     @property
     def places(self) -> Restarts | None:

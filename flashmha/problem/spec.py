@@ -19,12 +19,13 @@ from ..host.torch_state import (
     is_deterministic,
     needs_aten,
 )
+from .cached import Pages, without_pages
 from .documents import Documents
 from .fields import Fields, freeze_features
-from .masks import Mask
+from .masks import Mask, find_rule
 from .ragged import KeyLengths, KeyPadding
 from .scores import Bias
-from .tensors import check_tensors, refuse_device
+from .tensors import check_entries, check_tensors, refuse_device
 from .windows import Window
 
 
@@ -63,7 +64,8 @@ class AttentionSpec(Fields):
         padding or documents are all it holds is made of the last with such a mask.
 
         Shapes: q (batch, seqlen_q, heads, head_dim), k (batch, seqlen_k, heads_kv, head_dim),
-        v (batch, seqlen_k, heads_kv, head_dim_v). ``deterministic=None`` follows torch, see ``is_deterministic``.
+        v (batch, seqlen_k, heads_kv, head_dim_v); beside ``Pages`` k and v are pools. ``deterministic=None`` follows
+        torch, see ``is_deterministic``.
         """
         dtype, device = q.dtype, q.device
         key: tuple[Any, ...] | None = None
@@ -85,12 +87,16 @@ class AttentionSpec(Fields):
                 key = known = None
             if known is not None:
                 return known
-        check_tensors(q, k, v)
+        pages = None if mask is None else find_rule(mask, Pages)
+        check_tensors(q, k, v, None if pages is None else pages.page_size)
         batch, seqlen_q, heads, head_dim = q.shape
         _, seqlen_k, heads_kv, head_dim_v = v.shape
         for name, holder in () if mask is None and bias is None else (("mask", mask), ("bias", bias)):
             if holder is not None and any(tensor.device != device for tensor in holder.tensors()):
                 refuse_device(name, holder, holder.tensors(), device)
+        if pages is not None:
+            check_entries(pages.block_table, k.shape[0])
+            seqlen_k = pages.seqlen_k
         if sinks is not None and isinstance(sinks, Tensor) and sinks.device != device:
             raise ValueError(f"sinks must be on the device of q, {device}, got {sinks.device}.")
         needs_grad = torch.is_grad_enabled() and (
@@ -202,11 +208,27 @@ class AttentionSpec(Fields):
         twin.__dict__.update(self.__dict__ | {"shared": False, "form": None} | fields)
         return twin
 
+    def in_rows(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, AttentionSpec]:
+        """Keys and values that lie in pages, copied into rows, and the problem that they make."""
+        pages = self.pages
+        if pages is None:
+            return k, v, self
+        assert self.mask is not None
+        mask = without_pages(self.mask)
+        if is_compiling():  # Dynamo 2.8 cannot trace ``changed``
+            fields = {name: getattr(self, name) for name in GIVEN}
+            fields["mask"] = mask
+            return pages.read(k), pages.read(v), AttentionSpec(**fields)
+        needs = freeze_features([name for name in self.needs if name != "pages"])
+        return pages.read(k), pages.read(v), self.changed(mask=mask, needs=needs)
+
     def with_lse(self) -> AttentionSpec:
         """The same problem, with the log-sum-exp too, as numbers that no gradient passes."""
         return self.changed(need_lse=True, needs=freeze_features([*self.needs, "lse"]))
 
 
+GIVEN = tuple(field.name for field in dataclasses.fields(AttentionSpec) if field.init)
+"""The fields that a problem is made of."""
 REMADE = (Window, KeyPadding, KeyLengths, Documents)
 """Masks whose problem is made of the last with such a mask; a window has no tensors, so that one problem is enough."""
 

@@ -24,6 +24,7 @@ from ..layer.forward import Prepared, prepare_call
 from ..layer.keys_values import with_stand_ins
 from ..layer.module import FlashMultiHeadAttention
 from ..layer.problems import Problems
+from ..layer.slots import settle_pages
 from ..problem.spec import AttentionSpec
 from ..problem.wording import dtype_name
 from ..weights.attend import is_defined
@@ -118,7 +119,7 @@ def find_problem(layer: FlashMultiHeadAttention, made: Prepared, wanted: Wanted)
     """The problem of a layer's call, the first where its own ``attend`` runs several, and a note of the others."""
     heads = made.q, made.k, made.v
     if is_ours(layer, "attend"):
-        return AttentionSpec.of(*heads, **made.problem), []
+        return settle_pages(*heads, AttentionSpec.of(*heads, **made.problem), wanted)[3], []
     problems = Problems(layer, wanted, None, True, dry=True)
     layer.attend(*heads, **made.problem, call=problems)
     if not problems.specs:

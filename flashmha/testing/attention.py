@@ -12,14 +12,15 @@ from torch import Tensor
 
 from ..backends import get
 from ..backends.limits import Limits
+from ..problem.masks import join_masks
 from ..problem.spec import AttentionSpec
 from ..problem.wording import spell
 from .choice import Choices, Choose
 from .drawn_biases import biases
-from .drawn_masks import masks
+from .drawn_masks import drawn_pages, drawn_step, masks
 from .paste import pasted
 from .record import placed
-from .values import DRAWN_HEAD_DIMS, LONGEST, SEEDS, TILE_SIZE, numbers
+from .values import DRAWN_HEAD_DIMS, LONGEST, SEEDS, TILE_SIZE, generator, numbers
 
 MOSTLY_SHORTER = 24
 """The most queries and keys of most problems."""
@@ -30,6 +31,8 @@ STRETCHED = tuple(axis for axis, often in AXES.items() for _ in range(often))
 """The axis that is longer than it mostly is; the others are short beside it, for the sake of time."""
 EMPTY = (*(None,) * 37, "batch", "seqlen_q", "seqlen_k")
 """Which axis is as short as the limits allow, 0 where they can: one problem in thirteen."""
+PAGES = ((*(0,) * 24, 1, 2, 3, 16), (0, 0, 0, 1))
+"""Keys of a page, 0 where keys lie in rows: of any size; and in steps of those that a backend takes."""
 DROPOUT = (*(0.0,) * 16, 0.5, 0.5, 0.1, 0.9, 1.0)
 
 
@@ -79,20 +82,31 @@ def drawn_specs(
     choose = Choices(draw, "problem")
     features = limits.features - limits.not_on.get(device.type, frozenset())
     stretched = choose(STRETCHED)
+    page_size = limits.page_step * choose(PAGES[limits.page_step > 1]) if "pages" in features else 0
+    page_size = page_size if page_size <= longest else 0
     sizes = drawn_sizes(choose, limits, "gqa" in features, stretched, longest, cheap=device.type != "cpu")
     heads_kv = sizes.pop("heads_kv")
     empty = choose(EMPTY)
     if empty is not None:
         sizes[empty] = limits.batch_min if empty == "batch" else limits.seqlen_min
+    if page_size:
+        sizes["seqlen_k"] = min(-(-sizes["seqlen_k"] // page_size), longest // page_size) * page_size
     few = stretched == "both" and device.type == "cpu"
     head_dim, other = (drawn_head_dim(choose, limits, head_dims, few) for _ in range(2))
     head_dim_v = choose((head_dim, other)) if "head_dim_v" in features else head_dim
     dtype = choose(limits.dtypes)
     needs_grad = "backward" in features and choose((False, True, True, True))
     readable = sizes["seqlen_k"] <= 4 * head_dim_v  # in so many calls are dropped weights read
-    dropout_p = choose(DROPOUT) if "dropout" in features and readable else 0.0
+    dropout_p = choose(DROPOUT) if "dropout" in features and readable and not page_size else 0.0
     need_lse = "lse" in features and choose((False, True) if dropout_p else (False, True, True))
     more: dict[str, Any] = sizes
+    mask = draw(masks(**sizes, features=features, device=device))
+    if page_size:
+        lengths = {"batch": sizes["batch"], "seqlen_k": sizes["seqlen_k"]}
+        if features.issuperset(("cache", "key_lengths")) and choose((False, True, True)):
+            mask = drawn_step(choose, **lengths, seqlen_q=sizes["seqlen_q"], features=features, where=device)
+        pages = drawn_pages(choose, generator(choose(SEEDS)), **lengths, page_size=page_size, where=device)
+        mask = join_masks(mask, pages)
     return DrawnSpec(
         **more,
         heads_kv=heads_kv,
@@ -100,7 +114,7 @@ def drawn_specs(
         head_dim_v=head_dim_v,
         dtype=dtype,
         device=device,
-        mask=draw(masks(**sizes, features=features, device=device)),
+        mask=mask,
         bias=draw(biases(**sizes, dtype=dtype, needs_grad=needs_grad, features=features, device=device)),
         softcap=choose((None, None, None, 1.0, 20.0)) if "softcap" in features else None,
         sinks=drawn_sinks(choose, sizes["heads"], needs_grad, device) if "sinks" in features else None,

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from ..backends.limits import FEATURES
-from ..problem.cached import Positions
+from ..problem.cached import Pages, Positions
 from ..problem.documents import Documents
 from ..problem.masks import Dense, Mask, join_masks
 from ..problem.positions import ALIGNMENTS, MaskMod
@@ -52,8 +52,12 @@ def masks(
     choose = Choices(draw, "mask")
     kinds = [kind for kind in MASK_KINDS if kind in features and (kind != "documents" or batch == 1)]
     longest = max(seqlen_q, seqlen_k)
-    how = choose(("none", "several", "several", "one", "one")) if kinds else "none"
+    steps = ("step",) if features.issuperset(("cache", "key_lengths")) else ()
+    how = choose(("none", "several", "several", "one", "one", *steps)) if kinds else "none"
     chosen: list[str] = []
+    if how == "step":
+        where = placed(device)
+        return drawn_step(choose, batch=batch, seqlen_q=seqlen_q, seqlen_k=seqlen_k, features=features, where=where)
     if how == "one":
         often = ["causal"] * 2 + (["window", "key_lengths"] * 3 if longest >= TILE_SIZE else [])
         chosen = [choose(kinds + [kind for kind in often if kind in kinds])]
@@ -86,7 +90,7 @@ def drawn_mask(
     aligns: Sequence[str] = ALIGNMENTS[:1],
     device: torch.device | str | None = None,
 ) -> Mask:
-    """A mask of one kind out of ``MASKS``, or ``top-left causal``, or ``mask for all heads``.
+    """A mask of one kind out of ``MASKS``, or ``top-left causal``, ``mask for all heads``, ``step`` over a cache.
 
     Its numbers are chosen, its tensors seeded.
     """
@@ -114,6 +118,8 @@ def drawn_mask(
         return Rule(every(choose((1, 2, 3))), align=choose(aligns))
     if kind == "cache":
         return drawn_positions(choose, generator(seed), batch, seqlen_q, seqlen_k, where)
+    if kind == "step":
+        return drawn_ends(choose, generator(seed), batch, seqlen_q, seqlen_k, where)
     number, random = choose((1, 2, 3, 4)), generator(seed)
     ends = [drawn_offsets(number, total, random) for total in (seqlen_q, seqlen_k)]
     totals = [int(end[-1]) for end in ends] if choose((False, True)) else [None, None]
@@ -142,6 +148,37 @@ def drawn_positions(
     slots = torch.arange(seqlen_k, device="cpu")
     held = ends - 1 - (ends - 1 - slots) % max(seqlen_k, 1)  # the last position before the end that falls on a slot
     return Positions(queries.to(where), held.to(where))
+
+
+def drawn_ends(
+    choose: Choose, random: torch.Generator, batch: int, seqlen_q: int, seqlen_k: int, where: torch.device
+) -> Mask:
+    """The queries of a row end with its keys."""
+    lengths = drawn_lengths(batch, seqlen_k, random, choose((False, *(True,) * 5)))
+    queries = lengths[:, None] - seqlen_q + torch.arange(seqlen_q, device="cpu")
+    return KeyLengths(lengths.to(where)) & Positions(queries.to(where), at_end=True)
+
+
+def drawn_step(
+    choose: Choose, *, batch: int, seqlen_q: int, seqlen_k: int, features: frozenset[str], where: torch.device
+) -> Mask:
+    """A step over a cache, which may see neighbours alone."""
+    step = drawn_ends(choose, generator(choose(SEEDS)), batch, seqlen_q, seqlen_k, where)
+    kinds = [kind for kind in ("causal", "causal", "window") if kind in features]
+    kind = choose(("none", *kinds))
+    if kind == "none":
+        return step
+    return step & (causal() if kind == "causal" else Window(choose((*WINDOW_REACH, None)), choose((0, 0, 1, None))))
+
+
+def drawn_pages(
+    choose: Choose, random: torch.Generator, batch: int, seqlen_k: int, page_size: int, where: torch.device
+) -> Pages:
+    """Rows in pages out of order; a page may be in several rows, or none."""
+    width = seqlen_k // page_size
+    pool = choose((batch * width, width, 1)) + 1
+    table = torch.rand(batch, max(pool, width), generator=random, device="cpu").argsort(1)[:, :width] % pool
+    return Pages(table.int().to(where), page_size)
 
 
 def drawn_lengths(batch: int, longest: int, random: torch.Generator, rounded: bool) -> Tensor:

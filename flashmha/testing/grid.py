@@ -18,9 +18,9 @@ from ..problem.windows import Window, causal
 from .attention import DrawnSpec, sink_values, specs
 from .choice import Choices, Choose
 from .drawn_biases import drawn_bias
-from .drawn_masks import drawn_mask
+from .drawn_masks import drawn_mask, drawn_pages
 from .record import placed
-from .values import DRAWN_HEAD_DIMS, LONGEST, SEEDS
+from .values import DRAWN_HEAD_DIMS, LONGEST, SEEDS, generator
 
 FLOAT16, FLOAT32 = torch.float16, torch.float32
 ON_A_GPU = (1, 8, 16, 36, 40, 64, 80, 96, 112, 128, 160, 192, 256)
@@ -46,6 +46,7 @@ class DrawnKernel:
     needs_grad: bool = True
     need_lse: bool = False
     deterministic: bool = False
+    page_size: int = 0
     batch: range = FEW_SIZES
     heads_kv: range = FEW_SIZES
     seqlen_q: range = LONG_LENGTHS
@@ -69,9 +70,14 @@ class DrawnKernel:
             "seqlen_q": choose(self.seqlen_q),
             "seqlen_k": choose(self.seqlen_k),
         }
+        if self.page_size:
+            sizes["seqlen_k"] = -(-sizes["seqlen_k"] // self.page_size) * self.page_size
         choose = middle_option if self.whole else choose
         more: dict[str, Any] = {**sizes, "device": device}
-        bias = None
+        bias = pages = None
+        if self.page_size:
+            rows, where = (sizes["batch"], sizes["seqlen_k"]), placed(device)
+            pages = drawn_pages(choose, generator(seed), *rows, self.page_size, where)
         if self.bias is not None:
             bias = drawn_bias(self.bias, choose, seed, dtype=self.dtype, learned=self.needs_grad, **more)
         return DrawnSpec(
@@ -80,7 +86,7 @@ class DrawnKernel:
             head_dim=self.head_dim,
             head_dim_v=self.head_dim,
             dtype=self.dtype,
-            mask=join_masks(*[drawn_mask(kind, choose, seed, **more) for kind in self.mask]),
+            mask=join_masks(*[drawn_mask(kind, choose, seed, **more) for kind in self.mask], pages),
             bias=bias,
             softcap=self.softcap,
             sinks=sink_values(seed, sizes["heads"], device, learned=self.needs_grad) if self.sinks else None,
@@ -112,12 +118,12 @@ KERNELS_BY_KIND = (
     DrawnKernel(mask=("documents", "causal"), head_dim=128, group=2),
     DrawnKernel(mask=("causal",), softcap=20.0, dtype=FLOAT16),
     DrawnKernel(mask=("causal",), sinks=True, need_lse=True),
-    DrawnKernel(head_dim=80, needs_grad=False),
     DrawnKernel(head_dim=24, mask=("causal",), seqlen_q=SHORT_LENGTHS, seqlen_k=SHORT_LENGTHS),
     DrawnKernel(head_dim=88, dtype=FLOAT16, group=3, mask=("mask for all heads",)),
     DrawnKernel(head_dim=96, mask=("causal",), deterministic=True),
     DrawnKernel(head_dim=128, mask=("mask for all heads",), dtype=FLOAT16, need_lse=True, deterministic=True),
-    DrawnKernel(head_dim=128, mask=("causal",), group=4),
+    DrawnKernel(head_dim=128, mask=("step", "causal"), group=4, seqlen_q=range(1, 17), needs_grad=False),
+    DrawnKernel(head_dim=128, mask=("step", "causal"), page_size=64, seqlen_q=range(1, 17), needs_grad=False),
     DrawnKernel(head_dim=192, mask=("causal",)),
     DrawnKernel(head_dim=256),
 )

@@ -139,11 +139,11 @@ def tensors(spec: AttentionSpec, seed: int) -> tuple[Tensor, Tensor, Tensor]:
     random = generator(seed)
     layout, scores = HEAD_LAYOUTS[seed % len(HEAD_LAYOUTS)], SCORES[seed // len(HEAD_LAYOUTS) % len(SCORES)]
 
-    def made(seqlen: int, heads: int, head_dim: int, sign: float | None) -> Tensor:
+    def made(batch: int, seqlen: int, heads: int, head_dim: int, sign: float | None) -> Tensor:
         sizes = {
-            "contiguous": (spec.batch, seqlen, heads, head_dim),
-            "heads first": (spec.batch, heads, seqlen, head_dim),
-            "packed": (spec.batch, seqlen, heads + 1, head_dim),
+            "contiguous": (batch, seqlen, heads, head_dim),
+            "heads first": (batch, heads, seqlen, head_dim),
+            "packed": (batch, seqlen, heads + 1, head_dim),
             "expanded": (1, seqlen, heads, head_dim),
         }
         x = torch.randn(sizes[layout], generator=random, **DRAWN)
@@ -154,14 +154,24 @@ def tensors(spec: AttentionSpec, seed: int) -> tuple[Tensor, Tensor, Tensor]:
         elif layout == "packed":
             x = x[:, :, 1:]
         elif layout == "expanded":
-            x = x.expand(spec.batch, -1, -1, -1)
+            x = x.expand(batch, -1, -1, -1)
         return x.to(device=spec.device, dtype=spec.dtype)
 
+    keys = rows_of_keys(spec)
     return (
-        made(spec.seqlen_q, spec.heads, spec.head_dim, math.copysign(1.0, LEVEL.get(scores, 1.0))),
-        made(spec.seqlen_k, spec.heads_kv, spec.head_dim, 1.0),
-        made(spec.seqlen_k, spec.heads_kv, spec.head_dim_v, None),
+        made(spec.batch, spec.seqlen_q, spec.heads, spec.head_dim, math.copysign(1.0, LEVEL.get(scores, 1.0))),
+        made(*keys, spec.heads_kv, spec.head_dim, 1.0),
+        made(*keys, spec.heads_kv, spec.head_dim_v, None),
     )
+
+
+def rows_of_keys(spec: AttentionSpec) -> tuple[int, int]:
+    """The first two axes of k and v: (batch, seqlen_k), or (pages, page_size) of a pool that its table needs."""
+    pages = spec.pages
+    if pages is None:
+        return spec.batch, spec.seqlen_k
+    table = pages.block_table
+    return 1 + int(table.max()) if table.numel() else 1, pages.page_size
 
 
 def move_scores(x: Tensor, scores: str, sign: float, spec: AttentionSpec) -> None:

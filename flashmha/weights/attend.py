@@ -51,6 +51,7 @@ def attention_with_weights(
     drops what is not read; the definition makes both in one pass, unless a backend is named.
     """
     dtype = q.dtype if dtype is None else dtype
+    k, v, spec = spec.in_rows(k, v)
     backend = None if is_recorded(spec) else choose(spec, wanted)
     if backend is None or (padded is None and is_defined(spec, backend, wanted)):
         out, weights = define_both(q, k, v, spec, wanted, layer)

@@ -99,7 +99,7 @@ def guarded_key(question: str, ask: Callable[[AttentionSpec], Any]) -> Callable[
 
 GUARDS: dict[Callable[[str, Any], Callable[..., Any]], tuple[str, ...]] = {
     guarded_reason: ("why_not_here", "why_not", "why_not_built", "must_compile", "on_disk"),
-    guarded_flag: ("builds_mask", "runs_packed"),
+    guarded_flag: ("builds_mask", "reads_pages", "runs_packed"),
     guarded_key: ("kernel_key",),
 }
 """Questions to a backend of another package, whose faults must not reach the others."""

@@ -97,6 +97,16 @@ def choose_among(spec: AttentionSpec, names: tuple[str, ...], wanted: str) -> Ba
     raise NoBackendError(spec, reasons, wanted)
 
 
+def reads_pages(spec: AttentionSpec, wanted: Wanted = None) -> bool:
+    """The choice for a problem is a backend that reads keys where they lie in pages."""
+    said, named = asked(wanted)
+    if named is None:
+        return choose(spec).reads_pages(spec)
+    backends = [registry.entries[name] for name in expand(named, said)]
+    able = [backend for backend in backends if reason(backend, spec) is None]
+    return len(able) > 0 and able[0].reads_pages(spec)
+
+
 def chosen_before(spec: AttentionSpec) -> Choice | None:
     """The choice that was made for a problem before, where it still holds."""
     key = key_of(spec)

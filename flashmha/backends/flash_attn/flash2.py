@@ -3,25 +3,19 @@
 from __future__ import annotations
 
 import importlib
+import re
 from typing import Any
 
 from torch import Tensor
 
-from ...host.torch_state import is_compiling
 from ...problem.scores import ALiBi
 from ...problem.spec import AttentionSpec
 from ..limits import HALF, Limits
-from ..rewrites.documents import (
-    is_cache,
-    needs_packing,
-    pack_batch,
-    positions_lost,
-    read_cache,
-    unpack_batch,
-    unpack_batch_lse,
-)
+from ..rewrites.caches import CACHED, caches_exceeded, is_cache
+from ..rewrites.documents import needs_packing, pack_batch, unpack_batch, unpack_batch_lse
 from ..rewrites.grouped import fold, folds, unfold, unfold_lse
-from .package import EVERY_VERSION, FlashAttn, Functions, lacks
+from .flash2_caches import attend_cache
+from .package import EVERY_VERSION, FlashAttn, Functions, installed_version, lacks
 from .windows import normal_lse, trimmed, window_options
 
 BUCKETS = (32, 64, 96, 128, 192, 256)
@@ -41,21 +35,31 @@ class Flash2(FlashAttn):
     limits = Limits(
         devices=("cuda",),
         dtypes=HALF,
-        features=EVERY_VERSION | {"alibi", "dropout"},
+        features=EVERY_VERSION | {*CACHED, "alibi", "dropout"},
         head_dim=256,
         seqlen_min=1,
         batch_min=1,
+        page_step=256,
         capability=(8, 9, 10, 12),
     )
+
+    waits_for_pages = False
+    """Its function for caches asks the GPU for the longest row of pages, and waits for the answer."""
 
     def load(self) -> Functions:
         import flash_attn_2_cuda  # noqa: F401  the extension: a bare `import flash_attn` proves nothing
         from flash_attn import flash_attn_func, flash_attn_varlen_func
 
         self.cached = getattr(importlib.import_module("flash_attn"), "flash_attn_with_kvcache", None)
+        self.waits_for_pages = waits_beside_pages(installed_version(self))
         return flash_attn_func, flash_attn_varlen_func
 
     def why_not_built(self, spec: AttentionSpec) -> str | None:
+        why = self.why_no_cache(spec)
+        if why is None and self.waits_for_pages and "pages" in spec.features:
+            why = f"pages ({self.distribution} waits for the GPU beside them in releases behind 2.8.3)"
+        if why is not None:
+            return why
         bucket = [size for size in BUCKETS if spec.head_dim <= size][0]  # noqa: RUF015  Dynamo reads it
         why = lacks(self.key, spec.device.index, bucket, spec.dtype, False)
         if why is None and spec.needs_grad:
@@ -63,7 +67,7 @@ class Flash2(FlashAttn):
         return None if why is None else f"head_dim={spec.head_dim} ({why})"
 
     def limits_exceeded(self, spec: AttentionSpec) -> list[str]:
-        reasons = super().limits_exceeded(spec) + positions_lost(spec)
+        reasons = super().limits_exceeded(spec) + caches_exceeded(spec)
         window = spec.window
         if window is not None and spec.seqlen_q > spec.seqlen_k:
             # a right bound of seqlen_k or more turns unbounded inside the kernel, and unbounded into seqlen_k
@@ -93,12 +97,12 @@ class Flash2(FlashAttn):
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> Tensor | tuple[Tensor, Tensor]:
         dense, varlen = self.functions or self.load()
-        # no compiler can trace the function for caches
-        cached = self.cached if is_cache(spec) and not is_compiling() else None
-        packing = cached is None and needs_packing(spec)
+        caching = self.cached is not None and is_cache(spec)
+        packing = not caching and needs_packing(spec)
         # for one query the package folds by itself (seqlenq_ngroups_swapped in csrc/flash_attn/flash_api.cpp); for no
         # other number does it, though it splits the keys of every short problem
-        few = spec.seqlen_q > 1 and (spec.mask is None or cached is not None) and spec.bias is None and folds(spec)
+        alone = spec.mask is None or (caching and spec.window is None)
+        few = spec.seqlen_q > 1 and alone and spec.bias is None and folds(spec)
         groups = spec.heads // spec.heads_kv if few else 1
         q = fold(q, groups) if groups > 1 else q
         k, v, left, right = trimmed(k, v, spec)
@@ -107,18 +111,18 @@ class Flash2(FlashAttn):
             **window_options(left, right),
             "softcap": spec.softcap or 0.0,
         }
-        if cached is not None:
-            result = read_cache(cached, q, k, v, spec, options)
+        if isinstance(spec.bias, ALiBi):
+            slopes = spec.bias.slopes.float()
+            # packed, the package takes documents for batch items
+            options["alibi_slopes"] = slopes[0] if slopes.dim() == 2 and spec.batch == 1 else slopes
+        if caching:
+            result = attend_cache(q, k, v, spec, self.key, options)
         else:
             options |= {
                 "dropout_p": spec.dropout_p,
                 "deterministic": spec.deterministic,
                 "return_attn_probs": spec.need_lse,
             }
-            if isinstance(spec.bias, ALiBi):
-                slopes = spec.bias.slopes.float()
-                # packed, the package takes documents for batch items
-                options["alibi_slopes"] = slopes[0] if slopes.dim() == 2 and spec.batch == 1 else slopes
             if packing:
                 q, k, v, offsets = pack_batch(q, k, v, spec)
                 options |= looser(offsets, spec)
@@ -129,6 +133,12 @@ class Flash2(FlashAttn):
         if groups > 1:
             out, lse = unfold(out, groups), None if lse is None else unfold_lse(lse, groups)
         return out if lse is None else (out, normal_lse(lse))
+
+
+def waits_beside_pages(version: str) -> bool:
+    """A release reads the longest row of a cache in pages on the host: those behind 2.8.3."""
+    numbers = tuple(int(number) for number in re.findall(r"\d+", version)[:3])
+    return numbers > (2, 8, 3)
 
 
 def looser(offsets: dict[str, Any], spec: AttentionSpec) -> dict[str, Any]:

@@ -14,15 +14,8 @@ from ...host.machine import HERE, Machine
 from ...host.torch_state import is_compiling
 from ...problem.spec import AttentionSpec
 from ..limits import HALF, Limits
-from ..rewrites.documents import (
-    is_cache,
-    needs_packing,
-    pack_batch,
-    positions_lost,
-    read_cache,
-    unpack_batch,
-    unpack_batch_lse,
-)
+from ..rewrites.caches import CACHED, caches_exceeded, is_cache, page_table, read_cache
+from ..rewrites.documents import needs_packing, pack_batch, unpack_batch, unpack_batch_lse
 from .package import EVERY_VERSION, FlashAttn, Functions, lacks
 from .windows import normal_lse, trimmed, window_options
 
@@ -52,7 +45,7 @@ class Flash3(FlashAttn):
     limits = Limits(
         devices=("cuda",),
         dtypes=HALF,
-        features=EVERY_VERSION,
+        features=EVERY_VERSION | {*CACHED},
         head_dim=256,
         head_dim_step=8,
         seqlen_min=1,
@@ -96,12 +89,16 @@ class Flash3(FlashAttn):
         raise missing or ModuleNotFoundError("No module named 'flash_attn_interface'")
 
     def why_not_built(self, spec: AttentionSpec) -> str | None:
+        why = self.why_no_cache(spec)
+        if why is not None:
+            return why
         there = [size for size in KERNEL_HEAD_DIMS if not self.flags.get(f"FLASHATTENTION_DISABLE_HDIM{size}")]
         if not any(spec.head_dim <= size for size in there):
             return f"head_dim={spec.head_dim} (this build has kernels for {', '.join(map(str, there)) or 'none'})"
         features = {"BACKWARD": spec.needs_grad, "LOCAL": "window" in spec.features}
         features["SOFTCAP"] = spec.softcap is not None
         features["VARLEN"] = needs_packing(spec)
+        features["PAGEDKV"] = "pages" in spec.features
         features["FP16"] = spec.dtype == torch.float16
         off = [name for name, wanted in features.items() if wanted and self.flags.get(f"FLASHATTENTION_DISABLE_{name}")]
         if off or not spec.needs_grad:
@@ -111,7 +108,7 @@ class Flash3(FlashAttn):
         return None if why is None else f"head_dim={spec.head_dim} ({why})"
 
     def limits_exceeded(self, spec: AttentionSpec) -> list[str]:
-        reasons = super().limits_exceeded(spec) + positions_lost(spec)
+        reasons = super().limits_exceeded(spec) + caches_exceeded(spec)
         if "deterministic" in spec.features and spec.head_dim > 192:
             reasons.append(f"a deterministic backward at head_dim={spec.head_dim} (at most 192)")
         return reasons
@@ -126,11 +123,13 @@ class Flash3(FlashAttn):
         }
         cached = self.cached if is_cache(spec) else None
         packing = cached is None and needs_packing(spec)
+        table = page_table(spec)
         if self.splitting and not packing and splits(spec):
             options["num_splits"] = 0  # as many as the package's heuristic says
         if cached is not None:
             # 0 by itself, which no compiler may trace
-            result = read_cache(cached, q, k, v, spec, {"num_splits": 1} | options)
+            options = {"num_splits": 1} | options | ({} if table is None else {"page_table": table})
+            result = read_cache(cached, q, k, v, spec, **options)
         else:
             options["return_attn_probs"] = spec.need_lse
             if spec.needs_grad:

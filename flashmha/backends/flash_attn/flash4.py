@@ -18,6 +18,7 @@ from ...problem.spec import AttentionSpec
 from ..compiling import waits
 from ..limits import HALF, Limits
 from ..rewrites.block_tables import edged, has_tiles_to_skip
+from ..rewrites.caches import CACHED, caches_exceeded, lies_in_cache, page_table
 from ..rewrites.compact import intervals, why_no_moves
 from ..rewrites.documents import pack_batch, unpack_batch, unpack_batch_lse
 from .flash4_kernels import call_kernels
@@ -25,6 +26,8 @@ from .flash4_tools import Tools
 from .package import EVERY_VERSION, FlashAttn, Functions, probed_packages
 from .windows import normal_lse, trimmed
 
+PAGED_HEAD_DIMS = (64, 128)
+"""Sizes of heads in pages: those that fill the kernel's tiles."""
 TILE_STEPS = (64, 80, 128, 192)
 """Lengths up to which the package compiles for one tile, by head_dim and pass."""
 
@@ -57,6 +60,7 @@ class Flash4(FlashAttn):
         "window_size_right",
         "cu_seqlens_q",
         "seqused_k",
+        "page_table",
         "mask_mod",
         "aux_tensors",
         "block_sparse_tensors",
@@ -65,7 +69,7 @@ class Flash4(FlashAttn):
     limits = Limits(
         devices=("cuda",),
         dtypes=HALF,
-        features=EVERY_VERSION | {"dense_mask", "sinks", "lse_grad"},
+        features=EVERY_VERSION | {*CACHED, "dense_mask", "sinks", "lse_grad"},
         head_dim=256,
         head_dim_min=8,
         head_dim_step=8,
@@ -96,6 +100,8 @@ class Flash4(FlashAttn):
 
     def limits_exceeded(self, spec: AttentionSpec) -> list[str]:
         reasons = super().limits_exceeded(spec)
+        if lies_in_cache(spec):
+            return reasons + self.caches_exceeded(spec)
         padded = spec.is_padded
         if padded and "documents" in spec.features and "dense_mask" not in spec.features:
             reasons.append("padding inside Documents")
@@ -111,6 +117,16 @@ class Flash4(FlashAttn):
                 f"the backward of a window with seqlen_k={spec.seqlen_k} < seqlen_q={spec.seqlen_q} "
                 "(untested by the package)"
             )
+        return reasons
+
+    def caches_exceeded(self, spec: AttentionSpec) -> list[str]:
+        """One phrase for each limit that keys in a cache exceed."""
+        reasons = caches_exceeded(spec)
+        if "dense_mask" in spec.features:
+            reasons.append("a mask tensor beside keys in a cache")
+        if spec.pages is not None and spec.head_dim not in PAGED_HEAD_DIMS:
+            # pages that are no tile of the kernel's are loaded without the copies that know where a head ends
+            reasons.append(f"pages of head_dim={spec.head_dim} ({' or '.join(map(str, PAGED_HEAD_DIMS))})")
         return reasons
 
     def why_not_built(self, spec: AttentionSpec) -> str | None:
@@ -166,16 +182,20 @@ class Flash4(FlashAttn):
     ) -> tuple[Tensor, Tensor, Tensor, dict[str, Any]]:
         """q, k and v as the kernels take them beside the mask, and what these are told of it."""
         told: dict[str, Any] = {}
-        documents, valid, window = spec.documents, spec.valid_keys(), spec.window
+        documents, window = spec.documents, spec.window
         if "dense_mask" in spec.needs:
             return q, k, v, mask_table(spec)
+        lying = lies_in_cache(spec)
+        valid = None if lying else spec.valid_keys()
         if valid is not None and window is not None:
             told["first"], told["last"] = intervals(valid, window, spec.seqlen_q)
             return q, k, v, told
         k, v, left, right = trimmed(k, v, spec)
         causal = left is None and right == 0
         told |= {"causal": causal, "left": left, "right": None if causal else right}
-        if documents is not None:
+        if lying:
+            told |= {"lengths": spec.key_lengths(), "pages": page_table(spec)}
+        elif documents is not None:
             q, k, v, offsets = pack_batch(q, k, v, spec)
             told |= offsets
         elif valid is not None:
@@ -207,7 +227,9 @@ def kernel_kind(spec: AttentionSpec) -> tuple[Any, ...]:
         None if spec.sinks is None else spec.sinks.dtype,
         bisect_left(TILE_STEPS, spec.seqlen_q),
         bisect_left(TILE_STEPS, spec.seqlen_k),
-        (dense or (spec.is_padded and window is not None)) and has_tiles_to_skip(spec.seqlen_q, spec.seqlen_k),
+        None if spec.pages is None else spec.pages.page_size,
+        (dense or (spec.is_padded and window is not None and spec.positions is None))
+        and has_tiles_to_skip(spec.seqlen_q, spec.seqlen_k),
     )
 
 

@@ -28,6 +28,7 @@ TOLD: dict[str, tuple[str, Any]] = {
     "last": ("Tensor?", None),
     "table": ("Tensor?", None),
     "items": ("Tensor?", None),
+    "pages": ("Tensor?", None),
     "max_seqlen_q": ("SymInt", 0),
     "max_seqlen_k": ("SymInt", 0),
     "scale": ("float", 1.0),
@@ -42,8 +43,8 @@ TOLD: dict[str, tuple[str, Any]] = {
 
 ``lengths`` (batch,) are key lengths; ``valid`` (batch, seqlen_k) is padding, whose real keys are moved to the front;
 ``first`` and ``last`` (batch, seqlen_k) are intervals; ``table`` is a mask as ``block_tables.edged`` makes it, and
-``items`` (batch,) say which of its items counts for each of the batch; both bounds of a window are ``None`` where it is
-causal or there is none.
+``items`` (batch,) say which of its items counts for each of the batch; ``pages`` (batch, pages) are those of a row's
+keys; both bounds of a window are ``None`` where it is causal or there is none.
 """
 
 
@@ -145,6 +146,8 @@ def options(told: dict[str, Any], tables: Any) -> dict[str, Any]:
         found |= {name: told[name] for name in ("cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k")}
     elif told["lengths"] is not None:
         found["seqused_k"] = told["lengths"]
+    if told["pages"] is not None:
+        found["page_table"] = told["pages"]
     # a mask of one's own makes the kernel forget causality and windows: it holds both
     if told["first"] is not None:
         found |= {"mask_mod": masks_for(told).is_in_interval, "aux_tensors": [told["first"], told["last"]]}

@@ -139,6 +139,8 @@ class Launches:
             return None
         if rule is not None and not all(map(is_contiguous, rule)):
             return None
+        if told["pages"] is not None:
+            return None
         if offsets is None:
             sizes, batch = (q.shape[1], k.shape[1]), q.shape[0]
         else:

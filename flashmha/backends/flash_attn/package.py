@@ -20,6 +20,7 @@ from ...problem.spec import AttentionSpec
 from ...problem.windows import Window
 from ...problem.wording import first_line, summarize_error
 from ..base import Backend
+from ..rewrites.caches import CACHED
 
 probed_packages: dict[str, FlashAttn] = {}
 """The packages by key, so that a probe takes nothing but constants, as Dynamo wants it."""
@@ -88,6 +89,13 @@ class FlashAttn(Backend):
 
     def runs_packed(self, dtype: torch.dtype, head_dim: int, device: torch.device, windowed: bool = False) -> bool:
         return self.limits.takes_heads(dtype, head_dim) and self.why_not_here(device) is None
+
+    def why_no_cache(self, spec: AttentionSpec) -> str | None:
+        """Why the installed package has nothing for keys that lie in a cache."""
+        lying = [name for name in CACHED if name in spec.needs]
+        if not lying or self.cached is not None:
+            return None
+        return f"no {', no '.join(lying)} (this build of {self.distribution} has no flash_attn_with_kvcache)"
 
     def limits_exceeded(self, spec: AttentionSpec) -> list[str]:
         reasons = super().limits_exceeded(spec)

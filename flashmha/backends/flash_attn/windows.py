@@ -18,13 +18,13 @@ def trimmed(k: Tensor, v: Tensor, spec: AttentionSpec) -> tuple[Tensor, Tensor, 
     window = spec.window
     if window is None:
         return k, v, None, None
-    left, right = window.left, window.right
+    left, right, seqlen_k = window.left, window.right, spec.seqlen_k
     if right is not None and right < 0:
         k, v = k[:, :right], v[:, :right]
         left = None if left is None else left + right
-        right = 0
+        seqlen_k, right = seqlen_k + right, 0
     if spec.documents is None:
-        if left is not None and left >= k.shape[1] - 1:
+        if left is not None and left >= seqlen_k - 1:
             left = None
         if right is not None and right >= spec.seqlen_q - 1 and right > 0:
             right = None

@@ -8,7 +8,6 @@ that do not lie first are moved, which no rule notices as long as none looks at 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -148,22 +147,6 @@ def unpack_batch_lse(lse: Tensor, spec: AttentionSpec) -> Tensor:
         real = owned(lse.transpose(0, 1), documents.cu_seqlens)[:, 0, 0]
         lse = lse.masked_fill(~real, float("-inf"))
     return lse.unsqueeze(0)
-
-
-def is_cache(spec: AttentionSpec) -> bool:
-    """Key lengths alone, in inference: a kernel for caches of keys reads them where they lie."""
-    return "key_lengths" in spec.features and spec.features.isdisjoint(("key_padding", "backward", "dropout"))
-
-
-def read_cache(
-    function: Callable[..., Any], q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, options: dict[str, Any]
-) -> Any:
-    """An ``is_cache`` problem by ``flash_attn_with_kvcache`` of a package: out, or the pair of it and lse.
-
-    Of an item without keys the kernels write zeros, since partial results could not be combined otherwise.
-    """
-    k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (k, v))
-    return function(q, k, v, cache_seqlens=spec.key_lengths(), return_softmax_lse=spec.need_lse, **options)
 
 
 def kernel_offsets(documents: Documents, total_q: int, total_k: int) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from ..base import Backend, Serve
 from ..limits import FEATURES, HALF, Limits
 from ..rewrites.grouped import fold, fold_table, folds, unfold
 from .bands import Bands, cut_into_bands, make_tables
+from .caches import attend_to_lengths, masks_dear_keys, reads_cache
 from .mask_tensors import as_numbers, coarse, dense_mask, mask_and_bias
 from .one_query import is_plain, serve_plainly, takes_products
 from .packed import attend_in_place, attend_packed, packs_here, runs_packed, takes_packed
@@ -37,8 +38,8 @@ class Sdpa(Backend):
     """``F.scaled_dot_product_attention``; masks and biases become one dense tensor, top-left causality none.
 
     On a CPU padding is cut off, windows run in blocks and documents one by one; and its kernel there returns the
-    log-sum-exp. On a GPU of NVIDIA's documents, and padding as documents, go to torch's own flash-attn 2 in half
-    precision.
+    log-sum-exp. On a GPU of NVIDIA's documents, padding as documents, and the rows of a cache go to torch's own
+    flash-attn 2 in half precision.
     """
 
     name = measured_as = "sdpa"
@@ -75,12 +76,19 @@ class Sdpa(Backend):
         return reasons
 
     def builds_mask(self, spec: AttentionSpec) -> bool:
-        return spec.device.type != "cpu" and not MASKED.isdisjoint(spec.features) and not packs_here(spec)
+        if spec.device.type == "cpu" or (MASKED.isdisjoint(spec.features) and not masks_dear_keys(spec)):
+            return False
+        return not packs_here(spec) and not reads_cache(spec)
+
+    def reads_pages(self, spec: AttentionSpec) -> bool:
+        return reads_cache(spec)
 
     def runs_packed(self, dtype: torch.dtype, head_dim: int, device: torch.device, windowed: bool = False) -> bool:
         return not windowed and takes_packed(dtype, head_dim) and runs_packed(head_dim, device.index)
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> Tensor | tuple[Tensor, Tensor]:
+        if "pages" in spec.needs and not reads_cache(spec):
+            return self(q, *spec.in_rows(k, v))
         if q.is_cuda:
             return attend_on_cuda(q, k, v, spec)
         if spec.seqlen_k == 0 and spec.dtype == torch.float16:
@@ -166,6 +174,8 @@ def attend_on_cuda(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> Tens
         with only([SDPBackend.MATH]):
             return call_sdpa(q, k, v, dense_mask(spec), spec)
     masked = spec.mask is not None or spec.bias is not None
+    if masked and reads_cache(spec):
+        return attend_to_lengths(q, k, v, spec)
     if masked and packs_here(spec):
         return attend_packed(q, k, v, spec)
     if masked and spec.bias is None and top_left_causal(spec):
