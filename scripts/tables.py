@@ -14,7 +14,7 @@ from __future__ import annotations
 import argparse
 import functools
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from flashmha.benchmark.peers import HEADLINES
 from flashmha.benchmark.report import (
     ENCODER_LEGEND,
     HOW_WORDS,
+    TextTable,
     cell,
     cell_of_memory,
     encoder_table,
@@ -39,6 +40,7 @@ from flashmha.benchmark.report import (
     without_empty_columns,
 )
 from flashmha.benchmark.run_file import Run, levels, load
+from flashmha.benchmark.texts import TEXT_LEGEND, text_table
 from flashmha.benchmark.verdicts import best_peer, share_of_gemm
 
 ROOT = Path(__file__).parent.parent
@@ -50,6 +52,7 @@ RUNS = {
     "compiled": "compiled_gpu",
     "model_cpu": "model_cpu",
     "heads_cpu": "heads_cpu",
+    "generate_cpu": "generate_cpu",
 }
 """Section -> the run it shows, a file of the results."""
 
@@ -97,8 +100,11 @@ Pair = tuple[str, str] | None
 
 def figures(run: Run) -> str:
     """The headline cases of a run, every case of attention alone, and what is said of them all."""
-    if {case["case"]["suite"] for case in run["cases"]} == {SUITE}:
-        return heads_figures(run)
+    suites = {case["case"]["suite"] for case in run["cases"]}
+    if suites == {SUITE}:
+        return suite_figures(run, cost_table, COST_LEGEND)
+    if suites == {"generate"}:
+        return suite_figures(run, text_table, TEXT_LEGEND)
     parts = []
     if "layer" in levels(run):
         parts += [layer_table(run), " ".join(layer_words(run))]
@@ -110,14 +116,14 @@ def figures(run: Run) -> str:
     return "\n\n".join([*parts, "\n".join(f"- {line}" for line in summary(run)), origin_line(run)])
 
 
-def heads_figures(run: Run) -> str:
-    """What options of heads cost, each case by its words; the lost ones by their names."""
-    table = markdown_table(*cost_table(run, lambda case: cost_name(Case.of(case["case"]))))
-    return "\n\n".join([table, COST_LEGEND, "\n".join(f"- {line}" for line in summary(run)), origin_line(run)])
+def suite_figures(run: Run, table_of: Callable[..., TextTable], legend: str) -> str:
+    """The table of a suite that has its own, each case by its words; the lost ones by their names."""
+    table = markdown_table(*table_of(run, lambda case: case_name(Case.of(case["case"]))))
+    return "\n\n".join([table, legend, "\n".join(f"- {line}" for line in summary(run)), origin_line(run)])
 
 
-def cost_name(case: Case) -> str:
-    """A case of suite heads for a reader."""
+def case_name(case: Case) -> str:
+    """A case of such a suite for a reader."""
     return ("attention alone, " if case.level == "core" else "") + case.words
 
 

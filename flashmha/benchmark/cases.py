@@ -8,7 +8,7 @@ from typing import Any
 
 LEVELS = ("layer", "core", "encoder", "decoder")
 """``layer``: query to output, projections included. ``core``: q, k and v to out. ``encoder``: layers of attention and
-feed-forward, from the first input to the last output. ``decoder``: layers that look at a memory, too, token by token."""
+feed-forward, from the first input to the last output. ``decoder``: layers that look at a memory too, token by token."""
 
 PASSES = ("eval", "train")
 """``eval``: the forward in inference mode. ``train``: forward and backward to the inputs and all parameters."""

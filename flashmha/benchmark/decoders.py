@@ -16,7 +16,7 @@ from .cases import Case
 from .inputs import Inputs, stock_module
 from .peers import Contestant
 
-WARMUP = 3
+STEPS_FIRST = 3
 """Steps before one is captured: libraries take their memory in the first ones."""
 
 
@@ -25,6 +25,8 @@ class Writer(abc.ABC):
 
     nbytes = 0
     """What its cache holds."""
+    every = 1
+    """It writes every so many parts, since each takes long; what the parts between would take lies between."""
 
     @abc.abstractmethod
     def begin(self) -> None:
@@ -39,7 +41,8 @@ class StepByStep(Writer):
     """A writer that computes each token once, by ``step`` of its input (batch, 1, embed_dim)."""
 
     def __init__(self, inputs: Inputs) -> None:
-        self.tokens, self.step = inputs.query, self.run
+        self.tokens = inputs.query
+        self.step: Callable[[Tensor], Tensor] = self.run
 
     @abc.abstractmethod
     def run(self, x: Tensor) -> Tensor:
@@ -55,7 +58,7 @@ class StepByStep(Writer):
         held, side = self.tokens[:, :1].clone(), torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
-            for _ in range(WARMUP):
+            for _ in range(STEPS_FIRST):
                 self.run(held)
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
@@ -86,55 +89,125 @@ class StepByStep(Writer):
         self.begin()
 
 
-class StockDecoder(Contestant):
-    """``nn.TransformerDecoder``, which reads the whole text again for each token, told that its mask is causal.
+class StockWriter(Writer):
+    """Stock's decoder over all of the text.
 
-    It computes the middle one of several tokens, which takes as long as they do on average.
+    It computes the middle one of several tokens, which takes as long as they do on average, in every fifth part.
     """
 
+    every = 5
+
+    def __init__(self, module: nn.Module, inputs: Inputs) -> None:
+        self.module, self.inputs = module, inputs
+        self.mask = inputs.attn_mask
+
+    def begin(self) -> None:
+        pass
+
+    def write(self, places: range) -> tuple[range, list[Tensor]]:
+        middle, inputs = places[len(places) // 2], self.inputs
+        assert self.mask is not None
+        mask = self.mask[: middle + 1, : middle + 1]
+        out = self.module(inputs.query[:, : middle + 1], inputs.key, tgt_mask=mask, tgt_is_causal=True)
+        return range(middle, middle + 1), [out[:, -1:]]
+
+
+class CacheWriter(StepByStep):
+    """A swapped decoder over a ``KVCache``."""
+
+    def __init__(self, module: nn.Module, inputs: Inputs) -> None:
+        super().__init__(inputs)
+        case, self.module, self.memory = inputs.case, module, inputs.key
+        self.cache = KVCache.of(module, case.batch, case.seqlen_q, memory_seqlen=case.seqlen_k)
+        self.nbytes = self.cache.nbytes
+
+    def begin(self) -> None:
+        self.cache.reset()
+
+    def run(self, x: Tensor) -> Tensor:
+        out: Tensor = self.module(x, self.memory, cache=self.cache)
+        return out
+
+
+class HandWriter(StepByStep):
+    """A static cache of a good engineer: keys (batch, heads, tokens, head_dim), written in place, the memory's too.
+
+    Eagerly it knows its place as a number and looks at what is filled. In a CUDA graph the place is on the device, and
+    a mask says what is filled.
+    """
+
+    def __init__(self, module: nn.Module, inputs: Inputs, counts_on_device: bool) -> None:
+        super().__init__(inputs)
+        case, self.memory = inputs.case, inputs.key
+        self.heads, self.counts_on_device = case.heads, counts_on_device
+        shape, like = (case.batch, case.heads, case.seqlen_q, case.head_dim), inputs.query
+        self.place, self.where = 0, torch.zeros(1, dtype=torch.long, device=like.device)
+        self.slots = torch.arange(case.seqlen_q, device=like.device)
+        self.layers: list[Any] = list(module.layers)  # type: ignore[arg-type]
+        self.held = [(like.new_zeros(shape), like.new_zeros(shape)) for _ in self.layers]
+        empty = like.new_zeros(case.batch, case.heads, case.seqlen_k, case.head_dim)
+        self.memories = [(empty.clone(), empty.clone()) for _ in self.layers]
+        self.crossing = [split_crossing(layer.multihead_attn, like.shape[2]) for layer in self.layers]
+        self.nbytes = sum(x.nbytes for pairs in (self.held, self.memories) for pair in pairs for x in pair)
+
+    def begin(self) -> None:
+        self.place = 0
+        self.where.zero_()
+
+    def split(self, packed: Tensor, parts: int) -> tuple[Tensor, ...]:
+        """(batch, seqlen, parts * embed_dim) as so many tensors (batch, heads, seqlen, head_dim)."""
+        batch, seqlen, _ = packed.shape
+        return packed.view(batch, seqlen, parts, self.heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
+
+    def project_memory(self) -> None:
+        for (_, _, weight, bias), (k, v) in zip(self.crossing, self.memories):
+            for held, made in zip((k, v), self.split(F.linear(self.memory, weight, bias), 2)):
+                held.copy_(made)
+
+    def run(self, x: Tensor) -> Tensor:
+        if self.place == 0:
+            self.project_memory()
+        end = self.place + 1
+        mask = (self.slots <= self.where).view(1, 1, 1, -1) if self.counts_on_device else None
+        for layer, crossing, (k, v), (k_memory, v_memory) in zip(self.layers, self.crossing, self.held, self.memories):
+            own, cross = layer.self_attn, layer.multihead_attn
+            q, k_new, v_new = self.split(F.linear(x, own.in_proj_weight, own.in_proj_bias), 3)
+            if mask is None:
+                k[:, :, self.place : end] = k_new
+                v[:, :, self.place : end] = v_new
+                out = F.scaled_dot_product_attention(q, k[:, :, :end], v[:, :, :end])
+            else:
+                k.index_copy_(2, self.where, k_new)
+                v.index_copy_(2, self.where, v_new)
+                out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+            x = layer.norm1(x + own.out_proj(out.transpose(1, 2).reshape(x.shape)))
+            q = F.linear(x, crossing[0], crossing[1]).view(x.shape[0], 1, self.heads, -1).transpose(1, 2)
+            out = F.scaled_dot_product_attention(q, k_memory, v_memory)
+            x = layer.norm2(x + cross.out_proj(out.transpose(1, 2).reshape(x.shape)))
+            x = layer.norm3(x + layer.linear2(F.relu(layer.linear1(x))))
+        self.place = end
+        if self.counts_on_device:
+            self.where.add_(1)
+        return x
+
+
+class StockDecoder(Contestant):
+    """``nn.TransformerDecoder``, which reads the whole text again for each token, told that its mask is causal."""
+
     name, level = "stock_decoder", "decoder"
-
-    class Writer(Writer):
-        def __init__(self, module: nn.Module, inputs: Inputs) -> None:
-            self.module, self.inputs = module, inputs
-            self.mask = inputs.attn_mask
-
-        def begin(self) -> None:
-            pass
-
-        def write(self, places: range) -> tuple[range, list[Tensor]]:
-            middle, inputs = places[len(places) // 2], self.inputs
-            assert self.mask is not None
-            mask = self.mask[: middle + 1, : middle + 1]
-            out = self.module(inputs.query[:, : middle + 1], inputs.key, tgt_mask=mask, tgt_is_causal=True)
-            return range(middle, middle + 1), [out[:, -1:]]
 
     def build(self, case: Case) -> nn.Module:
         return stock_module(case)
 
     def writer(self, module: nn.Module, inputs: Inputs, how: str) -> Writer:
         """The module as a writer."""
-        return self.Writer(module, inputs)
+        return StockWriter(module, inputs)
 
 
 class FlashmhaDecoder(StockDecoder):
     """The same, swapped by ``replace_mha``, over a ``KVCache``."""
 
     ours = True
-
-    class Writer(StepByStep):  # type: ignore[assignment]
-        def __init__(self, module: nn.Module, inputs: Inputs) -> None:
-            super().__init__(inputs)
-            case, self.module, self.memory = inputs.case, module, inputs.key
-            self.cache = KVCache.of(module, case.batch, case.seqlen_q, memory_seqlen=case.seqlen_k)
-            self.nbytes = self.cache.nbytes
-
-        def begin(self) -> None:
-            self.cache.reset()
-
-        def run(self, x: Tensor) -> Tensor:
-            out: Tensor = self.module(x, self.memory, cache=self.cache)
-            return out
 
     def __init__(self, name: str = "flashmha_decoder") -> None:
         self.name = name
@@ -143,7 +216,7 @@ class FlashmhaDecoder(StockDecoder):
         return replace_mha(super().build(case))
 
     def writer(self, module: nn.Module, inputs: Inputs, how: str) -> Writer:
-        writer = self.Writer(module, inputs)
+        writer = CacheWriter(module, inputs)
         if how == "graph":
             writer.capture()
         elif how == "reduced":
@@ -159,72 +232,18 @@ class FlashmhaDecoder(StockDecoder):
 
 
 class HandDecoder(StockDecoder):
-    """The static cache of a good engineer: keys (batch, heads, tokens, head_dim), written in place, the memory's too.
-
-    Eagerly it knows its place as a number and looks at what is filled. In a CUDA graph the place is on the device, and
-    a mask says what is filled.
-    """
+    """The layers of stock around a static cache by hand."""
 
     name = "hand_decoder"
 
-    class Writer(StepByStep):  # type: ignore[assignment]
-        def __init__(self, module: nn.Module, inputs: Inputs, counts_on_device: bool) -> None:
-            super().__init__(inputs)
-            case, self.memory = inputs.case, inputs.key
-            self.heads, self.counts_on_device = case.heads, counts_on_device
-            shape, like = (case.batch, case.heads, case.seqlen_q, case.head_dim), inputs.query
-            self.place, self.where = 0, torch.zeros(1, dtype=torch.long, device=like.device)
-            self.slots = torch.arange(case.seqlen_q, device=like.device)
-            self.layers: list[Any] = list(module.layers)  # type: ignore[arg-type]
-            self.held = [(like.new_zeros(shape), like.new_zeros(shape)) for _ in self.layers]
-            empty = like.new_zeros(case.batch, case.heads, case.seqlen_k, case.head_dim)
-            self.memories = [(empty.clone(), empty.clone()) for _ in self.layers]
-            self.nbytes = sum(x.nbytes for pairs in (self.held, self.memories) for pair in pairs for x in pair)
-
-        def begin(self) -> None:
-            self.place = 0
-            self.where.zero_()
-
-        def split(self, packed: Tensor, parts: int) -> tuple[Tensor, ...]:
-            """(batch, seqlen, parts * embed_dim) as so many tensors (batch, heads, seqlen, head_dim)."""
-            batch, seqlen, _ = packed.shape
-            return packed.view(batch, seqlen, parts, self.heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
-
-        def project_memory(self) -> None:
-            for layer, (k, v) in zip(self.layers, self.memories):
-                cross, width = layer.multihead_attn, self.memory.shape[2]
-                packed = F.linear(self.memory, cross.in_proj_weight[width:], cross.in_proj_bias[width:])
-                for held, made in zip((k, v), self.split(packed, 2)):
-                    held.copy_(made)
-
-        def run(self, x: Tensor) -> Tensor:
-            if self.place == 0 and not (x.is_cuda and torch.cuda.is_current_stream_capturing()):
-                self.project_memory()
-            end = self.place + 1
-            mask = (self.slots <= self.where).view(1, 1, 1, -1) if self.counts_on_device else None
-            for layer, (k, v), (k_memory, v_memory) in zip(self.layers, self.held, self.memories):
-                own, cross, width = layer.self_attn, layer.multihead_attn, x.shape[2]
-                q, k_new, v_new = self.split(F.linear(x, own.in_proj_weight, own.in_proj_bias), 3)
-                if mask is None:
-                    k[:, :, self.place : end] = k_new
-                    v[:, :, self.place : end] = v_new
-                    out = F.scaled_dot_product_attention(q, k[:, :, :end], v[:, :, :end])
-                else:
-                    k.index_copy_(2, self.where, k_new)
-                    v.index_copy_(2, self.where, v_new)
-                    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-                x = layer.norm1(x + own.out_proj(out.transpose(1, 2).reshape(x.shape)))
-                (q,) = self.split(F.linear(x, cross.in_proj_weight[:width], cross.in_proj_bias[:width]), 1)
-                out = F.scaled_dot_product_attention(q, k_memory, v_memory)
-                x = layer.norm2(x + cross.out_proj(out.transpose(1, 2).reshape(x.shape)))
-                x = layer.norm3(x + layer.linear2(F.relu(layer.linear1(x))))
-            self.place = end
-            if self.counts_on_device:
-                self.where.add_(1)
-            return x
-
     def writer(self, module: nn.Module, inputs: Inputs, how: str) -> Writer:
-        writer = self.Writer(module, inputs, how == "graph")
+        writer = HandWriter(module, inputs, how == "graph")
         if how == "graph":
             writer.capture()
         return writer
+
+
+def split_crossing(layer: Any, rows: int) -> tuple[Tensor, ...]:
+    """Weight and bias of a cross-attention's queries, and of its keys and values."""
+    weight, bias = layer.in_proj_weight, layer.in_proj_bias
+    return weight[:rows], bias[:rows], weight[rows:], bias[rows:]

@@ -22,10 +22,10 @@ class Inputs:
     Attributes:
         case: what is computed.
         query, key, value: (batch, seqlen, embed_dim), batch and seqlen the other way round where the case says so, or
-            (batch, seqlen, heads, head_dim) at level core; one object where a layer is called with one. Of a decoder the
-            tokens and the memory.
+            (batch, seqlen, heads, head_dim) at level core; one object where a layer is called with one. Of a
+            decoder the tokens and the memory.
         cotangent: of the output; zero where a query is padding, as with a loss over real tokens.
-        attn_mask: (seqlen_q, seqlen_k) bool, ``True`` = hidden, for causal cases.
+        attn_mask: (seqlen_q, seqlen_k) bool, ``True`` = hidden, for causal cases; of a decoder (seqlen_q, seqlen_q).
         hidden: (batch, seqlen_k) bool, ``True`` = hidden, for padded cases; see ``padding``.
         state: the parameters, named as in ``FlashMultiHeadAttention``, which are stock's names where stock has them, or
             as in ``nn.TransformerEncoder``; empty at level core.
@@ -124,8 +124,9 @@ def draw_inputs(case: Case, device: torch.device, seed: int, one_projection: boo
                 key, value = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in (key, value))
     cotangent = normal(*query.shape)
     attn_mask = hidden = None
-    if case.causal:
-        seqlen_k = case.seqlen_q if case.level == "decoder" else case.seqlen_k
+    decodes = case.level == "decoder"
+    if case.causal or decodes:
+        seqlen_k = case.seqlen_q if decodes else case.seqlen_k
         attn_mask = torch.ones(case.seqlen_q, seqlen_k, dtype=torch.bool, device=device).triu_(1)
         if case.window is not None:
             attn_mask |= torch.ones_like(attn_mask).tril_(-case.window)

@@ -14,6 +14,7 @@ from .report import (
     verdict_table,
 )
 from .run_file import Run, levels
+from .texts import TEXT_LEGEND, text_table
 
 
 def markdown(run: Run) -> str:
@@ -23,6 +24,8 @@ def markdown(run: Run) -> str:
         parts += [f"## Level {level}", *[ENCODER_LEGEND] * (level == "encoder")]
         parts.append(markdown_table(*verdict_table(run, level)))
     columns, rows = cost_table(run)
+    texts, lines = text_table(run)
+    parts += ["## Writing with a cache", TEXT_LEGEND, markdown_table(texts, lines)] if lines else []
     parts += ["## What options of heads cost", COST_LEGEND, markdown_table(columns, rows)] if rows else []
     for title, (columns, rows) in (("All that took part", contestants_table(run)), ("Not timed", absences_table(run))):
         parts += [f"## {title}", markdown_table(columns, rows)] if rows else []

@@ -139,7 +139,7 @@ def measure(
 ) -> dict[str, Any]:
     """One case: every contestant through the gate, then the rounds, for a share of what is left until ``end``."""
     if case.level == "decoder":
-        return measure_decoders(case, taking_part, plan, canary, end, share)
+        return measure_decoders(case, taking_part, plan, canary)
     problems: dict[Case, tuple[Inputs, Reference]] = {}
     rows: dict[str, dict[str, Any]] = {}
     seats: dict[str, Seat] = {}
@@ -169,12 +169,9 @@ def measure(
     return {**row, "contestants": rows}
 
 
-def measure_decoders(
-    case: Case, taking_part: Sequence[Contestant], plan: Plan, canary: Canary, end: float, share: float
-) -> dict[str, Any]:
-    """The same of decoders that write."""
-    now = time.monotonic()
-    rows = write_in_turns(case, taking_part, plan.device, plan.seed, now + share * max(0.0, end - now))
+def measure_decoders(case: Case, taking_part: Sequence[Contestant], plan: Plan, canary: Canary) -> dict[str, Any]:
+    """One case of decoders that write."""
+    rows = write_in_turns(case, taking_part, plan.device, plan.seed)
     if any(one.how == "reduced" for one in taking_part):
         torch.compiler.reset()
     sweep(plan.device)

@@ -98,6 +98,10 @@ def judge_cases(cases: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
+TARGET_WORDS = {"WIN": "met", "TIE": "within the noise", "LOSS": "missed"}
+"""What a verdict on a ratio over its target says."""
+
+
 def judge_target(case: dict[str, Any], floor: float) -> str | None:
     """``met``, ``missed`` or ``within the noise``; ``None`` without a target, or where one of the two was not timed."""
     bound, beside = case["case"].get("target"), Case.of(case["case"]).yardstick
@@ -105,8 +109,7 @@ def judge_target(case: dict[str, Any], floor: float) -> str | None:
     found = [case["ratios"][one][beside] for one in eager if beside in case["ratios"][one]]
     if bound is None or not found:
         return None
-    words = {"WIN": "met", "TIE": "within the noise", "LOSS": "missed"}
-    return words[verdict({name: each / bound for name, each in found[0].items()}, floor)]
+    return TARGET_WORDS[verdict({name: each / bound for name, each in found[0].items()}, floor)]
 
 
 def canaries(cases: list[dict[str, Any]]) -> dict[str, float]:

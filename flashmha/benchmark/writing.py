@@ -23,17 +23,17 @@ from .reference import Reference
 
 PART = 16
 """Tokens of a turn."""
-TEXTS = 3
-"""Texts at most; one, however short the time."""
+TEXTS, SURE = 3, 20.0
+"""Texts at most; one, however long it takes, and others while so many seconds have not passed."""
 ROWS = 2
 """Rows of the batch that are compared with the definition."""
 
-Told = dict[str, Any]
+WriterRow = dict[str, Any]
 
 
 def write_in_turns(
-    case: Case, taking_part: Sequence[Contestant], device: torch.device, seed: int, until: float
-) -> dict[str, Told]:
+    case: Case, taking_part: Sequence[Contestant], device: torch.device, seed: int
+) -> dict[str, WriterRow]:
     """What is to be reported of every contestant: ``seconds`` of a token, turn by turn, and ``cache_bytes``.
 
     Every output is compared with the definition afterwards: the text that is timed is the one that is judged.
@@ -44,13 +44,12 @@ def write_in_turns(
             writer, rows[one.name] = ready(one, inputs)
             if writer is not None:
                 writers[one.name] = writer
-        texts = 0
         samples: dict[str, list[float]] = {name: [] for name in writers}
-        shuffler, order = random.Random(seed), list(writers)
-        while texts < 1 or (texts < TEXTS and time.monotonic() < until):
-            written = write_text(case, writers, shuffler, order, samples, device)
-            found = written if texts == 0 else found
-            texts += 1
+        shuffler, began = random.Random(seed), time.monotonic()
+        found = write_text(case, writers, shuffler, samples, device)
+        for _ in range(TEXTS - 1):
+            if time.monotonic() < began + SURE:
+                write_text(case, writers, shuffler, samples, device)
     reference = Reference.of(first_rows(inputs, ROWS))
     for name, (places, outs) in found.items():
         faults, rows[name]["error"] = compare(places, outs, reference)
@@ -58,9 +57,9 @@ def write_in_turns(
     return rows
 
 
-def ready(one: Contestant, inputs: Inputs) -> tuple[Writer | None, Told]:
+def ready(one: Contestant, inputs: Inputs) -> tuple[Writer | None, WriterRow]:
     """A writer that has written two tokens, so that all is compiled, and what is known of it."""
-    row: Told = {"ours": one.ours, "status": "refused"}
+    row: WriterRow = {"ours": one.ours, "status": "refused"}
     why = one.refuses(inputs.case)
     if why is not None:
         return None, {**row, "reason": why}
@@ -86,7 +85,7 @@ def ready(one: Contestant, inputs: Inputs) -> tuple[Writer | None, Told]:
     return writer, {**row, "status": "ok", "cache_bytes": writer.nbytes}
 
 
-Written = dict[str, tuple[list[int], list[Tensor]]]
+Outputs = dict[str, tuple[list[int], list[Tensor]]]
 """By contestant the places that were computed, and the first rows of their outputs."""
 
 
@@ -94,25 +93,37 @@ def write_text(
     case: Case,
     writers: dict[str, Writer],
     shuffler: random.Random,
-    order: list[str],
     samples: dict[str, list[float]],
     device: torch.device,
-) -> Written:
+) -> Outputs:
     """One text by each contestant, a part after the other, each time in a new order."""
-    written: Written = {name: ([], []) for name in writers}
+    written: Outputs = {name: ([], []) for name in writers}
     for writer in writers.values():
         writer.begin()
-    for start in range(0, case.seqlen_q, PART):
+    took: dict[str, dict[int, float]] = {name: {} for name in writers}
+    parts = range(0, case.seqlen_q, PART)
+    for number, start in enumerate(parts):
         places = range(start, min(start + PART, case.seqlen_q))
+        order = [name for name, writer in writers.items() if number % writer.every == 0 or number == len(parts) - 1]
         shuffler.shuffle(order)
         for name in order:
             done: list[tuple[range, list[Tensor]]] = []
-            took = seconds(lambda: done.append(writers[name].write(places)), 1, device)  # noqa: B023  called at once
+            spent = seconds(lambda: done.append(writers[name].write(places)), 1, device)  # noqa: B023  called at once
             computed, outs = done[0]
-            samples[name].append(float(f"{took / len(computed):.5g}"))
+            took[name][number] = spent / len(computed)
             written[name][0].extend(computed)
             written[name][1].extend(out[:ROWS].clone() for out in outs)
+    for name, known in took.items():
+        samples[name] += [float(f"{between(known, number):.5g}") for number in range(len(parts))]
     return written
+
+
+def between(known: dict[int, float], number: int) -> float:
+    """A number, or what lies on the line between its neighbours that are known."""
+    if number in known:
+        return known[number]
+    before, after = max(x for x in known if x < number), min(x for x in known if x > number)
+    return known[before] + (known[after] - known[before]) * (number - before) / (after - before)
 
 
 def first_rows(inputs: Inputs, rows: int) -> Inputs:

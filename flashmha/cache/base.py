@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from ..host.torch_state import insist, mark_static, readable
+from ..host.torch_state import insist, keep_address, readable
 from ..problem.cached import Pages, Positions
 from ..problem.masks import Mask
 from ..problem.ragged import KeyLengths, mark_private
@@ -251,13 +251,15 @@ def allocate(
     """
     with torch.inference_mode(False):  # a cache that is made inside may be written to outside
         made = torch.zeros(rows, heads, seqlen, head_dim, device=device, dtype=dtype)
-    return mark_static(made.transpose(1, 2) if made.device.type == "cpu" else made.view(rows, seqlen, heads, head_dim))
+    if made.device.type == "cpu":
+        return keep_address(made.transpose(1, 2))
+    return keep_address(made.view(rows, seqlen, heads, head_dim))
 
 
 def no_tokens(batch: int, device: torch.device | str | None) -> Tensor:
     """Lengths of empty rows."""
     with torch.inference_mode(False):
-        return mark_static(torch.zeros(batch, dtype=torch.int32, device=device))
+        return keep_address(torch.zeros(batch, dtype=torch.int32, device=device))
 
 
 def first_real(real: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from ..host.torch_state import is_compiling, mark_static
+from ..host.torch_state import is_compiling, keep_address
 from ..problem.cached import Pages, read_pages
 from .base import Cache, allocate, check_counts, no_tokens
 
@@ -93,7 +93,7 @@ class PagedCache(Cache):
         self.max_seqlen: int = max_seqlen
         device, width = pool.k.device, -(-max_seqlen // pool.page_size)
         with torch.inference_mode(False):
-            self.block_table = mark_static(torch.full((batch, width), pool.pages, dtype=torch.int32, device=device))
+            self.block_table = keep_address(torch.full((batch, width), pool.pages, dtype=torch.int32, device=device))
         """(batch, pages of a row) int32, the page of zeros where none was booked."""
         self.lengths = no_tokens(batch, device)
         self.booked: list[list[int]] = [[] for _ in range(batch)]

@@ -60,15 +60,6 @@ def readable(tensor: Tensor) -> bool:
     return tensor.device.type == "cpu" and eager(tensor)
 
 
-def mark_static(tensor: Tensor) -> Tensor:
-    """Say of a tensor that it is written in place, so that a CUDA graph of a compiled step may hold it.
-
-    As ``torch._dynamo.mark_static_address``, which imports a compiler. Another tensor in its place makes another graph.
-    """
-    tensor._dynamo_static_input_type = "unguarded"  # type: ignore[attr-defined]
-    return tensor
-
-
 def insist(condition: Tensor, say: Callable[[], str]) -> None:
     """Raise ``ValueError`` unless a condition holds everywhere; where looking would wait, the device raises later."""
     if readable(condition):
@@ -160,6 +151,16 @@ def is_dual() -> bool:
 
 raw_stream: Callable[[int], int] | None = getattr(torch._C, "_cuda_getCurrentRawStream", None)
 """The address of the current stream of a CUDA device, given its index; ``None`` in a build without CUDA."""
+
+
+def keep_address(tensor: Tensor) -> Tensor:
+    """Say of a tensor that it stays where it is, or ``mode="reduce-overhead"`` makes no CUDA graph that writes into it.
+
+    As ``torch._dynamo.mark_static_address``, whose import takes a second: a graph is recorded anew where it moved.
+    """
+    if not is_compiling():
+        tensor._dynamo_static_input_type = "unguarded"  # type: ignore[attr-defined]
+    return tensor
 
 
 def is_stream_capturing() -> bool:

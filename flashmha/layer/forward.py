@@ -92,7 +92,7 @@ def call_layer(
         if found is not None:
             return found
     unmasked = key_padding_mask is None and attn_mask is None
-    named = not (backend is positions is key_positions is kv is None)
+    named = backend is not None or positions is not None or key_positions is not None or kv is not None
     if cache is not None and unmasked and not (named or need_weights or is_causal):
         out = attend_alone(layer, query, key, value, cache)
         if out is not None:

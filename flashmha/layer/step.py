@@ -50,7 +50,7 @@ class Problem(NamedTuple):
     call: Serve
 
 
-class Step:
+class PlainStep:
     """A step of a model, or of one layer: ``attend_next`` and ``attend_memory`` for each layer, then ``finish``.
 
     Between layers tokens lie in one row, (tokens, embed_dim) as they lie in the caller's tensor: a linear layer of few
@@ -210,7 +210,7 @@ def attend_alone(layer: Layer, query: Tensor, key: Tensor, value: Tensor, cache:
     """The output of one layer beside no mask; ``None`` where ``forward`` has to look closer, having changed nothing."""
     if is_compiling() or type(query) is not Tensor or key is not value:
         return None
-    step = Step(query)
+    step = PlainStep(query)
     if not step.plain:
         return None
     tokens = query.reshape(-1, query.shape[2])

@@ -123,7 +123,10 @@ def is_intact(layer: nn.Module) -> bool:
     written = getattr(type(layer), "_written", None)
     if written is None or written.kind is not type(layer) or not isinstance(layer, TORCHS_LAYERS):
         return False
-    return layer.__dict__.keys().isdisjoint(written.names) and written.read(type(layer)) == written.whole
+    for name, value in written.values.items():
+        if name in layer.__dict__ or getattr(type(layer), name) is not value:
+            return False
+    return True
 
 
 TORCHS_LAYERS = (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from ..host.torch_state import eager
 from ..layer.shortcut import plain_mask
-from ..layer.step import Step
+from ..layer.step import PlainStep
 from ..problem.masks import Mask
 from .caches import KVCache
 from .known import find_unknown_layers
@@ -43,7 +43,7 @@ def run_step(
     return x.view(tgt.shape)
 
 
-class DecoderStep(Step):
+class DecoderStep(PlainStep):
     """A step of a decoder whose layers are known.
 
     ``before`` is the state of the caches before the first layer that has to be called as a module, which moves its own.
