@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 
+import torch
 from torch import Tensor
 
 from ..host.kernels import power_of_two, use_device
@@ -21,15 +22,14 @@ def append_on_device(k: Tensor, v: Tensor, stores: tuple[Tensor, Tensor], length
         stores: (batch, capacity, heads_kv, head_dim) each, with neighbouring features.
     """
     (batch, seqlen, heads, head_dim), head_dim_v = k.shape, v.shape[3]
-    k, v = (x if x.stride(3) == 1 else x.contiguous() for x in (k, v))
+    k = k if k.stride(3) == 1 else k.contiguous()
+    v = v if v.stride(3) == 1 else v.contiguous()
     k_store, v_store = stores
-    dims, dims_v = power_of_two(head_dim), power_of_two(head_dim_v)
-    at_once = min(power_of_two(heads), max(1, NUMBERS // max(dims, dims_v)))
-    ends = lengths.new_empty(batch)
-    constants = {"HEADS": at_once, "HEAD_DIM": head_dim, "HEAD_DIM_V": head_dim_v, "DIMS": dims, "DIMS_V": dims_v}
+    ends = torch.empty_like(lengths)
+    constants = make_constants(heads, head_dim, head_dim_v)
     with use_device(k.device):
         launcher()(
-            (k.device.index, k.dtype, lengths.dtype, at_once, head_dim, head_dim_v),
+            (k.device.index, k.dtype, lengths.dtype, constants["HEADS"], head_dim, head_dim_v),
             (batch, seqlen, 1),
             (k, v, k_store, v_store, lengths, ends),
             (*k.stride()[:3], *v.stride()[:3], *k_store.stride()[:3], *v_store.stride()[:3]),
@@ -38,6 +38,14 @@ def append_on_device(k: Tensor, v: Tensor, stores: tuple[Tensor, Tensor], length
             {"num_warps": 4},
         )
     return ends
+
+
+@functools.lru_cache(maxsize=256)
+def make_constants(heads: int, head_dim: int, head_dim_v: int) -> dict[str, int]:
+    """How many heads a program copies at a time, and how wide."""
+    dims, dims_v = power_of_two(head_dim), power_of_two(head_dim_v)
+    at_once = min(power_of_two(heads), max(1, NUMBERS // max(dims, dims_v)))
+    return {"HEADS": at_once, "HEAD_DIM": head_dim, "HEAD_DIM_V": head_dim_v, "DIMS": dims, "DIMS_V": dims_v}
 
 
 @functools.cache

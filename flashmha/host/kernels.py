@@ -42,7 +42,7 @@ def find_out(kind: str, index: int | None) -> str | None:
 
 
 class Processors(NamedTuple):
-    """What a GPU has: processors, bytes of shared memory that a program may have, its compute capability's first part."""
+    """A GPU's processors, bytes of shared memory that a program may have, and major compute capability."""
 
     number: int
     shared_memory: int

@@ -11,10 +11,11 @@ from torch import Tensor
 from ...host.kernels import processors, use_device
 from ...host.launcher import Launcher
 from ...host.torch_state import is_compiling
-from ...problem.masks import find_rule
+from ...problem.cached import Pages, Positions
 from ...problem.ragged import KeyLengths
 from ...problem.scores import ALiBi
 from ...problem.spec import AttentionSpec
+from ...problem.windows import Window
 from .tilings import Cut, choose_cut, choose_splits, padded
 
 REACH = 1 << 30
@@ -42,7 +43,19 @@ class SplitProblem(NamedTuple):
 
     @classmethod
     def of(cls, spec: AttentionSpec) -> SplitProblem:
-        lengths, places, pages, window = find_rule(spec.mask, KeyLengths), spec.positions, spec.pages, spec.window
+        lengths: KeyLengths | None = None
+        places: Positions | None = None
+        pages: Pages | None = None
+        window: Window | None = None
+        for part in () if spec.mask is None else spec.mask.parts:
+            if isinstance(part, KeyLengths):
+                lengths = part
+            elif isinstance(part, Positions):
+                places = part
+            elif isinstance(part, Pages):
+                pages = part
+            elif isinstance(part, Window):
+                window = part
         return cls(
             None if lengths is None else lengths.lengths,
             None if places is None else places.queries,
@@ -69,78 +82,129 @@ def attend(q: Tensor, k: Tensor, v: Tensor, told: SplitProblem) -> tuple[Tensor,
 def attend_split(q: Tensor, k: Tensor, v: Tensor, told: SplitProblem, cut: Cut | None = None) -> tuple[Tensor, Tensor]:
     """Output and log-sum-exp, by one kernel, or by two where the keys of a row are split."""
     lengths, queries, held, table, slopes, sinks, left, right, scale, softcap, page_size = told
+    q = q if q.stride(3) == 1 else q.contiguous()
+    k = k if k.stride(3) == 1 else k.contiguous()
+    v = v if v.stride(3) == 1 else v.contiguous()
+    lengths = lengths if lengths is None else lengths.contiguous()
+    sinks = sinks if sinks is None else sinks.contiguous()
+    table = table if table is None or table.stride(1) == 1 else table.contiguous()
     (batch, seqlen_q, heads, head_dim), (_, capacity, heads_kv, head_dim_v) = q.shape, v.shape
     capacity = capacity if table is None else capacity * table.shape[1]
-    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
-    lengths, sinks = (x if x is None else x.contiguous() for x in (lengths, sinks))
-    table = table if table is None or table.stride(1) == 1 else table.contiguous()
-    on, group = processors(q.device), heads // heads_kv
-    cut = choose_cut(seqlen_q * group, head_dim, head_dim_v, q.dtype, on) if cut is None else cut
-    splits = choose_splits(batch * heads_kv, -(-capacity // cut.keys), on) if cut.splits is None else cut.splits
-    out, lse = q.new_empty(batch, seqlen_q, heads, head_dim_v), q.new_empty(batch, heads, seqlen_q, dtype=torch.float32)
+    kinds = (
+        None if lengths is None else lengths.dtype,
+        None if queries is None else queries.dtype,
+        None if held is None else held.dtype,
+        None if table is None else table.dtype,
+        None if slopes is None else slopes.dtype,
+        None if sinks is None else sinks.dtype,
+        left is None,
+        right is None,
+        softcap is None,
+    )
+    sizes = (batch, seqlen_q, heads, heads_kv, head_dim, head_dim_v, capacity)
+    plan = make_plan(sizes, q.dtype, q.device, page_size, kinds, cut)
+    splits = plan.splits
+    out = q.new_empty((batch, seqlen_q, heads, head_dim_v))
+    lse = q.new_empty((batch, heads, seqlen_q), dtype=torch.float32)
     parts = out, lse
     if splits > 1:
         rows = (batch, seqlen_q, heads, splits)
-        parts = tuple(q.new_empty(*shape, dtype=torch.float32) for shape in ((*rows, head_dim_v), rows))  # type: ignore[assignment]
-    early = cut.early and splits > 1
-    constants = {
-        "PAGE": page_size or 0,
-        "LEFT": left is not None,
-        "RIGHT": right is not None,
-        "SOFTCAP": softcap is not None,
-        "WHOLE": splits == 1,
-        "HEAD_DIM": head_dim,
-        "HEAD_DIM_V": head_dim_v,
-        "DIMS": padded(head_dim),
-        "DIMS_V": padded(head_dim_v),
-        "BLOCK_M": padded(seqlen_q * group),
-        "BLOCK_N": cut.keys,
-        "EARLY": early,
-    }
-    options = cut.options(table is not None or held is not None)
-    dtypes = tuple(None if x is None else x.dtype for x in (q, lengths, queries, held, table, slopes, sinks))
+        parts = q.new_empty((*rows, head_dim_v), dtype=torch.float32), q.new_empty(rows, dtype=torch.float32)
     with use_device(q.device):
         launchers()[0](
-            (q.device.index, *dtypes, *constants.values(), *options.values()),
-            (batch * splits * heads_kv, 1, 1),
+            plan.kind,
+            plan.programs,
             (q, k, v, lengths, queries, held, table, slopes, sinks, *parts),
             (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3]),
             (
                 *(*steps_of(queries), *steps_of(held), *steps_of(table)[:1]),
                 *((0, 0) if slopes is None else (0, *slopes.stride())[-2:]),
-                *(group, heads, heads_kv, seqlen_q, capacity, splits),
+                *(heads // heads_kv, heads, heads_kv, seqlen_q, capacity, splits),
                 *(-within(left), within(right), float(scale), 0.0 if softcap is None else float(softcap)),
             ),
-            constants,
-            options,
+            plan.constants,
+            plan.options,
         )
         if splits > 1:
-            combine_splits(parts, sinks, out, lse, early)
+            launchers()[1](
+                plan.kind,
+                plan.combining,
+                (*parts, sinks, out, lse),
+                (),
+                (heads, seqlen_q, splits),
+                plan.combined,
+                plan.combined_options,
+            )
     return out, lse
 
 
-def combine_splits(parts: tuple[Tensor, Tensor], sinks: Tensor | None, out: Tensor, lse: Tensor, early: bool) -> None:
-    """Write the answer that the shares of each row make."""
-    batch, seqlen_q, heads, head_dim_v = out.shape
-    splits, rows = parts[1].shape[-1], batch * seqlen_q * heads
-    chunk = padded(head_dim_v) if rows >= MANY_ROWS else min(padded(head_dim_v), CHUNK)
-    shares = padded(splits)
+class Plan(NamedTuple):
+    """What a problem's sizes and kinds say of its launches: the first is split among programs, the second combines."""
+
+    splits: int
+    kind: tuple[Any, ...]
+    programs: tuple[int, int, int]
+    constants: dict[str, Any]
+    options: dict[str, Any]
+    combining: tuple[int, int, int]
+    combined: dict[str, Any]
+    combined_options: dict[str, Any]
+
+
+@functools.lru_cache(maxsize=1024)
+def make_plan(
+    sizes: tuple[int, ...],
+    dtype: torch.dtype,
+    device: torch.device,
+    page_size: int | None,
+    kinds: tuple[Any, ...],
+    cut: Cut | None,
+) -> Plan:
+    """The plan of such problems, kept: making it takes as long as three launches.
+
+    Args:
+        sizes: batch, seqlen_q, heads, heads_kv, head_dim, head_dim_v, capacity.
+        kinds: the dtypes of lengths, queries, held, table, slopes and sinks; whether left, right and softcap are missing.
+        cut: ``None`` for the one that fits.
+    """
+    batch, seqlen_q, heads, heads_kv, head_dim, head_dim_v, capacity = sizes
+    on, rows = processors(device), seqlen_q * (heads // heads_kv)
+    cut = choose_cut(rows, head_dim, head_dim_v, dtype, on) if cut is None else cut
+    splits = choose_splits(batch * heads_kv, -(-capacity // cut.keys), on) if cut.splits is None else cut.splits
+    early = cut.early and splits > 1
     constants = {
+        "PAGE": page_size or 0,
+        "LEFT": not kinds[6],
+        "RIGHT": not kinds[7],
+        "SOFTCAP": not kinds[8],
+        "WHOLE": splits == 1,
+        "HEAD_DIM": head_dim,
+        "HEAD_DIM_V": head_dim_v,
+        "DIMS": padded(head_dim),
+        "DIMS_V": padded(head_dim_v),
+        "BLOCK_M": padded(rows),
+        "BLOCK_N": cut.keys,
+        "EARLY": early,
+    }
+    options = cut.options(kinds[2] is not None or kinds[3] is not None)
+    rows, shares = batch * seqlen_q * heads, padded(splits)
+    chunk = padded(head_dim_v) if rows >= MANY_ROWS else min(padded(head_dim_v), CHUNK)
+    combined = {
         "HEAD_DIM_V": head_dim_v,
         "CHUNK": chunk,
         "STEP": min(shares, COMBINED // chunk),
         "SPLITS": shares,
         "EARLY": early,
     }
-    options = {"num_warps": 4 if shares * chunk >= COMBINED // 2 else 1, **({"launch_pdl": True} if early else {})}
-    launchers()[1](
-        (out.device.index, out.dtype, None if sinks is None else sinks.dtype, *constants.values(), *options.values()),
-        (rows, -(-head_dim_v // chunk), 1),
-        (*parts, sinks, out, lse),
-        (),
-        (heads, seqlen_q, splits),
+    return Plan(
+        splits,
+        (device.index, dtype, *kinds, *constants.values(), *combined.values(), *options.values()),
+        (batch * splits * heads_kv, 1, 1),
         constants,
         options,
+        (rows, -(-head_dim_v // chunk), 1),
+        combined,
+        {"num_warps": 4 if shares * chunk >= COMBINED // 2 else 1, **({"launch_pdl": True} if early else {})},
     )
 
 
