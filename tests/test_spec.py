@@ -43,10 +43,11 @@ from flashmha.backends.flash_attn.flash2 import Flash2
 from flashmha.backends.flash_attn.flash3 import Flash3
 from flashmha.backends.flash_attn.flash4 import Flash4
 from flashmha.backends.limits import FEATURES
+from flashmha.backends.sdpa.backend import Sdpa
 from flashmha.backends.sdpa.switches import by_math
 from flashmha.host.machine import Machine
 from flashmha.host.torch_state import is_deterministic
-from flashmha.testing import seeds, specs, tensors
+from flashmha.testing import assert_agrees, seeds, specs, tensors
 
 FLASH = ("flash2", "flash3", "flash4")
 
@@ -581,3 +582,13 @@ def test_a_range_that_is_none_is_refused(part: Any, name: str, question: str) ->
     spec = AttentionSpec(1, 5, 5, 2, 2, 4, 4, mask=causal(), bias=ALiBi(torch.ones(2)))
     with pytest.raises((TypeError, ValueError), match=rf"^{name} must be a range.*, got "):
         getattr(spec, question)(**{name: part})
+
+
+@given(spec=specs(), factor=st.sampled_from((0.5, 1.0, 3.0)), seed=seeds())
+def test_a_scale_that_is_changed_or_given_counts(spec: AttentionSpec, factor: float, seed: int) -> None:
+    """SDPA is not told the default scale; every other one it is, however the problem came to it."""
+    scale = factor * max(spec.head_dim, 1) ** -0.5
+    for one in (spec.changed(softmax_scale=scale), dataclasses.replace(spec, softmax_scale=scale)):
+        assert one.scale == scale and not one.usual_scale
+        if get("sdpa").why_not(one) is None:
+            assert_agrees(Sdpa, one, seed)

@@ -205,7 +205,8 @@ class AttentionSpec(Fields):
     def changed(self, **fields: Any) -> AttentionSpec:
         """The same problem with other values in some fields, not checked again."""
         twin: AttentionSpec = object.__new__(AttentionSpec)
-        twin.__dict__.update(self.__dict__ | {"shared": False, "form": None} | fields)
+        usual = self.usual_scale and fields.keys().isdisjoint(("softmax_scale", "head_dim"))
+        twin.__dict__.update(self.__dict__ | {"shared": False, "form": None, "usual_scale": usual} | fields)
         return twin
 
     def in_rows(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, AttentionSpec]:
