@@ -67,7 +67,7 @@ NO_HEADS: tuple[tuple[Tensor | None, Tensor | None], BothSteps] = (None, None), 
 NO_OPTIONS: dict[str, int] = {}
 
 
-class Cut(NamedTuple):
+class Share(NamedTuple):
     """How the heads of a launch are shared among programs.
 
     Attributes:
@@ -84,7 +84,7 @@ class Cut(NamedTuple):
 
 
 @functools.lru_cache(maxsize=1024)
-def cut(shape: torch.Size, more: int, norm: bool, layer: bool, interleaved: bool, dim: int, backward: bool) -> Cut:
+def share(shape: torch.Size, more: int, norm: bool, layer: bool, interleaved: bool, dim: int, backward: bool) -> Share:
     """The cut of a launch for heads of a shape, and ``more`` heads of the same tokens in a second tensor.
 
     Kept, since to compute it takes longer than to launch the kernel.
@@ -105,7 +105,7 @@ def cut(shape: torch.Size, more: int, norm: bool, layer: bool, interleaved: bool
         "TOKENS": some,
         "HEADS": HEADS,
     }
-    return Cut(tokens, chunks, (-(-tokens // some), sum(chunks), 1), constants)
+    return Share(tokens, chunks, (-(-tokens // some), sum(chunks), 1), constants)
 
 
 class Plan:
@@ -152,9 +152,9 @@ class Plan:
             else:
                 start = at
         self.form = shape, more, bool(norms), layer, interleaved, dim
-        self.cut = cut(*self.form, False)
+        self.share = share(*self.form, False)
         walk = (shape[0], start, by_place, by_item) if swapped else (shape[1], start, by_item, by_place)
-        self.numbers = (self.cut.tokens, *walk, shape[2], more, float(scale), float(eps))
+        self.numbers = (self.share.tokens, *walk, shape[2], more, float(scale), float(eps))
         self.tables = places, speeds
         dtypes = dtype_of(places), dtype_of(speeds), dtype_of(weight), dtype_of(bias)
         self.kind = (first.device.index, first.dtype, *dtypes, shape[3], *self.form[2:])
@@ -185,11 +185,11 @@ def launch(xs: Sequence[Tensor], plan: Plan) -> tuple[Tensor, ...]:
     with use_device(first.device):
         kernels().launch_prepare(
             plan.kind,
-            plan.cut.programs,
+            plan.share.programs,
             (*tensors, made[0], made[-1], *plan.tables, *plan.weights, *plan.biases),
             steps,
             plan.numbers,
-            plan.cut.constants,
+            plan.share.constants,
             NO_OPTIONS,
         )
     return made
@@ -201,7 +201,7 @@ def launch_backward(grads: Sequence[Tensor], xs: Sequence[Tensor], plan: Plan) -
     ``xs`` are what it took where it normalises; a rotation alone needs none of it.
     """
     first, swapped, steps, slots = grads[0], plan.swapped, plan.steps, plan.slots
-    _, chunks, (blocks, programs, _), constants = cut(*plan.form, True)
+    _, chunks, (blocks, programs, _), constants = share(*plan.form, True)
     of_grads, grad_steps = both(grads, swapped)
     of_xs, x_steps = NO_HEADS
     if xs:
