@@ -119,10 +119,12 @@ class Plan:
         parameters: the weight and the bias of each norm, where it has them.
         slots: where the gradients of the heads belong.
         steps: those of the tensors, where they were read as they lie; known behind the launch.
+        strides: those that the tensors had.
     """
 
     slots: Slots | None = None
     steps: BothSteps | None = None
+    strides: tuple[Any, Any] = None, None
 
     def __init__(
         self,
@@ -180,7 +182,7 @@ def launch(xs: Sequence[Tensor], plan: Plan) -> tuple[Tensor, ...]:
     swapped, first = plan.swapped, xs[0]
     tensors, steps = both(xs, swapped)
     if tensors[0] is first and tensors[1] is xs[-1]:
-        plan.steps = steps
+        plan.steps, plan.strides = steps, (first.stride(), xs[-1].stride())
     made = tuple([empty_rows(x, swapped) for x in xs])
     with use_device(first.device):
         kernels().launch_prepare(
@@ -205,7 +207,9 @@ def launch_backward(grads: Sequence[Tensor], xs: Sequence[Tensor], plan: Plan) -
     of_grads, grad_steps = both(grads, swapped)
     of_xs, x_steps = NO_HEADS
     if xs:
-        of_xs, x_steps = both(xs, swapped) if steps is None else ((xs[0], xs[-1]), steps)
+        # which hooks of autograd may have put away and brought back in another order
+        alike = (xs[0].stride(), xs[-1].stride()) == plan.strides
+        of_xs, x_steps = ((xs[0], xs[-1]), steps) if steps is not None and alike else both(xs, swapped)
     if slots is None:
         made = [empty_rows(x, swapped) for x in grads]
         outs, out_steps = both(made, swapped)
