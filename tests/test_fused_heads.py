@@ -192,3 +192,20 @@ def test_gradients_of_a_projection_lie_side_by_side(
     assert float((found - right).abs().max()) <= 1e-5 * max(1.0, float(right.abs().max()))
     if kept is not None and early is not None:
         assert torch.equal(kept, early)
+
+
+@pytest.mark.parametrize("swapped", (False, True))
+@pytest.mark.parametrize("kind", ("rms", "layer"))
+def test_heads_may_come_back_in_another_order(machine: torch.device, kind: str, swapped: bool) -> None:
+    """As from hooks of autograd that put them away."""
+    whole = noise(0, 2, 3, 5, 8, dtype=torch.float32, device="cpu").to(machine).requires_grad_()
+    rotary, norm = flashmha.Rotary(8).to(machine), norm_of(kind, 8, 0, machine)
+    assert norm is not None
+    known, found = know(norm, 8, whole.device), []
+    for bring_back in (lambda x: x, torch.Tensor.contiguous):
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: x, bring_back):
+            q, k = ((x.transpose(0, 1) if swapped else x) for x in whole.split_with_sizes((3, 2), 2))
+            made = fused_heads.prepare(q, k, known, known, rotary.rotation(q, k, None, None))
+        toward = [torch.linspace(-1, 1, x.numel(), device=machine).view(x.shape) for x in made if x is not None]
+        found.append(torch.autograd.grad([x for x in made if x is not None], whole, toward)[0])
+    torch.testing.assert_close(found[0], found[1])

@@ -63,7 +63,7 @@ NO_HEADS: tuple[tuple[Tensor | None, Tensor | None], BothSteps] = (None, None), 
 NO_OPTIONS: dict[str, int] = {}
 
 
-class Cut(NamedTuple):
+class Share(NamedTuple):
     """How the heads of a launch are shared among programs.
 
     Attributes:
@@ -80,7 +80,7 @@ class Cut(NamedTuple):
 
 
 @functools.lru_cache(maxsize=1024)
-def cut(shape: torch.Size, more: int, norm: bool, layer: bool, interleaved: bool, dim: int, backward: bool) -> Cut:
+def share(shape: torch.Size, more: int, norm: bool, layer: bool, interleaved: bool, dim: int, backward: bool) -> Share:
     """The cut of a launch for heads of a shape, and ``more`` heads of the same tokens in a second tensor.
 
     Kept, since to compute it takes longer than to launch the kernel.
@@ -101,7 +101,7 @@ def cut(shape: torch.Size, more: int, norm: bool, layer: bool, interleaved: bool
         "TOKENS": some,
         "HEADS": HEADS,
     }
-    return Cut(tokens, chunks, (-(-tokens // some), sum(chunks), 1), constants)
+    return Share(tokens, chunks, (-(-tokens // some), sum(chunks), 1), constants)
 
 
 class Plan:
@@ -115,10 +115,12 @@ class Plan:
         parameters: the weight and the bias of each norm, where it has them.
         slots: where the gradients of the heads belong.
         steps: those of the tensors, where they were read as they lie; known behind the launch.
+        strides: those that the tensors had.
     """
 
     slots: Slots | None = None
     steps: BothSteps | None = None
+    strides: tuple[Any, Any] = None, None
 
     def __init__(
         self,
@@ -148,9 +150,9 @@ class Plan:
             else:
                 start = at
         self.form = shape, more, bool(norms), layer, interleaved, dim
-        self.cut = cut(*self.form, False)
+        self.share = share(*self.form, False)
         walk = (shape[0], start, by_place, by_item) if swapped else (shape[1], start, by_item, by_place)
-        self.numbers = (self.cut.tokens, *walk, shape[2], more, float(scale), float(eps))
+        self.numbers = (self.share.tokens, *walk, shape[2], more, float(scale), float(eps))
         self.tables = places, speeds
         dtypes = dtype_of(places), dtype_of(speeds), dtype_of(weight), dtype_of(bias)
         self.kind = (first.device.index, first.dtype, *dtypes, shape[3], *self.form[2:])
@@ -176,16 +178,16 @@ def launch(xs: Sequence[Tensor], plan: Plan) -> tuple[Tensor, ...]:
     swapped, first = plan.swapped, xs[0]
     tensors, steps = both(xs, swapped)
     if tensors[0] is first and tensors[1] is xs[-1]:
-        plan.steps = steps
+        plan.steps, plan.strides = steps, (first.stride(), xs[-1].stride())
     made = tuple([empty_rows(x, swapped) for x in xs])
     with use_device(first.device):
         kernels().launch_prepare(
             plan.kind,
-            plan.cut.programs,
+            plan.share.programs,
             (*tensors, made[0], made[-1], *plan.tables, *plan.weights, *plan.biases),
             steps,
             plan.numbers,
-            plan.cut.constants,
+            plan.share.constants,
             NO_OPTIONS,
         )
     return made
@@ -197,11 +199,13 @@ def launch_backward(grads: Sequence[Tensor], xs: Sequence[Tensor], plan: Plan) -
     ``xs`` are what it took where it normalises; a rotation alone needs none of it.
     """
     first, swapped, steps, slots = grads[0], plan.swapped, plan.steps, plan.slots
-    _, chunks, (blocks, programs, _), constants = cut(*plan.form, True)
+    _, chunks, (blocks, programs, _), constants = share(*plan.form, True)
     of_grads, grad_steps = both(grads, swapped)
     of_xs, x_steps = NO_HEADS
     if xs:
-        of_xs, x_steps = both(xs, swapped) if steps is None else ((xs[0], xs[-1]), steps)
+        # which hooks of autograd may have put away and brought back in another order
+        alike = (xs[0].stride(), xs[-1].stride()) == plan.strides
+        of_xs, x_steps = ((xs[0], xs[-1]), steps) if steps is not None and alike else both(xs, swapped)
     if slots is None:
         made = [empty_rows(x, swapped) for x in grads]
         outs, out_steps = both(made, swapped)
