@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ...host.kernels import processors, use_device
 from ...host.torch_state import is_compiling
+from ...problem.cached import OwnTokens
 from ...problem.masks import find_rule
 from ...problem.ragged import KeyLengths
 from ...problem.scores import ALiBi
@@ -31,6 +32,8 @@ class SplitProblem(NamedTuple):
     queries: Tensor | None
     held: Tensor | None
     table: Tensor | None
+    own: Tensor | None
+    begin: Tensor | None
     slopes: Tensor | None
     sinks: Tensor | None
     left: int | None
@@ -41,12 +44,15 @@ class SplitProblem(NamedTuple):
 
     @classmethod
     def of(cls, spec: AttentionSpec) -> SplitProblem:
+        own = find_rule(spec.mask, OwnTokens)
         lengths, places, pages, window = find_rule(spec.mask, KeyLengths), spec.positions, spec.pages, spec.window
         return cls(
             None if lengths is None else lengths.lengths,
             None if places is None else places.queries,
             None if places is None else places.keys,
             None if pages is None else pages.block_table,
+            None if own is None else own.allowed,
+            None if own is None else own.start,
             spec.bias.slopes if isinstance(spec.bias, ALiBi) else None,
             spec.sinks,
             None if window is None else window.left,
@@ -55,6 +61,21 @@ class SplitProblem(NamedTuple):
             spec.softcap,
             None if pages is None else pages.page_size,
         )
+
+    def lay_out(self, shape: torch.Size) -> tuple[tuple[Tensor | None, ...], tuple[int, ...]]:
+        """The tables as the kernel reads them, and their steps; ``shape`` is that of q."""
+        batch, seqlen_q, heads, _ = shape
+        lengths, begin, sinks = (x if x is None else x.contiguous() for x in (self.lengths, self.begin, self.sinks))
+        table = self.table if self.table is None or self.table.stride(1) == 1 else self.table.contiguous()
+        own = None if self.own is None else self.own.view(torch.uint8).expand(batch, heads, seqlen_q, -1)
+        steps = (
+            *steps_of(self.queries),
+            *steps_of(self.held),
+            *steps_of(table)[:1],
+            *((0, 0, 0, 0, 0) if own is None else (*own.stride(), own.shape[3])),
+            *((0, 0) if self.slopes is None else (0, *self.slopes.stride())[-2:]),
+        )
+        return (lengths, self.queries, self.held, table, own, begin, self.slopes, sinks), steps
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, told: SplitProblem) -> tuple[Tensor, Tensor]:
@@ -67,37 +88,36 @@ def attend(q: Tensor, k: Tensor, v: Tensor, told: SplitProblem) -> tuple[Tensor,
 
 def attend_split(q: Tensor, k: Tensor, v: Tensor, told: SplitProblem, cut: Cut | None = None) -> tuple[Tensor, Tensor]:
     """Output and log-sum-exp, by one kernel, or by two where the keys of a row are split."""
-    lengths, queries, held, table, slopes, sinks, left, right, scale, softcap, page_size = told
     (batch, seqlen_q, heads, head_dim), (_, capacity, heads_kv, head_dim_v) = q.shape, v.shape
-    capacity = capacity if table is None else capacity * table.shape[1]
-    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+    capacity = capacity if told.table is None else capacity * told.table.shape[1]
+    sizes = seqlen_q * (heads // heads_kv), head_dim, head_dim_v
     on = processors(q.device)
-    group = heads // heads_kv
-    sizes = seqlen_q * group, head_dim, head_dim_v
     cut = choose_cut(*sizes, q.dtype, on.shared_memory) if cut is None else cut
     splits = cut.splits
     if splits is None:
         shared = cut.shared(*sizes, q.dtype.itemsize)
         splits = choose_splits(batch * heads_kv, -(-capacity // cut.keys), shared, on)
-    out, lse = q.new_empty(batch, seqlen_q, heads, head_dim_v), q.new_empty(batch, heads, seqlen_q, dtype=torch.float32)
+    rows = batch, seqlen_q, heads
+    out, lse = q.new_empty(*rows, head_dim_v), q.new_empty(batch, heads, seqlen_q, dtype=torch.float32)
     parts = out, lse
     if splits > 1:
-        rows = (batch, seqlen_q, heads, splits)
-        parts = tuple(q.new_empty(*shape, dtype=torch.float32) for shape in ((*rows, head_dim_v), rows))  # type: ignore[assignment]
-    slope_steps = (0, 0) if slopes is None else (0, *slopes.stride())[-2:]
-    lengths, sinks = (x if x is None else x.contiguous() for x in (lengths, sinks))
-    table = table if table is None or table.stride(1) == 1 else table.contiguous()
+        parts = (
+            q.new_empty(*rows, splits, head_dim_v, dtype=torch.float32),
+            q.new_empty(*rows, splits, dtype=torch.float32),
+        )
+    tables, steps = told.lay_out(q.shape)
+    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+    softcap = 0.0 if told.softcap is None else told.softcap
     with use_device(q.device):
         split_kernels().split_kernel[(batch * splits * heads_kv,)](
-            *(q, k, v, lengths, queries, held, table, slopes, sinks, *parts),
-            *(*q.stride()[:3], *k.stride()[:3], *v.stride()[:3]),
-            *(*steps_of(queries), *steps_of(held), *steps_of(table)[:1], *slope_steps),
-            *(group, heads, heads_kv, seqlen_q, capacity, splits),
-            *(-within(left), within(right), scale, 0.0 if softcap is None else softcap),
-            PAGE=page_size or 0,
-            LEFT=left is not None,
-            RIGHT=right is not None,
-            SOFTCAP=softcap is not None,
+            *(q, k, v, *tables, *parts),
+            *(*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *steps),
+            *(heads // heads_kv, heads, heads_kv, seqlen_q, capacity, splits),
+            *(-within(told.left), within(told.right), told.scale, softcap),
+            PAGE=told.page_size or 0,
+            LEFT=told.left is not None,
+            RIGHT=told.right is not None,
+            SOFTCAP=told.softcap is not None,
             WHOLE=splits == 1,
             HEAD_DIM=head_dim,
             HEAD_DIM_V=head_dim_v,
@@ -105,10 +125,10 @@ def attend_split(q: Tensor, k: Tensor, v: Tensor, told: SplitProblem, cut: Cut |
             DIMS_V=padded(head_dim_v),
             BLOCK_M=padded(sizes[0]),
             EARLY=cut.early and splits > 1,
-            **cut.options(table is not None or held is not None),
+            **cut.options(told.table is not None or told.held is not None),
         )
         if splits > 1:
-            combine_splits(parts, sinks, out, lse, cut.early)
+            combine_splits(parts, tables[-1], out, lse, cut.early)
     return out, lse
 
 
@@ -152,8 +172,8 @@ OPERATORS = torch.library.Library("flashmha", "FRAGMENT")
 """``torch.library.custom_op`` looks for outputs that alias inputs at every call, which costs more than a launch."""
 OPERATORS.define(
     "split_kv(Tensor q, Tensor k, Tensor v, Tensor? lengths, Tensor? queries, Tensor? held, Tensor? table, "
-    "Tensor? slopes, Tensor? sinks, SymInt? left, SymInt? right, float scale, float? softcap, SymInt? page_size) "
-    "-> (Tensor, Tensor)",
+    "Tensor? own, Tensor? begin, Tensor? slopes, Tensor? sinks, SymInt? left, SymInt? right, float scale, "
+    "float? softcap, SymInt? page_size) -> (Tensor, Tensor)",
     tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order),
 )
 
