@@ -14,7 +14,7 @@ from .layer.packed import Packed, pack
 from .layer.state import fuse_projections, group_heads, repeat_heads, separate_projections
 from .parts.relative import AlibiBias, RelativePositionBias
 from .parts.rotary import Rotary
-from .problem.cached import Pages, Positions
+from .problem.cached import OwnTokens, Pages, Positions
 from .problem.documents import Documents
 from .problem.errors import NoBackendError
 from .problem.masks import Dense, Mask
@@ -54,6 +54,7 @@ __all__ = [
     "Mask",
     "MemoryCache",
     "NoBackendError",
+    "OwnTokens",
     "Packed",
     "PagePool",
     "PagedCache",

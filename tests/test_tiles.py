@@ -38,7 +38,7 @@ LIMITS = Limits(
     dtypes=(torch.float32, torch.float16)
     if INTERPRETED
     else tiles.KERNEL_DTYPES,  # interpreted, bfloat16 is multiplied wrong
-    features=frozenset(FEATURES) - {"rule", "documents", "cache", "pages", "backward", "dropout"},
+    features=frozenset(FEATURES) - {"rule", "documents", "cache", "pages", "own_tokens", "backward", "dropout"},
 )
 SHARED_MEMORY = {"A100": 166912, "RTX 4090": 101376, "H200": 232448}
 """Bytes a program may have."""

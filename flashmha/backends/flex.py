@@ -36,7 +36,7 @@ class Flex(Backend):
     limits = Limits(
         devices=("cuda", "cpu", "xpu"),
         dtypes=(torch.float32, torch.bfloat16, torch.float16),
-        features=frozenset(FEATURES) - {"cache", "pages", "dropout", "deterministic"},
+        features=frozenset(FEATURES) - {"cache", "pages", "own_tokens", "dropout", "deterministic"},
         not_on={"cpu": frozenset(("backward", "bias_grad", "lse_grad"))},
         seqlen_min=1,
         batch_min=1,

@@ -18,6 +18,7 @@ FEATURES = (
     "documents",
     "cache",
     "pages",
+    "own_tokens",
     "dense_mask",
     "rule",
     "bias",

@@ -18,6 +18,7 @@ from ..backends.choice.choose import reads_pages
 from ..backends.choice.wishes import Wanted
 from ..cache.base import Cache, first_real, refuse_gradients
 from ..cache.ring import RingCache
+from ..problem.cached import OwnTokens
 from ..problem.masks import Dense, Mask, join_masks
 from ..problem.packing import parts_of
 from ..problem.ragged import Padding
@@ -116,7 +117,11 @@ def extend(
     tables: list[Mask] = []
     if start is not None:
         own = own_tokens(cache, start, real, seqlen, slots)
-        tables = [Dense(over_slots(part.allowed, own, seqlen, True)) for part in rules.tables]
+        for part in rules.tables:
+            if real is None and part.allowed.shape[3] in (1, seqlen):
+                tables.append(OwnTokens(part.allowed.expand(-1, -1, -1, seqlen), start[:, 0]))
+            else:
+                tables.append(Dense(over_slots(part.allowed, own, seqlen, True)))
         wide = [TensorBias(over_slots(one.tensor, own, seqlen, 0.0)) for one in tensors]
         others = [one for one in biases if not isinstance(one, TensorBias)]
         bias = functools.reduce(operator.add, [*wide, *others]) if biases else None

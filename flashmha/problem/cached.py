@@ -7,11 +7,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..host.torch_state import is_dense
 from .documents import Documents
 from .masks import Mask, combine
-from .positions import MaskMod, Restarts
+from .positions import MaskMod, Restarts, check_broadcast, look_up_in
 from .rebuilding import Rebuild
-from .tensors import is_table_of_pages
+from .tensors import is_table_of_pages, is_vector_of_integers
 from .wording import spell
 
 
@@ -78,6 +79,56 @@ class Positions(Mask):
 
     def __repr__(self) -> str:
         return f"Positions({', '.join(str(tuple(places.shape)) for places in self.tensors())})"
+
+
+class OwnTokens(Mask):
+    """Which of a call's own tokens a query sees, in a call over a cache: a tree of guesses. Earlier keys it hides not.
+
+    Attributes:
+        allowed: bool, broadcasts to (batch, heads, seqlen_q, tokens), ``True`` = may attend.
+        start: (batch,) integers, the position of the first of the tokens.
+    """
+
+    __slots__ = ("allowed", "start")
+    feature = "own_tokens"
+
+    def __init__(self, allowed: Tensor, start: Tensor) -> None:
+        if not is_dense(allowed) or allowed.dtype != torch.bool or not 2 <= allowed.dim() <= 4 or not allowed.shape[-1]:
+            raise ValueError(
+                "allowed must be a bool tensor that broadcasts to (batch, heads, seqlen_q, tokens), with a token, "
+                f"got {spell(allowed)}."
+            )
+        if not is_vector_of_integers(start):
+            raise ValueError(f"start must be an int32 or int64 tensor of shape (batch,), got {spell(start)}.")
+        self.allowed, self.start = allowed[(None,) * (4 - allowed.dim())], start
+
+    def check(self, batch: int, heads: int, seqlen_q: int, seqlen_k: int) -> None:
+        check_broadcast("allowed", self.allowed, (batch, heads, seqlen_q, self.allowed.shape[3]))
+        if self.start.shape != (batch,):
+            raise ValueError(f"start must have shape (batch,) = ({batch},), got {tuple(self.start.shape)}.")
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        return self.allowed, self.start
+
+    def flatten(self) -> tuple[tuple[Tensor, ...], Rebuild[Mask]]:
+        return self.tensors(), lambda tensors: OwnTokens(*tensors)
+
+    def mask_mod(self, seqlen_q: int, seqlen_k: int, documents: Restarts | None = None) -> MaskMod:
+        look_up, start, tokens = look_up_in(self.allowed), self.start, self.allowed.shape[3]
+
+        def visible(batch: Tensor, head: Tensor, q_idx: Tensor, k_pos: Tensor) -> Tensor:
+            own = k_pos - start[batch]
+            return (own < 0) | (own >= tokens) | look_up(batch, head, q_idx, own.clamp(0, tokens - 1))
+
+        if documents is None:
+            return visible
+        keys = documents.positions(seqlen_q, seqlen_k, "bottom_right")[1]
+        if keys.dim() == 2:
+            return lambda batch, head, q_idx, k_idx: visible(batch, head, q_idx, keys[batch, k_idx])
+        return lambda batch, head, q_idx, k_idx: visible(batch, head, q_idx, keys[k_idx])
+
+    def __repr__(self) -> str:
+        return f"OwnTokens({tuple(self.allowed.shape)})"
 
 
 class Pages(Mask):

@@ -13,7 +13,7 @@ from ..host.torch_state import (
     is_compiling,
     is_dense,
 )
-from .cached import Pages, Positions
+from .cached import OwnTokens, Pages, Positions
 from .documents import Documents
 from .masks import Dense, Mask, find_rule
 from .positions import Restarts, check_range
@@ -149,14 +149,14 @@ class Fields:
             return None
         rules: list[Any] = []
         for part in () if self.mask is None else self.mask.parts:
-            if type(part) not in (Window, Dense, Documents, KeyPadding, KeyLengths, Positions, Pages):
+            if type(part) not in (Window, Dense, Documents, KeyPadding, KeyLengths, Positions, Pages, OwnTokens):
                 return None
             rules.append(type(part))
             if isinstance(part, Positions):
                 rules += (part.keys is None, part.at_end)
             elif isinstance(part, Pages):
                 rules.append(part.page_size)
-            if isinstance(part, Dense):
+            if isinstance(part, (Dense, OwnTokens)):
                 rules.append(part.allowed.shape)
             elif isinstance(part, (Window, Documents)):
                 rules += part.sizes

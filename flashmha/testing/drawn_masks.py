@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from ..backends.limits import FEATURES
-from ..problem.cached import Pages, Positions
+from ..problem.cached import OwnTokens, Pages, Positions
 from ..problem.documents import Documents
 from ..problem.masks import Dense, Mask, join_masks
 from ..problem.positions import ALIGNMENTS, MaskMod
@@ -29,6 +29,7 @@ MASK_KINDS = {
     "rule": 1,
     "documents": 4,  # only a batch of 1 can hold them
     "cache": 1,  # nor beside these
+    "own_tokens": 1,
 }
 """Kinds of masks, and how many problems in six have one, of those that may have several."""
 WINDOW_REACH = (0, 1, 2, 3, 5)
@@ -116,6 +117,10 @@ def drawn_mask(
         return Dense(coin(*shape, *(choose((size, size, size, 1)) for size in (seqlen_q, seqlen_k))))
     if kind == "rule":
         return Rule(every(choose((1, 2, 3))), align=choose(aligns))
+    if kind == "own_tokens":
+        shape = [choose((1, size)) for size in (batch, heads, seqlen_q)]
+        start = torch.randint(-1, seqlen_k + 1, (batch,), generator=generator(seed + 1), device="cpu")
+        return OwnTokens(coin(*shape, choose((1, max(1, seqlen_q)))), start.to(where))
     if kind == "cache":
         return drawn_positions(choose, generator(seed), batch, seqlen_q, seqlen_k, where)
     if kind == "step":

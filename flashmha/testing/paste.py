@@ -11,7 +11,7 @@ import re
 import torch
 from torch import Tensor
 
-from ..problem.cached import Pages, Positions
+from ..problem.cached import OwnTokens, Pages, Positions
 from ..problem.documents import Documents
 from ..problem.masks import Dense, Mask
 from ..problem.ragged import KeyLengths, KeyPadding
@@ -69,6 +69,8 @@ def pasted_rule(part: Mask, spec: AttentionSpec) -> str:
     if isinstance(part, Positions):
         end = ", at_end=True" if part.at_end else ""
         return f"Positions({', '.join(map(pasted_tensor, part.tensors()))}{end})"
+    if isinstance(part, OwnTokens):
+        return f"OwnTokens({', '.join(map(pasted_tensor, part.tensors()))})"
     if isinstance(part, Pages):
         return f"Pages({pasted_tensor(part.block_table)}, {part.page_size})"
     if isinstance(part, Rule):

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ...host.kernels import why_no_kernels
 from ...host.torch_state import surely
+from ...problem.cached import OwnTokens
 from ...problem.spec import AttentionSpec
 from ..base import Backend
 from ..limits import Limits
@@ -27,7 +28,7 @@ class SplitKV(Backend):
         devices=("cuda",),
         dtypes=(torch.float32, torch.bfloat16, torch.float16),
         features=frozenset(
-            "causal window key_lengths cache pages alibi softcap sinks gqa head_dim_v lse".split()  # noqa: SIM905
+            "causal window key_lengths cache pages own_tokens alibi softcap sinks gqa head_dim_v lse".split()  # noqa: SIM905
         ),
         head_dim=256,
         seqlen_min=1,
@@ -41,6 +42,8 @@ class SplitKV(Backend):
         most = min(MOST_QUERY_ROWS, MOST_QUERY_BYTES // (padded(max(1, spec.head_dim)) * spec.dtype.itemsize))
         if not surely(spec.seqlen_q * group <= most):
             reasons.append(f"seqlen_q={spec.seqlen_q} times {group} heads of a group (at most {most})")
+        if spec.mask is not None and sum(isinstance(part, OwnTokens) for part in spec.mask.parts) > 1:
+            reasons.append("more than one table of own tokens (one)")
         if spec.bias is not None and len(spec.bias.parts) > 1:
             reasons.append("more than one bias (one ALiBi)")
         return reasons

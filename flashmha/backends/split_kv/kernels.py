@@ -20,7 +20,8 @@ WAIT: tl.constexpr = tl.constexpr("griddepcontrol.wait; mov.u32 $0, 0;")
 """A program lets the next kernel start, and waits for the one before. ``tl.extra.cuda`` has both: not in Triton 3.4."""
 
 ANY_VALUE = """
-    at_b at_s held_b held_s table_b slope_b slope_h group heads heads_kv seqlen_q capacity splits low high scale softcap
+    at_b at_s held_b held_s table_b own_b own_h own_s own_t own_tokens
+    slope_b slope_h group heads heads_kv seqlen_q capacity splits low high scale softcap
 """.split()  # noqa: SIM905
 """Arguments whose value shall not make another kernel."""
 
@@ -34,6 +35,8 @@ def split_kernel(
     queries: tl.tensor,
     held: tl.tensor,
     table: tl.tensor,
+    own: tl.tensor,
+    begin: tl.tensor,
     slopes: tl.tensor,
     sinks: tl.tensor,
     out: tl.tensor,
@@ -52,6 +55,11 @@ def split_kernel(
     held_b: tl.tensor,
     held_s: tl.tensor,
     table_b: tl.tensor,
+    own_b: tl.tensor,
+    own_h: tl.tensor,
+    own_s: tl.tensor,
+    own_t: tl.tensor,
+    own_tokens: tl.tensor,
     slope_b: tl.tensor,
     slope_h: tl.tensor,
     group: tl.tensor,
@@ -84,6 +92,7 @@ def split_kernel(
         queries: (batch, seqlen_q) the positions of queries; ``None``: the last query stands at the last key.
         held: (batch, seqlen_k) the positions of keys, negative where there is none; ``None``: key j stands at j.
         table: (batch, pages) where k and v are pools (pages, PAGE, heads_kv, head_dim); ``None``: they are rows.
+        own, begin: bytes (batch, heads, seqlen_q, own_tokens), which of the keys from position (batch,) on are seen.
         slopes: (batch, heads) of ALiBi; sinks: (heads,).
         out, lse: (batch, seqlen_q, heads, splits, head_dim_v), and (batch, seqlen_q, heads, splits) in units of log(2);
             of the ``WHOLE`` the answer, and (batch, heads, seqlen_q).
@@ -126,6 +135,10 @@ def split_kernel(
     if slopes is not None:
         slope = tl.load(slopes + item * slope_b + head * slope_h, mask=real, other=0.0).to(tl.float32) * LOG2E
 
+    if own is not None:
+        own_start = tl.load(begin + item).to(tl.int32)
+        own_rows = own + item * own_b + head * own_h + query * own_s
+
     top = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     made = tl.zeros([BLOCK_M, DIMS_V], tl.float32)
@@ -162,6 +175,11 @@ def split_kernel(
             visible = visible & (distance >= low)
         if RIGHT:
             visible = visible & (distance <= high)
+        if own is not None:
+            token = position - own_start
+            among = real[:, None] & (seen & (token >= 0) & (token < own_tokens))[None, :]
+            entry = tl.load(own_rows[:, None] + token[None, :] * own_t, mask=among, other=1)
+            visible = visible & (entry != 0)
         score = tl.where(visible, score, float("-inf"))
 
         larger = tl.maximum(top, tl.max(score, axis=1))

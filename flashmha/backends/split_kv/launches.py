@@ -11,7 +11,7 @@ from torch import Tensor
 from ...host.kernels import processors, use_device
 from ...host.launcher import Launcher
 from ...host.torch_state import is_compiling
-from ...problem.cached import Pages, Positions
+from ...problem.cached import OwnTokens, Pages, Positions
 from ...problem.ragged import KeyLengths
 from ...problem.scores import ALiBi
 from ...problem.spec import AttentionSpec
@@ -33,6 +33,8 @@ class SplitProblem(NamedTuple):
     queries: Tensor | None
     held: Tensor | None
     table: Tensor | None
+    own: Tensor | None
+    begin: Tensor | None
     slopes: Tensor | None
     sinks: Tensor | None
     left: int | None
@@ -46,6 +48,7 @@ class SplitProblem(NamedTuple):
         lengths: KeyLengths | None = None
         places: Positions | None = None
         pages: Pages | None = None
+        own: OwnTokens | None = None
         window: Window | None = None
         for part in () if spec.mask is None else spec.mask.parts:
             if isinstance(part, KeyLengths):
@@ -54,6 +57,8 @@ class SplitProblem(NamedTuple):
                 places = part
             elif isinstance(part, Pages):
                 pages = part
+            elif isinstance(part, OwnTokens):
+                own = part
             elif isinstance(part, Window):
                 window = part
         return cls(
@@ -61,6 +66,8 @@ class SplitProblem(NamedTuple):
             None if places is None else places.queries,
             None if places is None else places.keys,
             None if pages is None else pages.block_table,
+            None if own is None else own.allowed,
+            None if own is None else own.start,
             spec.bias.slopes if isinstance(spec.bias, ALiBi) else None,
             spec.sinks,
             None if window is None else window.left,
@@ -69,6 +76,24 @@ class SplitProblem(NamedTuple):
             spec.softcap,
             None if pages is None else pages.page_size,
         )
+
+    def lay_out(self, shape: torch.Size) -> tuple[tuple[Tensor | None, ...], tuple[int, ...]]:
+        """The tables as the kernel reads them, and their steps; ``shape`` is that of q."""
+        batch, seqlen_q, heads, _ = shape
+        lengths, begin, sinks, table = self.lengths, self.begin, self.sinks, self.table
+        lengths = lengths if lengths is None else lengths.contiguous()
+        begin = begin if begin is None else begin.contiguous()
+        sinks = sinks if sinks is None else sinks.contiguous()
+        table = table if table is None or table.stride(1) == 1 else table.contiguous()
+        own = None if self.own is None else self.own.view(torch.uint8).expand(batch, heads, seqlen_q, -1)
+        steps = (
+            *steps_of(self.queries),
+            *steps_of(self.held),
+            *steps_of(table)[:1],
+            *((0, 0, 0, 0, 0) if own is None else (*own.stride(), own.shape[3])),
+            *((0, 0) if self.slopes is None else (0, *self.slopes.stride())[-2:]),
+        )
+        return (lengths, self.queries, self.held, table, own, begin, self.slopes, sinks), steps
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, told: SplitProblem) -> tuple[Tensor, Tensor]:
@@ -81,26 +106,14 @@ def attend(q: Tensor, k: Tensor, v: Tensor, told: SplitProblem) -> tuple[Tensor,
 
 def attend_split(q: Tensor, k: Tensor, v: Tensor, told: SplitProblem, cut: Cut | None = None) -> tuple[Tensor, Tensor]:
     """Output and log-sum-exp, by one kernel, or by two where the keys of a row are split."""
-    lengths, queries, held, table, slopes, sinks, left, right, scale, softcap, page_size = told
     q = q if q.stride(3) == 1 else q.contiguous()
     k = k if k.stride(3) == 1 else k.contiguous()
     v = v if v.stride(3) == 1 else v.contiguous()
-    lengths = lengths if lengths is None else lengths.contiguous()
-    sinks = sinks if sinks is None else sinks.contiguous()
-    table = table if table is None or table.stride(1) == 1 else table.contiguous()
     (batch, seqlen_q, heads, head_dim), (_, capacity, heads_kv, head_dim_v) = q.shape, v.shape
-    capacity = capacity if table is None else capacity * table.shape[1]
-    kinds = (
-        None if lengths is None else lengths.dtype,
-        None if queries is None else queries.dtype,
-        None if held is None else held.dtype,
-        None if table is None else table.dtype,
-        None if slopes is None else slopes.dtype,
-        None if sinks is None else sinks.dtype,
-        left is None,
-        right is None,
-        softcap is None,
-    )
+    capacity = capacity if told.table is None else capacity * told.table.shape[1]
+    tables, steps = told.lay_out(q.shape)
+    left, right, scale, softcap, page_size = told[-5:]
+    kinds = (*[None if x is None else x.dtype for x in tables], left is None, right is None, softcap is None)
     sizes = (batch, seqlen_q, heads, heads_kv, head_dim, head_dim_v, capacity)
     plan = make_plan(sizes, q.dtype, q.device, page_size, kinds, cut)
     splits = plan.splits
@@ -114,11 +127,10 @@ def attend_split(q: Tensor, k: Tensor, v: Tensor, told: SplitProblem, cut: Cut |
         launchers()[0](
             plan.kind,
             plan.programs,
-            (q, k, v, lengths, queries, held, table, slopes, sinks, *parts),
+            (q, k, v, *tables, *parts),
             (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3]),
             (
-                *(*steps_of(queries), *steps_of(held), *steps_of(table)[:1]),
-                *((0, 0) if slopes is None else (0, *slopes.stride())[-2:]),
+                *steps,
                 *(heads // heads_kv, heads, heads_kv, seqlen_q, capacity, splits),
                 *(-within(left), within(right), float(scale), 0.0 if softcap is None else float(softcap)),
             ),
@@ -129,7 +141,7 @@ def attend_split(q: Tensor, k: Tensor, v: Tensor, told: SplitProblem, cut: Cut |
             launchers()[1](
                 plan.kind,
                 plan.combining,
-                (*parts, sinks, out, lse),
+                (*parts, tables[-1], out, lse),
                 (),
                 (heads, seqlen_q, splits),
                 plan.combined,
@@ -164,7 +176,7 @@ def make_plan(
 
     Args:
         sizes: batch, seqlen_q, heads, heads_kv, head_dim, head_dim_v, capacity.
-        kinds: the dtypes of lengths, queries, held, table, slopes and sinks; whether left, right and softcap are missing.
+        kinds: the dtypes of the tables, ``None`` for those that are not there; whether left, right, softcap are missing.
         cut: ``None`` for the one that fits.
     """
     batch, seqlen_q, heads, heads_kv, head_dim, head_dim_v, capacity = sizes
@@ -174,9 +186,9 @@ def make_plan(
     early = cut.early and splits > 1
     constants = {
         "PAGE": page_size or 0,
-        "LEFT": not kinds[6],
-        "RIGHT": not kinds[7],
-        "SOFTCAP": not kinds[8],
+        "LEFT": not kinds[-3],
+        "RIGHT": not kinds[-2],
+        "SOFTCAP": not kinds[-1],
         "WHOLE": splits == 1,
         "HEAD_DIM": head_dim,
         "HEAD_DIM_V": head_dim_v,
@@ -230,8 +242,8 @@ OPERATORS = torch.library.Library("flashmha", "FRAGMENT")
 """``torch.library.custom_op`` looks for outputs that alias inputs at every call, which costs more than a launch."""
 OPERATORS.define(
     "split_kv(Tensor q, Tensor k, Tensor v, Tensor? lengths, Tensor? queries, Tensor? held, Tensor? table, "
-    "Tensor? slopes, Tensor? sinks, SymInt? left, SymInt? right, float scale, float? softcap, SymInt? page_size) "
-    "-> (Tensor, Tensor)",
+    "Tensor? own, Tensor? begin, Tensor? slopes, Tensor? sinks, SymInt? left, SymInt? right, float scale, "
+    "float? softcap, SymInt? page_size) -> (Tensor, Tensor)",
     tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order),
 )
 
