@@ -18,7 +18,7 @@ from ..backends.base import Backend, Serve
 from ..backends.choice.serve import serve
 from ..cache.memory import MemoryCache
 from ..cache.static import StaticCache
-from ..host.torch_state import is_autocasting, is_compiling, readable
+from ..host.torch_state import eager, is_autocasting, is_compiling, readable
 from ..problem.masks import Mask
 from ..problem.ragged import KeyLengths, mark_private
 from ..problem.spec import AttentionSpec
@@ -61,7 +61,9 @@ class PlainStep:
 
     def __init__(self, x: Tensor) -> None:
         self.shape, self.dtype, self.device = x.shape, x.dtype, x.device
-        self.plain = readable(x) and len(self.shape) == 3 and x.numel() > 0 and not (x.is_nested or is_autocasting())
+        self.plain = eager(x) and len(self.shape) == 3 and x.numel() > 0 and not (x.is_nested or is_autocasting())
+        self.reads = readable(x)
+        """Lengths are read, which elsewhere than on a CPU would wait for the device."""
         self.wants_grad = torch.is_grad_enabled()
         self.places: dict[tuple[int, ...], Place] = {}
         self.problems: dict[tuple[Any, ...], Problem] = {}
@@ -84,10 +86,11 @@ class PlainStep:
         capacity = k_store.shape[1]
         if not (k_store.shape == v_store.shape == (batch, capacity, heads, head_dim) and self.holds(k_store, v_store)):
             return None
-        held = lengths.tolist()
-        place = self.places.get((seqlen, *held)) or self.place(cache, seqlen, held)
+        held = lengths.tolist() if self.reads else None
+        known = None if held is None else self.places.get((seqlen, *held))
+        place = self.place(cache, seqlen, held) if known is None else known
         first, slots = place.first, place.slots
-        if slots > capacity:
+        if slots > capacity or seqlen > capacity:
             cache.check_room(seqlen, held)
         spec, backend, call = self.problem((batch, seqlen, slots), heads, head_dim, place.mask)
         packed = F.linear(tokens, weight, bias)
@@ -157,15 +160,16 @@ class PlainStep:
                 return False
         return True
 
-    def place(self, cache: StaticCache, seqlen: int, held: list[int]) -> Place:
-        """Where the next tokens go behind those ``held``, kept for caches that hold as many."""
-        longest, lengths = max(held), cache.lengths + seqlen
-        if min(held) == longest:
+    def place(self, cache: StaticCache, seqlen: int, held: list[int] | None) -> Place:
+        """Where the next tokens go behind those ``held``, kept for caches that hold as many where that is known."""
+        longest, lengths = None if held is None else max(held), cache.lengths + seqlen
+        if held is not None and min(held) == longest:
             found = Place(lengths, longest, longest + seqlen)
         else:
-            seen = mark_private(KeyLengths(lengths))
-            found = Place(lengths, None, longest + seqlen, cache.positions(seqlen).long(), seen)
-        self.places[(seqlen, *held)] = found
+            seen, slots = mark_private(KeyLengths(lengths)), cache.capacity if longest is None else longest + seqlen
+            found = Place(lengths, None, slots, cache.positions(seqlen).long(), seen)
+        if held is not None:
+            self.places[(seqlen, *held)] = found
         return found
 
     def problem(self, sizes: tuple[int, int, int], heads: int, head_dim: int, mask: Mask | None) -> Problem:
