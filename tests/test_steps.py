@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 import flashmha
 from flashmha import FlashMultiHeadAttention, KVCache, replace_mha
+from flashmha.layer.step import PlainStep
 from flashmha.swap.known import find_unknown_layers
 from flashmha.testing import assert_same, noise
 from flashmha.testing.models import Architecture, architectures
@@ -209,3 +210,25 @@ def test_a_layer_steps_as_it_does_beside_a_mask_that_hides_nothing(batch: int, t
         ]
         assert_same(*outs)
     assert torch.equal(*(cache.get_seq_length() for cache in caches))
+
+
+@given(batch=st.integers(1, 3), tokens=st.lists(st.integers(1, 3), min_size=1, max_size=4), data=st.data())
+def test_a_step_that_may_not_read_lengths_is_one_that_does(batch: int, tokens: list[int], data: st.DataObject) -> None:
+    """As on a GPU: the same numbers, and operators whose number no cache changes."""
+    torch.manual_seed(0)
+    layer = FlashMultiHeadAttention(16, 2, batch_first=True, need_weights=False, dtype=torch.float64).eval()
+    caches = [KVCache.of(nn.ModuleDict({"it": layer}), batch, 2 + sum(tokens))["it"] for _ in range(2)]
+    begun = torch.tensor([data.draw(st.integers(0, 2)) for _ in range(batch)])
+    x, start = noise(1, batch, sum(tokens), 16), noise(2, batch, 2, 16)
+    for cache in caches:
+        layer(start, start, start, cache=cache, key_padding_mask=torch.arange(2) >= begun[:, None])
+    for end, count in zip(torch.tensor(tokens).cumsum(0).tolist(), tokens):
+        piece = x[:, end - count : end]
+        step = PlainStep(piece)
+        step.reads = False
+        with Operators() as seen:
+            out = step.attend_next(layer, piece.reshape(-1, 16), caches[0])
+            step.finish()
+        assert out is not None and sum("index_put" in name for name in seen.names) == 2
+        assert_same(out.view(piece.shape), layer(piece, piece, piece, cache=caches[1])[0])
+        assert torch.equal(*(cache.get_seq_length() for cache in caches))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 
-import torch
 from torch import Tensor
 
 from ..host.kernels import power_of_two, use_device
@@ -14,18 +13,18 @@ NUMBERS = 2048
 """Numbers that a program copies at a time."""
 
 
-def append_on_device(k: Tensor, v: Tensor, stores: tuple[Tensor, Tensor], lengths: Tensor) -> Tensor:
-    """The lengths of the rows behind a step, (batch,), whose keys and values are written; ``lengths`` stay.
+def append_on_device(k: Tensor, v: Tensor, stores: tuple[Tensor, Tensor], lengths: Tensor, ends: Tensor) -> None:
+    """Write the keys and values of a step behind those of each row; ``lengths`` stay as they are.
 
     Args:
         k, v: (batch, seqlen, heads_kv, head_dim).
         stores: (batch, capacity, heads_kv, head_dim) each, with neighbouring features.
+        ends: (batch,) the lengths behind the step, which are written as well.
     """
     (batch, seqlen, heads, head_dim), head_dim_v = k.shape, v.shape[3]
     k = k if k.stride(3) == 1 else k.contiguous()
     v = v if v.stride(3) == 1 else v.contiguous()
     k_store, v_store = stores
-    ends = torch.empty_like(lengths)
     constants = make_constants(heads, head_dim, head_dim_v)
     with use_device(k.device):
         launcher()(
@@ -37,7 +36,6 @@ def append_on_device(k: Tensor, v: Tensor, stores: tuple[Tensor, Tensor], length
             constants,
             {"num_warps": 4},
         )
-    return ends
 
 
 @functools.lru_cache(maxsize=256)

@@ -63,9 +63,10 @@ class PlainStep:
 
     def __init__(self, x: Tensor) -> None:
         self.shape, self.dtype, self.device = x.shape, x.dtype, x.device
-        self.on_gpu = x.is_cuda and eager(x) and why_no_kernels(x.device.type, x.device.index) is None
-        whole = len(self.shape) == 3 and x.numel() > 0 and not (x.is_nested or is_autocasting())
-        self.plain = whole and (self.on_gpu or readable(x))
+        self.plain = eager(x) and len(self.shape) == 3 and x.numel() > 0 and not (x.is_nested or is_autocasting())
+        self.reads = readable(x)
+        """Lengths are read, which elsewhere than on a CPU would wait for the device."""
+        self.launches = self.plain and not self.reads and why_no_kernels(x.device.type, x.device.index) is None
         self.wants_grad = torch.is_grad_enabled()
         self.places: dict[tuple[int, ...], Place] = {}
         self.problems: dict[tuple[Any, ...], Problem] = {}
@@ -88,12 +89,11 @@ class PlainStep:
         capacity = k_store.shape[1]
         if not (k_store.shape == v_store.shape == (batch, capacity, heads, head_dim) and self.holds(k_store, v_store)):
             return None
-        if self.on_gpu:
-            return self.attend_blindly(layer, own, tokens, cache)
-        held = lengths.tolist()
-        place = self.places.get((seqlen, *held)) or self.place(cache, seqlen, held)
+        held = lengths.tolist() if self.reads else None
+        known = None if held is None else self.places.get((seqlen, *held))
+        place = self.place(cache, seqlen, held) if known is None else known
         first, slots = place.first, place.slots
-        if slots > capacity:
+        if slots > capacity or seqlen > capacity:
             cache.check_room(seqlen, held)
         spec, backend, call = self.problem((batch, seqlen, slots), heads, head_dim, place.mask)
         packed = F.linear(tokens, weight, bias)
@@ -102,36 +102,16 @@ class PlainStep:
         q, k, v = packed.view(outer, inner, 3, heads, head_dim).unbind(2)
         if not batch_first:
             q, k, v = q.transpose(0, 1), k.transpose(0, 1), v.transpose(0, 1)
-        if first is None:
-            assert place.positions is not None
-            cache.write(k, v, place.positions)
-        else:
+        if first is not None:
             k_store.narrow(1, first, seqlen).copy_(k)
             v_store.narrow(1, first, seqlen).copy_(v)
+        elif place.positions is not None:
+            cache.write(k, v, place.positions)
+        else:
+            append_on_device(k, v, (k_store, v_store), lengths, place.lengths)
         out = serve(backend, q, k_store.narrow(1, 0, slots), v_store.narrow(1, 0, slots), spec, layer, call)
         self.moving[0].append(lengths)
         self.moving[1].append(place.lengths)
-        return F.linear((out if batch_first else out.transpose(0, 1)).reshape(-1, width), weight_out, bias_out)
-
-    def attend_blindly(self, layer: Layer, own: Linears, tokens: Tensor, cache: StaticCache) -> Tensor | None:
-        """``attend_next`` where looking at lengths would wait for the device: every slot is the problem's."""
-        weight, bias, weight_out, bias_out = own
-        state, (outer, inner, width) = layer.__dict__, self.shape
-        batch_first, heads = state["batch_first"], state["num_heads"]
-        head_dim = width // heads
-        packed = F.linear(tokens, weight, bias)
-        if type(packed) is not Tensor:
-            return None
-        q, k, v = packed.view(outer, inner, 3, heads, head_dim).unbind(2)
-        if not batch_first:
-            q, k, v = q.transpose(0, 1), k.transpose(0, 1), v.transpose(0, 1)
-        ends = append_on_device(k, v, (cache.k, cache.v), cache.lengths)
-        sizes = (q.shape[0], q.shape[1], cache.k.shape[1])
-        seen = mark_private(KeyLengths(ends))
-        spec = AttentionSpec.between(sizes, heads, head_dim, self.dtype, self.device, False, seen)
-        out = serve(choose(spec), q, cache.k, cache.v, spec, layer)
-        self.moving[0].append(cache.lengths)
-        self.moving[1].append(ends)
         return F.linear((out if batch_first else out.transpose(0, 1)).reshape(-1, width), weight_out, bias_out)
 
     def attend_memory(
@@ -184,15 +164,19 @@ class PlainStep:
                 return False
         return True
 
-    def place(self, cache: StaticCache, seqlen: int, held: list[int]) -> Place:
-        """Where the next tokens go behind those ``held``, kept for caches that hold as many."""
-        longest, lengths = max(held), cache.lengths + seqlen
-        if min(held) == longest:
+    def place(self, cache: StaticCache, seqlen: int, held: list[int] | None) -> Place:
+        """Where the next tokens go behind those ``held``, kept for caches that hold as many where that is known."""
+        if held is None and self.launches:  # which writes the lengths that follow as well
+            lengths = torch.empty_like(cache.lengths)
+            return Place(lengths, None, cache.capacity, None, mark_private(KeyLengths(lengths)))
+        longest, lengths = None if held is None else max(held), cache.lengths + seqlen
+        if held is not None and min(held) == longest:
             found = Place(lengths, longest, longest + seqlen)
         else:
-            seen = mark_private(KeyLengths(lengths))
-            found = Place(lengths, None, longest + seqlen, cache.positions(seqlen).long(), seen)
-        self.places[(seqlen, *held)] = found
+            seen, slots = mark_private(KeyLengths(lengths)), cache.capacity if longest is None else longest + seqlen
+            found = Place(lengths, None, slots, cache.positions(seqlen).long(), seen)
+        if held is not None:
+            self.places[(seqlen, *held)] = found
         return found
 
     def problem(self, sizes: tuple[int, int, int], heads: int, head_dim: int, mask: Mask | None) -> Problem:
@@ -207,7 +191,7 @@ class PlainStep:
 
 
 def attend_alone(layer: Layer, query: Tensor, key: Tensor, value: Tensor, cache: object) -> Tensor | None:
-    """The output of one layer beside no mask; ``None`` where ``forward`` has to look closer, having changed nothing."""
+    """The output of one layer beside no mask; ``None`` where ``forward`` has to look closer, and nothing is changed."""
     if is_compiling() or type(query) is not Tensor or key is not value:
         return None
     step = PlainStep(query)
