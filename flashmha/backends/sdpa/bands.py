@@ -52,8 +52,10 @@ def cut_into_bands(spec: AttentionSpec, rows: int, worth: int) -> Bands | None:
         rows: queries of a block at least.
         worth: multiplications that each block has to spare.
     """
-    window = None if spec.mask is None or spec.aten_only or is_compiling() else spec.window
-    if window is None or window.left is None or window.right is None or spec.mask is None:
+    if spec.mask is None or spec.aten_only or is_compiling() or spec.seqlen_k < 4 * min(rows, BAND_ROWS):
+        return None
+    window = spec.window
+    if window is None or window.left is None or window.right is None:
         return None
     if spec.documents is not None or spec.dropout_p > 0.0:  # torch draws for the whole problem at once
         return None
