@@ -404,7 +404,7 @@ def test_a_slice_can_be_written_in_training() -> None:
 @pytest.mark.parametrize("mask", (None, causal()))
 @pytest.mark.parametrize("average", (False, True))
 def test_a_row_is_one_launch_and_a_head_no_copy(mask: Any, average: bool, device: torch.device) -> None:
-    q, k, v = (torch.randn(1, 512, 4, 64, device=device, dtype=torch.bfloat16) for _ in range(3))
+    q, k, v = (torch.randn(1, 512, 8, 64, device=device, dtype=torch.bfloat16) for _ in range(3))
     spec = AttentionSpec.of(q, k, v, mask=mask)
     with torch.no_grad():
         unread = attention_with_weights(q, k, v, spec, "naive", average=average)[1]
