@@ -60,6 +60,8 @@ def dtype_of(parameter: Tensor | None) -> torch.dtype | None:
 NORM_FORWARDS = {nn.RMSNorm: nn.RMSNorm.forward, nn.LayerNorm: nn.LayerNorm.forward}
 """The modules that a kernel can compute, as torch wrote them."""
 PARAMETER_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+EPS = torch.finfo(torch.float32).eps
+"""Where a norm has none: as torch's, which computes in float32."""
 CHANGES = ("forward", "weight", "bias", "_call_impl")
 """What an instance has in its own dictionary only where code outside the class put it there."""
 
@@ -81,7 +83,7 @@ def know(norm: nn.Module, head_dim: int, device: torch.device) -> KnownNorm | No
             return None
     if weight is None and bias is not None:
         return None
-    eps = torch.finfo(torch.float32).eps if own["eps"] is None else own["eps"]  # as torch's, which computes in float32
+    eps = EPS if own["eps"] is None else own["eps"]
     return KnownNorm(kind is nn.LayerNorm, weight, bias, eps)
 
 

@@ -67,7 +67,8 @@ def rows_kernel(
     k += batch * k_batch + tl.cast(first_key + first, tl.int64) * k_key
     lse += batch * lse_batch + tl.cast(first_row, tl.int64) * lse_row
     row, key = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
-    statistic = tl.minimum(row, rows - 1) * (step * lse_row)
+    apart = tl.cast(step, tl.int64)  # rows that are far apart
+    statistic = tl.minimum(row, rows - 1) * (apart * lse_row)
     stop = number + count
     if WINDOW:  # a tile that is wholly hidden has no heads
         last_row = first_row + (rows - 1) * step
@@ -77,7 +78,7 @@ def rows_kernel(
     total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for one in range(number, stop):
         head = tl.cast(one, tl.int64)
-        here = (q_row * step, k_key)
+        here = (apart * q_row, k_key)
         score = multiply(q + head * q_head, k + head // group * k_head, here, left, HEAD_DIM, CHUNK, BLOCK_M, BLOCK_N)
         total += exponentiate(score, lse + head * lse_head, None, statistic, None, here, left, scale, softcap, SOFTCAP)
     if WINDOW:
