@@ -40,7 +40,7 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool) 
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal, **grouped).transpose(1, 2)
 
 
-def folded(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool) -> Tensor:
+def fold_by_hand(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool) -> Tensor:
     """SDPA of one query, whose grouped heads are rows of their key head."""
     batch, _, heads_kv, head_dim = k.shape
     rows = q.reshape(batch, heads_kv, -1, head_dim)

@@ -13,7 +13,7 @@ from ..backends import get, names, origin
 from .cases import Case
 from .decoders import FlashmhaDecoder, HandDecoder, StockDecoder
 from .encoders import FlashmhaEncoder, HandEncoder, PackedEncoder, StockEncoder
-from .kernels import FORCED, ByHand, FlashAttnMha, Linear, flash_attn, folded, two_products, with_kvcache
+from .kernels import FORCED, ByHand, FlashAttnMha, Linear, flash_attn, fold_by_hand, two_products, with_kvcache
 from .libraries import Library, Torchtune, XTransformers
 from .peers import CONTROL, AttentionFunction, Contestant, Flashmha, Stock, StockBest, StockSlow, Through, Without
 
@@ -77,7 +77,7 @@ def all_contestants(device: torch.device) -> tuple[list[Contestant], dict[str, s
         Flashmha(CONTROL, best, trust_is_causal=True),
         Without("flashmha", ours),
         sdpa,
-        ByHand("sdpa_folded", folded, takes_masks=False, decodes=True),
+        ByHand("sdpa_folded", fold_by_hand, takes_masks=False, decodes=True),
         ByHand("two_products", two_products, takes_masks=False, decodes=True),
         *forced(device, absent),
         *(AttentionFunction(f"attention:{name}", name) for name in present),

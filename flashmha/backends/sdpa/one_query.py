@@ -14,7 +14,7 @@ FEWEST_KEYS_APART, MOST_FEATURES_APART = 2048, 64
 """Keys and head_dim from which, and up to which, two products of matrices beat SDPA's kernel for one query: by 2 to 20%
 where keys of neighbouring heads are neighbours, and where they lie apart, as in a cache that is not full, by 8 to 13%
 (Zen 4, one thread, 1 to 32 rows of 4 to 16 heads). Grouped heads, which are folded to rows, lose 5 to 10%."""
-FEWEST_NUMBERS = 2**17
+FEWEST_NUMBERS = 2**19
 """Numbers of the keys, below which three operators take longer than one."""
 
 
