@@ -176,13 +176,17 @@ def make_plan(
 
     Args:
         sizes: batch, seqlen_q, heads, heads_kv, head_dim, head_dim_v, capacity.
-        kinds: the dtypes of the tables, ``None`` for those that are not there; whether left, right, softcap are missing.
+        kinds: the dtypes of the tables, ``None`` for those that are missing; whether left, right and softcap are.
         cut: ``None`` for the one that fits.
     """
     batch, seqlen_q, heads, heads_kv, head_dim, head_dim_v, capacity = sizes
     on, rows = processors(device), seqlen_q * (heads // heads_kv)
-    cut = choose_cut(rows, head_dim, head_dim_v, dtype, on) if cut is None else cut
-    splits = choose_splits(batch * heads_kv, -(-capacity // cut.keys), on) if cut.splits is None else cut.splits
+    heads_of = rows, head_dim, head_dim_v, dtype, on
+    chosen = choose_cut(*heads_of) if cut is None else cut
+    splits = (
+        choose_splits(batch * heads_kv, -(-capacity // chosen.keys), on) if chosen.splits is None else chosen.splits
+    )
+    cut = deepen(chosen, *heads_of) if cut is None and splits == 1 else chosen
     early = cut.early and splits > 1
     constants = {
         "PAGE": page_size or 0,

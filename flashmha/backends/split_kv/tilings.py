@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 import torch
@@ -22,8 +23,15 @@ TILE_BYTES = 32768
 MOST_SPLITS = 256
 EARLIEST = 9
 """The compute capability from which a kernel may be launched before the one that it waits for has ended."""
-PROGRAMS = 2
-"""Programs on each processor where rows are split: more take longer to combine than they gain, measured on an H200."""
+AT_ONCE = 2
+"""Programs of a processor at a time: more share its memory without gain, measured on an H200."""
+SPLIT_COST = 0.04
+"""The share of time that splitting rows takes, of programs that keep the GPU full."""
+WAYS = (1, 2, 4, 8)
+"""Shares of a row that are tried where rows are more than run at once."""
+MOST_SPLITS = 256
+EARLIEST = 9
+"""The compute capability from which a kernel may be launched before the one that it waits for has ended."""
 
 
 def padded(size: int) -> int:
@@ -72,11 +80,27 @@ def choose_cut(rows: int, head_dim: int, head_dim_v: int, dtype: torch.dtype, on
     return cut
 
 
+def deepen(cut: Cut, rows: int, head_dim: int, head_dim_v: int, dtype: torch.dtype, on: Processors) -> Cut:
+    """The cut with a stage more, for rows that are not split, where as many programs run at once."""
+    deeper = dataclasses.replace(cut, stages=cut.stages + 1)
+    shared = deeper.shared(rows, head_dim, head_dim_v, dtype.itemsize) + BESIDE_TILES
+    return deeper if AT_ONCE * shared <= on.shared_memory else cut
+
+
 def choose_splits(groups: int, tiles: int, on: Processors) -> int:
-    """Among how many programs the keys of a row are split: as many as run at once.
+    """Among how many programs the keys of a row are split: as many as run at once, or so that few places are idle.
 
     Args:
         groups: rows times heads of keys, each of which has ``splits`` programs.
         tiles: tiles of keys that a row has room for.
     """
-    return max(1, min(PROGRAMS * on.number // groups, tiles, MOST_SPLITS))
+    places = AT_ONCE * on.number
+    if groups <= places:
+        return max(1, min(places // groups, tiles, MOST_SPLITS))
+
+    def idle(splits: int) -> float:
+        """The share of places without a program while the last ones run, and what splitting costs."""
+        waves = groups * splits / places
+        return 1 - waves / math.ceil(waves) + SPLIT_COST * (splits > 1)
+
+    return min((splits for splits in WAYS if splits <= tiles), key=idle)
