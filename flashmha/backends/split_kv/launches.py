@@ -16,7 +16,7 @@ from ...problem.ragged import KeyLengths
 from ...problem.scores import ALiBi
 from ...problem.spec import AttentionSpec
 from ...problem.windows import Window
-from .tilings import Cut, choose_cut, choose_splits, padded
+from .tilings import Cut, choose_cut, choose_splits, deepen, padded
 
 REACH = 1 << 30
 """Farther than any key."""
@@ -183,9 +183,9 @@ def make_plan(
     on, rows = processors(device), seqlen_q * (heads // heads_kv)
     heads_of = rows, head_dim, head_dim_v, dtype, on
     chosen = choose_cut(*heads_of) if cut is None else cut
-    splits = (
-        choose_splits(batch * heads_kv, -(-capacity // chosen.keys), on) if chosen.splits is None else chosen.splits
-    )
+    splits = chosen.splits
+    if splits is None:
+        splits = choose_splits(batch * heads_kv, -(-capacity // chosen.keys), on)
     cut = deepen(chosen, *heads_of) if cut is None and splits == 1 else chosen
     early = cut.early and splits > 1
     constants = {
