@@ -5,11 +5,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-ANY_VALUE = "heads seqlen capacity".split()  # noqa: SIM905
+ANY_SIZE = "heads seqlen capacity".split()  # noqa: SIM905
 """Arguments whose value shall not make another kernel."""
 
 
-@triton.jit(do_not_specialize=ANY_VALUE)
+@triton.jit(do_not_specialize=ANY_SIZE)
 def append_kernel(
     k: tl.tensor,
     v: tl.tensor,

@@ -9,7 +9,7 @@ from torch import Tensor
 from ..host.kernels import power_of_two, use_device
 from ..host.launcher import Launcher
 
-NUMBERS = 2048
+AT_ONCE = 2048
 """Numbers that a program copies at a time."""
 
 
@@ -27,7 +27,7 @@ def append_on_device(k: Tensor, v: Tensor, stores: tuple[Tensor, Tensor], length
     k_store, v_store = stores
     constants = make_constants(heads, head_dim, head_dim_v)
     with use_device(k.device):
-        launcher()(
+        append_launcher()(
             (k.device.index, k.dtype, lengths.dtype, constants["HEADS"], head_dim, head_dim_v),
             (batch, seqlen, 1),
             (k, v, k_store, v_store, lengths, ends),
@@ -42,12 +42,12 @@ def append_on_device(k: Tensor, v: Tensor, stores: tuple[Tensor, Tensor], length
 def make_constants(heads: int, head_dim: int, head_dim_v: int) -> dict[str, int]:
     """How many heads a program copies at a time, and how wide."""
     dims, dims_v = power_of_two(head_dim), power_of_two(head_dim_v)
-    at_once = min(power_of_two(heads), max(1, NUMBERS // max(dims, dims_v)))
+    at_once = min(power_of_two(heads), max(1, AT_ONCE // max(dims, dims_v)))
     return {"HEADS": at_once, "HEAD_DIM": head_dim, "HEAD_DIM_V": head_dim_v, "DIMS": dims, "DIMS_V": dims_v}
 
 
 @functools.cache
-def launcher() -> Launcher:
+def append_launcher() -> Launcher:
     """The kernel's, which imports triton."""
     from .append_kernel import append_kernel
 

@@ -150,7 +150,7 @@ def attend_split(q: Tensor, k: Tensor, v: Tensor, told: SplitProblem, cut: Cut |
     return out, lse
 
 
-class Plan(NamedTuple):
+class SplitPlan(NamedTuple):
     """What a problem's sizes and kinds say of its launches: the first is split among programs, the second combines."""
 
     splits: int
@@ -171,7 +171,7 @@ def make_plan(
     page_size: int | None,
     kinds: tuple[Any, ...],
     cut: Cut | None,
-) -> Plan:
+) -> SplitPlan:
     """The plan of such problems, kept: making it takes as long as three launches.
 
     Args:
@@ -212,7 +212,7 @@ def make_plan(
         "SPLITS": shares,
         "EARLY": early,
     }
-    return Plan(
+    return SplitPlan(
         splits,
         (device.index, dtype, *kinds, *constants.values(), *combined.values(), *options.values()),
         (batch * splits * heads_kv, 1, 1),

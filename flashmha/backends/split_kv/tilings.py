@@ -23,11 +23,11 @@ TILE_BYTES = 32768
 MOST_SPLITS = 256
 EARLIEST = 9
 """The compute capability from which a kernel may be launched before the one that it waits for has ended."""
-AT_ONCE = 2
+RESIDENT = 2
 """Programs of a processor at a time: more share its memory without gain, measured on an H200."""
 SPLIT_COST = 0.04
 """The share of time that splitting rows takes, of programs that keep the GPU full."""
-WAYS = (1, 2, 4, 8)
+SHARES = (1, 2, 4, 8)
 """Shares of a row that are tried where rows are more than run at once."""
 MOST_SPLITS = 256
 EARLIEST = 9
@@ -84,7 +84,7 @@ def deepen(cut: Cut, rows: int, head_dim: int, head_dim_v: int, dtype: torch.dty
     """The cut with a stage more, for rows that are not split, where as many programs run at once."""
     deeper = dataclasses.replace(cut, stages=cut.stages + 1)
     shared = deeper.shared(rows, head_dim, head_dim_v, dtype.itemsize) + BESIDE_TILES
-    return deeper if AT_ONCE * shared <= on.shared_memory else cut
+    return deeper if RESIDENT * shared <= on.shared_memory else cut
 
 
 def choose_splits(groups: int, tiles: int, on: Processors) -> int:
@@ -94,7 +94,7 @@ def choose_splits(groups: int, tiles: int, on: Processors) -> int:
         groups: rows times heads of keys, each of which has ``splits`` programs.
         tiles: tiles of keys that a row has room for.
     """
-    places = AT_ONCE * on.number
+    places = RESIDENT * on.number
     if groups <= places:
         return max(1, min(places // groups, tiles, MOST_SPLITS))
 
@@ -103,4 +103,4 @@ def choose_splits(groups: int, tiles: int, on: Processors) -> int:
         waves = groups * splits / places
         return 1 - waves / math.ceil(waves) + SPLIT_COST * (splits > 1)
 
-    return min((splits for splits in WAYS if splits <= tiles), key=idle)
+    return min((splits for splits in SHARES if splits <= tiles), key=idle)
