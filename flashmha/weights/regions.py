@@ -14,7 +14,7 @@ WHOLE_SLICE: tuple[Any, ...] = (0, None, None, 1)
 """What the arguments of a slice are where they are not given."""
 
 
-class Places(NamedTuple):
+class Axis(NamedTuple):
     """Some places of one axis of a view, and whether the view keeps the axis."""
 
     dim: int
@@ -22,7 +22,7 @@ class Places(NamedTuple):
     keeps: bool
 
 
-def read_cut(func: Any, args: tuple[Any, ...], sizes: Sequence[int]) -> Places | None:
+def read_cut(func: Any, args: tuple[Any, ...], sizes: Sequence[int]) -> Axis | None:
     """What ``select`` or ``slice`` leaves; ``None`` for another operator, and where it would raise."""
     count = len(sizes)
     if func is SELECT:
@@ -30,13 +30,13 @@ def read_cut(func: Any, args: tuple[Any, ...], sizes: Sequence[int]) -> Places |
         if not -count <= dim < count or not -sizes[dim] <= index < sizes[dim]:
             return None
         index %= sizes[dim]
-        return Places(dim % count, range(index, index + 1), False)
+        return Axis(dim % count, range(index, index + 1), False)
     if func is not SLICE:
         return None
     dim, start, end, step = [*args, *WHOLE_SLICE[len(args) :]]
     if step < 1 or not -count <= dim < count:
         return None
-    return Places(dim % count, range(sizes[dim])[start:end:step], True)
+    return Axis(dim % count, range(sizes[dim])[start:end:step], True)
 
 
 class Region(NamedTuple):
@@ -60,7 +60,7 @@ class Region(NamedTuple):
         """Those of the view."""
         return list(map(len, map(self.ranges.__getitem__, self.axes)))
 
-    def cut(self, cut: Places) -> Region:
+    def cut(self, cut: Axis) -> Region:
         """Some places of an axis of the view."""
         (dim, places, keeps), (ranges, axes) = cut, self
         axis = axes[dim]
@@ -96,7 +96,7 @@ class Layout(NamedTuple):
             strides.insert(0, strides[0] * max(size, 1))
         return cls(tuple(sizes), tuple(strides[: len(sizes)]), 0, dtype)
 
-    def cut(self, cut: Places) -> Layout:
+    def cut(self, cut: Axis) -> Layout:
         """That of a view of some places of an axis."""
         (dim, places, keeps), (sizes, strides, offset, dtype) = cut, self
         step, behind = strides[dim], dim + 1

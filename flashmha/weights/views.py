@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .cell import Cell
-from .regions import SLICE, Layout, Places, Region, read_cut
+from .regions import SLICE, Axis, Layout, Region, read_cut
 
 aten = torch.ops.aten
 ALIASES = (aten.alias.default, aten.detach.default)
@@ -52,7 +52,7 @@ class View:
         """All of a map."""
         return cls(layout, Region.whole(layout.sizes))
 
-    def cut(self, cut: Places) -> View:
+    def cut(self, cut: Axis) -> View:
         """Some places of an axis."""
         return View(self.layout.cut(cut), self.region.cut(cut))
 
@@ -67,7 +67,7 @@ class View:
             return View(Layout.of(found), self.region, (*self.steps, Step(func, args, kwargs)))
         if not self.steps and func is aten.unbind.int:
             dim = args[0] % len(self.layout.sizes) if args else 0
-            return [self.cut(Places(dim, range(place, place + 1), False)) for place in range(len(found))]
+            return [self.cut(Axis(dim, range(place, place + 1), False)) for place in range(len(found))]
         steps = [Step(func, args, kwargs, place) for place in range(len(found))]
         return [View(Layout.of(one), self.region, (*self.steps, step)) for one, step in zip(found, steps)]
 
