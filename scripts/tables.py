@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import json
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -258,6 +259,37 @@ def short_table() -> str:
     return markdown_table(("case", "stock", "fastest peer", "memory"), rows)
 
 
+# Caches
+
+CACHE_RATES = RESULTS / "cache_rates_h200.json"
+"""What ``scripts/cache_rates.py`` wrote."""
+CACHE_COLUMNS = (
+    *("rows × keys", "heads", "MiB", "rate of the best without lengths"),
+    *("lengths", "drawn lengths", "pages of 64", "flash-attn 2 with lengths"),
+)
+
+
+def cache_rates() -> str:
+    """How fast keys of a cache are read, beside the fastest that reads them without lengths."""
+    found = json.loads(CACHE_RATES.read_text(encoding="utf-8"))
+    rows = []
+    for row in found["rows"]:
+        batch, seqlen, heads, heads_kv, head_dim = row["shape"]
+        seconds, size = row["seconds"], row["bytes"]
+        least = min(seconds[name] for name in ("sdpa", "sdpa folded", "flash-attn 2") if name in seconds)
+        shares = [least / seconds[name] for name in ("split_kv", "split_kv pages", "flash-attn 2 with lengths")]
+        shares.insert(1, row["drawn"] * least / seconds["split_kv drawn"])
+        grouped = f"{heads} on {heads_kv}" if heads != heads_kv else str(heads)
+        sizes = (f"{batch} × {seqlen}", f"{grouped}, head_dim {head_dim}", f"{size / 2**20:.0f}")
+        rows.append((*sizes, f"{size / least / 1e12:.2f} TB/s", *(f"{share:.2f}" for share in shares)))
+    packages = found["env"]["packages"]
+    said = (
+        f"{found['gpu']}, {found['dtype']}, torch {found['env']['torch']}, flash-attn {packages.get('flash-attn')}, "
+        f"{found['date']}; medians of {found['rounds']} rounds."
+    )
+    return f"{markdown_table(CACHE_COLUMNS, rows)}\n\n{said}"
+
+
 # Pages
 
 
@@ -273,10 +305,12 @@ def content(section: str) -> str:
         return backends_table()
     if section == "short":
         return short_table()
+    if section == "cache_rates":
+        return cache_rates()
     return figures(read(section))
 
 
-SECTIONS = ("backends", "short", *RUNS)
+SECTIONS = ("backends", "short", "cache_rates", *RUNS)
 
 
 def marks(section: str) -> tuple[str, str]:
