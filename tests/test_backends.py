@@ -13,6 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from flashmha import AttentionSpec, Dense, KeyPadding, NoBackendError, attention, backends, causal
 from flashmha.backends import get, names
 from flashmha.backends.limits import HALF
+from flashmha.problem.masks import join_masks
 from flashmha.testing import answer, assert_agrees, noise, seeds, served, specs, tensors
 from flashmha.testing.grid import KERNEL_GRIDS, DrawnKernel, built, drawn
 
@@ -268,7 +269,7 @@ def test_a_blind_row_gives_zeros_and_zero_gradients(spec: AttentionSpec, seed: i
     row = seed % max(spec.seqlen_q, 1)
     seen = torch.ones(spec.seqlen_q, spec.seqlen_k, dtype=torch.bool)
     seen[row : row + 1] = False
-    out = attention(q, k, v, mask=Dense(seen))
+    out = attention(q, k, v, mask=join_masks(Dense(seen), spec.pages))
     assert not out[:, row : row + 1].any()
     grads = torch.autograd.grad(out[:, row : row + 1].sum(), (q, k, v))
     assert not any(grad.any() for grad in grads)

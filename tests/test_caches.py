@@ -23,10 +23,12 @@ from flashmha import (
     FlashMultiHeadAttention,
     KeyLengths,
     KeyPadding,
+    Mask,
     MemoryCache,
     NoBackendError,
     PagedCache,
     PagePool,
+    Pages,
     Positions,
     RelativePositionBias,
     RingCache,
@@ -600,6 +602,13 @@ def memory(**more: Any) -> MemoryCache:
     return MemoryCache(2, 2, 4, **more)
 
 
+def paged(table: list[list[int]], mask: Mask | None = None, page_size: int = 4) -> Any:
+    """Attention over pages of a pool of three."""
+    q, pool = noise(0, 1, 1, 2, 4), noise(1, 3, 4, 2, 4)
+    pages = Pages(torch.tensor(table, dtype=torch.int32), page_size)
+    return attention(q, pool, pool, mask=pages if mask is None else pages & mask)
+
+
 REFUSED: dict[str, tuple[str, Callable[[], Any]]] = {
     "a list": ("cache must be the cache of this one layer", lambda: call(plain_layer(), [])),
     "the caches of a model": (
@@ -666,6 +675,16 @@ REFUSED: dict[str, tuple[str, Callable[[], Any]]] = {
     "no size": ("max_seqlen must be a whole number", lambda: StaticCache(2, 0, 2, 4)),
     "half a token": ("length must be an int", lambda: static().crop(1.5)),  # type: ignore[arg-type]
     "rows of another number": ("rows must be integers", lambda: static().reorder(torch.tensor([0]))),
+    "a table of other numbers": ("block_table must be an int32 tensor", lambda: Pages(torch.zeros(2, 2), 4)),
+    "pages of nothing": ("page_size must be a whole number", lambda: Pages(torch.zeros(2, 2, dtype=torch.int32), 0)),
+    "pages beyond the pool": ("block_table must name pages between 0 and 2, got", lambda: paged([[0, 3]])),
+    "a page before the pool": ("block_table must name pages between 0 and 2, got", lambda: paged([[-1, 0]])),
+    "pages of other rows": ("block_table must have shape .batch, pages. = .1, seqlen_k", lambda: paged([[0], [1]])),
+    "pages of another size": ("k and v must be pools .pages, page_size=5, ", lambda: paged([[0]], page_size=5)),
+    "two tables of pages": (
+        "a mask must hold at most one table of pages",
+        lambda: paged([[0]], Pages(torch.zeros(1, 1, dtype=torch.int32), 4)),
+    ),
     "two rules of places": (
         "a mask must hold at most one rule of where tokens stand",
         lambda: Positions(torch.zeros(1, 2, dtype=torch.int64)) & Documents(torch.tensor([0, 2])),

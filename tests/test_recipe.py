@@ -61,6 +61,7 @@ def widened(spec: AttentionSpec, dtype: torch.dtype) -> tuple[AttentionSpec, lis
 
 
 def defined(spec: AttentionSpec, q: Tensor, k: Tensor, average: bool) -> Tensor:
+    k, _, spec = spec.in_rows(k, k)
     made = probabilities(*scores(q, k, spec), spec)
     return made.mean(dim=1) if average else made
 

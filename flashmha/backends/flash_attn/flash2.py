@@ -43,7 +43,7 @@ class Flash2(FlashAttn):
         capability=(8, 9, 10, 12),
     )
 
-    waits = False
+    waits_for_pages = False
     """Its function for caches asks the GPU for the longest row of pages, and waits for the answer."""
 
     def load(self) -> Functions:
@@ -51,12 +51,12 @@ class Flash2(FlashAttn):
         from flash_attn import flash_attn_func, flash_attn_varlen_func
 
         self.cached = getattr(importlib.import_module("flash_attn"), "flash_attn_with_kvcache", None)
-        self.waits = waits_beside_pages(installed_version(self))
+        self.waits_for_pages = waits_beside_pages(installed_version(self))
         return flash_attn_func, flash_attn_varlen_func
 
     def why_not_built(self, spec: AttentionSpec) -> str | None:
         why = self.why_no_cache(spec)
-        if why is None and self.waits and "pages" in spec.features:
+        if why is None and self.waits_for_pages and "pages" in spec.features:
             why = f"pages ({self.distribution} waits for the GPU beside them in releases behind 2.8.3)"
         if why is not None:
             return why
