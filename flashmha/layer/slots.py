@@ -18,6 +18,7 @@ from ..backends.choice.choose import reads_pages
 from ..backends.choice.wishes import Wanted
 from ..cache.base import Cache, first_real, refuse_gradients
 from ..cache.ring import RingCache
+from ..host.torch_state import surely
 from ..problem.cached import OwnTokens
 from ..problem.masks import Dense, Mask, join_masks
 from ..problem.packing import parts_of
@@ -29,6 +30,9 @@ from ..problem.windows import Window
 from .cached import CacheStep
 from .features import EXTRA_KEYS
 from .protocol import Layer
+
+MOST_GUESSES = 16
+"""Tokens of a step, whose mask stays as small as it is; a prompt's is made as wide as the slots, once."""
 
 
 class Rules(NamedTuple):
@@ -118,7 +122,7 @@ def extend(
     if start is not None:
         own = own_tokens(cache, start, real, seqlen, slots)
         for part in rules.tables:
-            if real is None and part.allowed.shape[3] in (1, seqlen):
+            if real is None and part.allowed.shape[3] in (1, seqlen) and surely(seqlen <= MOST_GUESSES):
                 tables.append(OwnTokens(part.allowed.expand(-1, -1, -1, seqlen), start[:, 0]))
             else:
                 tables.append(Dense(over_slots(part.allowed, own, seqlen, True)))
