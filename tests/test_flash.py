@@ -21,7 +21,7 @@ from flashmha.backends.flash_attn.flash3 import Flash3
 from flashmha.backends.flash_attn.package import FlashAttn
 from flashmha.backends.flash_attn.windows import normal_lse
 from flashmha.backends.limits import HALF
-from flashmha.backends.rewrites.caches import CACHED
+from flashmha.backends.rewrites.caches import CACHED, page_table
 from flashmha.backends.rewrites.grouped import MOST_FOLDED_QUERIES
 from flashmha.backends.sdpa import caches
 from flashmha.backends.sdpa import packed as varlen
@@ -503,6 +503,27 @@ def test_a_compiled_step_reads_a_cache_where_it_lies(
 )
 def test_releases_that_wait_beside_pages_are_those_behind_one(version: tuple[int, int, int], end: str) -> None:
     assert waits_beside_pages(".".join(map(str, version)) + end) == (version > (2, 8, 3))
+
+
+@pytest.mark.parametrize("where", STEPS)
+@pytest.mark.parametrize("layout", ("contiguous", "heads first"))
+def test_the_operator_for_caches_keeps_what_its_fake_one_says(where: str, layout: str) -> None:
+    backend = pretended(Pretended2)
+    k, mask = step_over_cache(where, "all", 3)
+    q = noise(0, 2, 4, 3, 8, dtype=torch.bfloat16).transpose(1, 2)
+    spec = AttentionSpec.of(q, k, k, mask=mask)
+    q = q.contiguous() if layout == "contiguous" else q
+    told = (spec.key_lengths(), page_table(spec), None, 0.3, 0.0, True, -1, -1, backend.key)
+    torch.library.opcheck(torch.ops.flashmha.flash2_cache.default, (q, k, k, *told))
+
+
+@given(head_dim=st.sampled_from((32, 64, 96, 128, 256)), page_size=st.sampled_from((1, 16, 64, 256)))
+def test_flash4_says_which_pages_it_cannot_read(head_dim: int, page_size: int) -> None:
+    mask = Pages(torch.zeros(2, 2, dtype=torch.int32), page_size) & KeyLengths(torch.ones(2, dtype=torch.int64))
+    sizes = (2, 1, 2 * page_size, 2, 2, head_dim, head_dim)
+    spec = AttentionSpec(*sizes, torch.bfloat16, torch.device("cuda"), mask=mask)
+    why = get("flash4").why_not(spec)
+    assert why == (None if head_dim in (64, 128) else f"pages of head_dim={head_dim} (64 or 128)")
 
 
 NEEDED: dict[str, tuple[dict[str, Any], str]] = {
