@@ -1,4 +1,4 @@
-"""How fast a GPU reads the keys of a cache, one query a row, in CUDA graphs: ours with lengths, others with and without.
+"""How fast a GPU reads the keys of a cache, one query a row, in CUDA graphs: ours, and others.
 
 ``python scripts/cache_rates.py FILE`` measures, prints a table and writes FILE as JSON. It takes half a minute.
 """
