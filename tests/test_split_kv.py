@@ -37,7 +37,7 @@ from flashmha.backends.split_kv.tilings import (
     padded,
 )
 from flashmha.host.kernels import H200, Processors
-from flashmha.problem.cached import Positions
+from flashmha.problem.cached import OwnTokens, Positions
 from flashmha.problem.masks import join_masks
 from flashmha.problem.scores import ALiBi
 from flashmha.testing import assert_agrees, seeds, specs, tensors
@@ -304,6 +304,10 @@ STEPS: dict[str, dict[str, Any]] = {
     "a guess of some tokens": {
         "seqlen_q": 4,
         "mask": lambda rule: rule & causal() & Positions(torch.zeros(2, 4).int()),
+    },
+    "a tree": {
+        "seqlen_q": 4,
+        "mask": lambda rule: rule & OwnTokens(torch.eye(4, dtype=torch.bool), torch.zeros(2).int()),
     },
     "a window": {"mask": lambda rule: rule & Window(5, 0) & Positions(torch.zeros(2, 1).int())},
     "a ring": {"mask": lambda rule: Window(5, 0) & Positions(torch.zeros(2, 1).int(), torch.zeros(2, 128).int())},
