@@ -232,3 +232,24 @@ def test_a_step_that_may_not_read_lengths_is_one_that_does(batch: int, tokens: l
         assert out is not None and sum("index_put" in name for name in seen.names) == 2
         assert_same(out.view(piece.shape), layer(piece, piece, piece, cache=caches[1])[0])
         assert torch.equal(*(cache.get_seq_length() for cache in caches))
+
+
+@fewer(3)
+@given(
+    batch=st.integers(1, 2),
+    seqlen_k=st.integers(1020, 1030) | st.integers(2040, 2060),
+    spare=st.sampled_from((0, 7)),
+    scale=st.sampled_from((0.1, 1.0, 30.0)),
+)
+def test_one_query_over_many_keys_is_the_definition(batch: int, seqlen_k: int, spare: int, scale: float) -> None:
+    """By whatever operators: where keys are neighbours, and in a cache that is not full."""
+    q = (scale * noise(1, batch, 1, 8, 64)).float()
+    k, v = (noise(salt, batch, 8, seqlen_k + spare, 64).float().transpose(1, 2)[:, :seqlen_k] for salt in (2, 3))
+    exact, plain = (
+        flashmha.attention(*(x.to(to) for x in (q, k, v)), backend="naive") for to in (torch.float64, torch.float32)
+    )
+    with flashmha.record() as calls:
+        out = flashmha.attention(q, k, v)
+    assert isinstance(out, Tensor) and isinstance(exact, Tensor) and isinstance(plain, Tensor)
+    assert [one.backend for one in calls] == ["sdpa"]
+    assert (out - exact).abs().max() <= 2 * (plain - exact).abs().max() + 1e-5
