@@ -19,7 +19,7 @@ from flashmha.backends import get
 from flashmha.backends.limits import FEATURES, Limits
 from flashmha.backends.naive import log_sum_exp, probabilities, scores
 from flashmha.host.kernels import why_no_kernels
-from flashmha.problem.cached import Positions
+from flashmha.problem.cached import OwnTokens, Pages, Positions
 from flashmha.problem.documents import Documents
 from flashmha.problem.rules import Rule
 from flashmha.problem.scores import TensorBias
@@ -79,7 +79,7 @@ def defined(
 @given(spec=specs())
 def test_a_problem_is_served_unless_its_tables_are_beyond_the_kernels(spec: AttentionSpec) -> None:
     parts = () if spec.mask is None else spec.mask.parts
-    strange = any(isinstance(part, (Rule, Documents, Positions)) for part in parts)
+    strange = any(isinstance(part, (Rule, Documents, Positions, Pages, OwnTokens)) for part in parts)
     added = () if spec.bias is None else spec.bias.parts
     strange = strange or (len(added) > 1 and any(isinstance(part, TensorBias) for part in added))
     strange = strange or any(tensor.dtype == torch.float64 for tensor in held(spec)) or spec.dtype == torch.float64
