@@ -677,8 +677,6 @@ REFUSED: dict[str, tuple[str, Callable[[], Any]]] = {
     "rows of another number": ("rows must be integers", lambda: static().reorder(torch.tensor([0]))),
     "a table of other numbers": ("block_table must be an int32 tensor", lambda: Pages(torch.zeros(2, 2), 4)),
     "pages of nothing": ("page_size must be a whole number", lambda: Pages(torch.zeros(2, 2, dtype=torch.int32), 0)),
-    "pages beyond the pool": ("block_table must name pages between 0 and 2, got", lambda: paged([[0, 3]])),
-    "a page before the pool": ("block_table must name pages between 0 and 2, got", lambda: paged([[-1, 0]])),
     "pages of other rows": ("block_table must have shape .batch, pages. = .1, seqlen_k", lambda: paged([[0], [1]])),
     "pages of another size": ("k and v must be pools .pages, page_size=5, ", lambda: paged([[0]], page_size=5)),
     "two tables of pages": (
@@ -698,6 +696,8 @@ SEEN: dict[str, tuple[str, Callable[[], Any]]] = {
         "chosen must be places of the .0, 0. tokens",
         lambda: static().keep(0, torch.tensor([[0], [0]])),
     ),
+    "pages beyond the pool": ("block_table must name pages between 0 and 2, got", lambda: paged([[0, 3]])),
+    "a page before the pool": ("block_table must name pages between 0 and 2, got", lambda: paged([[-1, 0]])),
     "rows that are not there": ("rows must lie between 0 and 1", lambda: static().reorder(torch.tensor([0, 2]))),
 }
 

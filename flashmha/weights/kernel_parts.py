@@ -61,9 +61,9 @@ def multiply(
     else:
         score = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         for start in range(0, HEAD_DIM, CHUNK):
-            rows = load_tokens(q, left[0], strides[0], HEAD_DIM, start, CHUNK, BLOCK_M)
-            keys = load_tokens(k, left[1], strides[1], HEAD_DIM, start, CHUNK, BLOCK_N)
-            score = tl.dot(rows, tl.trans(keys), score, input_precision="ieee")
+            some_rows = load_tokens(q, left[0], strides[0], HEAD_DIM, start, CHUNK, BLOCK_M)
+            some_keys = load_tokens(k, left[1], strides[1], HEAD_DIM, start, CHUNK, BLOCK_N)
+            score = tl.dot(some_rows, tl.trans(some_keys), score, input_precision="ieee")
     return score
 
 

@@ -60,7 +60,6 @@ class Flash4(FlashAttn):
         "window_size_right",
         "cu_seqlens_q",
         "seqused_k",
-        "page_table",
         "mask_mod",
         "aux_tensors",
         "block_sparse_tensors",
