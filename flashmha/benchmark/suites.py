@@ -209,9 +209,9 @@ PADDED_SHAPES = (((32, 512, 1024, 16), 0.59), ((8, 2048, 2048, 16), 0.62), ((4, 
 
 CUDA = [
     *CUDA_ENCODERS,
+    *window_cases((1, 32768, 2048, 16), dtype="bfloat16"),
     *heads_cases((4, 2048, 4096, 32), 8, dtype="bfloat16"),
     *heads_cases((4, 2048, 2048, 16), 4, dtype="bfloat16"),
-    *window_cases((1, 32768, 2048, 16), dtype="bfloat16"),
     *generate_cases("cuda"),
     *(
         dataclasses.replace(case, dtype="bfloat16")
