@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import nn
+from torch import Tensor, nn
 
 from flashmha import AttentionSpec, Rotary
 from flashmha.host.launcher import Launcher
@@ -215,11 +215,17 @@ WEIGHTS: dict[str, Sequence[Any]] = {
     "average": (True, False),
     "lse": (True, False),
     "start": (0, 2),
+    "keys": (2, 1, 16, 17),
     "mask": (None, Window(None, 0), Dense(TABLE), Dense(TABLE[:, :1]), KeyLengths(torch.tensor([1, 2]))),
     "bias": (None, *tiles.KERNEL_DTYPES),
     "sinks": (None, *tiles.KERNEL_DTYPES),
     "softcap": (None, 2, 3.0),
 }
+
+
+def lie_at(start: int, seqlen: int, dtype: torch.dtype) -> Tensor:
+    """Heads (2, seqlen, 2, 8) that begin at a number of a buffer, the sequence in front: of one stride in any length."""
+    return torch.zeros(start + seqlen * 32, dtype=dtype)[start:].view(seqlen, 2, 2, 8).transpose(0, 1)
 
 
 @settings(max_examples=200)
@@ -238,7 +244,8 @@ def test_weights_say_their_kind(problems: list[dict[str, Any]]) -> None:
         for drawn in problems:
             bias = None if drawn["bias"] is None else TensorBias(torch.zeros(2, 2, 2, 2, dtype=drawn["bias"]))
             sinks = None if drawn["sinks"] is None else torch.zeros(2, dtype=drawn["sinks"])
-            q, k = torch.zeros(2, drawn["start"] + 64, dtype=drawn["dtype"])[:, drawn["start"] :].view(2, 2, 2, 2, 8)
+            plain = drawn["bias"] is None and (drawn["mask"] is None or isinstance(drawn["mask"], Window))
+            q, k = (lie_at(drawn["start"], size, drawn["dtype"]) for size in (2, drawn["keys"] if plain else 2))
             spec = AttentionSpec.of(q, k, k, mask=drawn["mask"], bias=bias, sinks=sinks, softcap=drawn["softcap"])
             lse = torch.zeros(2, 2, 2) if drawn["lse"] else None
             tiles.make_weights(q, k, lse, spec, drawn["average"], drawn["made"])

@@ -40,9 +40,9 @@ def append_kernel(
 ) -> None:
     """Copy one token of a row, all its heads; ``ends`` are the lengths behind the step.
 
-    Programs are (row, token). A token for which there is no slot stops the device, as an index out of bounds does.
+    One program a token. A token for which there is no slot stops the device, as an index out of bounds does.
     """
-    row, token = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
+    row, token = (tl.program_id(0) // seqlen).to(tl.int64), (tl.program_id(0) % seqlen).to(tl.int64)
     length = tl.load(lengths + row)
     slot = length.to(tl.int64) + token
     if slot >= capacity:

@@ -29,7 +29,7 @@ def append_on_device(k: Tensor, v: Tensor, stores: tuple[Tensor, Tensor], length
     with use_device(k.device):
         append_launcher()(
             (k.device.index, k.dtype, lengths.dtype, constants["HEADS"], head_dim, head_dim_v),
-            (batch, seqlen, 1),
+            (batch * seqlen, 1, 1),
             (k, v, k_store, v_store, lengths, ends),
             (*k.stride()[:3], *v.stride()[:3], *k_store.stride()[:3], *v_store.stride()[:3]),
             (heads, seqlen, k_store.shape[1]),

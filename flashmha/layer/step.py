@@ -95,7 +95,6 @@ class PlainStep:
         first, slots = place.first, place.slots
         if slots > capacity or seqlen > capacity:
             cache.check_room(seqlen, held)
-        spec, backend, call = self.problem((batch, seqlen, slots), heads, head_dim, place.mask)
         packed = F.linear(tokens, weight, bias)
         if type(packed) is not Tensor:  # a mode makes other tensors of ours
             return None
@@ -109,6 +108,8 @@ class PlainStep:
             cache.write(k, v, place.positions)
         else:
             append_on_device(k, v, (k_store, v_store), lengths, place.lengths)
+        # behind the launch, which writes the lengths that a backend may look at to prepare itself
+        spec, backend, call = self.problem((batch, seqlen, slots), heads, head_dim, place.mask)
         out = serve(backend, q, k_store.narrow(1, 0, slots), v_store.narrow(1, 0, slots), spec, layer, call)
         self.moving[0].append(lengths)
         self.moving[1].append(place.lengths)
@@ -192,7 +193,7 @@ class PlainStep:
 
 def attend_alone(layer: Layer, query: Tensor, key: Tensor, value: Tensor, cache: object) -> Tensor | None:
     """The output of one layer beside no mask; ``None`` where ``forward`` has to look closer, and nothing is changed."""
-    if is_compiling() or type(query) is not Tensor or key is not value:
+    if is_compiling() or type(query) is not Tensor or key is not value or query.is_nested or key.is_nested:
         return None
     step = PlainStep(query)
     if not step.plain:

@@ -178,19 +178,14 @@ class KVCache:
         for cache in self.paged():
             cache.trim()
 
-    def state(self) -> tuple[Any, list[bool]]:
+    def state(self) -> list[Any]:
         """What ``restore`` needs to undo a call of a model that failed on the way."""
-        lengths = next((cache.state() for cache in self.caches() if isinstance(cache, Cache)), None)
-        return lengths, [cache.filled for cache in self.caches() if isinstance(cache, MemoryCache)]
+        return [cache.state() for cache in self.caches()]
 
-    def restore(self, state: tuple[Any, list[bool]]) -> None:
-        """Go back to a state, the same for every layer."""
-        lengths, filled = state[0], iter(state[1])
-        for cache in self.caches():
-            if isinstance(cache, MemoryCache):
-                cache.restore(next(filled))
-            else:
-                cache.restore(lengths)
+    def restore(self, state: list[Any]) -> None:
+        """Go back to a state."""
+        for cache, before in zip(self.caches(), state):
+            cache.restore(before)
 
     def __repr__(self) -> str:
         return f"KVCache({', '.join(self.names())})"

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..host.kernels import processors, use_device
-from ..host.launcher import Launcher
+from ..host.launcher import DIVISOR, Launcher
 from ..problem.masks import Dense
 from ..problem.ragged import KeyLengths, KeyPadding
 from ..problem.scores import ALiBi, RelativeBias, TensorBias
@@ -95,7 +95,8 @@ class KernelProblem:
         self.options = {"WINDOW": tables.bounds is not None, "HEAD_DIM": spec.head_dim}
         exact = lse is None or spec.bias is not None or q.dtype == torch.float32
         self.lse = None if exact or lse is None else box.of_row(lse).to(torch.float32).contiguous()
-        there = tables.bounds is None, self.bent, tables.valid is None, tables.dense is None, by_head
+        divides = len(keys) % DIVISOR == 0, len(keys) == 1  # of which Triton makes forms of their own
+        there = *divides, tables.bounds is None, self.bent, tables.valid is None, tables.dense is None, by_head
         self.kind = (q.device.index, q.dtype, spec.head_dim, *there, None if tables.bias is None else tables.bias.dtype)
 
     def launch(

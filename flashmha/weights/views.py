@@ -77,12 +77,13 @@ class View:
 
     def read(self, cell: Cell) -> Tensor:
         """The values for operators that neither write them nor give a view of them."""
-        if cell.made is None and self.rows is None:
-            self.rows = cell.part(self.region)
-        if cell.made is not None or self.rows is None:
+        rows = self.rows  # which another thread may let go
+        if cell.made is None and rows is None:
+            self.rows = rows = cell.part(self.region)
+        if cell.made is not None or rows is None:
             self.rows = None
             return self.of(cell)
-        return self.follow(self.rows)
+        return self.follow(rows)
 
     def copy(self, cell: Cell) -> Tensor | None:
         """The values as a tensor of their own, which nothing here keeps; ``None`` where a copy has to be made."""

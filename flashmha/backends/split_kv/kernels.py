@@ -130,8 +130,8 @@ def split_kernel(
         mask=real[:, None] & (dims < HEAD_DIM)[None, :],
         other=0.0,
     )
-    k += head_kv * k_h
-    v += head_kv * v_h
+    k += head_kv.to(tl.int64) * k_h
+    v += head_kv.to(tl.int64) * v_h
     if slopes is not None:
         slope = tl.load(slopes + item * slope_b + head * slope_h, mask=real, other=0.0).to(tl.float32) * LOG2E
 
