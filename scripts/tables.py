@@ -53,7 +53,9 @@ RUNS = {
     "compiled": "compiled_gpu",
     "model_cpu": "model_cpu",
     "heads_cpu": "heads_cpu",
+    "heads_gpu": "heads_gpu",
     "generate_cpu": "generate_cpu",
+    "generate_gpu": "generate_gpu",
 }
 """Section -> the run it shows, a file of the results."""
 

@@ -7,8 +7,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from flashmha import StaticCache
+from flashmha import FlashMultiHeadAttention, StaticCache, register, unregister, use_backend
+from flashmha.backends.base import Serve
+from flashmha.backends.sdpa.backend import Sdpa
 from flashmha.cache.appending import append_on_device
+from flashmha.layer.step import PlainStep
+from flashmha.problem.spec import AttentionSpec
 from flashmha.testing import noise, seeds
 
 
@@ -67,3 +71,31 @@ def test_a_step_on_a_gpu_waits_for_nothing(device: torch.device) -> None:
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert ends.tolist() == [1, 1]
+
+
+def test_a_backend_that_looks_at_lengths_sees_those_behind_the_step(machine: torch.device) -> None:
+    """To prepare itself, say: by then the launch has written them."""
+    seen = []
+
+    class Looking(Sdpa):
+        name = "looking"
+
+        def prepare(self, spec: AttentionSpec) -> Serve:
+            lengths = spec.key_lengths()
+            seen.append(None if lengths is None else lengths.tolist())
+            return super().prepare(spec)
+
+    layer = FlashMultiHeadAttention(16, 2, batch_first=True, need_weights=False, device=machine).eval()
+    cache = StaticCache(2, 5, 2, 8, device=machine)
+    cache.lengths.copy_(torch.tensor([1, 3]))
+    x = noise(0, 2, 2, 16).to(machine, torch.float32)
+    register(Looking)
+    try:
+        with torch.no_grad(), use_backend("looking"):
+            step = PlainStep(x)
+            step.reads, step.launches = False, True
+            assert step.attend_next(layer, x.reshape(-1, 16), cache) is not None
+            step.finish()
+    finally:
+        unregister("looking")
+    assert seen == [[3, 5]] and cache.lengths.tolist() == [3, 5]

@@ -690,6 +690,15 @@ REFUSED: dict[str, tuple[str, Callable[[], Any]]] = {
 }
 
 
+@pytest.mark.parametrize("cross", (False, True))
+def test_nested_tensors_beside_a_cache_are_refused_by_name(cross: bool) -> None:
+    x = torch.nested.nested_tensor([torch.randn(2, 8), torch.randn(3, 8)])
+    query, cache = (torch.randn(2, 1, 8), memory()) if cross else (x, static())
+    with torch.no_grad(), pytest.raises(Exception, match="NestedTensor") as raised:
+        FlashMultiHeadAttention(8, 2, batch_first=True, need_weights=False)(query, x, x, cache=cache)
+    assert "Internal error" not in str(raised.value)
+
+
 SEEN: dict[str, tuple[str, Callable[[], Any]]] = {
     "too many tokens": ("max_seqlen must be at least 6", lambda: call(plain_layer(), static(), torch.cat([X, X], 1))),
     "guesses that are not there": (

@@ -224,7 +224,7 @@ WEIGHTS: dict[str, Sequence[Any]] = {
 
 
 def lie_at(start: int, seqlen: int, dtype: torch.dtype) -> Tensor:
-    """Heads (2, seqlen, 2, 8) that begin at a number of a buffer, the sequence in front: of one stride in any length."""
+    """Heads (2, seqlen, 2, 8) that begin somewhere in a buffer, the sequence in front: one stride in any length."""
     return torch.zeros(start + seqlen * 32, dtype=dtype)[start:].view(seqlen, 2, 2, 8).transpose(0, 1)
 
 
