@@ -6,10 +6,10 @@ from typing import Any
 import pytest
 import torch
 
+from flashmha.host.kernels import H200
 from flashmha.weights.tilings import Tiling, choose_tiling, tile_columns
 
-LIMIT = 232448
-"""Bytes of shared memory that a program may have on an H200."""
+LIMIT = H200.shared_memory
 NAMES = {torch.float32: "*fp32", torch.bfloat16: "*bf16"}
 ABSENT = ("factor", "valid", "dense", "bias", "sinks")
 

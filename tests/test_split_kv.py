@@ -14,6 +14,7 @@ from conftest import fewer
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from test_ranking import answering, nothing, on, on_cuda, problem, willing
+from test_tiles import SHARED_MEMORY
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
@@ -34,9 +35,8 @@ from flashmha.backends.split_kv.tilings import (
     choose_cut,
     choose_splits,
     deepen,
-    padded,
 )
-from flashmha.host.kernels import H200, Processors
+from flashmha.host.kernels import H200, Processors, padded
 from flashmha.problem.cached import OwnTokens, Positions
 from flashmha.problem.masks import join_masks
 from flashmha.problem.scores import ALiBi
@@ -44,8 +44,6 @@ from flashmha.testing import assert_agrees, seeds, specs, tensors
 from flashmha.testing.grid import KERNELS_OF_STEPS, drawn
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-SHARED_MEMORY = {"A100": 166912, "RTX 4090": 101376, "H200": 232448}
-"""Bytes a program may have."""
 
 
 def made_of(name: str) -> Processors:

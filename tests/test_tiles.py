@@ -18,7 +18,7 @@ from torch import Tensor
 from flashmha.backends import get
 from flashmha.backends.limits import FEATURES, Limits
 from flashmha.backends.naive import log_sum_exp, probabilities, scores
-from flashmha.host.kernels import why_no_kernels
+from flashmha.host.kernels import H200, why_no_kernels
 from flashmha.problem.cached import OwnTokens, Pages, Positions
 from flashmha.problem.documents import Documents
 from flashmha.problem.rules import Rule
@@ -32,6 +32,8 @@ from flashmha.weights import tables as kernel_tables
 from flashmha.weights.blocks import Box
 from flashmha.weights.learned import held
 
+SHARED_MEMORY = {"A100": 166912, "RTX 4090": 101376, "H200": H200.shared_memory}
+"""GPUs, and the bytes of shared memory that a program may have there."""
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 LIMITS = Limits(
     devices=(),
@@ -40,8 +42,6 @@ LIMITS = Limits(
     else tiles.KERNEL_DTYPES,  # interpreted, bfloat16 is multiplied wrong
     features=frozenset(FEATURES) - {"rule", "documents", "cache", "pages", "own_tokens", "backward", "dropout"},
 )
-SHARED_MEMORY = {"A100": 166912, "RTX 4090": 101376, "H200": 232448}
-"""Bytes a program may have."""
 
 
 @st.composite

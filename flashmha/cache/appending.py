@@ -6,7 +6,7 @@ import functools
 
 from torch import Tensor
 
-from ..host.kernels import power_of_two, use_device
+from ..host.kernels import lined_up, power_of_two, use_device
 from ..host.launcher import Launcher
 
 AT_ONCE = 2048
@@ -22,8 +22,7 @@ def append_on_device(k: Tensor, v: Tensor, stores: tuple[Tensor, Tensor], length
         ends: (batch,) the lengths behind the step, which are written as well.
     """
     (batch, seqlen, heads, head_dim), head_dim_v = k.shape, v.shape[3]
-    k = k if k.stride(3) == 1 else k.contiguous()
-    v = v if v.stride(3) == 1 else v.contiguous()
+    k, v = lined_up(k), lined_up(v)
     k_store, v_store = stores
     constants = make_constants(heads, head_dim, head_dim_v)
     with use_device(k.device):

@@ -213,8 +213,7 @@ class Cache(abc.ABC):
 
     def check_rows(self, rows: Tensor) -> None:
         """Raise where an order is none of these rows."""
-        if not isinstance(rows, Tensor) or rows.shape != (self.batch,) or rows.dtype not in COUNT_DTYPES:
-            raise ValueError(f"rows must be integers (batch,) = ({self.batch},), got {spell(rows)}.")
+        check_order(rows, self.batch)
         inside = (rows >= 0) & (rows < self.batch)
         insist(inside, lambda: f"rows must lie between 0 and {self.batch - 1}, got {rows.tolist()}.")
 
@@ -274,6 +273,12 @@ def refuse_gradients(*heads: Tensor) -> None:
             "cache must be used where no gradient is wanted, got heads that require one: what a call reads, the next "
             "one writes over. Call the model under torch.no_grad() or torch.inference_mode()."
         )
+
+
+def check_order(rows: Tensor, batch: int) -> None:
+    """Raise where an order of rows is no integers, one for each row."""
+    if not isinstance(rows, Tensor) or rows.shape != (batch,) or rows.dtype not in COUNT_DTYPES:
+        raise ValueError(f"rows must be integers (batch,) = ({batch},), got {spell(rows)}.")
 
 
 def check_counts(**sizes: int) -> None:

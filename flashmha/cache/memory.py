@@ -7,8 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..problem.wording import spell
-from .base import COUNT_DTYPES, allocate, check_counts, refuse_gradients
+from .base import allocate, check_counts, check_order, refuse_gradients
 
 
 class MemoryCache:
@@ -80,8 +79,7 @@ class MemoryCache:
 
     def reorder(self, rows: Tensor) -> None:
         """Row i becomes what row ``rows[i]`` was: (batch,) integers."""
-        if not isinstance(rows, Tensor) or rows.shape != (self.batch,) or rows.dtype not in COUNT_DTYPES:
-            raise ValueError(f"rows must be integers (batch,) = ({self.batch},), got {spell(rows)}.")
+        check_order(rows, self.batch)
         if self.filled:
             self.k.copy_(self.k.index_select(0, rows))
             self.v.copy_(self.v.index_select(0, rows))

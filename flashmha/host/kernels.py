@@ -1,4 +1,4 @@
-"""Kernels of Triton on this machine: whether they run on a device, and what it has for them."""
+"""Kernels on this machine: whether Triton's run on a device, what it has for them, and how they want tensors."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import functools
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from .machine import has_triton
 
@@ -75,3 +76,17 @@ def use_device(device: torch.device) -> contextlib.AbstractContextManager[Any]:
 def power_of_two(size: int) -> int:
     """The least one that is as large, as an axis of a tile must be."""
     return 1 << (size - 1).bit_length()
+
+
+LEAST_AXIS = 16
+"""The fewest that a tensor core multiplies along an axis."""
+
+
+def padded(size: int) -> int:
+    """The power of two that an axis of a product of tiles is as long as."""
+    return max(LEAST_AXIS, power_of_two(size))
+
+
+def lined_up(x: Tensor) -> Tensor:
+    """The tensor where neighbours along its last axis are neighbours in memory, as kernels read it; else a copy."""
+    return x if x.stride(-1) == 1 else x.contiguous()

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..backends.limits import HALF
+from ..host.kernels import padded
 from ..problem.spec import AttentionSpec
 from ..problem.windows import Window
 from .blocks import Box
@@ -71,7 +72,7 @@ def cut_rows(head_dim: int, average: bool, windowed: bool, bent: bool) -> tuple[
 
     A program of a mean goes through all heads, and loads the keys of the next ones meanwhile. Measured on an H200.
     """
-    chunk = max(16, 1 << (head_dim - 1).bit_length())
+    chunk = padded(head_dim)
     keys = 128 if chunk <= 128 else 64
     warps, stages = (4, 3) if average else (2, 2)
     constants = {"WINDOW": windowed, "SOFTCAP": bent, "HEAD_DIM": head_dim, "CHUNK": chunk}

@@ -11,7 +11,7 @@ import math
 import torch
 from torch import Tensor
 
-from ..host.kernels import processors, use_device
+from ..host.kernels import lined_up, processors, use_device
 from ..host.launcher import DIVISOR, Launcher
 from ..problem.masks import Dense
 from ..problem.ragged import KeyLengths, KeyPadding
@@ -79,7 +79,7 @@ class KernelProblem:
         keys = range(spec.seqlen_k) if keys is None else keys
         q, (k, group) = box.of_query(q), box.of_grouped_key(k, spec.heads)
         k = narrowed(k, 1, keys)
-        self.q, self.k = q if q.stride(3) == 1 else q.contiguous(), k if k.stride(3) == 1 else k.contiguous()
+        self.q, self.k = lined_up(q), lined_up(k)
         self.spec, self.box, self.shape = spec, box, (len(box.batch), len(box.heads), len(box.rows))
         self.tables = tables = Tables.of(spec, box, keys)
         self.masks = (tables.valid, tables.dense, tables.bias)

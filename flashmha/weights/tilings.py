@@ -7,6 +7,8 @@ import functools
 
 import torch
 
+from ..host.kernels import padded
+
 SPARE = 4096
 """Bytes of shared memory that a kernel needs beside its operands."""
 
@@ -42,15 +44,15 @@ def choose_tiling(head_dim: int, dtype: torch.dtype, limit: int, tables: bool = 
 
     ``tables``: the kernel reads another tile for each head, a bias or a dense mask, and wants room for it.
     """
-    padded = max(16, 1 << (head_dim - 1).bit_length())
+    chunk = padded(head_dim)
     if dtype == torch.float32:  # no tensor core multiplies these exactly
-        cut = Tiling(64, 64, min(padded, 32), warps=4, stages=3)
-    elif padded <= 64:
-        cut = Tiling(64, 128, padded, warps=4, stages=3)
-    elif padded == 128:
-        cut = Tiling(128, 128, padded, warps=8, stages=3)
+        cut = Tiling(64, 64, min(chunk, 32), warps=4, stages=3)
+    elif chunk <= 64:
+        cut = Tiling(64, 128, chunk, warps=4, stages=3)
+    elif chunk == 128:
+        cut = Tiling(128, 128, chunk, warps=8, stages=3)
     else:
-        cut = Tiling(64, 128, padded, warps=4, stages=2)
+        cut = Tiling(64, 128, chunk, warps=4, stages=2)
     if tables:
         cut = dataclasses.replace(cut, rows=64, keys=64, warps=4, stages=2)
     while cut.stages > 1 and cut.shared(dtype.itemsize) > limit - SPARE:
@@ -75,7 +77,7 @@ def tile_columns(cut: Tiling, itemsize: int, limit: int) -> Tiling:
 
 def choose_backward_tiling(head_dim: int) -> Tiling:
     """The tiling of the gradients' kernels, small enough for every device."""
-    padded = max(16, 1 << (head_dim - 1).bit_length())
-    if padded <= 64:
-        return Tiling(64, 64, padded, warps=4, stages=2)
-    return Tiling(64, 64, 128, warps=4, stages=2) if padded == 128 else Tiling(64, 32, padded, warps=8, stages=1)
+    chunk = padded(head_dim)
+    if chunk <= 64:
+        return Tiling(64, 64, chunk, warps=4, stages=2)
+    return Tiling(64, 64, 128, warps=4, stages=2) if chunk == 128 else Tiling(64, 32, chunk, warps=8, stages=1)

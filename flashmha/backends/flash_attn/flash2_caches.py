@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...host.kernels import lined_up
 from ...host.torch_state import is_compiling
 from ...problem.spec import AttentionSpec
 from ..rewrites.caches import page_table, read_cache
@@ -51,7 +52,7 @@ def two_cache(
     key: str,
 ) -> tuple[Tensor, Tensor]:
     """out and lse, contiguous as the fake ones are."""
-    k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (k, v))
+    k, v = lined_up(k), lined_up(v)
     out, lse = cached_function(key)(
         q,
         k,

@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ...host.kernels import power_of_two
 from ...host.machine import has_triton
 
 MIN_LENGTH = 512
@@ -74,7 +75,7 @@ def block_tables(first: Tensor, last: Tensor, seqlen_q: int, tile: tuple[int, in
         columns,
         TILE_Q=tile[0],
         TILE_K=tile[1],
-        KEYS=1 << (tile[1] - 1).bit_length(),
+        KEYS=power_of_two(tile[1]),
         CHUNK=CHUNK,
         BY_KEYS=by_keys,
     )
@@ -125,7 +126,7 @@ def mask_tables(
         columns,
         TILE_Q=tile[0],
         TILE_K=tile[1],
-        KEYS=1 << (tile[1] - 1).bit_length(),
+        KEYS=power_of_two(tile[1]),
         STEP=16,
     )
     mask_tables_kernel[(len(items) * along,)](

@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
+from ...host.kernels import lined_up
 from ...problem.spec import AttentionSpec
 from ..limits import FEATURES
 from .documents import POSITIONS, positions_lost
@@ -56,10 +57,7 @@ def caches_exceeded(spec: AttentionSpec) -> list[str]:
 def page_table(spec: AttentionSpec) -> Tensor | None:
     """The pages of each row as kernels take them, (batch, pages) int32; ``None`` where keys lie in rows."""
     pages = spec.pages
-    if pages is None:
-        return None
-    table = pages.block_table
-    return table if table.stride(-1) == 1 else table.contiguous()
+    return None if pages is None else lined_up(pages.block_table)
 
 
 def read_cache(function: Callable[..., Any], q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, **told: Any) -> Any:
@@ -67,5 +65,5 @@ def read_cache(function: Callable[..., Any], q: Tensor, k: Tensor, v: Tensor, sp
 
     Of an item without keys the kernels write zeros, since partial results could not be combined otherwise.
     """
-    k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (k, v))
+    k, v = lined_up(k), lined_up(v)
     return function(q, k, v, cache_seqlens=spec.key_lengths(), return_softmax_lse=spec.need_lse, **told)

@@ -7,6 +7,7 @@ import functools
 import torch
 from torch import Tensor
 
+from ...host.kernels import lined_up
 from ...host.torch_state import surely
 from ...problem.spec import AttentionSpec
 from ..rewrites.caches import CACHED, caches_exceeded, lies_in_cache, page_table
@@ -87,7 +88,7 @@ def attend_to_lengths(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> T
     causal = left is None and right == 0
     if table is None:
         k, v = k.flatten(0, 1), v.flatten(0, 1)
-    k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (k, v))
+    k, v = lined_up(k), lined_up(v)
     out: Tensor = torch.ops.aten._flash_attention_forward(
         rows.flatten(0, 1).contiguous(),
         k,

@@ -7,6 +7,7 @@ import functools
 import torch
 from torch import Tensor
 
+from ...host.kernels import lined_up
 from ...problem.spec import AttentionSpec
 from ...problem.windows import Window
 from ..base import Serve
@@ -110,9 +111,7 @@ def attend_varlen(
 
     Its own package makes head dims and offsets contiguous; the operator raises.
     """
-    q = q if q.stride(-1) == 1 else q.contiguous()
-    k = k if k.stride(-1) == 1 else k.contiguous()
-    v = v if v.stride(-1) == 1 else v.contiguous()
+    q, k, v = lined_up(q), lined_up(k), lined_up(v)
     out: Tensor = torch.ops.aten._flash_attention_forward(
         q,
         k,

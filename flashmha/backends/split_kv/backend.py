@@ -5,14 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...host.kernels import why_no_kernels
+from ...host.kernels import padded, why_no_kernels
 from ...host.torch_state import surely
 from ...problem.cached import OwnTokens
 from ...problem.spec import AttentionSpec
 from ..base import Backend
 from ..limits import Limits
 from .launches import SplitProblem, attend
-from .tilings import MOST_QUERY_BYTES, MOST_QUERY_ROWS, padded
+from .tilings import MOST_QUERY_BYTES, MOST_QUERY_ROWS
 
 
 class SplitKV(Backend):

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ...host.kernels import processors, use_device
+from ...host.kernels import lined_up, padded, processors, use_device
 from ...host.launcher import Launcher
 from ...host.torch_state import is_compiling
 from ...problem.cached import OwnTokens, Pages, Positions
@@ -16,7 +16,7 @@ from ...problem.ragged import KeyLengths
 from ...problem.scores import ALiBi
 from ...problem.spec import AttentionSpec
 from ...problem.windows import Window
-from .tilings import Cut, choose_cut, choose_splits, deepen, padded
+from .tilings import Cut, choose_cut, choose_splits, deepen
 
 REACH = 1 << 30
 """Farther than any key."""
@@ -84,7 +84,7 @@ class SplitProblem(NamedTuple):
         lengths = lengths if lengths is None else lengths.contiguous()
         begin = begin if begin is None else begin.contiguous()
         sinks = sinks if sinks is None else sinks.contiguous()
-        table = table if table is None or table.stride(1) == 1 else table.contiguous()
+        table = table if table is None else lined_up(table)
         own = None if self.own is None else self.own.view(torch.uint8).expand(batch, heads, seqlen_q, -1)
         steps = (
             *steps_of(self.queries),
@@ -106,9 +106,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, told: SplitProblem) -> tuple[Tensor,
 
 def attend_split(q: Tensor, k: Tensor, v: Tensor, told: SplitProblem, cut: Cut | None = None) -> tuple[Tensor, Tensor]:
     """Output and log-sum-exp, by one kernel, or by two where the keys of a row are split."""
-    q = q if q.stride(3) == 1 else q.contiguous()
-    k = k if k.stride(3) == 1 else k.contiguous()
-    v = v if v.stride(3) == 1 else v.contiguous()
+    q, k, v = lined_up(q), lined_up(k), lined_up(v)
     (batch, seqlen_q, heads, head_dim), (_, capacity, heads_kv, head_dim_v) = q.shape, v.shape
     capacity = capacity if told.table is None else capacity * told.table.shape[1]
     tables, steps = told.lay_out(q.shape)

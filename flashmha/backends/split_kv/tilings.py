@@ -8,14 +8,12 @@ from typing import Any
 
 import torch
 
-from ...host.kernels import Processors, power_of_two
+from ...host.kernels import Processors, padded
 
 MOST_QUERY_ROWS = 64
 """Queries of the heads of a group that one program takes: above, they fill the tiles of other kernels by themselves."""
 MOST_QUERY_BYTES = 32768
 """Bytes of shared memory that those may fill."""
-LEAST_ROWS = 16
-"""The fewest that a tensor core multiplies."""
 BESIDE_TILES = 4096
 """Bytes of shared memory that a kernel needs beside keys and values."""
 TILE_BYTES = 32768
@@ -32,11 +30,6 @@ SHARES = (1, 2, 4, 8)
 MOST_SPLITS = 256
 EARLIEST = 9
 """The compute capability from which a kernel may be launched before the one that it waits for has ended."""
-
-
-def padded(size: int) -> int:
-    """The power of two that a kernel's axis is as long as."""
-    return max(LEAST_ROWS, power_of_two(size))
 
 
 @dataclasses.dataclass(frozen=True)
