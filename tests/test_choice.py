@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import example as explicitly
 from hypothesis import given
 from hypothesis import strategies as st
 from test_autocast import pretend_a_gpu
@@ -333,6 +334,7 @@ def test_the_example_in_the_contract_serves_what_it_says(block: int) -> None:
         assert names()[-1] == "blockwise" and type(get("blockwise")) is kind
 
         @given(spec=specs(limits=kind.limits), seed=seeds())
+        @explicitly(spec=AttentionSpec(1, 3, 65, 2, 2, 8, 8), seed=219)  # 22 blocks, whose rounding adds up
         def law(spec: AttentionSpec, seed: int) -> None:
             assert_agrees("blockwise", spec, seed)
 

@@ -43,7 +43,8 @@ class Backend(abc.ABC):
 
             def __call__(self, q, k, v, spec):
                 rows = (spec.batch, spec.heads, spec.seqlen_q, 1)
-                lse, out = q.new_full(rows, float("-inf")), q.new_zeros(*rows[:3], spec.head_dim)
+                largest, total = q.new_full(rows, float("-inf")), q.new_zeros(rows)
+                out = q.new_zeros(*rows[:3], spec.head_dim)
                 for start in range(0, spec.seqlen_k, 128):
                     keys = range(start, min(start + 128, spec.seqlen_k))
                     k_block, v_block = k[:, keys.start : keys.stop], v[:, keys.start : keys.stop]
@@ -51,11 +52,14 @@ class Backend(abc.ABC):
                     allowed = spec.allowed(keys=keys)
                     if allowed is not None:
                         score = score.masked_fill(~allowed, float("-inf"))
-                    total = torch.logaddexp(lse, score.logsumexp(-1, keepdim=True))
-                    shift = total.masked_fill(total == float("-inf"), 0.0)  # rows that may look at nothing so far
-                    out = out * (lse - shift).exp() + (score - shift).exp() @ v_block.transpose(1, 2)
-                    lse = total
-                out = out.transpose(1, 2)
+                    top = torch.maximum(largest, score.amax(-1, keepdim=True))
+                    shift = top.masked_fill(top == float("-inf"), 0.0)  # rows that may look at nothing so far
+                    kept, part = (largest - shift).exp(), (score - shift).exp()
+                    total = total * kept + part.sum(-1, keepdim=True)
+                    out = out * kept + part @ v_block.transpose(1, 2)
+                    largest = top
+                out = (out / total.masked_fill(total == 0.0, 1.0)).transpose(1, 2)
+                lse = largest + total.log()
                 return (out, lse.squeeze(-1)) if spec.need_lse else out
 
     **The contract, version 1.** A backend may rely on this, and whatever breaks it gets another number.
