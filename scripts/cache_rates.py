@@ -20,7 +20,9 @@ from torch import Tensor
 import flashmha
 from flashmha import KeyLengths, Pages
 from flashmha.backends import get
+from flashmha.benchmark.capture import capture
 from flashmha.benchmark.environment import commit, environment
+from flashmha.host.clock import seconds
 from flashmha.problem.spec import AttentionSpec
 
 SHAPES = (
@@ -44,7 +46,7 @@ def main() -> None:
     device = torch.device("cuda")
     rows = [measure(shape, device) for shape in SHAPES]
     for row in rows:
-        print(row["shape"], {name: f"{1e6 * seconds:.1f} us" for name, seconds in row["seconds"].items()})
+        print(row["shape"], {name: f"{1e6 * took:.1f} us" for name, took in row["seconds"].items()})
     found = {
         "date": datetime.date.today().isoformat(),
         "gpu": torch.cuda.get_device_name(),
@@ -66,11 +68,11 @@ def measure(shape: tuple[int, ...], device: torch.device) -> dict[str, Any]:
     k, v = (torch.randn(batch, seqlen, heads_kv, head_dim, device=device, dtype=torch.bfloat16) for _ in range(2))
     full = torch.full((batch,), seqlen, device=device, dtype=torch.int32)
     drawn = torch.randint(seqlen // 8, seqlen + 1, (batch,), device=device, dtype=torch.int32)
-    graphs = {name: capture(call) for name, call in ways(q, k, v, full, drawn).items()}
+    graphs = {name: in_a_graph(call, device) for name, call in ways(q, k, v, full, drawn).items()}
     times: dict[str, list[float]] = {name: [] for name in graphs}
     for _ in range(ROUNDS):
         for name, (graph, calls) in graphs.items():
-            times[name].append(clock(graph) / calls)
+            times[name].append(seconds(graph.replay, 1, device) / calls)
     return {
         "shape": shape,
         "bytes": k.nbytes + v.nbytes,
@@ -118,35 +120,11 @@ def in_pages(lengths: Tensor, k: Tensor, v: Tensor) -> tuple[flashmha.Mask, Tens
     return KeyLengths(lengths) & Pages(order.int().view(batch, -1), PAGE_SIZE), pools[0], pools[1]
 
 
-def capture(call: Callable[[], Any]) -> tuple[torch.cuda.CUDAGraph, int]:
+def in_a_graph(call: Callable[[], Any], device: torch.device) -> tuple[torch.cuda.CUDAGraph, int]:
     """A graph of some calls, and how many: about two milliseconds."""
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        call()
-        torch.cuda.synchronize()
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record(stream)
-        for _ in range(5):
-            call()
-        end.record(stream)
-    torch.cuda.synchronize()
-    calls = max(4, min(40, int(10 / max(begin.elapsed_time(end), 0.01))))
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for _ in range(calls):
-            call()
-    graph.replay()
-    return graph, calls
-
-
-def clock(graph: torch.cuda.CUDAGraph) -> float:
-    """Seconds of one replay."""
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    begin.record()
-    graph.replay()
-    end.record()
-    torch.cuda.synchronize()
-    return begin.elapsed_time(end) / 1e3
+    call()  # which compiles
+    calls = max(4, min(40, int(2e-3 / seconds(call, 5, device))))
+    return capture(call, calls)[0], calls
 
 
 if __name__ == "__main__":

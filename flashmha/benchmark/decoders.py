@@ -12,12 +12,10 @@ from torch import Tensor, nn
 
 from ..swap.caches import KVCache
 from ..swap.convert import replace_mha
+from .capture import capture
 from .cases import Case
 from .inputs import Inputs, stock_module
 from .peers import Contestant
-
-STEPS_FIRST = 3
-"""Steps before one is captured: libraries take their memory in the first ones."""
 
 
 class Writer(abc.ABC):
@@ -55,15 +53,8 @@ class StepByStep(Writer):
     def capture(self) -> None:
         """Put a step into a CUDA graph, which from the second token on is replayed."""
         self.begin()
-        held, side = self.tokens[:, :1].clone(), torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for _ in range(STEPS_FIRST):
-                self.run(held)
-        torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            out = self.run(held)
+        held = self.tokens[:, :1].clone()
+        graph, out = capture(lambda: self.run(held))
 
         def replay(x: Tensor) -> Tensor:
             held.copy_(x)

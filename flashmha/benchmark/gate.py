@@ -19,12 +19,10 @@ from ..backends import Backend, Call, record
 from ..backends.parity import AGAIN, allowed_error
 from ..host.clock import host_seconds, peak_bytes, wait
 from ..problem.errors import NoBackendError
+from .capture import capture
 from .inputs import Inputs
 from .peers import Contestant
 from .reference import NamedTensors, Reference
-
-WARMUP = 3
-"""Calls before one is captured: libraries and gradients take their memory in the first ones."""
 
 
 class Seat:
@@ -84,17 +82,7 @@ class Seat:
 
     def capture(self) -> None:
         """Put the call into a CUDA graph, gradients included: every replay writes into the same tensors."""
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for _ in range(WARMUP):
-                self.compute()
-                self.clear()
-        torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            self.captured = self.compute()
-        self.graph = graph
+        self.graph, self.captured = capture(self.compute, clear=self.clear)
 
     def clear(self) -> None:
         for leaf in (*self.leaves.values(), *self.parameters.values()):

@@ -25,9 +25,10 @@ from ..problem.masks import Mask
 from ..problem.spec import AttentionSpec
 from ..problem.wording import summarize_error
 from ..version import __version__
+from .capture import capture
 from .environment import commit, environment
 from .gate import sweep
-from .grid import Grid, GridCell
+from .grid import STEPS, Grid, GridCell
 from .inputs import Inputs, draw_inputs
 from .rounds import Timer, take_turns
 
@@ -38,6 +39,8 @@ CHECKED = 64
 TOLERATED = 0.05
 """How far from the definition an answer may lie, as a share of its largest value. ``verify`` measures precision; this
 keeps a kernel that computes something else from being ranked."""
+IN_A_GRAPH = 10
+"""Calls of a CUDA graph."""
 SPENT, STOPPED = "the budget is spent", "stopped by hand"
 
 
@@ -101,11 +104,11 @@ def measure_cell(cell: GridCell, tuning: Tuning, share: float) -> dict[str, Any]
     for name in tuning.backends:
         try:
             why = reason(get(name), spec) or too_large(name, spec) or definition.fault(trial.run(name))  # compiles, too
+            if why is None:
+                timers[name] = trial.timer(name)
         except Exception as error:  # a kernel may raise anything, and is then not the fastest
             why = summarize_error(error)
-        if why is None:
-            timers[name] = functools.partial(trial.seconds, name)
-        else:
+        if why is not None:
             absent[name] = why
     times = take_turns(
         timers,
@@ -119,6 +122,7 @@ def measure_cell(cell: GridCell, tuning: Tuning, share: float) -> dict[str, Any]
     return {
         **dataclasses.asdict(cell),
         "keys": keys(spec),
+        "in_graphs": trial.in_graphs,
         "absent": absent,
         "us": {name: float(f"{statistics.median(each) * 1e6:.5g}") for name, each in times.items()},
         "spread": {name: float(f"{half_spread(each):.3g}") for name, each in times.items()},
@@ -127,15 +131,21 @@ def measure_cell(cell: GridCell, tuning: Tuning, share: float) -> dict[str, Any]
 
 @dataclasses.dataclass(frozen=True)
 class Trial:
-    """The tensors of a cell, q, k and v as views of one projection, and its mask, one object for all calls."""
+    """The tensors of a cell, q, k and v as views of one projection, and its mask, one object for all calls.
+
+    Calls ``in_graphs`` are replayed from CUDA graphs: a step takes the host longer than the GPU, and the time of a
+    host says nothing of kernels.
+    """
 
     inputs: Inputs
     mask: Mask | None
+    in_graphs: bool
 
     @classmethod
     def of(cls, cell: GridCell, tuning: Tuning) -> Trial:
         inputs = draw_inputs(cell.case(tuning.dtype), tuning.device, tuning.seed, one_projection=True)
-        return cls(inputs, cell.mask(tuning.device, tuning.seed))
+        in_graphs = cell.kind in STEPS and tuning.device.type == "cuda"
+        return cls(inputs, cell.mask(tuning.device, tuning.seed), in_graphs)
 
     def spec(self) -> AttentionSpec:
         return AttentionSpec.of(self.inputs.query, self.inputs.key, self.inputs.value, mask=self.mask)
@@ -147,9 +157,13 @@ class Trial:
         assert isinstance(out, Tensor)
         return [out, *torch.autograd.grad(out, qkv, self.inputs.cotangent)] if out.requires_grad else [out]
 
-    def seconds(self, backend: str, calls: int) -> float:
-        """Seconds of one of some calls in a row."""
-        return seconds(lambda: self.run(backend), calls, self.inputs.query.device)
+    def timer(self, backend: str) -> Timer:
+        """What tells the seconds of one of some calls in a row."""
+        run, device = functools.partial(self.run, backend), self.inputs.query.device
+        if not self.in_graphs:
+            return lambda calls: seconds(run, calls, device)
+        graph, _ = capture(run, IN_A_GRAPH)
+        return lambda calls: seconds(graph.replay, calls, device) / IN_A_GRAPH
 
 
 class Definition:

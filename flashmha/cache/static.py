@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..host.torch_state import keep_address
 from .base import Cache, allocate, check_counts, no_tokens
 
 
@@ -36,7 +37,7 @@ class StaticCache(Cache):
         self.v = allocate(batch, max_seqlen, heads_kv, head_dim_v, device, dtype)
         self.lengths = no_tokens(batch, device)
         self.max_seqlen: int | None = max_seqlen
-        self.rows = torch.arange(batch, device=device)[:, None]
+        self.rows = keep_address(torch.arange(batch, device=device)[:, None])
 
     @property
     def batch(self) -> int:
