@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import statistics
 from collections.abc import Sequence
 
@@ -22,7 +23,7 @@ class Grid:
     Attributes:
         dtype, head_dims, seqlens: the grid.
         tokens, width: of every problem but ``STEPS``: batch * seqlen, and heads * head_dim.
-        decode: batch, heads, heads_kv, head_dim and numbers of keys of ``STEPS``.
+        decode: batches, heads, heads_kv, head_dim and numbers of keys of ``STEPS``.
         rounds: turns of every backend in a cell; fewer, but ``rounds.FEWEST``, where its share of the budget is spent.
         budget: seconds in all.
         block: seconds that the calls of one turn take together, about.
@@ -33,7 +34,7 @@ class Grid:
     seqlens: tuple[int, ...]
     tokens: int
     width: int
-    decode: tuple[int, int, int, int, tuple[int, ...]]
+    decode: tuple[tuple[int, ...], int, int, int, tuple[int, ...]]
     rounds: int
     budget: float
     block: float
@@ -46,7 +47,7 @@ GRIDS = {
         seqlens=(512, 1024, 2048, 4096, 8192, 16384),
         tokens=16384,
         width=2048,
-        decode=(8, 32, 8, 128, (1024, 8192, 65536)),
+        decode=((1, 8), 32, 8, 128, (1024, 8192, 65536)),
         rounds=7,
         budget=190.0,
         block=2e-3,
@@ -57,7 +58,7 @@ GRIDS = {
         seqlens=(128, 512),
         tokens=512,
         width=256,
-        decode=(1, 8, 2, 64, (1024,)),
+        decode=((1,), 8, 2, 64, (1024,)),
         rounds=7,
         budget=45.0,
         block=1e-3,
@@ -91,8 +92,11 @@ class GridCell:
 
     @property
     def lengths(self) -> str:
-        """Queries on keys, or how long each of the documents is."""
-        return f"{self.seqlen_q} on {self.seqlen_k}" if self.document is None else f"{self.document} each"
+        """Queries on keys, of some rows where the kind is one of ``STEPS``; or how long each of the documents is."""
+        if self.document is not None:
+            return f"{self.document} each"
+        rows = f"{self.batch} × " if self.kind in STEPS else ""
+        return f"{rows}{self.seqlen_q} on {self.seqlen_k}"
 
     def end(self, queries: int) -> GridCell:
         """The last queries of its first item, or document, on the first of its key heads."""
@@ -137,10 +141,11 @@ def grid_cells(
     """The cells, those that matter most first, and those that share a kernel in a row."""
     cells: list[GridCell] = []
     middle = statistics.median_low(head_dims)
-    batch, heads, heads_kv, wide, many = grid.decode
+    batches, heads, heads_kv, wide, many = grid.decode
     for kind in STEPS if "eval" in modes else ():
         for seqlen in (seqlens or many) if kind in kinds else ():
-            cells += [GridCell(kind, "eval", batch, few, seqlen, heads, heads_kv, wide) for few in DECODE_QUERIES]
+            for batch, few in itertools.product(batches, DECODE_QUERIES):
+                cells.append(GridCell(kind, "eval", batch, few, seqlen, heads, heads_kv, wide))
     for head_dim in sorted(head_dims, key=lambda one: (one != middle, one)):
         heads = max(1, grid.width // head_dim)
         for kind in kinds:
