@@ -10,6 +10,7 @@ MASKS_ON_H200 = "benchmarks/results/ranking_masks_h200.json"
 DOCUMENTS_ON_H200 = "benchmarks/results/ranking_documents_h200.json"
 WINDOWS_ON_H200 = "benchmarks/results/ranking_windows_h200.json"
 WIDE_ON_H200 = "benchmarks/results/ranking_192_h200.json"
+STEPS_ON_H200 = "benchmarks/results/ranking_steps_h200.json"
 BOTH_MODES = ("eval", "train")
 UNMASKED = ("dense", "causal")
 EVAL, TRAIN = ("eval",), ("train",)
@@ -20,9 +21,7 @@ TABLE = Table(
     dtypes=HALF,
     capability=9,
     rows=(
-        # cuDNN, behind sdpa, where there is little to do for each key
-        Row(("decode",), EVAL, ("sdpa", "flash2", "flash3", "flash4"), ON_H100, keys=8192),
-        Row(("decode",), EVAL, ("flash2", "flash3", "flash4", "sdpa"), ON_H100),
+        Row(("decode", "cached"), EVAL, ("split_kv", "flash2", "flash3", "flash4", "sdpa"), STEPS_ON_H200),
         Row(UNMASKED, EVAL, ("sdpa", "flash3", "flash4", "flash2"), ON_H100, keys=1024),
         Row(UNMASKED, EVAL, ("flash3", "flash4", "sdpa", "flash2"), ON_H100),
         Row(UNMASKED, TRAIN, ("sdpa", "flash4", "flash3", "flash2"), ON_H100, head_dim=64, keys=512),
