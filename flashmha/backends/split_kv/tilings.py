@@ -19,6 +19,8 @@ BESIDE_TILES = 4096
 TILE_BYTES = 32768
 """Bytes of the keys and values of a tile."""
 MOST_SPLITS = 256
+FEW_TILES = 4
+"""Tiles that one program reads in about the time that a second kernel takes to combine what several have read."""
 EARLIEST = 9
 """The compute capability from which a kernel may be launched before the one that it waits for has ended."""
 RESIDENT = 2
@@ -27,9 +29,6 @@ SPLIT_COST = 0.04
 """The share of time that splitting rows takes, of programs that keep the GPU full."""
 SHARES = (1, 2, 4, 8)
 """Shares of a row that are tried where rows are more than run at once."""
-MOST_SPLITS = 256
-EARLIEST = 9
-"""The compute capability from which a kernel may be launched before the one that it waits for has ended."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,11 +82,15 @@ def deepen(cut: Cut, rows: int, head_dim: int, head_dim_v: int, dtype: torch.dty
 def choose_splits(groups: int, tiles: int, on: Processors) -> int:
     """Among how many programs the keys of a row are split: as many as run at once, or so that few places are idle.
 
+    A row of few tiles is not split: its second kernel would cost what the first one gained.
+
     Args:
         groups: rows times heads of keys, each of which has ``splits`` programs.
         tiles: tiles of keys that a row has room for.
     """
     places = RESIDENT * on.number
+    if tiles <= FEW_TILES:
+        return 1
     if groups <= places:
         return max(1, min(places // groups, tiles, MOST_SPLITS))
 
