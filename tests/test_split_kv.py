@@ -25,7 +25,7 @@ from flashmha.backends.choice.ranking import DECODE_QUERIES, is_step
 from flashmha.backends.choice.registry import instead
 from flashmha.backends.limits import HALF
 from flashmha.backends.split_kv.backend import SplitKV
-from flashmha.backends.split_kv.launches import SplitProblem, attend, attend_split
+from flashmha.backends.split_kv.launches import SplitProblem, attend_split
 from flashmha.backends.split_kv.tilings import (
     BESIDE_TILES,
     FEW_TILES,
@@ -68,8 +68,9 @@ class Anywhere(SplitKV):
         self.cut = cut
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> Any:
-        told = SplitProblem.of(spec)
-        out, lse = attend(q, k, v, told) if self.cut is None else attend_split(q, k, v, told, self.cut)
+        if self.cut is None:
+            return super().__call__(q, k, v, spec)
+        out, lse = attend_split(q, k, v, SplitProblem.of(spec), self.cut)
         return (out, lse) if spec.need_lse else out
 
 
@@ -197,7 +198,7 @@ def test_the_operator_is_what_compilers_are_told(machine: torch.device, data: st
     torch.library.opcheck(
         torch.ops.flashmha.split_kv.default, (*heads, *told), test_utils=("test_schema", "test_faketensor")
     )
-    assert same(torch.ops.flashmha.split_kv(*heads, *told), attend(*heads, told))
+    assert same(torch.ops.flashmha.split_kv(*heads, *told), answers(*heads, spec, None))
 
 
 @pytest.mark.parametrize("window", (None, 3))
