@@ -27,7 +27,7 @@ def append_on_device(k: Tensor, v: Tensor, stores: tuple[Tensor, Tensor], length
     constants = make_constants(heads, head_dim, head_dim_v)
     with use_device(k.device):
         append_launcher()(
-            (k.device.index, k.dtype, lengths.dtype, constants["HEADS"], head_dim, head_dim_v),
+            (k.device.index, k.dtype, lengths.dtype, ends.dtype, constants["HEADS"], head_dim, head_dim_v),
             (batch * seqlen, 1, 1),
             (k, v, k_store, v_store, lengths, ends),
             (*k.stride()[:3], *v.stride()[:3], *k_store.stride()[:3], *v_store.stride()[:3]),

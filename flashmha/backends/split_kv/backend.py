@@ -22,7 +22,7 @@ class SplitKV(Backend):
     """
 
     name = measured_as = "split_kv"
-    compiles, reads_caches = "steps", True
+    compiles, reads_caches, reads_late = "steps", True, True
     judges_by_outline = results_checked = yields_small_weights = True
     limits = Limits(
         devices=("cuda",),
