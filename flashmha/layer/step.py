@@ -17,7 +17,7 @@ from ..backends import choose
 from ..backends.base import Backend, Serve
 from ..backends.choice.record import recording
 from ..backends.choice.serve import serve
-from ..cache.appending import append_on_device
+from ..cache.appending import Appending
 from ..cache.memory import MemoryCache
 from ..cache.static import StaticCache
 from ..host.kernels import why_no_kernels
@@ -32,15 +32,15 @@ from .shortcut import Linears, learns, linears
 class Place(NamedTuple):
     """Where the tokens of a step go in caches that hold equally many: at ``first`` in every row, else at ``positions``.
 
-    ``slots`` are those that are looked at, ``mask`` says which of them hold a token. A kernel that writes the tokens
-    writes ``ends`` (batch,) too, how many each row holds behind the step.
+    ``slots`` are those that are looked at, ``mask`` says which of them hold a token; where ``append`` writes the tokens
+    it writes that, too.
     """
 
     first: int | None
     slots: int
     positions: Tensor | None = None
     mask: Mask | None = None
-    ends: Tensor | None = None
+    append: Appending | None = None
 
 
 class Problem(NamedTuple):
@@ -69,7 +69,7 @@ class PlainStep:
         """Lengths are read, which elsewhere than on a CPU would wait for the device."""
         self.launches = self.plain and not self.reads and why_no_kernels(x.device.type, x.device.index) is None
         self.wants_grad = torch.is_grad_enabled()
-        self.places: dict[tuple[int, ...], Place] = {}
+        self.places: dict[tuple[Any, ...], Place] = {}
         self.problems: dict[tuple[Any, ...], Problem] = {}
         self.moving: tuple[list[Tensor], list[int]] = ([], [])
 
@@ -91,9 +91,9 @@ class PlainStep:
         if not (k_store.shape == v_store.shape == (batch, capacity, heads, head_dim) and self.holds(k_store, v_store)):
             return None
         held = lengths.tolist() if self.reads else None
-        key = (seqlen, capacity) if held is None else (seqlen, *held)
+        key = (seqlen, capacity, heads, lengths.dtype) if held is None else (seqlen, *held)
         place = self.places.get(key) or self.place(cache, seqlen, held)
-        first, slots, positions, mask, ends = place
+        first, slots, positions, mask, append = place
         if slots > capacity or seqlen > capacity:
             cache.check_room(seqlen, held)
         packed = F.linear(tokens, weight, bias)
@@ -107,11 +107,11 @@ class PlainStep:
             v_store.narrow(1, first, seqlen).copy_(v)
         elif positions is not None:
             cache.write(k, v, positions)
-        elif ends is not None:
-            append_on_device(k, v, (k_store, v_store), lengths, ends)
+        elif append is not None:
+            append(k, v, cache)
         # behind the launch, which writes the lengths that a backend may look at to prepare itself
         spec, backend, call = self.problem((batch, seqlen, slots), heads, head_dim, mask)
-        if held is not None or (ends is not None and backend.reads_late and recording.calls is None):
+        if held is not None or (append is not None and backend.reads_late and recording.calls is None):
             self.places[key] = place
         out = serve(backend, q, k_store.narrow(1, 0, slots), v_store.narrow(1, 0, slots), spec, layer, call)
         self.moving[0].append(lengths)
@@ -170,8 +170,8 @@ class PlainStep:
     def place(self, cache: StaticCache, seqlen: int, held: list[int] | None) -> Place:
         """Where the next tokens go behind those ``held``."""
         if held is None and self.launches:
-            ends = torch.empty_like(cache.lengths)
-            return Place(None, cache.capacity, None, mark_private(KeyLengths(ends)), ends)
+            append = Appending(cache, seqlen)
+            return Place(None, cache.capacity, None, mark_private(KeyLengths(append.ends)), append)
         longest = None if held is None else max(held)
         if held is not None and min(held) == longest:
             return Place(longest, longest + seqlen)
