@@ -23,6 +23,7 @@ ANY_VALUE = """
     at_b at_s held_b held_s table_b own_b own_h own_s own_t own_tokens
     slope_b slope_h group heads heads_kv seqlen_q capacity splits low high scale softcap
 """.split()  # noqa: SIM905
+ANY_ROWS = ["heads", "seqlen_q", "splits"]
 """Arguments whose value shall not make another kernel."""
 
 
@@ -229,7 +230,7 @@ def join_sink(log: tl.tensor, sink: tl.tensor) -> tl.tensor:
     return whole, tl.where(top == float("-inf"), 0.0, tl.exp2(log - whole))
 
 
-@triton.jit(do_not_specialize=["heads", "seqlen_q", "splits"])
+@triton.jit(do_not_specialize=ANY_ROWS)
 def combine_kernel(
     parts: tl.tensor,
     sinks: tl.tensor,
