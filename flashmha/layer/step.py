@@ -113,7 +113,9 @@ class PlainStep:
         spec, backend, call = self.problem((batch, seqlen, slots), heads, head_dim, mask)
         if held is not None or (append is not None and backend.reads_late and recording.calls is None):
             self.places[key] = place
-        out = serve(backend, q, k_store.narrow(1, 0, slots), v_store.narrow(1, 0, slots), spec, layer, call)
+        if slots < capacity:
+            k_store, v_store = k_store.narrow(1, 0, slots), v_store.narrow(1, 0, slots)
+        out = serve(backend, q, k_store, v_store, spec, layer, call)
         self.moving[0].append(lengths)
         self.moving[1].append(seqlen)
         return F.linear((out if batch_first else out.transpose(0, 1)).reshape(-1, width), weight_out, bias_out)
