@@ -1,5 +1,10 @@
 """Tokens written behind those of each row by a kernel: the cache it leaves is the one that plain indexing leaves."""
 
+import contextlib
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
 import pytest
 import torch
 from conftest import fewer
@@ -7,13 +12,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from flashmha import FlashMultiHeadAttention, StaticCache, register, unregister, use_backend
+from flashmha import FlashMultiHeadAttention, StaticCache, record, register, unregister, use_backend
 from flashmha.backends.base import Serve
 from flashmha.backends.sdpa.backend import Sdpa
-from flashmha.cache.appending import append_on_device
+from flashmha.backends.split_kv.backend import SplitKV
+from flashmha.cache.appending import Appending
 from flashmha.layer.step import PlainStep
 from flashmha.problem.spec import AttentionSpec
-from flashmha.testing import noise, seeds
+from flashmha.testing import assert_same, noise, seeds
 
 
 @st.composite
@@ -50,8 +56,9 @@ def test_a_kernel_writes_what_indexing_writes(
     for cache in caches:
         cache.lengths.copy_(torch.tensor(held))
     one, two = caches
-    ends = torch.empty_like(two.lengths)
-    append_on_device(k, v, two.store, two.lengths, ends)
+    append = Appending(two, seqlen)
+    append(k, v, two)
+    ends = append.ends
     assert two.lengths.tolist() == held
     one.update(k, v)
     assert torch.equal(ends, one.lengths) and ends.dtype == one.lengths.dtype
@@ -63,14 +70,14 @@ def test_a_kernel_writes_what_indexing_writes(
 def test_a_step_on_a_gpu_waits_for_nothing(device: torch.device) -> None:
     cache = StaticCache(2, 8, 4, 16, device=device, dtype=torch.bfloat16)
     k, v = (torch.randn(2, 1, 4, 16, device=device, dtype=torch.bfloat16) for _ in range(2))
-    ends = torch.empty_like(cache.lengths)
-    append_on_device(k, v, cache.store, cache.lengths, ends)
+    append = Appending(cache, 1)
+    append(k, v, cache)
     torch.cuda.set_sync_debug_mode("error")
     try:
-        append_on_device(k, v, cache.store, cache.lengths, ends)
+        append(k, v, cache)
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    assert ends.tolist() == [1, 1]
+    assert append.ends.tolist() == [1, 1]
 
 
 def test_a_backend_that_looks_at_lengths_sees_those_behind_the_step(machine: torch.device) -> None:
@@ -99,3 +106,64 @@ def test_a_backend_that_looks_at_lengths_sees_those_behind_the_step(machine: tor
     finally:
         unregister("looking")
     assert seen == [[3, 5]] and cache.lengths.tolist() == [3, 5]
+
+
+class Late(SplitKV):
+    """The backend that reads lengths at each call, on a device of any kind."""
+
+    name = "late"
+    limits = dataclasses.replace(SplitKV.limits, devices=())
+
+    def why_not_here(self, device: torch.device) -> str | None:
+        return None
+
+
+@pytest.fixture(scope="module")
+def late() -> Iterator[None]:
+    register(Late)
+    yield
+    unregister("late")
+
+
+@fewer(3)
+@pytest.mark.usefixtures("late")
+@given(
+    backend=st.sampled_from(("late", "sdpa")),
+    held=st.lists(st.lists(st.integers(0, 4), min_size=2, max_size=2), min_size=2, max_size=3),
+    capacities=st.sampled_from(((6, 6, 6), (6, 80, 6))),
+    seqlen=st.integers(1, 2),
+    recorded=st.booleans(),
+    seed=seeds(),
+)
+def test_each_layer_of_a_step_sees_its_own_lengths(
+    machine: torch.device,
+    backend: str,
+    held: list[list[int]],
+    capacities: tuple[int, ...],
+    seqlen: int,
+    recorded: bool,
+    seed: int,
+) -> None:
+    """Also where a kernel writes those of all layers into one tensor."""
+    torch.manual_seed(seed)
+    layer = FlashMultiHeadAttention(32, 2, batch_first=True, need_weights=False, device=machine).eval()
+    x = noise(seed, 2, seqlen, 32).to(machine, torch.float32)
+    calls: list[Any] = []
+    with torch.no_grad(), use_backend(backend):
+        step = PlainStep(x)
+        step.reads, step.launches = False, True
+        for lengths, capacity in zip(held, capacities):
+            mine, theirs = (StaticCache(2, capacity, 2, 16, device=machine) for _ in range(2))
+            for cache in (mine, theirs):
+                for salt, store in enumerate(cache.store):
+                    store.copy_(noise(seed + salt, *store.shape))
+                cache.lengths.copy_(torch.tensor(lengths))
+            with record() if recorded else contextlib.nullcontext([]) as noted:
+                out = step.attend_next(layer, x.reshape(-1, 32), mine)
+            calls += noted
+            assert out is not None
+            assert_same(out.view(x.shape), layer(x, x, x, cache=theirs)[0])
+            assert mine.lengths.tolist() == lengths
+        step.finish()
+    ends = [[length + seqlen for length in lengths] for lengths in held]
+    assert not recorded or [call.spec.key_lengths().tolist() for call in calls] == ends

@@ -10,13 +10,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from flashmha import AttentionSpec, Rotary
+from flashmha import AttentionSpec, Rotary, StaticCache
+from flashmha.backends.split_kv import launches
+from flashmha.backends.split_kv.launches import SplitCall, SplitProblem
+from flashmha.backends.split_kv.tilings import Cut, SplitSizes
+from flashmha.cache import appending
+from flashmha.cache.appending import Appending
 from flashmha.host.launcher import Launcher
 from flashmha.parts import fused_heads
 from flashmha.parts.norms import know
-from flashmha.problem.masks import Dense
+from flashmha.problem.masks import Dense, join_masks
 from flashmha.problem.ragged import KeyLengths
-from flashmha.problem.scores import TensorBias
+from flashmha.problem.scores import ALiBi, TensorBias
 from flashmha.problem.windows import Window
 from flashmha.weights import row_launches, tiles
 from flashmha.weights.blocks import Box
@@ -114,6 +119,68 @@ def test_a_second_call_does_not_ask_triton() -> None:
     for rows in (5, 6, 16):
         launch("one", (3, 1, 1), (memory, None), (32, 1), (rows, 0.5), {"WIDE": True, "TILE": 16}, {})
     assert [stream for _, _, stream in kernel.ran] == [None, 7, 7]
+
+
+def compiled(ran: list[Any]) -> Any:
+    """One of Triton's own compiled forms behind its first launch; it notes what C would be handed."""
+    from triton.compiler import CompiledKernel
+
+    class Loaded(CompiledKernel):  # type: ignore[misc]
+        def __init__(self) -> None:
+            def run(*told: Any) -> None:
+                ran.append(told)
+
+            self.__dict__.update(name="add", src=None, metadata=None, packed_metadata=(4, 1, 0))
+            self.__dict__.update(module=1, function=2, run=run, _run=run)
+
+        def __del__(self) -> None:
+            """No module was loaded."""
+
+    return Loaded()
+
+
+class Compiled:
+    """A kernel of one form."""
+
+    def __init__(self) -> None:
+        self.ran: list[Any] = []
+        self.form = compiled(self.ran)
+
+    def __getitem__(self, programs: Any) -> Callable[..., Any]:
+        return lambda *told, **options: self.form
+
+
+CALL: Any = (memory, None, memory[16:]), (32, 1), (5, 0.5), (True, 16)
+
+
+@pytest.mark.parametrize("hooked", (None, "launch_enter_hook", "launch_exit_hook"))
+def test_a_form_is_started_as_triton_starts_it(hooked: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With addresses for tensors, and with nothing for hooks where there are none."""
+    from triton.knobs import runtime
+
+    def hook(metadata: Any) -> None:
+        """What a profiler has."""
+
+    if hooked is not None and getattr(runtime, hooked) is None:
+        monkeypatch.setattr(runtime, hooked, hook)
+    elif hooked is not None:
+        monkeypatch.setattr(getattr(runtime, hooked), "calls", [hook])
+    kernel = Compiled()
+    launch = Launcher(kernel, lambda index: 7)
+    tensors, steps, others, constants = CALL
+    for _ in range(2):
+        launch("one", (3, 2, 1), tensors, steps, others, dict(zip(("WIDE", "TILE"), constants)), {})
+    kernel.form[(3, 2, 1)](*tensors, *steps, *others, *constants, stream=7)
+    ours, wanted = kernel.ran
+    assert len(ours) == len(wanted)
+    for place, (one, other) in enumerate(zip(ours, wanted)):
+        if isinstance(other, Tensor):
+            assert one is other or (hooked is None and one == other.data_ptr())
+        elif 6 <= place < 9:  # metadata for hooks, and the hooks
+            assert hooked is None or one == other or type(one) is type(other)
+        else:
+            assert one == other
+    assert hooked is None or ours[7] is not None or ours[8] is not None
 
 
 def test_what_an_interpreter_ran_is_run_again_by_it() -> None:
@@ -254,5 +321,64 @@ def test_weights_say_their_kind(problems: list[dict[str, Any]]) -> None:
             box, keys = Box.whole(spec), range(spec.seqlen_k)
             if lse is not None and row_launches.takes_rows(q, k, lse, spec, box, keys):
                 row_launches.launch_rows(q, k, lse, spec, drawn["average"], drawn["made"], box, keys)
+        for kernel in watched:
+            kernel.check()
+
+
+STEPS: dict[str, Sequence[Any]] = {
+    "dtype": (torch.bfloat16, torch.float32),
+    "head_dims": ((16, 16), (24, 8)),
+    "heads": ((4, 2), (2, 2)),
+    "seqlen": (1, 2),
+    "start": (0, 2),
+    "capacity": (40, 16, 1),
+    "lengths": (torch.int32, torch.int64, None),
+    "rule": (None, Window(3, 0), Window(None, 0), Window(2, None)),
+    "slopes": (None, torch.float32, torch.float16),
+    "sinks": (None, torch.float32, torch.bfloat16),
+    "softcap": (None, 2, 3.0),
+    "needs_lse": (False, True),
+    "splits": (1, 3, None),
+}
+
+
+@settings(max_examples=200)
+@given(problems=variants(STEPS))
+def test_steps_say_their_kind(problems: list[dict[str, Any]]) -> None:
+    """Of ``split_kv``, and of what puts tokens into a cache."""
+    from flashmha.backends.split_kv import kernels
+    from flashmha.cache import append_kernel
+
+    split, combine = launches.launchers()
+    kinds = {
+        split: kernels.ANY_VALUE,
+        combine: kernels.ANY_ROWS,
+        appending.append_launcher(): append_kernel.ANY_SIZE,
+    }
+    with pytest.MonkeyPatch.context() as patch:
+        watched = [Watched(launcher, names, patch) for launcher, names in kinds.items()]
+        for drawn in problems:
+            (heads, heads_kv), (head_dim, head_dim_v), seqlen = drawn["heads"], drawn["head_dims"], drawn["seqlen"]
+            dtype, capacity, start = drawn["dtype"], drawn["capacity"], drawn["start"]
+            q = torch.zeros(start + 2 * seqlen * heads * head_dim, dtype=dtype)[start:].view(2, seqlen, heads, head_dim)
+            cache = StaticCache(2, capacity, heads_kv, head_dim, head_dim_v=head_dim_v, dtype=dtype)
+            lengths = drawn["lengths"] and torch.ones(2, dtype=drawn["lengths"])
+            told = SplitProblem.of(
+                AttentionSpec.of(
+                    q,
+                    *cache.store,
+                    mask=join_masks(drawn["rule"], None if lengths is None else KeyLengths(lengths)),
+                    bias=drawn["slopes"] and ALiBi(torch.ones(heads, dtype=drawn["slopes"])),
+                    sinks=drawn["sinks"] and torch.zeros(heads, dtype=drawn["sinks"]),
+                    softcap=drawn["softcap"],
+                )
+            )
+            sizes = SplitSizes(2, seqlen, heads, heads_kv, head_dim, head_dim_v, capacity)
+            cut = drawn["splits"] and Cut(16, 4, 2, splits=drawn["splits"])
+            call = SplitCall(sizes, dtype, q.device, told, drawn["needs_lse"], cut)
+            call(q, *cache.store)
+            if lengths is not None:
+                cache.lengths = lengths
+            Appending(cache, seqlen)(*(x[:, :seqlen] for x in cache.store), cache)
         for kernel in watched:
             kernel.check()

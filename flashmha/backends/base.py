@@ -132,6 +132,9 @@ class Backend(abc.ABC):
     """A graph compiled for a GPU launches its kernel by C++: first of the measured there for short problems."""
     reads_caches: ClassVar[bool] = False
     """Made for few queries over keys in a cache: first of the measured there, where no table says more."""
+    reads_late: ClassVar[bool] = False
+    """What it prepared for a problem looks at the lengths of rows at each call, so that it serves the next layer of a
+    step too, once the lengths of that one stand in the same tensor."""
     judges_by_outline: ClassVar[bool] = False
     """Its answers about a problem depend on ``spec.outline`` alone and on no value of a tensor: a choice is
     remembered beside padding, documents, mask tensors and a ``TensorBias`` too."""

@@ -4,37 +4,38 @@ from __future__ import annotations
 
 import functools
 
+import torch
 from torch import Tensor
 
 from ..host.kernels import lined_up, power_of_two, use_device
-from ..host.launcher import Launcher
+from ..host.launcher import Launch, Launcher
+from .static import StaticCache
 
 AT_ONCE = 2048
 """Numbers that a program copies at a time."""
 
 
-def append_on_device(k: Tensor, v: Tensor, stores: tuple[Tensor, Tensor], lengths: Tensor, ends: Tensor) -> None:
-    """Write the keys and values of a step behind those of each row; ``lengths`` stay as they are.
+class Appending:
+    """Launches that put as many tokens behind those of each row, one for each of several caches that are alike.
 
-    Args:
-        k, v: (batch, seqlen, heads_kv, head_dim).
-        stores: (batch, capacity, heads_kv, head_dim) each, with neighbouring features.
-        ends: (batch,) the lengths behind the step, which are written as well.
+    Attributes:
+        ends: (batch,) the lengths behind the last launch, which writes them; those of its cache stay as they are.
     """
-    (batch, seqlen, heads, head_dim), head_dim_v = k.shape, v.shape[3]
-    k, v = lined_up(k), lined_up(v)
-    k_store, v_store = stores
-    constants = make_constants(heads, head_dim, head_dim_v)
-    with use_device(k.device):
-        append_launcher()(
-            (k.device.index, k.dtype, lengths.dtype, constants["HEADS"], head_dim, head_dim_v),
-            (batch * seqlen, 1, 1),
-            (k, v, k_store, v_store, lengths, ends),
-            (*k.stride()[:3], *v.stride()[:3], *k_store.stride()[:3], *v_store.stride()[:3]),
-            (heads, seqlen, k_store.shape[1]),
-            constants,
-            {"num_warps": 4},
-        )
+
+    def __init__(self, cache: StaticCache, seqlen: int) -> None:
+        lengths, (batch, capacity, heads, head_dim), head_dim_v = cache.lengths, cache.k.shape, cache.v.shape[3]
+        self.ends = torch.empty_like(lengths)
+        constants = make_constants(heads, head_dim, head_dim_v)
+        kind = (lengths.device.index, cache.k.dtype, lengths.dtype, constants["HEADS"], head_dim, head_dim_v)
+        sizes, options = (heads, seqlen, capacity), {"num_warps": 4}
+        self.launch = Launch(append_launcher(), kind, (batch * seqlen, 1, 1), sizes, constants, options)
+
+    def __call__(self, k: Tensor, v: Tensor, cache: StaticCache) -> None:
+        """Write keys and values (batch, seqlen, heads_kv, head_dim)."""
+        k, v, (k_store, v_store) = lined_up(k), lined_up(v), cache.store
+        steps = (*k.stride()[:3], *v.stride()[:3], *k_store.stride()[:3], *v_store.stride()[:3])
+        with use_device(k.device):
+            self.launch((k, v, k_store, v_store, cache.lengths, self.ends), steps)
 
 
 @functools.lru_cache(maxsize=256)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .machine import has_triton
+from .torch_state import current_device
 
 OLDEST = (8, 0)
 """The compute capability that has tensor cores for bfloat16."""
@@ -68,9 +69,12 @@ def processors(device: torch.device) -> Processors:
 
 def use_device(device: torch.device) -> contextlib.AbstractContextManager[Any]:
     """Make a device the current one, on which kernels are launched; nothing is entered where it is."""
-    if device.type != "cuda" or device.index == torch.cuda.current_device():
-        return contextlib.nullcontext()
+    if device.type != "cuda" or device.index == current_device():
+        return HERE
     return torch.cuda.device(device)
+
+
+HERE = contextlib.nullcontext()
 
 
 def power_of_two(size: int) -> int:

@@ -13,7 +13,13 @@ DIVISOR = 16
 """Triton compiles a form for addresses that divide by this, and another for those that do not."""
 LARGEST_NUMBER = 2**31 - 1
 """The largest number that a form takes as one of 32 bits."""
-MOST_FORMS = 1024
+MOST_FORMS = 256
+"""Kinds that are remembered, and forms of each."""
+LAST_KNOWN = (3, 8)
+"""The last Triton whose ``CompiledKernel.run`` was read: a later one starts its forms itself."""
+
+Start = Callable[..., None]
+"""A form started: programs, the stream, tensors, their addresses, and all other arguments in."""
 
 
 class Launcher:
@@ -28,7 +34,7 @@ class Launcher:
 
     def __init__(self, kernel: Any, stream: Callable[[int], int] | None = raw_stream) -> None:
         self.kernel, self.stream = kernel, stream
-        self.forms: dict[Hashable, Any] = {}
+        self.forms: dict[Hashable, dict[tuple[int, ...], Start]] = {}
 
     def __call__(
         self,
@@ -49,19 +55,88 @@ class Launcher:
                 numbers that their values make no other form.
             options: warps and stages.
         """
-        places = 0
-        for tensor in tensors:
-            if tensor is not None:
-                places |= tensor.data_ptr()
-        plain = places % DIVISOR == 0 and min(numbers) >= -LARGEST_NUMBER and max(numbers) <= LARGEST_NUMBER
-        key = kind, steps
-        form = self.forms.get(key) if plain else None
-        if form is not None and self.stream is not None:
-            stream = self.stream(tensors[0].device.index)  # type: ignore[arg-type, union-attr]
-            form[programs](*tensors, *steps, *numbers, *constants.values(), stream=stream)
-            return
-        made = self.kernel[programs](*tensors, *steps, *numbers, *constants.values(), **options)
-        if plain and hasattr(type(made), "__getitem__"):  # an interpreter makes none
+        Launch(self, kind, programs, numbers, constants, options)(tensors, steps)
+
+    def forms_of(self, kind: Hashable) -> dict[tuple[int, ...], Start]:
+        """The forms of a kind by the steps of their tensors."""
+        forms = self.forms.get(kind)
+        if forms is None or len(forms) >= MOST_FORMS:
             if len(self.forms) >= MOST_FORMS:
                 self.forms.clear()
-            self.forms[key] = made
+            forms = self.forms[kind] = {}
+        return forms
+
+
+class Launch:
+    """Launches of one kind that differ in their tensors and the steps of these; see ``Launcher`` for the arguments."""
+
+    __slots__ = ("fits", "forms", "launcher", "options", "programs", "rest")
+
+    def __init__(
+        self,
+        launcher: Launcher,
+        kind: Hashable,
+        programs: tuple[int, int, int],
+        numbers: tuple[float, ...],
+        constants: dict[str, Any],
+        options: dict[str, int],
+    ) -> None:
+        self.launcher, self.programs, self.options = launcher, programs, options
+        self.forms = launcher.forms_of(kind)
+        self.fits = min(numbers) >= -LARGEST_NUMBER and max(numbers) <= LARGEST_NUMBER
+        self.rest = (*numbers, *constants.values())
+
+    def __call__(self, tensors: tuple[Tensor | None, ...], steps: tuple[int, ...]) -> None:
+        """Launch the programs on tensors, the first of which is there."""
+        places = 0
+        addresses: list[int | None] = []
+        for tensor in tensors:
+            if tensor is None:
+                addresses.append(None)
+            else:
+                address = tensor.data_ptr()
+                places |= address
+                addresses.append(address)
+        plain = self.fits and not places % DIVISOR
+        start, stream = self.forms.get(steps) if plain else None, self.launcher.stream
+        if start is not None and stream is not None:
+            on: int = tensors[0].get_device()  # type: ignore[union-attr]
+            start(self.programs, stream(on), tensors, addresses, (*steps, *self.rest))
+            return
+        made = self.launcher.kernel[self.programs](*tensors, *steps, *self.rest, **self.options)
+        if plain and hasattr(type(made), "__getitem__"):  # an interpreter makes none
+            self.forms[steps] = make_start(made)
+
+
+def make_start(form: Any) -> Start:
+    """A function that starts a compiled form.
+
+    ``form[programs]`` makes what hooks want to know and calls them, also where there are none, and has C ask each
+    tensor for its address, and the driver for each address: as much Python as all the rest of a launch.
+    """
+
+    def start(programs: Any, stream: int, tensors: Any, addresses: Any, others: Any) -> None:
+        form[programs](*tensors, *others, stream=stream)
+
+    run, function, metadata = (getattr(form, name, None) for name in ("run", "function", "packed_metadata"))
+    if run is None or function is None or metadata is None or not is_known():
+        return start
+    from triton.knobs import runtime
+
+    def start_bare(programs: Any, stream: int, tensors: Any, addresses: Any, others: Any) -> None:
+        before, behind = runtime.launch_enter_hook, runtime.launch_exit_hook
+        # a hook, or a chain of them
+        if getattr(before, "calls", before) or getattr(behind, "calls", behind):
+            start(programs, stream, tensors, addresses, others)
+        else:
+            run(*programs, stream, function, metadata, None, None, None, *addresses, *others)
+
+    return start_bare
+
+
+def is_known() -> bool:
+    """The installed Triton starts its forms as this module does."""
+    import triton
+
+    first, second = triton.__version__.split(".")[:2]
+    return (3, 4) <= (int(first), int(second)) <= LAST_KNOWN

@@ -152,6 +152,9 @@ def is_dual() -> bool:
 raw_stream: Callable[[int], int] | None = getattr(torch._C, "_cuda_getCurrentRawStream", None)
 """The address of the current stream of a CUDA device, given its index; ``None`` in a build without CUDA."""
 
+current_device: Callable[[], int] = getattr(torch._C, "_cuda_getDevice", torch.cuda.current_device)
+"""The index of the current CUDA device, where a tensor lies on one already."""
+
 
 def keep_address(tensor: Tensor) -> Tensor:
     """Say of a tensor that it stays where it is, or ``mode="reduce-overhead"`` makes no CUDA graph that writes into it.

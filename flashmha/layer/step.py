@@ -15,8 +15,9 @@ from torch import Tensor
 
 from ..backends import choose
 from ..backends.base import Backend, Serve
+from ..backends.choice.record import recording
 from ..backends.choice.serve import serve
-from ..cache.appending import append_on_device
+from ..cache.appending import Appending
 from ..cache.memory import MemoryCache
 from ..cache.static import StaticCache
 from ..host.kernels import why_no_kernels
@@ -31,15 +32,15 @@ from .shortcut import Linears, learns, linears
 class Place(NamedTuple):
     """Where the tokens of a step go in caches that hold equally many: at ``first`` in every row, else at ``positions``.
 
-    ``slots`` are those that are looked at, ``mask`` says which of them hold a token, ``lengths`` (batch,) how many each
-    row holds behind the step.
+    ``slots`` are those that are looked at, ``mask`` says which of them hold a token; where ``append`` writes the tokens
+    it writes that, too.
     """
 
-    lengths: Tensor
     first: int | None
     slots: int
     positions: Tensor | None = None
     mask: Mask | None = None
+    append: Appending | None = None
 
 
 class Problem(NamedTuple):
@@ -68,9 +69,9 @@ class PlainStep:
         """Lengths are read, which elsewhere than on a CPU would wait for the device."""
         self.launches = self.plain and not self.reads and why_no_kernels(x.device.type, x.device.index) is None
         self.wants_grad = torch.is_grad_enabled()
-        self.places: dict[tuple[int, ...], Place] = {}
+        self.places: dict[tuple[Any, ...], Place] = {}
         self.problems: dict[tuple[Any, ...], Problem] = {}
-        self.moving: tuple[list[Tensor], list[Tensor]] = ([], [])
+        self.moving: tuple[list[Tensor], list[int]] = ([], [])
 
     def attend_next(self, layer: Layer, tokens: Tensor, cache: object) -> Tensor | None:
         """Self-attention of the next tokens; ``None`` where ``forward`` has to look closer, and nothing has changed.
@@ -90,9 +91,9 @@ class PlainStep:
         if not (k_store.shape == v_store.shape == (batch, capacity, heads, head_dim) and self.holds(k_store, v_store)):
             return None
         held = lengths.tolist() if self.reads else None
-        known = None if held is None else self.places.get((seqlen, *held))
-        place = self.place(cache, seqlen, held) if known is None else known
-        first, slots = place.first, place.slots
+        key = (seqlen, capacity, heads, lengths.dtype) if held is None else (seqlen, *held)
+        place = self.places.get(key) or self.place(cache, seqlen, held)
+        first, slots, positions, mask, append = place
         if slots > capacity or seqlen > capacity:
             cache.check_room(seqlen, held)
         packed = F.linear(tokens, weight, bias)
@@ -104,15 +105,19 @@ class PlainStep:
         if first is not None:
             k_store.narrow(1, first, seqlen).copy_(k)
             v_store.narrow(1, first, seqlen).copy_(v)
-        elif place.positions is not None:
-            cache.write(k, v, place.positions)
-        else:
-            append_on_device(k, v, (k_store, v_store), lengths, place.lengths)
+        elif positions is not None:
+            cache.write(k, v, positions)
+        elif append is not None:
+            append(k, v, cache)
         # behind the launch, which writes the lengths that a backend may look at to prepare itself
-        spec, backend, call = self.problem((batch, seqlen, slots), heads, head_dim, place.mask)
-        out = serve(backend, q, k_store.narrow(1, 0, slots), v_store.narrow(1, 0, slots), spec, layer, call)
+        spec, backend, call = self.problem((batch, seqlen, slots), heads, head_dim, mask)
+        if held is not None or (append is not None and backend.reads_late and recording.calls is None):
+            self.places[key] = place
+        if slots < capacity:
+            k_store, v_store = k_store.narrow(1, 0, slots), v_store.narrow(1, 0, slots)
+        out = serve(backend, q, k_store, v_store, spec, layer, call)
         self.moving[0].append(lengths)
-        self.moving[1].append(place.lengths)
+        self.moving[1].append(seqlen)
         return F.linear((out if batch_first else out.transpose(0, 1)).reshape(-1, width), weight_out, bias_out)
 
     def attend_memory(
@@ -142,9 +147,8 @@ class PlainStep:
 
     def finish(self) -> None:
         """Move the lengths of the caches that were written to."""
-        lengths, moved = self.moving
-        if lengths:
-            torch._foreach_copy_(lengths, moved)
+        if self.moving[0]:
+            torch._foreach_add_(*self.moving)
 
     def linears(self, layer: Layer, tokens: Tensor) -> Linears | None:
         """The projections of a plain layer that fits, computes no gradient and drops nothing."""
@@ -166,19 +170,16 @@ class PlainStep:
         return True
 
     def place(self, cache: StaticCache, seqlen: int, held: list[int] | None) -> Place:
-        """Where the next tokens go behind those ``held``, kept for caches that hold as many where that is known."""
-        if held is None and self.launches:  # which writes the lengths that follow as well
-            lengths = torch.empty_like(cache.lengths)
-            return Place(lengths, None, cache.capacity, None, mark_private(KeyLengths(lengths)))
-        longest, lengths = None if held is None else max(held), cache.lengths + seqlen
+        """Where the next tokens go behind those ``held``."""
+        if held is None and self.launches:
+            append = Appending(cache, seqlen)
+            return Place(None, cache.capacity, None, mark_private(KeyLengths(append.ends)), append)
+        longest = None if held is None else max(held)
         if held is not None and min(held) == longest:
-            found = Place(lengths, longest, longest + seqlen)
-        else:
-            seen, slots = mark_private(KeyLengths(lengths)), cache.capacity if longest is None else longest + seqlen
-            found = Place(lengths, None, slots, cache.positions(seqlen).long(), seen)
-        if held is not None:
-            self.places[(seqlen, *held)] = found
-        return found
+            return Place(longest, longest + seqlen)
+        slots = cache.capacity if longest is None else longest + seqlen
+        positions = cache.positions(seqlen).long()
+        return Place(None, slots, positions, mark_private(KeyLengths(cache.lengths + seqlen)))
 
     def problem(self, sizes: tuple[int, int, int], heads: int, head_dim: int, mask: Mask | None) -> Problem:
         """The problem of a layer and its backend, found once for layers that are alike."""

@@ -93,7 +93,7 @@ def find_unknown_layer(layer: nn.Module) -> str | None:
             return f".{name} {why}"
     for name in ATTENTIONS if decodes else ATTENTIONS[:1]:
         attention: Any = modules[name]
-        why = find_unknown_part(attention.out_proj) if attention.call_out_proj else None
+        why = find_unknown_part(attention._modules.get("out_proj")) if attention.call_out_proj else None
         if why is not None:
             return f".{name}.out_proj {why}"
     return None

@@ -21,6 +21,7 @@ FACTS: dict[str, tuple[type, ...]] = {
     "obeys_switches": (bool,),
     "launched_by_cpp": (bool,),
     "reads_caches": (bool,),
+    "reads_late": (bool,),
     "judges_by_outline": (bool,),
     "results_checked": (bool,),
     "joins_gradients": (bool,),

@@ -6,12 +6,12 @@ import torch
 from torch import Tensor
 
 from ...host.kernels import padded, why_no_kernels
-from ...host.torch_state import surely
+from ...host.torch_state import is_compiling, surely
 from ...problem.cached import OwnTokens
 from ...problem.spec import AttentionSpec
-from ..base import Backend
+from ..base import Backend, Serve
 from ..limits import Limits
-from .launches import SplitProblem, attend
+from .launches import attend, prepare
 from .tilings import MOST_QUERY_BYTES, MOST_QUERY_ROWS
 
 
@@ -22,7 +22,7 @@ class SplitKV(Backend):
     """
 
     name = measured_as = "split_kv"
-    compiles, reads_caches = "steps", True
+    compiles, reads_caches, reads_late = "steps", True, True
     judges_by_outline = results_checked = yields_small_weights = True
     limits = Limits(
         devices=("cuda",),
@@ -52,5 +52,7 @@ class SplitKV(Backend):
         return super().why_not_here(device) or why_no_kernels(device.type, device.index)
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> Tensor | tuple[Tensor, Tensor]:
-        out, lse = attend(q, k, v, SplitProblem.of(spec))
-        return (out, lse) if spec.need_lse else out
+        return attend(q, k, v, spec)
+
+    def prepare(self, spec: AttentionSpec) -> Serve:
+        return super().prepare(spec) if is_compiling() else prepare(spec)

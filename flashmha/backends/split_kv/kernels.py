@@ -23,6 +23,7 @@ ANY_VALUE = """
     at_b at_s held_b held_s table_b own_b own_h own_s own_t own_tokens
     slope_b slope_h group heads heads_kv seqlen_q capacity splits low high scale softcap
 """.split()  # noqa: SIM905
+ANY_ROWS = ["heads", "seqlen_q", "splits"]
 """Arguments whose value shall not make another kernel."""
 
 
@@ -94,8 +95,9 @@ def split_kernel(
         table: (batch, pages) where k and v are pools (pages, PAGE, heads_kv, head_dim); ``None``: they are rows.
         own, begin: bytes (batch, heads, seqlen_q, own_tokens), which of the keys from position (batch,) on are seen.
         slopes: (batch, heads) of ALiBi; sinks: (heads,).
-        out, lse: (batch, seqlen_q, heads, splits, head_dim_v), and (batch, seqlen_q, heads, splits) in units of log(2);
-            of the ``WHOLE`` the answer, and (batch, heads, seqlen_q).
+        out: the answer (batch, seqlen_q, heads, head_dim_v), where ``WHOLE``; else those of shares, (batch, seqlen_q,
+            heads, splits, head_dim_v), and behind them (batch, seqlen_q, heads, splits) in units of log(2).
+        lse: (batch, heads, seqlen_q) of the ``WHOLE``; ``None`` where it is not wanted.
         low, high: the least and the largest ``key - query``, where there is ``LEFT`` and ``RIGHT``.
         EARLY: the kernel that combines is launched before this one ends, and waits for it.
     """
@@ -205,11 +207,13 @@ def split_kernel(
         if sinks is not None:
             log, factor = join_sink(log, tl.load(sinks + head, mask=real, other=0.0))
             made = made * factor[:, None]
-        tl.store(lse + (item * heads + head) * seqlen_q + query, log / LOG2E, mask=real)
+        if lse is not None:
+            tl.store(lse + (item * heads + head) * seqlen_q + query, log / LOG2E, mask=real)
         wanted = real
     else:
         place = place * splits + split
-        tl.store(lse + place, log, mask=real)
+        logs = out + tl.num_programs(0).to(tl.int64) * (group * seqlen_q) * HEAD_DIM_V
+        tl.store(logs + place, log, mask=real)
         wanted = real & (log != float("-inf"))
     wanted_dims = wanted[:, None] & (dims_v < HEAD_DIM_V)[None, :]
     tl.store(out + place[:, None] * HEAD_DIM_V + dims_v[None, :], made.to(out.dtype.element_ty), mask=wanted_dims)
@@ -226,10 +230,9 @@ def join_sink(log: tl.tensor, sink: tl.tensor) -> tl.tensor:
     return whole, tl.where(top == float("-inf"), 0.0, tl.exp2(log - whole))
 
 
-@triton.jit(do_not_specialize=["heads", "seqlen_q", "splits"])
+@triton.jit(do_not_specialize=ANY_ROWS)
 def combine_kernel(
     parts: tl.tensor,
-    logs: tl.tensor,
     sinks: tl.tensor,
     out: tl.tensor,
     lse: tl.tensor,
@@ -247,6 +250,7 @@ def combine_kernel(
         tl.inline_asm_elementwise(WAIT, "=r", [], dtype=tl.int32, is_pure=False, pack=1)
     row, chunk = tl.program_id(0).to(tl.int64), tl.program_id(1)
     head, token = row % heads, row // heads
+    logs = parts + tl.num_programs(0).to(tl.int64) * splits * HEAD_DIM_V
     share = tl.arange(0, SPLITS)
     log = tl.load(logs + row * splits + share, mask=share < splits, other=float("-inf"))
     top = tl.max(log, axis=0)
@@ -266,5 +270,5 @@ def combine_kernel(
         part = tl.load(parts + (row * splits + some)[:, None] * HEAD_DIM_V + dims[None, :], mask=written, other=0.0)
         made += tl.sum(part * tl.exp2(there - base)[:, None], axis=0)
     tl.store(out + row * HEAD_DIM_V + dims, made.to(out.dtype.element_ty), mask=inside)
-    if chunk == 0:
+    if lse is not None and chunk == 0:
         tl.store(lse + (token // seqlen_q * heads + head) * seqlen_q + token % seqlen_q, whole / LOG2E)

@@ -8,22 +8,18 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ...host.kernels import lined_up, padded, processors, use_device
-from ...host.launcher import Launcher
+from ...host.kernels import lined_up, use_device
+from ...host.launcher import Launch, Launcher
 from ...host.torch_state import is_compiling
 from ...problem.cached import OwnTokens, Pages, Positions
 from ...problem.ragged import KeyLengths
 from ...problem.scores import ALiBi
 from ...problem.spec import AttentionSpec
 from ...problem.windows import Window
-from .tilings import Cut, choose_cut, choose_splits, deepen
+from .tilings import Cut, SplitSizes, make_plan
 
 REACH = 1 << 30
 """Farther than any key."""
-CHUNK, MANY_ROWS = 32, 512
-"""How much of head_dim_v a program combines where there are fewer rows than these."""
-COMBINED = 4096
-"""Numbers that a program combines at a time."""
 
 
 class SplitProblem(NamedTuple):
@@ -77,9 +73,9 @@ class SplitProblem(NamedTuple):
             None if pages is None else pages.page_size,
         )
 
-    def lay_out(self, shape: torch.Size) -> tuple[tuple[Tensor | None, ...], tuple[int, ...]]:
-        """The tables as the kernel reads them, and their steps; ``shape`` is that of q."""
-        batch, seqlen_q, heads, _ = shape
+    def lay_out(self, rows: tuple[int, int, int]) -> tuple[tuple[Tensor | None, ...], tuple[int, ...]]:
+        """The tables as the kernel reads them, and their steps, for (batch, seqlen_q, heads)."""
+        batch, seqlen_q, heads = rows
         lengths, begin, sinks, table = self.lengths, self.begin, self.sinks, self.table
         lengths = lengths if lengths is None else lengths.contiguous()
         begin = begin if begin is None else begin.contiguous()
@@ -96,130 +92,85 @@ class SplitProblem(NamedTuple):
         return (lengths, self.queries, self.held, table, own, begin, self.slopes, sinks), steps
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, told: SplitProblem) -> tuple[Tensor, Tensor]:
-    """Output and log-sum-exp; eagerly, or as an operator where a compiler traces."""
-    if is_compiling():
-        made: tuple[Tensor, Tensor] = torch.ops.flashmha.split_kv(q, k, v, *told)
-        return made
-    return attend_split(q, k, v, told)
+class SplitCall:
+    """A problem as it is launched, by one kernel, or by two where the keys of a row are split.
+
+    What the heads of a call do not say is found here, once for the layers of a model. A table is read at each call,
+    where it lies in a row.
+
+    Args:
+        needs_lse: a call gives the log-sum-exp as well.
+        cut: ``None`` for the one that fits.
+    """
+
+    def __init__(
+        self,
+        sizes: SplitSizes,
+        dtype: torch.dtype,
+        device: torch.device,
+        told: SplitProblem,
+        needs_lse: bool,
+        cut: Cut | None = None,
+    ) -> None:
+        batch, seqlen_q, heads, heads_kv, _, head_dim_v, capacity = sizes
+        self.tables, steps = told.lay_out(sizes[:3])
+        left, right, scale, softcap, page_size = told[-5:]
+        kinds = (*[None if x is None else x.dtype for x in self.tables], needs_lse)
+        bounds = (left is None, right is None, softcap is None)
+        plan = make_plan(sizes, dtype, device, page_size, (*kinds, *bounds), cut)
+        splits = plan.splits
+        numbers = (
+            *steps,
+            *(heads // heads_kv, heads, heads_kv, seqlen_q, capacity, splits),
+            *(-within(left), within(right), float(scale), 0.0 if softcap is None else float(softcap)),
+        )
+        split, combine = launchers()
+        self.split = Launch(split, plan.kind, plan.programs, numbers, plan.constants, plan.options)
+        self.combine: Launch | None = None
+        if splits > 1:
+            told_rows = (heads, seqlen_q, splits)
+            self.combine = Launch(combine, plan.kind, plan.combining, told_rows, plan.combined, plan.combined_options)
+        self.needs_lse = needs_lse
+        self.shape, self.shape_lse = (batch, seqlen_q, heads, head_dim_v), (batch, heads, seqlen_q)
+        self.room = batch * seqlen_q * heads * splits * (head_dim_v + 1)
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        q, k, v = lined_up(q), lined_up(k), lined_up(v)
+        tables, combine = self.tables, self.combine
+        heads, steps = (q, k, v, *tables), (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3])
+        out = q.new_empty(self.shape)
+        lse = q.new_empty(self.shape_lse, dtype=torch.float32) if self.needs_lse else None
+        with use_device(q.device):
+            if combine is None:
+                self.split((*heads, out, lse), steps)
+            else:
+                parts = q.new_empty(self.room, dtype=torch.float32)
+                self.split((*heads, parts, None), steps)
+                combine((parts, tables[-1], out, lse), ())
+        return out if lse is None else (out, lse)
+
+
+def prepare(spec: AttentionSpec) -> SplitCall:
+    """A problem as it is launched."""
+    sizes = (spec.batch, spec.seqlen_q, spec.heads, spec.heads_kv, spec.head_dim, spec.head_dim_v, spec.seqlen_k)
+    return SplitCall(SplitSizes(*sizes), spec.dtype, spec.device, SplitProblem.of(spec), spec.need_lse)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> Tensor | tuple[Tensor, Tensor]:
+    """A problem served, as an operator where a compiler traces."""
+    if not is_compiling():
+        return prepare(spec)(q, k, v)
+    made: tuple[Tensor, Tensor] = torch.ops.flashmha.split_kv(q, k, v, *SplitProblem.of(spec))
+    return made if spec.need_lse else made[0]
 
 
 def attend_split(q: Tensor, k: Tensor, v: Tensor, told: SplitProblem, cut: Cut | None = None) -> tuple[Tensor, Tensor]:
-    """Output and log-sum-exp, by one kernel, or by two where the keys of a row are split."""
-    q, k, v = lined_up(q), lined_up(k), lined_up(v)
+    """Output and log-sum-exp of heads, whose sizes are the problem's."""
     (batch, seqlen_q, heads, head_dim), (_, capacity, heads_kv, head_dim_v) = q.shape, v.shape
     capacity = capacity if told.table is None else capacity * told.table.shape[1]
-    tables, steps = told.lay_out(q.shape)
-    left, right, scale, softcap, page_size = told[-5:]
-    kinds = (*[None if x is None else x.dtype for x in tables], left is None, right is None, softcap is None)
-    sizes = (batch, seqlen_q, heads, heads_kv, head_dim, head_dim_v, capacity)
-    plan = make_plan(sizes, q.dtype, q.device, page_size, kinds, cut)
-    splits = plan.splits
-    out = q.new_empty((batch, seqlen_q, heads, head_dim_v))
-    lse = q.new_empty((batch, heads, seqlen_q), dtype=torch.float32)
-    parts = out, lse
-    if splits > 1:
-        rows = (batch, seqlen_q, heads, splits)
-        parts = q.new_empty((*rows, head_dim_v), dtype=torch.float32), q.new_empty(rows, dtype=torch.float32)
-    with use_device(q.device):
-        launchers()[0](
-            plan.kind,
-            plan.programs,
-            (q, k, v, *tables, *parts),
-            (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3]),
-            (
-                *steps,
-                *(heads // heads_kv, heads, heads_kv, seqlen_q, capacity, splits),
-                *(-within(left), within(right), float(scale), 0.0 if softcap is None else float(softcap)),
-            ),
-            plan.constants,
-            plan.options,
-        )
-        if splits > 1:
-            launchers()[1](
-                plan.kind,
-                plan.combining,
-                (*parts, tables[-1], out, lse),
-                (),
-                (heads, seqlen_q, splits),
-                plan.combined,
-                plan.combined_options,
-            )
-    return out, lse
-
-
-class SplitPlan(NamedTuple):
-    """What a problem's sizes and kinds say of its launches: the first is split among programs, the second combines."""
-
-    splits: int
-    kind: tuple[Any, ...]
-    programs: tuple[int, int, int]
-    constants: dict[str, Any]
-    options: dict[str, Any]
-    combining: tuple[int, int, int]
-    combined: dict[str, Any]
-    combined_options: dict[str, Any]
-
-
-@functools.lru_cache(maxsize=1024)
-def make_plan(
-    sizes: tuple[int, ...],
-    dtype: torch.dtype,
-    device: torch.device,
-    page_size: int | None,
-    kinds: tuple[Any, ...],
-    cut: Cut | None,
-) -> SplitPlan:
-    """The plan of such problems, kept: making it takes as long as three launches.
-
-    Args:
-        sizes: batch, seqlen_q, heads, heads_kv, head_dim, head_dim_v, capacity.
-        kinds: the dtypes of the tables, ``None`` for those that are missing; whether left, right and softcap are.
-        cut: ``None`` for the one that fits.
-    """
-    batch, seqlen_q, heads, heads_kv, head_dim, head_dim_v, capacity = sizes
-    on, rows = processors(device), seqlen_q * (heads // heads_kv)
-    heads_of = rows, head_dim, head_dim_v, dtype, on
-    chosen = choose_cut(*heads_of) if cut is None else cut
-    splits = chosen.splits
-    if splits is None:
-        splits = choose_splits(batch * heads_kv, -(-capacity // chosen.keys), on)
-    cut = deepen(chosen, *heads_of) if cut is None and splits == 1 else chosen
-    early = cut.early and splits > 1
-    constants = {
-        "PAGE": page_size or 0,
-        "LEFT": not kinds[-3],
-        "RIGHT": not kinds[-2],
-        "SOFTCAP": not kinds[-1],
-        "WHOLE": splits == 1,
-        "HEAD_DIM": head_dim,
-        "HEAD_DIM_V": head_dim_v,
-        "DIMS": padded(head_dim),
-        "DIMS_V": padded(head_dim_v),
-        "BLOCK_M": padded(rows),
-        "BLOCK_N": cut.keys,
-        "EARLY": early,
-    }
-    options = cut.options(kinds[2] is not None or kinds[3] is not None)
-    rows, shares = batch * seqlen_q * heads, padded(splits)
-    chunk = padded(head_dim_v) if rows >= MANY_ROWS else min(padded(head_dim_v), CHUNK)
-    combined = {
-        "HEAD_DIM_V": head_dim_v,
-        "CHUNK": chunk,
-        "STEP": min(shares, COMBINED // chunk),
-        "SPLITS": shares,
-        "EARLY": early,
-    }
-    return SplitPlan(
-        splits,
-        (device.index, dtype, *kinds, *constants.values(), *combined.values(), *options.values()),
-        (batch * splits * heads_kv, 1, 1),
-        constants,
-        options,
-        (rows, -(-head_dim_v // chunk), 1),
-        combined,
-        {"num_warps": 4 if shares * chunk >= COMBINED // 2 else 1, **({"launch_pdl": True} if early else {})},
-    )
+    sizes = SplitSizes(batch, seqlen_q, heads, heads_kv, head_dim, head_dim_v, capacity)
+    made: Any = SplitCall(sizes, q.dtype, q.device, told, True, cut)(q, k, v)
+    return made[0], made[1]
 
 
 def steps_of(table: Tensor | None) -> tuple[int, ...]:

@@ -1,14 +1,15 @@
-"""How ``split_kv`` cuts a problem: the tile of a program, and among how many programs the keys of a row are split."""
+"""How ``split_kv`` cuts a problem: the tile of a program, among how many a row's keys are split, and both launches."""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
-from ...host.kernels import Processors, padded
+from ...host.kernels import Processors, padded, processors
 
 MOST_QUERY_ROWS = 64
 """Queries of the heads of a group that one program takes: above, they fill the tiles of other kernels by themselves."""
@@ -18,7 +19,13 @@ BESIDE_TILES = 4096
 """Bytes of shared memory that a kernel needs beside keys and values."""
 TILE_BYTES = 32768
 """Bytes of the keys and values of a tile."""
+CHUNK, MANY_ROWS = 32, 512
+"""How much of head_dim_v a program combines where there are fewer rows than these."""
+COMBINED = 4096
+"""Numbers that a program combines at a time."""
 MOST_SPLITS = 256
+FEW_TILES = 4
+"""Tiles that one program reads in about the time that a second kernel takes to combine what several have read."""
 EARLIEST = 9
 """The compute capability from which a kernel may be launched before the one that it waits for has ended."""
 RESIDENT = 2
@@ -27,9 +34,6 @@ SPLIT_COST = 0.04
 """The share of time that splitting rows takes, of programs that keep the GPU full."""
 SHARES = (1, 2, 4, 8)
 """Shares of a row that are tried where rows are more than run at once."""
-MOST_SPLITS = 256
-EARLIEST = 9
-"""The compute capability from which a kernel may be launched before the one that it waits for has ended."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,11 +87,15 @@ def deepen(cut: Cut, rows: int, head_dim: int, head_dim_v: int, dtype: torch.dty
 def choose_splits(groups: int, tiles: int, on: Processors) -> int:
     """Among how many programs the keys of a row are split: as many as run at once, or so that few places are idle.
 
+    A row of few tiles is not split: its second kernel would cost what the first one gained.
+
     Args:
         groups: rows times heads of keys, each of which has ``splits`` programs.
         tiles: tiles of keys that a row has room for.
     """
     places = RESIDENT * on.number
+    if tiles <= FEW_TILES:
+        return 1
     if groups <= places:
         return max(1, min(places // groups, tiles, MOST_SPLITS))
 
@@ -97,3 +105,89 @@ def choose_splits(groups: int, tiles: int, on: Processors) -> int:
         return 1 - waves / math.ceil(waves) + SPLIT_COST * (splits > 1)
 
     return min((splits for splits in SHARES if splits <= tiles), key=idle)
+
+
+class SplitSizes(NamedTuple):
+    """The sizes of a problem; ``capacity`` are the keys that a row has room for."""
+
+    batch: int
+    seqlen_q: int
+    heads: int
+    heads_kv: int
+    head_dim: int
+    head_dim_v: int
+    capacity: int
+
+
+class SplitPlan(NamedTuple):
+    """What a problem's sizes and kinds say of its launches: the first is split among programs, the second combines."""
+
+    splits: int
+    kind: tuple[Any, ...]
+    programs: tuple[int, int, int]
+    constants: dict[str, Any]
+    options: dict[str, Any]
+    combining: tuple[int, int, int]
+    combined: dict[str, Any]
+    combined_options: dict[str, Any]
+
+
+@functools.lru_cache(maxsize=1024)
+def make_plan(
+    sizes: SplitSizes,
+    dtype: torch.dtype,
+    device: torch.device,
+    page_size: int | None,
+    kinds: tuple[Any, ...],
+    cut: Cut | None,
+) -> SplitPlan:
+    """The plan of such problems, kept: making it takes as long as three launches.
+
+    Args:
+        kinds: the dtypes of the tables, ``None`` for those that are missing; whether there is a log-sum-exp, and
+            whether left, right and softcap are missing.
+        cut: ``None`` for the one that fits.
+    """
+    batch, seqlen_q, heads, heads_kv, head_dim, head_dim_v, capacity = sizes
+    on, rows = processors(device), seqlen_q * (heads // heads_kv)
+    heads_of = rows, head_dim, head_dim_v, dtype, on
+    chosen = choose_cut(*heads_of) if cut is None else cut
+    splits = chosen.splits
+    if splits is None:
+        splits = choose_splits(batch * heads_kv, -(-capacity // chosen.keys), on)
+    cut = deepen(chosen, *heads_of) if cut is None and splits == 1 else chosen
+    early = cut.early and splits > 1
+    constants = {
+        "PAGE": page_size or 0,
+        "LEFT": not kinds[-3],
+        "RIGHT": not kinds[-2],
+        "SOFTCAP": not kinds[-1],
+        "WHOLE": splits == 1,
+        "HEAD_DIM": head_dim,
+        "HEAD_DIM_V": head_dim_v,
+        "DIMS": padded(head_dim),
+        "DIMS_V": padded(head_dim_v),
+        "BLOCK_M": padded(rows),
+        "BLOCK_N": cut.keys,
+        "EARLY": early,
+    }
+    options = cut.options(kinds[2] is not None or kinds[3] is not None)
+    rows, shares = batch * seqlen_q * heads, padded(splits)
+    chunk = padded(head_dim_v) if rows >= MANY_ROWS else min(padded(head_dim_v), CHUNK)
+    combined = {
+        "HEAD_DIM_V": head_dim_v,
+        "CHUNK": chunk,
+        "STEP": min(shares, COMBINED // chunk),
+        "SPLITS": shares,
+        "EARLY": early,
+    }
+    return SplitPlan(
+        splits,
+        (device.index, dtype, *kinds, *constants.values(), *combined.values(), *options.values()),
+        (batch * splits * heads_kv, 1, 1),
+        constants,
+        options,
+        (rows, -(-head_dim_v // chunk), 1),
+        combined,
+        {"num_warps": 4 if shares * chunk >= COMBINED // 2 else 1, **({"launch_pdl": True} if early else {})},
+    )
