@@ -383,6 +383,20 @@ def test_a_reset_cache_is_a_new_one_and_a_copy_goes_its_own_way(problem: Drawn) 
         assert_same(torch.cat(rest, dim=1), whole(layer, x)[:, first.stop :])
 
 
+@given(drawn())
+def test_a_call_of_no_tokens_changes_nothing(problem: Drawn) -> None:
+    """Whatever its masks are, which hold no number then."""
+    layer, x = problem.build(), problem.tokens()
+    cache, nothing = problem.cache(layer), x[:, :0]
+    out = [whole(layer, x[:, at], cache=cache) for at in problem.pieces[:-1]]
+    table, hidden = torch.ones(0, 0, dtype=torch.bool), torch.ones(problem.batch, 0, dtype=torch.bool)
+    for mask, padding in ((None, None), (table, None), (table.to(x.dtype), None), (None, hidden), (table, hidden)):
+        made = whole(layer, nothing, cache=cache, attn_mask=mask, key_padding_mask=padding)
+        assert made.shape == nothing.shape
+    out.append(whole(layer, x[:, problem.pieces[-1]], cache=cache))
+    assert_same(torch.cat(out, dim=1), whole(layer, x))
+
+
 # Rings
 
 
@@ -463,6 +477,18 @@ def test_over_booking_is_an_error_and_changes_nothing(problem: Drawn, pages: int
         whole(layer, x[:, room:].expand(-1, 2 * pages + 1, -1), cache=cache)
     assert pool.free == free and torch.equal(cache.block_table, table)
     assert cache.get_seq_length().tolist() == [room] * problem.batch
+
+
+@given(problem=drawn(kinds=("paged",)), row=st.integers(0, 3), wrong=st.sampled_from((-1, 4)))
+def test_rows_that_are_not_there_are_released_with_none(problem: Drawn, row: int, wrong: int) -> None:
+    layer, x = problem.build(), problem.tokens()
+    cache = problem.cache(layer)
+    whole(layer, x, cache=cache)
+    free, booked = list(cache.pool.free), copy.deepcopy(cache.booked)
+    with pytest.raises(ValueError, match="rows must lie between 0 and"):
+        cache.release([row % problem.batch, wrong])
+    assert cache.pool.free == free and cache.booked == booked
+    assert cache.get_seq_length().tolist() == [problem.seqlen] * problem.batch
 
 
 class Unseen(PagedCache):
@@ -586,6 +612,12 @@ def call(layer: FlashMultiHeadAttention, cache: Any, x: Tensor = X, **more: Any)
     return layer(x, x, x, cache=cache, **more)
 
 
+def filled(seqlen: int) -> StaticCache:
+    cache = static(1)
+    cache.update(*torch.zeros(2, 1, seqlen, 2, 4))
+    return cache
+
+
 class Prefix(FlashMultiHeadAttention):
     keys_before = 1
 
@@ -704,6 +736,10 @@ SEEN: dict[str, tuple[str, Callable[[], Any]]] = {
     "guesses that are not there": (
         "chosen must be places of the .0, 0. tokens",
         lambda: static().keep(0, torch.tensor([[0], [0]])),
+    ),
+    "a guess behind none": (
+        "chosen must be places of the .2. tokens",
+        lambda: filled(2).keep(0, torch.tensor([[-1, 1]])),
     ),
     "pages beyond the pool": ("block_table must name pages between 0 and 2, got", lambda: paged([[0, 3]])),
     "a page before the pool": ("block_table must name pages between 0 and 2, got", lambda: paged([[-1, 0]])),

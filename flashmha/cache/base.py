@@ -193,17 +193,27 @@ class Cache(abc.ABC):
         Raises:
             ValueError: other places than those of tokens; on a GPU an error of the device, which is not waited for.
         """
-        left = self.cropped(length)[:, None]
+        self.move(self.kept(length, chosen), chosen)
+
+    def kept(self, length: int | Tensor, chosen: Tensor) -> Tensor:
+        """The lengths before the tokens that ``keep`` chooses, which changes nothing yet."""
+        left = self.cropped(length)
         if chosen.dim() != 2 or chosen.shape[0] != self.batch or chosen.dtype not in COUNT_DTYPES:
             raise ValueError(f"chosen must be integers (batch={self.batch}, tokens), got {spell(chosen)}.")
-        guesses = self.lengths[:, None] - left
+        guesses = (self.lengths - left)[:, None]
+        there = chosen >= 0
         insist(
-            (chosen < guesses) & (chosen.shape[1] <= guesses),
+            (chosen < guesses) & (chosen.shape[1] <= guesses) & ~(there & (there.logical_not().cumsum(1) > 0)),
             lambda: f"chosen must be places of the {guesses[:, 0].tolist()} tokens, got {chosen.tolist()}.",
         )
-        k, v = self.take((left + chosen.clamp(min=0)).long())
-        self.write(k, v, (left + torch.arange(chosen.shape[1], device=left.device)).long())
-        self.lengths.copy_(left[:, 0] + (chosen >= 0).sum(dim=1, dtype=torch.int32))
+        return left
+
+    def move(self, left: Tensor, chosen: Tensor) -> None:
+        """Put chosen tokens behind the first ``left`` (batch,), and forget what is behind them."""
+        start = left[:, None]
+        k, v = self.take((start + chosen.clamp(min=0)).long())
+        self.write(k, v, (start + torch.arange(chosen.shape[1], device=left.device)).long())
+        self.lengths.copy_(left + (chosen >= 0).sum(dim=1, dtype=torch.int32))
 
     def reorder(self, rows: Tensor) -> None:
         """Row i becomes what row ``rows[i]`` was, as beams of a search do: (batch,) integers."""

@@ -187,7 +187,9 @@ class PagedCache(Cache):
 
     def release(self, rows: Iterable[int]) -> None:
         """Forget the tokens of rows that are done, and give back their pages."""
-        rows = list(rows)
+        rows = [int(row) for row in rows]
+        if not all(0 <= row < self.batch for row in rows):
+            raise ValueError(f"rows must lie between 0 and {self.batch - 1}, got {rows}.")
         for row in rows:
             self.pool.give_back(self.booked[row])
             self.booked[row] = []
@@ -198,6 +200,12 @@ class PagedCache(Cache):
     def reset(self) -> None:
         self.release(range(self.batch))
 
+    def level(self) -> int:
+        """Book as many pages for every row as the longest has; how many that are."""
+        count = max(map(len, self.booked))
+        self.book([count] * self.batch)
+        return count
+
     def reorder(self, rows: Tensor) -> None:
         """As in ``Cache``: pages are copied, none is shared, so that every row gets as many as the longest.
 
@@ -205,9 +213,7 @@ class PagedCache(Cache):
             ValueError: the pool has too few pages; nothing has changed.
         """
         self.check_rows(rows)
-        count = max(map(len, self.booked))
-        self.book([count] * self.batch)
-        there = self.block_table[:, :count].long()
+        there = self.block_table[:, : self.level()].long()
         here = there[rows.long()]
         for x in self.store:
             x[there] = x[here]

@@ -152,5 +152,5 @@ def length_of(implicit: int, given: list[Tensor], device: torch.device) -> Tenso
     length = torch.full((), implicit, dtype=torch.float32, device=device)
     for positions in given:
         if positions.numel():
-            length = torch.maximum(length, positions.amax() + 1)
+            length = torch.maximum(length, positions.amax().to(length.dtype) + 1)  # which int8 has no room for
     return length
