@@ -348,7 +348,8 @@ def test_what_was_cropped_was_never_there(problem: Drawn, wrong: int, by_row: bo
     guesses = noise(problem.seed + 6, problem.batch, wrong, WIDTH)
     whole(layer, guesses, cache=cache)
     cache.crop(torch.full((problem.batch,), first.stop) if by_row else -wrong)
-    cache.crop(LONGEST)  # which is more than there are
+    for more in (LONGEST, 2**40, torch.full((problem.batch,), 2**33)):  # than there are
+        cache.crop(more)
     out += [whole(layer, x[:, at], cache=cache) for at in problem.pieces[1:]]
     assert_same(torch.cat(out, dim=1), whole(layer, x))
 
@@ -705,6 +706,11 @@ REFUSED: dict[str, tuple[str, Callable[[], Any]]] = {
     ),
     "another memory's length": ("k must be .2, 4, 2, 4.", lambda: call(plain_layer(), memory(seqlen=4))),
     "no size": ("max_seqlen must be a whole number", lambda: StaticCache(2, 0, 2, 4)),
+    "keys that are none": ("k must be .batch=2, seqlen, heads_kv=2", lambda: static().update([1], [1])),  # type: ignore[arg-type]
+    "padding that is none": (
+        "real must be bool .batch, seqlen. = .2, 3.",
+        lambda: static().update(*torch.zeros(2, 2, 3, 2, 4), [True]),  # type: ignore[misc]
+    ),
     "half a token": ("length must be an int", lambda: static().crop(1.5)),  # type: ignore[arg-type]
     "rows of another number": ("rows must be integers", lambda: static().reorder(torch.tensor([0]))),
     "a table of other numbers": ("block_table must be an int32 tensor", lambda: Pages(torch.zeros(2, 2), 4)),

@@ -369,6 +369,10 @@ def test_what_a_model_cannot_have_is_an_error_that_says_so() -> None:
         KVCache.of(Model(), 2, 4, page_size=0)
     with pytest.raises(ValueError, match="page_size must be given beside pages"):
         KVCache.of(Model(), 2, 4, pages=3)
+    with pytest.raises(TypeError, match="caches must be of one layer each, got int 1 under 'a'"):
+        KVCache({"a": 1})  # type: ignore[dict-item]
+    with pytest.raises(ValueError, match="caches must be of layers beside one another, got 'a'"):
+        KVCache(dict.fromkeys(("a", "a.b"), StaticCache(1, 1, 1, 1)))
     cache = KVCache.of(Model(), 2, 4)
     with pytest.raises(KeyError, match="cache must hold 'three', got only one, two"):
         cache["three"]

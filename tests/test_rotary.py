@@ -201,6 +201,10 @@ def test_heads_may_lie_anywhere(rotary: flashmha.Rotary, seed: int, first: int, 
     q = wide[..., first : first + rotary.head_dim]
     for heads_of in (q, q[:, :, :1]):
         assert torch.equal(rotary(heads_of, None)[0], rotary(heads_of.clone(), None)[0])
+    leaf, ones = q.clone().requires_grad_(), torch.ones((), dtype=dtype, device=q.device)
+    made = rotary(leaf, None)[0]
+    (grad,) = torch.autograd.grad(made, leaf, ones.expand_as(made))  # that of a sum
+    assert torch.equal(grad, rotary(ones.expand_as(made).contiguous(), None, -torch.arange(1)[None])[0])
 
 
 @given(rotary=rotaries(), seed=seeds(), dtype=st.sampled_from((torch.float16, torch.bfloat16)))

@@ -15,6 +15,8 @@ from ..problem.ragged import KeyLengths, mark_private
 from ..problem.wording import dtype_name, spell
 
 COUNT_DTYPES = (torch.int32, torch.int64)
+LONGEST = 2**31 - 1
+"""The largest length that int32 holds."""
 
 
 class Restorable(Protocol):
@@ -148,7 +150,7 @@ class Cache(abc.ABC):
     def check(self, k: Tensor, v: Tensor, real: Tensor | None) -> None:
         """Raise where heads are not those of this cache."""
         for name, x, held in (("k", k, self.store[0]), ("v", v, self.store[1])):
-            if x.dim() != 4 or x.shape[0] != self.batch or x.shape[2:] != held.shape[-2:] or x.shape[1] != k.shape[1]:
+            if not isinstance(x, Tensor) or x.shape != (self.batch, *k.shape[1:2], *held.shape[-2:]):
                 raise ValueError(
                     f"{name} must be (batch={self.batch}, seqlen, heads_kv={held.shape[-2]}, head_dim="
                     f"{held.shape[-1]}) in this {type(self).__name__}, got {spell(x)}."
@@ -160,7 +162,9 @@ class Cache(abc.ABC):
                     "heads."
                 )
         refuse_gradients(k, v)
-        if real is not None and (real.shape != k.shape[:2] or real.dtype != torch.bool):
+        if real is not None and not (
+            isinstance(real, Tensor) and real.shape == k.shape[:2] and real.dtype == torch.bool
+        ):
             raise ValueError(f"real must be bool (batch, seqlen) = {tuple(k.shape[:2])}, got {spell(real)}.")
 
     def crop(self, length: int | Tensor) -> None:
@@ -176,8 +180,9 @@ class Cache(abc.ABC):
         if isinstance(length, Tensor):
             if length.shape != (self.batch,) or length.dtype not in COUNT_DTYPES:
                 raise ValueError(f"length must be an int or integers (batch,) = ({self.batch},), got {spell(length)}.")
-            wanted = length.to(self.lengths)
+            wanted = length.clamp(max=LONGEST).to(self.lengths)
         elif isinstance(length, int) and not isinstance(length, bool):
+            length = max(-LONGEST, min(length, LONGEST))
             wanted = self.lengths + length if length < 0 else torch.full_like(self.lengths, length)
         else:
             raise TypeError(f"length must be an int or integers (batch,), got {spell(length)}.")

@@ -36,11 +36,15 @@ class KVCache:
         self.parts: dict[str, One | KVCache] = {}
         inside: dict[str, dict[str, One]] = {}
         for name, cache in caches.items():
+            if not isinstance(cache, One):
+                raise TypeError(f"caches must be of one layer each, got {spell(cache)} under {name!r}.")
             first, dot, rest = name.partition(".")
             if dot:
                 inside.setdefault(first, {})[rest] = cache
             else:
                 self.parts[first] = cache
+        for name in inside.keys() & self.parts.keys():
+            raise ValueError(f"caches must be of layers beside one another, got {name!r} and others inside it.")
         self.parts.update({first: KVCache(held) for first, held in inside.items()})
 
     @classmethod
