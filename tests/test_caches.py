@@ -711,6 +711,10 @@ REFUSED: dict[str, tuple[str, Callable[[], Any]]] = {
         "real must be bool .batch, seqlen. = .2, 3.",
         lambda: static().update(*torch.zeros(2, 2, 3, 2, 4), [True]),  # type: ignore[misc]
     ),
+    "a window before nothing": (
+        "window must be a whole number of at least 0, got -1",
+        lambda: RingCache(2, -1, 2, 4),
+    ),
     "half a token": ("length must be an int", lambda: static().crop(1.5)),  # type: ignore[arg-type]
     "rows of another number": ("rows must be integers", lambda: static().reorder(torch.tensor([0]))),
     "a table of other numbers": ("block_table must be an int32 tensor", lambda: Pages(torch.zeros(2, 2), 4)),

@@ -15,8 +15,8 @@ from ..problem.ragged import KeyLengths, mark_private
 from ..problem.wording import dtype_name, spell
 
 COUNT_DTYPES = (torch.int32, torch.int64)
-LONGEST = 2**31 - 1
-"""The largest length that int32 holds."""
+MOST_TOKENS = 2**31 - 1
+"""As int32 holds them."""
 
 
 class Restorable(Protocol):
@@ -180,9 +180,9 @@ class Cache(abc.ABC):
         if isinstance(length, Tensor):
             if length.shape != (self.batch,) or length.dtype not in COUNT_DTYPES:
                 raise ValueError(f"length must be an int or integers (batch,) = ({self.batch},), got {spell(length)}.")
-            wanted = length.clamp(max=LONGEST).to(self.lengths)
+            wanted = length.clamp(max=MOST_TOKENS).to(self.lengths)
         elif isinstance(length, int) and not isinstance(length, bool):
-            length = max(-LONGEST, min(length, LONGEST))
+            length = max(-MOST_TOKENS, min(length, MOST_TOKENS))
             wanted = self.lengths + length if length < 0 else torch.full_like(self.lengths, length)
         else:
             raise TypeError(f"length must be an int or integers (batch,), got {spell(length)}.")
@@ -294,10 +294,3 @@ def check_order(rows: Tensor, batch: int) -> None:
     """Raise where an order of rows is no integers, one for each row."""
     if not isinstance(rows, Tensor) or rows.shape != (batch,) or rows.dtype not in COUNT_DTYPES:
         raise ValueError(f"rows must be integers (batch,) = ({batch},), got {spell(rows)}.")
-
-
-def check_counts(**sizes: int) -> None:
-    """Raise where a size is no whole number of at least 1."""
-    for name, size in sizes.items():
-        if isinstance(size, bool) or not isinstance(size, int) or size < 1:
-            raise ValueError(f"{name} must be a whole number of at least 1, got {size!r}.")

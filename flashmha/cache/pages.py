@@ -9,7 +9,8 @@ from torch import Tensor
 
 from ..host.torch_state import is_compiling, keep_address
 from ..problem.cached import Pages, read_pages
-from .base import Cache, allocate, check_counts, no_tokens
+from ..problem.sizes import check_sizes
+from .base import Cache, allocate, no_tokens
 
 
 class PagePool:
@@ -33,7 +34,7 @@ class PagePool:
         dtype: torch.dtype | None = None,
     ) -> None:
         head_dim_v = head_dim if head_dim_v is None else head_dim_v
-        check_counts(pages=pages, page_size=page_size, heads_kv=heads_kv, head_dim=head_dim, head_dim_v=head_dim_v)
+        check_sizes(pages=pages, page_size=page_size, heads_kv=heads_kv, head_dim=head_dim, head_dim_v=head_dim_v)
         self.pages, self.page_size = pages, page_size
         self.k = allocate(pages + 1, page_size, heads_kv, head_dim, device, dtype)
         self.v = allocate(pages + 1, page_size, heads_kv, head_dim_v, device, dtype)
@@ -88,7 +89,7 @@ class PagedCache(Cache):
     """
 
     def __init__(self, pool: PagePool, batch: int, max_seqlen: int) -> None:
-        check_counts(batch=batch, max_seqlen=max_seqlen)
+        check_sizes(batch=batch, max_seqlen=max_seqlen)
         self.pool = pool
         self.max_seqlen: int = max_seqlen
         device, width = pool.k.device, -(-max_seqlen // pool.page_size)
@@ -126,7 +127,7 @@ class PagedCache(Cache):
         Raises:
             ValueError: rows become longer than ``max_seqlen``, or the pool has too few pages. Nothing is booked.
         """
-        check_counts(seqlen=seqlen + 1)
+        check_sizes(0, seqlen=seqlen)
         held = self.lengths.tolist()
         longest = max(held) + seqlen
         if longest > self.max_seqlen:

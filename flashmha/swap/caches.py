@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..cache.base import Cache, check_counts
+from ..cache.base import Cache
 from ..cache.memory import MemoryCache
 from ..cache.pages import PagedCache, PagePool
 from ..cache.ring import RingCache
@@ -16,6 +16,7 @@ from ..cache.static import StaticCache
 from ..host.torch_state import computed_in
 from ..layer.module import FlashMultiHeadAttention
 from ..layer.projection import sizes_of
+from ..problem.sizes import check_sizes
 from ..problem.wording import spell
 
 One = Cache | MemoryCache
@@ -81,7 +82,7 @@ class KVCache:
         """
         if pages is not None and page_size is None:
             raise ValueError(f"page_size must be given beside pages, got None beside pages={pages}.")
-        check_counts(max_seqlen=max_seqlen, page_size=1 if page_size is None else page_size)
+        check_sizes(max_seqlen=max_seqlen, page_size=1 if page_size is None else page_size)
 
         def make(layer: FlashMultiHeadAttention, crosses: bool) -> One:
             _, heads_kv, head_dim, head_dim_v = sizes_of(layer)
