@@ -49,7 +49,7 @@ class Told(NamedTuple):
         value = self.given.get(name, default)
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
             raise ValueError(f"rope_parameters[{name!r}] must be a positive number, got {spell(value)}.")
-        return int(value)
+        return value
 
     def length(self) -> int:
         """The length that a model was trained for, by default ``max_seqlen``."""
