@@ -14,7 +14,7 @@ from .arguments import Arguments
 from .call import change_each_once
 from .columns import number_of_keys
 from .features import EXTRA_KEYS, is_ours
-from .hops import check_absent, check_kv, check_projected, take_three
+from .hops import check_kv, run_process_heads, run_project
 from .nested import PACK
 from .places import read_places
 from .protocol import Layer
@@ -29,23 +29,10 @@ def make_keys_values(layer: Layer, key: Tensor, value: Tensor, positions: Tensor
     sizes = key.shape[0], key.shape[1], key.shape[1]
     places, _ = read_places(layer, positions, None, sizes, True, key.device)
     nothing: Any = None
-    made = take_three("project", layer.project(nothing, key, value))
-    check_absent("project", made, (None, key, value))
-    check_projected(layer, made)
-    _, k, v = made
-    _, k = prepare_heads(
-        None,
-        k,
-        q_norm=None,
-        k_norm=layer.k_norm,
-        rotary=layer.rotary,
-        positions_q=None,
-        positions_k=places,
-    )
-    heads: Any = nothing, k, v
-    made = take_three("process_heads", layer.process_heads(*heads))
-    check_absent("process_heads", made, heads)
-    return made[1], made[2]
+    _, k, v = run_project(layer, nothing, key, value)
+    _, k = prepare_heads(None, k, k_norm=layer.k_norm, rotary=layer.rotary, positions_k=places)
+    _, k, v = run_process_heads(layer, (nothing, k, v))
+    return k, v
 
 
 def check_sources(layer: Layer, key: Tensor, value: Tensor) -> None:
