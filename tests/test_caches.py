@@ -348,7 +348,8 @@ def test_what_was_cropped_was_never_there(problem: Drawn, wrong: int, by_row: bo
     guesses = noise(problem.seed + 6, problem.batch, wrong, WIDTH)
     whole(layer, guesses, cache=cache)
     cache.crop(torch.full((problem.batch,), first.stop) if by_row else -wrong)
-    cache.crop(LONGEST)  # which is more than there are
+    for more in (LONGEST, 2**40, torch.full((problem.batch,), 2**33)):  # than there are
+        cache.crop(more)
     out += [whole(layer, x[:, at], cache=cache) for at in problem.pieces[1:]]
     assert_same(torch.cat(out, dim=1), whole(layer, x))
 
@@ -381,6 +382,20 @@ def test_a_reset_cache_is_a_new_one_and_a_copy_goes_its_own_way(problem: Drawn) 
     rest = [whole(layer, x[:, at], cache=cache) for at in problem.pieces[1:]]
     if rest:
         assert_same(torch.cat(rest, dim=1), whole(layer, x)[:, first.stop :])
+
+
+@given(drawn())
+def test_a_call_of_no_tokens_changes_nothing(problem: Drawn) -> None:
+    """Whatever its masks are, which hold no number then."""
+    layer, x = problem.build(), problem.tokens()
+    cache, nothing = problem.cache(layer), x[:, :0]
+    out = [whole(layer, x[:, at], cache=cache) for at in problem.pieces[:-1]]
+    table, hidden = torch.ones(0, 0, dtype=torch.bool), torch.ones(problem.batch, 0, dtype=torch.bool)
+    for mask, padding in ((None, None), (table, None), (table.to(x.dtype), None), (None, hidden), (table, hidden)):
+        made = whole(layer, nothing, cache=cache, attn_mask=mask, key_padding_mask=padding)
+        assert made.shape == nothing.shape
+    out.append(whole(layer, x[:, problem.pieces[-1]], cache=cache))
+    assert_same(torch.cat(out, dim=1), whole(layer, x))
 
 
 # Rings
@@ -463,6 +478,18 @@ def test_over_booking_is_an_error_and_changes_nothing(problem: Drawn, pages: int
         whole(layer, x[:, room:].expand(-1, 2 * pages + 1, -1), cache=cache)
     assert pool.free == free and torch.equal(cache.block_table, table)
     assert cache.get_seq_length().tolist() == [room] * problem.batch
+
+
+@given(problem=drawn(kinds=("paged",)), row=st.integers(0, 3), wrong=st.sampled_from((-1, 4)))
+def test_rows_that_are_not_there_are_released_with_none(problem: Drawn, row: int, wrong: int) -> None:
+    layer, x = problem.build(), problem.tokens()
+    cache = problem.cache(layer)
+    whole(layer, x, cache=cache)
+    free, booked = list(cache.pool.free), copy.deepcopy(cache.booked)
+    with pytest.raises(ValueError, match="rows must lie between 0 and"):
+        cache.release([row % problem.batch, wrong])
+    assert cache.pool.free == free and cache.booked == booked
+    assert cache.get_seq_length().tolist() == [problem.seqlen] * problem.batch
 
 
 class Unseen(PagedCache):
@@ -586,6 +613,12 @@ def call(layer: FlashMultiHeadAttention, cache: Any, x: Tensor = X, **more: Any)
     return layer(x, x, x, cache=cache, **more)
 
 
+def filled(seqlen: int) -> StaticCache:
+    cache = static(1)
+    cache.update(*torch.zeros(2, 1, seqlen, 2, 4))
+    return cache
+
+
 class Prefix(FlashMultiHeadAttention):
     keys_before = 1
 
@@ -673,6 +706,15 @@ REFUSED: dict[str, tuple[str, Callable[[], Any]]] = {
     ),
     "another memory's length": ("k must be .2, 4, 2, 4.", lambda: call(plain_layer(), memory(seqlen=4))),
     "no size": ("max_seqlen must be a whole number", lambda: StaticCache(2, 0, 2, 4)),
+    "keys that are none": ("k must be .batch=2, seqlen, heads_kv=2", lambda: static().update([1], [1])),  # type: ignore[arg-type]
+    "padding that is none": (
+        "real must be bool .batch, seqlen. = .2, 3.",
+        lambda: static().update(*torch.zeros(2, 2, 3, 2, 4), [True]),  # type: ignore[misc]
+    ),
+    "a window before nothing": (
+        "window must be a whole number of at least 0, got -1",
+        lambda: RingCache(2, -1, 2, 4),
+    ),
     "half a token": ("length must be an int", lambda: static().crop(1.5)),  # type: ignore[arg-type]
     "rows of another number": ("rows must be integers", lambda: static().reorder(torch.tensor([0]))),
     "a table of other numbers": ("block_table must be an int32 tensor", lambda: Pages(torch.zeros(2, 2), 4)),
@@ -704,6 +746,10 @@ SEEN: dict[str, tuple[str, Callable[[], Any]]] = {
     "guesses that are not there": (
         "chosen must be places of the .0, 0. tokens",
         lambda: static().keep(0, torch.tensor([[0], [0]])),
+    ),
+    "a guess behind none": (
+        "chosen must be places of the .2. tokens",
+        lambda: filled(2).keep(0, torch.tensor([[-1, 1]])),
     ),
     "pages beyond the pool": ("block_table must name pages between 0 and 2, got", lambda: paged([[0, 3]])),
     "a page before the pool": ("block_table must name pages between 0 and 2, got", lambda: paged([[-1, 0]])),

@@ -570,6 +570,21 @@ def test_hops_that_change_the_heads_take_what_they_made(heads: dict[str, Any]) -
         layer(x, x, x, kv=plain.keys_values(y))
 
 
+@pytest.mark.parametrize(
+    ("said", "shapes"),
+    [
+        ("key and value must be dense tensors for keys_values, got NoneType", (None, (2, 3, WIDTH))),
+        ("key and value must be .*alike in batch and seqlen", ((2, 3, WIDTH), (2, 4, WIDTH))),
+        ("key and value must be .batch, seqlen, features.", ((1, 2, 3, WIDTH), (1, 2, 3, WIDTH))),
+        ("key and value must have kdim, vdim = ", ((2, 3, WIDTH + 1), (2, 3, WIDTH + 1))),
+    ],
+)
+def test_what_keys_and_values_cannot_be_made_of_is_told(said: str, shapes: Any) -> None:
+    layer = FlashMultiHeadAttention(WIDTH, 4, batch_first=True)
+    with pytest.raises((TypeError, ValueError), match=said):
+        layer.keys_values(*(None if shape is None else torch.randn(shape) for shape in shapes))
+
+
 @given(heads=HEADS, made=st.tuples(st.sampled_from((1, 2, 4)), st.sampled_from((3, 4)), st.sampled_from((3, 4, 5))))
 def test_a_project_keeps_what_the_constructor_was_told(heads: dict[str, Any], made: tuple[int, int, int]) -> None:
     count, width, width_v = made

@@ -166,14 +166,48 @@ def test_a_call_that_fails_on_the_way_leaves_every_layer_as_it_was(
     assert_same(torch.cat(made, dim=1 if architecture.batch_first else 0), part(architecture, wanted, slice(0, 4)))
 
 
+@given(architecture=architectures(), kind=st.sampled_from(sorted(KINDS)), begun=st.booleans())
+def test_a_layer_that_fails_on_the_way_leaves_its_caches_as_they_were(
+    architecture: Architecture, kind: str, begun: bool
+) -> None:
+    layer = replace_mha(architecture.decoder().eval()).layers[0]
+    x, memory = architecture.inputs(BATCH, SEQLEN), architecture.inputs(BATCH, MEMORY, 2)
+    cache = KVCache.of(layer, BATCH, SEQLEN, **KINDS[kind])
+    made = [layer(part(architecture, x, slice(0, 2)), memory, tgt_mask=future(2), cache=cache)] if begun else []
+    start = 2 * begun
+    with pytest.raises((RuntimeError, ValueError)):
+        layer(part(architecture, x, slice(start, 4)), memory[:1, :1], tgt_mask=future(4 - start), cache=cache)
+    made.append(layer(part(architecture, x, slice(start, 4)), memory, tgt_mask=future(4 - start), cache=cache))
+    wanted = layer(x, memory, tgt_mask=future(SEQLEN))
+    assert_same(torch.cat(made, dim=1 if architecture.batch_first else 0), part(architecture, wanted, slice(0, 4)))
+
+
+@given(st.lists(st.integers(0, BATCH - 1), min_size=BATCH, max_size=BATCH))
+def test_rows_are_reordered_in_all_layers_or_none(rows: list[int]) -> None:
+    """Where the pool of one layer has pages for them, and that of the next has not."""
+    caches = [PagedCache(flashmha.PagePool(pages, 1, 1, 4), BATCH, 4) for pages in (4, 3)]
+    k, before = noise(1, BATCH, 2, 1, 4).float(), []
+    for cache in caches:
+        for length in (1, 2):  # a page for each token of the first row, and none for the other
+            cache.update(k[:, length - 1 : length], k[:, length - 1 : length])
+            cache.crop(torch.tensor([length, 0]))
+            cache.trim()
+        before.append(cache.read(2)[0])
+    with pytest.raises(ValueError, match="pages must be free"):
+        KVCache(dict(zip("ab", caches))).reorder(torch.tensor(rows))
+    for cache, keys in zip(caches, before):
+        assert torch.equal(cache.read(2)[0], keys) and cache.get_seq_length().tolist() == [2, 0]
+
+
 @pytest.mark.cpu("elsewhere an error of the device, which is not waited for")
-def test_layers_are_cropped_all_or_none() -> None:
+@pytest.mark.parametrize("change", ("crop", "keep"))
+def test_layers_are_cropped_all_or_none(change: str) -> None:
     model = Model().eval()
     cache, x = KVCache.of(model, 1, 30, chunk=2), noise(1, 1, 12, 8)
     for place in range(12):
         model(x[:, place : place + 1], cache)
     with pytest.raises(ValueError, match="must take back at most chunk=2"):
-        cache.crop(-5)
+        cache.crop(-5) if change == "crop" else cache.keep(-5, torch.tensor([[0, 3]]))
     assert all(one.get_seq_length().tolist() == [12] for one in cache.caches())
 
 
@@ -317,11 +351,28 @@ def test_a_decoder_inside_a_model_finds_its_own_caches() -> None:
     assert_same(torch.cat(made, dim=1), layer(x, memory, tgt_mask=future(4)))
 
 
+@pytest.mark.parametrize("dtype", (torch.float64, torch.float32, torch.bfloat16))
+def test_caches_have_the_dtype_of_the_heads_under_autocast(dtype: torch.dtype) -> None:
+    """Which autocast leaves as it is in float64."""
+    decoder = replace_mha(nn.TransformerDecoder(nn.TransformerDecoderLayer(8, 2, 16, dtype=dtype), 1).eval())
+    x = noise(1, 2, BATCH, 8).to(dtype)
+    with torch.autocast(x.device.type, torch.bfloat16):
+        cache = KVCache.of(decoder, BATCH, SEQLEN)
+        decoder(x, x, cache=cache)
+    assert cache.get_seq_length().tolist() == [2] * BATCH
+
+
 def test_what_a_model_cannot_have_is_an_error_that_says_so() -> None:
     with pytest.raises(ValueError, match="model must hold a FlashMultiHeadAttention outside encoders"):
         KVCache.of(nn.TransformerDecoder(nn.TransformerDecoderLayer(8, 2), 1), 2, 4)
+    with pytest.raises(ValueError, match="page_size must be a whole number"):
+        KVCache.of(Model(), 2, 4, page_size=0)
     with pytest.raises(ValueError, match="page_size must be given beside pages"):
         KVCache.of(Model(), 2, 4, pages=3)
+    with pytest.raises(TypeError, match="caches must be of one layer each, got int 1 under 'a'"):
+        KVCache({"a": 1})  # type: ignore[dict-item]
+    with pytest.raises(ValueError, match="caches must be of layers beside one another, got 'a'"):
+        KVCache(dict.fromkeys(("a", "a.b"), StaticCache(1, 1, 1, 1)))
     cache = KVCache.of(Model(), 2, 4)
     with pytest.raises(KeyError, match="cache must hold 'three', got only one, two"):
         cache["three"]

@@ -17,7 +17,17 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import flashmha
-from flashmha import FlashMultiHeadAttention, KeyLengths, KeyPadding, Window, attention, backends, causal, explain
+from flashmha import (
+    FlashMultiHeadAttention,
+    KeyLengths,
+    KeyPadding,
+    Positions,
+    Window,
+    attention,
+    backends,
+    causal,
+    explain,
+)
 from flashmha.backends.choice.registry import instead
 from flashmha.backends.sdpa.backend import Sdpa
 from flashmha.backends.sdpa.pieces import Costs
@@ -115,6 +125,25 @@ def test_padding_is_cut_off_a_cpu_where_enough_is_left_out(lengths: list[int], g
 @given(spec=specs(limits=backends.get("sdpa").limits), seed=seeds())
 def test_problems_that_are_cut_up_give_the_same_numbers(costs: Costs, spec: flashmha.AttentionSpec, seed: int) -> None:
     assert_agrees(Sdpa(costs), spec, seed)
+
+
+@given(
+    held=st.lists(st.integers(3, 20), min_size=1, max_size=3),
+    seqlen_q=st.integers(1, 3),
+    window=st.builds(Window, st.integers(0, 4), st.integers(0, 2)),
+    keys_said=st.booleans(),
+    seed=seeds(),
+)
+def test_a_window_in_blocks_counts_the_positions_of_a_cache(
+    held: list[int], seqlen_q: int, window: Window, keys_said: bool, seed: int
+) -> None:
+    """A row of a cache ends where it ends, and not at the last slot."""
+    lengths, slots = torch.tensor(held), torch.arange(20)
+    queries = lengths[:, None] + torch.arange(seqlen_q) - seqlen_q
+    keys = torch.where(slots < lengths[:, None], slots, -1) if keys_said else None
+    mask = KeyLengths(lengths) & Positions(queries, keys, at_end=True) & window
+    sizes = (len(held), seqlen_q, 20, 2, 2, 4, 4)
+    assert_agrees(Sdpa(Costs(0, 0, 1)), flashmha.AttentionSpec(*sizes, device=lengths.device, mask=mask), seed)
 
 
 @pytest.mark.cpu("a kernel of a GPU skips what a window hides")

@@ -113,6 +113,10 @@ def test_what_is_unknown_or_missing_is_an_error(scaling: Any, says: str) -> None
         flashmha.Rotary(16, rope_parameters=scaling)
 
 
+FLOATS = (torch.float64, torch.float32, torch.bfloat16)
+INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+
+
 @st.composite
 def rotaries(draw: st.DrawFn) -> flashmha.Rotary:
     head_dim = draw(st.sampled_from((2, 6, 8, 17, 32)))
@@ -190,6 +194,19 @@ def test_the_gradient_is_the_rotation_back(rotary: flashmha.Rotary, seed: int, s
     assert torch.autograd.gradgradcheck(lambda x: rotary(x, None)[0], (q[:1, :2, :1].detach().requires_grad_(),))
 
 
+@given(rotary=rotaries(), seed=seeds(), first=st.integers(0, 3), last=st.integers(0, 3), dtype=st.sampled_from(FLOATS))
+def test_heads_may_lie_anywhere(rotary: flashmha.Rotary, seed: int, first: int, last: int, dtype: torch.dtype) -> None:
+    """At an odd place of a tensor, and with odd steps from token to token."""
+    wide = noise(seed, 1, 1, 2, first + rotary.head_dim + last, dtype=dtype)
+    q = wide[..., first : first + rotary.head_dim]
+    for heads_of in (q, q[:, :, :1]):
+        assert torch.equal(rotary(heads_of, None)[0], rotary(heads_of.clone(), None)[0])
+    leaf, ones = q.clone().requires_grad_(), torch.ones((), dtype=dtype, device=q.device)
+    made = rotary(leaf, None)[0]
+    (grad,) = torch.autograd.grad(made, leaf, ones.expand_as(made))  # that of a sum
+    assert torch.equal(grad, rotary(ones.expand_as(made).contiguous(), None, -torch.arange(1)[None])[0])
+
+
 @given(rotary=rotaries(), seed=seeds(), dtype=st.sampled_from((torch.float16, torch.bfloat16)))
 def test_heads_are_rounded_once(rotary: flashmha.Rotary, seed: int, dtype: torch.dtype) -> None:
     q = heads(rotary, seed, 9, dtype)
@@ -202,11 +219,24 @@ SCALED = (
     {"rope_type": "dynamic", "factor": 2.0},
     {**LONG, "original_max_position_embeddings": 8},
 )
+SCALES = {one["rope_type"]: one for one in SCALED if one is not None}
 scaled = pytest.mark.parametrize("scaling", SCALED, ids=lambda one: "default" if one is None else one["rope_type"])
 
 
 def built(scaling: Any) -> flashmha.Rotary:
     return flashmha.Rotary(8, rope_parameters=scaling, max_seqlen=8)
+
+
+@given(seed=seeds(), kind=st.sampled_from(sorted(SCALES)), dtype=st.sampled_from(INTEGERS), padded=st.booleans())
+def test_positions_are_one_in_every_dtype(seed: int, kind: str, dtype: torch.dtype, padded: bool) -> None:
+    """Up to the largest that it holds, one more than which is the length of the call."""
+    largest = min(torch.iinfo(dtype).max, 255)
+    layer = flashmha.FlashMultiHeadAttention(8, 1, batch_first=True, rotary=built(SCALES[kind])).eval()
+    x, places = noise(seed, 2, 4, 8, dtype=torch.float32), torch.arange(largest - 3, largest + 1)[None]
+    hidden = torch.arange(4) > torch.tensor([[3], [2]]) if padded else None
+    right = layer(x, x, x, key_padding_mask=hidden, positions=places)[0]
+    made = layer(x, x, x, key_padding_mask=hidden, positions=places.to(dtype), key_positions=places.to(dtype))[0]
+    torch.testing.assert_close(made, right)
 
 
 @scaled

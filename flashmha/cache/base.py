@@ -15,6 +15,8 @@ from ..problem.ragged import KeyLengths, mark_private
 from ..problem.wording import dtype_name, spell
 
 COUNT_DTYPES = (torch.int32, torch.int64)
+MOST_TOKENS = 2**31 - 1
+"""As int32 holds them."""
 
 
 class Restorable(Protocol):
@@ -148,7 +150,7 @@ class Cache(abc.ABC):
     def check(self, k: Tensor, v: Tensor, real: Tensor | None) -> None:
         """Raise where heads are not those of this cache."""
         for name, x, held in (("k", k, self.store[0]), ("v", v, self.store[1])):
-            if x.dim() != 4 or x.shape[0] != self.batch or x.shape[2:] != held.shape[-2:] or x.shape[1] != k.shape[1]:
+            if not isinstance(x, Tensor) or x.shape != (self.batch, *k.shape[1:2], *held.shape[-2:]):
                 raise ValueError(
                     f"{name} must be (batch={self.batch}, seqlen, heads_kv={held.shape[-2]}, head_dim="
                     f"{held.shape[-1]}) in this {type(self).__name__}, got {spell(x)}."
@@ -160,7 +162,9 @@ class Cache(abc.ABC):
                     "heads."
                 )
         refuse_gradients(k, v)
-        if real is not None and (real.shape != k.shape[:2] or real.dtype != torch.bool):
+        if real is not None and not (
+            isinstance(real, Tensor) and real.shape == k.shape[:2] and real.dtype == torch.bool
+        ):
             raise ValueError(f"real must be bool (batch, seqlen) = {tuple(k.shape[:2])}, got {spell(real)}.")
 
     def crop(self, length: int | Tensor) -> None:
@@ -176,8 +180,9 @@ class Cache(abc.ABC):
         if isinstance(length, Tensor):
             if length.shape != (self.batch,) or length.dtype not in COUNT_DTYPES:
                 raise ValueError(f"length must be an int or integers (batch,) = ({self.batch},), got {spell(length)}.")
-            wanted = length.to(self.lengths)
+            wanted = length.clamp(max=MOST_TOKENS).to(self.lengths)
         elif isinstance(length, int) and not isinstance(length, bool):
+            length = max(-MOST_TOKENS, min(length, MOST_TOKENS))
             wanted = self.lengths + length if length < 0 else torch.full_like(self.lengths, length)
         else:
             raise TypeError(f"length must be an int or integers (batch,), got {spell(length)}.")
@@ -193,17 +198,27 @@ class Cache(abc.ABC):
         Raises:
             ValueError: other places than those of tokens; on a GPU an error of the device, which is not waited for.
         """
-        left = self.cropped(length)[:, None]
+        self.move(self.kept(length, chosen), chosen)
+
+    def kept(self, length: int | Tensor, chosen: Tensor) -> Tensor:
+        """The lengths before the tokens that ``keep`` chooses, which changes nothing yet."""
+        left = self.cropped(length)
         if chosen.dim() != 2 or chosen.shape[0] != self.batch or chosen.dtype not in COUNT_DTYPES:
             raise ValueError(f"chosen must be integers (batch={self.batch}, tokens), got {spell(chosen)}.")
-        guesses = self.lengths[:, None] - left
+        guesses = (self.lengths - left)[:, None]
+        there = chosen >= 0
         insist(
-            (chosen < guesses) & (chosen.shape[1] <= guesses),
+            (chosen < guesses) & (chosen.shape[1] <= guesses) & ~(there & (there.logical_not().cumsum(1) > 0)),
             lambda: f"chosen must be places of the {guesses[:, 0].tolist()} tokens, got {chosen.tolist()}.",
         )
-        k, v = self.take((left + chosen.clamp(min=0)).long())
-        self.write(k, v, (left + torch.arange(chosen.shape[1], device=left.device)).long())
-        self.lengths.copy_(left[:, 0] + (chosen >= 0).sum(dim=1, dtype=torch.int32))
+        return left
+
+    def move(self, left: Tensor, chosen: Tensor) -> None:
+        """Put chosen tokens behind the first ``left`` (batch,), and forget what is behind them."""
+        start = left[:, None]
+        k, v = self.take((start + chosen.clamp(min=0)).long())
+        self.write(k, v, (start + torch.arange(chosen.shape[1], device=left.device)).long())
+        self.lengths.copy_(left + (chosen >= 0).sum(dim=1, dtype=torch.int32))
 
     def reorder(self, rows: Tensor) -> None:
         """Row i becomes what row ``rows[i]`` was, as beams of a search do: (batch,) integers."""
@@ -279,10 +294,3 @@ def check_order(rows: Tensor, batch: int) -> None:
     """Raise where an order of rows is no integers, one for each row."""
     if not isinstance(rows, Tensor) or rows.shape != (batch,) or rows.dtype not in COUNT_DTYPES:
         raise ValueError(f"rows must be integers (batch,) = ({batch},), got {spell(rows)}.")
-
-
-def check_counts(**sizes: int) -> None:
-    """Raise where a size is no whole number of at least 1."""
-    for name, size in sizes.items():
-        if isinstance(size, bool) or not isinstance(size, int) or size < 1:
-            raise ValueError(f"{name} must be a whole number of at least 1, got {size!r}.")

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from ..host.torch_state import is_compiling, keep_address
 from ..problem.cached import Pages, read_pages
-from .base import Cache, allocate, check_counts, no_tokens
+from ..problem.sizes import check_sizes
+from .base import Cache, allocate, no_tokens
 
 
 class PagePool:
@@ -33,7 +34,7 @@ class PagePool:
         dtype: torch.dtype | None = None,
     ) -> None:
         head_dim_v = head_dim if head_dim_v is None else head_dim_v
-        check_counts(pages=pages, page_size=page_size, heads_kv=heads_kv, head_dim=head_dim, head_dim_v=head_dim_v)
+        check_sizes(pages=pages, page_size=page_size, heads_kv=heads_kv, head_dim=head_dim, head_dim_v=head_dim_v)
         self.pages, self.page_size = pages, page_size
         self.k = allocate(pages + 1, page_size, heads_kv, head_dim, device, dtype)
         self.v = allocate(pages + 1, page_size, heads_kv, head_dim_v, device, dtype)
@@ -88,7 +89,7 @@ class PagedCache(Cache):
     """
 
     def __init__(self, pool: PagePool, batch: int, max_seqlen: int) -> None:
-        check_counts(batch=batch, max_seqlen=max_seqlen)
+        check_sizes(batch=batch, max_seqlen=max_seqlen)
         self.pool = pool
         self.max_seqlen: int = max_seqlen
         device, width = pool.k.device, -(-max_seqlen // pool.page_size)
@@ -126,7 +127,7 @@ class PagedCache(Cache):
         Raises:
             ValueError: rows become longer than ``max_seqlen``, or the pool has too few pages. Nothing is booked.
         """
-        check_counts(seqlen=seqlen + 1)
+        check_sizes(0, seqlen=seqlen)
         held = self.lengths.tolist()
         longest = max(held) + seqlen
         if longest > self.max_seqlen:
@@ -187,7 +188,9 @@ class PagedCache(Cache):
 
     def release(self, rows: Iterable[int]) -> None:
         """Forget the tokens of rows that are done, and give back their pages."""
-        rows = list(rows)
+        rows = [int(row) for row in rows]
+        if not all(0 <= row < self.batch for row in rows):
+            raise ValueError(f"rows must lie between 0 and {self.batch - 1}, got {rows}.")
         for row in rows:
             self.pool.give_back(self.booked[row])
             self.booked[row] = []
@@ -198,6 +201,12 @@ class PagedCache(Cache):
     def reset(self) -> None:
         self.release(range(self.batch))
 
+    def level(self) -> int:
+        """Book as many pages for every row as the longest has; how many that are."""
+        count = max(map(len, self.booked))
+        self.book([count] * self.batch)
+        return count
+
     def reorder(self, rows: Tensor) -> None:
         """As in ``Cache``: pages are copied, none is shared, so that every row gets as many as the longest.
 
@@ -205,9 +214,7 @@ class PagedCache(Cache):
             ValueError: the pool has too few pages; nothing has changed.
         """
         self.check_rows(rows)
-        count = max(map(len, self.booked))
-        self.book([count] * self.batch)
-        there = self.block_table[:, :count].long()
+        there = self.block_table[:, : self.level()].long()
         here = there[rows.long()]
         for x in self.store:
             x[there] = x[here]

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from ..host.torch_state import keep_address
-from .base import Cache, allocate, check_counts, no_tokens
+from ..problem.sizes import check_sizes
+from .base import Cache, allocate, no_tokens
 
 
 class StaticCache(Cache):
@@ -32,7 +33,7 @@ class StaticCache(Cache):
         dtype: torch.dtype | None = None,
     ) -> None:
         head_dim_v = head_dim if head_dim_v is None else head_dim_v
-        check_counts(batch=batch, max_seqlen=max_seqlen, heads_kv=heads_kv, head_dim=head_dim, head_dim_v=head_dim_v)
+        check_sizes(batch=batch, max_seqlen=max_seqlen, heads_kv=heads_kv, head_dim=head_dim, head_dim_v=head_dim_v)
         self.k = allocate(batch, max_seqlen, heads_kv, head_dim, device, dtype)
         self.v = allocate(batch, max_seqlen, heads_kv, head_dim_v, device, dtype)
         self.lengths = no_tokens(batch, device)

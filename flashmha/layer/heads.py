@@ -81,7 +81,7 @@ class CustomHeads(StockForward):
 
     @value_head_dim.setter
     def value_head_dim(self, size: int | None) -> None:
-        options.check_option_size("value_head_dim", size)
+        options.check_options({"value_head_dim": size})
         self.free_value_head_dim = None if size == self.head_dim else size
 
     @torch.jit.unused

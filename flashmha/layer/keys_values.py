@@ -13,8 +13,8 @@ from ..problem.wording import spell
 from .arguments import Arguments
 from .call import change_each_once
 from .columns import number_of_keys
-from .features import EXTRA_KEYS
-from .hops import check_absent, check_kv, check_projected, take_three
+from .features import EXTRA_KEYS, is_ours
+from .hops import check_kv, run_process_heads, run_project
 from .nested import PACK
 from .places import read_places
 from .protocol import Layer
@@ -22,34 +22,34 @@ from .protocol import Layer
 
 def make_keys_values(layer: Layer, key: Tensor, value: Tensor, positions: Tensor | None) -> tuple[Tensor, Tensor]:
     """Keys and values as hops 2 and 3 make them, without queries."""
-    if key.is_nested or value.is_nested:
-        raise TypeError(
-            f"key and value must be dense tensors for keys_values, got {spell(key if key.is_nested else value)}: kv "
-            f"takes no nested heads; {PACK}, beside kv=layer.keys_values(packed.tokens, positions=...)."
-        )
+    check_sources(layer, key, value)
     batched = key.dim() == 3
     if not (batched and layer.batch_first):
         _, key, value = change_each_once(lambda x: x.transpose(0, 1) if batched else x.unsqueeze(0), key, key, value)
     sizes = key.shape[0], key.shape[1], key.shape[1]
     places, _ = read_places(layer, positions, None, sizes, True, key.device)
     nothing: Any = None
-    made = take_three("project", layer.project(nothing, key, value))
-    check_absent("project", made, (None, key, value))
-    check_projected(layer, made)
-    _, k, v = made
-    _, k = prepare_heads(
-        None,
-        k,
-        q_norm=None,
-        k_norm=layer.k_norm,
-        rotary=layer.rotary,
-        positions_q=None,
-        positions_k=places,
-    )
-    heads: Any = nothing, k, v
-    made = take_three("process_heads", layer.process_heads(*heads))
-    check_absent("process_heads", made, heads)
-    return made[1], made[2]
+    _, k, v = run_project(layer, nothing, key, value)
+    _, k = prepare_heads(None, k, k_norm=layer.k_norm, rotary=layer.rotary, positions_k=places)
+    _, k, v = run_process_heads(layer, (nothing, k, v))
+    return k, v
+
+
+def check_sources(layer: Layer, key: Tensor, value: Tensor) -> None:
+    """Raise where keys and values cannot be made of what a caller gave."""
+    for x in (key, value):
+        if not is_dense(x):
+            nested = f": kv takes no nested heads; {PACK}, beside kv=layer.keys_values(packed.tokens, positions=...)"
+            hint = nested if getattr(x, "is_nested", False) else ""
+            raise TypeError(f"key and value must be dense tensors for keys_values, got {spell(x)}{hint}.")
+    if key.dim() not in (2, 3) or key.shape[:-1] != value.shape[:-1]:
+        raise ValueError(
+            "key and value must be (batch, seqlen, features) or (seqlen, features), alike in batch and seqlen, for "
+            f"keys_values, got {tuple(key.shape)} and {tuple(value.shape)}."
+        )
+    wanted, found = (layer.kdim, layer.vdim), (key.shape[-1], value.shape[-1])
+    if found != wanted and is_ours(layer, "project"):
+        raise ValueError(f"key and value must have kdim, vdim = {wanted} features for keys_values, got {found}.")
 
 
 def with_stand_ins(layer: Layer, given: Arguments) -> Arguments:

@@ -5,7 +5,6 @@ reads them.
 """
 
 import math
-import numbers
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 
 from ..backends import expand
 from ..problem.scores import BIAS_DTYPES, Bias
+from ..problem.sizes import check_sizes, is_size
 from ..problem.windows import Window, causal
 from ..problem.wording import spell
 from .protocol import Layer
@@ -142,7 +142,8 @@ def check_options(options: dict[str, Any]) -> None:
     for name in ("softcap", "softmax_scale"):
         check_number(name, options.get(name))
     for name in ("head_dim", "value_head_dim"):
-        check_option_size(name, options.get(name))
+        if options.get(name) is not None:
+            check_sizes(**{name: options[name]})
     for name in ("q_norm", "k_norm", "rotary"):
         module = options.get(name)
         if module is not None and not isinstance(module, nn.Module):
@@ -164,17 +165,6 @@ def check_number(name: str, number: Any) -> None:
         raise TypeError(f"{name} must be a number or None, got {spell(number)}.")
     if not math.isfinite(number) or number <= 0:
         raise ValueError(f"{name} must be finite and greater than 0, got {number}.")
-
-
-def check_option_size(name: str, size: Any) -> None:
-    """Raise where a size of heads is none."""
-    if size is not None and not is_size(size):
-        raise ValueError(f"{name} must be a whole number of at least 1, got {size!r}.")
-
-
-def is_size(size: Any) -> bool:
-    """A whole number of at least 1, of Python's or of another library."""
-    return isinstance(size, numbers.Integral) and not isinstance(size, bool) and int(size) >= 1
 
 
 def find_head_dim(embed_dim: Any, num_heads: Any, head_dim: int | None) -> int:

@@ -57,10 +57,11 @@ def count_real(layer: Layer, rule: Padding | None, given: Places, seqlen_k: int,
     if rule is None or not getattr(layer.rotary, "counts_length", False):
         return None
     real = rule.real(seqlen_k)
-    keys = torch.arange(seqlen_k, device=real.device)[None] if given[1] is None else given[1]
+    keys = torch.arange(seqlen_k, device=real.device)[None] if given[1] is None else given[1].long()
     length = (keys + 1).masked_fill(~real, 0).amax() if real.numel() else real.new_zeros((), dtype=torch.int64)
     if given[0] is not None and given[0] is not given[1] and given[0].numel():
-        queries = (given[0] + 1).masked_fill(~real, 0) if alike else given[0] + 1
+        queries = given[0].long() + 1
+        queries = queries.masked_fill(~real, 0) if alike else queries
         length = torch.maximum(length, queries.amax())
     return length.to(torch.float32)
 

@@ -7,6 +7,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from ..problem.sizes import check_sizes
+
 SEPARATE = ("q_proj_weight", "k_proj_weight", "v_proj_weight")
 """PyTorch's names, beside which the bias stays ``in_proj_bias``."""
 
@@ -29,7 +31,7 @@ class HeadCounts(NamedTuple):
         heads_kv = num_heads if num_kv_heads is None else num_kv_heads
         check_groups(num_heads, heads_kv)
         if value_head_dim is not None:
-            check_count("value_head_dim", value_head_dim)
+            check_sizes(value_head_dim=value_head_dim)
         return cls(num_heads, heads_kv, value_head_dim)
 
     def __str__(self) -> str:
@@ -145,14 +147,7 @@ def find_name(key: str, names: Sequence[str]) -> str | None:
 
 def check_groups(num_heads: int, num_kv_heads: int) -> int:
     """How many heads share one of keys and values; raise where that is no whole number."""
-    check_count("num_heads", num_heads)
-    check_count("num_kv_heads", num_kv_heads)
+    check_sizes(num_heads=num_heads, num_kv_heads=num_kv_heads)
     if num_heads % num_kv_heads:
         raise ValueError(f"num_kv_heads must divide num_heads={num_heads}, got {num_kv_heads}.")
     return num_heads // num_kv_heads
-
-
-def check_count(name: str, number: object) -> None:
-    """Raise where this is no whole number of at least 1."""
-    if type(number) is not int or number < 1:
-        raise ValueError(f"{name} must be a whole number of at least 1, got {number!r}.")

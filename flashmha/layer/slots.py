@@ -105,6 +105,8 @@ def extend(
     cache, real, positions = step
     q, k, v = heads
     seqlen = q.shape[1]
+    if not seqlen:  # a table of no tokens says nothing
+        mask = bias = None
     check_own_keys(layer, k, seqlen)
     refuse_gradients(q)
     rules = read_rules(layer, cache, mask, seqlen)

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..problem.scores import ALiBi, Bias, RelativeBias
+from ..problem.sizes import check_sizes
 
 
 class Derived(nn.Module):
@@ -163,10 +164,3 @@ def find_buckets(num_buckets: int, max_distance: int, bidirectional: bool) -> Te
     octaves = (distance.float() / exact).log() / math.log(max_distance / exact)
     far = exact + (octaves.clamp(min=0) * (beside - exact)).long()
     return start + torch.where(distance < exact, distance, far.clamp(max=beside - 1))
-
-
-def check_sizes(**sizes: int) -> None:
-    """Raise where a size is no whole number of at least 1."""
-    for name, size in sizes.items():
-        if type(size) is not int or size < 1:
-            raise ValueError(f"{name} must be a whole number of at least 1, got {size!r}.")

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..problem.sizes import check_sizes, is_size
 from ..problem.wording import spell
 
 
@@ -57,9 +58,9 @@ class Told(NamedTuple):
             raise ValueError(
                 f"rope_parameters must have {LENGTH!r} for {self.kind!r}, or max_seqlen be given, got neither."
             )
-        if isinstance(value, bool) or not isinstance(value, int) or value < 2:
-            raise ValueError(f"rope_parameters[{LENGTH!r}] must be an int above 1, got {spell(value)}.")
-        return value
+        if not is_size(value, 2):
+            raise ValueError(f"rope_parameters[{LENGTH!r}] must be a whole number of at least 2, got {spell(value)}.")
+        return int(value)
 
     def growth(self) -> float:
         """The factor of the kinds that have it out of two lengths where it is not given."""
@@ -245,8 +246,8 @@ def read_rope(
     missing = [name for name in ROPE_TYPES[kind].required if name not in given]
     if missing:
         raise ValueError(f"rope_parameters of {kind!r} must have {', '.join(missing)}, got {', '.join(given)}.")
-    if max_seqlen is not None and (not isinstance(max_seqlen, int) or max_seqlen < 1):
-        raise ValueError(f"max_seqlen must be a positive int, got {spell(max_seqlen)}.")
+    if max_seqlen is not None:
+        check_sizes(max_seqlen=max_seqlen)
     base = read_base(base, given)
     dim = read_dim(head_dim, dim, given)
     return dim, ROPE_TYPES[kind].read(Told(dim, base, given, max_seqlen))
@@ -271,7 +272,7 @@ def read_dim(head_dim: int, dim: int | None, given: Mapping[str, Any]) -> int:
     if dim is not None and "partial_rotary_factor" in given and dim != found:
         raise ValueError(f"dim must be head_dim * partial_rotary_factor = {found}, got {dim}: leave dim out.")
     dim = found if dim is None else dim
-    if isinstance(dim, bool) or not isinstance(dim, int) or dim % 2 or not 0 < dim <= head_dim:
+    if not is_size(dim) or dim % 2 or dim > head_dim:
         raise ValueError(f"dim must be even, at least 2 and at most head_dim = {head_dim}, got {spell(dim)}.")
     return dim
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..problem.sizes import check_sizes
 from ..problem.wording import spell
 from .heads import Norms, prepare
 from .rope_scaling import DEFAULT_BASE, read_rope, rescale
@@ -48,8 +49,7 @@ class Rotary(nn.Module):
         max_seqlen: int | None = None,
     ) -> None:
         super().__init__()
-        if isinstance(head_dim, bool) or not isinstance(head_dim, int) or head_dim < 2:
-            raise ValueError(f"head_dim must be an int of at least 2, got {spell(head_dim)}.")
+        check_sizes(2, head_dim=head_dim)
         if not isinstance(interleaved, bool):
             raise ValueError(f"interleaved must be True or False, got {spell(interleaved)}.")
         self.dim, self.frequencies = read_rope(head_dim, dim, base, rope_parameters, max_seqlen)
@@ -152,5 +152,5 @@ def length_of(implicit: int, given: list[Tensor], device: torch.device) -> Tenso
     length = torch.full((), implicit, dtype=torch.float32, device=device)
     for positions in given:
         if positions.numel():
-            length = torch.maximum(length, positions.amax() + 1)
+            length = torch.maximum(length, positions.amax().to(length.dtype) + 1)  # which int8 has no room for
     return length

@@ -107,7 +107,10 @@ def turn(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
 def turn_neighbours(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Pairs that lie side by side: complex numbers where nothing traces, which take a quarter of the time on a CPU."""
     if eager(x) and not is_dual() and not is_batched(x):
-        pairs = torch.view_as_complex(x.unflatten(-1, (-1, 2)).contiguous())
+        flat = x.reshape(-1, 2)
+        if flat.storage_offset() % 2 or flat.stride() != (2, 1):  # complex numbers start at even places
+            flat = flat.clone(memory_format=torch.contiguous_format)
+        pairs = torch.view_as_complex(flat).view(*x.shape[:-1], cos.shape[-1])
         return torch.view_as_real(pairs * torch.complex(cos, sin)).flatten(-2)
     one, two = x[..., ::2], x[..., 1::2]
     made = torch.addcmul(one * cos, two, sin, value=-1), torch.addcmul(two * cos, one, sin)

@@ -28,6 +28,7 @@ from torch import Tensor
 from ..host.torch_state import is_dense
 from .positions import IndexGrid, MaskMod, Restarts, check_broadcast, find_device, look_up_in, narrowed_to
 from .rebuilding import Rebuild, Several
+from .sizes import check_sizes
 from .wording import spell
 
 Kind = TypeVar("Kind", bound="Mask")
@@ -146,9 +147,7 @@ class Mask(abc.ABC):
             ValueError: a length, a batch item or a head that the mask does not have.
         """
         sizes = {"seqlen_q": seqlen_q, "seqlen_k": seqlen_k, "batch": batch, "head": head}
-        for name, size in sizes.items():
-            if type(size) is not int or size < 0:
-                raise ValueError(f"{name} must be a whole number of at least 0, got {size!r}.")
+        check_sizes(0, **sizes)
         if batch and "documents" in self.features:
             raise ValueError(f"batch must be 0 with Documents, which are packed into one item, got {batch}.")
         device = find_device(self.tensors()) or torch.device("cpu")

@@ -31,6 +31,7 @@ from ..host.torch_state import is_dense
 from .bias_values import add_biases
 from .positions import IndexGrid, Restarts, by_index, check_broadcast, find_device, look_up_in, narrowed_to
 from .rebuilding import Rebuild, Several
+from .sizes import check_sizes
 from .wording import spell
 
 ScoreMod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
@@ -171,8 +172,7 @@ class ALiBi(Bias):
 
         Else those of the largest power of two below, and then every other one of twice that many heads.
         """
-        if not isinstance(heads, int) or heads < 1:
-            raise ValueError(f"heads must be a whole number of at least 1, got {heads!r}.")
+        check_sizes(heads=heads)
         power = 2 ** math.floor(math.log2(heads))
         slopes = [2.0 ** (-8 * place / power) for place in range(1, power + 1)]
         slopes += [2.0 ** (-4 * place / power) for place in range(1, 2 * (heads - power), 2)]

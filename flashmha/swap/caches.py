@@ -13,9 +13,10 @@ from ..cache.memory import MemoryCache
 from ..cache.pages import PagedCache, PagePool
 from ..cache.ring import RingCache
 from ..cache.static import StaticCache
-from ..host.torch_state import casts_to
+from ..host.torch_state import computed_in
 from ..layer.module import FlashMultiHeadAttention
 from ..layer.projection import sizes_of
+from ..problem.sizes import check_sizes
 from ..problem.wording import spell
 
 One = Cache | MemoryCache
@@ -36,11 +37,15 @@ class KVCache:
         self.parts: dict[str, One | KVCache] = {}
         inside: dict[str, dict[str, One]] = {}
         for name, cache in caches.items():
+            if not isinstance(cache, One):
+                raise TypeError(f"caches must be of one layer each, got {spell(cache)} under {name!r}.")
             first, dot, rest = name.partition(".")
             if dot:
                 inside.setdefault(first, {})[rest] = cache
             else:
                 self.parts[first] = cache
+        for name in inside.keys() & self.parts.keys():
+            raise ValueError(f"caches must be of layers beside one another, got {name!r} and others inside it.")
         self.parts.update({first: KVCache(held) for first, held in inside.items()})
 
     @classmethod
@@ -77,6 +82,7 @@ class KVCache:
         """
         if pages is not None and page_size is None:
             raise ValueError(f"page_size must be given beside pages, got None beside pages={pages}.")
+        check_sizes(max_seqlen=max_seqlen, page_size=1 if page_size is None else page_size)
 
         def make(layer: FlashMultiHeadAttention, crosses: bool) -> One:
             _, heads_kv, head_dim, head_dim_v = sizes_of(layer)
@@ -124,6 +130,10 @@ class KVCache:
         """The cache of every layer."""
         return [cache for _, cache in self.named_caches()]
 
+    def growing(self) -> list[Cache]:
+        """The caches of self-attention, which hold more tokens with each call."""
+        return [cache for cache in self.caches() if isinstance(cache, Cache)]
+
     def paged(self) -> list[PagedCache]:
         """The caches that book pages."""
         return [cache for cache in self.caches() if isinstance(cache, PagedCache)]
@@ -135,27 +145,28 @@ class KVCache:
 
     def get_seq_length(self) -> Tensor:
         """The tokens that each row holds, (batch,) int32, by the first self-attention."""
-        for cache in self.caches():
-            if isinstance(cache, Cache):
-                return cache.get_seq_length()
+        for cache in self.growing():
+            return cache.get_seq_length()
         raise ValueError(f"cache must hold a self-attention's, got {', '.join(self.names())}.")
 
     def reorder(self, rows: Tensor) -> None:
         """Row i becomes what row ``rows[i]`` was, in every layer: (batch,) integers."""
+        for paged in self.paged():
+            paged.level()  # before the first row moves, since a pool may have too few pages
         for cache in self.caches():
             cache.reorder(rows)
 
     def crop(self, length: int | Tensor) -> None:
         """Keep the first ``length`` tokens of each row, see ``Cache.crop``."""
-        caches = [cache for cache in self.caches() if isinstance(cache, Cache)]
+        caches = self.growing()
         for cache, left in zip(caches, [cache.cropped(length) for cache in caches]):
             cache.lengths.copy_(left)
 
     def keep(self, length: int | Tensor, chosen: Tensor) -> None:
         """Of the tokens behind ``length`` keep the chosen ones, see ``Cache.keep``."""
-        for cache in self.caches():
-            if isinstance(cache, Cache):
-                cache.keep(length, chosen)
+        caches = self.growing()
+        for cache, left in zip(caches, [cache.kept(length, chosen) for cache in caches]):
+            cache.move(left, chosen)
 
     def reset(self) -> None:
         """Forget every token, and the memory."""
@@ -212,8 +223,8 @@ def placement(
 ) -> dict[str, Any]:
     """Where and in what dtype a layer's heads will be."""
     parameter = next(layer.parameters(), torch.empty(0))
-    device = parameter.device if device is None else torch.device(device)
-    return {"device": device, "dtype": dtype or casts_to(device) or parameter.dtype}
+    like = torch.empty(0, device=parameter.device if device is None else device, dtype=parameter.dtype)
+    return {"device": like.device, "dtype": dtype or computed_in(like)}
 
 
 def check_kv_cache(cache: object) -> KVCache:

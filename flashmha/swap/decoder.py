@@ -22,6 +22,10 @@ from .steps import run_step
 torch.fx.wrap("found_causal")  # FX sees one call, which looks when the graph runs
 
 
+Masks = tuple[Optional[Tensor], Optional[Tensor], bool]
+"""The mask of an attention, its padding, and the causal hint."""
+
+
 class FlashTransformerDecoderLayer(nn.TransformerDecoderLayer):
     """``nn.TransformerDecoderLayer`` that takes a ``KVCache``."""
 
@@ -50,46 +54,34 @@ class FlashTransformerDecoderLayer(nn.TransformerDecoderLayer):
         if not torch.jit.is_scripting():  # noqa: SIM102
             if isinstance(cache, torch.fx.Proxy):  # FX makes one of every argument of its root
                 cache = None
+        if cache is not None:
+            masks = (tgt_mask, tgt_key_padding_mask, tgt_is_causal)
+            of_memory = (memory_mask, memory_key_padding_mask, memory_is_causal)
+            out: Tensor = self._behind(tgt, memory, masks, of_memory, cache)
+            return out
         x = tgt
         if self.norm_first:
-            x = x + self._self(self.norm1(x), tgt_mask, tgt_key_padding_mask, tgt_is_causal, cache)
-            x = x + self._cross(self.norm2(x), memory, memory_mask, memory_key_padding_mask, memory_is_causal, cache)
+            x = x + self._sa_block(self.norm1(x), tgt_mask, tgt_key_padding_mask, tgt_is_causal)
+            x = x + self._mha_block(self.norm2(x), memory, memory_mask, memory_key_padding_mask, memory_is_causal)
             return x + self._ff_block(self.norm3(x))
-        x = self.norm1(x + self._self(x, tgt_mask, tgt_key_padding_mask, tgt_is_causal, cache))
-        x = self.norm2(x + self._cross(x, memory, memory_mask, memory_key_padding_mask, memory_is_causal, cache))
-        out: Tensor = self.norm3(x + self._ff_block(x))
+        x = self.norm1(x + self._sa_block(x, tgt_mask, tgt_key_padding_mask, tgt_is_causal))
+        x = self.norm2(x + self._mha_block(x, memory, memory_mask, memory_key_padding_mask, memory_is_causal))
+        out = self.norm3(x + self._ff_block(x))
         return out
 
-    def _self(
-        self,
-        x: Tensor,
-        mask: Optional[Tensor],
-        key_padding_mask: Optional[Tensor],
-        is_causal: bool,
-        cache: Optional[Any],
-    ) -> Tensor:
-        """Self-attention, behind the tokens of a cache where there is one."""
-        if cache is None:
-            out: Tensor = self._sa_block(x, mask, key_padding_mask, is_causal)
-        else:
-            out = self.dropout1(self._attend("self_attn", x, x, mask, key_padding_mask, is_causal, cache))
-        return out
-
-    def _cross(
-        self,
-        x: Tensor,
-        memory: Tensor,
-        mask: Optional[Tensor],
-        key_padding_mask: Optional[Tensor],
-        is_causal: bool,
-        cache: Optional[Any],
-    ) -> Tensor:
-        """Attention to the memory, whose keys and values a cache keeps where there is one."""
-        if cache is None:
-            out: Tensor = self._mha_block(x, memory, mask, key_padding_mask, is_causal)
-        else:
-            out = self.dropout2(self._attend("multihead_attn", x, memory, mask, key_padding_mask, is_causal, cache))
-        return out
+    @torch.jit.unused
+    def _behind(self, x: Tensor, memory: Tensor, masks: Masks, of_memory: Masks, cache: Any) -> Tensor:
+        """``forward`` behind the tokens of a cache, which is as it was if something fails on the way."""
+        with contextlib.nullcontext() if is_compiling() else undone_where_it_fails(check_kv_cache(cache)):
+            if self.norm_first:
+                y = self.norm1(x)
+                x = x + self.dropout1(self._attend("self_attn", y, y, *masks, cache))
+                x = x + self.dropout2(self._attend("multihead_attn", self.norm2(x), memory, *of_memory, cache))
+                return x + self._ff_block(self.norm3(x))
+            x = self.norm1(x + self.dropout1(self._attend("self_attn", x, x, *masks, cache)))
+            x = self.norm2(x + self.dropout2(self._attend("multihead_attn", x, memory, *of_memory, cache)))
+            out: Tensor = self.norm3(x + self._ff_block(x))
+            return out
 
     @torch.jit.unused
     def _attend(

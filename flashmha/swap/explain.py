@@ -20,9 +20,9 @@ from ..layer.arguments import Arguments, check_kinds
 from ..layer.cached import check_cache, enter_cache
 from ..layer.call import read_call
 from ..layer.features import is_ours
-from ..layer.forward import Prepared, prepare_call
 from ..layer.keys_values import with_stand_ins
 from ..layer.module import FlashMultiHeadAttention
+from ..layer.prepared import Prepared, prepare_call
 from ..layer.problems import Problems
 from ..layer.slots import settle_pages
 from ..problem.spec import AttentionSpec

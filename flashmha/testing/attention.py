@@ -13,6 +13,7 @@ from torch import Tensor
 from ..backends import get
 from ..backends.limits import Limits
 from ..problem.masks import join_masks
+from ..problem.sizes import check_sizes, is_size
 from ..problem.spec import AttentionSpec
 from ..problem.wording import spell
 from .choice import Choices, Choose
@@ -66,10 +67,9 @@ def specs(
     """
     if limits is not None and not isinstance(limits, Limits):
         raise TypeError(f"limits must be a Limits, such as get(name).limits, or None, got {spell(limits)}.")
-    if type(longest) is not int or longest < 1:
-        raise ValueError(f"longest must be a whole number of at least 1, got {longest!r}.")
+    check_sizes(longest=longest)
     head_dims = tuple(head_dims)
-    if not head_dims or not all(type(size) is int and size > 0 for size in head_dims):
+    if not head_dims or not all(map(is_size, head_dims)):
         raise ValueError(f"head_dims must be whole numbers of at least 1, got {head_dims!r}.")
     return drawn_specs(get("naive").limits if limits is None else limits, placed(device), head_dims, longest)
 

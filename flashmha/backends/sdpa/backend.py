@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend
 
 from ...host.torch_state import is_compiling
-from ...problem.masks import Mask
 from ...problem.ragged import PADDING_CLASSES, Padding
 from ...problem.spec import AttentionSpec
 from ..base import Backend, Serve
 from ..limits import FEATURES, HALF, Limits
 from ..rewrites.grouped import fold, fold_table, folds, unfold
-from .bands import Bands, cut_into_bands, make_tables
+from .bands import cut_into_bands
 from .caches import attend_to_lengths, masks_dear_keys, reads_cache
-from .mask_tensors import as_numbers, coarse, dense_mask, mask_and_bias
+from .calls import attend_by_math, call_sdpa, for_every_head
+from .cut import attend_bands, attend_cut
+from .mask_tensors import coarse, dense_mask, mask_and_bias
 from .one_query import is_plain, serve_plainly, takes_products
 from .packed import attend_in_place, attend_packed, packs_here, runs_packed, takes_packed
-from .pieces import Costs, Item, cut_up, keep_all, slices
+from .pieces import Costs, cut_up
 from .switches import by_math, kernels_for_masks, only, switches, without_cudnn
 
 
@@ -129,25 +129,6 @@ MASKED = frozenset(("window", "documents", "softcap"))
 """Features beside which SDPA makes a dense mask on a GPU unless it packs documents, or does nothing."""
 
 
-def for_every_head(k: Tensor, v: Tensor, spec: AttentionSpec) -> tuple[Tensor, Tensor]:
-    """Keys and values of grouped heads, once for each head of the queries."""
-    groups = spec.heads // spec.heads_kv
-    return k.repeat_interleave(groups, dim=2), v.repeat_interleave(groups, dim=2)
-
-
-def attend_by_math(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, spec: AttentionSpec) -> Tensor:
-    """SDPA's unfused form, called rather than chosen by its switches, which belong to every thread of the process."""
-    if spec.heads != spec.heads_kv:
-        k, v = for_every_head(k, v, spec)
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    if mask is not None and mask.dtype != q.dtype:  # finer than the heads: so are the scores
-        q, k, v = (x.to(mask.dtype) for x in (q, k, v))
-    out: Tensor = torch.ops.aten._scaled_dot_product_attention_math(
-        q, k, v, mask, spec.dropout_p, False, None, scale=spec.scale
-    )[0]
-    return out.transpose(1, 2).to(spec.dtype)
-
-
 def attend_grouped(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> Tensor | tuple[Tensor, Tensor]:
     """SDPA of grouped heads without a mask, elsewhere than on a GPU.
 
@@ -225,45 +206,6 @@ def overflows(spec: AttentionSpec) -> bool:
     return False
 
 
-def call_sdpa(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, spec: AttentionSpec, is_causal: bool = False
-) -> Tensor | tuple[Tensor, Tensor]:
-    """SDPA in our layout."""
-    if spec.need_lse:
-        return attend_with_lse(q, k, v, mask, spec, is_causal)
-    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-    if spec.usual_scale and spec.heads == spec.heads_kv:  # neither is said, which takes .25 us of 40 to read
-        return F.scaled_dot_product_attention(q, k, v, mask, spec.dropout_p, is_causal).transpose(1, 2)
-    out = F.scaled_dot_product_attention(
-        q,
-        k,
-        v,
-        mask,
-        spec.dropout_p,
-        is_causal,
-        scale=spec.softmax_scale,
-        # q may have as many heads as k by now; a bool where sizes are symbols
-        enable_gqa=True if spec.heads != spec.heads_kv and q.shape[1] != k.shape[1] else False,  # noqa: SIM210
-    )
-    return out.transpose(1, 2)
-
-
-def attend_with_lse(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, spec: AttentionSpec, is_causal: bool
-) -> tuple[Tensor, Tensor]:
-    """The CPU kernel behind SDPA, called for the log-sum-exp that SDPA throws away."""
-    if spec.heads != spec.heads_kv:
-        k, v = for_every_head(k, v, spec)
-    if mask is not None and mask.dtype == torch.bool:
-        mask = as_numbers(mask, q.dtype)
-    out, lse = torch._scaled_dot_product_flash_attention_for_cpu(  # type: ignore[attr-defined]
-        q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), 0.0, is_causal, attn_mask=mask, scale=spec.scale
-    )
-    if mask is not None:  # the kernel gives blind rows zeros, and a log-sum-exp of 0
-        lse = lse.masked_fill((mask == float("-inf")).all(dim=-1), float("-inf"))
-    return out.transpose(1, 2), lse
-
-
 def limits_of_lse(spec: AttentionSpec) -> list[str]:
     """Limits of the CPU kernel where SDPA would take another one."""
     reasons = []
@@ -278,66 +220,6 @@ def limits_of_lse(spec: AttentionSpec) -> list[str]:
     if spec.aten_only:
         reasons.append("lse under export, torch.func or a tensor subclass")
     return reasons
-
-
-def attend_cut(
-    q: Tensor, k: Tensor, v: Tensor, items: list[Item], spec: AttentionSpec
-) -> Tensor | tuple[Tensor, Tensor]:
-    """SDPA of what is left of a problem."""
-    return call_sdpa(q, k, v, None, spec) if keep_all(items, spec) else attend_items(q, k, v, items, spec)
-
-
-def attend_items(
-    q: Tensor, k: Tensor, v: Tensor, items: list[Item], spec: AttentionSpec
-) -> Tensor | tuple[Tensor, Tensor]:
-    """SDPA of every item's pieces, none of which needs a mask."""
-    outs, lses = [], []
-    for item, qs, ks, vs in zip(items, slices(q, items, False), slices(k, items, True), slices(v, items, True)):
-        done = [attend_piece(piece, ks, vs, where, how, spec) for piece, (_, where, how) in zip(qs, item.pieces)]
-        outs.append(done[0][0] if len(done) == 1 else torch.cat([out for out, _ in done], dim=1))
-        if spec.need_lse:
-            lses.append(torch.cat([lse for _, lse in done], dim=2))
-    out = outs[0] if len(outs) == 1 else torch.cat(outs)
-    return (out, torch.cat(lses)) if spec.need_lse else out
-
-
-def attend_bands(q: Tensor, k: Tensor, v: Tensor, bands: Bands, spec: AttentionSpec) -> Tensor | tuple[Tensor, Tensor]:
-    """SDPA of every block of a window."""
-    outs, lses = [], []
-    ks, vs = bands.cut(k), bands.cut(v)
-    queries = q.split([len(block.queries) for block in bands.blocks], dim=1)
-    for rows, block, table in zip(queries, bands.blocks, make_tables(spec, bands)):
-        if not block.parts:
-            out, lse = make_blind(rows, spec)
-        else:
-            one, many = block.parts.start, slice(block.parts.start, block.parts.stop)
-            k, v = (x[one] if len(block.parts) == 1 else torch.cat(x[many], dim=1) for x in (ks, vs))
-            result = call_sdpa(rows, k, v, table, spec)
-            out, lse = result if isinstance(result, tuple) else (result, result)
-        outs.append(out)
-        lses.append(lse)
-    out = torch.cat(outs, dim=1)
-    return (out, torch.cat(lses, dim=2)) if spec.need_lse else out
-
-
-def make_blind(q: Tensor, spec: AttentionSpec) -> tuple[Tensor, Tensor]:
-    """out and lse of queries that look at no key."""
-    blank = q.new_zeros(*q.shape[:3], spec.head_dim_v)
-    return blank, blank.new_full((q.shape[0], spec.heads, q.shape[1]), float("-inf"))
-
-
-def attend_piece(
-    q: Tensor, ks: tuple[Tensor, ...], vs: tuple[Tensor, ...], where: int | None, how: bool | Mask, spec: AttentionSpec
-) -> tuple[Tensor, Tensor]:
-    """One piece: out and lse, which is empty where it is not asked for."""
-    if where is None:
-        return make_blind(q, spec)
-    k, v = ks[where], vs[where]
-    if isinstance(how, Mask):
-        result = call_sdpa(q, k, v, how.materialize(1, 1, q.shape[1], k.shape[1], q.device), spec)
-    else:
-        result = call_sdpa(q, k, v, None, spec, is_causal=how)
-    return result if isinstance(result, tuple) else (result, result.new_empty(0))
 
 
 def needs_tensor(spec: AttentionSpec) -> bool:

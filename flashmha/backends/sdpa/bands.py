@@ -46,7 +46,7 @@ class Bands(NamedTuple):
 def cut_into_bands(spec: AttentionSpec, rows: int, worth: int) -> Bands | None:
     """The bands of a problem on a CPU; ``None`` where they would spare too little.
 
-    Serves a window that is bounded on both sides, beside any other rule but documents.
+    Serves a window that is bounded on both sides, beside any other rule but of where tokens stand.
 
     Args:
         rows: queries of a block at least.
@@ -57,7 +57,7 @@ def cut_into_bands(spec: AttentionSpec, rows: int, worth: int) -> Bands | None:
     window = spec.window
     if window is None or window.left is None or window.right is None:
         return None
-    if spec.documents is not None or spec.dropout_p > 0.0:  # torch draws for the whole problem at once
+    if spec.places is not None or spec.dropout_p > 0.0:  # torch draws for the whole problem at once
         return None
     if not all(map(readable, spec.mask.tensors())):
         return None
