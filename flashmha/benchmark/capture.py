@@ -7,15 +7,15 @@ from typing import TypeVar
 
 import torch
 
-T = TypeVar("T")
+Made = TypeVar("Made")
 
 WARMUP = 3
 """Calls before one is captured: libraries take their memory, and compile, in the first ones."""
 
 
 def capture(
-    call: Callable[[], T], calls: int = 1, clear: Callable[[], object] = lambda: None
-) -> tuple[torch.cuda.CUDAGraph, T]:
+    call: Callable[[], Made], calls: int = 1, clear: Callable[[], object] = lambda: None
+) -> tuple[torch.cuda.CUDAGraph, Made]:
     """A graph of some calls in a row, and what the last one gave, which every replay writes anew.
 
     Args:
