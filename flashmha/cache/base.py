@@ -272,14 +272,14 @@ def allocate(
     """
     head_dim_v = head_dim if head_dim_v is None else head_dim_v
     check_sizes(heads_kv=heads_kv, head_dim=head_dim, head_dim_v=head_dim_v)
-    with torch.inference_mode(False):  # a cache that is made inside may be written to outside
-        k, v = (
-            torch.zeros(rows, heads_kv, seqlen, size, device=device, dtype=dtype) for size in (head_dim, head_dim_v)
-        )
-    if k.device.type == "cpu":
-        return keep_address(k.transpose(1, 2)), keep_address(v.transpose(1, 2))
-    shape = (rows, seqlen, heads_kv, -1)
-    return keep_address(k.view(shape)), keep_address(v.view(shape))
+
+    def zeros(size: int) -> Tensor:
+        with torch.inference_mode(False):  # a cache that is made inside may be written to outside
+            made = torch.zeros(rows, heads_kv, seqlen, size, device=device, dtype=dtype)
+        on_cpu = made.device.type == "cpu"
+        return keep_address(made.transpose(1, 2) if on_cpu else made.view(rows, seqlen, heads_kv, size))
+
+    return zeros(head_dim), zeros(head_dim_v)
 
 
 def no_tokens(batch: int, device: torch.device | str | None) -> Tensor:

@@ -67,7 +67,8 @@ class MemoryCache:
                 )
         refuse_gradients(k, v)
         if not self.fixed:
-            self.k, self.v = allocate(*k.shape, v.shape[3], k.device, k.dtype)
+            batch, seqlen, heads, head_dim = k.shape
+            self.k, self.v = allocate(batch, seqlen, heads, head_dim, v.shape[3], k.device, k.dtype)
         self.k.copy_(k)
         self.v.copy_(v)
         self.filled = True

@@ -1,4 +1,4 @@
-"""A class's attributes as they were written, by which a patch is told; and code of an instance's or a subclass's own."""
+"""A class's attributes as they were written, by which a patch is told; and code of a subclass or an instance."""
 
 from __future__ import annotations
 
