@@ -12,6 +12,7 @@ from ..host.torch_state import insist, keep_address, readable
 from ..problem.cached import Pages, Positions
 from ..problem.masks import Mask
 from ..problem.ragged import KeyLengths, mark_private
+from ..problem.sizes import check_sizes
 from ..problem.wording import dtype_name, spell
 
 COUNT_DTYPES = (torch.int32, torch.int64)
@@ -256,18 +257,29 @@ class Cache(abc.ABC):
 
 
 def allocate(
-    rows: int, seqlen: int, heads: int, head_dim: int, device: torch.device | str | None, dtype: torch.dtype | None
-) -> Tensor:
-    """Zeros (rows, seqlen, heads, head_dim), as kernels want them: on a CPU the tokens of a head are neighbours.
+    rows: int,
+    seqlen: int,
+    heads_kv: int,
+    head_dim: int,
+    head_dim_v: int | None,
+    device: torch.device | str | None,
+    dtype: torch.dtype | None,
+) -> tuple[Tensor, Tensor]:
+    """Zeros for keys and values (rows, seqlen, heads_kv, head_dim), as kernels want them.
 
-    There one query over 4,096 keys takes half the time that way. Zeros, since a hidden slot is multiplied by 0, which
-    turns no NaN into 0.
+    On a CPU the tokens of a head are neighbours: one query over 4,096 keys takes half the time that way. Zeros, since a
+    hidden slot is multiplied by 0, which turns no NaN into 0.
     """
-    with torch.inference_mode(False):  # a cache that is made inside may be written to outside
-        made = torch.zeros(rows, heads, seqlen, head_dim, device=device, dtype=dtype)
-    if made.device.type == "cpu":
-        return keep_address(made.transpose(1, 2))
-    return keep_address(made.view(rows, seqlen, heads, head_dim))
+    head_dim_v = head_dim if head_dim_v is None else head_dim_v
+    check_sizes(heads_kv=heads_kv, head_dim=head_dim, head_dim_v=head_dim_v)
+
+    def zeros(size: int) -> Tensor:
+        with torch.inference_mode(False):  # a cache that is made inside may be written to outside
+            made = torch.zeros(rows, heads_kv, seqlen, size, device=device, dtype=dtype)
+        on_cpu = made.device.type == "cpu"
+        return keep_address(made.transpose(1, 2) if on_cpu else made.view(rows, seqlen, heads_kv, size))
+
+    return zeros(head_dim), zeros(head_dim_v)
 
 
 def no_tokens(batch: int, device: torch.device | str | None) -> Tensor:

@@ -30,11 +30,10 @@ class MemoryCache:
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        head_dim_v = head_dim if head_dim_v is None else head_dim_v
-        check_sizes(batch=batch, heads_kv=heads_kv, head_dim=head_dim, head_dim_v=head_dim_v)
+        check_sizes(batch=batch)
+        check_sizes(0, seqlen=seqlen or 0)
         self.batch, self.fixed = batch, seqlen is not None
-        self.k = allocate(batch, seqlen or 0, heads_kv, head_dim, device, dtype)
-        self.v = allocate(batch, seqlen or 0, heads_kv, head_dim_v, device, dtype)
+        self.k, self.v = allocate(batch, seqlen or 0, heads_kv, head_dim, head_dim_v, device, dtype)
         self.filled = False
         """The memory was projected."""
 
@@ -68,8 +67,8 @@ class MemoryCache:
                 )
         refuse_gradients(k, v)
         if not self.fixed:
-            heads, seqlen = k.shape[2], k.shape[1]
-            self.k, self.v = (allocate(self.batch, seqlen, heads, x.shape[3], x.device, x.dtype) for x in (k, v))
+            batch, seqlen, heads, head_dim = k.shape
+            self.k, self.v = allocate(batch, seqlen, heads, head_dim, v.shape[3], k.device, k.dtype)
         self.k.copy_(k)
         self.v.copy_(v)
         self.filled = True

@@ -33,11 +33,9 @@ class PagePool:
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        head_dim_v = head_dim if head_dim_v is None else head_dim_v
-        check_sizes(pages=pages, page_size=page_size, heads_kv=heads_kv, head_dim=head_dim, head_dim_v=head_dim_v)
+        check_sizes(pages=pages, page_size=page_size)
         self.pages, self.page_size = pages, page_size
-        self.k = allocate(pages + 1, page_size, heads_kv, head_dim, device, dtype)
-        self.v = allocate(pages + 1, page_size, heads_kv, head_dim_v, device, dtype)
+        self.k, self.v = allocate(pages + 1, page_size, heads_kv, head_dim, head_dim_v, device, dtype)
         self.free = list(reversed(range(pages)))
 
     @property

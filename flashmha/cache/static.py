@@ -32,10 +32,8 @@ class StaticCache(Cache):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        head_dim_v = head_dim if head_dim_v is None else head_dim_v
-        check_sizes(batch=batch, max_seqlen=max_seqlen, heads_kv=heads_kv, head_dim=head_dim, head_dim_v=head_dim_v)
-        self.k = allocate(batch, max_seqlen, heads_kv, head_dim, device, dtype)
-        self.v = allocate(batch, max_seqlen, heads_kv, head_dim_v, device, dtype)
+        check_sizes(batch=batch, max_seqlen=max_seqlen)
+        self.k, self.v = allocate(batch, max_seqlen, heads_kv, head_dim, head_dim_v, device, dtype)
         self.lengths = no_tokens(batch, device)
         self.max_seqlen: int | None = max_seqlen
         self.rows = keep_address(torch.arange(batch, device=device)[:, None])

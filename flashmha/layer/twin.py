@@ -6,17 +6,9 @@ from typing import Any
 
 from torch import nn
 
-from .features import (
-    EXTRA_KEYS,
-    HOPS,
-    MARK,
-    OWN_PROJECTIONS,
-    find_beyond_stock,
-    find_own_code,
-    find_replaced,
-    find_shadows,
-)
+from .features import EXTRA_KEYS, HOPS, MARK, OWN_PROJECTIONS, find_beyond_stock, find_replaced
 from .options import HEAD_SIZES, PARTS, STOCK_VALUES
+from .written import find_own_code, find_shadows
 
 STOCK_FORWARD = nn.MultiheadAttention.forward
 """PyTorch's own, as it was when this package was imported."""

@@ -1,10 +1,12 @@
-"""A class's attributes as they were written, by which a patch is told."""
+"""A class's attributes as they were written, by which a patch is told; and code of a subclass or an instance."""
 
 from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
 from typing import Any
+
+from torch import nn
 
 
 class Written:
@@ -29,3 +31,45 @@ def is_as_written(kind: type) -> bool:
     """A class is one of the package's own, not a subclass of it, and so defines nothing under names of parameters."""
     written = getattr(kind, "_written", None)
     return written is not None and written.kind is kind
+
+
+HARMLESS = frozenset(
+    [
+        "__module__",
+        "__qualname__",
+        "__doc__",
+        "__dict__",
+        "__weakref__",
+        "__annotations__",
+        "__annotate__",
+        "__annotate_func__",
+        "__annotations_cache__",
+        "__firstlineno__",
+        "__static_attributes__",
+        "__orig_bases__",
+        "__parameters__",
+        "__init__",
+        "__repr__",
+        "extra_repr",
+        "__constants__",
+        "__jit_ignored_attributes__",
+    ]
+)
+"""What a subclass may define without computing anything else."""
+
+
+def find_own_code(module: nn.Module, kind: type[nn.Module]) -> list[str]:
+    """List the names that a module's subclass, or the module itself, has in place of those of a class that it is of."""
+    classes = type(module).__mro__
+    above = classes[: classes.index(kind)]
+    names = [name for each in above for name in vars(each) if name not in HARMLESS]
+    return list(dict.fromkeys(names + find_shadows(module)))
+
+
+def find_shadows(module: nn.Module) -> list[str]:
+    """Methods of a module's class that the instance has another one for."""
+    return [name for name in vars(module).keys() - USUAL if callable(getattr(type(module), name, None))]
+
+
+USUAL = {*vars(nn.Module()), "_compiled_call_impl"}
+"""What an instance has in its dictionary and is no method's."""

@@ -53,30 +53,15 @@ class IndexGrid(NamedTuple):
     keys: range | None = None
 
     def indices(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """The indices of every axis; see ``index_grid``."""
-        batch, heads, seqlen_q, seqlen_k, device, _, queries, keys = self
-        return index_grid(batch, heads, seqlen_q, seqlen_k, device, queries, keys)
-
-
-def index_grid(
-    batch: int,
-    heads: int,
-    seqlen_q: int,
-    seqlen_k: int,
-    device: torch.device | str | None,
-    queries: range | None = None,
-    keys: range | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The indices of every axis, each along its own of four axes, so that they broadcast to the whole problem, or to a
-    range of its queries and keys."""
-    first_q, end_q = (0, seqlen_q) if queries is None else (queries.start, queries.stop)
-    first_k, end_k = (0, seqlen_k) if keys is None else (keys.start, keys.stop)
-    return (
-        torch.arange(batch, device=device).view(-1, 1, 1, 1),
-        torch.arange(heads, device=device).view(1, -1, 1, 1),
-        torch.arange(first_q, end_q, device=device).view(1, 1, -1, 1),
-        torch.arange(first_k, end_k, device=device).view(1, 1, 1, -1),
-    )
+        """The indices of every axis, each along its own of four axes, so that they broadcast to the grid."""
+        queries = range(self.seqlen_q) if self.queries is None else self.queries
+        keys = range(self.seqlen_k) if self.keys is None else self.keys
+        return (
+            torch.arange(self.batch, device=self.device).view(-1, 1, 1, 1),
+            torch.arange(self.heads, device=self.device).view(1, -1, 1, 1),
+            torch.arange(queries.start, queries.stop, device=self.device).view(1, 1, -1, 1),
+            torch.arange(keys.start, keys.stop, device=self.device).view(1, 1, 1, -1),
+        )
 
 
 def narrowed_to(table: Tensor, queries: range | None, keys: range | None) -> Tensor:

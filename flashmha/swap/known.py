@@ -16,6 +16,7 @@ from torch.nn.modules.module import _has_any_global_hook
 from ..layer.features import HOPS, MARK, find_replaced
 from ..layer.module import FlashMultiHeadAttention
 from ..layer.options import owns_parts
+from ..layer.written import is_as_written
 
 MODULE_CALLS = ("forward", "_call_impl")
 """The methods of any module that run."""
@@ -120,10 +121,9 @@ def find_unknown_call(layer: nn.Module) -> str | None:
 
 def is_intact(layer: nn.Module) -> bool:
     """A layer is of the package's own class, and neither that nor the instance has another method."""
-    written = getattr(type(layer), "_written", None)
-    if written is None or written.kind is not type(layer) or not isinstance(layer, TORCHS_LAYERS):
+    if not is_as_written(type(layer)) or not isinstance(layer, TORCHS_LAYERS):
         return False
-    for name, value in written.values.items():
+    for name, value in type(layer)._written.values.items():  # type: ignore[union-attr]
         if name in layer.__dict__ or getattr(type(layer), name) is not value:
             return False
     return True
@@ -142,9 +142,7 @@ def find_unknown_part(part: Any) -> str | None:
         return f"is a {kind.__name__}, which may mix tokens"
     if "normalized_shape" in own and len(own["normalized_shape"]) != 1:
         return "normalises over more than one token"
-    if own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]:
-        return "has hooks"
-    return "has hooks" if own.get("_compiled_call_impl") is not None else None
+    return "has hooks" if is_hooked(part) else None
 
 
 def is_hooked(module: nn.Module) -> bool:

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 
 from torch import nn
 
-from ..layer.features import find_shadows
 from ..layer.twin import why_not_ours
+from ..layer.written import find_shadows
 
 UNDO = "_flashmha_undo"
 """On a module that was changed: attribute -> whether it was there before, and its value."""

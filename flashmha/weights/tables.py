@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..problem.masks import Dense
-from ..problem.positions import index_grid
+from ..problem.positions import IndexGrid
 from ..problem.ragged import KeyLengths, KeyPadding
 from ..problem.scores import TensorBias
 from ..problem.spec import AttentionSpec
@@ -79,9 +79,8 @@ def place_bias(spec: AttentionSpec, box: Box, keys: range) -> tuple[Tensor | Non
         table = box.expand(spec.bias.tensor.detach(), spec, keys)
         return table, table.stride()
     last, longest = spec.seqlen_q - 1, spec.seqlen_q + spec.seqlen_k - 1
-    distances = spec.bias.bias_mod(spec.seqlen_q, spec.seqlen_k)(
-        *index_grid(spec.batch, spec.heads, spec.seqlen_q, longest, spec.device, range(last, spec.seqlen_q))
-    )
+    grid = IndexGrid(spec.batch, spec.heads, spec.seqlen_q, longest, spec.device, queries=range(last, spec.seqlen_q))
+    distances = spec.bias.bias_mod(spec.seqlen_q, spec.seqlen_k)(*grid.indices())
     whole = distances.detach().to(torch.float32).expand(spec.batch, spec.heads, 1, longest)
     held = whole[as_slice(box.batch), as_slice(box.heads), 0, last - box.rows.start + keys.start :]
     return held, (held.stride(0), held.stride(1), -held.stride(2), held.stride(2))
