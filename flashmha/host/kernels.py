@@ -70,11 +70,11 @@ def processors(device: torch.device) -> Processors:
 def use_device(device: torch.device) -> contextlib.AbstractContextManager[Any]:
     """Make a device the current one, on which kernels are launched; nothing is entered where it is."""
     if device.type != "cuda" or device.index == current_device():
-        return NOTHING
+        return AT_HOME
     return torch.cuda.device(device)
 
 
-NOTHING = contextlib.nullcontext()
+AT_HOME = contextlib.nullcontext()
 
 
 def power_of_two(size: int) -> int:
