@@ -75,6 +75,7 @@ def use_device(device: torch.device) -> contextlib.AbstractContextManager[Any]:
 
 
 AT_HOME = contextlib.nullcontext()
+"""Nothing to enter: one of them may be entered any number of times."""
 
 
 def power_of_two(size: int) -> int:
