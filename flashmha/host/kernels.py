@@ -70,11 +70,12 @@ def processors(device: torch.device) -> Processors:
 def use_device(device: torch.device) -> contextlib.AbstractContextManager[Any]:
     """Make a device the current one, on which kernels are launched; nothing is entered where it is."""
     if device.type != "cuda" or device.index == current_device():
-        return HERE
+        return AT_HOME
     return torch.cuda.device(device)
 
 
-HERE = contextlib.nullcontext()
+AT_HOME = contextlib.nullcontext()
+"""Nothing to enter: one of them may be entered any number of times."""
 
 
 def power_of_two(size: int) -> int:

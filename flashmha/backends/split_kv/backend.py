@@ -11,7 +11,7 @@ from ...problem.cached import OwnTokens
 from ...problem.spec import AttentionSpec
 from ..base import Backend, Serve
 from ..limits import Limits
-from .launches import attend, prepare
+from .launches import SplitCall, attend
 from .tilings import MOST_QUERY_BYTES, MOST_QUERY_ROWS
 
 
@@ -55,4 +55,4 @@ class SplitKV(Backend):
         return attend(q, k, v, spec)
 
     def prepare(self, spec: AttentionSpec) -> Serve:
-        return super().prepare(spec) if is_compiling() else prepare(spec)
+        return super().prepare(spec) if is_compiling() else SplitCall.of(spec)

@@ -134,6 +134,11 @@ class SplitCall:
         self.shape, self.shape_lse = (batch, seqlen_q, heads, head_dim_v), (batch, heads, seqlen_q)
         self.room = batch * seqlen_q * heads * splits * (head_dim_v + 1)
 
+    @classmethod
+    def of(cls, spec: AttentionSpec) -> SplitCall:
+        sizes = (spec.batch, spec.seqlen_q, spec.heads, spec.heads_kv, spec.head_dim, spec.head_dim_v, spec.seqlen_k)
+        return cls(SplitSizes(*sizes), spec.dtype, spec.device, SplitProblem.of(spec), spec.need_lse)
+
     def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor | tuple[Tensor, Tensor]:
         q, k, v = lined_up(q), lined_up(k), lined_up(v)
         tables, combine = self.tables, self.combine
@@ -150,16 +155,10 @@ class SplitCall:
         return out if lse is None else (out, lse)
 
 
-def prepare(spec: AttentionSpec) -> SplitCall:
-    """A problem as it is launched."""
-    sizes = (spec.batch, spec.seqlen_q, spec.heads, spec.heads_kv, spec.head_dim, spec.head_dim_v, spec.seqlen_k)
-    return SplitCall(SplitSizes(*sizes), spec.dtype, spec.device, SplitProblem.of(spec), spec.need_lse)
-
-
 def attend(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> Tensor | tuple[Tensor, Tensor]:
     """A problem served, as an operator where a compiler traces."""
     if not is_compiling():
-        return prepare(spec)(q, k, v)
+        return SplitCall.of(spec)(q, k, v)
     made: tuple[Tensor, Tensor] = torch.ops.flashmha.split_kv(q, k, v, *SplitProblem.of(spec))
     return made if spec.need_lse else made[0]
 
