@@ -673,6 +673,30 @@ REFUSED: dict[str, tuple[str, Callable[[], Any]]] = {
     ),
     "another memory's length": ("k must be .2, 4, 2, 4.", lambda: call(plain_layer(), memory(seqlen=4))),
     "no size": ("max_seqlen must be a whole number", lambda: StaticCache(2, 0, 2, 4)),
+    "a window of less than nothing": (
+        "window must be a whole number of at least 0, got -1",
+        lambda: RingCache(2, -1, 2, 4),
+    ),
+    "first tokens less than none": (
+        "sinks must be a whole number of at least 0, got -1",
+        lambda: RingCache(2, 4, 2, 4, sinks=-1),
+    ),
+    "pages of no token": (
+        "page_size must be a whole number of at least 1, got 0",
+        lambda: flashmha.KVCache.of(plain_layer(), 2, 5, page_size=0),
+    ),
+    "a chunk of none": (
+        "chunk must be a whole number of at least 1, got 0",
+        lambda: flashmha.KVCache.of(plain_layer(), 2, 5, chunk=0),
+    ),
+    "a memory of less than nothing": (
+        "seqlen must be a whole number of at least 1, got -1",
+        lambda: memory(seqlen=-1),
+    ),
+    "pages for less than nothing": (
+        "seqlen must be a whole number of at least 0, got -1",
+        lambda: PagedCache(PagePool(9, 2, 2, 4), 2, 4).reserve(-1),
+    ),
     "half a token": ("length must be an int", lambda: static().crop(1.5)),  # type: ignore[arg-type]
     "rows of another number": ("rows must be integers", lambda: static().reorder(torch.tensor([0]))),
     "a table of other numbers": ("block_table must be an int32 tensor", lambda: Pages(torch.zeros(2, 2), 4)),
@@ -708,6 +732,10 @@ SEEN: dict[str, tuple[str, Callable[[], Any]]] = {
     "pages beyond the pool": ("block_table must name pages between 0 and 2, got", lambda: paged([[0, 3]])),
     "a page before the pool": ("block_table must name pages between 0 and 2, got", lambda: paged([[-1, 0]])),
     "rows that are not there": ("rows must lie between 0 and 1", lambda: static().reorder(torch.tensor([0, 2]))),
+    "rows of a memory that are not there": (
+        "rows must lie between 0 and 1",
+        lambda: memory().reorder(torch.tensor([0, -1])),
+    ),
 }
 
 

@@ -13,8 +13,7 @@ from ..problem.cached import Pages, Positions
 from ..problem.masks import Mask
 from ..problem.ragged import KeyLengths, mark_private
 from ..problem.wording import dtype_name, spell
-
-COUNT_DTYPES = (torch.int32, torch.int64)
+from .checks import COUNT_DTYPES, check_order, refuse_gradients
 
 
 class Restorable(Protocol):
@@ -207,15 +206,9 @@ class Cache(abc.ABC):
 
     def reorder(self, rows: Tensor) -> None:
         """Row i becomes what row ``rows[i]`` was, as beams of a search do: (batch,) integers."""
-        self.check_rows(rows)
+        check_order(rows, self.batch)
         for tensor in self.by_row():
             tensor.copy_(tensor.index_select(0, rows))
-
-    def check_rows(self, rows: Tensor) -> None:
-        """Raise where an order is none of these rows."""
-        check_order(rows, self.batch)
-        inside = (rows >= 0) & (rows < self.batch)
-        insist(inside, lambda: f"rows must lie between 0 and {self.batch - 1}, got {rows.tolist()}.")
 
     def by_row(self) -> list[Tensor]:
         """The tensors whose first axis are the rows."""
@@ -264,25 +257,3 @@ def no_tokens(batch: int, device: torch.device | str | None) -> Tensor:
 def first_real(real: Tensor) -> Tensor:
     """The order of tokens (batch, seqlen) in which the real ones of a row come first."""
     return real.logical_not().to(torch.uint8).argsort(dim=1, stable=True)
-
-
-def refuse_gradients(*heads: Tensor) -> None:
-    """Raise for heads that want gradients."""
-    if torch.is_grad_enabled() and any(x.requires_grad for x in heads):
-        raise ValueError(
-            "cache must be used where no gradient is wanted, got heads that require one: what a call reads, the next "
-            "one writes over. Call the model under torch.no_grad() or torch.inference_mode()."
-        )
-
-
-def check_order(rows: Tensor, batch: int) -> None:
-    """Raise where an order of rows is no integers, one for each row."""
-    if not isinstance(rows, Tensor) or rows.shape != (batch,) or rows.dtype not in COUNT_DTYPES:
-        raise ValueError(f"rows must be integers (batch,) = ({batch},), got {spell(rows)}.")
-
-
-def check_counts(**sizes: int) -> None:
-    """Raise where a size is no whole number of at least 1."""
-    for name, size in sizes.items():
-        if isinstance(size, bool) or not isinstance(size, int) or size < 1:
-            raise ValueError(f"{name} must be a whole number of at least 1, got {size!r}.")

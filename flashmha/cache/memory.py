@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .base import allocate, check_counts, check_order, refuse_gradients
+from .base import allocate
+from .checks import check_counts, check_order, refuse_gradients
 
 
 class MemoryCache:
@@ -31,6 +32,8 @@ class MemoryCache:
     ) -> None:
         head_dim_v = head_dim if head_dim_v is None else head_dim_v
         check_counts(batch=batch, heads_kv=heads_kv, head_dim=head_dim, head_dim_v=head_dim_v)
+        if seqlen is not None:
+            check_counts(seqlen=seqlen)
         self.batch, self.fixed = batch, seqlen is not None
         self.k = allocate(batch, seqlen or 0, heads_kv, head_dim, device, dtype)
         self.v = allocate(batch, seqlen or 0, heads_kv, head_dim_v, device, dtype)

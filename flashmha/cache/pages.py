@@ -9,7 +9,8 @@ from torch import Tensor
 
 from ..host.torch_state import is_compiling, keep_address
 from ..problem.cached import Pages, read_pages
-from .base import Cache, allocate, check_counts, no_tokens
+from .base import Cache, allocate, no_tokens
+from .checks import check_counts, check_order
 
 
 class PagePool:
@@ -126,7 +127,7 @@ class PagedCache(Cache):
         Raises:
             ValueError: rows become longer than ``max_seqlen``, or the pool has too few pages. Nothing is booked.
         """
-        check_counts(seqlen=seqlen + 1)
+        check_counts(0, seqlen=seqlen)
         held = self.lengths.tolist()
         longest = max(held) + seqlen
         if longest > self.max_seqlen:
@@ -204,7 +205,7 @@ class PagedCache(Cache):
         Raises:
             ValueError: the pool has too few pages; nothing has changed.
         """
-        self.check_rows(rows)
+        check_order(rows, self.batch)
         count = max(map(len, self.booked))
         self.book([count] * self.batch)
         there = self.block_table[:, :count].long()

@@ -10,7 +10,8 @@ from ..problem.masks import Mask
 from ..problem.positions import MaskMod
 from ..problem.rules import Rule
 from ..problem.windows import Window
-from .base import check_counts, no_tokens
+from .base import no_tokens
+from .checks import check_counts
 from .static import StaticCache
 
 
@@ -40,7 +41,8 @@ class RingCache(StaticCache):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        check_counts(window=window + 1, chunk=chunk, sinks=sinks + 1)
+        check_counts(0, window=window, sinks=sinks)
+        check_counts(chunk=chunk)
         super().__init__(
             batch, sinks + window + chunk, heads_kv, head_dim, head_dim_v=head_dim_v, device=device, dtype=dtype
         )

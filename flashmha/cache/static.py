@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .base import Cache, allocate, check_counts, no_tokens
+from .base import Cache, allocate, no_tokens
+from .checks import check_counts
 
 
 class StaticCache(Cache):

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..cache.base import Cache
+from ..cache.checks import check_counts
 from ..cache.memory import MemoryCache
 from ..cache.pages import PagedCache, PagePool
 from ..cache.ring import RingCache
@@ -77,6 +78,8 @@ class KVCache:
         """
         if pages is not None and page_size is None:
             raise ValueError(f"page_size must be given beside pages, got None beside pages={pages}.")
+        sizes = {"chunk": chunk, "page_size": page_size, "pages": pages, "memory_seqlen": memory_seqlen}
+        check_counts(**{name: size for name, size in sizes.items() if size is not None})
 
         def make(layer: FlashMultiHeadAttention, crosses: bool) -> One:
             _, heads_kv, head_dim, head_dim_v = sizes_of(layer)
