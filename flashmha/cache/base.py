@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import abc
-from typing import Any, Protocol
+from collections.abc import Iterable
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from ..host.torch_state import insist, keep_address, readable
+from ..host.torch_state import insist, readable
 from ..problem.cached import Pages, Positions
 from ..problem.masks import Mask
 from ..problem.ragged import KeyLengths, mark_private
 from ..problem.wording import dtype_name, spell
-from .checks import COUNT_DTYPES, check_order, refuse_gradients
+from .checks import COUNT_DTYPES, check_chosen, check_order, refuse_gradients, row_numbers
 
 
 class Restorable(Protocol):
@@ -22,6 +23,14 @@ class Restorable(Protocol):
     def state(self) -> Any: ...
 
     def restore(self, state: Any) -> None: ...
+
+
+class Moved(NamedTuple):
+    """Tokens at ``source`` (batch, tokens) go to ``target``, and rows are then of ``lengths`` (batch,)."""
+
+    source: Tensor
+    target: Tensor
+    lengths: Tensor
 
 
 class Cache(abc.ABC):
@@ -166,7 +175,8 @@ class Cache(abc.ABC):
         """Keep the first ``length`` tokens of each row, forget what is behind them, as a speculation that failed.
 
         Args:
-            length: a number, negative for as many tokens less than there are; or a number for each row, (batch,).
+            length: a number, or one for each row, (batch,); negative for as many tokens less than there are. A row of
+                fewer tokens stays as it is.
         """
         self.lengths.copy_(self.cropped(length))
 
@@ -177,9 +187,10 @@ class Cache(abc.ABC):
                 raise ValueError(f"length must be an int or integers (batch,) = ({self.batch},), got {spell(length)}.")
             wanted = length.to(self.lengths)
         elif isinstance(length, int) and not isinstance(length, bool):
-            wanted = self.lengths + length if length < 0 else torch.full_like(self.lengths, length)
+            wanted = torch.full_like(self.lengths, length)
         else:
             raise TypeError(f"length must be an int or integers (batch,), got {spell(length)}.")
+        wanted = torch.where(wanted < 0, self.lengths + wanted, wanted)
         return torch.minimum(self.lengths, wanted.clamp(min=0))
 
     def keep(self, length: int | Tensor, chosen: Tensor) -> None:
@@ -192,27 +203,64 @@ class Cache(abc.ABC):
         Raises:
             ValueError: other places than those of tokens; on a GPU an error of the device, which is not waited for.
         """
+        self.move(self.kept(length, chosen))
+
+    def kept(self, length: int | Tensor, chosen: Tensor) -> Moved:
+        """Which tokens go where in ``keep``, which change nothing yet."""
         left = self.cropped(length)[:, None]
-        if chosen.dim() != 2 or chosen.shape[0] != self.batch or chosen.dtype not in COUNT_DTYPES:
-            raise ValueError(f"chosen must be integers (batch={self.batch}, tokens), got {spell(chosen)}.")
-        guesses = self.lengths[:, None] - left
+        check_chosen(chosen, self.batch)
+        guesses, real = self.lengths[:, None] - left, chosen >= 0
+        behind = torch.cat([real[:, :1], real[:, :-1] & (chosen[:, 1:] > chosen[:, :-1])], dim=1)
         insist(
-            (chosen < guesses) & (chosen.shape[1] <= guesses),
-            lambda: f"chosen must be places of the {guesses[:, 0].tolist()} tokens, got {chosen.tolist()}.",
+            ~real | ((chosen < guesses) & behind),
+            lambda: (
+                f"chosen must be places of the {guesses[:, 0].tolist()} tokens, in order, and -1 behind them, got "
+                f"{chosen.tolist()}."
+            ),
         )
-        k, v = self.take((left + chosen.clamp(min=0)).long())
-        self.write(k, v, (left + torch.arange(chosen.shape[1], device=left.device)).long())
-        self.lengths.copy_(left[:, 0] + (chosen >= 0).sum(dim=1, dtype=torch.int32))
+        # where there is none, a row's last token is put where it is
+        last = (self.lengths[:, None] - 1).clamp(min=0).long()
+        places = left + torch.arange(chosen.shape[1], device=left.device)
+        lengths = left[:, 0] + real.sum(dim=1, dtype=torch.int32)
+        return Moved(torch.where(real, left + chosen, last), torch.where(real, places, last), lengths)
+
+    def move(self, moved: Moved) -> None:
+        """Put tokens where they go."""
+        self.write(*self.take(moved.source), moved.target)
+        self.lengths.copy_(moved.lengths)
 
     def reorder(self, rows: Tensor) -> None:
-        """Row i becomes what row ``rows[i]`` was, as beams of a search do: (batch,) integers."""
+        """Row i becomes what row ``rows[i]`` was, as beams of a search do: (batch,) integers.
+
+        Raises:
+            ValueError: other rows than these, or a pool with too few pages; nothing has changed. On a GPU other rows
+                are an error of the device, which is not waited for.
+        """
+        self.prepare_reorder(rows)
+        self.put_in_order(rows)
+
+    def prepare_reorder(self, rows: Tensor) -> None:
+        """Raise where rows cannot be put in that order."""
         check_order(rows, self.batch)
+
+    def put_in_order(self, rows: Tensor) -> None:
+        """``reorder`` behind its checks."""
         for tensor in self.by_row():
             tensor.copy_(tensor.index_select(0, rows))
 
     def by_row(self) -> list[Tensor]:
         """The tensors whose first axis are the rows."""
         return [*self.store, self.lengths]
+
+    def release(self, rows: Iterable[int]) -> None:
+        """Forget the tokens of rows that are done, whose memory holds zeros again; pages go back to their pool.
+
+        Raises:
+            ValueError: rows that are not there, or no numbers. Nothing is forgotten.
+        """
+        where = torch.tensor(row_numbers(rows, self.batch), device=self.lengths.device, dtype=torch.int64)
+        for tensor in self.by_row():
+            tensor.index_fill_(0, where, 0)
 
     def reset(self) -> None:
         """Forget every token; the memory stays, and holds zeros again."""
@@ -231,27 +279,6 @@ class Cache(abc.ABC):
         heads, size = self.store[0].shape[-2:]
         kind = dtype_name(self.store[0].dtype)
         return f"{type(self).__name__}(batch={self.batch}, heads_kv={heads}, head_dim={size}, {kind})"
-
-
-def allocate(
-    rows: int, seqlen: int, heads: int, head_dim: int, device: torch.device | str | None, dtype: torch.dtype | None
-) -> Tensor:
-    """Zeros (rows, seqlen, heads, head_dim), as kernels want them: on a CPU the tokens of a head are neighbours.
-
-    There one query over 4,096 keys takes half the time that way. Zeros, since a hidden slot is multiplied by 0, which
-    turns no NaN into 0.
-    """
-    with torch.inference_mode(False):  # a cache that is made inside may be written to outside
-        made = torch.zeros(rows, heads, seqlen, head_dim, device=device, dtype=dtype)
-    if made.device.type == "cpu":
-        return keep_address(made.transpose(1, 2))
-    return keep_address(made.view(rows, seqlen, heads, head_dim))
-
-
-def no_tokens(batch: int, device: torch.device | str | None) -> Tensor:
-    """Lengths of empty rows."""
-    with torch.inference_mode(False):
-        return keep_address(torch.zeros(batch, dtype=torch.int32, device=device))
 
 
 def first_real(real: Tensor) -> Tensor:

@@ -29,6 +29,13 @@ def check_order(rows: Tensor, batch: int) -> None:
     insist(inside, lambda: f"rows must lie between 0 and {batch - 1}, got {rows.tolist()}.")
 
 
+def check_chosen(chosen: Tensor, batch: int) -> None:
+    """Raise where places of tokens are no integers, some for each row."""
+    fits = isinstance(chosen, Tensor) and chosen.dim() == 2 and chosen.shape[0] == batch
+    if not fits or chosen.dtype not in COUNT_DTYPES:
+        raise ValueError(f"chosen must be integers (batch={batch}, tokens), got {spell(chosen)}.")
+
+
 def row_numbers(rows: Iterable[int], batch: int) -> list[int]:
     """Some rows by number, each of them once.
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .base import allocate
+from .allocation import allocate
 from .checks import check_counts, check_order, refuse_gradients
 
 
@@ -82,7 +82,15 @@ class MemoryCache:
 
     def reorder(self, rows: Tensor) -> None:
         """Row i becomes what row ``rows[i]`` was: (batch,) integers."""
+        self.prepare_reorder(rows)
+        self.put_in_order(rows)
+
+    def prepare_reorder(self, rows: Tensor) -> None:
+        """Raise where rows cannot be put in that order."""
         check_order(rows, self.batch)
+
+    def put_in_order(self, rows: Tensor) -> None:
+        """``reorder`` behind its checks."""
         if self.filled:
             self.k.copy_(self.k.index_select(0, rows))
             self.v.copy_(self.v.index_select(0, rows))

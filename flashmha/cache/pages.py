@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..host.torch_state import is_compiling, keep_address
 from ..problem.cached import Pages, read_pages
-from .base import Cache, allocate, no_tokens
-from .checks import check_counts, check_order
+from .allocation import allocate, no_tokens
+from .base import Cache
+from .checks import check_counts, row_numbers
 
 
 class PagePool:
@@ -179,38 +181,44 @@ class PagedCache(Cache):
 
     def trim(self) -> None:
         """Give back the pages in which no token lies; waits for the device."""
-        for pages, length in zip(self.booked, self.lengths.tolist()):
-            used = -(-length // self.pool.page_size)
-            self.pool.give_back(pages[used:])
-            del pages[used:]
+        self.unbook([-(-length // self.pool.page_size) for length in self.lengths.tolist()])
+
+    def unbook(self, counts: Sequence[int]) -> None:
+        """Give back the pages of each row behind so many."""
+        for pages, count in zip(self.booked, counts):
+            self.pool.give_back(pages[count:])
+            del pages[count:]
         self.room = 0
         self.write_table()
 
     def release(self, rows: Iterable[int]) -> None:
-        """Forget the tokens of rows that are done, and give back their pages."""
-        rows = list(rows)
+        rows = row_numbers(rows, self.batch)
         for row in rows:
-            self.pool.give_back(self.booked[row])
-            self.booked[row] = []
             self.lengths[row] = 0
-        self.room = 0
-        self.write_table()
+        self.unbook([0 if row in rows else len(pages) for row, pages in enumerate(self.booked)])
 
     def reset(self) -> None:
         self.release(range(self.batch))
 
-    def reorder(self, rows: Tensor) -> None:
-        """As in ``Cache``: pages are copied, none is shared, so that every row gets as many as the longest.
+    def prepare_reorder(self, rows: Tensor) -> None:
+        """Book pages as well: they are copied and none is shared, so that every row gets as many as the longest."""
+        super().prepare_reorder(rows)
+        self.book([max(map(len, self.booked))] * self.batch)
 
-        Raises:
-            ValueError: the pool has too few pages; nothing has changed.
-        """
-        check_order(rows, self.batch)
-        count = max(map(len, self.booked))
-        self.book([count] * self.batch)
-        there = self.block_table[:, :count].long()
+    def put_in_order(self, rows: Tensor) -> None:
+        there = self.block_table[:, : len(self.booked[0])].long()
         here = there[rows.long()]
         for x in self.store:
             x[there] = x[here]
         self.lengths.copy_(self.lengths[rows.long()])
         self.room = 0
+
+    def state(self) -> Any:
+        return self.lengths.clone(), [len(pages) for pages in self.booked]
+
+    def restore(self, state: Any) -> None:
+        """Go back to a state; pages that were booked since go back to the pool."""
+        lengths, counts = state
+        self.lengths.copy_(lengths)
+        if any(len(pages) > count for pages, count in zip(self.booked, counts)):
+            self.unbook(counts)

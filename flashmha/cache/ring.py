@@ -10,7 +10,7 @@ from ..problem.masks import Mask
 from ..problem.positions import MaskMod
 from ..problem.rules import Rule
 from ..problem.windows import Window
-from .base import no_tokens
+from .allocation import no_tokens
 from .checks import check_counts
 from .static import StaticCache
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .base import Cache, allocate, no_tokens
+from .allocation import allocate, no_tokens
+from .base import Cache
 from .checks import check_counts
 
 

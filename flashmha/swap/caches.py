@@ -15,6 +15,7 @@ from ..cache.pages import PagedCache, PagePool
 from ..cache.ring import RingCache
 from ..cache.static import StaticCache
 from ..host.torch_state import casts_to
+from ..layer.cached import undone_where_it_fails
 from ..layer.module import FlashMultiHeadAttention
 from ..layer.projection import sizes_of
 from ..problem.wording import spell
@@ -68,7 +69,7 @@ class KVCache:
             batch: rows.
             max_seqlen: tokens that a row has room for.
             chunk: layers with a ``window`` get a ``RingCache`` that takes so many tokens a call, where that is smaller.
-            page_size: layers get a ``PagedCache``, each out of a ``PagePool`` of its own.
+            page_size: other layers get a ``PagedCache``, each out of a ``PagePool`` of its own.
             pages: how many pages a pool has; default as many as all rows of ``max_seqlen`` need.
             memory_seqlen: keys of the memory, whose place is then allocated here, as CUDA graphs want it.
             device, dtype: of the heads; default those of each layer's parameters, and autocast's dtype inside autocast.
@@ -87,11 +88,11 @@ class KVCache:
             left = None if layer.window is None else layer.window.left
             if crosses:
                 return MemoryCache(batch, heads_kv, head_dim, seqlen=memory_seqlen, **told)
+            if chunk is not None and left is not None and left + chunk < max_seqlen:
+                return RingCache(batch, left, heads_kv, head_dim, chunk=chunk, **told)
             if page_size is not None:
                 count = -(-max_seqlen // page_size) * batch if pages is None else pages
                 return PagedCache(PagePool(count, page_size, heads_kv, head_dim, **told), batch, max_seqlen)
-            if chunk is not None and left is not None and left + chunk < max_seqlen:
-                return RingCache(batch, left, heads_kv, head_dim, chunk=chunk, **told)
             return StaticCache(batch, max_seqlen, heads_kv, head_dim, **told)
 
         made = {name: make(layer, crosses) for name, layer, crosses in find_layers(model)}
@@ -127,6 +128,10 @@ class KVCache:
         """The cache of every layer."""
         return [cache for _, cache in self.named_caches()]
 
+    def growing(self) -> list[Cache]:
+        """The caches of self-attention, which grow with every call."""
+        return [cache for cache in self.caches() if isinstance(cache, Cache)]
+
     def paged(self) -> list[PagedCache]:
         """The caches that book pages."""
         return [cache for cache in self.caches() if isinstance(cache, PagedCache)]
@@ -138,27 +143,29 @@ class KVCache:
 
     def get_seq_length(self) -> Tensor:
         """The tokens that each row holds, (batch,) int32, by the first self-attention."""
-        for cache in self.caches():
-            if isinstance(cache, Cache):
-                return cache.get_seq_length()
+        for cache in self.growing():
+            return cache.get_seq_length()
         raise ValueError(f"cache must hold a self-attention's, got {', '.join(self.names())}.")
 
     def reorder(self, rows: Tensor) -> None:
         """Row i becomes what row ``rows[i]`` was, in every layer: (batch,) integers."""
+        with undone_where_it_fails(self):  # pages of one pool may not do for all layers
+            for cache in self.caches():
+                cache.prepare_reorder(rows)
         for cache in self.caches():
-            cache.reorder(rows)
+            cache.put_in_order(rows)
 
     def crop(self, length: int | Tensor) -> None:
         """Keep the first ``length`` tokens of each row, see ``Cache.crop``."""
-        caches = [cache for cache in self.caches() if isinstance(cache, Cache)]
+        caches = self.growing()
         for cache, left in zip(caches, [cache.cropped(length) for cache in caches]):
             cache.lengths.copy_(left)
 
     def keep(self, length: int | Tensor, chosen: Tensor) -> None:
         """Of the tokens behind ``length`` keep the chosen ones, see ``Cache.keep``."""
-        for cache in self.caches():
-            if isinstance(cache, Cache):
-                cache.keep(length, chosen)
+        caches = self.growing()
+        for cache, moved in zip(caches, [cache.kept(length, chosen) for cache in caches]):
+            cache.move(moved)
 
     def reset(self) -> None:
         """Forget every token, and the memory."""
@@ -167,13 +174,14 @@ class KVCache:
 
     def reserve(self, seqlen: int) -> None:
         """Book the pages of ``seqlen`` tokens more, as a compiled step or a CUDA graph wants it."""
-        for cache in self.paged():
-            cache.reserve(seqlen)
+        with undone_where_it_fails(self):
+            for cache in self.paged():
+                cache.reserve(seqlen)
 
     def release(self, rows: Iterable[int]) -> None:
-        """Forget rows that are done, and give back their pages."""
+        """Forget the tokens of rows that are done, see ``Cache.release``; the memory stays."""
         rows = list(rows)
-        for cache in self.paged():
+        for cache in self.growing():
             cache.release(rows)
 
     def trim(self) -> None:
