@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..host.torch_state import is_compiling
 from ..layer.cached import undone_where_it_fails
 from ..layer.written import Written
-from .caches import check_kv_cache
+from .caches import KVCache, check_kv_cache
 from .encoder import found_causal
 from .known import DECODER_BLOCKS
 from .steps import run_step
@@ -50,7 +50,33 @@ class FlashTransformerDecoderLayer(nn.TransformerDecoderLayer):
         if not torch.jit.is_scripting():  # noqa: SIM102
             if isinstance(cache, torch.fx.Proxy):  # FX makes one of every argument of its root
                 cache = None
-        x = tgt
+        masks = (tgt_mask, memory_mask, tgt_key_padding_mask, memory_key_padding_mask, tgt_is_causal, memory_is_causal)
+        if cache is None:
+            out: Tensor = self._blocks(tgt, memory, None, *masks)
+        else:
+            out = self._over_cache(tgt, memory, masks, cache)
+        return out
+
+    @torch.jit.unused
+    def _over_cache(self, tgt: Tensor, memory: Tensor, masks: Any, cache: Any) -> Tensor:
+        """The blocks over a cache; if one fails, the caches of both attentions are as they were."""
+        with undoing(check_kv_cache(cache)):
+            out: Tensor = self._blocks(tgt, memory, cache, *masks)
+            return out
+
+    def _blocks(
+        self,
+        x: Tensor,
+        memory: Tensor,
+        cache: Optional[Any],
+        tgt_mask: Optional[Tensor],
+        memory_mask: Optional[Tensor],
+        tgt_key_padding_mask: Optional[Tensor],
+        memory_key_padding_mask: Optional[Tensor],
+        tgt_is_causal: bool,
+        memory_is_causal: bool,
+    ) -> Tensor:
+        """Self-attention, attention to the memory and the feed-forward block, each with its norm."""
         if self.norm_first:
             x = x + self._self(self.norm1(x), tgt_mask, tgt_key_padding_mask, tgt_is_causal, cache)
             x = x + self._cross(self.norm2(x), memory, memory_mask, memory_key_padding_mask, memory_is_causal, cache)
@@ -184,7 +210,12 @@ def run_decoder(
     made = None if is_compiling() else run_step(decoder, output, memory, masks, held["layers"])
     if made is not None:
         return made
-    with contextlib.nullcontext() if is_compiling() else undone_where_it_fails(held):
+    with undoing(held):
         for number, layer in enumerate(decoder.layers):
             output = layer(output, memory, **masks, cache=held["layers"][str(number)])
     return output
+
+
+def undoing(cache: KVCache) -> contextlib.AbstractContextManager[None]:
+    """What puts a cache back where a call fails; nothing under a compiler, whose graph runs as a whole."""
+    return contextlib.nullcontext() if is_compiling() else undone_where_it_fails(cache)

@@ -21,7 +21,7 @@ MODULE_CALLS = ("forward", "_call_impl")
 """The methods of any module that run."""
 BLOCKS = (*MODULE_CALLS, "__call__", "_sa_block", "_ff_block")
 """Those of an encoder layer."""
-DECODER_BLOCKS = (*BLOCKS, "_mha_block", "_self", "_cross", "_attend")
+DECODER_BLOCKS = (*BLOCKS, "_mha_block", "_over_cache", "_blocks", "_self", "_cross", "_attend")
 """Those of a decoder layer."""
 
 BLOCK_PARTS = ("linear1", "dropout", "linear2", "norm1", "norm2", "dropout1", "dropout2", "activation")
