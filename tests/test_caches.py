@@ -602,6 +602,28 @@ def memory(**more: Any) -> MemoryCache:
     return MemoryCache(2, 2, 4, **more)
 
 
+def of_three() -> StaticCache:
+    """A cache of two rows of three tokens."""
+    cache = static()
+    call(plain_layer(), cache)
+    return cache
+
+
+def filled() -> MemoryCache:
+    """A memory of two rows of three tokens that was projected."""
+    cache = memory()
+    plain_layer()(X, X, X, cache=cache)
+    return cache
+
+
+def decoder_step(memory: Any) -> Tensor:
+    """A step of a decoder whose memory was projected, beside what it is given now."""
+    decoder = nn.TransformerDecoder(nn.TransformerDecoderLayer(8, 2, 8, batch_first=True), 1).eval()
+    cache = flashmha.KVCache.of(flashmha.replace_mha(decoder), 2, 5)
+    decoder(X[:, :1], X, cache=cache)
+    return decoder(X[:, :1], memory, cache=cache)
+
+
 def paged(table: list[list[int]], mask: Mask | None = None, page_size: int = 4) -> Any:
     """Attention over pages of a pool of three."""
     q, pool = noise(0, 1, 1, 2, 4), noise(1, 3, 4, 2, 4)
@@ -671,6 +693,31 @@ REFUSED: dict[str, tuple[str, Callable[[], Any]]] = {
         "attn_mask must not count positions",
         lambda: call(plain_layer(), memory(), attn_mask=causal()),
     ),
+    "a memory of other sizes": (
+        "key must be the memory of the cache, batch=2 seqlen=3, got batch=1 seqlen=3",
+        lambda: plain_layer()(X[:, :1], X[:1], X[:1], cache=filled()),
+    ),
+    "no memory": ("key must be a tensor, got NoneType None", lambda: decoder_step(None)),
+    "half a memory": (
+        "key must be the memory of the cache, batch=2 seqlen=3, got batch=2",
+        lambda: decoder_step(X[:, :2]),
+    ),
+    "rows that cannot be released": (
+        "rows must be numbers between 0 and 1, got .0, 2.",
+        lambda: static().release([0, 2]),
+    ),
+    "a mask of rows": (
+        "rows must be numbers between 0 and 1, got .True, False.",
+        lambda: static().release(torch.tensor([True, False])),  # type: ignore[arg-type]
+    ),
+    "no list of places": (
+        "chosen must be integers .batch=2, tokens., got list",
+        lambda: static().keep(0, [[0], [0]]),  # type: ignore[arg-type]
+    ),
+    "one cache for two layers": (
+        "caches must be one for each layer, got one StaticCache for a and b",
+        lambda: flashmha.KVCache(dict.fromkeys(("a", "b"), static())),
+    ),
     "another memory's length": ("k must be .2, 4, 2, 4.", lambda: call(plain_layer(), memory(seqlen=4))),
     "no size": ("max_seqlen must be a whole number", lambda: StaticCache(2, 0, 2, 4)),
     "a window of less than nothing": (
@@ -721,6 +768,7 @@ def test_nested_tensors_beside_a_cache_are_refused_by_name(cross: bool) -> None:
     with torch.no_grad(), pytest.raises(Exception, match="NestedTensor") as raised:
         FlashMultiHeadAttention(8, 2, batch_first=True, need_weights=False)(query, x, x, cache=cache)
     assert "Internal error" not in str(raised.value)
+    assert cross or "key_padding_mask" in str(raised.value)
 
 
 SEEN: dict[str, tuple[str, Callable[[], Any]]] = {
@@ -728,6 +776,14 @@ SEEN: dict[str, tuple[str, Callable[[], Any]]] = {
     "guesses that are not there": (
         "chosen must be places of the .0, 0. tokens",
         lambda: static().keep(0, torch.tensor([[0], [0]])),
+    ),
+    "guesses out of order": (
+        "chosen must be places of the .3, 3. tokens, in order, and -1 behind them, got ..1, 0., .0, -1..",
+        lambda: of_three().keep(0, torch.tensor([[1, 0], [0, -1]])),
+    ),
+    "guesses behind none": (
+        "chosen must be places of the .3, 3. tokens, in order, and -1 behind them, got ..-1, 0., .0, 1..",
+        lambda: of_three().keep(0, torch.tensor([[-1, 0], [0, 1]])),
     ),
     "pages beyond the pool": ("block_table must name pages between 0 and 2, got", lambda: paged([[0, 3]])),
     "a page before the pool": ("block_table must name pages between 0 and 2, got", lambda: paged([[-1, 0]])),

@@ -32,9 +32,19 @@ class KVCache:
 
     Args:
         caches: name of a layer -> its cache.
+
+    Raises:
+        ValueError: two layers have one cache, in which each would write over the other.
     """
 
     def __init__(self, caches: Mapping[str, One]) -> None:
+        names: dict[int, str] = {}
+        for name, cache in caches.items():
+            first = names.setdefault(id(cache), name)
+            if first != name:
+                raise ValueError(
+                    f"caches must be one for each layer, got one {type(cache).__name__} for {first} and {name}."
+                )
         self.parts: dict[str, One | KVCache] = {}
         inside: dict[str, dict[str, One]] = {}
         for name, cache in caches.items():
