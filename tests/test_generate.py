@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import pickle
 from typing import Any
 
@@ -26,6 +27,7 @@ from flashmha import (
     StaticCache,
     replace_mha,
     restore_mha,
+    swap_report,
 )
 from flashmha.testing import assert_same, noise
 from flashmha.testing.models import Architecture, architectures
@@ -343,3 +345,34 @@ def test_what_a_model_cannot_have_is_an_error_that_says_so() -> None:
         decoder(x, x, cache=[])
     with pytest.raises(ValueError, match="cache must be used where no gradient is wanted"), torch.enable_grad():
         decoder.eval()(x, x, cache=KVCache.of(decoder, 1, 4))
+
+
+class Layer(nn.TransformerDecoderLayer):
+    """A layer with code of its own."""
+
+
+class Decoder(nn.TransformerDecoder):
+    """A decoder with code of its own."""
+
+
+@pytest.mark.parametrize("layer", (nn.TransformerDecoderLayer, Layer))
+@pytest.mark.parametrize("kind", (nn.TransformerDecoder, Decoder))
+@pytest.mark.parametrize("where", (None, "*.self_attn"))
+def test_the_report_says_what_takes_a_cache_and_why_not(layer: Any, kind: Any, where: str | None) -> None:
+    decoder = replace_mha(kind(layer(WIDTH, 2, 8), 1), where=where).eval()
+    x, told = torch.zeros(1, 1, WIDTH), {row.name: row for row in swap_report(decoder)}
+    for name, module in (("", decoder), ("layers.0", decoder.layers[0])):
+        own = type(module) in (Layer, Decoder)
+        row = told[name]
+        assert row.swapped == (row.why == "takes a cache") and row.swapped == takes_a_cache(module)
+        assert own == ("whose own code a swap would lose" in row.why)
+    if told[""].swapped:
+        decoder(x, x, cache=KVCache.of(decoder, 1, 4))
+    else:
+        with pytest.raises(TypeError, match="cache"):
+            decoder(x, x, cache=KVCache.of(decoder, 1, 4))
+
+
+def takes_a_cache(module: nn.Module) -> bool:
+    """A module's forward has an argument ``cache``."""
+    return "cache" in inspect.signature(module.forward).parameters
