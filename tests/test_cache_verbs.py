@@ -160,6 +160,19 @@ class Verbs(RuleBasedStateMachine):
         for row in rows:
             self.rows[row] = []
 
+    @rule(tokens=st.integers(0, LONGEST))
+    def reserve(self, tokens: int) -> None:
+        """Room that was made sure of is there: pages are booked for as many tokens."""
+        try:
+            self.cache.reserve(tokens)
+        except ValueError as error:
+            full = max(self.lengths) + tokens > LONGEST
+            assert "pages must be free" in str(error) if self.scarce and not full else full, error
+            return
+        for one in self.cache.paged():
+            for length, pages in zip(self.lengths, one.booked):
+                assert length + tokens <= min(LONGEST, len(pages) * one.pool.page_size) or not tokens
+
     @rule(verb=st.sampled_from(("reset", "trim", "copy", "pickle")))
     def other(self, verb: str) -> None:
         if verb == "copy":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Iterable
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,15 +14,7 @@ from ..problem.cached import Pages, Positions
 from ..problem.masks import Mask
 from ..problem.ragged import KeyLengths, mark_private
 from ..problem.wording import dtype_name, spell
-from .checks import COUNT_DTYPES, check_chosen, check_order, refuse_gradients, row_numbers
-
-
-class Restorable(Protocol):
-    """What goes back to a state."""
-
-    def state(self) -> Any: ...
-
-    def restore(self, state: Any) -> None: ...
+from .checks import COUNT_DTYPES, check_chosen, check_counts, check_order, refuse_gradients, row_numbers
 
 
 class Moved(NamedTuple):
@@ -80,6 +72,29 @@ class Cache(abc.ABC):
     @abc.abstractmethod
     def check_room(self, seqlen: int, held: list[int] | None) -> None:
         """Raise where so many tokens have no place behind those ``held``; where that is ``None`` the device may."""
+
+    def check_end(self, seqlen: int, held: list[int]) -> None:
+        """Raise where rows would be longer than they may."""
+        longest = max(held) + seqlen
+        if self.max_seqlen is not None and longest > self.max_seqlen:
+            raise ValueError(
+                f"max_seqlen must be at least {longest} for {seqlen} tokens behind {max(held)}, got {self.max_seqlen}: "
+                f"make a longer {type(self).__name__}, or crop or reset it."
+            )
+
+    def reserve(self, seqlen: int) -> None:
+        """Make sure of room for ``seqlen`` tokens more, ahead of steps that see no lengths; waits for the device.
+
+        Raises:
+            ValueError: rows become longer than ``max_seqlen``, or there are too few pages. Nothing is booked.
+        """
+        check_counts(0, seqlen=seqlen)
+        held = self.lengths.tolist()
+        self.check_end(seqlen, held)
+        self.make_room(seqlen, held)
+
+    def make_room(self, seqlen: int, held: list[int]) -> None:  # noqa: B027
+        """Book what so many tokens behind those ``held`` need, where memory is not there from the start."""
 
     @property
     @abc.abstractmethod
@@ -233,8 +248,7 @@ class Cache(abc.ABC):
         """Row i becomes what row ``rows[i]`` was, as beams of a search do: (batch,) integers.
 
         Raises:
-            ValueError: other rows than these, or a pool with too few pages; nothing has changed. On a GPU other rows
-                are an error of the device, which is not waited for.
+            ValueError: rows that are not there (on a GPU an error of the device), too few pages; nothing has changed.
         """
         self.prepare_reorder(rows)
         self.put_in_order(rows)

@@ -123,20 +123,7 @@ class PagedCache(Cache):
     def pages(self) -> Pages:
         return Pages(self.block_table, self.pool.page_size)
 
-    def reserve(self, seqlen: int) -> None:
-        """Book pages so that every row has room for ``seqlen`` tokens more.
-
-        Raises:
-            ValueError: rows become longer than ``max_seqlen``, or the pool has too few pages. Nothing is booked.
-        """
-        check_counts(0, seqlen=seqlen)
-        held = self.lengths.tolist()
-        longest = max(held) + seqlen
-        if longest > self.max_seqlen:
-            raise ValueError(
-                f"max_seqlen must be at least {longest} for {seqlen} tokens behind {max(held)}, got {self.max_seqlen}: "
-                "make a longer PagedCache, or crop or reset it."
-            )
+    def make_room(self, seqlen: int, held: list[int]) -> None:
         self.book([-(-(length + seqlen) // self.pool.page_size) for length in held])
         self.room = min(len(pages) * self.pool.page_size - length for pages, length in zip(self.booked, held))
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from ..cache.base import Cache, Restorable
+from ..cache.base import Cache
 from ..cache.memory import MemoryCache
 from ..problem.documents import Documents
 from ..problem.masks import Mask
@@ -136,6 +136,14 @@ def begin_step(layer: Layer, cache: Cache | MemoryCache, call: Reading) -> Cache
         call.padding.check(cache.batch, 1, seqlen, seqlen)
     real = None if call.padding is None else call.valid
     return CacheStep(cache, real, None if layer.rotary is None else cache.positions(seqlen, real))
+
+
+class Restorable(Protocol):
+    """What goes back to a state."""
+
+    def state(self) -> Any: ...
+
+    def restore(self, state: Any) -> None: ...
 
 
 @contextlib.contextmanager

@@ -183,9 +183,9 @@ class KVCache:
             cache.reset()
 
     def reserve(self, seqlen: int) -> None:
-        """Book the pages of ``seqlen`` tokens more, as a compiled step or a CUDA graph wants it."""
+        """Make sure of room for ``seqlen`` tokens more, see ``Cache.reserve``."""
         with undone_where_it_fails(self):
-            for cache in self.paged():
+            for cache in self.growing():
                 cache.reserve(seqlen)
 
     def release(self, rows: Iterable[int]) -> None:
