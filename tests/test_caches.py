@@ -486,7 +486,7 @@ def test_rows_that_are_not_there_are_released_with_none(problem: Drawn, row: int
     cache = problem.cache(layer)
     whole(layer, x, cache=cache)
     free, booked = list(cache.pool.free), copy.deepcopy(cache.booked)
-    with pytest.raises(ValueError, match="rows must lie between 0 and"):
+    with pytest.raises(ValueError, match="rows must be numbers between 0 and"):
         cache.release([row % problem.batch, wrong])
     assert cache.pool.free == free and cache.booked == booked
     assert cache.get_seq_length().tolist() == [problem.seqlen] * problem.batch
@@ -613,12 +613,6 @@ def call(layer: FlashMultiHeadAttention, cache: Any, x: Tensor = X, **more: Any)
     return layer(x, x, x, cache=cache, **more)
 
 
-def filled(seqlen: int) -> StaticCache:
-    cache = static(1)
-    cache.update(*torch.zeros(2, 1, seqlen, 2, 4))
-    return cache
-
-
 class Prefix(FlashMultiHeadAttention):
     keys_before = 1
 
@@ -633,6 +627,28 @@ class ByPlace(nn.Module):
 
 def memory(**more: Any) -> MemoryCache:
     return MemoryCache(2, 2, 4, **more)
+
+
+def of_three() -> StaticCache:
+    """A cache of two rows of three tokens."""
+    cache = static()
+    call(plain_layer(), cache)
+    return cache
+
+
+def filled() -> MemoryCache:
+    """A memory of two rows of three tokens that was projected."""
+    cache = memory()
+    plain_layer()(X, X, X, cache=cache)
+    return cache
+
+
+def decoder_step(memory: Any) -> Tensor:
+    """A step of a decoder whose memory was projected, beside what it is given now."""
+    decoder = nn.TransformerDecoder(nn.TransformerDecoderLayer(8, 2, 8, batch_first=True), 1).eval()
+    cache = flashmha.KVCache.of(flashmha.replace_mha(decoder), 2, 5)
+    decoder(X[:, :1], X, cache=cache)
+    return decoder(X[:, :1], memory, cache=cache)
 
 
 def paged(table: list[list[int]], mask: Mask | None = None, page_size: int = 4) -> Any:
@@ -704,6 +720,31 @@ REFUSED: dict[str, tuple[str, Callable[[], Any]]] = {
         "attn_mask must not count positions",
         lambda: call(plain_layer(), memory(), attn_mask=causal()),
     ),
+    "a memory of other sizes": (
+        "key must be the memory of the cache, batch=2 seqlen=3, got batch=1 seqlen=3",
+        lambda: plain_layer()(X[:, :1], X[:1], X[:1], cache=filled()),
+    ),
+    "no memory": ("key must be a tensor, got NoneType None", lambda: decoder_step(None)),
+    "half a memory": (
+        "key must be the memory of the cache, batch=2 seqlen=3, got batch=2",
+        lambda: decoder_step(X[:, :2]),
+    ),
+    "rows that cannot be released": (
+        "rows must be numbers between 0 and 1, got .0, 2.",
+        lambda: static().release([0, 2]),
+    ),
+    "a mask of rows": (
+        "rows must be numbers between 0 and 1, got .True, False.",
+        lambda: static().release(torch.tensor([True, False])),  # type: ignore[arg-type]
+    ),
+    "no list of places": (
+        "chosen must be integers .batch=2, tokens., got list",
+        lambda: static().keep(0, [[0], [0]]),  # type: ignore[arg-type]
+    ),
+    "one cache for two layers": (
+        "caches must be one for each layer, got one StaticCache for a and b",
+        lambda: flashmha.KVCache(dict.fromkeys(("a", "b"), static())),
+    ),
     "another memory's length": ("k must be .2, 4, 2, 4.", lambda: call(plain_layer(), memory(seqlen=4))),
     "no size": ("max_seqlen must be a whole number", lambda: StaticCache(2, 0, 2, 4)),
     "keys that are none": ("k must be .batch=2, seqlen, heads_kv=2", lambda: static().update([1], [1])),  # type: ignore[arg-type]
@@ -711,9 +752,29 @@ REFUSED: dict[str, tuple[str, Callable[[], Any]]] = {
         "real must be bool .batch, seqlen. = .2, 3.",
         lambda: static().update(*torch.zeros(2, 2, 3, 2, 4), [True]),  # type: ignore[misc]
     ),
-    "a window before nothing": (
+    "a window of less than nothing": (
         "window must be a whole number of at least 0, got -1",
         lambda: RingCache(2, -1, 2, 4),
+    ),
+    "first tokens less than none": (
+        "sinks must be a whole number of at least 0, got -1",
+        lambda: RingCache(2, 4, 2, 4, sinks=-1),
+    ),
+    "pages of no token": (
+        "page_size must be a whole number of at least 1, got 0",
+        lambda: flashmha.KVCache.of(plain_layer(), 2, 5, page_size=0),
+    ),
+    "a chunk of none": (
+        "chunk must be a whole number of at least 1, got 0",
+        lambda: flashmha.KVCache.of(plain_layer(), 2, 5, chunk=0),
+    ),
+    "a memory of less than nothing": (
+        "seqlen must be a whole number of at least 1, got -1",
+        lambda: memory(seqlen=-1),
+    ),
+    "pages for less than nothing": (
+        "seqlen must be a whole number of at least 0, got -1",
+        lambda: PagedCache(PagePool(9, 2, 2, 4), 2, 4).reserve(-1),
     ),
     "half a token": ("length must be an int", lambda: static().crop(1.5)),  # type: ignore[arg-type]
     "rows of another number": ("rows must be integers", lambda: static().reorder(torch.tensor([0]))),
@@ -739,6 +800,7 @@ def test_nested_tensors_beside_a_cache_are_refused_by_name(cross: bool) -> None:
     with torch.no_grad(), pytest.raises(Exception, match="NestedTensor") as raised:
         FlashMultiHeadAttention(8, 2, batch_first=True, need_weights=False)(query, x, x, cache=cache)
     assert "Internal error" not in str(raised.value)
+    assert cross or "key_padding_mask" in str(raised.value)
 
 
 SEEN: dict[str, tuple[str, Callable[[], Any]]] = {
@@ -747,13 +809,21 @@ SEEN: dict[str, tuple[str, Callable[[], Any]]] = {
         "chosen must be places of the .0, 0. tokens",
         lambda: static().keep(0, torch.tensor([[0], [0]])),
     ),
-    "a guess behind none": (
-        "chosen must be places of the .2. tokens",
-        lambda: filled(2).keep(0, torch.tensor([[-1, 1]])),
+    "guesses out of order": (
+        "chosen must be places of the .3, 3. tokens, in order, and -1 behind them, got ..1, 0., .0, -1..",
+        lambda: of_three().keep(0, torch.tensor([[1, 0], [0, -1]])),
+    ),
+    "guesses behind none": (
+        "chosen must be places of the .3, 3. tokens, in order, and -1 behind them, got ..-1, 0., .0, 1..",
+        lambda: of_three().keep(0, torch.tensor([[-1, 0], [0, 1]])),
     ),
     "pages beyond the pool": ("block_table must name pages between 0 and 2, got", lambda: paged([[0, 3]])),
     "a page before the pool": ("block_table must name pages between 0 and 2, got", lambda: paged([[-1, 0]])),
     "rows that are not there": ("rows must lie between 0 and 1", lambda: static().reorder(torch.tensor([0, 2]))),
+    "rows of a memory that are not there": (
+        "rows must lie between 0 and 1",
+        lambda: memory().reorder(torch.tensor([0, -1])),
+    ),
 }
 
 

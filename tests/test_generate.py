@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import pickle
 from typing import Any
 
@@ -26,6 +27,7 @@ from flashmha import (
     StaticCache,
     replace_mha,
     restore_mha,
+    swap_report,
 )
 from flashmha.testing import assert_same, noise
 from flashmha.testing.models import Architecture, architectures
@@ -144,22 +146,34 @@ def test_beams_guesses_and_copies(architecture: Architecture, data: st.DataObjec
     assert_same(made, part(architecture, ours(x, 2 * memory, tgt_mask=future(SEQLEN)), slice(0, 2)))
 
 
+class Stumbles(RuntimeError):
+    """What a hook raises."""
+
+
+def stumble(*_: Any) -> None:
+    raise Stumbles
+
+
 @settings(parent=fewer(2))
-@given(architecture=architectures(), data=st.data())
+@given(architecture=architectures(), where=st.sampled_from(("self_attn", "multihead_attn", "linear2")), data=st.data())
 def test_a_call_that_fails_on_the_way_leaves_every_layer_as_it_was(
-    architecture: Architecture, data: st.DataObject
+    architecture: Architecture, where: str, data: st.DataObject
 ) -> None:
-    ours = replace_mha(architecture.decoder().eval())
+    """In a decoder, and in one of its layers alone; in a prompt and in a step."""
+    decoder = replace_mha(architecture.decoder().eval())
+    last = data.draw(st.sampled_from(list(decoder.layers)))
+    ours: Any = data.draw(st.sampled_from((decoder, last)))
     x, memory = architecture.inputs(BATCH, SEQLEN), architecture.inputs(BATCH, MEMORY, 2)
     cache = KVCache.of(ours, BATCH, SEQLEN, **KINDS[data.draw(st.sampled_from(sorted(KINDS)))])
-    begun = data.draw(st.booleans())
+    begun, step = data.draw(st.booleans()), data.draw(st.booleans())
     made = [ours(part(architecture, x, slice(0, 2)), memory, tgt_mask=future(2), cache=cache)] if begun else []
-    last = data.draw(st.sampled_from(list(ours.layers)))
-    name = data.draw(st.sampled_from(("self_attn", "multihead_attn")))
-    getattr(last, name).backend = "flash2"  # which serves no float64
-    with pytest.raises(flashmha.NoBackendError):
-        ours(part(architecture, x, slice(2, 4)), 2 * memory, tgt_mask=future(2), cache=cache)
-    getattr(last, name).backend = None
+    free = [len(one.pool.free) for one in cache.paged()]
+    hook = getattr(last, where).register_forward_pre_hook(stumble)
+    with pytest.raises(Stumbles):
+        wrong = part(architecture, x, slice(2, 3 if step else 6))
+        ours(wrong, 2 * memory, tgt_mask=None if step else future(4), cache=cache)
+    hook.remove()
+    assert free == [len(one.pool.free) for one in cache.paged()]
     start = 2 if begun else 0
     made.append(ours(part(architecture, x, slice(start, 4)), memory, tgt_mask=future(4 - start), cache=cache))
     wanted = ours(x, memory, tgt_mask=future(SEQLEN))
@@ -372,7 +386,7 @@ def test_what_a_model_cannot_have_is_an_error_that_says_so() -> None:
     with pytest.raises(TypeError, match="caches must be of one layer each, got int 1 under 'a'"):
         KVCache({"a": 1})  # type: ignore[dict-item]
     with pytest.raises(ValueError, match="caches must be of layers beside one another, got 'a'"):
-        KVCache(dict.fromkeys(("a", "a.b"), StaticCache(1, 1, 1, 1)))
+        KVCache({name: StaticCache(1, 1, 1, 1) for name in ("a", "a.b")})
     cache = KVCache.of(Model(), 2, 4)
     with pytest.raises(KeyError, match="cache must hold 'three', got only one, two"):
         cache["three"]
@@ -382,3 +396,34 @@ def test_what_a_model_cannot_have_is_an_error_that_says_so() -> None:
         decoder(x, x, cache=[])
     with pytest.raises(ValueError, match="cache must be used where no gradient is wanted"), torch.enable_grad():
         decoder.eval()(x, x, cache=KVCache.of(decoder, 1, 4))
+
+
+class Layer(nn.TransformerDecoderLayer):
+    """A layer with code of its own."""
+
+
+class Decoder(nn.TransformerDecoder):
+    """A decoder with code of its own."""
+
+
+@pytest.mark.parametrize("layer", (nn.TransformerDecoderLayer, Layer))
+@pytest.mark.parametrize("kind", (nn.TransformerDecoder, Decoder))
+@pytest.mark.parametrize("where", (None, "*.self_attn"))
+def test_the_report_says_what_takes_a_cache_and_why_not(layer: Any, kind: Any, where: str | None) -> None:
+    decoder = replace_mha(kind(layer(WIDTH, 2, 8), 1), where=where).eval()
+    x, told = torch.zeros(1, 1, WIDTH), {row.name: row for row in swap_report(decoder)}
+    for name, module in (("", decoder), ("layers.0", decoder.layers[0])):
+        own = type(module) in (Layer, Decoder)
+        row = told[name]
+        assert row.swapped == (row.why == "takes a cache") and row.swapped == takes_a_cache(module)
+        assert own == ("whose own code a swap would lose" in row.why)
+    if told[""].swapped:
+        decoder(x, x, cache=KVCache.of(decoder, 1, 4))
+    else:
+        with pytest.raises(TypeError, match="cache"):
+            decoder(x, x, cache=KVCache.of(decoder, 1, 4))
+
+
+def takes_a_cache(module: nn.Module) -> bool:
+    """A module's forward has an argument ``cache``."""
+    return "cache" in inspect.signature(module.forward).parameters

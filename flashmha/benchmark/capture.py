@@ -7,15 +7,15 @@ from typing import TypeVar
 
 import torch
 
-Made = TypeVar("Made")
+Gave = TypeVar("Gave")
 
 WARMUP = 3
 """Calls before one is captured: libraries take their memory, and compile, in the first ones."""
 
 
 def capture(
-    call: Callable[[], Made], calls: int = 1, clear: Callable[[], object] = lambda: None
-) -> tuple[torch.cuda.CUDAGraph, Made]:
+    call: Callable[[], Gave], calls: int = 1, clear: Callable[[], object] = lambda: None
+) -> tuple[torch.cuda.CUDAGraph, Gave]:
     """A graph of some calls in a row, and what the last one gave, which every replay writes anew.
 
     Args:

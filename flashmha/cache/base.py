@@ -3,29 +3,27 @@
 from __future__ import annotations
 
 import abc
-from typing import Any, Protocol
+from collections.abc import Iterable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..host.torch_state import insist, keep_address, readable
+from ..host.torch_state import insist, readable
 from ..problem.cached import Pages, Positions
 from ..problem.masks import Mask
 from ..problem.ragged import KeyLengths, mark_private
 from ..problem.sizes import check_sizes
 from ..problem.wording import dtype_name, spell
-
-COUNT_DTYPES = (torch.int32, torch.int64)
-MOST_TOKENS = 2**31 - 1
-"""As int32 holds them."""
+from .checks import COUNT_DTYPES, MOST_TOKENS, check_chosen, check_order, refuse_gradients, row_numbers
 
 
-class Restorable(Protocol):
-    """What goes back to a state."""
+class Moved(NamedTuple):
+    """Tokens at ``source`` (batch, tokens) go to ``target``, and rows are then of ``lengths`` (batch,)."""
 
-    def state(self) -> Any: ...
-
-    def restore(self, state: Any) -> None: ...
+    source: Tensor
+    target: Tensor
+    lengths: Tensor
 
 
 class Cache(abc.ABC):
@@ -75,6 +73,29 @@ class Cache(abc.ABC):
     @abc.abstractmethod
     def check_room(self, seqlen: int, held: list[int] | None) -> None:
         """Raise where so many tokens have no place behind those ``held``; where that is ``None`` the device may."""
+
+    def check_end(self, seqlen: int, held: list[int]) -> None:
+        """Raise where rows would be longer than they may."""
+        longest = max(held) + seqlen
+        if self.max_seqlen is not None and longest > self.max_seqlen:
+            raise ValueError(
+                f"max_seqlen must be at least {longest} for {seqlen} tokens behind {max(held)}, got {self.max_seqlen}: "
+                f"make a longer {type(self).__name__}, or crop or reset it."
+            )
+
+    def reserve(self, seqlen: int) -> None:
+        """Make sure of room for ``seqlen`` tokens more, ahead of steps that see no lengths; waits for the device.
+
+        Raises:
+            ValueError: rows become longer than ``max_seqlen``, or there are too few pages. Nothing is booked.
+        """
+        check_sizes(0, seqlen=seqlen)
+        held = self.lengths.tolist()
+        self.check_end(seqlen, held)
+        self.make_room(seqlen, held)
+
+    def make_room(self, seqlen: int, held: list[int]) -> None:  # noqa: B027
+        """Book what so many tokens behind those ``held`` need, where memory is not there from the start."""
 
     @property
     @abc.abstractmethod
@@ -172,7 +193,8 @@ class Cache(abc.ABC):
         """Keep the first ``length`` tokens of each row, forget what is behind them, as a speculation that failed.
 
         Args:
-            length: a number, negative for as many tokens less than there are; or a number for each row, (batch,).
+            length: a number, or one for each row, (batch,); negative for as many tokens less than there are. A row of
+                fewer tokens stays as it is.
         """
         self.lengths.copy_(self.cropped(length))
 
@@ -181,12 +203,12 @@ class Cache(abc.ABC):
         if isinstance(length, Tensor):
             if length.shape != (self.batch,) or length.dtype not in COUNT_DTYPES:
                 raise ValueError(f"length must be an int or integers (batch,) = ({self.batch},), got {spell(length)}.")
-            wanted = length.clamp(max=MOST_TOKENS).to(self.lengths)
+            wanted = length.clamp(-MOST_TOKENS, MOST_TOKENS).to(self.lengths)
         elif isinstance(length, int) and not isinstance(length, bool):
-            length = max(-MOST_TOKENS, min(length, MOST_TOKENS))
-            wanted = self.lengths + length if length < 0 else torch.full_like(self.lengths, length)
+            wanted = torch.full_like(self.lengths, max(-MOST_TOKENS, min(length, MOST_TOKENS)))
         else:
             raise TypeError(f"length must be an int or integers (batch,), got {spell(length)}.")
+        wanted = torch.where(wanted < 0, self.lengths + wanted, wanted)
         return torch.minimum(self.lengths, wanted.clamp(min=0))
 
     def keep(self, length: int | Tensor, chosen: Tensor) -> None:
@@ -199,43 +221,63 @@ class Cache(abc.ABC):
         Raises:
             ValueError: other places than those of tokens; on a GPU an error of the device, which is not waited for.
         """
-        self.move(self.kept(length, chosen), chosen)
+        self.move(self.kept(length, chosen))
 
-    def kept(self, length: int | Tensor, chosen: Tensor) -> Tensor:
-        """The lengths before the tokens that ``keep`` chooses, which changes nothing yet."""
-        left = self.cropped(length)
-        if chosen.dim() != 2 or chosen.shape[0] != self.batch or chosen.dtype not in COUNT_DTYPES:
-            raise ValueError(f"chosen must be integers (batch={self.batch}, tokens), got {spell(chosen)}.")
-        guesses = (self.lengths - left)[:, None]
-        there = chosen >= 0
+    def kept(self, length: int | Tensor, chosen: Tensor) -> Moved:
+        """Which tokens go where in ``keep``, which change nothing yet."""
+        left = self.cropped(length)[:, None]
+        check_chosen(chosen, self.batch)
+        guesses, real = self.lengths[:, None] - left, chosen >= 0
+        behind = torch.cat([real[:, :1], real[:, :-1] & (chosen[:, 1:] > chosen[:, :-1])], dim=1)
         insist(
-            (chosen < guesses) & (chosen.shape[1] <= guesses) & ~(there & (there.logical_not().cumsum(1) > 0)),
-            lambda: f"chosen must be places of the {guesses[:, 0].tolist()} tokens, got {chosen.tolist()}.",
+            ~real | ((chosen < guesses) & behind),
+            lambda: (
+                f"chosen must be places of the {guesses[:, 0].tolist()} tokens, in order, and -1 behind them, got "
+                f"{chosen.tolist()}."
+            ),
         )
-        return left
+        # where there is none, a row's last token is put where it is
+        last = (self.lengths[:, None] - 1).clamp(min=0).long()
+        places = left + torch.arange(chosen.shape[1], device=left.device)
+        lengths = left[:, 0] + real.sum(dim=1, dtype=torch.int32)
+        return Moved(torch.where(real, left + chosen, last), torch.where(real, places, last), lengths)
 
-    def move(self, left: Tensor, chosen: Tensor) -> None:
-        """Put chosen tokens behind the first ``left`` (batch,), and forget what is behind them."""
-        start = left[:, None]
-        k, v = self.take((start + chosen.clamp(min=0)).long())
-        self.write(k, v, (start + torch.arange(chosen.shape[1], device=left.device)).long())
-        self.lengths.copy_(left + (chosen >= 0).sum(dim=1, dtype=torch.int32))
+    def move(self, moved: Moved) -> None:
+        """Put tokens where they go."""
+        self.write(*self.take(moved.source), moved.target)
+        self.lengths.copy_(moved.lengths)
 
     def reorder(self, rows: Tensor) -> None:
-        """Row i becomes what row ``rows[i]`` was, as beams of a search do: (batch,) integers."""
-        self.check_rows(rows)
+        """Row i becomes what row ``rows[i]`` was, as beams of a search do: (batch,) integers.
+
+        Raises:
+            ValueError: rows that are not there (on a GPU an error of the device), too few pages; nothing has changed.
+        """
+        self.prepare_reorder(rows)
+        self.put_in_order(rows)
+
+    def prepare_reorder(self, rows: Tensor) -> None:
+        """Raise where rows cannot be put in that order."""
+        check_order(rows, self.batch)
+
+    def put_in_order(self, rows: Tensor) -> None:
+        """``reorder`` behind its checks."""
         for tensor in self.by_row():
             tensor.copy_(tensor.index_select(0, rows))
-
-    def check_rows(self, rows: Tensor) -> None:
-        """Raise where an order is none of these rows."""
-        check_order(rows, self.batch)
-        inside = (rows >= 0) & (rows < self.batch)
-        insist(inside, lambda: f"rows must lie between 0 and {self.batch - 1}, got {rows.tolist()}.")
 
     def by_row(self) -> list[Tensor]:
         """The tensors whose first axis are the rows."""
         return [*self.store, self.lengths]
+
+    def release(self, rows: Iterable[int]) -> None:
+        """Forget the tokens of rows that are done, whose memory holds zeros again; pages go back to their pool.
+
+        Raises:
+            ValueError: rows that are not there, or no numbers. Nothing is forgotten.
+        """
+        where = torch.tensor(row_numbers(rows, self.batch), device=self.lengths.device, dtype=torch.int64)
+        for tensor in self.by_row():
+            tensor.index_fill_(0, where, 0)
 
     def reset(self) -> None:
         """Forget every token; the memory stays, and holds zeros again."""
@@ -256,53 +298,6 @@ class Cache(abc.ABC):
         return f"{type(self).__name__}(batch={self.batch}, heads_kv={heads}, head_dim={size}, {kind})"
 
 
-def allocate(
-    rows: int,
-    seqlen: int,
-    heads_kv: int,
-    head_dim: int,
-    head_dim_v: int | None,
-    device: torch.device | str | None,
-    dtype: torch.dtype | None,
-) -> tuple[Tensor, Tensor]:
-    """Zeros for keys and values (rows, seqlen, heads_kv, head_dim), as kernels want them.
-
-    On a CPU the tokens of a head are neighbours: one query over 4,096 keys takes half the time that way. Zeros, since a
-    hidden slot is multiplied by 0, which turns no NaN into 0.
-    """
-    head_dim_v = head_dim if head_dim_v is None else head_dim_v
-    check_sizes(heads_kv=heads_kv, head_dim=head_dim, head_dim_v=head_dim_v)
-
-    def zeros(size: int) -> Tensor:
-        with torch.inference_mode(False):  # a cache that is made inside may be written to outside
-            made = torch.zeros(rows, heads_kv, seqlen, size, device=device, dtype=dtype)
-        on_cpu = made.device.type == "cpu"
-        return keep_address(made.transpose(1, 2) if on_cpu else made.view(rows, seqlen, heads_kv, size))
-
-    return zeros(head_dim), zeros(head_dim_v)
-
-
-def no_tokens(batch: int, device: torch.device | str | None) -> Tensor:
-    """Lengths of empty rows."""
-    with torch.inference_mode(False):
-        return keep_address(torch.zeros(batch, dtype=torch.int32, device=device))
-
-
 def first_real(real: Tensor) -> Tensor:
     """The order of tokens (batch, seqlen) in which the real ones of a row come first."""
     return real.logical_not().to(torch.uint8).argsort(dim=1, stable=True)
-
-
-def refuse_gradients(*heads: Tensor) -> None:
-    """Raise for heads that want gradients."""
-    if torch.is_grad_enabled() and any(x.requires_grad for x in heads):
-        raise ValueError(
-            "cache must be used where no gradient is wanted, got heads that require one: what a call reads, the next "
-            "one writes over. Call the model under torch.no_grad() or torch.inference_mode()."
-        )
-
-
-def check_order(rows: Tensor, batch: int) -> None:
-    """Raise where an order of rows is no integers, one for each row."""
-    if not isinstance(rows, Tensor) or rows.shape != (batch,) or rows.dtype not in COUNT_DTYPES:
-        raise ValueError(f"rows must be integers (batch,) = ({batch},), got {spell(rows)}.")

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from ..problem.sizes import check_sizes
-from .base import allocate, check_order, refuse_gradients
+from .allocation import allocate
+from .checks import check_order, refuse_gradients
 
 
 class MemoryCache:
@@ -31,7 +32,8 @@ class MemoryCache:
         dtype: torch.dtype | None = None,
     ) -> None:
         check_sizes(batch=batch)
-        check_sizes(0, seqlen=seqlen or 0)
+        if seqlen is not None:
+            check_sizes(seqlen=seqlen)
         self.batch, self.fixed = batch, seqlen is not None
         self.k, self.v = allocate(batch, seqlen or 0, heads_kv, head_dim, head_dim_v, device, dtype)
         self.filled = False
@@ -79,7 +81,15 @@ class MemoryCache:
 
     def reorder(self, rows: Tensor) -> None:
         """Row i becomes what row ``rows[i]`` was: (batch,) integers."""
+        self.prepare_reorder(rows)
+        self.put_in_order(rows)
+
+    def prepare_reorder(self, rows: Tensor) -> None:
+        """Raise where rows cannot be put in that order."""
         check_order(rows, self.batch)
+
+    def put_in_order(self, rows: Tensor) -> None:
+        """``reorder`` behind its checks."""
         if self.filled:
             self.k.copy_(self.k.index_select(0, rows))
             self.v.copy_(self.v.index_select(0, rows))

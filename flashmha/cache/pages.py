@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,7 +11,9 @@ from torch import Tensor
 from ..host.torch_state import is_compiling, keep_address
 from ..problem.cached import Pages, read_pages
 from ..problem.sizes import check_sizes
-from .base import Cache, allocate, no_tokens
+from .allocation import allocate, no_tokens
+from .base import Cache
+from .checks import row_numbers
 
 
 class PagePool:
@@ -119,20 +122,7 @@ class PagedCache(Cache):
     def pages(self) -> Pages:
         return Pages(self.block_table, self.pool.page_size)
 
-    def reserve(self, seqlen: int) -> None:
-        """Book pages so that every row has room for ``seqlen`` tokens more.
-
-        Raises:
-            ValueError: rows become longer than ``max_seqlen``, or the pool has too few pages. Nothing is booked.
-        """
-        check_sizes(0, seqlen=seqlen)
-        held = self.lengths.tolist()
-        longest = max(held) + seqlen
-        if longest > self.max_seqlen:
-            raise ValueError(
-                f"max_seqlen must be at least {longest} for {seqlen} tokens behind {max(held)}, got {self.max_seqlen}: "
-                "make a longer PagedCache, or crop or reset it."
-            )
+    def make_room(self, seqlen: int, held: list[int]) -> None:
         self.book([-(-(length + seqlen) // self.pool.page_size) for length in held])
         self.room = min(len(pages) * self.pool.page_size - length for pages, length in zip(self.booked, held))
 
@@ -177,44 +167,44 @@ class PagedCache(Cache):
 
     def trim(self) -> None:
         """Give back the pages in which no token lies; waits for the device."""
-        for pages, length in zip(self.booked, self.lengths.tolist()):
-            used = -(-length // self.pool.page_size)
-            self.pool.give_back(pages[used:])
-            del pages[used:]
+        self.unbook([-(-length // self.pool.page_size) for length in self.lengths.tolist()])
+
+    def unbook(self, counts: Sequence[int]) -> None:
+        """Give back the pages of each row behind so many."""
+        for pages, count in zip(self.booked, counts):
+            self.pool.give_back(pages[count:])
+            del pages[count:]
         self.room = 0
         self.write_table()
 
     def release(self, rows: Iterable[int]) -> None:
-        """Forget the tokens of rows that are done, and give back their pages."""
-        rows = [int(row) for row in rows]
-        if not all(0 <= row < self.batch for row in rows):
-            raise ValueError(f"rows must lie between 0 and {self.batch - 1}, got {rows}.")
+        rows = row_numbers(rows, self.batch)
         for row in rows:
-            self.pool.give_back(self.booked[row])
-            self.booked[row] = []
             self.lengths[row] = 0
-        self.room = 0
-        self.write_table()
+        self.unbook([0 if row in rows else len(pages) for row, pages in enumerate(self.booked)])
 
     def reset(self) -> None:
         self.release(range(self.batch))
 
-    def level(self) -> int:
-        """Book as many pages for every row as the longest has; how many that are."""
-        count = max(map(len, self.booked))
-        self.book([count] * self.batch)
-        return count
+    def prepare_reorder(self, rows: Tensor) -> None:
+        """Book pages as well: they are copied and none is shared, so that every row gets as many as the longest."""
+        super().prepare_reorder(rows)
+        self.book([max(map(len, self.booked))] * self.batch)
 
-    def reorder(self, rows: Tensor) -> None:
-        """As in ``Cache``: pages are copied, none is shared, so that every row gets as many as the longest.
-
-        Raises:
-            ValueError: the pool has too few pages; nothing has changed.
-        """
-        self.check_rows(rows)
-        there = self.block_table[:, : self.level()].long()
+    def put_in_order(self, rows: Tensor) -> None:
+        there = self.block_table[:, : len(self.booked[0])].long()
         here = there[rows.long()]
         for x in self.store:
             x[there] = x[here]
         self.lengths.copy_(self.lengths[rows.long()])
         self.room = 0
+
+    def state(self) -> Any:
+        return self.lengths.clone(), [len(pages) for pages in self.booked]
+
+    def restore(self, state: Any) -> None:
+        """Go back to a state; pages that were booked since go back to the pool."""
+        lengths, counts = state
+        self.lengths.copy_(lengths)
+        if any(len(pages) > count for pages, count in zip(self.booked, counts)):
+            self.unbook(counts)

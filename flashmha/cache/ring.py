@@ -11,7 +11,7 @@ from ..problem.positions import MaskMod
 from ..problem.rules import Rule
 from ..problem.sizes import check_sizes
 from ..problem.windows import Window
-from .base import no_tokens
+from .allocation import no_tokens
 from .static import StaticCache
 
 
@@ -41,8 +41,8 @@ class RingCache(StaticCache):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        check_sizes(chunk=chunk)
         check_sizes(0, window=window, sinks=sinks)
+        check_sizes(chunk=chunk)
         super().__init__(
             batch, sinks + window + chunk, heads_kv, head_dim, head_dim_v=head_dim_v, device=device, dtype=dtype
         )

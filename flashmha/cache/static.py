@@ -7,7 +7,8 @@ from torch import Tensor
 
 from ..host.torch_state import keep_address
 from ..problem.sizes import check_sizes
-from .base import Cache, allocate, no_tokens
+from .allocation import allocate, no_tokens
+from .base import Cache
 
 
 class StaticCache(Cache):
@@ -55,12 +56,7 @@ class StaticCache(Cache):
         return self.k.nbytes + self.v.nbytes + self.lengths.nbytes + self.rows.nbytes
 
     def check_room(self, seqlen: int, held: list[int] | None) -> None:
-        longest = 0 if held is None else max(held)
-        if longest + seqlen > self.capacity:
-            raise ValueError(
-                f"max_seqlen must be at least {longest + seqlen} for {seqlen} tokens behind {longest}, got "
-                f"{self.capacity}: make a longer cache, or crop or reset it."
-            )
+        self.check_end(seqlen, [0] if held is None else held)
 
     def put(self, k: Tensor, v: Tensor, held: list[int] | None) -> None:
         if held is None or min(held) != max(held):

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from ..cache.base import Cache, Restorable
+from ..cache.base import Cache
 from ..cache.memory import MemoryCache
 from ..problem.documents import Documents
 from ..problem.masks import Mask
@@ -71,14 +71,11 @@ def read_memory(layer: Layer, cache: MemoryCache, given: Arguments) -> Arguments
             f"{spell(getattr(given if counted in given._fields else layer, counted))}: give the rows of the mask as a "
             "tensor, and positions= for rotary."
         )
-    key, value, axis = given.key, given.value, -2 if layer.batch_first or given.query.dim() == 2 else 0
+    key, value = given.key, given.value
     if not cache.filled:
         cache.update(*make_keys_values(layer, key, value, given.key_positions))
-    elif isinstance(key, Tensor) and key.shape[axis] != cache.seqlen:
-        raise ValueError(
-            f"key must be the memory of the cache, of {cache.seqlen} tokens, got {key.shape[axis]}: reset the cache "
-            "for another memory."
-        )
+    elif isinstance(key, Tensor):
+        check_memory(key, cache, layer.batch_first)
     return Arguments(  # a graph of torch 2.8 can hold no _replace
         given.query,
         key,
@@ -92,6 +89,17 @@ def read_memory(layer: Layer, cache: MemoryCache, given: Arguments) -> Arguments
         given.positions,
         kv=(cache.k, cache.v),
     )
+
+
+def check_memory(key: Tensor, cache: MemoryCache, batch_first: bool) -> None:
+    """Raise where keys, which are not read, are as many as those of no memory that was projected."""
+    sizes = (1, key.shape[0]) if key.dim() == 2 else (key.shape[0], key.shape[1])
+    batch, seqlen = sizes if batch_first or key.dim() == 2 else sizes[::-1]
+    if (batch, seqlen) != (cache.batch, cache.seqlen):
+        raise ValueError(
+            f"key must be the memory of the cache, batch={cache.batch} seqlen={cache.seqlen}, got batch={batch} seqlen="
+            f"{seqlen}: reset the cache for another memory."
+        )
 
 
 class CacheStep(NamedTuple):
@@ -128,6 +136,14 @@ def begin_step(layer: Layer, cache: Cache | MemoryCache, call: Reading) -> Cache
         call.padding.check(cache.batch, 1, seqlen, seqlen)
     real = None if call.padding is None else call.valid
     return CacheStep(cache, real, None if layer.rotary is None else cache.positions(seqlen, real))
+
+
+class Restorable(Protocol):
+    """What goes back to a state."""
+
+    def state(self) -> Any: ...
+
+    def restore(self, state: Any) -> None: ...
 
 
 @contextlib.contextmanager

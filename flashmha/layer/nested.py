@@ -19,9 +19,12 @@ def check_nested(layer: Layer, given: Arguments) -> None:
     query, key, value, key_padding_mask, _, attn_mask, *_ = given
     for name in ("positions", "key_positions", "kv", "cache"):
         if getattr(given, name) is not None:
+            fix = f"{PACK}, and takes {name}"
+            if name == "cache":
+                fix = "give padded rows, query.to_padded_tensor(0.0), and say in key_padding_mask what is padding"
             raise AssertionError(
                 f"{name} beside NestedTensor input is not supported: every item counts from 0, and has keys of its "
-                f"own; {PACK}, and takes {name}"
+                f"own; {fix}"
             )
     if query.dim() != 3:
         raise AssertionError(

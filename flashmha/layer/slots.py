@@ -16,7 +16,8 @@ from torch import Tensor
 
 from ..backends.choice.choose import reads_pages
 from ..backends.choice.wishes import Wanted
-from ..cache.base import Cache, first_real, refuse_gradients
+from ..cache.base import Cache, first_real
+from ..cache.checks import refuse_gradients
 from ..cache.ring import RingCache
 from ..host.torch_state import surely
 from ..problem.cached import OwnTokens

@@ -194,7 +194,9 @@ class PlainStep:
 
 def attend_alone(layer: Layer, query: Tensor, key: Tensor, value: Tensor, cache: object) -> Tensor | None:
     """The output of one layer beside no mask; ``None`` where ``forward`` has to look closer, and nothing is changed."""
-    if is_compiling() or type(query) is not Tensor or key is not value or query.is_nested or key.is_nested:
+    if is_compiling() or type(query) is not Tensor or type(key) is not Tensor or key is not value:
+        return None
+    if query.is_nested or key.is_nested:
         return None
     step = PlainStep(query)
     if not step.plain:

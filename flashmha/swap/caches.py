@@ -14,6 +14,7 @@ from ..cache.pages import PagedCache, PagePool
 from ..cache.ring import RingCache
 from ..cache.static import StaticCache
 from ..host.torch_state import computed_in
+from ..layer.cached import undone_where_it_fails
 from ..layer.module import FlashMultiHeadAttention
 from ..layer.projection import sizes_of
 from ..problem.sizes import check_sizes
@@ -31,9 +32,19 @@ class KVCache:
 
     Args:
         caches: name of a layer -> its cache.
+
+    Raises:
+        ValueError: two layers have one cache, in which each would write over the other.
     """
 
     def __init__(self, caches: Mapping[str, One]) -> None:
+        names: dict[int, str] = {}
+        for name, cache in caches.items():
+            first = names.setdefault(id(cache), name)
+            if first != name:
+                raise ValueError(
+                    f"caches must be one for each layer, got one {type(cache).__name__} for {first} and {name}."
+                )
         self.parts: dict[str, One | KVCache] = {}
         inside: dict[str, dict[str, One]] = {}
         for name, cache in caches.items():
@@ -72,7 +83,7 @@ class KVCache:
             batch: rows.
             max_seqlen: tokens that a row has room for.
             chunk: layers with a ``window`` get a ``RingCache`` that takes so many tokens a call, where that is smaller.
-            page_size: layers get a ``PagedCache``, each out of a ``PagePool`` of its own.
+            page_size: other layers get a ``PagedCache``, each out of a ``PagePool`` of its own.
             pages: how many pages a pool has; default as many as all rows of ``max_seqlen`` need.
             memory_seqlen: keys of the memory, whose place is then allocated here, as CUDA graphs want it.
             device, dtype: of the heads; default those of each layer's parameters, and autocast's dtype inside autocast.
@@ -82,7 +93,8 @@ class KVCache:
         """
         if pages is not None and page_size is None:
             raise ValueError(f"page_size must be given beside pages, got None beside pages={pages}.")
-        check_sizes(max_seqlen=max_seqlen, page_size=1 if page_size is None else page_size)
+        sizes = {"chunk": chunk, "page_size": page_size, "pages": pages, "memory_seqlen": memory_seqlen}
+        check_sizes(**{name: size for name, size in sizes.items() if size is not None})
 
         def make(layer: FlashMultiHeadAttention, crosses: bool) -> One:
             _, heads_kv, head_dim, head_dim_v = sizes_of(layer)
@@ -90,11 +102,11 @@ class KVCache:
             left = None if layer.window is None else layer.window.left
             if crosses:
                 return MemoryCache(batch, heads_kv, head_dim, seqlen=memory_seqlen, **told)
+            if chunk is not None and left is not None and left + chunk < max_seqlen:
+                return RingCache(batch, left, heads_kv, head_dim, chunk=chunk, **told)
             if page_size is not None:
                 count = -(-max_seqlen // page_size) * batch if pages is None else pages
                 return PagedCache(PagePool(count, page_size, heads_kv, head_dim, **told), batch, max_seqlen)
-            if chunk is not None and left is not None and left + chunk < max_seqlen:
-                return RingCache(batch, left, heads_kv, head_dim, chunk=chunk, **told)
             return StaticCache(batch, max_seqlen, heads_kv, head_dim, **told)
 
         made = {name: make(layer, crosses) for name, layer, crosses in find_layers(model)}
@@ -131,7 +143,7 @@ class KVCache:
         return [cache for _, cache in self.named_caches()]
 
     def growing(self) -> list[Cache]:
-        """The caches of self-attention, which hold more tokens with each call."""
+        """The caches of self-attention, which grow with every call."""
         return [cache for cache in self.caches() if isinstance(cache, Cache)]
 
     def paged(self) -> list[PagedCache]:
@@ -151,10 +163,11 @@ class KVCache:
 
     def reorder(self, rows: Tensor) -> None:
         """Row i becomes what row ``rows[i]`` was, in every layer: (batch,) integers."""
-        for paged in self.paged():
-            paged.level()  # before the first row moves, since a pool may have too few pages
+        with undone_where_it_fails(self):  # pages of one pool may not do for all layers
+            for cache in self.caches():
+                cache.prepare_reorder(rows)
         for cache in self.caches():
-            cache.reorder(rows)
+            cache.put_in_order(rows)
 
     def crop(self, length: int | Tensor) -> None:
         """Keep the first ``length`` tokens of each row, see ``Cache.crop``."""
@@ -165,8 +178,8 @@ class KVCache:
     def keep(self, length: int | Tensor, chosen: Tensor) -> None:
         """Of the tokens behind ``length`` keep the chosen ones, see ``Cache.keep``."""
         caches = self.growing()
-        for cache, left in zip(caches, [cache.kept(length, chosen) for cache in caches]):
-            cache.move(left, chosen)
+        for cache, moved in zip(caches, [cache.kept(length, chosen) for cache in caches]):
+            cache.move(moved)
 
     def reset(self) -> None:
         """Forget every token, and the memory."""
@@ -174,14 +187,15 @@ class KVCache:
             cache.reset()
 
     def reserve(self, seqlen: int) -> None:
-        """Book the pages of ``seqlen`` tokens more, as a compiled step or a CUDA graph wants it."""
-        for cache in self.paged():
-            cache.reserve(seqlen)
+        """Make sure of room for ``seqlen`` tokens more, see ``Cache.reserve``."""
+        with undone_where_it_fails(self):
+            for cache in self.growing():
+                cache.reserve(seqlen)
 
     def release(self, rows: Iterable[int]) -> None:
-        """Forget rows that are done, and give back their pages."""
+        """Forget the tokens of rows that are done, see ``Cache.release``; the memory stays."""
         rows = list(rows)
-        for cache in self.paged():
+        for cache in self.growing():
             cache.release(rows)
 
     def trim(self) -> None:

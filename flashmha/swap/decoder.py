@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..host.torch_state import is_compiling
 from ..layer.cached import undone_where_it_fails
 from ..layer.written import Written
-from .caches import check_kv_cache
+from .caches import KVCache, check_kv_cache
 from .encoder import found_causal
 from .known import DECODER_BLOCKS
 from .steps import run_step
@@ -72,7 +72,7 @@ class FlashTransformerDecoderLayer(nn.TransformerDecoderLayer):
     @torch.jit.unused
     def _behind(self, x: Tensor, memory: Tensor, masks: Masks, of_memory: Masks, cache: Any) -> Tensor:
         """``forward`` behind the tokens of a cache, which is as it was if something fails on the way."""
-        with contextlib.nullcontext() if is_compiling() else undone_where_it_fails(check_kv_cache(cache)):
+        with undoing(check_kv_cache(cache)):
             if self.norm_first:
                 y = self.norm1(x)
                 x = x + self.dropout1(self._attend("self_attn", y, y, *masks, cache))
@@ -176,7 +176,12 @@ def run_decoder(
     made = None if is_compiling() else run_step(decoder, output, memory, masks, held["layers"])
     if made is not None:
         return made
-    with contextlib.nullcontext() if is_compiling() else undone_where_it_fails(held):
+    with undoing(held):
         for number, layer in enumerate(decoder.layers):
             output = layer(output, memory, **masks, cache=held["layers"][str(number)])
     return output
+
+
+def undoing(cache: KVCache) -> contextlib.AbstractContextManager[None]:
+    """What puts a cache back where a call fails; nothing under a compiler, whose graph runs as a whole."""
+    return contextlib.nullcontext() if is_compiling() else undone_where_it_fails(cache)

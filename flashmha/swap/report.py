@@ -10,9 +10,10 @@ from ..layer.features import find_overridden, is_ours
 from ..layer.module import FlashMultiHeadAttention
 from ..layer.options import find_set, spell_option
 from ..layer.projection import why_unheard
-from .encoder import FlashTransformerEncoder
+from .decoder import FlashTransformerDecoder, FlashTransformerDecoderLayer
+from .encoder import FlashTransformerEncoder, is_stock
 from .known import find_unknown
-from .modules import CLASS, UNDO, check_model, walk, why_not_yet, why_own_forward, why_stock_stays
+from .modules import CLASS, UNDO, check_model, holds, walk, why_not_yet, why_own_forward, why_stock_stays
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,7 +30,7 @@ class SwapRow:
 
 
 class SwapReport(tuple[SwapRow, ...]):
-    """One row for each ``nn.MultiheadAttention`` of a model, and for each encoder around them; print it."""
+    """One row for each ``nn.MultiheadAttention`` of a model, and for each encoder or decoder around them; print it."""
 
     def __str__(self) -> str:
         return "\n".join(map(str, self)) or "no nn.MultiheadAttention in this model"
@@ -60,7 +61,25 @@ def swap_report(model: nn.Module) -> SwapReport:
             rows.append(
                 SwapRow(name, kind, True, "; ".join(kept or ["calls self_attn in eval too", *describe_padding(module)]))
             )
+        elif isinstance(module, DECODERS) and holds(module, FlashMultiHeadAttention):
+            why_none = why_no_cache(module)
+            rows.append(SwapRow(name, kind, why_none is None, why_none or "takes a cache"))
     return SwapReport(rows)
+
+
+DECODERS = (nn.TransformerDecoder, nn.TransformerDecoderLayer)
+
+
+def why_no_cache(module: nn.Module) -> str | None:
+    """Say why a decoder or a layer of one, whose attention was swapped, takes no cache; ``None`` where it does."""
+    if isinstance(module, (FlashTransformerDecoder, FlashTransformerDecoderLayer)):
+        return None
+    stock = next(kind for kind in DECODERS if isinstance(module, kind))
+    if type(module) is not stock:
+        return f"takes no cache: a subclass of nn.{stock.__name__}, whose own code a swap would lose"
+    if not is_stock(module, stock):
+        return "takes no cache: its forward is not PyTorch's"
+    return "takes no cache: replace_mha did not swap all that is in it"
 
 
 def describe_padding(module: nn.Module) -> list[str]:

@@ -28,7 +28,7 @@ def run_step(
     for name in SILENT:
         if masks[name] is not None and masks[name] is not False:
             return None
-    if tgt.is_nested or memory.is_nested:
+    if tgt.is_nested or not isinstance(memory, Tensor) or memory.is_nested:
         return None
     step = DecoderStep(tgt, memory, masks["memory_key_padding_mask"], caches)
     if not step.plain or not eager(memory) or memory.dim() != 3 or find_unknown_layers(decoder) is not None:
