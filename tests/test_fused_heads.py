@@ -90,20 +90,23 @@ def test_one_pass_is_the_definition(
         assert float((mine.double() - one).abs().max()) <= allowed
 
 
-@given(kind=st.sampled_from(("rms", "layer")), seed=seeds())
+@given(kind=st.sampled_from(("rms", "layer")), akin=st.booleans(), seed=seeds())
 @settings(parent=fewer(5))
-def test_gradients_are_differentiable_again(machine: torch.device, kind: str, seed: int) -> None:
+def test_gradients_are_differentiable_again(machine: torch.device, kind: str, akin: bool, seed: int) -> None:
     q = noise(seed, 1, 3, 2, 8, dtype=torch.float32, device="cpu").to(machine).requires_grad_()
     norm, rotary = norm_of(kind, 8, seed, machine), flashmha.Rotary(8).to(machine)
     assert norm is not None
     found = []
     for fused in (True, False):
-        rotation = rotary.rotation(q, None, None, None)
+        k = q.sin() if akin else None  # keys made of queries
+        rotation = rotary.rotation(q, k, None, None)
         if fused:
-            made = fused_heads.prepare(q, None, know(norm, 8, q.device), None, rotation)[0]
+            own = know(norm, 8, q.device)
+            made = fused_heads.prepare(q, k, own, own if akin else None, rotation)
         else:
-            made = rotation.apply(norm(q), None)[0]
-        (grad,) = torch.autograd.grad((made**3).sum(), q, create_graph=True)
+            made = rotation.apply(norm(q), None if k is None else norm(k))
+        total = torch.stack([(x**3).sum() for x in made if x is not None]).sum()
+        (grad,) = torch.autograd.grad(total, q, create_graph=True)
         found.append(torch.autograd.grad((grad**2).sum(), q)[0])
     scale = max(1.0, float(found[1].abs().max()))
     assert float((found[0] - found[1]).abs().max()) <= 1e-3 * scale

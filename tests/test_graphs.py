@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import io
 import warnings
@@ -23,7 +24,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
-from flashmha import FlashMultiHeadAttention
+from flashmha import AlibiBias, FlashMultiHeadAttention, RelativePositionBias, Rotary
 from flashmha.backends import register, unregister
 from flashmha.backends.naive import Naive
 from flashmha.testing import Blueprint, Call, ask, assert_same, blueprints, problems
@@ -39,6 +40,16 @@ MASKS_OF_ONE_TYPE = (
     ("none", "float 3-D"),
     ("bool", "bool causal"),
     ("float", "float 2-D"),
+)
+PARTS: tuple[dict[str, Any], ...] = (
+    {},
+    {"window": (2, 1)},
+    {"num_kv_heads": 1},
+    {"softcap": 3.0},
+    {"sinks": torch.zeros(2)},
+    {"position_bias": RelativePositionBias(2, num_buckets=8, max_distance=6)},
+    {"position_bias": AlibiBias(2, learned=True), "causal": True},
+    {"qk_norm": "rms", "rotary": Rotary(4), "causal": True},
 )
 HIDING = ("none", "bool 2-D", "float 2-D", "bool 3-D", "bool causal")
 
@@ -109,16 +120,22 @@ def test_a_compiled_layer_is_one_graph_with_the_numbers_of_the_eager_one(
         assert_same(gradient, wanted[name], name)
 
 
-@pytest.mark.parametrize("need_weights", [False, True])
-@pytest.mark.parametrize("training", [False, True])
-@given(masks=st.sampled_from(MASKS_OF_ONE_TYPE), seed=st.integers(0, 9))
+@pytest.mark.parametrize("features", PARTS, ids=str)
+@given(
+    masks=st.sampled_from(MASKS_OF_ONE_TYPE),
+    need_weights=st.booleans(),
+    training=st.booleans(),
+    seed=st.integers(0, 9),
+)
 # Dynamo keeps floats in tensors of the default type, which the suite makes one of the GPU there, and cannot read them
 @torch._dynamo.config.patch(specialize_float=True)
-@slow
-def test_one_frame_serves_every_size(need_weights: bool, training: bool, masks: tuple[str, str], seed: int) -> None:
+@settings(slow, max_examples=2)
+def test_one_frame_serves_every_size(
+    features: dict[str, Any], need_weights: bool, training: bool, masks: tuple[str, str], seed: int
+) -> None:
     torch._dynamo.reset()
     blueprint = Blueprint(dtype=torch.float64, seed=seed)  # masks hold -1e4, beside which float32 is coarse
-    layer = blueprint.build(FlashMultiHeadAttention).train(training)
+    layer = blueprint.build(FlashMultiHeadAttention, **copy.deepcopy(features)).train(training)
     counter = CompileCounter()
     compiled = torch.compile(layer, fullgraph=True, backend=counter, dynamic=True)
     for batch, seqlen in ((2, 5), (3, 7), (4, 6), (5, 11)):
@@ -229,7 +246,7 @@ def test_a_graph_broken_inside_a_layer_gives_the_numbers_of_the_eager_one(
     need_weights=st.booleans(),
     training=st.booleans(),
     padding=st.sampled_from(("none", "bool")),
-    features=st.sampled_from(({}, {"window": (2, 1)}, {"num_kv_heads": 1})),
+    features=st.sampled_from(PARTS),
     seed=st.integers(0, 9),
 )
 @slow
@@ -237,7 +254,7 @@ def test_an_exported_layer_holds_aten_alone_and_takes_other_sizes(
     strict: bool, need_weights: bool, training: bool, padding: str, features: dict[str, Any], seed: int
 ) -> None:
     blueprint = Blueprint(seed=seed)
-    layer = blueprint.build(FlashMultiHeadAttention, **features).train(training)
+    layer = blueprint.build(FlashMultiHeadAttention, **copy.deepcopy(features)).train(training)
     # torch pads a mask for its GPU kernel to a multiple of 8 keys, and fixes the length it was exported with
     assume(next(layer.parameters()).device.type == "cpu" or (padding == "none" and "window" not in features))
     model = Exported(layer, need_weights).train(training)

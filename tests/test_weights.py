@@ -189,6 +189,51 @@ def test_an_output_of_a_fused_kernel_can_be_differentiated_twice(case: Case, loo
         torch.testing.assert_close(ours, theirs, atol=1e-9, rtol=1e-9)
 
 
+class Akin(FlashMultiHeadAttention):
+    """Heads made of one another, as a layer's own hops may make them."""
+
+    kin = ""
+
+    def process_heads(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        if self.kin == "keys are queries":
+            return q, q, v
+        return (q, k, k) if self.kin == "values are keys" else (q, k, v)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, *, bias: Any = None, **call: Any) -> Tensor:
+        if self.kin == "a bias of keys":
+            bias = flashmha.TensorBias(k.sum(-1).transpose(1, 2)[:, :, None]) + bias
+        return super().attend(q, k, v, bias=bias, **call)
+
+
+@given(
+    kin=st.sampled_from(("keys are queries", "values are keys", "a bias of keys")),
+    backend=st.sampled_from((None, "naive", "fused")),
+    seqlen=st.sampled_from((3, 60)),  # weights at once, and those that wait
+    average=st.booleans(),
+    look=st.booleans(),
+    seed=seeds(),
+)
+def test_heads_made_of_one_another_get_their_gradient_once(
+    kin: str, backend: str | None, seqlen: int, average: bool, look: bool, seed: int
+) -> None:
+    assume((kin, backend) != ("a bias of keys", "fused"))  # which has no gradient of a bias
+    torch.manual_seed(seed)
+    layer = Akin(8, 2, batch_first=True, dtype=torch.float64)
+    layer.kin = kin
+    x = noise(seed, 1, seqlen, 8, dtype=torch.float64).requires_grad_()
+    register(Fused)
+    try:
+        found = layer(x, x, x, average_attn_weights=average, backend=backend)[: 1 + look]
+        toward = [noise(seed + 1 + i, *one.shape, dtype=one.dtype) for i, one in enumerate(found)]
+        (once,) = torch.autograd.grad(found, x, toward, retain_graph=True)
+        (again,) = torch.autograd.grad(found, x, toward, create_graph=True)
+        (many,) = torch.autograd.grad(found, x, [one[None] for one in toward], is_grads_batched=True)
+    finally:
+        unregister("fused")
+    torch.testing.assert_close(again, once, atol=1e-9, rtol=1e-9)
+    torch.testing.assert_close(many[0], once, atol=1e-9, rtol=1e-9)
+
+
 class Largest(TorchDispatchMode):
     """The most elements any operator's result held, also inside of a deferred tensor, and the operators that ran."""
 

@@ -57,8 +57,10 @@ def define_gradients(grads: Sequence[Tensor], xs: Sequence[Tensor], plan: Plan) 
         grads = [rotate(grad, (cos, -sin), plan.rotation.interleaved) for grad in grads]
     if not plan.norms:
         return list(grads)
-    again, given = torch.is_grad_enabled(), [*xs, *plan.parameters]
+    again = torch.is_grad_enabled()
     with torch.enable_grad():
+        xs = [x.view_as(x) for x in xs]  # k may be made of q, and its gradient must not go there once more
+        given = [*xs, *plan.parameters]
         made = [normalize_as(norm, x) for norm, x in zip(plan.norms, xs)]
     found = iter(torch.autograd.grad(made, [x for x in given if x.requires_grad], grads, create_graph=again))
     return [next(found) if x.requires_grad else None for x in given]

@@ -27,7 +27,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ..host.torch_state import is_dense
+from ..host.torch_state import is_compiling, is_dense
 from .bias_values import add_biases
 from .positions import IndexGrid, Restarts, by_index, check_broadcast, find_device, look_up_in, narrowed_to
 from .rebuilding import Rebuild, Several
@@ -197,6 +197,17 @@ class ALiBi(Bias):
         return f"ALiBi({tuple(self.slopes.shape)})"
 
 
+def slide(line: Tensor, rows: int, columns: int) -> Tensor:
+    """Windows (heads, rows, columns) of lines (heads, rows + columns): the first starts at 1, each next one further."""
+    if not is_compiling():
+        return line.unfold(-1, columns, 1).narrow(1, 1, rows)
+    # unfold binds a graph to its size: the line again and again, end to end, and cut into rows of one number more
+    line = line[:, 1:]
+    width = line.shape[1]
+    again = line[:, None].expand(-1, rows + 1, -1).flatten(1)[:, : rows * (width + 1)]
+    return again.view(-1, rows, width + 1).narrow(2, 0, columns)
+
+
 class RelativeBias(Bias):
     """A learned table by distance: ``table[h, clamp(k_pos - q_pos, -reach, reach) + reach]``.
 
@@ -234,15 +245,15 @@ class RelativeBias(Bias):
         _, _, seqlen_q, seqlen_k, _, documents, queries, keys = grid
         if documents is not None:  # distances start again
             return super().dense(grid)
-        queries = range(seqlen_q) if queries is None else queries
-        keys = range(seqlen_k) if keys is None else keys
+        # no range of a size, which would bind a compiler's graph to it
+        end, rows = (seqlen_q, seqlen_q) if queries is None else (queries.stop, len(queries))
+        start, columns = (0, seqlen_k) if keys is None else (keys.start, len(keys))
         # a row is the one before it, one key further on: windows of one line of distances, which takes no index for
         # every score, nor a sum by index in a backward
-        reach, rows, columns = self.table.shape[1] // 2, len(queries), len(keys)
-        first = keys.start - queries.stop - (seqlen_k - seqlen_q)
+        reach, first = self.table.shape[1] // 2, start - end - (seqlen_k - seqlen_q)
         distances = torch.arange(first, first + rows + columns, device=self.table.device).clamp(-reach, reach)
         line = self.table[:, distances + reach]
-        return line.unfold(-1, columns, 1)[None, :, 1:].flip(-2)
+        return slide(line, rows, columns)[None].flip(-2)
 
     def __repr__(self) -> str:
         return f"RelativeBias({tuple(self.table.shape)})"

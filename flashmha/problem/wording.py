@@ -7,7 +7,12 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from ..host.torch_state import is_dense
+from ..host.torch_state import is_compiling, is_dense
+
+
+def say_size(name: str, size: int) -> str:
+    """A size of a problem by its name; without its number under a compiler, whose graph that would bind to it."""
+    return name if is_compiling() else f"{name}={size}"
 
 
 def spell(thing: object) -> str:

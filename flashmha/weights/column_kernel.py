@@ -78,13 +78,15 @@ def columns_kernel(
         whole = tl.cdiv(tl.maximum(first_key + BLOCK_N - 1 - high, start), BLOCK_M) * BLOCK_M
         rest = tl.maximum(tl.minimum(first_key - low + 1, seqlen_q), 0) // BLOCK_M * BLOCK_M
         rest = tl.maximum(rest, whole)
+    sizes, window, tokens = (seqlen_q, seqlen_k), (low, high), (q_row, k_key)
+    steps, bias_steps = (dense_row, dense_key), (bias_row, bias_key)
     rows = tl.arange(0, BLOCK_M)
     total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for number in range(first_head, first_head + count):
         head = tl.cast(number, tl.int64)
-        key_tile = None
+        key_tile, k_place = None, k + head // group * k_head
         if CHUNK >= HEAD_DIM:
-            key_tile = load_tokens(k + head // group * k_head, keys_left, k_key, HEAD_DIM, 0, CHUNK, BLOCK_N)
+            key_tile = load_tokens(k_place, keys_left, k_key, HEAD_DIM, 0, CHUNK, BLOCK_N)
         for piece in tl.static_range(PIECES):
             first, last = start, stop
             if PIECES == 3 and piece == 0:
@@ -95,46 +97,18 @@ def columns_kernel(
                 first = rest
             for first_row in range(first, last, BLOCK_M):
                 row, rows_left = tl.cast(first_row, tl.int64), seqlen_q - first_row
-                score = multiply(
-                    q + head * q_head + row * q_row,
-                    k + head // group * k_head,
-                    (q_row, k_key),
-                    (rows_left, keys_left),
-                    HEAD_DIM,
-                    CHUNK,
-                    BLOCK_M,
-                    BLOCK_N,
-                    keys=key_tile,
-                )
+                left, q_place = (rows_left, keys_left), q + head * q_head + row * q_row
+                score = multiply(q_place, k_place, tokens, left, HEAD_DIM, CHUNK, BLOCK_M, BLOCK_N, keys=key_tile)
                 added, table = bias, dense
                 if bias is not None:
                     added += head * bias_head + row * bias_row
-                part = exponentiate(
-                    score,
-                    shift,
-                    factor,
-                    (batch * heads + head) * seqlen_q + row + tl.minimum(rows, rows_left - 1),
-                    added,
-                    (bias_row, bias_key),
-                    (rows_left, keys_left),
-                    scale,
-                    softcap,
-                    SOFTCAP,
-                )
+                statistic = (batch * heads + head) * seqlen_q + row + tl.minimum(rows, rows_left - 1)
+                part = exponentiate(score, shift, factor, statistic, added, bias_steps, left, scale, softcap, SOFTCAP)
                 if MASKED and not (PIECES == 3 and piece == 1):
                     if dense is not None:
                         table += head * dense_head + row * dense_row
-                    seen = find_visible(
-                        (first_row, first_key),
-                        (seqlen_q, seqlen_k),
-                        (low, high),
-                        None,
-                        table,
-                        (dense_row, dense_key),
-                        WINDOW,
-                        BLOCK_M,
-                        BLOCK_N,
-                    )
+                    at = (first_row, first_key)
+                    seen = find_visible(at, sizes, window, None, table, steps, WINDOW, BLOCK_M, BLOCK_N)
                     total += tl.where(seen, part, 0.0)
                 else:
                     total += tl.where((rows < rows_left)[:, None], part, 0.0)

@@ -116,59 +116,36 @@ def gradient_of_q_kernel(
         stop = tl.minimum(tl.minimum(first_row + BLOCK_M, seqlen_q) + high, seqlen_k)
     left = load_tokens(q + batch * q_batch + head * q_head + row * q_row, rows_left, q_row, HEAD_DIM, 0, CHUNK, BLOCK_M)
     average = tl.zeros((BLOCK_M,), tl.float32)
-    for first_key in range(start, stop, BLOCK_N):
-        right = load_tokens(
-            k + tl.cast(first_key, tl.int64) * k_key, seqlen_k - first_key, k_key, HEAD_DIM, 0, CHUNK, BLOCK_N
-        )
-        made, back = load_weights_and_gradient(
-            left,
-            right,
-            shift,
-            factor,
-            statistic,
-            valid,
-            dense,
-            bias,
-            grad,
-            (first_row, first_key),
-            (seqlen_q, seqlen_k),
-            (low, high),
-            (dense_row, dense_key),
-            (bias_row, bias_key),
-            (grad_row, grad_key),
-            scale,
-            WINDOW,
-            BLOCK_M,
-            BLOCK_N,
-        )
-        average += tl.sum(made * back, axis=1)
     total = tl.zeros((BLOCK_M, CHUNK), tl.float32)
-    for first_key in range(start, stop, BLOCK_N):
-        right = load_tokens(
-            k + tl.cast(first_key, tl.int64) * k_key, seqlen_k - first_key, k_key, HEAD_DIM, 0, CHUNK, BLOCK_N
-        )
-        made, back = load_weights_and_gradient(
-            left,
-            right,
-            shift,
-            factor,
-            statistic,
-            valid,
-            dense,
-            bias,
-            grad,
-            (first_row, first_key),
-            (seqlen_q, seqlen_k),
-            (low, high),
-            (dense_row, dense_key),
-            (bias_row, bias_key),
-            (grad_row, grad_key),
-            scale,
-            WINDOW,
-            BLOCK_M,
-            BLOCK_N,
-        )
-        total = tl.dot((made * (back - average[:, None])).to(right.dtype), right, total)
+    for second in tl.static_range(2):  # the mean takes all keys, and the gradient the mean
+        for first_key in range(start, stop, BLOCK_N):
+            key, keys_left = tl.cast(first_key, tl.int64), seqlen_k - first_key
+            right = load_tokens(k + key * k_key, keys_left, k_key, HEAD_DIM, 0, CHUNK, BLOCK_N)
+            made, back = load_weights_and_gradient(
+                left,
+                right,
+                shift,
+                factor,
+                statistic,
+                valid,
+                dense,
+                bias,
+                grad,
+                (first_row, first_key),
+                (seqlen_q, seqlen_k),
+                (low, high),
+                (dense_row, dense_key),
+                (bias_row, bias_key),
+                (grad_row, grad_key),
+                scale,
+                WINDOW,
+                BLOCK_M,
+                BLOCK_N,
+            )
+            if second:
+                total = tl.dot((made * (back - average[:, None])).to(right.dtype), right, total)
+            else:
+                average += tl.sum(made * back, axis=1)
     rows, dims = tl.arange(0, BLOCK_M), tl.arange(0, CHUNK)
     real = rows < rows_left
     tl.store(mean + statistic + first_row + rows, average, mask=real)

@@ -62,6 +62,7 @@ class Weights(torch.autograd.Function):
             dq, dk, *rest = Unmade(recipe).gradients(of_weights, (*needed[1:3], *needed[FIRST:]))
             return of_out, dq, dk, *nothing[3:FIRST], *rest
         with torch.enable_grad():
+            q, k, v, *learned = (apart(x) for x in (q, k, v, *learned))
             defined = [] if of_weights is None else [(recipe.define(q, k, learned), of_weights)]
             if v is not None and of_out is not None and again:
                 spec = recipe.spec if ctx.spec_again is None else ctx.spec_again(tensors[held:])
@@ -79,6 +80,11 @@ class Weights(torch.autograd.Function):
 
 FIRST = 7
 """The place of the first learned tensor among the inputs of ``Weights``."""
+
+
+def apart(x: Any) -> Any:
+    """A tensor as a view of its own, so that its gradient takes no way through another that was made of it."""
+    return None if x is None else x.view_as(x)
 
 
 def take_tensors_out(spec: AttentionSpec) -> tuple[tuple[Tensor, ...], Callable[[Sequence[Tensor]], AttentionSpec]]:

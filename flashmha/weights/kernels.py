@@ -75,6 +75,7 @@ def statistics_kernel(
     if WINDOW:
         start = tl.maximum(first_row + low, 0) // BLOCK_N * BLOCK_N
         stop = tl.minimum(tl.minimum(first_row + BLOCK_M, seqlen_q) + high, seqlen_k)
+    sizes, window, steps = (seqlen_q, seqlen_k), (low, high), (dense_row, dense_key)
     largest = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
     for first_key in range(start, stop, BLOCK_N):
@@ -87,17 +88,8 @@ def statistics_kernel(
         table = dense
         if dense is not None:
             table += key * dense_key
-        seen = find_visible(
-            (first_row, first_key),
-            (seqlen_q, seqlen_k),
-            (low, high),
-            valid,
-            table,
-            (dense_row, dense_key),
-            WINDOW,
-            BLOCK_M,
-            BLOCK_N,
-        )
+        first = (first_row, first_key)
+        seen = find_visible(first, sizes, window, valid, table, steps, WINDOW, BLOCK_M, BLOCK_N)
         score = tl.where(seen, score, float("-inf"))
         known = largest
         largest = tl.maximum(known, tl.max(score, axis=1))
@@ -167,7 +159,9 @@ def weights_kernel(
     height = tl.minimum(tiles_q - above, BAND)
     first_row, first_key = (above + inside % height) * BLOCK_M, inside // height * BLOCK_N
     row, key = first_row.to(tl.int64), first_key.to(tl.int64)
-    rows_left, keys_left = seqlen_q - first_row, seqlen_k - first_key
+    left = (seqlen_q - first_row, seqlen_k - first_key)
+    first, sizes, window = (first_row, first_key), (seqlen_q, seqlen_k), (low, high)
+    tokens, steps, bias_steps = (q_row, k_key), (dense_row, dense_key), (bias_row, bias_key)
 
     parts = heads // count
     batch, first_head = (place // parts).to(tl.int64), place % parts * count
@@ -180,7 +174,7 @@ def weights_kernel(
     if bias is not None:
         bias += batch * bias_batch + row * bias_row + key * bias_key
     rows = tl.arange(0, BLOCK_M)
-    statistic = batch * heads * seqlen_q + row + tl.minimum(rows, rows_left - 1)
+    statistic = batch * heads * seqlen_q + row + tl.minimum(rows, left[0] - 1)
 
     stop = first_head + count
     if WINDOW:  # a tile that is wholly hidden has no heads
@@ -190,62 +184,25 @@ def weights_kernel(
     total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for number in range(first_head, stop):
         head = tl.cast(number, tl.int64)
-        score = multiply(
-            q + head * q_head,
-            k + head // group * k_head,
-            (q_row, k_key),
-            (rows_left, keys_left),
-            HEAD_DIM,
-            CHUNK,
-            BLOCK_M,
-            BLOCK_N,
-        )
+        q_place, k_place = q + head * q_head, k + head // group * k_head
+        score = multiply(q_place, k_place, tokens, left, HEAD_DIM, CHUNK, BLOCK_M, BLOCK_N)
         table = bias
         if bias is not None:
             table += head * bias_head
-        part = exponentiate(
-            score,
-            shift,
-            factor,
-            statistic + head * seqlen_q,
-            table,
-            (bias_row, bias_key),
-            (rows_left, keys_left),
-            scale,
-            softcap,
-            SOFTCAP,
-        )
+        places = statistic + head * seqlen_q
+        part = exponentiate(score, shift, factor, places, table, bias_steps, left, scale, softcap, SOFTCAP)
         if BY_HEAD:
-            seen = find_visible(
-                (first_row, first_key),
-                (seqlen_q, seqlen_k),
-                (low, high),
-                valid,
-                dense + head * dense_head,
-                (dense_row, dense_key),
-                WINDOW,
-                BLOCK_M,
-                BLOCK_N,
-            )
+            mine = dense + head * dense_head
+            seen = find_visible(first, sizes, window, valid, mine, steps, WINDOW, BLOCK_M, BLOCK_N)
             part = tl.where(seen, part, 0.0)
         total += part
     if not BY_HEAD:
-        seen = find_visible(
-            (first_row, first_key),
-            (seqlen_q, seqlen_k),
-            (low, high),
-            valid,
-            dense,
-            (dense_row, dense_key),
-            WINDOW,
-            BLOCK_M,
-            BLOCK_N,
-        )
+        seen = find_visible(first, sizes, window, valid, dense, steps, WINDOW, BLOCK_M, BLOCK_N)
         total = tl.where(seen, total, 0.0)
     out += place.to(tl.int64) * seqlen_q * seqlen_k + row * seqlen_k + key
     keys = tl.arange(0, BLOCK_N)
     entries = out + rows[:, None] * seqlen_k + keys[None, :]
-    real = (rows < rows_left)[:, None] & (keys < keys_left)[None, :]
+    real = (rows < left[0])[:, None] & (keys < left[1])[None, :]
     tl.store(entries, (total / count).to(out.dtype.element_ty), mask=real)
 
 

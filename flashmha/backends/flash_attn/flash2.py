@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ...problem.scores import ALiBi
 from ...problem.spec import AttentionSpec
+from ...problem.wording import say_size
 from ..limits import HALF, Limits
 from ..rewrites.caches import CACHED, caches_exceeded, is_cache
 from ..rewrites.documents import needs_packing, pack_batch, unpack_batch, unpack_batch_lse
@@ -75,9 +76,8 @@ class Flash2(FlashAttn):
             if window.right is None:
                 reasons.append("window right=None with seqlen_q > seqlen_k (flash-attention#895)")
             elif window.right >= spec.seqlen_k:
-                reasons.append(
-                    f"window right={window.right} with seqlen_q > seqlen_k={spec.seqlen_k} (flash-attention#895)"
-                )
+                longer = say_size("seqlen_k", spec.seqlen_k)
+                reasons.append(f"window right={window.right} with seqlen_q > {longer} (flash-attention#895)")
         if spec.dropout_p >= 1.0:
             reasons.append(f"dropout_p={spec.dropout_p} (less than 1: what is kept is divided by 1 - dropout_p)")
         if spec.softcap is not None and spec.dropout_p > 0.0:

@@ -15,6 +15,7 @@ from torch import Tensor
 from ...host.machine import HERE, Machine
 from ...host.torch_state import is_compiling
 from ...problem.spec import AttentionSpec
+from ...problem.wording import say_size
 from ..compiling import waits
 from ..limits import HALF, Limits
 from ..rewrites.block_tables import edged, has_tiles_to_skip
@@ -112,10 +113,8 @@ class Flash4(FlashAttn):
             reasons.append("a mask tensor that differs from head to head")
         plain = not padded and dense is None
         if spec.needs_grad and spec.window is not None and spec.seqlen_k < spec.seqlen_q and plain:
-            reasons.append(
-                f"the backward of a window with seqlen_k={spec.seqlen_k} < seqlen_q={spec.seqlen_q} "
-                "(untested by the package)"
-            )
+            sizes = f"{say_size('seqlen_k', spec.seqlen_k)} < {say_size('seqlen_q', spec.seqlen_q)}"
+            reasons.append(f"the backward of a window with {sizes} (untested by the package)")
         return reasons
 
     def caches_exceeded(self, spec: AttentionSpec) -> list[str]:

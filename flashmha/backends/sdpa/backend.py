@@ -9,6 +9,7 @@ from torch.nn.attention import SDPBackend
 from ...host.torch_state import is_compiling
 from ...problem.ragged import PADDING_CLASSES, Padding
 from ...problem.spec import AttentionSpec
+from ...problem.wording import say_size
 from ..base import Backend, Serve
 from ..limits import FEATURES, HALF, Limits
 from ..rewrites.grouped import fold, fold_table, folds, unfold
@@ -64,10 +65,8 @@ class Sdpa(Backend):
         if spec.device.type == "cuda" and needs_tensor(spec) and not kernels_for_masks():
             reasons.append("only cuDNN is enabled, which must not see a mask (pytorch#196678)")
         elif spec.device.type == "cuda" and spec.mask is None and overflows(spec) and not kernels_for_masks():
-            reasons.append(
-                f"only cuDNN is enabled, whose backward of seqlen_q={spec.seqlen_q}, seqlen_k={spec.seqlen_k} may give "
-                "NaN (cudnn-frontend#1072)"
-            )
+            sizes = f"{say_size('seqlen_q', spec.seqlen_q)}, {say_size('seqlen_k', spec.seqlen_k)}"
+            reasons.append(f"only cuDNN is enabled, whose backward of {sizes} may give NaN (cudnn-frontend#1072)")
         if spec.device.type == "cuda" and by_math(spec) and not switches()[1]:
             reasons.append(
                 "a deterministic backward with the math kernel switched off (torch.use_deterministic_algorithms(True) "

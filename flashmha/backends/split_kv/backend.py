@@ -9,6 +9,7 @@ from ...host.kernels import padded, why_no_kernels
 from ...host.torch_state import is_compiling, surely
 from ...problem.cached import OwnTokens
 from ...problem.spec import AttentionSpec
+from ...problem.wording import say_size
 from ..base import Backend, Serve
 from ..limits import Limits
 from .launches import SplitCall, attend
@@ -41,7 +42,7 @@ class SplitKV(Backend):
         group = spec.heads // spec.heads_kv
         most = min(MOST_QUERY_ROWS, MOST_QUERY_BYTES // (padded(max(1, spec.head_dim)) * spec.dtype.itemsize))
         if not surely(spec.seqlen_q * group <= most):
-            reasons.append(f"seqlen_q={spec.seqlen_q} times {group} heads of a group (at most {most})")
+            reasons.append(f"{say_size('seqlen_q', spec.seqlen_q)} times {group} heads of a group (at most {most})")
         if spec.mask is not None and sum(isinstance(part, OwnTokens) for part in spec.mask.parts) > 1:
             reasons.append("more than one table of own tokens (one)")
         if spec.bias is not None and len(spec.bias.parts) > 1:
