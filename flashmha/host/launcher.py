@@ -15,8 +15,8 @@ LARGEST_NUMBER = 2**31 - 1
 """The largest number that a form takes as one of 32 bits."""
 MOST_FORMS = 256
 """Kinds that are remembered, and forms of each."""
-LAST_KNOWN = (3, 8)
-"""The last Triton whose ``CompiledKernel.run`` was read: a later one starts its forms itself."""
+KNOWN = ("3.4.", "3.5.", "3.6.", "3.7.", "3.8.")
+"""The releases of Triton that hand ``CompiledKernel.run`` the same things; another one starts its forms itself."""
 
 Start = Callable[..., None]
 """A form started: programs, the stream, tensors, their addresses, and all other arguments in."""
@@ -138,5 +138,5 @@ def is_known() -> bool:
     """The installed Triton starts its forms as this module does."""
     import triton
 
-    first, second = triton.__version__.split(".")[:2]
-    return (3, 4) <= (int(first), int(second)) <= LAST_KNOWN
+    version: str = triton.__version__
+    return version.startswith(KNOWN)

@@ -84,12 +84,13 @@ def find_unknown_layer(layer: nn.Module) -> str | None:
     why = find_unknown_call(layer)
     if why is not None:
         return why
-    modules = layer._modules
+    modules, own = layer._modules, layer.__dict__
     decodes = isinstance(layer, nn.TransformerDecoderLayer)
     for name in DECODER_PARTS if decodes else BLOCK_PARTS:
-        if name != "activation" and (name not in modules or name in layer.__dict__):
+        part = None if name in own else modules.get(name)
+        if part is None and name != "activation":
             return f".{name} is not among its modules"
-        why = find_unknown_part(modules[name] if name in modules else getattr(layer, name))
+        why = find_unknown_part(getattr(layer, name) if part is None else part)
         if why is not None:
             return f".{name} {why}"
     for name in ATTENTIONS if decodes else ATTENTIONS[:1]:
