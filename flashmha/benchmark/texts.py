@@ -21,6 +21,7 @@ TEXT_LEGEND = (
     "*tokens a second*: of all rows together. *by hand*: how many times faster ours is than a static cache that a "
     "good engineer writes, in parts of 16 tokens that take turns; *stock*: than `nn.TransformerDecoder`, which reads "
     "the text again for each token, of which it computes one in each fifth part; what the others take lies between. "
+    "On a GPU a text before these does not count: cuDNN plans for each new length. "
     "*torch's best way*: how many times faster than the fastest of SDPA (with `enable_gqa` for groups), SDPA on folded "
     "groups, and two products of matrices with a softmax, on keys that lie as a cache's. In brackets the target: at "
     f"least {TARGETS['hand']} of by hand, {TARGETS['stock']:.0f} times stock, {TARGETS['best']} of torch's best way. "

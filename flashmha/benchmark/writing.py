@@ -45,7 +45,10 @@ def write_in_turns(
             if writer is not None:
                 writers[one.name] = writer
         samples: dict[str, list[float]] = {name: [] for name in writers}
-        shuffler, began = random.Random(seed), time.monotonic()
+        shuffler = random.Random(seed)
+        if device.type == "cuda":  # cuDNN plans for each new length, some 50 ms of a process once
+            write_text(case, writers, shuffler, {name: [] for name in writers}, device)
+        began = time.monotonic()
         found = write_text(case, writers, shuffler, samples, device)
         for _ in range(TEXTS - 1):
             if time.monotonic() < began + SURE:
