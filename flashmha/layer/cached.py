@@ -81,8 +81,7 @@ def read_memory(layer: Layer, cache: MemoryCache, given: Arguments) -> Arguments
         )
     told: list[Any]
     *told, _, _, _ = given  # a graph of torch 2.8 can hold no _replace
-    told += [None, (cache.k, cache.v)]
-    return Arguments(*told)
+    return Arguments(*told, None, (cache.k, cache.v))  # type: ignore[call-arg]
 
 
 class CacheStep(NamedTuple):
