@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -79,9 +79,19 @@ def read_memory(layer: Layer, cache: MemoryCache, given: Arguments) -> Arguments
             f"key must be the memory of the cache, of {cache.seqlen} tokens, got {key.shape[axis]}: reset the cache "
             "for another memory."
         )
-    told: list[Any]
-    *told, _, _, _ = given  # a graph of torch 2.8 can hold no _replace
-    return Arguments(*told, None, (cache.k, cache.v))  # type: ignore[call-arg]
+    return Arguments(  # a graph of torch 2.8 can hold no _replace
+        given.query,
+        key,
+        value,
+        given.key_padding_mask,
+        given.need_weights,
+        given.attn_mask,
+        given.average_attn_weights,
+        given.is_causal,
+        given.backend,
+        given.positions,
+        kv=(cache.k, cache.v),
+    )
 
 
 class CacheStep(NamedTuple):
