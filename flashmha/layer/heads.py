@@ -100,13 +100,13 @@ class CustomHeads(StockForward):
 
     @torch.jit.unused
     def process_heads(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """What happens to heads between projection and attention: nothing but ``qk_norm`` and ``rotary``, before this.
+        """Heads on their way from projection to attention, as they are. Override to change them.
 
-        q (batch, seqlen_q, heads, head_dim), k and v (batch, seqlen_k, heads_kv, head_dim), whatever
-        ``batch_first`` says; batch and seqlen_q must stay. Keys put in front of the call's own, or behind, are
-        declared as ``keys_before`` and ``keys_after``, on the class or the instance: every query sees them, and masks,
-        windows and causality go on to speak of the call's own keys alone. What ``project`` gave as ``None`` is ``None``
-        here, in and out.
+        They are normed and turned by then, where the layer has ``qk_norm`` and ``rotary``. q (batch, seqlen_q, heads,
+        head_dim), k and v (batch, seqlen_k, heads_kv, head_dim), whatever ``batch_first`` says; batch and seqlen_q must
+        stay. Keys put in front of the call's own, or behind, are declared as ``keys_before`` and ``keys_after``, on the
+        class or the instance: every query sees them, and masks, windows and causality go on to speak of the call's own
+        keys alone. What ``project`` gave as ``None`` is ``None`` here, in and out.
         """
         return q, k, v
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from ..host.torch_state import eager, is_batched, is_dual, is_inside_transform
 
 PositionsOrFirst = Tensor | int
-"""PositionsOrFirst (batch or 1, seqlen), or the first of neighbouring ones."""
+"""Positions (batch or 1, seqlen), or the first of neighbouring ones."""
 
 
 class Rotation(NamedTuple):
