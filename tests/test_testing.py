@@ -14,7 +14,7 @@ import pytest
 import torch
 from hypothesis import Phase, given, seed, settings
 from hypothesis import strategies as st
-from hypothesis.errors import FailedHealthCheck, Unsatisfiable
+from hypothesis.errors import FailedHealthCheck, Flaky, Unsatisfiable
 from planted import PLANTED, Bug, with_mask
 from torch import Tensor, nn
 
@@ -201,8 +201,11 @@ def test_a_wrong_backend_is_caught_in_any_run(name: str, run: int) -> None:
     def law(spec: AttentionSpec, seed: int) -> None:
         testing.assert_agrees(seeded(EVERY[name]), spec, seed)
 
-    with pytest.raises(AssertionError, match="seeded on batch="):
+    with pytest.raises((AssertionError, Flaky)) as caught:
         law()
+    # one of another seed each time may be right when Hypothesis looks again
+    found = getattr(caught.value, "exceptions", [caught.value])
+    assert any("seeded on batch=" in str(each) for each in found)
 
 
 SIX = (
