@@ -902,12 +902,43 @@ def test_what_an_attend_runs_is_explained() -> None:
     [
         ("merge", lambda self, out: out, r"merge must take \(self, out, query\) in Wrong, got \(self, out\)"),
         ("attend", lambda self, q, k, v: v, r"attend must take \(self, q, k, v, \*, bias=None, \*\*call\)"),
+        (
+            "attend",
+            lambda self, q, k, v, *, mask, call: v,
+            r"attend must take \(self, q, k, v, \*, bias=None, \*\*call\)",
+        ),
         ("process_heads", lambda self, q: q, r"process_heads must take \(self, q, k, v\)"),
     ],
 )
 def test_a_hop_that_cannot_be_called_is_refused_where_it_is_written(name: str, hop: Any, message: str) -> None:
     with pytest.raises(TypeError, match=message):
         type("Wrong", (FlashMultiHeadAttention,), {name: hop})
+
+
+class Spelt(FlashMultiHeadAttention):
+    """An ``attend`` that spells out what it is called with, as the documentation does."""
+
+    def attend(self, q, k, v, *, mask, bias, softcap, sinks, softmax_scale, dropout_p, call) -> Tensor:  # type: ignore
+        scores = {"softcap": softcap, "sinks": sinks, "softmax_scale": softmax_scale, "dropout_p": dropout_p}
+        return super().attend(q, k, v, mask=mask, bias=bias, call=call, **scores)
+
+
+@given(
+    causal=st.booleans(),
+    softcap=st.sampled_from((None, 2.0)),
+    sinks=st.sampled_from((None, torch.ones(2))),
+    weights=st.booleans(),
+    seed=st.integers(0, 99),
+)
+def test_an_attend_may_spell_out_its_call(
+    causal: bool, softcap: float | None, sinks: Tensor | None, weights: bool, seed: int
+) -> None:
+    torch.manual_seed(seed)
+    layer = FlashMultiHeadAttention(8, 2, batch_first=True, causal=causal, softcap=softcap, sinks=sinks)
+    spelt = Spelt(8, 2, batch_first=True, causal=causal, softcap=softcap, sinks=sinks)
+    spelt.load_state_dict(layer.state_dict())
+    x = torch.randn(2, 5, 8)
+    torch.testing.assert_close(spelt(x, x, x, need_weights=weights), layer(x, x, x, need_weights=weights))
 
 
 @pytest.mark.parametrize("name", ["num_kv_heads", "value_head_dim"])

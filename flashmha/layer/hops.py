@@ -19,7 +19,9 @@ TAKEN = {
     "attend": ("q", "k", "v"),
     "merge": ("out", "query"),
 }
-"""What each hop is called with, in order, but for ``process_weights``; ``attend`` with keywords beside."""
+"""What each hop is called with, in order, but for ``process_weights``."""
+BESIDE = ("mask", "bias", "softcap", "sinks", "softmax_scale", "dropout_p", "call")
+"""What ``attend`` is called with by keyword, always all of it."""
 
 
 def check_signatures(kind: type[Any]) -> None:
@@ -28,7 +30,7 @@ def check_signatures(kind: type[Any]) -> None:
         hop = vars(kind).get(name)
         if not inspect.isfunction(hop):
             continue
-        more = {"mask": None, "call": None} if name == "attend" else {}
+        more = dict.fromkeys(BESIDE) if name == "attend" else {}
         try:
             inspect.signature(hop).bind(kind, *taken, **more)
         except TypeError as error:
