@@ -19,12 +19,14 @@ from torch.utils.checkpoint import checkpoint
 import flashmha
 from flashmha import (
     ALiBi,
+    AlibiBias,
     Documents,
     FlashMultiHeadAttention,
     KeyLengths,
     KeyPadding,
     NoBackendError,
     RelativeBias,
+    RelativePositionBias,
     Rotary,
     causal,
     replace_mha,
@@ -442,6 +444,8 @@ REFUSED: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"rotary": 3}, TypeError, "rotary must be a module, or None, got int 3"),
     ({"rotary": Rotary(8)}, ValueError, "rotary must turn heads of head_dim=3, got one of head_dim=8"),
     ({"position_bias": torch.zeros(3, 3)}, TypeError, "position_bias must be a module .* TensorBias"),
+    ({"position_bias": AlibiBias(3)}, ValueError, "position_bias must be for num_heads=4 heads, got AlibiBias for 3"),
+    ({"position_bias": RelativePositionBias(8)}, ValueError, "got RelativePositionBias for 8"),
     ({"head_dim": 0}, ValueError, "head_dim must be a whole number of at least 1, got 0"),
     ({"value_head_dim": 2.0}, ValueError, "value_head_dim must be a whole number of at least 1, got 2.0"),
     ({"backend": "flash2", "sinks": torch.zeros(4)}, NoBackendError, "flash2  no sinks"),
@@ -492,7 +496,7 @@ def test_an_option_that_means_nothing_is_refused(options: dict[str, Any], kind: 
     with pytest.raises(kind, match=message):
         FlashMultiHeadAttention(WIDTH, 4, **options)
     name, value = list(options.items())[-1]
-    if kind is not NoBackendError and hasattr(FlashMultiHeadAttention, name) and not isinstance(value, Rotary):
+    if kind is not NoBackendError and hasattr(FlashMultiHeadAttention, name) and not isinstance(value, nn.Module):
         layer = FlashMultiHeadAttention(WIDTH, 4)
         before = repr(layer)
         with pytest.raises((TypeError, ValueError)):

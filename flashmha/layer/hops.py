@@ -82,6 +82,15 @@ def check_projections(layer: Layer) -> None:
             raise TypeError(f"{name} must be True unless {hop} is overridden, got False in {type(layer).__name__}.")
 
 
+def check_bias_heads(layer: Layer, bias: Any, num_heads: int) -> None:
+    """Raise where a ``position_bias`` says that it is for another number of heads than the package's hops make."""
+    heads = getattr(bias, "num_heads", num_heads)
+    if heads != num_heads and all(is_written(layer, name) for name in ("project", "process_heads", "attend")):
+        raise ValueError(
+            f"position_bias must be for num_heads={num_heads} heads, got {type(bias).__name__} for {heads}."
+        )
+
+
 def take_three(name: str, heads: Any) -> tuple[Any, Any, Any]:
     """q, k and v as a hop returned them."""
     if not isinstance(heads, (tuple, list)) or len(heads) != 3:
