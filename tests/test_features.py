@@ -673,6 +673,11 @@ def test_padding_is_not_counted_in_the_length_of_a_call(kind: str, lengths: list
     found["beside a mask"] = layer(wider, wider, wider, hides, attn_mask=table)[0][~hides]
     packed = flashmha.pack(wider, hides)
     found["packed"] = layer(packed.tokens, packed.tokens, packed.tokens, attn_mask=packed.documents)[0][0]
+    row, offsets = torch.cat((packed.tokens, wider[:1], wider[:1]), 1), packed.documents.cu_seqlens
+    found["behind the last document"] = layer(row, row, row, attn_mask=Documents(offsets))[0][0, : offsets[-1]]
+    row, offsets = wider.flatten(0, 1)[None], (longest + more) * torch.arange(len(lengths) + 1)
+    out = layer(row, row, row, hides.flatten()[None], attn_mask=Documents(offsets))[0]
+    found["inside documents"] = out.view_as(wider)[~hides]
     nested = torch.nested.nested_tensor([rows[:n] for rows, n in zip(x, lengths)], layout=torch.jagged)
     found["nested"] = layer(nested, nested, nested)[0].values()
     places = torch.arange(longest + more).expand(len(lengths), -1)

@@ -231,8 +231,8 @@ def prepare_call(layer: Layer, call: Reading, given: Arguments, wanted: Wanted, 
     if owns_parts(layer):
         sinks, position_bias = layer.sinks, layer.position_bias
         real_places = None if padded is None else padded.places
-        length = None if padded is not None else count_real(layer, rule, named, sizes[2], call.query is call.key)
         places = find_places(named, mask, sizes, real_places, kv is not None, query.device)
+        length = None if padded is not None else count_real(layer, rule, places, sizes[2], call.query is call.key)
         heads = turn_heads(layer, heads, *places, length)
     if dtype is None:
         before_hop, heads = heads, layer.process_heads(*heads)
