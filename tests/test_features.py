@@ -574,6 +574,30 @@ def test_hops_that_change_the_heads_take_what_they_made(heads: dict[str, Any]) -
         layer(x, x, x, kv=plain.keys_values(y))
 
 
+class Blind(FlashMultiHeadAttention):
+    """Hops that look at all of what they get."""
+
+    hop = ""
+
+    def project(self, query: Any, key: Any, value: Any) -> Any:
+        return super().project(
+            *((x.neg() for x in (query, key, value)) if self.hop == "project" else (query, key, value))
+        )
+
+    def process_heads(self, q: Any, k: Any, v: Any) -> Any:
+        return (q.neg(), k + 0.0, v) if self.hop == "process_heads" else (q, k, v)
+
+
+@given(hop=st.sampled_from(("project", "process_heads")), hands_out=st.booleans())
+def test_a_hop_that_takes_no_none_is_named(hop: str, hands_out: bool) -> None:
+    layer, plain = (kind(WIDTH, 4, batch_first=True) for kind in (Blind, FlashMultiHeadAttention))
+    layer.hop = hop
+    x = torch.randn(2, 5, WIDTH)
+    missing = {"project": ("query", "key, value"), "process_heads": ("q", "k, v")}[hop][not hands_out]
+    with pytest.raises(TypeError, match=rf"^{hop} of Blind must take None for {missing}, which kv= .*, got \w+Error: "):
+        layer.keys_values(x) if hands_out else layer(x, x, x, kv=plain.keys_values(x))
+
+
 @given(heads=HEADS, made=st.tuples(st.sampled_from((1, 2, 4)), st.sampled_from((3, 4)), st.sampled_from((3, 4, 5))))
 def test_a_project_keeps_what_the_constructor_was_told(heads: dict[str, Any], made: tuple[int, int, int]) -> None:
     count, width, width_v = made

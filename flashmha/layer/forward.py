@@ -33,6 +33,7 @@ from .hops import (
     check_projected,
     check_weights,
     refuse_weights,
+    run_without,
     say_heads,
     take_three,
 )
@@ -213,8 +214,8 @@ def prepare_call(layer: Layer, call: Reading, given: Arguments, wanted: Wanted, 
     if kv is not None:
         key = value = None  # type: ignore[assignment]
     if dtype is None:
-        projected = layer.project(query, key, value)
-        heads = projected
+        inputs: Any = query, key, value
+        heads = projected = layer.project(*inputs) if kv is None else run_without(layer, "project", *inputs)
         if custom:
             heads = take_three("project", projected)
             check_projected(layer, heads)
@@ -235,7 +236,8 @@ def prepare_call(layer: Layer, call: Reading, given: Arguments, wanted: Wanted, 
         length = None if padded is not None else count_real(layer, rule, places, sizes[2], call.query is call.key)
         heads = turn_heads(layer, heads, *places, length)
     if dtype is None:
-        before_hop, heads = heads, layer.process_heads(*heads)
+        before_hop = heads
+        heads = layer.process_heads(*heads) if kv is None else run_without(layer, "process_heads", *heads)
         if custom:
             heads = take_three("process_heads", heads)
             if kv is not None:

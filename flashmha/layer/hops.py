@@ -99,6 +99,20 @@ def take_three(name: str, heads: Any) -> tuple[Any, Any, Any]:
     return heads[0], heads[1], heads[2]
 
 
+def run_without(layer: Layer, name: str, *inputs: Any) -> Any:
+    """``project`` or ``process_heads`` with ``None`` among its inputs, as beside ``kv``; raise where it takes none."""
+    try:
+        return getattr(layer, name)(*inputs)
+    except (AttributeError, TypeError) as error:
+        if is_ours(layer, name):
+            raise
+        missing = ", ".join(argument for argument, x in zip(TAKEN[name], inputs) if x is None)
+        raise TypeError(
+            f"{name} of {type(layer).__name__} must take None for {missing}, which kv= and keys_values leave out, and "
+            f"give None back for it, got {type(error).__name__}: {error}."
+        ) from error
+
+
 OPTIONS = (("num_kv_heads", 1, 2), ("head_dim", 1, 3), ("value_head_dim", 2, 3))
 """Each option that says what keys and values are like: of which of q, k and v, and on which axis."""
 

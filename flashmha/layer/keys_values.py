@@ -14,7 +14,7 @@ from .arguments import Arguments
 from .call import change_each_once
 from .columns import number_of_keys
 from .features import EXTRA_KEYS
-from .hops import check_absent, check_kv, check_projected, take_three
+from .hops import check_absent, check_kv, check_projected, run_without, take_three
 from .nested import PACK
 from .places import read_places
 from .protocol import Layer
@@ -33,7 +33,7 @@ def make_keys_values(layer: Layer, key: Tensor, value: Tensor, positions: Tensor
     sizes = key.shape[0], key.shape[1], key.shape[1]
     places, _ = read_places(layer, positions, None, sizes, True, key.device)
     nothing: Any = None
-    made = take_three("project", layer.project(nothing, key, value))
+    made = take_three("project", run_without(layer, "project", nothing, key, value))
     check_absent("project", made, (None, key, value))
     check_projected(layer, made)
     _, k, v = made
@@ -47,7 +47,7 @@ def make_keys_values(layer: Layer, key: Tensor, value: Tensor, positions: Tensor
         positions_k=places,
     )
     heads: Any = nothing, k, v
-    made = take_three("process_heads", layer.process_heads(*heads))
+    made = take_three("process_heads", run_without(layer, "process_heads", *heads))
     check_absent("process_heads", made, heads)
     return made[1], made[2]
 
