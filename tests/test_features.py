@@ -719,6 +719,50 @@ def test_the_items_of_a_nested_tensor_count_from_zero() -> None:
         torch.testing.assert_close(one, layer(item, item, item, need_weights=False)[0])
 
 
+class Turned(nn.Module):
+    """A rotation of one's own, which knows q, k and positions alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = Rotary(4)
+
+    def forward(self, q: Any, k: Any, positions_q: Any = None, positions_k: Any = None) -> Any:
+        return self.inner(q, k, positions_q, positions_k)
+
+
+class Twisted(Rotary):
+    """The same by inheritance."""
+
+    def forward(self, q: Any, k: Any, positions_q: Any = None, positions_k: Any = None) -> Any:  # type: ignore[override]
+        return super().forward(q, k, positions_q, positions_k)
+
+
+@given(
+    own=st.sampled_from((Turned, lambda: Twisted(4))),
+    norm=st.sampled_from((None, "rms", "layer")),
+    call=st.sampled_from(("plain", "padded", "documents", "positions", "kv", "cache")),
+    seed=st.integers(0, 99),
+)
+def test_a_rotation_of_ones_own_is_called_as_the_package_s(own: Any, norm: str | None, call: str, seed: int) -> None:
+    torch.manual_seed(seed)
+    options = {"batch_first": True, "qk_norm": norm, "causal": True, "need_weights": False}
+    layers = [FlashMultiHeadAttention(8, 2, rotary=rotary, **options).eval() for rotary in (Rotary(4), own())]
+    layers[1].load_state_dict(layers[0].state_dict())
+    x, made = torch.randn(1, 6, 8), []
+    for layer in layers:
+        told: dict[str, Any] = {
+            "plain": {},
+            "padded": {"key_padding_mask": torch.arange(6)[None] < 2},
+            "documents": {"attn_mask": Documents(torch.tensor([0, 2, 6]))},
+            "positions": {"positions": torch.tensor([3, 1, 4, 1, 5, 9])},
+            "kv": {"kv": layer.keys_values(x)},
+            "cache": {"cache": flashmha.KVCache.of(nn.ModuleDict({"one": layer}), 1, 12)["one"]},
+        }[call]
+        with torch.no_grad():
+            made.append(torch.cat([layer(x, x, x, **told)[0] for _ in range(1 + (call == "cache"))])[:, :3])
+    torch.testing.assert_close(made[1], made[0])
+
+
 COUNTING: dict[str, Any] = {"causal": True, "window": (1, 0), "rotary": Rotary(3, dim=2), "position_bias": Table(4)}
 
 

@@ -53,7 +53,7 @@ class FlashMultiHeadAttention(CustomHeads):
             ``k_norm``, applied to queries and keys before rotary.
 
     Positions, which count slots, in ``Documents`` from the start of each; padding moves no token:
-        rotary: a ``Rotary``, which turns queries and keys by their positions.
+        rotary: a ``Rotary``, which turns queries and keys by their positions, or a module called as one.
         position_bias: an ``AlibiBias``, a ``RelativePositionBias``, or any module that is called with q (batch,
             seqlen_q, heads, head_dim) and k and returns a ``Bias``, or a tensor that broadcasts to (batch, heads,
             seqlen_q, seqlen_k), added to the scores. Or a ``Bias``, whose tensors are not the layer's and stay where
