@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.utils.parametrize as parametrize
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from flashmha import FlashMultiHeadAttention, replace_mha, swap_report
@@ -165,3 +167,25 @@ def test_an_adapter_of_peft_is_spoken_of_where_it_does_not_count() -> None:
         replace_mha(adapted)
         adapted.base_model.model["one"](x, x, x)
     assert "never run" not in str(swap_report(adapted))
+
+
+@given(
+    heads=st.sampled_from(({}, {"num_kv_heads": 1}, {"head_dim": 3}, {"value_head_dim": 5}, {"qk_norm": "rms"})),
+    rank=st.integers(1, 3),
+    seed=st.integers(0, 99),
+)
+def test_a_projection_of_any_size_is_adapted_as_a_parameter(heads: dict[str, Any], rank: int, seed: int) -> None:
+    peft = pytest.importorskip("peft", minversion="0.17", reason="needs pip install peft, 0.17 or later")
+    torch.manual_seed(seed)
+    net = nn.ModuleDict({"one": FlashMultiHeadAttention(WIDTH, 2, **heads)})
+    x = torch.randn(3, 2, WIDTH)
+    before = net["one"](x, x, x)[0].detach()
+    config = peft.LoraConfig(r=rank, target_parameters=["one.in_proj_weight"], init_lora_weights=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        adapted = peft.get_peft_model(net, config)
+    out = adapted.base_model.model["one"](x, x, x)[0]
+    out.sum().backward()
+    assert not torch.allclose(out, before)
+    assert all(p.grad is not None for p in adapted.parameters() if p.requires_grad)
+    assert_same(adapted.merge_and_unload()["one"](x, x, x)[0], out)

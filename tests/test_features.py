@@ -19,12 +19,14 @@ from torch.utils.checkpoint import checkpoint
 import flashmha
 from flashmha import (
     ALiBi,
+    AlibiBias,
     Documents,
     FlashMultiHeadAttention,
     KeyLengths,
     KeyPadding,
     NoBackendError,
     RelativeBias,
+    RelativePositionBias,
     Rotary,
     causal,
     replace_mha,
@@ -442,6 +444,8 @@ REFUSED: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"rotary": 3}, TypeError, "rotary must be a module, or None, got int 3"),
     ({"rotary": Rotary(8)}, ValueError, "rotary must turn heads of head_dim=3, got one of head_dim=8"),
     ({"position_bias": torch.zeros(3, 3)}, TypeError, "position_bias must be a module .* TensorBias"),
+    ({"position_bias": AlibiBias(3)}, ValueError, "position_bias must be for num_heads=4 heads, got AlibiBias for 3"),
+    ({"position_bias": RelativePositionBias(8)}, ValueError, "got RelativePositionBias for 8"),
     ({"head_dim": 0}, ValueError, "head_dim must be a whole number of at least 1, got 0"),
     ({"value_head_dim": 2.0}, ValueError, "value_head_dim must be a whole number of at least 1, got 2.0"),
     ({"backend": "flash2", "sinks": torch.zeros(4)}, NoBackendError, "flash2  no sinks"),
@@ -492,7 +496,7 @@ def test_an_option_that_means_nothing_is_refused(options: dict[str, Any], kind: 
     with pytest.raises(kind, match=message):
         FlashMultiHeadAttention(WIDTH, 4, **options)
     name, value = list(options.items())[-1]
-    if kind is not NoBackendError and hasattr(FlashMultiHeadAttention, name) and not isinstance(value, Rotary):
+    if kind is not NoBackendError and hasattr(FlashMultiHeadAttention, name) and not isinstance(value, nn.Module):
         layer = FlashMultiHeadAttention(WIDTH, 4)
         before = repr(layer)
         with pytest.raises((TypeError, ValueError)):
@@ -583,6 +587,30 @@ def test_what_keys_and_values_cannot_be_made_of_is_told(said: str, shapes: Any) 
     layer = FlashMultiHeadAttention(WIDTH, 4, batch_first=True)
     with pytest.raises((TypeError, ValueError), match=said):
         layer.keys_values(*(None if shape is None else torch.randn(shape) for shape in shapes))
+
+
+class Blind(FlashMultiHeadAttention):
+    """Hops that look at all of what they get."""
+
+    hop = ""
+
+    def project(self, query: Any, key: Any, value: Any) -> Any:
+        return super().project(
+            *((x.neg() for x in (query, key, value)) if self.hop == "project" else (query, key, value))
+        )
+
+    def process_heads(self, q: Any, k: Any, v: Any) -> Any:
+        return (q.neg(), k + 0.0, v) if self.hop == "process_heads" else (q, k, v)
+
+
+@given(hop=st.sampled_from(("project", "process_heads")), hands_out=st.booleans())
+def test_a_hop_that_takes_no_none_is_named(hop: str, hands_out: bool) -> None:
+    layer, plain = (kind(WIDTH, 4, batch_first=True) for kind in (Blind, FlashMultiHeadAttention))
+    layer.hop = hop
+    x = torch.randn(2, 5, WIDTH)
+    missing = {"project": ("query", "key, value"), "process_heads": ("q", "k, v")}[hop][not hands_out]
+    with pytest.raises(TypeError, match=rf"^{hop} of Blind must take None for {missing}, which kv= .*, got \w+Error: "):
+        layer.keys_values(x) if hands_out else layer(x, x, x, kv=plain.keys_values(x))
 
 
 @given(heads=HEADS, made=st.tuples(st.sampled_from((1, 2, 4)), st.sampled_from((3, 4)), st.sampled_from((3, 4, 5))))
@@ -684,6 +712,11 @@ def test_padding_is_not_counted_in_the_length_of_a_call(kind: str, lengths: list
     found["beside a mask"] = layer(wider, wider, wider, hides, attn_mask=table)[0][~hides]
     packed = flashmha.pack(wider, hides)
     found["packed"] = layer(packed.tokens, packed.tokens, packed.tokens, attn_mask=packed.documents)[0][0]
+    row, offsets = torch.cat((packed.tokens, wider[:1], wider[:1]), 1), packed.documents.cu_seqlens
+    found["behind the last document"] = layer(row, row, row, attn_mask=Documents(offsets))[0][0, : offsets[-1]]
+    row, offsets = wider.flatten(0, 1)[None], (longest + more) * torch.arange(len(lengths) + 1)
+    out = layer(row, row, row, hides.flatten()[None], attn_mask=Documents(offsets))[0]
+    found["inside documents"] = out.view_as(wider)[~hides]
     nested = torch.nested.nested_tensor([rows[:n] for rows, n in zip(x, lengths)], layout=torch.jagged)
     found["nested"] = layer(nested, nested, nested)[0].values()
     places = torch.arange(longest + more).expand(len(lengths), -1)
@@ -699,6 +732,50 @@ def test_the_items_of_a_nested_tensor_count_from_zero() -> None:
     out = layer(nested, nested, nested, need_weights=False)[0]
     for one, item in zip(out.unbind(), items):
         torch.testing.assert_close(one, layer(item, item, item, need_weights=False)[0])
+
+
+class Turned(nn.Module):
+    """A rotation of one's own, which knows q, k and positions alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = Rotary(4)
+
+    def forward(self, q: Any, k: Any, positions_q: Any = None, positions_k: Any = None) -> Any:
+        return self.inner(q, k, positions_q, positions_k)
+
+
+class Twisted(Rotary):
+    """The same by inheritance."""
+
+    def forward(self, q: Any, k: Any, positions_q: Any = None, positions_k: Any = None) -> Any:  # type: ignore[override]
+        return super().forward(q, k, positions_q, positions_k)
+
+
+@given(
+    own=st.sampled_from((Turned, lambda: Twisted(4))),
+    norm=st.sampled_from((None, "rms", "layer")),
+    call=st.sampled_from(("plain", "padded", "documents", "positions", "kv", "cache")),
+    seed=st.integers(0, 99),
+)
+def test_a_rotation_of_ones_own_is_called_as_the_package_s(own: Any, norm: str | None, call: str, seed: int) -> None:
+    torch.manual_seed(seed)
+    options = {"batch_first": True, "qk_norm": norm, "causal": True, "need_weights": False}
+    layers = [FlashMultiHeadAttention(8, 2, rotary=rotary, **options).eval() for rotary in (Rotary(4), own())]
+    layers[1].load_state_dict(layers[0].state_dict())
+    x, made = torch.randn(1, 6, 8), []
+    for layer in layers:
+        told: dict[str, Any] = {
+            "plain": {},
+            "padded": {"key_padding_mask": torch.arange(6)[None] < 2},
+            "documents": {"attn_mask": Documents(torch.tensor([0, 2, 6]))},
+            "positions": {"positions": torch.tensor([3, 1, 4, 1, 5, 9])},
+            "kv": {"kv": layer.keys_values(x)},
+            "cache": {"cache": flashmha.KVCache.of(nn.ModuleDict({"one": layer}), 1, 12)["one"]},
+        }[call]
+        with torch.no_grad():
+            made.append(torch.cat([layer(x, x, x, **told)[0] for _ in range(1 + (call == "cache"))])[:, :3])
+    torch.testing.assert_close(made[1], made[0])
 
 
 COUNTING: dict[str, Any] = {"causal": True, "window": (1, 0), "rotary": Rotary(3, dim=2), "position_bias": Table(4)}
@@ -917,12 +994,43 @@ def test_what_an_attend_runs_is_explained() -> None:
     [
         ("merge", lambda self, out: out, r"merge must take \(self, out, query\) in Wrong, got \(self, out\)"),
         ("attend", lambda self, q, k, v: v, r"attend must take \(self, q, k, v, \*, bias=None, \*\*call\)"),
+        (
+            "attend",
+            lambda self, q, k, v, *, mask, call: v,
+            r"attend must take \(self, q, k, v, \*, bias=None, \*\*call\)",
+        ),
         ("process_heads", lambda self, q: q, r"process_heads must take \(self, q, k, v\)"),
     ],
 )
 def test_a_hop_that_cannot_be_called_is_refused_where_it_is_written(name: str, hop: Any, message: str) -> None:
     with pytest.raises(TypeError, match=message):
         type("Wrong", (FlashMultiHeadAttention,), {name: hop})
+
+
+class Spelt(FlashMultiHeadAttention):
+    """An ``attend`` that spells out what it is called with, as the documentation does."""
+
+    def attend(self, q, k, v, *, mask, bias, softcap, sinks, softmax_scale, dropout_p, call) -> Tensor:  # type: ignore
+        scores = {"softcap": softcap, "sinks": sinks, "softmax_scale": softmax_scale, "dropout_p": dropout_p}
+        return super().attend(q, k, v, mask=mask, bias=bias, call=call, **scores)
+
+
+@given(
+    causal=st.booleans(),
+    softcap=st.sampled_from((None, 2.0)),
+    sinks=st.sampled_from((None, torch.ones(2))),
+    weights=st.booleans(),
+    seed=st.integers(0, 99),
+)
+def test_an_attend_may_spell_out_its_call(
+    causal: bool, softcap: float | None, sinks: Tensor | None, weights: bool, seed: int
+) -> None:
+    torch.manual_seed(seed)
+    layer = FlashMultiHeadAttention(8, 2, batch_first=True, causal=causal, softcap=softcap, sinks=sinks)
+    spelt = Spelt(8, 2, batch_first=True, causal=causal, softcap=softcap, sinks=sinks)
+    spelt.load_state_dict(layer.state_dict())
+    x = torch.randn(2, 5, 8)
+    torch.testing.assert_close(spelt(x, x, x, need_weights=weights), layer(x, x, x, need_weights=weights))
 
 
 @pytest.mark.parametrize("name", ["num_kv_heads", "value_head_dim"])

@@ -8,6 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.nn.utils import parametrize, prune
 
 from flashmha import FlashMultiHeadAttention, fuse_projections, group_heads, repeat_heads, separate_projections
 from flashmha.testing import noise, seeds
@@ -215,6 +216,52 @@ def test_a_projection_without_a_bias_has_one_of_zeros(rows: int, seed: int) -> N
         fuse_projections(state, names=names)
     exec(str(caught.value).rpartition(", ")[2].rstrip("."), {"torch": torch, "state_dict": state})
     assert torch.equal(fuse_projections(state, names=names)["in_proj_bias"][rows : 2 * rows], torch.zeros(rows))
+
+
+@given(
+    drawn=layers(),
+    names=st.sampled_from(NAMES),
+    way=st.sampled_from(("parametrized", "pruned")),
+    convert=st.sampled_from((separate_projections, fuse_projections, group_heads, repeat_heads)),
+    place=st.integers(0, 2),
+)
+def test_a_projection_in_another_form_is_refused(
+    drawn: tuple[FlashMultiHeadAttention, dict[str, Any]],
+    names: tuple[str, ...] | None,
+    way: str,
+    convert: Callable[..., State],
+    place: int,
+) -> None:
+    """A bias that is converted while its weight stays would be half of a layer."""
+    layer, told = drawn
+    names = None if convert is separate_projections else names
+    state = layer.state_dict() if names is None else separate_projections(layer.state_dict(), **told, names=names)
+    model = Tree(state)
+    weights = [key for key in state if key.startswith(("in_proj_w", *(names or ("q_proj", "k_proj", "v_proj"))))]
+    weights = [key for key in weights if key.endswith("weight")]
+    at, _, name = weights[place % len(weights)].rpartition(".")
+    where = model.get_submodule(at)
+    if way == "pruned":
+        prune.identity(where, name)
+    else:
+        parametrize.register_parametrization(where, name, nn.Identity())
+    more = () if convert in (separate_projections, fuse_projections) else (told["num_heads"], 1)
+    with pytest.raises(ValueError, match=r"state_dict must hold \S+weight itself, got .*: convert the state dict"):
+        convert(model.state_dict(), *more, names=names)
+
+
+class Tree(nn.Module):
+    """The parameters of a state dict, under its names."""
+
+    def __init__(self, state: State) -> None:
+        super().__init__()
+        for key, tensor in state.items():
+            name, _, rest = key.partition(".")
+            if rest and name not in self._modules:
+                inner = {k.removeprefix(f"{name}."): x for k, x in state.items() if k.startswith(f"{name}.")}
+                self.add_module(name, Tree(inner))
+            elif not rest:
+                self.register_parameter(name, nn.Parameter(tensor))
 
 
 WEIGHT = torch.zeros(12, 4)

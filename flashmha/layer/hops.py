@@ -19,7 +19,9 @@ TAKEN = {
     "attend": ("q", "k", "v"),
     "merge": ("out", "query"),
 }
-"""What each hop is called with, in order, but for ``process_weights``; ``attend`` with keywords beside."""
+"""What each hop is called with, in order, but for ``process_weights``."""
+BESIDE = ("mask", "bias", "softcap", "sinks", "softmax_scale", "dropout_p", "call")
+"""What ``attend`` is called with by keyword, always all of it."""
 
 
 def check_signatures(kind: type[Any]) -> None:
@@ -28,7 +30,7 @@ def check_signatures(kind: type[Any]) -> None:
         hop = vars(kind).get(name)
         if not inspect.isfunction(hop):
             continue
-        more = {"mask": None, "call": None} if name == "attend" else {}
+        more = dict.fromkeys(BESIDE) if name == "attend" else {}
         try:
             inspect.signature(hop).bind(kind, *taken, **more)
         except TypeError as error:
@@ -80,6 +82,15 @@ def check_projections(layer: Layer) -> None:
             raise TypeError(f"{name} must be True unless {hop} is overridden, got False in {type(layer).__name__}.")
 
 
+def check_bias_heads(layer: Layer, bias: Any, num_heads: int) -> None:
+    """Raise where a ``position_bias`` says that it is for another number of heads than the package's hops make."""
+    heads = getattr(bias, "num_heads", num_heads)
+    if heads != num_heads and all(is_written(layer, name) for name in ("project", "process_heads", "attend")):
+        raise ValueError(
+            f"position_bias must be for num_heads={num_heads} heads, got {type(bias).__name__} for {heads}."
+        )
+
+
 def take_three(name: str, heads: Any) -> tuple[Any, Any, Any]:
     """q, k and v as a hop returned them."""
     if not isinstance(heads, (tuple, list)) or len(heads) != 3:
@@ -90,7 +101,7 @@ def take_three(name: str, heads: Any) -> tuple[Any, Any, Any]:
 
 def run_project(layer: Layer, *inputs: Tensor) -> tuple[Any, Any, Any]:
     """q, k and v of an overridden ``project``, checked."""
-    made = take_three("project", layer.project(*inputs))
+    made = take_three("project", run_hop(layer, "project", inputs))
     check_absent("project", made, inputs)
     check_projected(layer, made)
     return made
@@ -98,9 +109,24 @@ def run_project(layer: Layer, *inputs: Tensor) -> tuple[Any, Any, Any]:
 
 def run_process_heads(layer: Layer, heads: Any) -> tuple[Any, Any, Any]:
     """q, k and v of an overridden ``process_heads``, checked."""
-    made = take_three("process_heads", layer.process_heads(*heads))
+    made = take_three("process_heads", run_hop(layer, "process_heads", heads))
     check_absent("process_heads", made, heads)
     return made
+
+
+def run_hop(layer: Layer, name: str, inputs: Any) -> Any:
+    """``project`` or ``process_heads``; ``TypeError`` where it takes no ``None`` among its inputs, as beside ``kv``."""
+    hop = getattr(layer, name)
+    if is_ours(layer, name) or all(x is not None for x in inputs):
+        return hop(*inputs)
+    try:
+        return hop(*inputs)
+    except (AttributeError, TypeError) as error:
+        missing = ", ".join(argument for argument, x in zip(TAKEN[name], inputs) if x is None)
+        raise TypeError(
+            f"{name} of {type(layer).__name__} must take None for {missing}, which kv= and keys_values leave out, and "
+            f"give None back for it, got {type(error).__name__}: {error}."
+        ) from error
 
 
 OPTIONS = (("num_kv_heads", 1, 2), ("head_dim", 1, 3), ("value_head_dim", 2, 3))

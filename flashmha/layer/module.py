@@ -19,7 +19,7 @@ from . import demands, keys_values, options, projection
 from .features import EXTRA_KEYS, HOPS, OWN_PROJECTIONS, PATCHED
 from .forward import call_layer
 from .heads import CustomHeads
-from .hops import check_projections
+from .hops import check_bias_heads, check_projections
 from .options import MEANT_OPTIONS, STOCK_VALUES
 from .twin import make_layer, make_stock
 from .written import Written
@@ -53,7 +53,7 @@ class FlashMultiHeadAttention(CustomHeads):
             ``k_norm``, applied to queries and keys before rotary.
 
     Positions, which count slots, in ``Documents`` from the start of each; padding moves no token:
-        rotary: a ``Rotary``, which turns queries and keys by their positions.
+        rotary: a ``Rotary``, which turns queries and keys by their positions, or a module called as one.
         position_bias: an ``AlibiBias``, a ``RelativePositionBias``, or any module that is called with q (batch,
             seqlen_q, heads, head_dim) and k and returns a ``Bias``, or a tensor that broadcasts to (batch, heads,
             seqlen_q, seqlen_k), added to the scores. Or a ``Bias``, whose tensors are not the layer's and stay where
@@ -150,6 +150,7 @@ class FlashMultiHeadAttention(CustomHeads):
         options.check_rotary(rotary, size)
         norms = options.make_norms(qk_norm, size, device, dtype)
         check_projections(self)
+        check_bias_heads(self, position_bias, num_heads)
         divided = head_dim is None or head_dim * num_heads == embed_dim
         super().__init__(
             embed_dim,

@@ -52,7 +52,7 @@ def find_places(
 def count_real(layer: Layer, rule: Padding | None, given: Places, seqlen_k: int, alike: bool) -> Tensor | None:
     """The length of a call with padding, which shall not count, for a rotary that asks; ``None`` for no need of it.
 
-    ``alike`` where queries and keys are the same tokens.
+    ``given`` are the positions as ``find_places`` found them, ``alike`` where queries and keys are the same tokens.
     """
     if rule is None or not getattr(layer.rotary, "counts_length", False):
         return None

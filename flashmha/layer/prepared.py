@@ -129,12 +129,11 @@ def turn_heads(
 ) -> Any:
     """Heads with the norms and the rotary of a layer."""
     q, k, v = heads
-    real, length = None, None
-    if padded is not None:
-        real = padded.places
-    else:
-        length = count_real(layer, call.padding, named, sizes[2], call.query is call.key)
-    positions_q, positions_k = find_places(named, mask, sizes, real, has_kv, call.query.device)
+    real = None if padded is None else padded.places
+    positions_q, positions_k = places = find_places(named, mask, sizes, real, has_kv, call.query.device)
+    length = None
+    if padded is None:
+        length = count_real(layer, call.padding, places, sizes[2], call.query is call.key)
     q, k = prepare_heads(
         q,
         k,

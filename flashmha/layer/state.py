@@ -221,17 +221,31 @@ def add_new(made: State, new: State, state_dict: Mapping[str, Tensor]) -> None:
 
 
 def check_state(state_dict: object, names: Iterable[str], hint: str = NAMES_HINT) -> None:
-    """Raise where this is no state dict, or holds nothing under these names."""
+    """Raise where this is no state dict, or holds nothing under these names, or something in another form."""
     if not isinstance(state_dict, Mapping) or not all(isinstance(key, str) for key in state_dict):
         if isinstance(state_dict, nn.Module):
             raise TypeError(f"state_dict must be a dict, got a {type(state_dict).__name__}: pass its state_dict().")
         raise TypeError(f"state_dict must be a dict of tensors by name, got {spell(state_dict)}.")
-    if not any(find_name(key, tuple(names)) for key in state_dict):
+    names = tuple(names)
+    check_plain(state_dict, names)
+    if not any(find_name(key, names) for key in state_dict):
         held = ", ".join(list(state_dict)[:4]) + (", ..." if len(state_dict) > 4 else "")
         raise ValueError(
             f"state_dict must hold projections under one of {', '.join(dict.fromkeys(names))}, got "
             f"{held or 'an empty one'}{hint}."
         )
+
+
+def check_plain(state_dict: Mapping[str, Tensor], names: Sequence[str]) -> None:
+    """Raise where a projection is there as what a parametrization or a pruning computes it of, and not itself."""
+    for key in state_dict:
+        head, parametrized, tail = key.rpartition("parametrizations.")
+        plain = head + tail.partition(".")[0] if parametrized else key.removesuffix("_orig")
+        if plain != key and find_name(plain, names):
+            raise ValueError(
+                f"state_dict must hold {plain} itself, got {key}: convert the state dict of a layer without the "
+                "parametrization or the pruning, as remove_parametrizations and prune.remove leave it."
+            )
 
 
 def check_names(names: Sequence[str] | None) -> tuple[str, ...] | None:

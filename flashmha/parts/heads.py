@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -30,12 +32,16 @@ def prepare_heads(
 
     Args:
         q_norm, k_norm: modules over head_dim.
-        rotary: a ``Rotary``, which turns q and k; it is called, so that its hooks run.
+        rotary: a ``Rotary``, or another module that turns q and k; it is called, so that its hooks run.
         positions_q, positions_k, length: as ``Rotary`` takes them.
     """
     if rotary is None:
         return prepare(q, k, (q_norm, k_norm), None)
-    options = {"norms": (q_norm, k_norm)} if length is None else {"norms": (q_norm, k_norm), "length": length}
+    options: dict[str, Any] = {} if length is None else {"length": length}
+    if getattr(rotary, "takes_norms", False):
+        options["norms"] = q_norm, k_norm
+    else:
+        q, k = prepare(q, k, (q_norm, k_norm), None)
     made: tuple[Tensor | None, Tensor | None] = rotary(q, k, positions_q, positions_k, **options)
     return made
 

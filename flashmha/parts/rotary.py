@@ -37,6 +37,13 @@ class Rotary(nn.Module):
 
     inv_freq: Tensor
     long_inv_freq: Tensor | None
+    takes_norms = True
+    """``forward`` takes the norms of q and k as well, so that one pass does both; without it they come first."""
+
+    def __init_subclass__(cls, **more: Any) -> None:
+        super().__init_subclass__(**more)
+        if "forward" in vars(cls):
+            cls.takes_norms = False
 
     def __init__(
         self,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..host.torch_state import readable
@@ -122,15 +123,12 @@ class Documents(Mask):
         return q_doc, k_doc
 
     def positions(self, seqlen_q: int, seqlen_k: int, align: str) -> tuple[Tensor, Tensor]:
-        """The position of every query and of every key inside the own document."""
+        """The position of every query and of every key inside the own document; 0 in none, where it sees nothing."""
         q_doc, k_doc = self.membership(seqlen_q, seqlen_k)
-        last = self.cu_seqlens.shape[0] - 2  # tokens in no document see nothing: their position does not matter
-        q_doc, k_doc = q_doc.clamp(max=last), k_doc.clamp(max=last)
-        q_pos = torch.arange(seqlen_q, device=q_doc.device) - self.cu_seqlens[q_doc]
-        k_pos = torch.arange(seqlen_k, device=k_doc.device) - self.cu_seqlens_k[k_doc]
+        starts = self.cu_seqlens
         if align == "bottom_right" and not self.aligned:
-            q_pos = q_pos + (self.cu_seqlens_k.diff() - self.cu_seqlens.diff())[q_doc]
-        return q_pos, k_pos
+            starts = starts - F.pad(self.cu_seqlens_k.diff() - starts.diff(), (0, 1))
+        return count_from(starts, q_doc), count_from(self.cu_seqlens_k, k_doc)
 
     def mask_mod(self, seqlen_q: int, seqlen_k: int, documents: Restarts | None = None) -> MaskMod:
         last = self.cu_seqlens.shape[0] - 1
@@ -143,3 +141,9 @@ class Documents(Mask):
 
     def __repr__(self) -> str:
         return f"Documents({self.cu_seqlens.shape[0] - 1})"
+
+
+def count_from(starts: Tensor, document: Tensor) -> Tensor:
+    """The position of every token from the start of its document on; 0 in the last entry, which is none."""
+    slots = torch.arange(document.shape[0], device=document.device)
+    return (slots - starts[document]).masked_fill(document == starts.shape[0] - 1, 0)
