@@ -23,6 +23,7 @@ from flashmha import (
     KVCache,
     MemoryCache,
     PagedCache,
+    PagePool,
     RingCache,
     StaticCache,
     replace_mha,
@@ -189,6 +190,24 @@ def test_layers_are_cropped_all_or_none() -> None:
     with pytest.raises(ValueError, match="must take back at most chunk=2"):
         cache.crop(-5)
     assert all(one.get_seq_length().tolist() == [12] for one in cache.caches())
+
+
+@given(longer=st.integers(2, 5), data=st.data())
+def test_layers_of_one_pool_are_reordered_all_or_none(longer: int, data: st.DataObject) -> None:
+    """Where there are pages for the beams of the first layer and not of the second, all is as it was."""
+    pool = PagePool(4 * longer, 1, 2, 4, dtype=torch.float64)
+    cache = KVCache({name: PagedCache(pool, 2, longer) for name in ("one", "two")})
+    k, real = noise(1, 2, longer, 2, 4), torch.arange(longer) < torch.tensor([[longer], [1]])
+    for one in cache.paged():
+        one.update(k, k, real)
+    cache.trim()
+    spare = data.draw(st.integers(0, 2 * (longer - 1) - 1))
+    pool.take(len(pool.free) - spare)
+    before = [one.read(longer)[0].clone() for one in cache.paged()]
+    with pytest.raises(ValueError, match="pages must be free"):
+        cache.reorder(torch.tensor([0, 0]))
+    assert len(pool.free) == spare and cache.get_seq_length().tolist() == [longer, 1]
+    assert all(torch.equal(one.read(longer)[0], keys) for one, keys in zip(cache.paged(), before))
 
 
 @given(architectures())
