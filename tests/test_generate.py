@@ -23,6 +23,7 @@ from flashmha import (
     KVCache,
     MemoryCache,
     PagedCache,
+    PagePool,
     RingCache,
     StaticCache,
     replace_mha,
@@ -225,6 +226,24 @@ def test_layers_are_cropped_all_or_none(change: str) -> None:
     assert all(one.get_seq_length().tolist() == [12] for one in cache.caches())
 
 
+@given(longer=st.integers(2, 5), data=st.data())
+def test_layers_of_one_pool_are_reordered_all_or_none(longer: int, data: st.DataObject) -> None:
+    """Where there are pages for the beams of the first layer and not of the second, all is as it was."""
+    pool = PagePool(4 * longer, 1, 2, 4, dtype=torch.float64)
+    cache = KVCache({name: PagedCache(pool, 2, longer) for name in ("one", "two")})
+    k, real = noise(1, 2, longer, 2, 4), torch.arange(longer) < torch.tensor([[longer], [1]])
+    for one in cache.paged():
+        one.update(k, k, real)
+    cache.trim()
+    spare = data.draw(st.integers(0, 2 * (longer - 1) - 1))
+    pool.take(len(pool.free) - spare)
+    before = [one.read(longer)[0].clone() for one in cache.paged()]
+    with pytest.raises(ValueError, match="pages must be free"):
+        cache.reorder(torch.tensor([0, 0]))
+    assert len(pool.free) == spare and cache.get_seq_length().tolist() == [longer, 1]
+    assert all(torch.equal(one.read(longer)[0], keys) for one, keys in zip(cache.paged(), before))
+
+
 @given(architectures())
 def test_without_a_cache_a_decoder_is_torchs_own(architecture: Architecture) -> None:
     stock = architecture.decoder().eval()
@@ -345,6 +364,21 @@ def test_of_makes_each_layer_its_cache(batch: int, chunk: int, page_size: int, w
     cache.trim()
     cache.release(range(batch))
     assert all(not one.get_seq_length().any() for one in cache.caches() if isinstance(one, PagedCache))
+
+
+@pytest.mark.parametrize("where", ("decoder", "layer", "inside"))
+def test_what_is_compiled_finds_its_caches(where: str) -> None:
+    """``KVCache.of`` may be given the compiled module, or what holds one."""
+    ours = replace_mha(Architecture(training=False, batch_first=True).decoder().eval())
+    x, memory = noise(1, BATCH, 4, WIDTH), noise(2, BATCH, MEMORY, WIDTH)
+    wanted = ours(x, memory, tgt_mask=future(4))
+    if where == "layer":
+        ours.layers[0] = torch.compile(ours.layers[0], backend="eager")
+    model = ours if where == "layer" else torch.compile(ours, backend="eager")
+    held = nn.ModuleDict({"decoder": model})
+    cache = KVCache.of(held, BATCH, 4)["decoder"] if where == "inside" else KVCache.of(model, BATCH, 4)
+    made = [model(x[:, place : place + 1], memory, cache=cache) for place in range(4)]
+    assert_same(torch.cat(made, dim=1), wanted)
 
 
 def test_a_decoder_inside_a_model_finds_its_own_caches() -> None:

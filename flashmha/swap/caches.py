@@ -225,9 +225,11 @@ def find_layers(model: nn.Module) -> Iterator[tuple[str, FlashMultiHeadAttention
             continue
         above, _, own = name.rpartition(".")
         decodes = own == "multihead_attn" and isinstance(modules[above], nn.TransformerDecoderLayer)
-        yield name, module, decodes
+        yield ".".join(word for word in name.split(".") if word != COMPILED), module, decodes
 
 
+COMPILED = "_orig_mod"
+"""What ``torch.compile(module)`` calls the module; inside, layers go by their own names."""
 WITHOUT_CACHE = (nn.TransformerEncoder, nn.TransformerEncoderLayer)
 """Modules that hand no cache on."""
 
