@@ -366,15 +366,18 @@ def test_of_makes_each_layer_its_cache(batch: int, chunk: int, page_size: int, w
     assert all(not one.get_seq_length().any() for one in cache.caches() if isinstance(one, PagedCache))
 
 
-@pytest.mark.parametrize("where", ("decoder", "layer", "inside"))
+@pytest.mark.parametrize("where", ("decoder", "layer", "layer before the swap", "inside"))
 def test_what_is_compiled_finds_its_caches(where: str) -> None:
     """``KVCache.of`` may be given the compiled module, or what holds one."""
-    ours = replace_mha(Architecture(training=False, batch_first=True).decoder().eval())
+    ours: Any = Architecture(training=False, batch_first=True).decoder().eval()
+    if where == "layer before the swap":
+        ours.layers[0] = torch.compile(ours.layers[0], backend="eager")
+    replace_mha(ours)
     x, memory = noise(1, BATCH, 4, WIDTH), noise(2, BATCH, MEMORY, WIDTH)
     wanted = ours(x, memory, tgt_mask=future(4))
     if where == "layer":
         ours.layers[0] = torch.compile(ours.layers[0], backend="eager")
-    model = ours if where == "layer" else torch.compile(ours, backend="eager")
+    model: Any = ours if "layer" in where else torch.compile(ours, backend="eager")
     held = nn.ModuleDict({"decoder": model})
     cache = KVCache.of(held, BATCH, 4)["decoder"] if where == "inside" else KVCache.of(model, BATCH, 4)
     made = [model(x[:, place : place + 1], memory, cache=cache) for place in range(4)]

@@ -18,6 +18,7 @@ from torch import nn
 from ..layer.module import FlashMultiHeadAttention
 from ..layer.options import CONSTRUCTOR_ONLY, STOCK_VALUES, check_options
 from ..layer.twin import forget
+from .caches import COMPILED
 from .decoder import FlashTransformerDecoder, FlashTransformerDecoderLayer
 from .encoder import FlashTransformerEncoder, FlashTransformerEncoderLayer, is_stock
 from .modules import CLASS, UNDO, check_model, holds, remember, set_class, walk, why_not_yet, why_stock_stays
@@ -122,7 +123,7 @@ def let_decoders_cache(model: nn.Module) -> None:
     for _, module, _ in walk(model):
         layers = module.layers if isinstance(module, nn.TransformerDecoder) else ()
         if is_stock(module, nn.TransformerDecoder) and all(
-            isinstance(layer, FlashTransformerDecoderLayer) for layer in layers
+            isinstance(getattr(layer, COMPILED, layer), FlashTransformerDecoderLayer) for layer in layers
         ):
             set_class(module, FlashTransformerDecoder)
 
