@@ -24,7 +24,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
-from flashmha import AlibiBias, FlashMultiHeadAttention, RelativePositionBias, Rotary
+from flashmha import AlibiBias, FlashMultiHeadAttention, Mask, RelativePositionBias, Rotary, Rule, Window
 from flashmha.backends import register, unregister
 from flashmha.backends.naive import Naive
 from flashmha.testing import Blueprint, Call, ask, assert_same, blueprints, problems
@@ -118,6 +118,27 @@ def test_a_compiled_layer_is_one_graph_with_the_numbers_of_the_eager_one(
     assert_outputs_agree(found, eager)
     for name, gradient in gradients(layer, found).items():
         assert_same(gradient, wanted[name], name)
+
+
+@given(mask=st.builds(Window, st.none() | st.integers(0, 9), st.none() | st.integers(0, 9)), other=st.booleans())
+@settings(slow, max_examples=4)
+def test_one_frame_makes_a_mask_of_every_size(mask: Mask, other: bool) -> None:
+    torch._dynamo.reset()
+    counter, rule = CompileCounter(), mask & Rule(no_two_apart) if other else mask
+    compiled = torch.compile(
+        lambda x: rule.materialize(1, 1, x.shape[0], x.shape[1], x.device),
+        fullgraph=True,
+        backend=counter,
+        dynamic=True,
+    )
+    for seqlen_q, seqlen_k in ((5, 6), (7, 9), (6, 11), (12, 13)):
+        wanted = rule.materialize(1, 1, seqlen_q, seqlen_k)
+        assert torch.equal(compiled(torch.empty(seqlen_q, seqlen_k, device=wanted.device)), wanted)
+    assert counter.frame_count == 1
+
+
+def no_two_apart(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+    return (query - key).abs() != 2
 
 
 @pytest.mark.parametrize("features", PARTS, ids=str)

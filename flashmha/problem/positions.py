@@ -54,13 +54,15 @@ class IndexGrid(NamedTuple):
 
     def indices(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """The indices of every axis, each along its own of four axes, so that they broadcast to the grid."""
-        queries = range(self.seqlen_q) if self.queries is None else self.queries
-        keys = range(self.seqlen_k) if self.keys is None else self.keys
+        device = self.device
+        # no range of a size, which would bind a compiler's graph to it
+        first_q, end_q = (0, self.seqlen_q) if self.queries is None else (self.queries.start, self.queries.stop)
+        first_k, end_k = (0, self.seqlen_k) if self.keys is None else (self.keys.start, self.keys.stop)
         return (
-            torch.arange(self.batch, device=self.device).view(-1, 1, 1, 1),
-            torch.arange(self.heads, device=self.device).view(1, -1, 1, 1),
-            torch.arange(queries.start, queries.stop, device=self.device).view(1, 1, -1, 1),
-            torch.arange(keys.start, keys.stop, device=self.device).view(1, 1, 1, -1),
+            torch.arange(self.batch, device=device).view(-1, 1, 1, 1),
+            torch.arange(self.heads, device=device).view(1, -1, 1, 1),
+            torch.arange(first_q, end_q, device=device).view(1, 1, -1, 1),
+            torch.arange(first_k, end_k, device=device).view(1, 1, 1, -1),
         )
 
 
