@@ -54,6 +54,7 @@ RUNS = {
     "model_cpu": "model_cpu",
     "heads_cpu": "heads_cpu",
     "heads_gpu": "heads_gpu",
+    "heads_more_gpu": "heads_more_gpu",
     "generate_cpu": "generate_cpu",
     "generate_gpu": "generate_gpu",
 }

@@ -284,6 +284,8 @@ def test_trap_10_cudnn_never_sees_a_mask() -> None:
     with sdpa_kernel([SDPBackend.CUDNN_ATTENTION]):
         assert sdpa.why_not(padded) == "only cuDNN is enabled, which must not see a mask (pytorch#196678)"
         assert sdpa.why_not(problem(mask=causal())) is None
+        for mask in (None, causal()):
+            assert "whose dropout is neither" in str(sdpa.why_not(problem(mask=mask, dropout_p=0.5)))
         assert kernels_for_masks() == []
     with sdpa_kernel([SDPBackend.CUDNN_ATTENTION, SDPBackend.MATH]):
         assert kernels_for_masks() == [SDPBackend.MATH]
@@ -321,7 +323,7 @@ def test_trap_10_a_call_takes_no_kernel_that_is_switched_off_and_cudnn_no_mask(
     plain = F.scaled_dot_product_attention
 
     def watched(q: Tensor, k: Tensor, v: Tensor, mask: Any, *rest: Any, **more: Any) -> Tensor:
-        barred = mask is not None or (sdpa.overflows(spec) and not rest[1])
+        barred = mask is not None or sdpa.drops_alike(spec) or (sdpa.overflows(spec) and not rest[1])
         seen.append((barred, set(torch.nn.attention._cur_sdpa_kernel_backends()) & set(KERNELS)))
         with sdpa_kernel(list(KERNELS)):
             return plain(q, k, v, mask, *rest, **more)

@@ -64,6 +64,8 @@ class Sdpa(Backend):
             reasons += limits_of_lse(spec)
         if spec.device.type == "cuda" and needs_tensor(spec) and not kernels_for_masks():
             reasons.append("only cuDNN is enabled, which must not see a mask (pytorch#196678)")
+        elif spec.device.type == "cuda" and drops_alike(spec) and not kernels_for_masks():
+            reasons.append("only cuDNN is enabled, whose dropout is neither exact nor independent (pytorch#174245)")
         elif spec.device.type == "cuda" and spec.mask is None and overflows(spec) and not kernels_for_masks():
             sizes = f"{say_size('seqlen_q', spec.seqlen_q)}, {say_size('seqlen_k', spec.seqlen_k)}"
             reasons.append(f"only cuDNN is enabled, whose backward of {sizes} may give NaN (cudnn-frontend#1072)")
@@ -177,7 +179,7 @@ def attend_by_choice(
     """SDPA by those of a GPU's kernels that are switched on and may serve the problem."""
     if by_math(spec):
         kernels = only([SDPBackend.MATH] if switches()[1] else [])
-    elif mask is None and (is_causal or not overflows(spec)):
+    elif mask is None and not drops_alike(spec) and (is_causal or not overflows(spec)):
         return call_sdpa(q, k, v, None, spec, is_causal)  # type: ignore[return-value]
     else:
         # cuDNN must not see a mask: NaN gradients (pytorch#196678), misread float masks (pytorch#191612)
@@ -186,6 +188,15 @@ def attend_by_choice(
         out = call_sdpa(q, k, v, mask, spec, is_causal)
     assert isinstance(out, Tensor)
     return out
+
+
+def drops_alike(spec: AttentionSpec) -> bool:
+    """cuDNN's dropout: of four queries it drops alike in those two apart, of eight in those four apart.
+
+    So on an H200 with cuDNN 9.19, in every weight under every seed. Some of its kernels know rates in sixteenths alone.
+    Source: pytorch#174245.
+    """
+    return spec.dropout_p > 0.0 and spec.dtype in HALF
 
 
 def overflows(spec: AttentionSpec) -> bool:
