@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..cache.base import Cache
+from ..cache.checks import row_numbers
 from ..cache.memory import MemoryCache
 from ..cache.pages import PagedCache, PagePool
 from ..cache.ring import RingCache
@@ -194,9 +195,9 @@ class KVCache:
 
     def release(self, rows: Iterable[int]) -> None:
         """Forget the tokens of rows that are done, see ``Cache.release``; the memory stays."""
-        rows = list(rows)
+        numbers = row_numbers(rows, min((cache.batch for cache in self.caches()), default=0))
         for cache in self.growing():
-            cache.release(rows)
+            cache.release(numbers)
 
     def trim(self) -> None:
         """Give back the pages in which no token lies."""
