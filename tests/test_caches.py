@@ -907,6 +907,15 @@ def test_explaining_a_call_changes_no_cache(problem: Drawn) -> None:
     assert_same(torch.cat(out, dim=1), whole(layer, x))
 
 
+@given(drawn())
+def test_explaining_says_why_padding_stays(problem: Drawn) -> None:
+    layer, x = problem.build(), problem.tokens()[:, problem.pieces[0]]
+    layer.skip_padding = True
+    hidden = torch.zeros(x.shape[:2], dtype=torch.bool)
+    said = flashmha.explain(layer, x, x, x, key_padding_mask=hidden, cache=problem.cache(layer))
+    assert "skip_padding: every row is computed (a cache, which holds no padding)" in said.notes
+
+
 @given(drawn(kinds=("static", "ring")))
 def test_bytes_are_those_of_the_tensors(problem: Drawn) -> None:
     layer = problem.build()
