@@ -18,7 +18,7 @@ MOST_TOKENS = 2**31 - 1
 
 
 def check_order(rows: Tensor, batch: int) -> None:
-    """Raise where an order of rows is no row of these for each row; on a GPU the device may, for another row."""
+    """Raise where an order does not name a row for each row; on a GPU the device does, for rows that are not there."""
     if not isinstance(rows, Tensor) or rows.shape != (batch,) or rows.dtype not in COUNT_DTYPES:
         raise ValueError(f"rows must be integers (batch,) = ({batch},), got {spell(rows)}.")
     inside = (rows >= 0) & (rows < batch)
