@@ -168,10 +168,10 @@ class Verbs(RuleBasedStateMachine):
             return
         self.rows = [list(self.rows[row]) for row in order]
 
-    @rule(done=st.sets(st.integers(0, MOST - 1), max_size=2))
-    def release(self, done: set[int]) -> None:
+    @rule(done=st.sets(st.integers(0, MOST - 1), max_size=2), told=st.sampled_from((list, iter, torch.tensor)))
+    def release(self, done: set[int], told: Callable[[list[int]], Any]) -> None:
         rows = [row for row in done if row < self.batch]
-        self.cache.release(rows)
+        self.cache.release(told(rows))
         for row in rows:
             self.rows[row] = []
 
@@ -188,12 +188,14 @@ class Verbs(RuleBasedStateMachine):
             for length, pages in zip(self.lengths, one.booked):
                 assert length + tokens <= min(LONGEST, len(pages) * one.pool.page_size) or not tokens
 
-    @rule(verb=st.sampled_from(("reset", "trim", "copy", "pickle")))
+    @rule(verb=st.sampled_from(("reset", "trim", "keep", "copy", "pickle")))
     def other(self, verb: str) -> None:
         if verb == "copy":
             self.cache = copy.deepcopy(self.cache)
         elif verb == "pickle":
             self.cache = pickle.loads(pickle.dumps(self.cache))
+        elif verb == "keep":  # of no guesses none, also where a row has no memory
+            self.cache.keep(torch.tensor(self.lengths), torch.full((self.batch, 2), -1))
         else:
             getattr(self.cache, verb)()
         if verb == "reset":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 from collections.abc import Callable
@@ -733,6 +734,7 @@ REFUSED: dict[str, tuple[str, Callable[[], Any]]] = {
         "rows must be numbers between 0 and 1, got .0, 2.",
         lambda: static().release([0, 2]),
     ),
+    "a row that is in no list": ("rows must be numbers between 0 and 1, got 1.", lambda: static().release(1)),  # type: ignore[arg-type]
     "a mask of rows": (
         "rows must be numbers between 0 and 1, got .True, False.",
         lambda: static().release(torch.tensor([True, False])),  # type: ignore[arg-type]
@@ -842,6 +844,18 @@ def test_what_a_cache_cannot_serve_is_an_error_that_says_so(name: str) -> None:
         make()
 
 
+@given(batches=st.lists(st.integers(1, 3), min_size=1, max_size=3), rows=st.sets(st.integers(-1, 3), max_size=3))
+def test_rows_are_released_in_every_cache_or_in_none(batches: list[int], rows: set[int]) -> None:
+    caches = flashmha.KVCache({str(place): StaticCache(batch, 5, 2, 4) for place, batch in enumerate(batches)})
+    for cache in caches.caches():
+        cache.update(*torch.ones(2, cache.batch, 1, 2, 4))
+    there = all(0 <= row < min(batches) for row in rows)
+    with contextlib.nullcontext() if there else pytest.raises(ValueError, match="rows must be numbers between 0 and"):
+        caches.release(rows)
+    for cache, batch in zip(caches.growing(), batches):
+        assert cache.lengths.tolist() == [int(not (there and row in rows)) for row in range(batch)]
+
+
 @given(problem=drawn(), inside=st.booleans())
 def test_a_cache_goes_in_and_out_of_inference_mode(problem: Drawn, inside: bool) -> None:
     layer, x = problem.build(), problem.tokens()
@@ -891,6 +905,15 @@ def test_explaining_a_call_changes_no_cache(problem: Drawn) -> None:
         out.append(whole(layer, x[:, last], cache=cache))
     assert [one.backend for one in calls] == [said.chosen]
     assert_same(torch.cat(out, dim=1), whole(layer, x))
+
+
+@given(drawn())
+def test_explaining_says_why_padding_stays(problem: Drawn) -> None:
+    layer, x = problem.build(), problem.tokens()[:, problem.pieces[0]]
+    layer.skip_padding = True
+    hidden = torch.zeros(x.shape[:2], dtype=torch.bool)
+    said = flashmha.explain(layer, x, x, x, key_padding_mask=hidden, cache=problem.cache(layer))
+    assert "skip_padding: every row is computed (a cache, which holds no padding)" in said.notes
 
 
 @given(drawn(kinds=("static", "ring")))

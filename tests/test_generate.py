@@ -366,7 +366,7 @@ def test_of_makes_each_layer_its_cache(batch: int, chunk: int, page_size: int, w
     assert all(not one.get_seq_length().any() for one in cache.caches() if isinstance(one, PagedCache))
 
 
-@pytest.mark.parametrize("where", ("decoder", "layer", "layer before the swap", "inside"))
+@pytest.mark.parametrize("where", ("decoder", "layer", "layer before the swap", "attention of a layer", "inside"))
 def test_what_is_compiled_finds_its_caches(where: str) -> None:
     """``KVCache.of`` may be given the compiled module, or what holds one."""
     ours: Any = Architecture(training=False, batch_first=True).decoder().eval()
@@ -377,6 +377,8 @@ def test_what_is_compiled_finds_its_caches(where: str) -> None:
     wanted = ours(x, memory, tgt_mask=future(4))
     if where == "layer":
         ours.layers[0] = torch.compile(ours.layers[0], backend="eager")
+    for name in ("self_attn", "multihead_attn") if "attention" in where else ():
+        setattr(ours.layers[0], name, torch.compile(getattr(ours.layers[0], name), backend="eager"))
     model: Any = ours if "layer" in where else torch.compile(ours, backend="eager")
     held = nn.ModuleDict({"decoder": model})
     cache = KVCache.of(held, BATCH, 4)["decoder"] if where == "inside" else KVCache.of(model, BATCH, 4)

@@ -24,8 +24,9 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
-from flashmha import AlibiBias, FlashMultiHeadAttention, Mask, RelativePositionBias, Rotary, Rule, Window
-from flashmha.backends import register, unregister
+from flashmha import AlibiBias, AttentionSpec, FlashMultiHeadAttention, Mask, RelativePositionBias, Rotary, Rule, Window
+from flashmha.backends import get, register, unregister
+from flashmha.backends.choice.builtin import BUILT_IN
 from flashmha.backends.naive import Naive
 from flashmha.testing import Blueprint, Call, ask, assert_same, blueprints, problems
 
@@ -139,6 +140,31 @@ def test_one_frame_makes_a_mask_of_every_size(mask: Mask, other: bool) -> None:
 
 def no_two_apart(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
     return (query - key).abs() != 2
+
+
+BOUNDS = st.none() | st.integers(0, 4)
+
+
+@pytest.mark.parametrize("name", [kind.name for kind in BUILT_IN])
+@given(
+    window=st.builds(Window, BOUNDS, BOUNDS, align=st.sampled_from(("top_left", "bottom_right"))), longer=st.booleans()
+)
+@settings(slow, max_examples=4)
+def test_one_frame_asks_about_windows_over_every_size(name: str, window: Mask, longer: bool) -> None:
+    """Sizes so far apart that comparing them always says the same."""
+    torch._dynamo.reset()
+    counter = CompileCounter()
+
+    def ask_about(q: Tensor, k: Tensor) -> Tensor:
+        spec = AttentionSpec.of(q, k, k, mask=window)
+        return q + len(get(name).why_not(spec) or "")
+
+    compiled = torch.compile(ask_about, fullgraph=True, backend=counter, dynamic=True)
+    for place in range(4):
+        sizes = 5 + place, 11 + 3 * place
+        q, k = (torch.empty(2 + place, size, 4, 64, dtype=torch.half) for size in (sizes[::-1] if longer else sizes))
+        compiled(q, k)
+    assert counter.frame_count == 1
 
 
 @pytest.mark.parametrize("features", PARTS, ids=str)

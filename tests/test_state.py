@@ -221,7 +221,7 @@ def test_a_projection_without_a_bias_has_one_of_zeros(rows: int, seed: int) -> N
 @given(
     drawn=layers(),
     names=st.sampled_from(NAMES),
-    way=st.sampled_from(("parametrized", "pruned")),
+    way=st.sampled_from(("parametrized", "pruned", "normed")),
     convert=st.sampled_from((separate_projections, fuse_projections, group_heads, repeat_heads)),
     place=st.integers(0, 2),
 )
@@ -243,6 +243,11 @@ def test_a_projection_in_another_form_is_refused(
     where = model.get_submodule(at)
     if way == "pruned":
         prune.identity(where, name)
+    elif way == "normed":  # as nn.utils.weight_norm leaves it, which warns
+        weight = where._parameters.pop(name)
+        assert weight is not None
+        where.register_parameter(f"{name}_g", nn.Parameter(weight.norm(dim=1, keepdim=True)))
+        where.register_parameter(f"{name}_v", weight)
     else:
         parametrize.register_parametrization(where, name, nn.Identity())
     more = () if convert in (separate_projections, fuse_projections) else (told["num_heads"], 1)

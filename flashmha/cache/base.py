@@ -224,7 +224,7 @@ class Cache(abc.ABC):
         self.move(self.kept(length, chosen))
 
     def kept(self, length: int | Tensor, chosen: Tensor) -> Moved:
-        """Which tokens go where in ``keep``, which change nothing yet."""
+        """Where the tokens of ``keep`` go; nothing changes yet."""
         left = self.cropped(length)[:, None]
         check_chosen(chosen, self.batch)
         guesses, real = self.lengths[:, None] - left, chosen >= 0

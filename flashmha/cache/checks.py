@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import numbers
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..host.torch_state import insist
+from ..problem.sizes import is_size
 from ..problem.wording import spell
 
 COUNT_DTYPES = (torch.int32, torch.int64)
@@ -17,7 +18,7 @@ MOST_TOKENS = 2**31 - 1
 
 
 def check_order(rows: Tensor, batch: int) -> None:
-    """Raise where an order of rows is no row of these for each row; on a GPU the device may, for another row."""
+    """Raise where an order does not name a row for each row; on a GPU the device does, for rows that are not there."""
     if not isinstance(rows, Tensor) or rows.shape != (batch,) or rows.dtype not in COUNT_DTYPES:
         raise ValueError(f"rows must be integers (batch,) = ({batch},), got {spell(rows)}.")
     inside = (rows >= 0) & (rows < batch)
@@ -37,10 +38,10 @@ def row_numbers(rows: Iterable[int], batch: int) -> list[int]:
     Raises:
         ValueError: other things than numbers of rows, such as a mask of those that are done.
     """
-    told = list(rows.tolist() if isinstance(rows, Tensor) else rows)
-    for row in told:
-        if isinstance(row, bool) or not isinstance(row, numbers.Integral) or not 0 <= int(row) < batch:
-            raise ValueError(f"rows must be numbers between 0 and {batch - 1}, got {told}.")
+    told: Any = rows.tolist() if isinstance(rows, Tensor) else rows
+    told = list(told) if isinstance(told, Iterable) else told
+    if not isinstance(told, list) or not all(is_size(row, 0) and row < batch for row in told):
+        raise ValueError(f"rows must be numbers between 0 and {batch - 1}, got {told}.")
     return sorted({int(row) for row in told})
 
 

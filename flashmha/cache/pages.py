@@ -12,7 +12,7 @@ from ..host.torch_state import is_compiling, keep_address
 from ..problem.cached import Pages, read_pages
 from ..problem.sizes import check_sizes
 from .allocation import allocate, no_tokens
-from .base import Cache
+from .base import Cache, Moved
 from .checks import row_numbers
 
 
@@ -149,16 +149,25 @@ class PagedCache(Cache):
         self.room -= seqlen
 
     def write(self, k: Tensor, v: Tensor, positions: Tensor) -> None:
-        size, none = self.pool.page_size, self.pool.pages
-        pages = self.block_table.long().gather(1, positions // size)
-        where = pages.masked_fill(pages == none, none + 1), positions % size
+        none, (pages, place) = self.pool.pages, self.place(positions)
+        where = pages.masked_fill(pages == none, none + 1), place
         self.pool.k.index_put_(where, k)
         self.pool.v.index_put_(where, v)
 
     def take(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        where = self.place(positions)
+        return self.pool.k[where], self.pool.v[where]
+
+    def place(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """The pages of positions, and the places in them."""
         size = self.pool.page_size
-        pages = self.block_table.long().gather(1, positions // size)
-        return self.pool.k[pages, positions % size], self.pool.v[pages, positions % size]
+        return self.block_table.long().gather(1, positions // size), positions % size
+
+    def move(self, moved: Moved) -> None:
+        source, target = self.place(moved.source), self.place(moved.target)
+        for x in self.store:  # an empty row may have no page, and moves zeros inside the page of zeros
+            x.index_put_(target, x[source])
+        self.lengths.copy_(moved.lengths)
 
     def read(self, slots: int) -> tuple[Tensor, Tensor]:
         pages = self.block_table[:, : -(-slots // self.pool.page_size)]

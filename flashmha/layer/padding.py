@@ -21,8 +21,10 @@ from .projection import sizes_of
 from .protocol import Layer
 
 
-def why_padding_stays(layer: Layer, call: Reading) -> str | None:
+def why_padding_stays(layer: Layer, call: Reading, cached: bool) -> str | None:
     """Why padding cannot be left out of a call, so that every row is computed; ``None`` where it can."""
+    if cached:
+        return "a cache, which holds no padding"
     return why_not_packable(layer, call) or why_holes_stay(call, layer)
 
 

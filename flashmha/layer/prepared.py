@@ -59,7 +59,7 @@ def prepare_call(layer: Layer, call: Reading, given: Arguments, wanted: Wanted, 
     dtype = computing_dtype(layer, call, wanted) if query.dtype in HALF and own else None
     if layer.window is not None or layer.causal:
         mask = join_masks(mask, rule_of(layer))
-    if skip_padding and rule is not None and step is None and padding.why_padding_stays(layer, call) is None:
+    if skip_padding and rule is not None and padding.why_padding_stays(layer, call, step is not None) is None:
         real = packing.tokens_of(rule, key.shape[1])
         padded = Padded(mask, real.places, call.valid)
         query, key, value = padding.pack_inputs(query, key, value, real.places)

@@ -7,6 +7,7 @@ with ``kdim`` or ``vdim`` holds its projections apart beside one bias, in whiche
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -237,15 +238,20 @@ def check_state(state_dict: object, names: Iterable[str], hint: str = NAMES_HINT
 
 
 def check_plain(state_dict: Mapping[str, Tensor], names: Sequence[str]) -> None:
-    """Raise where a projection is there as what a parametrization or a pruning computes it of, and not itself."""
+    """Raise where a projection is there as what a parametrization, a norm or a pruning computes it of, not itself."""
     for key in state_dict:
         head, parametrized, tail = key.rpartition("parametrizations.")
-        plain = head + tail.partition(".")[0] if parametrized else key.removesuffix("_orig")
+        plain = head + tail.partition(".")[0] if parametrized else COMPUTED_OF.sub("", key)
         if plain != key and find_name(plain, names):
             raise ValueError(
                 f"state_dict must hold {plain} itself, got {key}: convert the state dict of a layer without the "
-                "parametrization or the pruning, as remove_parametrizations and prune.remove leave it."
+                "parametrization, norm or pruning, as remove_parametrizations, remove_weight_norm and prune.remove "
+                "leave it."
             )
+
+
+COMPUTED_OF = re.compile("_(orig|g|v)$")
+"""How the names of tensors end of which ``prune``, ``spectral_norm`` and ``weight_norm`` compute another."""
 
 
 def check_names(names: Sequence[str] | None) -> tuple[str, ...] | None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..cache.base import Cache
+from ..cache.checks import row_numbers
 from ..cache.memory import MemoryCache
 from ..cache.pages import PagedCache, PagePool
 from ..cache.ring import RingCache
@@ -194,9 +195,9 @@ class KVCache:
 
     def release(self, rows: Iterable[int]) -> None:
         """Forget the tokens of rows that are done, see ``Cache.release``; the memory stays."""
-        rows = list(rows)
+        numbers = row_numbers(rows, min((cache.batch for cache in self.caches()), default=0))
         for cache in self.growing():
-            cache.release(rows)
+            cache.release(numbers)
 
     def trim(self) -> None:
         """Give back the pages in which no token lies."""
@@ -218,14 +219,17 @@ class KVCache:
 
 def find_layers(model: nn.Module) -> Iterator[tuple[str, FlashMultiHeadAttention, bool]]:
     """The layers of a model that a cache serves, by name, and whether each looks at a memory."""
-    modules = dict(model.named_modules(remove_duplicate=False))
+    modules = {
+        ".".join(word for word in name.split(".") if word != COMPILED): module  # the inner one, which comes later
+        for name, module in model.named_modules(remove_duplicate=False)
+    }
     inside = tuple(f"{name}." for name, module in modules.items() if isinstance(module, WITHOUT_CACHE))
     for name, module in modules.items():
         if not isinstance(module, FlashMultiHeadAttention) or f"{name}.".startswith(inside):
             continue
         above, _, own = name.rpartition(".")
         decodes = own == "multihead_attn" and isinstance(modules[above], nn.TransformerDecoderLayer)
-        yield ".".join(word for word in name.split(".") if word != COMPILED), module, decodes
+        yield name, module, decodes
 
 
 COMPILED = "_orig_mod"

@@ -104,7 +104,7 @@ class FlashTransformerDecoderLayer(nn.TransformerDecoderLayer):
             key_padding_mask=key_padding_mask,
             is_causal=is_causal,
             need_weights=False,
-            cache=check_kv_cache(cache)[name],
+            cache=cache[name],
         )[0]
         return out
 

@@ -101,7 +101,8 @@ def explain_arguments(layer: FlashMultiHeadAttention, given: Arguments) -> Expla
     if problem.padded is not None:
         notes.append(f"skip_padding: {say_left_out(problem.q.shape[1], problem.padded.rows.numel())}")
     elif layer.skip_padding and given.key_padding_mask is not None:
-        notes.append(f"skip_padding: every row is computed ({padding.why_padding_stays(layer, call)})")
+        why = padding.why_padding_stays(layer, call, given.cache is not None)
+        notes.append(f"skip_padding: every row is computed ({why})")
     if problem.dtype is not None:
         notes.append(f"computed in {dtype_name(problem.dtype)}: this CPU is slower in {dtype_name(call.query.dtype)}")
     elif spec.dtype != call.query.dtype:

@@ -76,8 +76,8 @@ class Flash2(FlashAttn):
             if window.right is None:
                 reasons.append("window right=None with seqlen_q > seqlen_k (flash-attention#895)")
             elif window.right >= spec.seqlen_k:
-                longer = say_size("seqlen_k", spec.seqlen_k)
-                reasons.append(f"window right={window.right} with seqlen_q > {longer} (flash-attention#895)")
+                far, longer = say_size("window right", window.right), say_size("seqlen_k", spec.seqlen_k)
+                reasons.append(f"{far} with seqlen_q > {longer} (flash-attention#895)")
         if spec.dropout_p >= 1.0:
             reasons.append(f"dropout_p={spec.dropout_p} (less than 1: what is kept is divided by 1 - dropout_p)")
         if spec.softcap is not None and spec.dropout_p > 0.0:
@@ -85,7 +85,7 @@ class Flash2(FlashAttn):
         if spec.bias is not None:
             if window is not None and window.right is not None and window.right < 0:
                 # keys past the window are cut off, and the package would count distances from those that are left
-                reasons.append(f"ALiBi beside a window with right={window.right} (at least 0)")
+                reasons.append(f"ALiBi beside a window with {say_size('right', window.right)} (at least 0)")
             if spec.need_lse:
                 # under causality the kernel adds slope * key alone, which moves every row's log-sum-exp
                 reasons.append("lse beside ALiBi")

@@ -18,7 +18,7 @@ from torch import Tensor
 from ...host.machine import HERE, Machine
 from ...problem.spec import AttentionSpec
 from ...problem.windows import Window
-from ...problem.wording import first_line, summarize_error
+from ...problem.wording import first_line, say_size, summarize_error
 from ..base import Backend
 from ..rewrites.caches import CACHED
 
@@ -105,12 +105,13 @@ class FlashAttn(Backend):
             if any(isinstance(part, Window) and part.align != "bottom_right" for part in spec.mask.parts):
                 reasons.append("a top-left window inside Documents with other offsets for keys (bottom-right only)")
             elif window.left is not None and window.left < 0:
-                reasons.append(f"window left={window.left} (at least 0)")
+                reasons.append(f"{say_size('window left', window.left)} (at least 0)")
             elif window.right is not None and window.right < 0 and spec.documents is not None:
-                reasons.append(f"window right={window.right} inside Documents (at least 0)")
+                reasons.append(f"{say_size('window right', window.right)} inside Documents (at least 0)")
             elif window.right is not None and window.left is not None and window.left + window.right < 0:
                 # what is left of it once keys are cut off would be -1, which means unbounded
-                reasons.append(f"window left={window.left}, right={window.right} (holds no key)")
+                bounds = f"{say_size('left', window.left)}, {say_size('right', window.right)}"
+                reasons.append(f"window {bounds} (holds no key)")
         return reasons
 
 

@@ -191,9 +191,9 @@ def attend_by_choice(
 
 
 def drops_alike(spec: AttentionSpec) -> bool:
-    """cuDNN's dropout: of four queries it drops alike in those two apart, of eight in those four apart.
+    """cuDNN's dropout would drop the same weights in several queries: of four in those two apart, of eight four apart.
 
-    So on an H200 with cuDNN 9.19, in every weight under every seed. Some of its kernels know rates in sixteenths alone.
+    So on an H200 with cuDNN 9.19, for every weight and seed. Some of its kernels know rates in sixteenths alone.
     Source: pytorch#174245.
     """
     return spec.dropout_p > 0.0 and spec.dtype in HALF

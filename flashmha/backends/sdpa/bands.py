@@ -46,7 +46,7 @@ class Bands(NamedTuple):
 def cut_into_bands(spec: AttentionSpec, rows: int, worth: int) -> Bands | None:
     """The bands of a problem on a CPU; ``None`` where they would spare too little.
 
-    Serves a window that is bounded on both sides, beside any other rule but of where tokens stand.
+    Serves a window that is bounded on both sides, beside any rule but those of where tokens stand.
 
     Args:
         rows: queries of a block at least.

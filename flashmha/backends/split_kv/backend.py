@@ -56,4 +56,4 @@ class SplitKV(Backend):
         return attend(q, k, v, spec)
 
     def prepare(self, spec: AttentionSpec) -> Serve:
-        return super().prepare(spec) if is_compiling() else SplitCall.of(spec)
+        return super().prepare(spec) if is_compiling() else SplitCall.of(spec, spec.device)

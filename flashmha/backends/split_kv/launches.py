@@ -135,9 +135,10 @@ class SplitCall:
         self.room = batch * seqlen_q * heads * splits * (head_dim_v + 1)
 
     @classmethod
-    def of(cls, spec: AttentionSpec) -> SplitCall:
+    def of(cls, spec: AttentionSpec, device: torch.device) -> SplitCall:
+        """The call of heads on a device, whose index the problem may leave out."""
         sizes = (spec.batch, spec.seqlen_q, spec.heads, spec.heads_kv, spec.head_dim, spec.head_dim_v, spec.seqlen_k)
-        return cls(SplitSizes(*sizes), spec.dtype, spec.device, SplitProblem.of(spec), spec.need_lse)
+        return cls(SplitSizes(*sizes), spec.dtype, device, SplitProblem.of(spec), spec.need_lse)
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor | tuple[Tensor, Tensor]:
         q, k, v = lined_up(q), lined_up(k), lined_up(v)
@@ -158,7 +159,7 @@ class SplitCall:
 def attend(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> Tensor | tuple[Tensor, Tensor]:
     """A problem served, as an operator where a compiler traces."""
     if not is_compiling():
-        return SplitCall.of(spec)(q, k, v)
+        return SplitCall.of(spec, q.device)(q, k, v)
     made: tuple[Tensor, Tensor] = torch.ops.flashmha.split_kv(q, k, v, *SplitProblem.of(spec))
     return made if spec.need_lse else made[0]
 
