@@ -15,7 +15,8 @@ from ..problem.masks import Mask
 from ..problem.ragged import KeyLengths, mark_private
 from ..problem.sizes import check_sizes
 from ..problem.wording import dtype_name, spell
-from .checks import COUNT_DTYPES, MOST_TOKENS, check_chosen, check_order, refuse_gradients, row_numbers
+from .checks import COUNT_DTYPES, MOST_TOKENS, check_chosen, refuse_gradients, row_numbers
+from .rows import Rows
 
 
 class Moved(NamedTuple):
@@ -26,7 +27,7 @@ class Moved(NamedTuple):
     lengths: Tensor
 
 
-class Cache(abc.ABC):
+class Cache(Rows):
     """Keys and values of one layer, written in place, so that each token is projected once.
 
     A row holds its own number of tokens, which stand at positions 0, 1, ...: padding takes no place, so that a row is
@@ -42,11 +43,6 @@ class Cache(abc.ABC):
     lengths: Tensor
     max_seqlen: int | None
     """Tokens that a row has room for, ``None`` without an end."""
-
-    @property
-    @abc.abstractmethod
-    def batch(self) -> int:
-        """Rows."""
 
     @property
     @abc.abstractmethod
@@ -94,7 +90,7 @@ class Cache(abc.ABC):
         self.check_end(seqlen, held)
         self.make_room(seqlen, held)
 
-    def make_room(self, seqlen: int, held: list[int]) -> None:  # noqa: B027
+    def make_room(self, seqlen: int, held: list[int]) -> None:
         """Book what so many tokens behind those ``held`` need, where memory is not there from the start."""
 
     @property
@@ -247,26 +243,7 @@ class Cache(abc.ABC):
         self.write(*self.take(moved.source), moved.target)
         self.lengths.copy_(moved.lengths)
 
-    def reorder(self, rows: Tensor) -> None:
-        """Row i becomes what row ``rows[i]`` was, as beams of a search do: (batch,) integers.
-
-        Raises:
-            ValueError: rows that are not there (on a GPU an error of the device), too few pages; nothing has changed.
-        """
-        self.prepare_reorder(rows)
-        self.put_in_order(rows)
-
-    def prepare_reorder(self, rows: Tensor) -> None:
-        """Raise where rows cannot be put in that order."""
-        check_order(rows, self.batch)
-
-    def put_in_order(self, rows: Tensor) -> None:
-        """``reorder`` behind its checks."""
-        for tensor in self.by_row():
-            tensor.copy_(tensor.index_select(0, rows))
-
     def by_row(self) -> list[Tensor]:
-        """The tensors whose first axis are the rows."""
         return [*self.store, self.lengths]
 
     def release(self, rows: Iterable[int]) -> None:

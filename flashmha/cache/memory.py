@@ -9,10 +9,11 @@ from torch import Tensor
 
 from ..problem.sizes import check_sizes
 from .allocation import allocate
-from .checks import check_order, refuse_gradients
+from .checks import refuse_gradients
+from .rows import Rows
 
 
-class MemoryCache:
+class MemoryCache(Rows):
     """Keys and values of what a cross-attention looks at: the first call projects them, later ones read them.
 
     Args:
@@ -34,10 +35,14 @@ class MemoryCache:
         check_sizes(batch=batch)
         if seqlen is not None:
             check_sizes(seqlen=seqlen)
-        self.batch, self.fixed = batch, seqlen is not None
+        self.fixed = seqlen is not None
         self.k, self.v = allocate(batch, seqlen or 0, heads_kv, head_dim, head_dim_v, device, dtype)
         self.filled = False
         """The memory was projected."""
+
+    @property
+    def batch(self) -> int:
+        return self.k.shape[0]
 
     @property
     def seqlen(self) -> int:
@@ -79,20 +84,8 @@ class MemoryCache:
     def crop(self, length: Any) -> None:
         """Nothing: the memory is one for every token."""
 
-    def reorder(self, rows: Tensor) -> None:
-        """Row i becomes what row ``rows[i]`` was: (batch,) integers."""
-        self.prepare_reorder(rows)
-        self.put_in_order(rows)
-
-    def prepare_reorder(self, rows: Tensor) -> None:
-        """Raise where rows cannot be put in that order."""
-        check_order(rows, self.batch)
-
-    def put_in_order(self, rows: Tensor) -> None:
-        """``reorder`` behind its checks."""
-        if self.filled:
-            self.k.copy_(self.k.index_select(0, rows))
-            self.v.copy_(self.v.index_select(0, rows))
+    def by_row(self) -> list[Tensor]:
+        return [self.k, self.v] if self.filled else []
 
     def reset(self) -> None:
         """Forget the memory, so that the next call projects another."""
